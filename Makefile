@@ -1,0 +1,30 @@
+# The commands that README, CI and people use. Everything is set up on first use, and again only when it changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= var
+
+.PHONY: serve test check bench clean
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[dev]'
+	touch $@
+
+serve: $(VENV)/.installed
+	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m adapters_store.bases smollm2-135m
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) var

@@ -1,0 +1,1 @@
+"""The inference server: api -> engine -> model -> adapters_store."""

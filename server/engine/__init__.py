@@ -1,0 +1,1 @@
+"""The engine: schedule -> run -> commit, in a process of its own."""

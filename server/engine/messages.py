@@ -1,0 +1,150 @@
+"""The frames between the front and the engine: msgpack over a unix socket, never pickle.
+
+A frame is a 4-byte big-endian length and one msgpack message, tagged by its class name. Times are seconds of
+CLOCK_MONOTONIC, which both processes share.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from server.model.batch import Logprobs, Sampling
+
+
+class Hat(msgspec.Struct, frozen=True):
+    """One adapter that a sequence wears."""
+
+    digest: str
+    weight: float = 1.0
+
+
+class Submit(msgspec.Struct, tag=True):
+    """A new sequence. `namespace` keeps KV apart (the tenant); `deadline` is monotonic seconds."""
+
+    sequence_id: str
+    namespace: str
+    prompt: list[int]
+    sampling: Sampling
+    deadline: float
+    arrived: float
+    hats: tuple[Hat, ...] = ()
+
+
+class Abort(msgspec.Struct, tag=True):
+    """The front has no more use for the sequence: free it, answer nothing."""
+
+    sequence_id: str
+
+
+class Forget(msgspec.Struct, tag=True):
+    """The artifact was deleted: drop its host copy and slot as soon as nothing uses them."""
+
+    digest: str
+
+
+class AskResidency(msgspec.Struct, tag=True):
+    """Answered by `Residency` with the same `query_id`."""
+
+    query_id: int
+
+
+class EngineFailure(msgspec.Struct):
+    """Why a sequence ended without a finish: `code` is one of server/errors.py's codes."""
+
+    code: str
+    message: str
+
+
+class Timing(msgspec.Struct):
+    """Milliseconds: waiting in the queue (loading excluded), waiting for an adapter, until the first token."""
+
+    queued_ms: float = 0.0
+    load_ms: float = 0.0
+    ttft_ms: float = 0.0
+
+
+class Output(msgspec.Struct):
+    """New tokens of one sequence. With `finish_reason` or `failure` it is the sequence's last output."""
+
+    sequence_id: str
+    token_ids: list[int] = []
+    logprobs: list[Logprobs] = []
+    finish_reason: str | None = None
+    failure: EngineFailure | None = None
+    cached_tokens: int = 0
+    virtual_tokens: int = 0
+    timing: Timing | None = None
+
+
+class Stats(msgspec.Struct):
+    """Gauges as they are now; counters since the engine started. Every counter's name ends in `_total`."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_blocks_used: int = 0
+    num_blocks_cached: int = 0
+    slot_bytes_used: int = 0
+    host_bytes_used: int = 0
+    num_slots: int = 0
+    num_host: int = 0
+    num_pins: int = 0
+    steps_total: int = 0
+    step_seconds_total: float = 0.0
+    rows_total: int = 0
+    tokens_total: int = 0
+    stall_seconds_total: float = 0.0
+    loads_total: int = 0
+    load_seconds_total: float = 0.0
+    load_failures_total: int = 0
+    evictions_total: int = 0
+    preemptions_total: int = 0
+    cache_hit_tokens_total: int = 0
+    cache_query_tokens_total: int = 0
+
+
+class StepDone(msgspec.Struct, tag=True):
+    """The outputs of one step, and the engine's state after it. Sent with no outputs about once a second when idle."""
+
+    outputs: list[Output]
+    stats: Stats
+
+
+class Residency(msgspec.Struct, tag=True):
+    """Where each known digest is: `loading`, `host`, `slot` or `failed`; absent digests are not listed."""
+
+    query_id: int
+    states: dict[str, str]
+
+
+class SiteShape(msgspec.Struct):
+    in_features: int
+    out_features: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine has its base. The fields of `BaseSpec`, and what the front must know to refuse at the door."""
+
+    name: str
+    identity: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    linears: dict[str, SiteShape]
+    eos_token_ids: list[int]
+    max_sequence_tokens: int
+    slot_bytes: int
+    precision: str
+    load_seconds: float
+
+
+class StartFailed(msgspec.Struct, tag=True):
+    """The engine cannot serve this base (one sentence for the operator); it exits after sending it."""
+
+    message: str
+
+
+ToEngine = Submit | Abort | Forget | AskResidency
+FromEngine = StepDone | Residency | Ready | StartFailed

@@ -1,0 +1,1 @@
+"""The training companion: it makes the artifacts that the server consumes."""
