@@ -1,0 +1,100 @@
+"""One forward pass a step: rows of many sequences, tasks and lengths in, one token a row out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from adapters_store.patch import BaseSpec
+from server.model import kernels
+from server.model.attention import KVCache, UnsupportedBaseError, page
+from server.model.bank import SlotBank
+from server.model.base import Base, compute_dtype, load_base
+from server.model.batch import Row, Sampled
+from server.model.linear import choose_precision
+from server.model.sampler import sample
+
+
+class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the front tells the model to load, and how large."""
+
+    folder: str
+    name: str
+    precision: str = "auto"
+    device: str = "cpu"
+    num_threads: int = 2
+    kv_cache_bytes: int = 768 * 2**20
+    block_size: int = 32
+    max_sequence_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base that is ready to run."""
+
+    runner: PagedRunner
+    bank: SlotBank
+    spec: BaseSpec
+    eos_token_ids: list[int]
+    max_sequence_tokens: int
+    precision: str
+    load_seconds: float
+
+
+def load(config: RunnerConfig) -> Loaded:
+    """Load, instrument and prove a base. Raises `UnsupportedBaseError` with a sentence for the operator."""
+    began = time.monotonic()
+    kernels.set_num_threads(config.num_threads)
+    precision = choose_precision(config.precision, config.device)
+    base = load_base(Path(config.folder), config.name, precision, config.device)
+    runner = PagedRunner(base, config)
+    most = min(base.spec.max_positions, runner.num_blocks * runner.block_size)
+    if config.max_sequence_tokens is not None:
+        most = min(most, config.max_sequence_tokens)
+    seconds = time.monotonic() - began
+    return Loaded(runner, base.bank, base.spec, base.eos_token_ids, most, precision, seconds)
+
+
+class PagedRunner:
+    """Runs steps over a paged KV cache. `last_logits` [R, vocabulary] are those of the last step's sampled rows."""
+
+    def __init__(self, base: Base, config: RunnerConfig) -> None:
+        if config.block_size % 4:
+            raise UnsupportedBaseError(f"block size {config.block_size} is not a multiple of 4")
+        self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
+        like = torch.empty(0, dtype=compute_dtype(base.precision, base.device), device=base.device)
+        per_block = KVCache.block_bytes(base.layers, config.block_size, like.element_size())
+        self.num_blocks = config.kv_cache_bytes // per_block
+        if self.num_blocks < 2:
+            raise UnsupportedBaseError(f"a KV cache of {config.kv_cache_bytes} bytes holds no 2 blocks of {per_block}")
+        self.cache = KVCache(base.layers, self.num_blocks, config.block_size, like)
+        self.last_logits = torch.empty(0, base.spec.vocab_size)
+
+    @torch.inference_mode()
+    def run(self, rows: list[Row]) -> list[Sampled | None]:
+        """Compute every row's tokens, write their KV, and sample where a row asks for it (else None), in order."""
+        logits = self._forward(rows)
+        self.last_logits = logits
+        sampled = iter(sample(logits, [row for row in rows if row.sampling]))
+        return [next(sampled) if row.sampling else None for row in rows]
+
+    def _forward(self, rows: list[Row]) -> Tensor:
+        device = self.base.device
+        tokens = torch.tensor([token for row in rows for token in row.tokens], device=device)
+        positions = torch.tensor([row.start + i for row in rows for i in range(len(row.tokens))], device=device)
+        wanted, end = [], 0
+        for row in rows:
+            end += len(row.tokens)
+            if row.sampling:
+                wanted.append(end - 1)
+        paged = page(rows, self.cache, self.base.layers[0].num_kv_heads, self.num_threads)
+        self.base.bank.dress(rows)
+        try:
+            return self.base.forward(tokens, positions, torch.tensor(wanted, dtype=torch.long, device=device), paged)
+        finally:
+            self.base.bank.dress([])

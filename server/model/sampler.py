@@ -1,0 +1,113 @@
+"""Choose tokens: each row by its own settings and its own seed, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.model.batch import Logprobs, Row, Sampled, Sampling
+
+NUM_CANDIDATES = 1024  # a sort of the whole vocabulary costs ten times a top-k of this size
+
+
+def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
+    """One token per row from logits [R, vocabulary] in fp32; a row with no finite maximum is an error of that row."""
+    best = logits.argmax(-1).tolist()
+    finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
+    return [
+        _sample_row(logits[index], row, best[index]) if ok else Sampled(error="the logits are not finite")
+        for index, (row, ok) in enumerate(zip(rows, finite.tolist(), strict=True))
+    ]
+
+
+def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:
+    sampling = row.sampling or Sampling()
+    changed = penalise(logits, row, sampling)
+    if sampling.temperature == 0:
+        token = best if changed is logits else int(changed.argmax())
+    else:
+        token = draw(
+            changed / sampling.temperature, sampling, uniform(sampling.seed, len(row.history) - row.num_prompt)
+        )
+    return Sampled(token, None if sampling.logprobs is None else _logprobs(logits, token, sampling.logprobs))
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on the seed and the position of the token in the answer alone (Philox)."""
+    return float(np.random.Generator(np.random.Philox(key=[seed % 2**64, position])).random())
+
+
+def penalise(logits: Tensor, row: Row, sampling: Sampling) -> Tensor:
+    """Apply logit_bias and the penalties to logits [vocabulary]; the same tensor where there are none.
+
+    repetition divides (or multiplies, if negative) the logits of all tokens seen (CTRL, arXiv:1909.05858); presence
+    and frequency subtract for tokens of the answer alone, as OpenAI's API defines them.
+    """
+    output = row.history[row.num_prompt :]
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+    if penalties == (1.0, 0.0, 0.0) and not sampling.logit_bias:
+        return logits
+    logits = logits.clone()
+    if sampling.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(row.history)), device=logits.device)
+        scores = logits[seen]
+        factor = sampling.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / factor, scores * factor)
+    if output:
+        tokens, counts = torch.tensor(output, device=logits.device).unique(return_counts=True)
+        logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sampling.logit_bias:
+        tokens = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        logits[tokens] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    return logits
+
+
+def draw(logits: Tensor, sampling: Sampling, chance: float) -> int:
+    """Invert the distribution function of softmax(logits [vocabulary]), cut by top_k, top_p and min_p, at `chance`.
+
+    The cuts are made in this order, each on what the one before left, as vLLM and transformers make them; equal logits
+    are ordered by token id, so that ties break the same way everywhere.
+    """
+    values, tokens, total = _candidates(logits, sampling)
+    chances = torch.exp(values.double() - total)
+    # top_p keeps the smallest set of best tokens that reaches p; min_p those of at least p times the best's chance.
+    keep = chances >= sampling.min_p * chances.max()
+    if sampling.top_p < 1:
+        keep &= chances.cumsum(-1) - chances < sampling.top_p
+    reached = torch.where(keep, chances, 0.0).cumsum(-1)
+    index = int((reached <= chance * reached[-1]).sum())
+    return int(tokens[min(index, int(keep.nonzero()[-1]))])
+
+
+def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, tokens, and the logsumexp of what they are a part of.
+
+    The top_k, best first; or as many of the best as top_p and min_p can reach; or all, in order of the vocabulary
+    where nothing is cut by rank.
+    """
+    num_tokens = logits.shape[-1]
+    if 0 < sampling.top_k < num_tokens:
+        values, tokens = _sorted_top(logits, sampling.top_k)
+        return values, tokens, torch.logsumexp(values.double(), -1)
+    total = torch.logsumexp(logits.double(), -1)
+    if sampling.top_p == 1:
+        return logits, torch.arange(num_tokens, device=logits.device), total
+    values, tokens = _sorted_top(logits, min(NUM_CANDIDATES, num_tokens))
+    if torch.exp(values.double() - total).sum() < sampling.top_p:
+        values, tokens = logits.sort(descending=True, stable=True)
+    return values, tokens, total
+
+
+def _sorted_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best, best first, ties by token id."""
+    least = logits.topk(count).values[-1]
+    tokens = (logits >= least).nonzero()[:, 0]
+    values, order = logits[tokens].sort(descending=True, stable=True)
+    return values[:count], tokens[order[:count]]
+
+
+def _logprobs(logits: Tensor, token: int, num_top: int) -> Logprobs:
+    scores = torch.log_softmax(logits, -1)
+    values, tokens = scores.topk(num_top)
+    return Logprobs(float(scores[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))
