@@ -11,6 +11,32 @@ import msgspec
 from server.model.batch import Logprobs, Sampling
 
 
+class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """The first frame that the engine reads: what to load (as `server.model.runner.RunnerConfig`) and its limits.
+
+    `blobs` is the folder of the artifacts. `slot_bytes` and `host_bytes` bound the packed adapters at each level;
+    `copy_bytes_per_step` bounds what is copied into slots between two steps (one copy always goes).
+    """
+
+    folder: str
+    name: str
+    blobs: str
+    precision: str = "auto"
+    device: str = "cpu"
+    num_threads: int = 2
+    kv_cache_bytes: int = 768 * 2**20
+    block_size: int = 32
+    max_sequence_tokens: int | None = None
+    max_batch_tokens: int = 512
+    max_running: int = 32
+    max_waiting: int = 1024
+    slot_bytes: int = 512 * 2**20
+    host_bytes: int = 2 * 2**30
+    copy_bytes_per_step: int = 64 * 2**20
+    num_loaders: int = 2
+    is_prefix_cached: bool = True
+
+
 class Hat(msgspec.Struct, frozen=True):
     """One adapter that a sequence wears."""
 

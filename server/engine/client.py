@@ -1,0 +1,332 @@
+"""The seam between the front and the engine: submit -> outputs, abort, residency, stats.
+
+`ProcessEngineClient` keeps an engine process alive: it starts one, and when that one dies it tells every running
+request so at once and starts another, later each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from server.engine import frames
+from server.engine.messages import (
+    Abort,
+    AskResidency,
+    EngineConfig,
+    EngineFailure,
+    Forget,
+    FromEngine,
+    Output,
+    Ready,
+    Residency,
+    StartFailed,
+    Stats,
+    StepDone,
+    Submit,
+    ToEngine,
+)
+
+log = logging.getLogger(__name__)
+
+ENGINE_COMMAND = (sys.executable, "-m", "server.engine.process")
+_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+RESTARTING = EngineFailure("engine_restarting", "the engine died while it ran this request; send it again in a moment")
+
+
+class EngineUnavailable(Exception):  # noqa: N818 - it is a state of the engine, not a fault of the caller
+    """No engine is ready: it is starting, restarting or closed."""
+
+
+class EngineStartError(Exception):
+    """The first engine could not start; the message is for the operator."""
+
+
+class EngineClient(Protocol):
+    """What the front knows of the engine. The fake that ships is `server.engine.fake.FakeEngineClient`."""
+
+    @property
+    def ready(self) -> Ready | None:
+        """The engine's own description; None while it is starting or dead."""
+        ...
+
+    @property
+    def last_error(self) -> str | None:
+        """Why there is no engine, in a sentence for the operator."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """The latest gauges and counters."""
+        ...
+
+    async def start(self) -> None:
+        """Return when the engine is ready. Raises `EngineStartError`."""
+        ...
+
+    async def close(self) -> None:
+        """End the engine; running requests fail with `engine_restarting`."""
+        ...
+
+    def generate(self, submit: Submit) -> AsyncIterator[Output]:
+        """The outputs of one sequence; the last has `finish_reason` or `failure`. Closing the iterator aborts.
+
+        Raises `EngineUnavailable` at the first step where no engine is ready.
+        """
+        ...
+
+    def forget(self, digest: str) -> None:
+        """The artifact was deleted: drop what is kept of it once nothing uses it."""
+        ...
+
+    async def residency(self) -> dict[str, str]:
+        """Where each digest is: `loading`, `host`, `slot` or `failed`; empty without an engine."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """Seconds: how long a client waits for what."""
+
+    first_retry: float = 0.5
+    max_retry: float = 30.0
+    good_life: float = 60.0  # an engine that lived so long starts the back-off anew
+    silence: float = 60.0  # stats come every second, but one step may be long
+    closing: float = 5.0
+
+
+@dataclass
+class _Life:
+    """One engine process and its connection."""
+
+    process: asyncio.subprocess.Process
+    folder: Path
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    decoder: msgspec.msgpack.Decoder[FromEngine] = field(default_factory=lambda: msgspec.msgpack.Decoder(FromEngine))
+
+    async def read(self) -> FromEngine | None:
+        message: FromEngine | None = await frames.read_async(self.reader, self.decoder)
+        return message
+
+    def write(self, message: ToEngine | EngineConfig) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(frames.encode(message))
+
+
+class ProcessEngineClient:
+    """An `EngineClient` over an engine in a process of its own."""
+
+    def __init__(
+        self, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND, patience: Patience | None = None
+    ) -> None:
+        self.config = config
+        self.ready: Ready | None = None
+        self.last_error: str | None = None
+        self.stats = Stats()
+        self.num_starts = 0
+        self._command = tuple(command)
+        self._patience = patience or Patience()
+        self._life: _Life | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._query_ids = itertools.count()
+        self._queries: dict[int, asyncio.Future[dict[str, str]]] = {}
+        self._reapers: set[asyncio.Task[None]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id; None where there is no engine."""
+        return None if self._life is None else self._life.process.pid
+
+    async def start(self) -> None:
+        """Start the first engine and the task that keeps one alive. Raises `EngineStartError`."""
+        life = await self._begin()
+        self._keeper = asyncio.create_task(self._keep(life), name="engine keeper")
+
+    async def close(self) -> None:
+        """End the engine and its keeper; nothing of them is left."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
+        if self._life is not None:  # the keeper was cancelled before its first step
+            await self._drop(self._life)
+        self.last_error = "the engine is closed"
+        await asyncio.gather(*self._reapers)
+
+    async def generate(self, submit: Submit) -> AsyncIterator[Output]:
+        """See `EngineClient.generate`."""
+        if self.ready is None or self._life is None:
+            raise EngineUnavailable(self.last_error or "the engine is starting")
+        queue = self._queues[submit.sequence_id] = asyncio.Queue()
+        is_over = False
+        try:
+            self._life.write(submit)
+            while not is_over:
+                output = await queue.get()
+                is_over = output.finish_reason is not None or output.failure is not None
+                yield output
+        finally:
+            self._queues.pop(submit.sequence_id, None)
+            if not is_over and self._life is not None:
+                self._life.write(Abort(submit.sequence_id))
+
+    def forget(self, digest: str) -> None:
+        """See `EngineClient.forget`."""
+        if self._life is not None:
+            self._life.write(Forget(digest))
+
+    async def residency(self) -> dict[str, str]:
+        """See `EngineClient.residency`."""
+        if self.ready is None or self._life is None:
+            return {}
+        query_id = next(self._query_ids)
+        answer = self._queries[query_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._life.write(AskResidency(query_id))
+            states: dict[str, str] = await answer
+            return states
+        finally:
+            del self._queries[query_id]
+
+    async def _keep(self, first: _Life) -> None:
+        """Serve one engine after another until cancelled."""
+        life: _Life | None = first
+        wait = self._patience.first_retry
+        while True:
+            if life is not None and await self._live(life) >= self._patience.good_life:
+                wait = self._patience.first_retry
+            log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": wait})
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, self._patience.max_retry)
+            life = None
+            with contextlib.suppress(EngineStartError, OSError):  # it is in last_error, and the next try comes
+                life = await self._begin()
+
+    async def _live(self, life: _Life) -> float:
+        """Hand on what the engine says until it is dead; how many seconds that was."""
+        began = time.monotonic()
+        try:
+            while (message := await asyncio.wait_for(life.read(), self._patience.silence)) is not None:
+                self._hand_on(message)
+            self.last_error = "the engine process died"
+        except TimeoutError:
+            self.last_error = f"the engine said nothing for {self._patience.silence:g} s and was ended"
+        except (OSError, msgspec.MsgspecError) as error:
+            self.last_error = f"the connection to the engine broke: {error}"
+        finally:
+            await self._drop(life)
+        return time.monotonic() - began
+
+    async def _drop(self, life: _Life) -> None:
+        self.ready = self._life = None
+        self._fail_running()
+        await self._end(life)
+
+    def _hand_on(self, message: FromEngine) -> None:
+        if isinstance(message, StepDone):
+            self.stats = message.stats
+            for output in message.outputs:
+                if (queue := self._queues.get(output.sequence_id)) is not None:
+                    queue.put_nowait(output)
+        elif isinstance(message, Residency):
+            self._answer(message.query_id, message.states)
+
+    def _answer(self, query_id: int, states: dict[str, str]) -> None:
+        query = self._queries.get(query_id)
+        if query is not None and not query.done():
+            query.set_result(states)
+
+    def _fail_running(self) -> None:
+        for sequence_id, queue in self._queues.items():
+            queue.put_nowait(Output(sequence_id, failure=RESTARTING))
+        for query_id in self._queries:
+            self._answer(query_id, {})
+
+    async def _begin(self) -> _Life:
+        """Start a process and wait until it is ready. Raises `EngineStartError`, and then nothing is left of it."""
+        self.num_starts += 1
+        life = await self._connect()
+        try:
+            life.write(self.config)
+            message = await life.read()
+            if not isinstance(message, Ready):
+                raise EngineStartError(await self._why_not(life, message))
+        except BaseException as error:
+            self.last_error = str(error)
+            await self._end(life)
+            raise
+        self._life, self.ready, self.last_error = life, message, None
+        return life
+
+    @staticmethod
+    async def _why_not(life: _Life, message: FromEngine | None) -> str:
+        if isinstance(message, StartFailed):
+            return message.message
+        return f"the engine process ended with code {await life.process.wait()} before it was ready; see its log"
+
+    async def _connect(self) -> _Life:
+        """Start a process and take its one connection, over a socket that only we can open."""
+        folder = Path(tempfile.mkdtemp(prefix="manyhats-"))
+        path = str(folder / "engine.sock")
+        connected: asyncio.Queue[_Streams] = asyncio.Queue()
+        process = None
+        try:
+            server = await asyncio.start_unix_server(lambda *streams: connected.put_nowait(streams), path)
+            try:
+                process = await asyncio.create_subprocess_exec(*self._command, "--socket", path)
+                return _Life(process, folder, *await self._first_of(connected, process))
+            finally:
+                server.close()
+        except BaseException as error:
+            self.last_error = str(error)
+            await self._remove(process, folder)
+            raise
+
+    @staticmethod
+    async def _first_of(connected: asyncio.Queue[_Streams], process: asyncio.subprocess.Process) -> _Streams:
+        """The process's connection. Raises `EngineStartError` where it ends without one."""
+        connection, death = asyncio.create_task(connected.get()), asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait((connection, death), return_when=asyncio.FIRST_COMPLETED)
+            if not connection.done():
+                raise EngineStartError(f"the engine process ended with code {process.returncode} at once; see its log")
+            return connection.result()
+        finally:
+            connection.cancel()
+            death.cancel()
+
+    async def _end(self, life: _Life) -> None:
+        life.writer.close()
+        await self._remove(life.process, life.folder)
+
+    async def _remove(self, process: asyncio.subprocess.Process | None, folder: Path) -> None:
+        """Remove the folder and reap the process, also where the caller is cancelled meanwhile."""
+        shutil.rmtree(folder, ignore_errors=True)
+        if process is not None:
+            reaper = asyncio.create_task(self._reap(process))
+            self._reapers.add(reaper)
+            reaper.add_done_callback(self._reapers.discard)
+            await asyncio.shield(reaper)
+
+    async def _reap(self, process: asyncio.subprocess.Process) -> None:
+        for end in (process.terminate, process.kill):
+            with contextlib.suppress(ProcessLookupError):
+                end()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), self._patience.closing)
+                return

@@ -1,0 +1,160 @@
+"""A client without an engine: it answers at once, always the same, and needs no process and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from server.engine.client import EngineUnavailable
+from server.engine.messages import EngineFailure, Hat, Output, Ready, SiteShape, Stats, Submit, Timing
+from server.model.batch import Logprobs
+
+
+def fake_ready(**fields: Any) -> Ready:
+    """What a tiny base would say of itself; `fields` override."""
+    defaults: dict[str, Any] = {
+        "name": "fake",
+        "identity": "0" * 64,
+        "architecture": "FakeForCausalLM",
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "max_positions": 512,
+        "linears": {"model.layers.0.self_attn.q_proj": SiteShape(32, 32)},
+        "eos_token_ids": [0],
+        "max_sequence_tokens": 512,
+        "slot_bytes": 2**20,
+        "precision": "fp32",
+        "load_seconds": 0.0,
+    }
+    return Ready(**defaults | fields)
+
+
+def shift_of(hats: tuple[Hat, ...]) -> int:
+    """By how much hats move every token of the echo: 0 for the base, 1 or more for any adapter."""
+    if not hats:
+        return 0
+    worn = ",".join(f"{hat.digest}*{hat.weight!r}" for hat in hats)
+    return 1 + hashlib.sha256(worn.encode()).digest()[0]
+
+
+class FakeEngineClient:
+    """Echoes the prompt's tokens, each moved by `shift_of(hats)` within the vocabulary, then ends ("stop").
+
+    With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
+    (at least one) for a request.
+    `failure` ends every request instead of its first token; `delay_s` passes before each token. What was asked is
+    kept in `submitted`, `aborted` and `forgotten`.
+    """
+
+    def __init__(
+        self,
+        ready: Ready | None = None,
+        *,
+        answer: Callable[[Submit], list[int]] | None = None,
+        delay_s: float = 0.0,
+    ) -> None:
+        self.ready: Ready | None = None
+        self.last_error: str | None = None
+        self.stats = Stats()
+        self.delay_s = delay_s
+        self.failure: EngineFailure | None = None
+        self.submitted: list[Submit] = []
+        self.aborted: list[str] = []
+        self.forgotten: list[str] = []
+        self.states: dict[str, str] = {}
+        self._description = ready or fake_ready()
+        self._answer = answer or self._echo
+        self._died = asyncio.Event()
+
+    async def start(self) -> None:
+        """Be ready."""
+        self.revive()
+
+    async def close(self) -> None:
+        """Be no longer ready; what runs ends as when an engine dies."""
+        self.die()
+
+    def die(self) -> None:
+        """Do what an engine's death does: every running request fails, and none can start."""
+        self.ready = None
+        self._died.set()
+
+    def revive(self) -> None:
+        """Be as a new engine."""
+        self.ready = self._description
+        self._died = asyncio.Event()
+
+    async def generate(self, submit: Submit) -> AsyncIterator[Output]:
+        """One output a token; closing the iterator early is kept in `aborted`."""
+        if self.ready is None:
+            raise EngineUnavailable(self.last_error or "the engine is not ready")
+        self.submitted.append(submit)
+        self.states |= {hat.digest: "slot" for hat in submit.hats}
+        self.stats.num_running += 1
+        is_over = False
+        try:
+            for output in self._outputs(submit):
+                output = await self._unless_dead(output)
+                is_over = output.finish_reason is not None or output.failure is not None
+                yield output
+                if is_over:
+                    return
+        finally:
+            self.stats.num_running -= 1
+            if not is_over:
+                self.aborted.append(submit.sequence_id)
+
+    def forget(self, digest: str) -> None:
+        """Keep the digest in `forgotten`."""
+        self.forgotten.append(digest)
+        self.states.pop(digest, None)
+
+    async def residency(self) -> dict[str, str]:
+        """`states`: every digest that was worn is in a slot; a test may put others there."""
+        return dict(self.states)
+
+    async def _unless_dead(self, output: Output) -> Output:
+        died = self._died
+        if self.delay_s:
+            try:
+                await asyncio.wait_for(died.wait(), self.delay_s)
+            except TimeoutError:
+                return output
+        else:
+            await asyncio.sleep(0)
+        if died.is_set():
+            failure = EngineFailure("engine_restarting", "the engine died while it ran this request; send it again")
+            return Output(output.sequence_id, failure=failure)
+        return output
+
+    def _outputs(self, submit: Submit) -> list[Output]:
+        if self.failure is not None:
+            return [Output(submit.sequence_id, failure=self.failure)]
+        tokens, reason = self._answer(submit)[: submit.sampling.max_tokens], "length"
+        eos = self._description.eos_token_ids
+        if not submit.sampling.ignore_eos and any(token in eos for token in tokens):
+            tokens = tokens[: next(at for at, token in enumerate(tokens) if token in eos) + 1]
+            reason = "stop"
+        outputs = [self._output(submit, token) for token in tokens]
+        outputs[0].timing = Timing(queued_ms=1.0, load_ms=0.0, ttft_ms=2.0)
+        outputs[-1].finish_reason = reason
+        return outputs
+
+    def _output(self, submit: Submit, token: int) -> Output:
+        num_top = submit.sampling.logprobs
+        if num_top is None:
+            return Output(submit.sequence_id, [token])
+        top = [((token + at) % self._description.vocab_size, -0.25 * (at + 1)) for at in range(num_top)]
+        return Output(submit.sequence_id, [token], [Logprobs(-0.25, top)])
+
+    def _echo(self, submit: Submit) -> list[int]:
+        shift, vocab = shift_of(submit.hats), self._description.vocab_size
+        echo = [(token + shift) % vocab for token in submit.prompt]
+        if submit.sampling.ignore_eos:
+            times = -(-submit.sampling.max_tokens // len(echo))
+            return echo * times
+        eos = self._description.eos_token_ids
+        return [token for token in echo if token not in eos] + eos[:1]
