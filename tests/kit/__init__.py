@@ -1,0 +1,1 @@
+"""What tests share: tiny bases, random adapters, a server process."""

@@ -1,0 +1,82 @@
+"""Random LoRA adapters, written by PEFT itself: the folders that users upload."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+NAME = "default"  # PEFT's name of the one adapter in a model
+
+
+def make_lora(
+    folder: Path,
+    base_folder: Path,
+    seed: int = 0,
+    r: int = 8,
+    lora_alpha: int = 16,
+    target_modules: list[str] | str = "all-linear",
+    strength: float = 0.5,
+    **config: Any,
+) -> Path:
+    """Write a random LoRA of `base_folder` as a PEFT folder, the same bytes for the same arguments.
+
+    `config` goes to `LoraConfig`. Both A and B are random: fed with x of scale 1, a site adds about `strength`,
+    whatever its rank and alpha. The base's weights are never read (its modules live on the meta device).
+    """
+    lora = LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=lora_alpha, target_modules=target_modules, **config)
+    model = _wrap(base_folder, lora)
+    randomise(model, seed, strength)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    _sort_config(folder / "adapter_config.json")
+    return folder
+
+
+def _wrap(base_folder: Path, lora: LoraConfig) -> PeftModel:
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder))
+    with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(base, lora)
+
+
+def randomise(model: PeftModel, seed: int, strength: float) -> None:
+    """Fill A and B of every LoRA layer from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in sorted(model.named_modules()):
+        if isinstance(layer, LoraLayer) and NAME in layer.lora_A:
+            _fill(layer, generator, strength)
+
+
+def _fill(layer: LoraLayer, generator: torch.Generator, strength: float) -> None:
+    down, up, rank = layer.lora_A[NAME], layer.lora_B[NAME], layer.r[NAME]
+    gain = strength / (layer.scaling[NAME] * rank**0.5)
+    a = torch.randn(down.weight.shape, generator=generator) / down.in_features**0.5
+    b = torch.randn(up.weight.shape, generator=generator) * gain
+    down.weight, up.weight = nn.Parameter(a), nn.Parameter(b)
+
+
+def _sort_config(path: Path) -> None:
+    """PEFT writes `target_modules` in the order of a set, which differs from run to run."""
+    config = json.loads(path.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def tensors_digest(folder: Path) -> str:
+    """sha256 over the names and bytes of an adapter's tensors: notices drift of what `make_lora` makes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "adapter_model.safetensors").items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
