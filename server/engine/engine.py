@@ -1,0 +1,250 @@
+"""The engine: submit, abort, and a step of three verbs: schedule -> run -> commit."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from copy import copy
+from typing import Generic
+
+from server.engine.adapters import AdapterManager, Budgets, P, SlotBank
+from server.engine.blocks import BlockPool
+from server.engine.messages import EngineConfig, EngineFailure, Output, Stats, StepDone, Submit, Timing
+from server.engine.scheduler import Limits, Plan, Scheduler
+from server.engine.sequence import Sequence
+from server.model.batch import Row, Runner, Sampled
+
+log = logging.getLogger(__name__)
+
+Result = Sampled | EngineFailure | None  # of one row
+
+INTERNAL = EngineFailure("internal", "the engine failed on this request; its log says why")
+
+
+class Engine(Generic[P]):
+    """Runs sequences over one runner and one bank. All methods belong to one thread; `load` runs in others.
+
+    A sequence ends in `_finish` and nowhere else: by a finish, a failure, its deadline or an abort.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        bank: SlotBank[P],
+        load: Callable[[str], P],
+        config: EngineConfig,
+        *,
+        eos_token_ids: list[int],
+        executor: Executor,
+        clock: Callable[[], float],
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.runner = runner
+        self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
+        most = runner.num_blocks * runner.block_size
+        self.max_sequence_tokens = min(most, config.max_sequence_tokens or most)
+        limits = Limits(
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+        )
+        self.scheduler = Scheduler(limits, self.pool)
+        budgets = Budgets(
+            slot_bytes=config.slot_bytes,
+            host_bytes=config.host_bytes,
+            copy_bytes_per_step=config.copy_bytes_per_step,
+            max_loading=config.num_loaders,
+        )
+        self.adapters = AdapterManager(bank, load, budgets, executor, clock, on_loaded)
+        self.sequences: dict[str, Sequence] = {}
+        self._clock, self._eos = clock, frozenset(eos_token_ids)
+        self._outputs: list[Output] = []  # of the step that goes on, or before the next one
+        self._stats = Stats(num_blocks=runner.num_blocks)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence waits or runs, or an output has not been taken yet."""
+        return bool(self.sequences or self._outputs)
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a sequence; one that cannot be served fails with the next step's outputs."""
+        failure = self._refusal(submit)
+        if failure is not None:
+            self._outputs.append(Output(submit.sequence_id, failure=failure))
+            return
+        sequence = self.sequences[submit.sequence_id] = Sequence.of(submit)
+        self.adapters.use(sequence.digests)
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence_id: str) -> None:
+        """Free a sequence and answer nothing; one that has ended already is no error."""
+        if sequence_id in self.sequences:
+            self._finish(self.sequences[sequence_id])
+
+    def forget(self, digest: str) -> None:
+        """The artifact was deleted: keep nothing of it once nothing uses it."""
+        self.adapters.forget(digest)
+
+    def step(self) -> StepDone | None:
+        """Compute the next tokens of the sequences that can run; None where nothing was computed and nothing ended."""
+        plan = self._schedule()
+        if plan.rows:
+            began = self._clock()
+            sampled = self._run(plan)
+            self._commit(plan, sampled)
+            self._stats.step_seconds_total += self._clock() - began
+        if not plan.rows and not self._outputs:
+            return None
+        outputs, self._outputs = self._outputs, []
+        return StepDone(outputs, self.stats())
+
+    def stats(self) -> Stats:
+        """Gauges as they are now, and the counters."""
+        stats, pool, adapters = self._stats, self.pool, self.adapters
+        stats.num_running, stats.num_waiting = len(self.scheduler.running), self.scheduler.num_waiting
+        stats.num_blocks_used, stats.num_blocks_cached = pool.num_blocks - pool.num_free, pool.num_cached
+        stats.slot_bytes_used, stats.num_slots = adapters.slots.used, len(adapters.slots.sizes)
+        stats.host_bytes_used, stats.num_host = adapters.host.used, len(adapters.host.sizes)
+        stats.num_pins = adapters.num_pins
+        stats.loads_total, stats.load_seconds_total = adapters.loads_total, adapters.load_seconds_total
+        stats.load_failures_total, stats.evictions_total = adapters.load_failures_total, adapters.evictions_total
+        return copy(stats)  # another thread encodes it
+
+    def assert_consistent(self) -> None:
+        """Raise `InvariantError` unless blocks, pins and users are those of the sequences that are here."""
+        self.pool.assert_consistent(sequence.table for sequence in self.sequences.values())
+        users = Counter(digest for sequence in self.sequences.values() for digest in sequence.digests)
+        pinned = [sequence for sequence in self.sequences.values() if sequence.first_admitted is not None]
+        pins = Counter(digest for sequence in pinned for digest in sequence.digests)
+        self.adapters.assert_consistent(pins, users)
+
+    def _refusal(self, submit: Submit) -> EngineFailure | None:
+        """Why a sequence cannot even queue. The front refuses the malformed before; this is the engine's own guard."""
+        num_tokens, most = len(submit.prompt), self.max_sequence_tokens
+        if not 0 < num_tokens < most or submit.sampling.max_tokens < 1:
+            message = f"a prompt of {num_tokens} tokens for {submit.sampling.max_tokens} more; between 1 and {most} fit"
+            return EngineFailure("internal", message)
+        if submit.sequence_id in self.sequences:
+            return EngineFailure("internal", f"a sequence {submit.sequence_id} runs already")
+        if self.scheduler.is_full:
+            most = self.scheduler.limits.max_waiting
+            return EngineFailure("overloaded", f"{most} requests wait already; try again in a moment")
+        return self.adapters.refusal(tuple(hat.digest for hat in submit.hats))
+
+    def _schedule(self) -> Plan:
+        now, scheduler = self._clock(), self.scheduler
+        self._end_late(now)
+        self._advance_adapters()
+        plan = scheduler.plan(self.adapters, now)
+        for sequence in plan.admitted:
+            self.adapters.pin(sequence.digests)
+            self._stats.cache_query_tokens_total += sequence.num_prompt
+            self._stats.cache_hit_tokens_total += sequence.num_cached
+        self._stats.preemptions_total += plan.num_preempted
+        return plan
+
+    def _end_late(self, now: float) -> None:
+        for sequence in [sequence for sequence in self.sequences.values() if sequence.deadline <= now]:
+            self._fail(sequence, EngineFailure("deadline_exceeded", "the request did not end before its deadline"))
+
+    def _advance_adapters(self) -> None:
+        """Copies are bounded by the rows that are free: nobody else could wear what is copied.
+
+        Their time is a stall where sequences run, for these wait meanwhile; loading stalls nobody.
+        """
+        scheduler, adapters = self.scheduler, self.adapters
+        before = adapters.copy_seconds_total
+        num_free_rows = scheduler.limits.max_running - len(scheduler.running)
+        has_news = adapters.advance(scheduler.wanted(), num_free_rows)
+        if scheduler.running:
+            self._stats.stall_seconds_total += adapters.copy_seconds_total - before
+        for sequence in list(scheduler.waiting()) if has_news else ():
+            if sequence.first_admitted is None and (failure := adapters.refusal(sequence.digests)):
+                self._fail(sequence, failure)
+
+    def _run(self, plan: Plan) -> Iterable[Result]:
+        """One forward pass. Where it raises, each row runs alone, and only those that raise alone fail."""
+        rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.rows]
+        self._stats.steps_total += 1
+        self._stats.rows_total += len(rows)
+        self._stats.tokens_total += plan.num_tokens
+        try:
+            return self.runner.run(rows)
+        except Exception:
+            log.exception("a step raised; its rows run one by one", extra={"num_rows": len(rows)})
+        return [self._run_alone(row) for row in rows]
+
+    def _run_alone(self, row: Row) -> Result:
+        try:
+            return self.runner.run([row])[0]
+        except Exception:
+            log.exception("a row raised alone")
+            return INTERNAL
+
+    def _row(self, sequence: Sequence, num_tokens: int) -> Row:
+        start, end = sequence.num_computed, sequence.num_computed + num_tokens
+        is_last = end == len(sequence.tokens)
+        return Row(
+            tokens=sequence.tokens[start:end],
+            start=start,
+            blocks=sequence.table.blocks,
+            hats=tuple((self.adapters.slot(hat.digest), hat.weight) for hat in sequence.hats),
+            sampling=sequence.sampling if is_last else None,
+            history=sequence.tokens if is_last else sequence.tokens[:end],
+            num_prompt=sequence.num_prompt,
+        )
+
+    def _commit(self, plan: Plan, results: Iterable[Result]) -> None:
+        now = self._clock()
+        for (sequence, num_tokens), result in zip(plan.rows, results, strict=True):
+            failure = self._row_failure(sequence, result)
+            if failure is not None:
+                self._fail(sequence, failure)
+                continue
+            sequence.num_computed += num_tokens
+            self.pool.publish(sequence.table, sequence.tokens, sequence.num_computed)
+            if isinstance(result, Sampled):
+                self._append(sequence, result, now)
+
+    @staticmethod
+    def _row_failure(sequence: Sequence, result: Result) -> EngineFailure | None:
+        if isinstance(result, Sampled) and result.error is not None:
+            worn = ", ".join(digest[:12] for digest in sequence.digests) or "none (the base)"
+            return EngineFailure("nonfinite_logits", f"{result.error}; adapters: {worn}")
+        return result if isinstance(result, EngineFailure) else None
+
+    def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
+        sequence.tokens.append(sampled.token)
+        output = Output(sequence.id, [sampled.token], cached_tokens=sequence.num_cached)
+        if sampled.logprobs is not None:
+            output.logprobs = [sampled.logprobs]
+        if sequence.num_output == 1:
+            output.timing = self._timing(sequence, now)
+        output.finish_reason = self._finish_reason(sequence, sampled.token)
+        self._outputs.append(output)
+        if output.finish_reason is not None:
+            self._finish(sequence)
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
+        if token in self._eos and not sequence.sampling.ignore_eos:
+            return "stop"
+        is_full = len(sequence.tokens) >= self.max_sequence_tokens
+        return "length" if is_full or sequence.num_output >= sequence.sampling.max_tokens else None
+
+    @staticmethod
+    def _timing(sequence: Sequence, now: float) -> Timing:
+        admitted = now if sequence.first_admitted is None else sequence.first_admitted
+        queued = admitted - sequence.arrived - sequence.load_seconds
+        return Timing(1e3 * max(0.0, queued), 1e3 * sequence.load_seconds, 1e3 * (now - sequence.arrived))
+
+    def _fail(self, sequence: Sequence, failure: EngineFailure) -> None:
+        self._outputs.append(Output(sequence.id, failure=failure))
+        self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        """The one way out: blocks, pins and users go back."""
+        self.scheduler.remove(sequence)
+        self.adapters.release(sequence.digests, is_pinned=sequence.first_admitted is not None)
+        del self.sequences[sequence.id]

@@ -1,0 +1,258 @@
+"""The engine's own process: `python -m server.engine.process --socket PATH`.
+
+It connects to the front's socket, reads an `EngineConfig`, loads, says `Ready` or `StartFailed`, and then steps for as
+long as the front is there. A thread reads frames, a thread writes them, and the engine has the main thread. It reads
+no environment, and it ends when the socket closes: there are no orphans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from server.engine import frames
+from server.engine.engine import Engine
+from server.engine.messages import (
+    Abort,
+    AskResidency,
+    EngineConfig,
+    Forget,
+    FromEngine,
+    Ready,
+    Residency,
+    SiteShape,
+    StartFailed,
+    StepDone,
+    Submit,
+    ToEngine,
+)
+
+log = logging.getLogger(__name__)
+
+STATS_EVERY_S = 1.0
+WAIT_FOR_ADAPTERS_S = 0.05  # deadlines are looked at so often where everything waits for adapters
+LEAVE_WITHIN_S = 5.0  # after the front has gone, whatever the main thread is doing
+
+OnLoaded = Callable[[], None]
+Build = Callable[[EngineConfig, OnLoaded], tuple[Ready, Engine[Any]]]
+
+
+class Signal(Enum):
+    """What the inbox holds beside messages."""
+
+    WAKE = "an adapter was loaded"
+    CLOSED = "the front has gone"
+
+
+def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]]:
+    """The real engine: base, bank and the store's artifacts. The heavy imports are here, so that fakes need none."""
+    from adapters_store.blobs import Blobs
+    from adapters_store.methods import compile_patch
+    from server.model.bank import Packed
+    from server.model.runner import RunnerConfig, load
+
+    loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
+    blobs = Blobs(config.blobs)
+
+    def load_adapter(digest: str) -> Packed:
+        return loaded.bank.pack(compile_patch(blobs.read(digest), loaded.spec))
+
+    engine = Engine(
+        loaded.runner,
+        loaded.bank,
+        load_adapter,
+        msgspec.structs.replace(config, max_sequence_tokens=loaded.max_sequence_tokens),
+        eos_token_ids=loaded.eos_token_ids,
+        executor=ThreadPoolExecutor(config.num_loaders, "loader"),
+        clock=time.monotonic,
+        on_loaded=on_loaded,
+    )
+    spec = loaded.spec
+    ready = Ready(
+        name=spec.name,
+        identity=spec.identity,
+        architecture=spec.architecture,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        num_layers=spec.num_layers,
+        max_positions=spec.max_positions,
+        linears={site: SiteShape(shape.in_features, shape.out_features) for site, shape in spec.linears.items()},
+        eos_token_ids=loaded.eos_token_ids,
+        max_sequence_tokens=engine.max_sequence_tokens,
+        slot_bytes=config.slot_bytes,
+        precision=loaded.precision,
+        load_seconds=loaded.load_seconds,
+    )
+    return ready, engine
+
+
+class Connection:
+    """The front's socket with a thread for each direction; `inbox` is what came in."""
+
+    def __init__(self, path: str) -> None:
+        self.inbox: queue.SimpleQueue[ToEngine | Signal] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(path)
+        self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
+
+    def start(self) -> EngineConfig | None:
+        """The first frame; then start both threads. None where the front has gone already."""
+        config: EngineConfig | None = frames.read(self._socket, msgspec.msgpack.Decoder(EngineConfig))
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._writer.start()
+        return config
+
+    def send(self, message: FromEngine) -> None:
+        """Hand a message to the writer."""
+        self._outbox.put(message)
+
+    def wake(self) -> None:
+        """Wake whoever waits for the inbox; from any thread."""
+        self.inbox.put(Signal.WAKE)
+
+    def close(self) -> None:
+        """Write what is left, then close."""
+        self._outbox.put(None)
+        self._writer.join(LEAVE_WITHIN_S)
+        self._socket.close()
+
+    def _read(self) -> None:
+        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        try:
+            while (message := frames.read(self._socket, decoder)) is not None:
+                self.inbox.put(message)
+        except (OSError, msgspec.MsgspecError) as error:
+            log.error("the connection to the front broke", extra={"reason": str(error)})
+        self.inbox.put(Signal.CLOSED)
+        time.sleep(LEAVE_WITHIN_S)  # a daemon: it ends sooner with the main thread
+        os._exit(1)  # the main thread is stuck in a load or a step; nobody is there to wait for it
+
+    def _write(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                self._socket.sendall(frames.encode(message))
+        except OSError:
+            log.info("the front went away while it was written to")
+
+
+class Service:
+    """Feeds the engine from a connection, and the connection from the engine."""
+
+    def __init__(self, engine: Engine[Any], connection: Connection) -> None:
+        self.engine, self.connection = engine, connection
+        self._stats_due = 0.0
+
+    def run(self) -> None:
+        """Step until the front has gone."""
+        timeout = 0.0
+        while True:
+            for message in self._inbox(timeout):
+                if message is Signal.CLOSED:
+                    return
+                self._handle(message)
+            done = self.engine.step()
+            timeout = self._timeout(is_idle=done is None)
+            if done is None:
+                done = self._idle()
+            if done is not None:
+                self._stats_due = time.monotonic() + STATS_EVERY_S
+                self.connection.send(done)
+
+    def _inbox(self, timeout: float) -> Iterator[ToEngine | Signal]:
+        """All that is there; the first is waited for."""
+        try:
+            yield self.connection.inbox.get(timeout > 0, timeout or None)
+            while True:
+                yield self.connection.inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _timeout(self, is_idle: bool) -> float:
+        if not is_idle:
+            return 0.0
+        return WAIT_FOR_ADAPTERS_S if self.engine.has_work else max(0.001, self._stats_due - time.monotonic())
+
+    def _idle(self) -> StepDone | None:
+        """Once a second: stats, and the books are checked."""
+        if time.monotonic() < self._stats_due:
+            return None
+        self.engine.assert_consistent()
+        return StepDone([], self.engine.stats())
+
+    def _handle(self, message: ToEngine | Signal) -> None:
+        match message:
+            case Submit():
+                self.engine.submit(message)
+            case Abort():
+                self.engine.abort(message.sequence_id)
+            case Forget():
+                self.engine.forget(message.digest)
+            case AskResidency():
+                self.connection.send(Residency(message.query_id, self.engine.adapters.states()))
+            case Signal():
+                pass
+
+
+def serve(path: str, build: Build) -> int:
+    """Load and serve until the front has gone; the exit code."""
+    connection = Connection(path)
+    config = connection.start()
+    if config is None:
+        return 0
+    try:
+        ready, engine = build(config, connection.wake)
+    except Exception as error:
+        log.exception("the engine could not start")
+        connection.send(StartFailed(str(error) or type(error).__name__))
+        connection.close()
+        return 1
+    connection.send(ready)
+    log.info("the engine is ready", extra={"base": ready.name, "load_seconds": round(ready.load_seconds, 3)})
+    Service(engine, connection).run()
+    return 0
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and whatever `extra` gave."""
+
+    _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See the class."""
+        line = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
+        line |= {"message": record.getMessage(), "pid": os.getpid()}
+        line |= {name: value for name, value in vars(record).items() if name not in self._KNOWN}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def main(arguments: list[str] | None = None, build: Build = build) -> int:
+    """The command; `build` makes the engine (a test gives its own)."""
+    parser = argparse.ArgumentParser(prog="python -m server.engine.process", description=__doc__)
+    parser.add_argument("--socket", required=True, help="the unix socket of the front")
+    path = parser.parse_args(arguments).socket
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
+    return serve(path, build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""One generation in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from server.engine.blocks import BlockTable, root_key
+from server.engine.messages import Hat, Submit
+from server.model.batch import Sampling
+
+
+class State(Enum):
+    """Where a sequence is; it never leaves FINISHED."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what was made of it so far.
+
+    Prefill and decode are one thing: whatever of `tokens` has no KV yet is the remainder, and the next token is
+    sampled in the step that leaves none. A preempted sequence is one whose remainder is everything again.
+    """
+
+    id: str
+    namespace: str
+    hats: tuple[Hat, ...]
+    tokens: list[int]  # the prompt, then the output
+    num_prompt: int
+    sampling: Sampling
+    deadline: float
+    arrived: float
+    table: BlockTable
+    digests: tuple[str, ...]
+    state: State = State.WAITING
+    is_preempted: bool = False
+    num_computed: int = 0
+    num_cached: int = 0  # of the prompt, found computed when it was first admitted
+    num_charged: int = 0  # tokens that its namespace was charged for
+    first_admitted: float | None = None
+    skipped_since: float | None = None  # waiting for an adapter since then
+    skipped_at: int | None = None  # how many others with hats had been admitted when it first lacked only a slot
+    load_seconds: float = field(default=0.0)
+
+    @classmethod
+    def of(cls, submit: Submit) -> Sequence:
+        """The sequence that a request asks for."""
+        return cls(
+            id=submit.sequence_id,
+            namespace=submit.namespace,
+            hats=submit.hats,
+            tokens=list(submit.prompt),
+            num_prompt=len(submit.prompt),
+            sampling=submit.sampling,
+            deadline=submit.deadline,
+            arrived=submit.arrived,
+            table=BlockTable(root_key(submit.namespace, ((hat.digest, hat.weight) for hat in submit.hats))),
+            digests=tuple(dict.fromkeys(hat.digest for hat in submit.hats)),
+        )
+
+    @property
+    def remainder(self) -> int:
+        """How many of its tokens have no KV yet; at least 1 until it is finished."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - self.num_prompt

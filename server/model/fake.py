@@ -1,0 +1,148 @@
+"""A model without torch that notices every wrong context.
+
+The fake KV of a position is a hash over the hats and all tokens up to it, as the true one is. Before a step computes
+anything it recomputes that chain and compares it with what lies in the row's blocks: stale, crossed or missing KV
+raises. The next token is a hash of the whole context too, so that a wrong answer cannot look right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from server.model.batch import Logprobs, Row, Sampled, Sampling
+
+
+class FakeKVError(AssertionError):
+    """A row read or wrote KV that is not its own."""
+
+
+@dataclass(frozen=True)
+class FakePacked:
+    """A patch without tensors."""
+
+    digest: str
+    num_bytes: int
+
+
+class FakeBank:
+    """Slots that remember whose they are; used ones are given out again first, so that staleness shows."""
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.slot_bytes = slot_bytes
+        self.slots: dict[int, FakePacked] = {}
+
+    def put(self, packed: FakePacked) -> int:
+        """The lowest free slot. Raises `MemoryError` beyond `slot_bytes`."""
+        if sum(held.num_bytes for held in self.slots.values()) + packed.num_bytes > self.slot_bytes:
+            raise MemoryError(f"{packed.num_bytes} bytes do not fit")
+        slot = next(number for number in range(len(self.slots) + 1) if number not in self.slots)
+        self.slots[slot] = packed
+        return slot
+
+    def drop(self, slot: int) -> None:
+        """Free a slot."""
+        del self.slots[slot]
+
+
+def chain_start(hats: Iterable[tuple[str, float]]) -> int:
+    """The hash before the first position: it depends on (digest, weight) of each hat, in order."""
+    return int.from_bytes(hashlib.sha256(repr(list(hats)).encode()).digest()[:7], "big")
+
+
+def chain(start: int, tokens: Iterable[int]) -> list[int]:
+    """The fake KV of `tokens` that follow a position whose fake KV is `start`."""
+    cells = []
+    for token in tokens:
+        start = hash((start, token))  # of whole numbers: the same in every process
+        cells.append(start)
+    return cells
+
+
+def choose(cell: int, sampling: Sampling, vocab_size: int) -> int:
+    """The token after a position with this KV; the seed counts where the temperature is above 0."""
+    seed = sampling.seed if sampling.temperature > 0 else -1
+    return int.from_bytes(hashlib.sha256(f"{cell},{seed}".encode()).digest()[:7], "big") % vocab_size
+
+
+class FakeRunner:
+    """A `Runner` over a fake KV cache.
+
+    A batch that holds a token of `raises_on` raises; a row that wears a digest of `nonfinite_on` has an error.
+    `step_seconds` is how long each step takes.
+    """
+
+    def __init__(
+        self,
+        bank: FakeBank,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        vocab_size: int = 512,
+        step_seconds: float = 0.0,
+    ) -> None:
+        self.bank, self.num_blocks, self.block_size, self.vocab_size = bank, num_blocks, block_size, vocab_size
+        self.step_seconds = step_seconds
+        self.raises_on: set[int] = set()
+        self.nonfinite_on: set[str] = set()
+        self.batches: list[int] = []  # the number of rows of each step
+        self._cells: list[int | None] = [None] * (num_blocks * block_size)
+
+    def run(self, rows: list[Row]) -> list[Sampled | None]:
+        """See `Runner.run`. Raises `FakeKVError` where a row's KV is not what its own tokens and hats made."""
+        time.sleep(self.step_seconds)
+        self.batches.append(len(rows))
+        if any(token in self.raises_on for row in rows for token in row.tokens):
+            raise RuntimeError("a token that raises")
+        written: set[int] = set()
+        lasts = [self._write(row, written) for row in rows]
+        return [self._sample(row, last) for row, last in zip(rows, lasts, strict=True)]
+
+    def _write(self, row: Row, written: set[int]) -> int:
+        """Check a row's past, write its tokens' KV, and return that of its last token."""
+        if row.history[row.start :] != row.tokens:
+            raise FakeKVError("the history does not end with the row's tokens")
+        hats = [(self.bank.slots[slot].digest, weight) for slot, weight in row.hats]
+        cells = chain(chain_start(hats), row.history)
+        places = [
+            row.blocks[at // self.block_size] * self.block_size + at % self.block_size for at in range(len(cells))
+        ]
+        if [self._cells[place] for place in places[: row.start]] != cells[: row.start]:
+            raise FakeKVError(f"positions before {row.start} hold the KV of other tokens or hats")
+        if not written.isdisjoint(places):
+            raise FakeKVError("two rows of a step share a block that one of them writes")
+        written.update(places[row.start :])
+        for place, cell in zip(places[row.start :], cells[row.start :], strict=True):
+            self._cells[place] = cell
+        return cells[-1]
+
+    def _sample(self, row: Row, last: int) -> Sampled | None:
+        if row.sampling is None:
+            return None
+        digests = {self.bank.slots[slot].digest for slot, _ in row.hats}
+        if digests & self.nonfinite_on:
+            return Sampled(error="the logits are not finite")
+        num_top, token = row.sampling.logprobs, choose(last, row.sampling, self.vocab_size)
+        return Sampled(token, None if num_top is None else Logprobs(-0.25, [(token, -0.25)] * num_top))
+
+
+def answer_alone(
+    prompt: Sequence[int],
+    hats: Iterable[tuple[str, float]],
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    eos_token_ids: Iterable[int],
+    max_sequence_tokens: int,
+) -> tuple[list[int], str]:
+    """The tokens and the finish reason that a request must get, whatever else runs."""
+    cell, output, eos = chain(chain_start(hats), prompt)[-1], [], set(eos_token_ids)
+    while True:
+        token = choose(cell, sampling, vocab_size)
+        output.append(token)
+        cell = chain(cell, [token])[-1]
+        if token in eos and not sampling.ignore_eos:
+            return output, "stop"
+        if len(output) >= sampling.max_tokens or len(prompt) + len(output) >= max_sequence_tokens:
+            return output, "length"
