@@ -74,9 +74,10 @@ def _sort_config(path: Path) -> None:
 
 
 def tensors_digest(folder: Path) -> str:
-    """sha256 over the names and bytes of an adapter's tensors: notices drift of what `make_lora` makes."""
+    """sha256 over the names and bytes of a folder's tensors: notices drift of what is made from a seed."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(folder / "adapter_model.safetensors").items()):
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.numpy().tobytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in sorted(load_file(path).items()):
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.numpy())
     return digest.hexdigest()

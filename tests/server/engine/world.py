@@ -1,0 +1,195 @@
+"""An engine over fakes whose clock, loads and randomness belong to the test."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.engine.engine import Engine
+from server.engine.messages import EngineConfig, EngineFailure, Hat, Output, StepDone, Submit
+from server.model.batch import Sampling
+from server.model.fake import FakeBank, FakePacked, FakeRunner, answer_alone
+
+EOS = [7]
+DIGEST_BYTES = 10
+
+
+def digest_of(number: int) -> str:
+    """A digest for a number; adapters 0, 1, 2 … differ from their first letter on."""
+    return f"{number:08d}" * 8
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class LateExecutor(Executor):
+    """Runs a job when told to."""
+
+    def __init__(self) -> None:
+        self.jobs: deque[Callable[[], object]] = deque()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.jobs.append(lambda: fn(*args, **kwargs))
+        return Future()
+
+    def run_one(self) -> None:
+        """Run the oldest job."""
+        self.jobs.popleft()()
+
+    def run_all(self) -> None:
+        """Run what is queued."""
+        while self.jobs:
+            self.run_one()
+
+
+class Loader:
+    """Makes fake patches; a digest in `errors` raises, one in `sizes` is not of `DIGEST_BYTES`."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.errors: dict[str, Exception] = {}
+        self.loaded: list[str] = []
+
+    def __call__(self, digest: str) -> FakePacked:
+        self.loaded.append(digest)
+        if digest in self.errors:
+            raise self.errors[digest]
+        return FakePacked(digest, self.sizes.get(digest, DIGEST_BYTES))
+
+
+def config(**fields: Any) -> EngineConfig:
+    """Small limits, so that everything runs out."""
+    small: dict[str, Any] = {
+        "folder": "-",
+        "name": "fake",
+        "blobs": "-",
+        "max_batch_tokens": 16,
+        "max_running": 8,
+        "max_waiting": 1000,
+        "slot_bytes": 4 * DIGEST_BYTES,
+        "host_bytes": 8 * DIGEST_BYTES,
+        "copy_bytes_per_step": 2 * DIGEST_BYTES,
+    }
+    return EngineConfig(**small | fields)
+
+
+@dataclass
+class Answer:
+    """What one request got."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    failure: EngineFailure | None = None
+    outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return self.finish_reason is not None or self.failure is not None
+
+    def add(self, output: Output) -> None:
+        """Take the next output; nothing may follow the last."""
+        assert not self.is_over, "an output after the last one"
+        self.tokens += output.token_ids
+        self.finish_reason, self.failure = output.finish_reason, output.failure
+        self.outputs.append(output)
+
+
+class World:
+    """One engine, its fakes, and the answers so far."""
+
+    def __init__(self, *, num_blocks: int = 64, block_size: int = 4, vocab_size: int = 512, **fields: Any) -> None:
+        self.config = config(**fields)
+        self.clock, self.executor, self.loader = Clock(), LateExecutor(), Loader()
+        self.bank = FakeBank(self.config.slot_bytes)
+        self.runner = FakeRunner(self.bank, num_blocks, block_size, vocab_size)
+        self.engine: Engine[FakePacked] = Engine(
+            self.runner,
+            self.bank,
+            self.loader,
+            self.config,
+            eos_token_ids=EOS,
+            executor=self.executor,
+            clock=self.clock,
+        )
+        self.requests: dict[str, Submit] = {}
+        self.answers: dict[str, Answer] = {}
+
+    def submit(
+        self,
+        prompt: list[int],
+        *numbers: int | tuple[int, float],
+        namespace: str = "t",
+        timeout: float = 1e9,
+        **sampling: Any,
+    ) -> str:
+        """Ask; the hats are numbers of adapters, with or without a weight."""
+        hats = tuple(
+            Hat(digest_of(number), 1.0) if isinstance(number, int) else Hat(digest_of(number[0]), number[1])
+            for number in numbers
+        )
+        name = f"r{len(self.requests)}"
+        deadline = self.clock.now + timeout
+        request = Submit(name, namespace, prompt, Sampling(**sampling), deadline, self.clock.now, hats)
+        self.requests[name], self.answers[name] = request, Answer()
+        self.engine.submit(request)
+        return name
+
+    def step(self, seconds: float = 0.01) -> StepDone | None:
+        """One step; the books are checked after each."""
+        self.clock.now += seconds
+        done = self.engine.step()
+        for output in done.outputs if done else ():
+            self.answers[output.sequence_id].add(output)
+        self.engine.assert_consistent()
+        return done
+
+    def run(self, max_steps: int = 100_000, is_loading: bool = True) -> None:
+        """Step until nothing is left."""
+        for _ in range(max_steps):
+            if not self.engine.has_work:
+                return
+            if is_loading:
+                self.executor.run_all()
+            self.step()
+        raise AssertionError(f"{len(self.engine.sequences)} sequences are left after {max_steps} steps")
+
+    def alone(self, name: str) -> tuple[list[int], str]:
+        """What the request must get."""
+        request = self.requests[name]
+        return answer_alone(
+            request.prompt,
+            [(hat.digest, hat.weight) for hat in request.hats],
+            request.sampling,
+            vocab_size=self.runner.vocab_size,
+            eos_token_ids=EOS,
+            max_sequence_tokens=self.engine.max_sequence_tokens,
+        )
+
+    def is_right(self, name: str) -> bool:
+        """Whether the request got what it gets alone."""
+        answer = self.answers[name]
+        return answer.failure is None and (answer.tokens, answer.finish_reason) == self.alone(name)
+
+    def assert_at_rest(self) -> None:
+        """Nothing is held: no block, pin, user; and the bank holds what the books say."""
+        stats = self.engine.stats()
+        assert (stats.num_running, stats.num_waiting, stats.num_blocks_used, stats.num_pins) == (0, 0, 0, 0)
+        assert not self.engine.sequences
+        assert sorted(packed.digest for packed in self.bank.slots.values()) == sorted(self.engine.adapters.slots.sizes)
+        self.engine.assert_consistent()
+
+
+def prompt_of(random_: random.Random, num_tokens: int, vocab_size: int = 512) -> list[int]:
+    """Random tokens without the end-of-sequence token."""
+    return [random_.randrange(8, vocab_size) for _ in range(num_tokens)]
