@@ -1,0 +1,398 @@
+import random
+
+import pytest
+
+from server.engine.messages import EngineFailure
+from tests.server.engine.world import DIGEST_BYTES, EOS, World, digest_of, prompt_of
+
+PROMPT = [10, 11, 12, 13, 14]
+
+
+def code(world: World, name: str) -> str | None:
+    failure = world.answers[name].failure
+    return None if failure is None else failure.code
+
+
+def test_base_and_adapters_share_a_step() -> None:
+    """Rows with no hat, one and two run in one forward pass, each as it would alone."""
+    world = World(max_batch_tokens=64)
+    names = [
+        world.submit(PROMPT, *hats, max_tokens=9, ignore_eos=True) for hats in ((), (1,), (2,), ((1, 0.5), (2, 0.5)))
+    ]
+    world.executor.run_all()
+    world.run()
+    assert max(world.runner.batches) == 4
+    assert all(world.is_right(name) for name in names)
+    assert len({tuple(world.answers[name].tokens) for name in names}) == 4
+
+
+def test_hats_take_turns_in_slots() -> None:
+    """none, A, B, none, and B alone in A's old slot: no answer is another hat's."""
+    world = World(slot_bytes=DIGEST_BYTES)
+    for hats in ((), (1,), (2,), (), (1,)):
+        name = world.submit(PROMPT, *hats, max_tokens=5)
+        world.run()
+        assert world.is_right(name)
+
+
+def test_eos_ends_with_stop_and_is_shown() -> None:
+    """The end-of-sequence token ends a sequence, is its last token, and with ignore_eos is one like any other."""
+    world = World(vocab_size=10)
+    stopped = world.submit(PROMPT, max_tokens=500)
+    going_on = world.submit(PROMPT, max_tokens=60, ignore_eos=True)
+    world.run()
+    assert world.answers[stopped].finish_reason == "stop"
+    assert world.answers[stopped].tokens[-1] in EOS
+    assert set(EOS).isdisjoint(world.answers[stopped].tokens[:-1])
+    assert world.answers[going_on].finish_reason == "length"
+    assert len(world.answers[going_on].tokens) == 60
+
+
+def test_context_limit_ends_with_length() -> None:
+    """A sequence that fills the context, or the whole KV cache, ends with "length" and every token that fits."""
+    world = World(num_blocks=5, block_size=4, max_sequence_tokens=18)
+    name = world.submit(PROMPT, max_tokens=500, ignore_eos=True)
+    world.run()
+    assert (len(world.answers[name].tokens), world.answers[name].finish_reason) == (13, "length")
+    world = World(num_blocks=5, block_size=4)
+    name = world.submit(PROMPT, max_tokens=500, ignore_eos=True)
+    world.run()
+    assert (len(world.answers[name].tokens), world.answers[name].finish_reason) == (15, "length")
+
+
+@pytest.mark.parametrize("prompt", [[], list(range(256)), list(range(300))])
+def test_prompt_that_cannot_fit_is_refused_at_once(prompt: list[int]) -> None:
+    """No prompt, and one that leaves no room for a token, fail without a step; both numbers are in the sentence."""
+    world = World(num_blocks=64, block_size=4)
+    name = world.submit(prompt)
+    assert world.step() is not None
+    assert code(world, name) == "internal"
+    failure = world.answers[name].failure
+    assert failure and str(len(prompt)) in failure.message and "256" in failure.message
+    assert world.runner.batches == []
+
+
+def test_queue_is_bounded() -> None:
+    """Beyond max_waiting a request fails with `overloaded`; the others are served."""
+    world = World(max_waiting=3)
+    names = [world.submit(PROMPT, max_tokens=2) for _ in range(5)]
+    world.run()
+    assert [code(world, name) for name in names] == [None] * 3 + ["overloaded"] * 2
+
+
+def test_one_request_cannot_run_twice() -> None:
+    """A second sequence of the same id fails; no book is harmed."""
+    world = World()
+    name = world.submit(PROMPT, max_tokens=2)
+    world.engine.submit(world.requests[name])
+    done = world.engine.step()
+    assert done and [output.failure.code for output in done.outputs if output.failure] == ["internal"]
+
+
+def test_deadline_ends_running_and_waiting() -> None:
+    """Past its deadline a sequence fails with `deadline_exceeded`, also one that waits for an adapter."""
+    world = World()
+    running = world.submit(PROMPT, max_tokens=200, timeout=0.105, ignore_eos=True)
+    loading = world.submit(PROMPT, 1, timeout=0.105)
+    world.run(is_loading=False)
+    assert code(world, running) == code(world, loading) == "deadline_exceeded"
+    assert len(world.answers[running].tokens) == 10
+    world.assert_at_rest()
+
+
+def test_abort_answers_nothing() -> None:
+    """An aborted sequence sends nothing more, and an abort after the end harms nobody."""
+    world = World()
+    name = world.submit(PROMPT, max_tokens=200, ignore_eos=True)
+    world.step()
+    num_before = len(world.answers[name].tokens)
+    world.engine.abort(name)
+    world.engine.abort(name)
+    world.engine.abort("never seen")
+    assert world.step() is None
+    assert len(world.answers[name].tokens) == num_before == 1
+    world.assert_at_rest()
+
+
+def test_row_with_nonfinite_logits_ends_alone() -> None:
+    """Its sequence fails with `nonfinite_logits` and the adapter's name; its neighbours do not notice."""
+    world = World()
+    world.runner.nonfinite_on = {digest_of(1)}
+    bad, good, base = world.submit(PROMPT, 1), world.submit(PROMPT, 2), world.submit(PROMPT)
+    world.run()
+    assert code(world, bad) == "nonfinite_logits"
+    failure = world.answers[bad].failure
+    assert failure and digest_of(1)[:12] in failure.message
+    assert world.is_right(good) and world.is_right(base)
+    world.assert_at_rest()
+
+
+def test_step_that_raises_fails_only_who_raises_alone() -> None:
+    """Where a batch raises its rows run one by one; only the poisoned one fails, with `internal`."""
+    world = World(vocab_size=499)
+    good = [world.submit([*PROMPT, at], max_tokens=30) for at in range(3)]
+    poisoned = world.submit([10, 499], max_tokens=30)
+    world.runner.raises_on = {499}
+    world.run()
+    assert code(world, poisoned) == "internal"
+    assert all(world.is_right(name) for name in good)
+    world.assert_at_rest()
+
+
+def test_timing_is_on_the_first_output() -> None:
+    """The first output tells the milliseconds in the queue, for the adapter, and to the token."""
+    world = World()
+    name = world.submit(PROMPT, 1, max_tokens=3, ignore_eos=True)
+    world.step(seconds=0.010)  # the load starts
+    world.step(seconds=0.100)
+    world.run()
+    first, *others = world.answers[name].outputs
+    assert first.timing is not None
+    assert first.timing.queued_ms == pytest.approx(10, abs=1)
+    assert first.timing.load_ms == pytest.approx(110, abs=1)
+    assert first.timing.ttft_ms == pytest.approx(120, abs=1)
+    assert all(output.timing is None for output in others)
+
+
+def test_cached_tokens_are_told() -> None:
+    """A prompt that was asked before comes from the cache but for its last block, and hit rates are counted."""
+    world = World(block_size=4)
+    prompt = prompt_of(random.Random(0), 14)
+    for cached in (0, 12):
+        name = world.submit(prompt, max_tokens=3, ignore_eos=True)
+        world.run()
+        assert {output.cached_tokens for output in world.answers[name].outputs} == {cached}
+    stats = world.engine.stats()
+    assert (stats.cache_hit_tokens_total, stats.cache_query_tokens_total) == (12, 28)
+
+
+def test_logprobs_are_handed_on() -> None:
+    """Each token of a sequence that asked for them has its logprobs."""
+    world = World()
+    name = world.submit(PROMPT, max_tokens=3, logprobs=2, ignore_eos=True)
+    world.run()
+    assert [len(output.logprobs) for output in world.answers[name].outputs] == [1, 1, 1]
+
+
+def test_prompts_are_chunked_and_decoding_goes_on() -> None:
+    """While a long prompt is computed in chunks, every running sequence gets a token in every step."""
+    world = World(max_batch_tokens=16, num_blocks=100)
+    running = [world.submit(PROMPT, max_tokens=100, ignore_eos=True) for _ in range(2)]
+    world.step()
+    long = world.submit(prompt_of(random.Random(0), 140), max_tokens=1)
+    num_steps = 0
+    while not world.answers[long].is_over:
+        before = [len(world.answers[name].tokens) for name in running]
+        world.step()
+        num_steps += 1
+        assert [len(world.answers[name].tokens) for name in running] == [count + 1 for count in before]
+    assert num_steps == 10  # 140 tokens, 14 a step
+    assert world.is_right(long)
+
+
+def test_preempted_sequences_go_on_where_they_were() -> None:
+    """When blocks run out the last admitted recomputes later; its answer is right and nothing is told twice."""
+    world = World(num_blocks=10, block_size=4, is_prefix_cached=False)
+    names = [world.submit([*PROMPT, at], 1, max_tokens=25, ignore_eos=True) for at in range(4)]
+    world.run()
+    assert world.engine.stats().preemptions_total > 0
+    assert all(world.is_right(name) for name in names)
+    world.assert_at_rest()
+
+
+def test_preempted_sequences_keep_their_pins() -> None:
+    """An adapter stays in its slot for a sequence that was preempted."""
+    world = World(num_blocks=8, block_size=4, slot_bytes=2 * DIGEST_BYTES, is_prefix_cached=False)
+    world.submit(PROMPT, 1, max_tokens=20, ignore_eos=True)
+    world.submit(PROMPT, 2, max_tokens=20, ignore_eos=True)
+    while not world.engine.stats().preemptions_total:
+        world.executor.run_all()
+        world.step()
+    assert world.engine.stats().num_pins == 2
+    assert world.engine.stats().num_running == 1
+
+
+def test_loading_stalls_nobody() -> None:
+    """While an adapter loads, everyone else's steps go on, and the stall time stays zero."""
+    world = World()
+    base = world.submit(PROMPT, max_tokens=20, ignore_eos=True)
+    loading = world.submit(PROMPT, 1, max_tokens=2)
+    for _ in range(22):
+        world.step()
+    assert world.is_right(base)
+    assert not world.answers[loading].outputs
+    assert world.engine.stats().stall_seconds_total == 0
+    world.run()
+    assert world.is_right(loading)
+
+
+def test_copies_between_steps_count_as_stall() -> None:
+    """The time of a copy into a slot while others run is stall time; while nobody runs it is not."""
+    world = World()
+    put = world.bank.put
+
+    def slow(packed: object) -> int:
+        world.clock.now += 0.5
+        return put(packed)  # type: ignore[arg-type]
+
+    world.bank.put = slow  # type: ignore[method-assign, assignment]
+    world.submit(PROMPT, 1, max_tokens=50, ignore_eos=True)
+    world.step()
+    world.executor.run_all()
+    world.step()
+    assert world.engine.stats().stall_seconds_total == 0
+    world.submit(PROMPT, 2, max_tokens=2)
+    world.run()
+    assert world.engine.stats().stall_seconds_total == pytest.approx(0.5)
+
+
+def test_adapter_that_fails_to_load_fails_those_who_wait() -> None:
+    """All that wait for it get `adapter_failed`, once; others are served; after the back-off it is tried again."""
+    world = World()
+    world.loader.errors[digest_of(1)] = OSError(5, "Input/output error", "/secret/path")
+    bad = [world.submit(PROMPT, 1) for _ in range(3)]
+    good = world.submit(PROMPT, 2, max_tokens=2)
+    world.run()
+    assert {code(world, name) for name in bad} == {"adapter_failed"}
+    message = world.answers[bad[0]].failure.message  # type: ignore[union-attr]
+    assert "Input/output error" in message and "/secret" not in message
+    assert world.is_right(good)
+    at_once = world.submit(PROMPT, 1)
+    world.run()
+    assert code(world, at_once) == "adapter_failed"
+    assert world.loader.loaded.count(digest_of(1)) == 1
+    world.clock.now += 1
+    del world.loader.errors[digest_of(1)]
+    later = world.submit(PROMPT, 1, max_tokens=2)
+    world.run()
+    assert world.is_right(later)
+    world.assert_at_rest()
+
+
+def test_adapters_that_do_not_fit_together_are_refused() -> None:
+    """Hats whose sizes together exceed the slots fail with `adapter_too_large`, as does one alone."""
+    world = World(slot_bytes=25)
+    world.loader.sizes[digest_of(3)] = 26
+    together = world.submit(PROMPT, 0, 1, 2)
+    alone = world.submit(PROMPT, 3)
+    world.run()
+    assert code(world, together) == code(world, alone) == "adapter_too_large"
+    world.assert_at_rest()
+
+
+def test_bank_that_raises_fails_that_adapter_alone() -> None:
+    """A device that cannot take a copy fails those who wait for it, and nobody else."""
+    world = World()
+    world.bank.slot_bytes = DIGEST_BYTES
+    first, second = world.submit(PROMPT, 1, max_tokens=3), world.submit(PROMPT, 2, max_tokens=3)
+    world.run()
+    assert sorted([code(world, first) or "", code(world, second) or ""]) == ["", "adapter_failed"]
+    world.assert_at_rest()
+
+
+def finish(world: World) -> None:
+    world.submit(PROMPT, 1, max_tokens=5)
+
+
+def stop(world: World) -> None:
+    world.submit(PROMPT, 1, max_tokens=1000)
+
+
+def late(world: World) -> None:
+    world.submit(PROMPT, 1, max_tokens=1000, timeout=0.05, ignore_eos=True)
+
+
+def abort_waiting(world: World) -> None:
+    world.engine.abort(world.submit(PROMPT, 1))
+
+
+def abort_running(world: World) -> None:
+    name = world.submit(PROMPT, 1, max_tokens=1000, ignore_eos=True)
+    while not world.answers[name].tokens:
+        world.executor.run_all()
+        world.step()
+    world.engine.abort(name)
+
+
+def nonfinite(world: World) -> None:
+    world.runner.nonfinite_on = {digest_of(3)}
+    world.submit(PROMPT, 3)
+
+
+def raising(world: World) -> None:
+    world.runner.raises_on = {499}
+    world.submit([10, 499], 1)
+
+
+def failing_load(world: World) -> None:
+    world.loader.errors[digest_of(4)] = ValueError("bad")
+    world.submit(PROMPT, 4)
+
+
+def preempted(world: World) -> None:
+    for at in range(5):
+        world.submit([*PROMPT, at], at % 2, max_tokens=40, ignore_eos=True)
+
+
+def overloaded(world: World) -> None:
+    for _ in range(12):
+        world.submit(PROMPT, 1, max_tokens=2)
+
+
+def forgotten(world: World) -> None:
+    world.submit(PROMPT, 1, max_tokens=2)
+    world.engine.forget(digest_of(1))
+
+
+WAYS_OUT = (finish, stop, late, abort_waiting, abort_running, nonfinite, raising, failing_load)
+WAYS_OUT += (preempted, overloaded, forgotten)
+
+
+@pytest.mark.parametrize("way_out", WAYS_OUT)
+def test_everything_returns_after_every_way_out(way_out: object) -> None:
+    """Pins, blocks and slots are where they were after each terminal path, 20 times."""
+    world = World(num_blocks=16, max_waiting=10, vocab_size=499)
+    world.submit(PROMPT, 2, max_tokens=2)
+    world.run()
+    for _ in range(20):
+        way_out(world)  # type: ignore[operator]
+        world.run()
+        world.assert_at_rest()
+        assert sorted(world.bank.slots) == list(range(len(world.bank.slots)))
+        world.clock.now += 100
+
+
+def test_forgotten_adapter_leaves_when_unused() -> None:
+    """A deleted artifact serves those who began with it and is then neither in host memory nor in a slot."""
+    world = World()
+    name = world.submit(PROMPT, 1, max_tokens=20, ignore_eos=True)
+    world.executor.run_all()
+    world.step()
+    world.executor.run_all()
+    world.step()
+    world.engine.forget(digest_of(1))
+    assert world.engine.adapters.states() == {digest_of(1): "slot"}
+    world.run()
+    assert world.is_right(name)
+    assert world.engine.adapters.states() == {}
+    assert world.bank.slots == {}
+
+
+def test_stats_count() -> None:
+    """Steps, rows and tokens add up."""
+    world = World(max_batch_tokens=64)
+    world.submit(PROMPT, max_tokens=3, ignore_eos=True)
+    world.submit([9], max_tokens=3, ignore_eos=True)
+    world.run()
+    stats = world.engine.stats()
+    assert (stats.steps_total, stats.rows_total, stats.tokens_total) == (3, 6, 6 + 4)
+
+
+def test_failure_is_one_sentence_for_users() -> None:
+    """A failure has a code of the error tree and a message."""
+    world = World(max_waiting=1)
+    world.submit(PROMPT)
+    name = world.submit(PROMPT)
+    world.run()
+    failure = world.answers[name].failure
+    assert isinstance(failure, EngineFailure) and failure.message
