@@ -148,7 +148,7 @@ def _sha256(path: Path) -> str:
 
 
 def base_identity(folder: Path) -> BaseIdentity:
-    """`identity`: sha256 over architecture, tensor shapes and tokenizer; `weights`: over the weights' headers and sizes.
+    """`identity`: sha256 over architecture, tensor shapes and tokenizer; `weights`: over the weight files' headers.
 
     Reading the headers alone keeps this at milliseconds; `weights` tells copies of different size or form apart, and
     parity decides what it cannot.

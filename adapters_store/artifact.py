@@ -1,0 +1,174 @@
+"""What an adapter is on disk: a PEFT folder, and our optional manifest beside it.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `manifest.json` is ours. The digest, an artifact's
+identity, is sha256 over the sorted (name, sha256) of these files: all of them can change an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError
+from adapters_store.strict_json import StrictJSONError, loads
+from adapters_store.tensors import read_tensors
+
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+FILES = (CONFIG, WEIGHTS, MANIFEST)
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = {CONFIG: 256 * 2**10, MANIFEST: 4 * 2**20}
+MAX_FORMAT_CHARS = 4096
+
+
+class Around(msgspec.Struct, forbid_unknown_fields=True):
+    """Plain text before and after what a role says."""
+
+    before: str = ""
+    after: str = ""
+
+
+class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """How the adapter was trained to see chat turns: plain text around each role, never a template language."""
+
+    begin: str = ""
+    system: Around = msgspec.field(default_factory=Around)
+    user: Around = msgspec.field(default_factory=Around)
+    assistant: Around = msgspec.field(default_factory=Around)
+    generation: str = ""
+
+    def render(self, turns: list[tuple[str, str]]) -> str:
+        """The prompt of (role, text) turns, ready for the answer."""
+        around = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        said = (around[role].before + text + around[role].after for role, text in turns)
+        return self.begin + "".join(said) + self.generation
+
+
+class BaseRef(msgspec.Struct, forbid_unknown_fields=True):
+    """The base that an artifact was trained on: its name, and the digests of `bases.base_identity`."""
+
+    name: str
+    identity: str
+    weights: str
+
+
+class ParityCase(msgspec.Struct, forbid_unknown_fields=True):
+    """A prompt, the trainer's own best (token, logit) after it, best first, and its greedy continuation."""
+
+    prompt_token_ids: list[int]
+    top: list[tuple[int, float]]
+    continuation: list[int]
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What training says of an artifact. `training` and `evaluation` are facts for people."""
+
+    format_version: int
+    method: str
+    base: BaseRef
+    prompt_format: PromptFormat | None = None
+    parity: list[ParityCase] = []
+    training: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact in memory, sound in form: JSON, layout and finiteness are checked, its method is not yet."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    manifest: Manifest | None
+    digest: str
+    num_bytes: int
+
+
+def read_folder(folder: Path) -> Artifact:
+    """Read a PEFT folder. Raises `ArtifactError` naming what is wrong in it."""
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if WEIGHTS not in files:
+        hint = " (save it with safe_serialization=True)" if (folder / "adapter_model.bin").exists() else ""
+        raise ArtifactError(f"there is no {WEIGHTS}{hint}", WEIGHTS)
+    if CONFIG not in files:
+        raise ArtifactError(f"there is no {CONFIG}", CONFIG)
+    config = _read_json(CONFIG, files[CONFIG])
+    manifest = read_manifest(files[MANIFEST]) if MANIFEST in files else None
+    num_bytes = sum(map(len, files.values()))
+    return Artifact(config, read_tensors(files[WEIGHTS]), manifest, digest_of(files), num_bytes)
+
+
+def digest_of(files: dict[str, bytes]) -> str:
+    """The identity of an artifact: sha256 over the sorted, length-framed (name, sha256) of its files."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        total.update(len(name).to_bytes(8, "big") + name.encode() + hashlib.sha256(files[name]).digest())
+    return total.hexdigest()
+
+
+def read_manifest(data: bytes) -> Manifest:
+    """Parse and check a manifest. Raises `ArtifactError`."""
+    try:
+        manifest = msgspec.convert(_read_json(MANIFEST, data), Manifest)
+    except msgspec.ValidationError as error:
+        raise ArtifactError(f"{MANIFEST}: {error}", MANIFEST) from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(f"{MANIFEST} has format_version {manifest.format_version}, not {FORMAT_VERSION}", MANIFEST)
+    if manifest.prompt_format and len(msgspec.json.encode(manifest.prompt_format)) > MAX_FORMAT_CHARS:
+        raise ArtifactError(f"{MANIFEST}: prompt_format is longer than {MAX_FORMAT_CHARS} characters", MANIFEST)
+    return manifest
+
+
+def _read_json(name: str, data: bytes) -> dict[str, Any]:
+    if len(data) > MAX_JSON_BYTES[name]:
+        raise ArtifactTooLargeError(f"{name} has {len(data)} bytes; at most {MAX_JSON_BYTES[name]} are taken", name)
+    try:
+        thing = loads(data)
+    except StrictJSONError as error:
+        raise ArtifactError(f"{name} is not sound JSON: {error}", name) from None
+    if not isinstance(thing, dict):
+        raise ArtifactError(f"{name} is not a JSON object", name)
+    return thing
+
+
+def write_folder(folder: Path, config: dict[str, Any], weights: bytes, manifest: Manifest | None = None) -> None:
+    """Write a PEFT folder whole or not at all: a temporary sibling, then a rename over nothing or an old one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (temporary / WEIGHTS).write_bytes(weights)
+        if manifest is not None:
+            (temporary / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        sync_folder(temporary)
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        fsync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file of a folder, then the folder."""
+    for file in folder.iterdir():
+        fsync(file)
+    fsync(folder)
+
+
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

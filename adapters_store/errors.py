@@ -1,0 +1,58 @@
+"""Why an artifact or a name is refused.
+
+ArtifactError (artifact_invalid)
+├── ArtifactTooLargeError (artifact_too_large)
+├── ArtifactTypeError (artifact_type)
+├── MethodUnsupportedError (method_unsupported)
+├── WrongBaseError (wrong_base)
+└── ArtifactCorruptError (artifact_corrupt)
+AbsentError (not_found)
+"""
+
+from __future__ import annotations
+
+
+class ArtifactError(Exception):
+    """An artifact is refused. `param` names the offending thing: a tensor, a config key, a member of the zip."""
+
+    code = "artifact_invalid"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ArtifactTooLargeError(ArtifactError):
+    """More bytes, tensors or members than may be taken in."""
+
+    code = "artifact_too_large"
+
+
+class ArtifactTypeError(ArtifactError):
+    """Not a zip of a PEFT folder and not safetensors."""
+
+    code = "artifact_type"
+
+
+class MethodUnsupportedError(ArtifactError):
+    """A method, or an option that changes the answer, that is not served."""
+
+    code = "method_unsupported"
+
+
+class WrongBaseError(ArtifactError):
+    """The artifact was made for another base."""
+
+    code = "wrong_base"
+
+
+class ArtifactCorruptError(ArtifactError):
+    """The bytes in the store are not those that were put there."""
+
+    code = "artifact_corrupt"
+
+
+class AbsentError(Exception):
+    """No such task or version for this tenant."""
+
+    code = "not_found"

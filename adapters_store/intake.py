@@ -1,0 +1,137 @@
+"""An upload becomes a PEFT folder: a zip of one, or a safetensors file that carries its config in its metadata."""
+
+from __future__ import annotations
+
+import json
+import stat
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from adapters_store.artifact import CONFIG, FILES, MANIFEST, WEIGHTS
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ArtifactTypeError
+from adapters_store.tensors import MAX_HEADER_BYTES, read_header
+
+ZIP_TYPE, SAFETENSORS_TYPE = "application/zip", "application/x-safetensors"
+MAX_MEMBERS = 64
+MAX_RATIO = 200  # weights hardly compress; a bomb does
+CHUNK = 2**20
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+SAVE_SAFELY = "pickles are never opened; save with save_pretrained(..., safe_serialization=True)"
+METADATA_KEYS = {CONFIG: "adapter_config", MANIFEST: "manifest"}
+EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def unpack_upload(body: Path, content_type: str, into: Path, max_bytes: int) -> None:
+    """Write the files of a PEFT folder that an upload holds into the empty folder `into`.
+
+    At most `max_bytes` are written. Raises `ArtifactError` naming the member that is refused.
+    """
+    if content_type == ZIP_TYPE:
+        _unpack_zip(body, into, max_bytes)
+    elif content_type == SAFETENSORS_TYPE:
+        _unpack_safetensors(body, into)
+    else:
+        raise ArtifactTypeError(f"content type {content_type[:80]!r} is neither {ZIP_TYPE} nor {SAFETENSORS_TYPE}")
+
+
+def pack_zip(folder: Path, out: Path) -> None:
+    """Zip a PEFT folder; the same folder gives the same bytes."""
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name in FILES:
+            if (folder / name).is_file():
+                archive.writestr(zipfile.ZipInfo(name, EPOCH), (folder / name).read_bytes())
+
+
+def _unpack_safetensors(body: Path, into: Path) -> None:
+    with body.open("rb") as stream:
+        start = stream.read(8 + MAX_HEADER_BYTES)
+    if start[:2] == b"PK" or start.startswith(PICKLE_STARTS):
+        raise ArtifactTypeError(f"the body is not safetensors; {SAVE_SAFELY}")
+    _header, metadata, _start = read_header(start)
+    if METADATA_KEYS[CONFIG] not in metadata:
+        raise ArtifactError(
+            "the safetensors file carries no adapter_config in its metadata: send a zip of the PEFT folder, or add it",
+            METADATA_KEYS[CONFIG],
+        )
+    for name, key in METADATA_KEYS.items():
+        if key in metadata:
+            (into / name).write_text(metadata[key])
+    (into / WEIGHTS).write_bytes(body.read_bytes())
+
+
+def _unpack_zip(body: Path, into: Path, max_bytes: int) -> None:
+    try:
+        with zipfile.ZipFile(body) as archive:
+            wanted = _choose(archive.infolist())
+            _check_sizes(wanted, max_bytes)
+            for name, info in wanted.items():
+                _extract(archive, info, into / name)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"the body is not a sound zip: {error}") from None
+
+
+def _choose(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """The members that make the artifact, by file name; every member is checked, whether it is wanted or not.
+
+    One folder around the files is allowed. What is no part of an artifact (README.md, checkpoints' tokenizers, plots)
+    is ignored, but nothing that could be taken for its weights.
+    """
+    if len(infos) > MAX_MEMBERS:
+        raise ArtifactTooLargeError(f"the zip has {len(infos)} members; at most {MAX_MEMBERS} are taken")
+    wanted: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        path = _check_member(info)
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            raise ArtifactTypeError(f"{info.filename} looks like a pickle; {SAVE_SAFELY}", info.filename)
+        if path.name in FILES and len(path.parts) <= 2 and not info.is_dir():
+            if path.name in wanted:
+                raise ArtifactError(f"the zip holds {path.name} twice", path.name)
+            wanted[path.name] = info
+    if len({PurePosixPath(info.filename).parent for info in wanted.values()}) > 1:
+        raise ArtifactError("the zip holds the parts of an artifact in different folders")
+    return wanted
+
+
+def _check_member(info: zipfile.ZipInfo) -> PurePosixPath:
+    name, path = info.orig_filename, PurePosixPath(info.filename)
+    if "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts or ":" in name or not path.parts:
+        raise ArtifactError(f"the zip member {name[:100]!r} points out of its folder", name[:100])
+    mode = info.external_attr >> 16
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or not stat.S_IFMT(mode)):
+        raise ArtifactError(f"the zip member {name[:100]!r} is a link or a device", name[:100])
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ArtifactError(f"the zip member {name[:100]!r} is encrypted or not stored or deflated", name[:100])
+    return path
+
+
+def _check_sizes(wanted: dict[str, zipfile.ZipInfo], max_bytes: int) -> None:
+    total = sum(info.file_size for info in wanted.values())
+    if total > max_bytes:
+        raise ArtifactTooLargeError(f"the zip holds {total} bytes; at most {max_bytes} are taken")
+    for name, info in wanted.items():
+        if info.file_size > MAX_RATIO * max(info.compress_size, CHUNK // MAX_RATIO):
+            raise ArtifactTooLargeError(f"{name} unpacks to more than {MAX_RATIO} times its size: a zip bomb", name)
+
+
+def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None:
+    """Copy one member; never more than the size that the checks saw, whatever its stream goes on to give."""
+    left = info.file_size
+    with archive.open(info) as source, out.open("wb") as target:
+        while chunk := source.read(CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                raise ArtifactTooLargeError(f"{info.filename} unpacks to more than it says", info.filename)
+            if target.tell() == 0 and (chunk.startswith(PICKLE_STARTS) or chunk[:2] == b"PK"):
+                raise ArtifactTypeError(f"{info.filename} is a pickle or a zip by its content; {SAVE_SAFELY}")
+            target.write(chunk)
+
+
+def with_metadata(weights: bytes, config: dict[str, object]) -> bytes:
+    """A safetensors file that carries its config: the single-file form of an upload."""
+    header, metadata, start = read_header(weights)
+    header = {"__metadata__": {**metadata, METADATA_KEYS[CONFIG]: json.dumps(config)}, **header}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + weights[start:]

@@ -1,0 +1,61 @@
+"""One file a method: its config, the tensors it must have, and how it compiles to primitives.
+
+Registering one is one line in `METHODS`, keyed by PEFT's `peft_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from adapters_store.artifact import Artifact
+from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
+from adapters_store.methods import lora
+from adapters_store.patch import BaseSpec, Patch, Primitive
+
+
+@dataclass(frozen=True)
+class Method:
+    """`check` raises `ArtifactError` unless an artifact fits a base tensor for tensor; `primitives` compiles it."""
+
+    name: str
+    check: Callable[[Artifact, BaseSpec], None]
+    primitives: Callable[[Artifact, BaseSpec], tuple[Primitive, ...]]
+
+
+METHODS: Mapping[str, Method] = {
+    "LORA": Method("lora", lora.check, lora.primitives),
+}
+
+
+def method_of(artifact: Artifact) -> Method:
+    """The method that an artifact's config names. Raises `MethodUnsupportedError`."""
+    peft_type = artifact.config.get("peft_type")
+    if not isinstance(peft_type, str):
+        raise ArtifactError("adapter_config.json has no peft_type", "peft_type")
+    if peft_type not in METHODS:
+        raise MethodUnsupportedError(
+            f"peft_type {peft_type[:40]} is not served; served are {', '.join(METHODS)}", "peft_type"
+        )
+    return METHODS[peft_type]
+
+
+def check(artifact: Artifact, spec: BaseSpec) -> None:
+    """Raise `ArtifactError` unless the artifact was made for this base and fits it tensor for tensor."""
+    manifest, method = artifact.manifest, method_of(artifact)
+    if manifest is not None and manifest.base.identity != spec.identity:
+        raise WrongBaseError(
+            f"the artifact was trained on {manifest.base.name} ({manifest.base.identity[:12]}), "
+            f"this server's base is {spec.name} ({spec.identity[:12]})",
+            "base",
+        )
+    if manifest is not None and manifest.method != method.name:
+        raise ArtifactError(f"the manifest says {manifest.method}, the config {method.name}", "method")
+    method.check(artifact, spec)
+
+
+def compile_patch(artifact: Artifact, spec: BaseSpec) -> Patch:
+    """Check, then compile to primitives. Raises `ArtifactError`."""
+    check(artifact, spec)
+    method = method_of(artifact)
+    return Patch(artifact.digest, method.name, method.primitives(artifact, spec))

@@ -1,0 +1,65 @@
+"""JSON from strangers: bounded, without duplicate keys, NaN, infinities, NUL or lone surrogates."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+MAX_DEPTH = 64
+
+
+class StrictJSONError(ValueError):
+    """The text is not the JSON that is taken; the message says what is wrong with it."""
+
+
+def loads(data: bytes | str) -> Any:
+    """Parse UTF-8 JSON. Raises `StrictJSONError`."""
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        thing = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}") from None
+    except UnicodeDecodeError as error:
+        raise StrictJSONError(f"it is not UTF-8 (byte {error.start})") from None
+    except StrictJSONError:
+        raise
+    except ValueError as error:  # JSONDecodeError, and integers of more digits than Python converts
+        raise StrictJSONError(str(error)) from None
+    _check(thing, 0)
+    return thing
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    thing: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in thing:
+            raise StrictJSONError(f"the key {key[:100]!r} appears twice")
+        thing[key] = value
+    return thing
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise StrictJSONError(f"{name} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise StrictJSONError(f"{text[:40]} does not fit a double")
+    return value
+
+
+def _check(thing: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}")
+    if isinstance(thing, str):
+        if "\0" in thing or any(0xD800 <= ord(char) <= 0xDFFF for char in thing):
+            raise StrictJSONError("a string holds NUL or half of a surrogate pair")
+    elif isinstance(thing, dict):
+        for key, value in thing.items():
+            _check(key, depth + 1)
+            _check(value, depth + 1)
+    elif isinstance(thing, list):
+        for value in thing:
+            _check(value, depth + 1)
