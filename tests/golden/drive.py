@@ -82,7 +82,7 @@ def run(loaded: Loaded, folders: dict[str, Path], requests: list[Request], **lim
     """Answer all requests, submitted at once in an order of a fixed seed; the answers are in the given order."""
     runner = FirstLogits(loaded.runner)
     with engine_of(loaded, runner, folders, **limits) as engine:
-        for index in random.Random(0).sample(range(len(requests)), len(requests)):  # noqa: S311 - no secret
+        for index in random.Random(0).sample(range(len(requests)), len(requests)):
             engine.submit(_submit(index, requests[index]))
         got = [Got([]) for _ in requests]
         while engine.has_work:

@@ -64,9 +64,9 @@ def make(base: Path, adapters: dict[str, Any], strength: float, texts: list[str]
     prompts = [tokenizer(text).input_ids for text in texts]
     with tempfile.TemporaryDirectory() as scratch:
         folders = cases.make_adapters(Path(scratch), base, adapters, strength)
-        answers = {"base": [answer(load(base), prompt, num_tokens) for prompt in track(prompts, "base")]}
-        for name, folder in folders.items():
-            model = PeftModel.from_pretrained(load(base), folder).eval()
+        answers = {}
+        for name, folder in {"base": None, **folders}.items():
+            model = load(base) if folder is None else PeftModel.from_pretrained(load(base), folder).eval()
             answers[name] = [answer(model, prompt, num_tokens) for prompt in track(prompts, name)]
         made = {name: Adapter(adapters[name], tensors_digest(folder)) for name, folder in folders.items()}
     made_with = {package: version(package) for package in PACKAGES}

@@ -20,7 +20,7 @@ def upgrade() -> None:
     op.create_table(
         "versions",
         sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("task_id", sa.ForeignKey("tasks.id"), nullable=False, index=True),
+        sa.Column("task_id", sa.Integer, sa.ForeignKey("tasks.id"), nullable=False, index=True),
         sa.Column("number", sa.Integer, nullable=False),
         sa.Column("digest", sa.String(64), nullable=False, index=True),
         sa.Column("method", sa.String(40), nullable=False),
@@ -35,7 +35,7 @@ def upgrade() -> None:
     op.create_table(
         "routes",
         sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("task_id", sa.ForeignKey("tasks.id"), nullable=False, index=True),
+        sa.Column("task_id", sa.Integer, sa.ForeignKey("tasks.id"), nullable=False, index=True),
         sa.Column("weights", sa.JSON, nullable=False),
         sa.Column("created", sa.Float, nullable=False),
     )
