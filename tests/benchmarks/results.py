@@ -1,0 +1,81 @@
+"""What a run of a workload gave, and the figures of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+PERCENTILES = (50, 95, 99)
+
+
+class Timing(msgspec.Struct):
+    """One request, in seconds since the run began; `gaps` are those between neighbouring pieces of the answer.
+
+    A peer that does not stream has neither `first` nor `gaps`.
+    """
+
+    num_prompt: int
+    num_tokens: int
+    started: float
+    ended: float
+    first: float | None = None
+    gaps: list[float] = []
+
+
+class Run(msgspec.Struct):
+    """One workload on one peer, once: every request was answered in full."""
+
+    peer: str
+    workload: str
+    seconds: float
+    timings: list[Timing]
+
+
+class Figures(msgspec.Struct):
+    """Of one workload on one peer, the medians over its runs. Milliseconds by "mean", "p50", "p95", "p99"."""
+
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    ttft_ms: dict[str, float]
+    inter_token_ms: dict[str, float]
+    latency_ms: dict[str, float]
+
+
+def figures(runs: list[Run]) -> Figures:
+    """The medians over the runs of one workload on one peer."""
+    each = [_of_one(run) for run in runs]
+    return Figures(
+        statistics.median(one.output_tokens_per_s for one in each),
+        statistics.median(one.total_tokens_per_s for one in each),
+        _medians(one.ttft_ms for one in each),
+        _medians(one.inter_token_ms for one in each),
+        _medians(one.latency_ms for one in each),
+    )
+
+
+def _of_one(run: Run) -> Figures:
+    num_output = sum(timing.num_tokens for timing in run.timings)
+    num_prompt = sum(timing.num_prompt for timing in run.timings)
+    return Figures(
+        num_output / run.seconds,
+        (num_output + num_prompt) / run.seconds,
+        _spread(timing.first - timing.started for timing in run.timings if timing.first is not None),
+        _spread(gap for timing in run.timings for gap in timing.gaps),
+        _spread(timing.ended - timing.started for timing in run.timings),
+    )
+
+
+def _spread(seconds: Iterable[float]) -> dict[str, float]:
+    """Mean and percentiles in milliseconds; empty for nothing."""
+    values = 1e3 * np.array(list(seconds))
+    if not len(values):
+        return {}
+    return {"mean": float(values.mean())} | {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+
+
+def _medians(spreads: Iterable[dict[str, float]]) -> dict[str, float]:
+    spreads = list(spreads)
+    return {key: statistics.median(spread[key] for spread in spreads) for key in spreads[0]}

@@ -1,0 +1,95 @@
+"""A real `manyhats serve` process of a test's own: started, waited for, measured, ended."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+MANYHATS = Path(sys.executable).parent / "manyhats"
+STOP_WITHIN_S = 20
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that is ready. `startup_seconds` is from the process's start to the first 200 of /health/ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    startup_seconds: float
+
+    def processes(self) -> list[psutil.Process]:
+        """The front, and the engine below it."""
+        front = psutil.Process(self.process.pid)
+        return [front, *front.children(recursive=True)]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of front and engine together: `rss` as each sees it, `pss` with shared pages counted once."""
+        infos = [process.memory_full_info() for process in self.processes()]
+        return {"rss": sum(info.rss for info in infos), "pss": sum(info.pss for info in infos)}
+
+    def upload(self, task: str, body: bytes) -> None:
+        """PUT a zipped adapter on as `task`. Raises `httpx.HTTPStatusError`."""
+        headers = {"Content-Type": "application/zip"}
+        httpx.post(
+            f"{self.url}/adapters", params={"task": task}, content=body, headers=headers, timeout=120
+        ).raise_for_status()
+
+
+@contextmanager
+def serve(base: Path | str, data: Path, wait_s: float = 120, **options: object) -> Iterator[Server]:
+    """Run `manyhats serve` on a free loopback port; `options` are its flags (`max_running=8` is `--max-running 8`).
+
+    Raises `RuntimeError` with the end of the log where it does not become ready.
+    """
+    data.mkdir(parents=True, exist_ok=True)
+    port, log = _free_port(), data / "server.log"
+    flags = {"base": base, "data": data, "host": "127.0.0.1", "port": port, **options}
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    began = time.monotonic()
+    with log.open("wb") as out:
+        process = subprocess.Popen([MANYHATS, "serve", *words], stdout=out, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, process, log, began + wait_s)
+        yield Server(url, process, log, time.monotonic() - began)
+    finally:
+        _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, until: float) -> None:
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health/ready", timeout=5).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    state = "still starts" if process.returncode is None else f"ended with {process.returncode}"
+    raise RuntimeError(f"the server {state}; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
