@@ -1,0 +1,256 @@
+import pytest
+
+from server.engine.blocks import BlockPool
+from server.engine.messages import Hat, Submit
+from server.engine.scheduler import Limits, Plan, Scheduler
+from server.engine.sequence import Sequence
+from server.model.batch import Sampling
+
+
+class Wardrobe:
+    """Which digests are in slots and in host memory, as a test says."""
+
+    def __init__(self, slots: str = "", host: str = "") -> None:
+        self.slots, self.host = set(slots), set(host)
+
+    def are_in_slots(self, digests: tuple[str, ...]) -> bool:
+        return set(digests) <= self.slots
+
+    def are_in_memory(self, digests: tuple[str, ...]) -> bool:
+        return set(digests) <= self.slots | self.host
+
+
+def scheduler(num_blocks: int = 100, max_batch_tokens: int = 8, max_running: int = 4, max_bypass: int = 3) -> Scheduler:
+    limits = Limits(max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=100, max_bypass=max_bypass)
+    return Scheduler(limits, BlockPool(num_blocks, 4, is_cached=False))
+
+
+def add(scheduler: Scheduler, name: str, num_tokens: int, hats: str = "", namespace: str = "t") -> Sequence:
+    worn = tuple(Hat(digest) for digest in hats)
+    submit = Submit(name, namespace, [1] * num_tokens, Sampling(), 1e9, 0.0, worn)
+    sequence = Sequence.of(submit)
+    scheduler.add(sequence)
+    return sequence
+
+
+def step(scheduler: Scheduler, wardrobe: Wardrobe | None = None, now: float = 0.0) -> list[tuple[str, int]]:
+    """Plan a step and do what running it does."""
+    plan = scheduler.plan(wardrobe or Wardrobe(), now)
+    commit(plan)
+    return [(sequence.id, num_tokens) for sequence, num_tokens in plan.rows]
+
+
+def commit(plan: Plan) -> None:
+    for sequence, num_tokens in plan.rows:
+        sequence.num_computed += num_tokens
+        if sequence.remainder == 0:
+            sequence.tokens.append(1)
+
+
+def test_prefill_and_decode_share_a_step_under_the_budget() -> None:
+    """Decoding rows come first, then chunks of prompts in order of admission, then new ones, up to the budget."""
+    planner = scheduler()
+    add(planner, "a", 3)
+    add(planner, "b", 10)
+    assert step(planner) == [("a", 3), ("b", 5)]
+    add(planner, "c", 9)
+    assert step(planner) == [("a", 1), ("b", 5), ("c", 2)]
+    assert step(planner) == [("a", 1), ("b", 1), ("c", 6)]
+    assert step(planner) == [("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_rows_are_bounded() -> None:
+    """No more than max_running sequences run; the next is admitted when one ends."""
+    planner = scheduler()
+    sequences = [add(planner, name, 1) for name in "abcdef"]
+    assert [name for name, _ in step(planner)] == ["a", "b", "c", "d"]
+    planner.remove(sequences[1])
+    assert [name for name, _ in step(planner)] == ["a", "c", "d", "e"]
+
+
+def test_limits_that_would_starve_decoding_are_refused() -> None:
+    """A budget below the number of rows is refused with both numbers."""
+    with pytest.raises(ValueError, match=r"max_running = 9 .* max_batch_tokens = 8"):
+        scheduler(max_running=9)
+
+
+def test_last_admitted_is_preempted_and_comes_back_first() -> None:
+    """When blocks run out the last admitted gives up its blocks and is admitted before whoever waits."""
+    planner = scheduler(num_blocks=4)
+    first, second = add(planner, "a", 4), add(planner, "b", 4)
+    while len(first.tokens) < 9:
+        assert step(planner) in ([("a", 4), ("b", 4)], [("a", 1), ("b", 1)])
+    third = add(planner, "c", 1)
+    assert step(planner) == [("a", 1)]
+    assert second.is_preempted and second.table.blocks == [] and second.num_computed == 0
+    assert [*planner.waiting()] == [second, third]
+    assert step(planner) == [("a", 1)]
+    planner.remove(first)
+    assert step(planner) == [("b", 8)]
+    assert step(planner) == [("b", 1)]
+    planner.remove(second)
+    assert step(planner) == [("c", 1)]
+
+
+def test_who_does_not_fit_keeps_its_place() -> None:
+    """Where blocks are short for the first in line nobody smaller passes it."""
+    planner = scheduler(num_blocks=6)
+    running = add(planner, "a", 12)
+    step(planner)
+    add(planner, "big", 16)
+    add(planner, "small", 1)
+    step(planner)
+    assert [sequence.id for sequence in planner.running] == ["a"]
+    planner.remove(running)
+    assert ("big", 8) in step(planner)
+
+
+def test_sequence_without_its_adapter_is_skipped() -> None:
+    """Who waits for an adapter holds up nobody behind it, and starts when the adapter is there."""
+    planner, wardrobe = scheduler(), Wardrobe()
+    add(planner, "a", 1, "A")
+    add(planner, "b", 1)
+    assert step(planner, wardrobe) == [("b", 1)]
+    wardrobe.slots.add("A")
+    assert step(planner, wardrobe) == [("b", 1), ("a", 1)]
+
+
+def test_who_lacks_one_of_two_hats_is_skipped() -> None:
+    """All of a sequence's adapters must be in slots."""
+    planner, wardrobe = scheduler(), Wardrobe("A")
+    add(planner, "a", 1, "AB")
+    assert step(planner, wardrobe) == []
+    wardrobe.slots.add("B")
+    assert step(planner, wardrobe) == [("a", 1)]
+
+
+def test_time_without_the_adapter_is_told_apart() -> None:
+    """The seconds that a sequence was skipped for its adapter are its load time, and only these."""
+    planner, wardrobe = scheduler(), Wardrobe()
+    sequence = add(planner, "a", 1, "A")
+    step(planner, wardrobe, now=5.0)
+    step(planner, wardrobe, now=6.0)
+    wardrobe.slots.add("A")
+    step(planner, wardrobe, now=7.5)
+    assert sequence.load_seconds == 2.5
+
+
+def bypass(planner: Scheduler, wardrobe: Wardrobe, times: int) -> None:
+    """So many short sequences with A come and go."""
+    for at in range(times):
+        passing = add(planner, f"passing {planner.num_waiting} {at} {id(wardrobe)}", 1, "A")
+        step(planner, wardrobe)
+        assert passing in planner.running
+        planner.remove(passing)
+
+
+def test_starving_sequence_holds_newcomers_with_hats_back() -> None:
+    """Once max_bypass others with hats passed one that lacks only a slot, it is wanted first and no more pass it."""
+    planner, wardrobe = scheduler(max_bypass=3), Wardrobe("A", host="B")
+    starving = add(planner, "starving", 1, "B")
+    bypass(planner, wardrobe, 3)
+    add(planner, "held", 1, "A", namespace="another")
+    add(planner, "base", 1)
+    assert step(planner, wardrobe) == [("base", 1)]
+    assert planner.wanted() == ["B", "A"]
+    wardrobe.slots = {"B"}
+    assert ("starving", 1) in step(planner, wardrobe)
+    assert starving in planner.running
+    wardrobe.slots = {"A", "B"}
+    assert ("held", 1) in step(planner, wardrobe)
+
+
+def test_loading_is_no_reason_to_hold_others_back() -> None:
+    """A sequence whose adapter is not in memory yet may be passed for ever."""
+    planner, wardrobe = scheduler(max_bypass=3), Wardrobe("A")
+    add(planner, "loading", 1, "B")
+    bypass(planner, wardrobe, 10)
+
+
+def test_hold_ends_with_the_starving_sequence() -> None:
+    """When the starving sequence goes (deadline, abort) the held ones run."""
+    planner, wardrobe = scheduler(max_bypass=1), Wardrobe("A", host="B")
+    starving = add(planner, "starving", 1, "B")
+    bypass(planner, wardrobe, 1)
+    add(planner, "held", 1, "A")
+    assert step(planner, wardrobe) == []
+    planner.remove(starving)
+    assert step(planner, wardrobe) == [("held", 1)]
+
+
+def test_least_served_namespace_comes_first() -> None:
+    """Admission goes to the namespace with the fewest served tokens, and by arrival inside it."""
+    planner = scheduler(max_running=1, max_batch_tokens=100)
+    for at in range(3):
+        add(planner, f"greedy{at}", 10, namespace="greedy")
+    for at in range(3):
+        add(planner, f"modest{at}", 5, namespace="modest")
+    order = []
+    while planner.num_waiting:
+        order += [name for name, _ in step(planner)]
+        planner.remove(planner.running[0])
+    assert order == ["greedy0", "modest0", "modest1", "greedy1", "modest2", "greedy2"]
+
+
+def test_two_backlogged_namespaces_share_tokens() -> None:
+    """One that sends long prompts and one that sends short ones are served equally many tokens."""
+    planner = scheduler(max_running=4, max_batch_tokens=32, num_blocks=1000)
+    for at in range(200):
+        add(planner, f"long{at}", 40, namespace="long")
+        add(planner, f"short{at}", 8, namespace="short")
+    for _ in range(100):
+        step(planner)
+        for sequence in [sequence for sequence in planner.running if len(sequence.tokens) - sequence.num_prompt >= 4]:
+            planner.remove(sequence)
+    long, short = planner.served("long"), planner.served("short")
+    assert long > 500
+    assert abs(long - short) <= 4 * 44
+
+
+def test_idle_namespaces_save_up_no_credit() -> None:
+    """A newcomer starts at the least served of those that are active, and one that owes tokens still owes them."""
+    planner = scheduler(max_running=2, max_batch_tokens=100)
+    add(planner, "a", 60, namespace="old")
+    step(planner)
+    add(planner, "b", 1, namespace="new")
+    assert planner.served("new") == 60
+    step(planner)
+    indebted = add(planner, "c", 30, namespace="owes")
+    planner.remove(planner.running[1])
+    step(planner)
+    assert planner.served("owes") == planner.served("old") + 30 - 1
+    planner.remove(indebted)
+    add(planner, "d", 1, namespace="owes")
+    assert planner.served("owes") == planner.served("old") + 30 - 1
+
+
+def test_namespaces_are_forgotten() -> None:
+    """When nothing waits or runs nothing is remembered of anybody: counters do not grow without end."""
+    planner = scheduler()
+    sequences = [add(planner, name, 1, namespace=name) for name in "abc"]
+    step(planner)
+    for sequence in sequences:
+        planner.remove(sequence)
+    assert [planner.served(name) for name in "abc"] == [0, 0, 0]
+
+
+def test_recomputed_tokens_are_not_charged() -> None:
+    """A namespace pays once for a token, however often preemption makes it be computed."""
+    planner = scheduler(num_blocks=4, max_batch_tokens=100)
+    first, second = add(planner, "a", 4, namespace="a"), add(planner, "b", 4, namespace="b")
+    while not second.is_preempted:
+        step(planner)
+    num_computed = len(second.tokens) - 1
+    assert planner.served("b") == num_computed
+    planner.remove(first)
+    step(planner)
+    assert second in planner.running
+    assert planner.served("b") == num_computed + 1
+
+
+def test_wanted_is_in_the_order_of_admission() -> None:
+    """Adapters are wanted in the order in which the queue will be served, namespaces in turn, each digest once."""
+    planner = scheduler()
+    for name, hats, namespace in (("1", "A", "t"), ("2", "B", "t"), ("3", "C", "u"), ("4", "AD", "u")):
+        add(planner, name, 10, hats, namespace)
+    assert planner.wanted() == ["A", "C", "B", "D"]
