@@ -17,6 +17,7 @@ NUM_REQUESTS, NUM_ALONE = 64, 12
 MEAN_PROMPT, MEAN_ANSWER = 128, 64
 PROMPT_LIMITS, ANSWER_LIMITS = (8, 512), (16, 128)
 CORPUS_TOKENS = 40_000  # fewer than the corpus has in any usual tokenizer
+NUM_LANES = 8  # workloads whose offsets are of different remainders never share one
 NUM_ADAPTERS, ZIPF = 32, 1.0
 LORA = {
     "r": 8,
@@ -55,7 +56,8 @@ def workload(name: str, title: str, concurrency: int, adapters: list[int | None]
     """One workload over the trace's lengths, its prompts at offsets of its own."""
     draw = random.Random(f"{SEED} {name}")
     sizes = lengths()[: len(adapters)]
-    offsets = draw.sample(range(CORPUS_TOKENS - PROMPT_LIMITS[1]), len(adapters))
+    lane = int(name.removeprefix("W"))
+    offsets = draw.sample(range(lane, CORPUS_TOKENS - PROMPT_LIMITS[1], NUM_LANES), len(adapters))
     requests = [
         Request(adapter, offset, prompt, answer)
         for adapter, offset, (prompt, answer) in zip(adapters, offsets, sizes, strict=True)

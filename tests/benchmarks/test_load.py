@@ -1,0 +1,63 @@
+"""The load generator against a server that answers from a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from tests.benchmarks.load import IncompleteAnswerError, ask
+from tests.benchmarks.results import Timing
+from tests.benchmarks.workload import Prompted
+
+
+def sse(*events: object) -> bytes:
+    return b"".join(
+        b"data: " + (e.encode() if isinstance(e, str) else json.dumps(e).encode()) + b"\n\n" for e in events
+    )
+
+
+def answer(status: int, body: bytes) -> tuple[Timing, httpx.Request]:
+    """Ask a server that answers `body`; the timing, and the request that the server saw."""
+    seen: list[httpx.Request] = []
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(status, content=body)
+
+    async def run() -> Timing:
+        async with httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(serve)) as client:
+            return await ask(client, Prompted(3, [7, 8], 2), "bench-3", 0.0)
+
+    return asyncio.run(run()), seen[0]
+
+
+LAST = {"choices": [{"text": "b", "finish_reason": "length"}], "usage": {"completion_tokens": 2}}
+
+
+def test_a_whole_answer_is_timed() -> None:
+    """A complete stream gives the first piece's time and the gaps; the request asks for exactly its tokens."""
+    timing, request = answer(200, sse({"choices": [{"text": "a"}]}, LAST, "[DONE]"))
+    assert (timing.num_prompt, timing.num_tokens, len(timing.gaps)) == (2, 2, 1)
+    assert timing.first is not None
+    assert timing.started <= timing.first <= timing.ended
+    assert request.url.params["task"] == "bench-3"
+    body = json.loads(request.content)
+    assert (body["prompt_token_ids"], body["max_tokens"], body["ignore_eos"]) == ([7, 8], 2, True)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, sse({**LAST, "usage": {"completion_tokens": 1}}, "[DONE]")),  # a token less than was asked for
+        (200, sse(LAST)),  # cut off before its end
+        (200, b""),
+        (503, b'{"error": {"code": "overloaded"}}'),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_error(status: int, body: bytes) -> None:
+    """Short, broken, empty and refused answers raise: no figure is made of them."""
+    with pytest.raises(IncompleteAnswerError):
+        answer(status, body)

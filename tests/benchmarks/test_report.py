@@ -1,0 +1,70 @@
+"""The figures and the files that come out of a bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import report
+from tests.benchmarks.machine import Machine, count_weights, limit_tokens_per_s
+from tests.benchmarks.results import Run, Timing, figures
+from tests.benchmarks.workload import Request, Workload
+
+MACHINE = Machine("a CPU", 2, 2, 0.1, 100.0, 10.0, {})
+
+
+def run(peer: str, workload: str, seconds: float, first: float | None = 0.5) -> Run:
+    """Two requests of 10 tokens each."""
+    gaps = [0.1, 0.2] if first else []
+    return Run(
+        peer, workload, seconds, [Timing(5, 10, 0.0, seconds, first, gaps), Timing(5, 10, 0.0, 1.0, first, gaps)]
+    )
+
+
+def test_figures_are_medians_over_runs() -> None:
+    """Output tokens/s, and every percentile, are the medians over the repeats."""
+    one = figures([run("manyhats", "W3", 2.0), run("manyhats", "W3", 4.0), run("manyhats", "W3", 8.0)])
+    assert one.output_tokens_per_s == 5.0
+    assert one.total_tokens_per_s == 7.5
+    assert one.ttft_ms["p95"] == 500.0
+    assert one.inter_token_ms["mean"] == pytest.approx(150.0)
+    assert one.latency_ms["p50"] == 2500.0
+
+
+def test_the_files_hold_ratios_and_skipped_peers(tmp_path: Path) -> None:
+    """The three files are written; ratios are of what was measured; a skipped peer is named with its reason."""
+    bench = report.Bench(
+        MACHINE,
+        "smollm2-135m",
+        "auto",
+        {"W3": "mixed", "W4": "base"},
+        {"W3": 100.0, "W4": 100.0},
+        {"manyhats": "manyhats", "peft": "PEFT", "openvino": "OpenVINO"},
+        [run("manyhats", "W3", 2.0), run("manyhats", "W4", 1.0), run("peft", "W3", 8.0, first=None)],
+        {"manyhats": [{"start_to_ready_s": 3.0}, {"start_to_ready_s": 5.0}]},
+        {"openvino": "not installed"},
+    )
+    report.write(bench, tmp_path)
+    ratios = json.loads((tmp_path / "bench.json").read_text())["summary"]["ratios"]
+    assert ratios == {
+        "W3 against PEFT's mixed batch of 16": 4.0,
+        "W3 / W4 of the same server: what mixing costs": 0.5,
+    }
+    text = (tmp_path / "bench.md").read_text()
+    assert "| W3: mixed | manyhats | 10.0 | 10% |" in text
+    assert "| manyhats | start_to_ready_s | 4.0 |" in text
+    assert "openvino was skipped: not installed" in text
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_limit_counts_products_and_reads(tiny_base: Path) -> None:
+    """The limit is the slower of multiplying every token by every weight and reading every weight every step."""
+    num_linear, num_head = count_weights(tiny_base)
+    assert num_head == 259 * 64
+    one = Workload("W", "", 1, 0, {}, [Request(None, 0, 0, 10)])
+    read_bound = 10e9 / (2 * (num_linear + num_head))
+    assert limit_tokens_per_s(MACHINE, tiny_base, one) == pytest.approx(read_bound)
+    one.concurrency = 1000
+    assert limit_tokens_per_s(MACHINE, tiny_base, one) == pytest.approx(100e9 / (2 * (num_linear + num_head)))
