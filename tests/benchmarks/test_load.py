@@ -49,15 +49,15 @@ def test_a_whole_answer_is_timed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body"),
+    ("status", "body", "reason"),
     [
-        (200, sse({**LAST, "usage": {"completion_tokens": 1}}, "[DONE]")),  # a token less than was asked for
-        (200, sse(LAST)),  # cut off before its end
-        (200, b""),
-        (503, b'{"error": {"code": "overloaded"}}'),
+        (200, sse({**LAST, "usage": {"completion_tokens": 1}}, "[DONE]"), "1 of 2 tokens"),
+        (200, sse(LAST), "2 of 2 tokens"),  # but cut off before its end
+        (200, b"", "None of 2 tokens"),
+        (503, b'{"error": {"code": "overloaded"}}', "503: .*overloaded"),
     ],
 )
-def test_an_answer_that_is_not_whole_is_an_error(status: int, body: bytes) -> None:
+def test_an_answer_that_is_not_whole_is_an_error(status: int, body: bytes, reason: str) -> None:
     """Short, broken, empty and refused answers raise: no figure is made of them."""
-    with pytest.raises(IncompleteAnswerError):
+    with pytest.raises(IncompleteAnswerError, match=reason):
         answer(status, body)
