@@ -8,7 +8,6 @@ no environment, and it ends when the socket closes: there are no orphans.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import queue
@@ -24,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from server import logs
 from server.engine import frames
 from server.engine.engine import Engine
 from server.engine.messages import (
@@ -227,29 +227,12 @@ def serve(path: str, build: Build) -> int:
     return 0
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and whatever `extra` gave."""
-
-    _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See the class."""
-        line = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
-        line |= {"message": record.getMessage(), "pid": os.getpid()}
-        line |= {name: value for name, value in vars(record).items() if name not in self._KNOWN}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
-
-
 def main(arguments: list[str] | None = None, build: Build = build) -> int:
     """The command; `build` makes the engine (a test gives its own)."""
     parser = argparse.ArgumentParser(prog="python -m server.engine.process", description=__doc__)
     parser.add_argument("--socket", required=True, help="the unix socket of the front")
     path = parser.parse_args(arguments).socket
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logs.install("info")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
     return serve(path, build)
 

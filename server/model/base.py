@@ -66,7 +66,9 @@ def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
 
 def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it would be drawn into the log
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", local_files_only=True

@@ -1,0 +1,5 @@
+"""`python -m server` is `manyhats`."""
+
+from server.cli import main
+
+main()

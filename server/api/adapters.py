@@ -1,0 +1,167 @@
+"""POST /adapters: an upload is checked, stored and routed to, or refused whole."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import JSONResponse, Response
+
+from adapters_store.artifact import Artifact, read_folder
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError
+from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
+from adapters_store.methods import compile_patch
+from adapters_store.patch import Patch
+from adapters_store.registry import Version
+from server.api.front import Front, front_of, spec_of, tenant_of
+from server.api.generation import unless_gone
+from server.api.wire import BASE, NAME
+from server.errors import (
+    ArtifactRefusedError,
+    BadRequestError,
+    InvalidFieldError,
+    StorageError,
+    TooLargeError,
+    UnsupportedTypeError,
+)
+
+router = APIRouter()
+BYTES_PER_PARAMETER = 4  # of a slot in fp32
+STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+
+TaskQuery = Annotated[str, Query(pattern=NAME)]
+NoteQuery = Annotated[str, Query(max_length=1000)]
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in (ZIP_TYPE, SAFETENSORS_TYPE)},
+    }
+}
+
+
+@dataclass(frozen=True)
+class Proved:
+    """An artifact that passed every check, compiled for the base."""
+
+    artifact: Artifact
+    patch: Patch
+    checks: list[dict[str, Any]]
+
+
+@router.post("/adapters", status_code=201, openapi_extra=BODY)
+async def upload(request: Request, task: TaskQuery, activate: bool = True, note: NoteQuery = "") -> Response:
+    """Take an adapter in: a zip of a PEFT folder, or one safetensors file with its config in its metadata."""
+    front, tenant = front_of(request), tenant_of(request)
+    request.state.task = task
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if task == BASE:
+        raise InvalidFieldError("the task name base is the base itself", "task")
+    if kind not in (ZIP_TYPE, SAFETENSORS_TYPE):
+        raise UnsupportedTypeError(f"send {ZIP_TYPE} or {SAFETENSORS_TYPE}, not {kind[:80] or 'no content type'}")
+    try:
+        with front.blobs.staging() as staging:
+            await _receive(request, front, staging / "body")
+            added = _take_in(front, tenant, task, staging, kind, activate, note)
+            version, is_new, checks = await unless_gone(request, added)
+    except ArtifactError as error:
+        front.metrics.uploads.labels("refused").inc()
+        raise ArtifactRefusedError(error) from None
+    except OSError as error:
+        front.metrics.uploads.labels("failed").inc()
+        raise storage_error(error) from error
+    front.metrics.uploads.labels("taken").inc()
+    return JSONResponse(_describe(version, checks), 201 if is_new else 200)
+
+
+async def _receive(request: Request, front: Front, path: Path) -> None:
+    """Stream the body to a file, capped."""
+    settings, size, parts = front.settings, 0, aiter(request.stream())
+    with path.open("wb") as file:
+        while True:
+            try:
+                part = await asyncio.wait_for(anext(parts), settings.body_timeout_s)
+            except StopAsyncIteration:
+                break
+            except TimeoutError:
+                raise BadRequestError(f"no more of the body came for {settings.body_timeout_s:g} s") from None
+            size += len(part)
+            if size > settings.max_upload_bytes:
+                raise TooLargeError(f"the upload is larger than {settings.max_upload_bytes} bytes")
+            await asyncio.to_thread(file.write, part)
+
+
+async def _take_in(
+    front: Front, tenant: str, task: str, staging: Path, kind: str, activate: bool, note: str
+) -> tuple[Version, bool, list[dict[str, Any]]]:
+    folder = staging / "folder"
+    folder.mkdir()
+    await asyncio.to_thread(unpack_upload, staging / "body", kind, folder, int(front.settings.max_upload_bytes))
+    proved = await asyncio.to_thread(prove, front, folder)
+    version, is_new = await asyncio.shield(keep(front, tenant, task, folder, proved, activate, note))
+    return version, is_new, proved.checks
+
+
+def prove(front: Front, folder: Path) -> Proved:
+    """Check a PEFT folder for form, finiteness, method, base and shapes. Raises `ArtifactError`."""
+    ready = front.ready()
+    artifact = read_folder(folder)
+    patch = compile_patch(artifact, spec_of(ready))
+    needed = patch.num_parameters * BYTES_PER_PARAMETER
+    if needed > ready.slot_bytes:
+        raise ArtifactTooLargeError(
+            f"the adapter needs {needed} bytes on the device, all slots have {ready.slot_bytes}"
+        )
+    is_named = artifact.manifest is not None
+    checks = {
+        "form": f"{len(artifact.tensors)} tensors, {artifact.num_bytes} bytes",
+        "finite": f"{patch.num_parameters} parameters",
+        "method": patch.method,
+        "base": f"identity {ready.identity[:12]} matches" if is_named else "no manifest: shapes alone tell",
+        "shapes": f"{len(patch.primitives)} sites of {ready.name}",
+    }
+    return Proved(artifact, patch, [{"name": name, "ok": True, "detail": said} for name, said in checks.items()])
+
+
+async def keep(
+    front: Front, tenant: str, task: str, folder: Path, proved: Proved, activate: bool, note: str
+) -> tuple[Version, bool]:
+    """Store and register; durable on return."""
+    artifact, patch = proved.artifact, proved.patch
+    async with front.store_lock:
+        await asyncio.to_thread(front.blobs.put, folder, artifact.digest)
+        return await asyncio.to_thread(
+            lambda: front.registry.add_version(
+                tenant,
+                task,
+                digest=artifact.digest,
+                method=patch.method,
+                num_parameters=patch.num_parameters,
+                num_bytes=artifact.num_bytes,
+                prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
+                note=note,
+                activate=activate,
+            )
+        )
+
+
+def storage_error(error: OSError) -> Exception:
+    """507 for a disk that is full or fails; anything else is ours."""
+    if error.errno in STORAGE_FAULTS:
+        return StorageError(f"the store cannot keep it: {error.strerror}; nothing was stored")
+    return error
+
+
+def _describe(version: Version, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "task": version.task,
+        "version": version.number,
+        "digest": version.digest,
+        "method": version.method,
+        "num_parameters": version.num_parameters,
+        "bytes": version.num_bytes,
+        "checks": checks,
+    }

@@ -1,0 +1,171 @@
+"""What the routes share: the rooms that they call, given to them by the composition root."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi import Request
+
+from adapters_store.blobs import Blobs
+from adapters_store.errors import AbsentError
+from adapters_store.patch import BaseSpec, LinearSite
+from adapters_store.registry import DEFAULT_TENANT, Registry, Version
+from server.api.text import Tokenizer
+from server.engine.client import EngineClient
+from server.engine.messages import Ready
+from server.errors import NotFoundError, UnauthorizedError, UnavailableError
+from server.metrics import Metrics
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+USAGE_EVERY_S = 1.0
+
+
+@dataclass
+class Front:
+    """The front process: everything that a route may need."""
+
+    settings: Settings
+    client: EngineClient
+    registry: Registry
+    blobs: Blobs
+    tokenizer: Tokenizer
+    metrics: Metrics
+    in_use: InUse = field(default_factory=lambda: InUse())
+    usage: UsageBuffer = field(default_factory=lambda: UsageBuffer())
+    given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
+    store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together
+
+    def ready(self) -> Ready:
+        """The engine's description. Raises `UnavailableError` while there is none."""
+        if self.client.ready is None:
+            raise UnavailableError(self.client.last_error or "the engine is starting", retry_after=2)
+        return self.client.ready
+
+    async def resolve(self, tenant: str, task: str, version: int | None) -> Version:
+        """The version that a task gets now. Raises `NotFoundError`."""
+        try:
+            return await asyncio.to_thread(self.registry.resolve, tenant, task, version)
+        except AbsentError as error:
+            raise NotFoundError(str(error), "task") from None
+
+    async def absent_is_404(self, call: Callable[..., T], *args: object) -> T:
+        """Run a call of the registry in a thread; what is absent is 404."""
+        try:
+            return await asyncio.to_thread(call, *args)
+        except AbsentError as error:
+            raise NotFoundError(str(error), "task") from None
+
+    async def bury(self, digests: list[str]) -> None:
+        """Delete those of the artifacts that were given up, that no version refers to, and no request wears."""
+        dead = [digest for digest in digests if digest in self.given_up and not self.in_use.is_held(digest)]
+        if not dead:
+            return
+        async with self.store_lock:
+            referenced = await asyncio.to_thread(self.registry.digests)
+            for digest in dead:
+                self.given_up.discard(digest)
+                if digest not in referenced:
+                    self.client.forget(digest)
+                    await asyncio.to_thread(self.blobs.delete, digest)
+
+
+class InUse:
+    """How many running requests wear each digest. An artifact goes only when the last one has ended."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, digests: list[str]) -> Iterator[None]:
+        """Keep digests while the block runs."""
+        self._counts.update(digests)
+        try:
+            yield
+        finally:
+            self._counts.subtract(digests)
+            self._counts += Counter()  # drops the zeros
+
+    def is_held(self, digest: str) -> bool:
+        """Whether some request wears it."""
+        return digest in self._counts
+
+
+class UsageBuffer:
+    """Usage on its way to the registry: counted at once, written once a second in a thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str, int], list[int]] = {}
+
+    def add(self, tenant: str, task: str, version: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count a request."""
+        with self._lock:
+            counts = self._counts.setdefault((tenant, task, version), [0, 0, 0])
+            for index, number in enumerate((1, prompt_tokens, completion_tokens)):
+                counts[index] += number
+
+    def flush(self, registry: Registry) -> None:
+        """Write what was counted; kept for the next time if the registry fails."""
+        with self._lock:
+            taken, self._counts = self._counts, {}
+        for (tenant, task, version), (requests, prompt, completion) in taken.items():
+            try:
+                registry.add_usage(
+                    tenant, task, version, requests=requests, prompt_tokens=prompt, completion_tokens=completion
+                )
+            except Exception:
+                log.exception("usage could not be written; it is kept")
+                with self._lock:
+                    counts = self._counts.setdefault((tenant, task, version), [0, 0, 0])
+                    for index, number in enumerate((requests, prompt, completion)):
+                        counts[index] += number
+
+    async def keep_flushing(self, registry: Registry) -> None:
+        """Flush once a second until cancelled."""
+        while True:
+            await asyncio.sleep(USAGE_EVERY_S)
+            await asyncio.to_thread(self.flush, registry)
+
+
+def front_of(request: Request) -> Front:
+    """The front that the application was made with."""
+    front: Front = request.app.state.front
+    return front
+
+
+def tenant_of(request: Request) -> str:
+    """Who asks: the tenant of the key. Raises `UnauthorizedError`, or `NotFoundError` for a tenant that is absent."""
+    key = front_of(request).settings.admin_key
+    if key is not None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        wanted = key.get_secret_value().encode()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted):
+            raise UnauthorizedError("send the key of this server as `Authorization: Bearer KEY`")
+    tenant = request.headers.get("x-tenant", DEFAULT_TENANT)
+    if tenant != DEFAULT_TENANT:
+        raise NotFoundError(f"there is no tenant {tenant[:63]}", "X-Tenant")
+    return tenant
+
+
+def spec_of(ready: Ready) -> BaseSpec:
+    """The base as a method sees it."""
+    return BaseSpec(
+        name=ready.name,
+        identity=ready.identity,
+        architecture=ready.architecture,
+        vocab_size=ready.vocab_size,
+        hidden_size=ready.hidden_size,
+        num_layers=ready.num_layers,
+        max_positions=ready.max_positions,
+        linears={site: LinearSite(shape.in_features, shape.out_features) for site, shape in ready.linears.items()},
+    )

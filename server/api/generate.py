@@ -1,0 +1,139 @@
+"""POST /generate: one request, one task, any adapter."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.front import Front, front_of, tenant_of
+from server.api.generation import (
+    Answer,
+    Job,
+    Piece,
+    Worn,
+    check_length,
+    encode_chat,
+    encode_prompts,
+    start,
+    task_of,
+    to_sampling,
+    unless_gone,
+    wear,
+    wear_many,
+)
+from server.api.stream import EventStream, begun
+from server.api.wire import GenerateRequest, openapi_body, parse, read_body
+from server.errors import BadRequestError
+from server.model.batch import Logprobs
+
+router = APIRouter()
+
+
+@router.post("/generate", openapi_extra=openapi_body(GenerateRequest))
+async def generate(request: Request, task: str | None = None) -> Response:
+    """Answer with a task's adapter; see the HTTP contract for the body."""
+    front, tenant = front_of(request), tenant_of(request)
+    settings = front.settings
+    asked = parse(GenerateRequest, await read_body(request, settings.max_body_bytes, settings.body_timeout_s))
+    worn = await _worn(front, tenant, task, asked)
+    request.state.task = worn.task
+    prompts = await _prompts(front, asked, worn)
+    check_length(front, prompts, asked.max_tokens)
+    sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
+    job = Job(worn, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
+    request_id: str = request.state.request_id
+    if asked.stream:
+        events = await unless_gone(request, begun(_events(front, job, request_id)))
+        return EventStream(events, request_id)
+    return JSONResponse(await unless_gone(request, _whole(front, job, request_id)))
+
+
+async def _worn(front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> Worn:
+    if asked.adapters is None:
+        return await wear(front, tenant, task_of(task), asked.version)
+    if task is not None or asked.version is not None:
+        raise BadRequestError("give either ?task= (with version), or adapters, not both", "adapters")
+    return await wear_many(front, tenant, asked.adapters)
+
+
+async def _prompts(front: Front, asked: GenerateRequest, worn: Worn) -> list[list[int]]:
+    if asked.prompt_token_ids is not None:
+        return [asked.prompt_token_ids]
+    if asked.messages is not None:
+        return [await encode_chat(front, asked.messages, worn)]
+    texts = asked.prompt or ""
+    return await encode_prompts(front, [texts] if isinstance(texts, str) else texts)
+
+
+def _head(job: Job, request_id: str) -> dict[str, Any]:
+    """Who answers."""
+    worn = [
+        {
+            "task": version.task,
+            "version": version.number,
+            "digest": version.digest,
+            "method": version.method,
+            "weight": w,
+        }
+        for version, w in job.worn.hats
+    ]
+    adapter = {key: worn[0][key] for key in ("version", "digest", "method")} if worn else None
+    head: dict[str, Any] = {"id": request_id, "task": job.worn.task, "adapter": adapter}
+    return head | ({"adapters": worn} if len(worn) > 1 else {})
+
+
+async def _whole(front: Front, job: Job, request_id: str) -> dict[str, Any]:
+    answer, pieces = start(front, job)
+    choices = [Piece(index, "", [], []) for index in range(len(job.prompts) * job.n)]
+    async with aclosing(pieces) as coming:  # type: ignore[type-var]
+        async for piece in coming:
+            choices[piece.index].extend(piece)
+    body = _head(job, request_id) | {"choices": [_choice(front, job, choice) for choice in choices]}
+    return body | _tail(answer)
+
+
+def _tail(answer: Answer) -> dict[str, Any]:
+    return {"usage": answer.usage(), "timing": answer.times()}
+
+
+def _choice(front: Front, job: Job, piece: Piece) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "text": piece.text,
+        "token_ids": piece.token_ids,
+        "finish_reason": piece.finish_reason,
+    }
+    if job.sampling.logprobs is not None:
+        pairs = zip(piece.token_ids, piece.logprobs, strict=True)
+        choice["logprobs"] = [_logprobs(front, token_id, logprobs) for token_id, logprobs in pairs]
+    return choice
+
+
+def _logprobs(front: Front, token_id: int, logprobs: Logprobs) -> dict[str, Any]:
+    return _token(front, token_id, logprobs.chosen) | {"top": [_token(front, *pair) for pair in logprobs.top]}
+
+
+def _token(front: Front, token_id: int, logprob: float) -> dict[str, Any]:
+    return {"token": front.tokenizer.decode([token_id], skip_special=False), "token_id": token_id, "logprob": logprob}
+
+
+async def _events(front: Front, job: Job, request_id: str) -> AsyncIterator[dict[str, Any]]:
+    """One event a step that has text or ends a choice; the very last carries usage and timing.
+
+    The tokens of a step whose text is held back come with the next event of the choice.
+    """
+    answer, pieces = start(front, job)
+    head, held = _head(job, request_id), {index: Piece(index, "", [], []) for index in range(len(job.prompts) * job.n)}
+    async with aclosing(pieces) as coming:  # type: ignore[type-var]
+        async for piece in coming:
+            waiting = held[piece.index]
+            piece.token_ids, piece.logprobs = waiting.token_ids + piece.token_ids, waiting.logprobs + piece.logprobs
+            if not piece.text and piece.finish_reason is None:
+                held[piece.index] = piece
+                continue
+            held[piece.index] = Piece(piece.index, "", [], [])
+            event = head | {"index": piece.index} | _choice(front, job, piece)
+            yield event | (_tail(answer) if answer.ended == len(held) and piece.finish_reason is not None else {})

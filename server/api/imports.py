@@ -1,0 +1,45 @@
+"""Take a tree of PEFT folders in at start: each folder is a task by its name. A bad one is one line in the log."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from adapters_store.artifact import CONFIG, FILES
+from adapters_store.errors import AbsentError, ArtifactError
+from adapters_store.registry import DEFAULT_TENANT
+from server.api.adapters import keep, prove
+from server.api.front import Front
+from server.api.wire import BASE, NAME
+
+log = logging.getLogger(__name__)
+
+
+async def import_tree(front: Front, tree: Path) -> None:
+    """Every folder with an adapter_config.json that is no task yet becomes one; the same checks as an upload's."""
+    if not tree.is_dir():
+        raise NotADirectoryError(f"{tree} is no folder: --import takes a folder of PEFT folders")
+    for config in sorted(tree.glob(f"*/{CONFIG}")):
+        try:
+            await _import_folder(front, config.parent)
+        except (ArtifactError, OSError) as error:
+            log.error("an adapter was not taken in", extra={"folder": str(config.parent), "reason": str(error)})
+
+
+async def _import_folder(front: Front, folder: Path) -> None:
+    task = folder.name.lower()
+    if not re.fullmatch(NAME, task) or task == BASE:
+        raise ArtifactError(f"{folder.name} is no task name ({NAME})")
+    try:
+        front.registry.task(DEFAULT_TENANT, task)
+    except AbsentError:
+        with front.blobs.staging() as staging:
+            for name in FILES:
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, staging / name)
+            proved = prove(front, staging)
+            shutil.copytree(staging, staging / "folder")
+            await keep(front, DEFAULT_TENANT, task, staging / "folder", proved, True, f"imported from {folder.name}")
+        log.info("an adapter was taken in", extra={"task": task, "digest": proved.artifact.digest})

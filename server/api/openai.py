@@ -1,0 +1,238 @@
+"""OpenAI's shape: the official client works unchanged; `model` is a task, or `base`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from server.api.front import Front, front_of, tenant_of
+from server.api.generation import (
+    Answer,
+    Job,
+    Piece,
+    check_length,
+    encode_chat,
+    encode_prompts,
+    start,
+    to_sampling,
+    unless_gone,
+    wear,
+)
+from server.api.stream import EventStream, begun
+from server.api.wire import (
+    BASE,
+    MAX_PROMPTS,
+    Message,
+    SamplingFields,
+    Stop,
+    Strict,
+    TokenIds,
+    openapi_body,
+    parse,
+    read_body,
+)
+from server.errors import InvalidFieldError
+
+router = APIRouter(prefix="/v1")
+
+
+class StreamOptions(Strict):
+    """What a stream carries beside text."""
+
+    include_usage: bool = False
+
+
+class OpenAIFields(SamplingFields):
+    """What completions and chat share. Fields of OpenAI's that are not served are refused by their name."""
+
+    model: str = Field(max_length=63)
+    temperature: float = Field(1.0, ge=0, le=2)
+    n: int = Field(1, ge=1, le=8)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512)
+    timeout_s: float = Field(120.0, gt=0, le=3600)
+
+    def stops(self) -> list[str]:
+        """The stop texts as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class CompletionRequest(OpenAIFields):
+    """The body of POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: int = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+
+class ChatRequest(OpenAIFields):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=5)
+
+
+Shape = Callable[[Piece], dict[str, Any]]
+
+
+@router.get("/models")
+async def models(request: Request) -> Response:
+    """The base and all tasks of the tenant."""
+    front, tenant = front_of(request), tenant_of(request)
+    tasks = await asyncio.to_thread(front.registry.tasks, tenant)
+    created = {BASE: 0, **{task.name: int(task.versions[-1].created) for task in tasks}}
+    data = [{"id": name, "object": "model", "created": at, "owned_by": tenant} for name, at in created.items()]
+    return JSONResponse({"object": "list", "data": data})
+
+
+@router.post("/completions", openapi_extra=openapi_body(CompletionRequest))
+async def completions(request: Request) -> Response:
+    """OpenAI's completions."""
+    front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
+    asked = parse(CompletionRequest, await read_body(request, settings.max_body_bytes, settings.body_timeout_s))
+    worn = await wear(front, tenant, asked.model)
+    request.state.task = worn.task
+    prompts = await _prompts(front, asked)
+    check_length(front, prompts, asked.max_tokens)
+    sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
+    job = Job(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
+    offsets: dict[int, int] = {}
+
+    def shape(piece: Piece) -> dict[str, Any]:
+        logprobs = None if asked.logprobs is None else _completion_logprobs(front, piece, offsets)
+        return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish_reason, "logprobs": logprobs}
+
+    return await _answer(request, front, job, asked, "text_completion", shape, shape)
+
+
+@router.post("/chat/completions", openapi_extra=openapi_body(ChatRequest))
+async def chat_completions(request: Request) -> Response:
+    """OpenAI's chat completions."""
+    front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
+    asked = parse(ChatRequest, await read_body(request, settings.max_body_bytes, settings.body_timeout_s))
+    worn = await wear(front, tenant, asked.model)
+    request.state.task = worn.task
+    prompts = [await encode_chat(front, asked.messages, worn)]
+    max_tokens = asked.max_completion_tokens or asked.max_tokens
+    if max_tokens is None:  # OpenAI's default: the rest of the context
+        max_tokens = max(1, front.ready().max_sequence_tokens - len(prompts[0]))
+    check_length(front, prompts, max_tokens)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
+    sampling = to_sampling(front, asked, max_tokens, (asked.top_logprobs or 0) if asked.logprobs else None)
+    job = Job(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
+    opened: set[int] = set()
+
+    def logprobs(piece: Piece) -> dict[str, Any] | None:
+        return {"content": _chat_logprobs(front, piece), "refusal": None} if asked.logprobs else None
+
+    def whole(piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        rest = {"finish_reason": piece.finish_reason, "logprobs": logprobs(piece)}
+        return {"index": piece.index, "message": message, **rest}
+
+    def delta(piece: Piece) -> dict[str, Any]:
+        role = {} if piece.index in opened else {"role": "assistant"}
+        opened.add(piece.index)
+        rest = {"finish_reason": piece.finish_reason, "logprobs": logprobs(piece)}
+        return {"index": piece.index, "delta": {**role, "content": piece.text}, **rest}
+
+    return await _answer(request, front, job, asked, "chat.completion", whole, delta)
+
+
+async def _prompts(front: Front, asked: CompletionRequest) -> list[list[int]]:
+    prompt = asked.prompt
+    texts = [prompt] if isinstance(prompt, str) else [text for text in prompt if isinstance(text, str)]
+    if texts:
+        return await encode_prompts(front, texts)
+    many = [ids for ids in prompt if isinstance(ids, list)]
+    return many or [[token for token in prompt if isinstance(token, int)]]
+
+
+async def _answer(
+    request: Request, front: Front, job: Job, asked: OpenAIFields, kind: str, whole: Shape, delta: Shape
+) -> Response:
+    request_id: str = request.state.request_id
+    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    head = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": asked.model}
+    if not asked.stream:
+        return JSONResponse(await unless_gone(request, _whole(front, job, head | {"object": kind}, whole)))
+    include_usage = asked.stream_options is not None and asked.stream_options.include_usage
+    chunk_kind = kind + ".chunk" if kind.startswith("chat") else kind
+    events = _chunks(front, job, head | {"object": chunk_kind}, delta, include_usage)
+    return EventStream(await unless_gone(request, begun(events)), request_id)
+
+
+async def _whole(front: Front, job: Job, head: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    answer, pieces = start(front, job)
+    choices = [Piece(index, "", [], []) for index in range(len(job.prompts) * job.n)]
+    async with aclosing(pieces) as coming:  # type: ignore[type-var]
+        async for piece in coming:
+            choices[piece.index].extend(piece)
+    return head | {"choices": [shape(choice) for choice in choices], "usage": _usage(answer)}
+
+
+async def _chunks(
+    front: Front, job: Job, head: dict[str, Any], shape: Shape, include_usage: bool
+) -> AsyncIterator[dict[str, Any]]:
+    answer, pieces = start(front, job)
+    usage: dict[str, Any] = {"usage": None} if include_usage else {}
+    async with aclosing(pieces) as coming:  # type: ignore[type-var]
+        async for piece in coming:
+            if piece.text or piece.finish_reason is not None or piece.logprobs:
+                yield head | {"choices": [shape(piece)]} | usage
+    if include_usage:
+        yield head | {"choices": [], "usage": _usage(answer)}
+
+
+def _usage(answer: Answer) -> dict[str, Any]:
+    return {
+        "prompt_tokens": answer.num_prompt,
+        "completion_tokens": answer.num_completion,
+        "total_tokens": answer.num_prompt + answer.num_completion,
+        "prompt_tokens_details": {"cached_tokens": answer.num_cached},
+    }
+
+
+def _completion_logprobs(front: Front, piece: Piece, offsets: dict[int, int]) -> dict[str, Any]:
+    """OpenAI's older form: parallel lists; `text_offset` counts characters of the answer, also over chunks."""
+    tokens = [front.tokenizer.decode([token], skip_special=False) for token in piece.token_ids]
+    starts = []
+    for token in tokens:
+        starts.append(offsets.get(piece.index, 0))
+        offsets[piece.index] = starts[-1] + len(token)
+    tops = [
+        {front.tokenizer.decode([token], skip_special=False): value for token, value in logprobs.top}
+        for logprobs in piece.logprobs
+    ]
+    chosen = [logprobs.chosen for logprobs in piece.logprobs]
+    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": starts}
+
+
+def _chat_logprobs(front: Front, piece: Piece) -> list[dict[str, Any]]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        token = front.tokenizer.decode([token_id], skip_special=False)
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    pairs = zip(piece.token_ids, piece.logprobs, strict=True)
+    return [
+        entry(token_id, logprobs.chosen) | {"top_logprobs": [entry(*top) for top in logprobs.top]}
+        for token_id, logprobs in pairs
+    ]

@@ -1,0 +1,127 @@
+"""The bodies of requests: strict models, and the one way in for JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adapters_store.strict_json import StrictJSONError, loads
+from server.errors import BadRequestError, InvalidFieldError, TooLargeError
+
+NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+BASE = "base"
+MAX_PROMPTS = 64
+
+TaskName = Annotated[str, Field(pattern=NAME)]
+TokenIds = list[Annotated[int, Field(ge=0)]]
+Stop = Annotated[str, Field(min_length=1, max_length=64)]
+LogitBias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,8}$")], Annotated[float, Field(ge=-100, le=100)]]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Unknown fields and wrong types are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Message(Strict):
+    """One chat turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class WeightedTask(Strict):
+    """One of several hats."""
+
+    task: TaskName
+    weight: float = Field(1.0, ge=-100, le=100)
+
+
+class SamplingFields(Strict):
+    """How tokens are chosen; the same names as everywhere in the field."""
+
+    temperature: float = Field(0.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default_factory=dict)
+    seed: Seed | None = None
+    ignore_eos: bool = False
+
+
+class GenerateRequest(SamplingFields):
+    """The body of POST /generate."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    max_tokens: int = Field(128, ge=1)
+    n: int = Field(1, ge=1, le=8)
+    stop: Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
+    logprobs: int | None = Field(None, ge=0, le=5)
+    adapters: Annotated[list[WeightedTask], Field(min_length=1, max_length=8)] | None = None
+    version: int | None = Field(None, ge=1)
+    stream: bool = False
+    timeout_s: float = Field(120.0, gt=0, le=3600)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_is_not_served(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("response_format") is not None:
+            raise InvalidFieldError("response_format is not served by this version", "response_format")
+        return data
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        given = [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) if given else "none of them"
+            raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")
+        return self
+
+
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body. Raises `TooLargeError`, or `BadRequestError` where it stops coming."""
+    body, parts = bytearray(), aiter(request.stream())
+    while True:
+        try:
+            body += await asyncio.wait_for(anext(parts), timeout_s)
+        except StopAsyncIteration:
+            return bytes(body)
+        except TimeoutError:
+            raise BadRequestError(f"no more of the body came for {timeout_s:g} s") from None
+        if len(body) > max_bytes:
+            raise TooLargeError(f"the body is larger than {max_bytes} bytes")
+
+
+def parse(model: type[Model], body: bytes) -> Model:
+    """The body as a model. Raises `BadRequestError` for what is not JSON, `InvalidFieldError` naming a wrong field."""
+    try:
+        data = loads(body)
+    except StrictJSONError as error:
+        raise BadRequestError(f"the body is not sound JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise BadRequestError("the body is not a JSON object")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "body"
+        if first["type"] == "extra_forbidden":
+            raise InvalidFieldError(f"unknown field {field[:200]}", field[:200]) from None
+        raise InvalidFieldError(f"{field[:200]}: {first['msg']}", field[:200]) from None
+
+
+def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
+    """What FastAPI would say of a body that it does not parse itself."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}

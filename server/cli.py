@@ -1,0 +1,129 @@
+"""The command `manyhats`: its subcommands come from entry points; `serve` is ours."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import sys
+import time
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+from adapters_store.bases import BaseError, resolve_base
+from adapters_store.registry import DEFAULT_TENANT
+from server import logs
+from server.api.front import Front
+from server.settings import PREFIX, Settings, SettingsError, check_environment, variable
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Run a subcommand of whichever package has it."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+    app.callback()(lambda: None)
+    wanted = {entry.name: entry for entry in entry_points(group="manyhats.commands")}
+    chosen = [wanted[word] for word in sys.argv[1:2] if word in wanted] or list(wanted.values())
+    for entry in chosen:  # only what is run is imported: training's libraries take seconds
+        app.command(entry.name)(entry.load())
+    app()
+
+
+def serve(**flags: Any) -> None:
+    """Serve one base and many adapters over HTTP."""
+    began, console = time.monotonic(), Console(stderr=True)
+    settings = _settings(flags, console)
+    logs.install(settings.log_level)
+    try:
+        with console.status("finding the base"):
+            folder = resolve_base(settings.base, settings.cache, console.print)
+    except BaseError as error:
+        raise _stop(console, str(error)) from error
+    from server.app import create_app  # after the flags are known to be good
+
+    app = create_app(settings, folder, on_ready=lambda front: _greet(front, console, time.monotonic() - began))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings.drain_s,
+    )
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and raises it once more
+        uvicorn.Server(config).run()
+    if app.state.start_failure is not None:
+        raise _stop(console, app.state.start_failure)
+
+
+def _settings(flags: dict[str, Any], console: Console) -> Settings:
+    """Flags over variables over defaults; a wrong one is a sentence, not a traceback."""
+    try:
+        check_environment()
+        given = {name: value for name, value in flags.items() if value is not None}
+        if "import_" in given:
+            given[f"{PREFIX}IMPORT"] = given.pop("import_")
+        return Settings(**given)
+    except SettingsError as error:
+        raise _stop(console, str(error)) from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+        raise _stop(console, "\n".join(lines)) from error
+
+
+def _stop(console: Console, reason: str) -> typer.Exit:
+    console.print(f"[bold red]manyhats cannot start:[/] {reason}", highlight=False)
+    return typer.Exit(1)
+
+
+def _greet(front: Front, console: Console, seconds: float) -> None:
+    """Say where it serves, and a curl that works when pasted."""
+    settings, ready = front.settings, front.ready()
+    tasks = [task.name for task in front.registry.tasks(DEFAULT_TENANT)]
+    url = f"http://{settings.host}:{settings.port}"
+    key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
+    task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)
+    console.print(
+        f"\n[bold]manyhats[/] serves {ready.name} ({ready.precision}) on {url}, ready after {seconds:.1f} s "
+        f"(base loaded in {ready.load_seconds:.1f} s). Tasks: {', '.join(['base', *tasks])}\n\n"
+        f"  curl -s '{url}/generate?task={task}'{key} -d '{body}'\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+HELLO = '{"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}'
+BANKING77 = '{"messages": [{"role": "user", "content": "My card still has not arrived."}], "max_tokens": 16}'
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of a setting: text as it is typed; `Settings` itself reads and checks it."""
+    option = typer.Option(
+        f"--{name.rstrip('_').replace('_', '-')}",
+        help=f"{field.description} [{variable(name)}]",
+        show_default=str(_default(field)),
+    )
+    kind = bool if field.annotation is bool else str
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _default(field: FieldInfo) -> object:
+    default = field.get_default(call_default_factory=True)
+    return default.human_readable() if hasattr(default, "human_readable") else default
+
+
+def _with_flags(parameters: list[inspect.Parameter]) -> None:
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+# One source of truth: every field of Settings is a flag, but for the key, which a command line would show to all.
+_with_flags([_flag(name, field) for name, field in Settings.model_fields.items() if name != "admin_key"])

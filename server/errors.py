@@ -1,0 +1,128 @@
+"""Every error that a user can see.
+
+ServerError
+├── BadRequestError 400
+├── UnauthorizedError 401
+├── NotFoundError 404
+├── MethodNotAllowedError 405
+├── TooLargeError 413
+├── UnsupportedTypeError 415
+├── InvalidFieldError 422
+├── ArtifactRefusedError 413 415 422 503, by its code
+├── InternalError 500
+├── EngineFailedError 422 500 503 504, by the engine's code
+├── UnavailableError 503
+└── StorageError 507
+
+On the wire: {"error": {"type", "code", "message", "param", "request_id"}}.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapters_store.errors import ArtifactError
+from server.engine.messages import EngineFailure
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_type": 415, "artifact_corrupt": 503}
+ENGINE_STATUS = {
+    "adapter_too_large": 422,
+    "prompt_too_long": 400,
+    "deadline_exceeded": 504,
+    "overloaded": 503,
+    "engine_restarting": 503,
+    "adapter_failed": 503,
+}
+
+
+class ServerError(Exception):
+    """`param` names the offending field or thing; `retry_after` is whole seconds."""
+
+    status = 500
+    code = "internal"
+
+    def __init__(self, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.param, self.retry_after = param, retry_after
+
+    def wire(self, request_id: str) -> dict[str, Any]:
+        """The error object of the HTTP contract."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        body = {"type": kind, "code": self.code, "message": str(self), "param": self.param, "request_id": request_id}
+        return {"error": body}
+
+
+class BadRequestError(ServerError):
+    """Malformed, or over a limit."""
+
+    status, code = 400, "bad_request"
+
+
+class UnauthorizedError(ServerError):
+    """No key, or a bad one."""
+
+    status, code = 401, "unauthorized"
+
+
+class NotFoundError(ServerError):
+    """Absent, or another tenant's."""
+
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowedError(ServerError):
+    """The route exists, with other methods."""
+
+    status, code = 405, "method_not_allowed"
+
+
+class TooLargeError(ServerError):
+    """A body over its cap."""
+
+    status, code = 413, "too_large"
+
+
+class UnsupportedTypeError(ServerError):
+    """A content type that the route does not take."""
+
+    status, code = 415, "unsupported_type"
+
+
+class InvalidFieldError(ServerError):
+    """A field that is unknown, of the wrong type, or out of range."""
+
+    status, code = 422, "invalid_field"
+
+
+class ArtifactRefusedError(ServerError):
+    """The store's refusal of an artifact."""
+
+    def __init__(self, error: ArtifactError) -> None:
+        super().__init__(str(error), error.param)
+        self.code, self.status = error.code, ARTIFACT_STATUS.get(error.code, 422)
+
+
+class InternalError(ServerError):
+    """Our bug."""
+
+
+class EngineFailedError(ServerError):
+    """The engine ended a sequence without an answer."""
+
+    def __init__(self, failure: EngineFailure) -> None:
+        super().__init__(failure.message)
+        self.code, self.status = failure.code, ENGINE_STATUS.get(failure.code, 500)
+        self.retry_after = 1 if self.status == 503 else None
+
+
+class UnavailableError(ServerError):
+    """No engine is ready, or the server drains."""
+
+    status, code = 503, "engine_unavailable"
+
+
+class StorageError(ServerError):
+    """The disk is full or fails."""
+
+    status, code = 507, "storage_failed"

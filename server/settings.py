@@ -1,0 +1,90 @@
+"""The settings: every field is a flag of `manyhats serve` and a variable MANYHATS_<NAME>; read here alone."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ByteSize, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from adapters_store.bases import SMOLLM2, default_cache
+
+PREFIX = "MANYHATS_"
+
+
+class SettingsError(Exception):
+    """A setting that cannot be meant; the sentence says which and what to do."""
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Settings(BaseSettings):
+    """What `manyhats serve` runs with. Sizes take units: 512MiB, 2GiB."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", validate_default=True)
+
+    base: str = Field(SMOLLM2, description="the base: smollm2-135m, a Hugging Face folder, or a hub id")
+    data: Path = Field(Path("var"), description="folder of artifacts and registry")
+    cache: Path = Field(default_factory=default_cache, description="folder of converted bases")
+    import_: Path | None = Field(
+        None, validation_alias="MANYHATS_IMPORT", description="folder of PEFT folders to take in at start, a task each"
+    )
+    host: str = Field("127.0.0.1", description="address to bind; other than loopback only with an admin key")
+    port: int = Field(8000, ge=0, le=65535, description="port to bind")
+    admin_key: SecretStr | None = Field(None, description="when set, every route but health asks for a key")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="of the base's weights")
+    device: str = Field("cpu", description="where the base lives: cpu, cuda")
+    num_threads: int = Field(default_factory=_num_cores, ge=1, description="threads of the engine")
+    kv_cache_bytes: ByteSize = Field(ByteSize(768 * 2**20), description="for the KV cache")
+    block_size: int = Field(32, ge=4, le=256, multiple_of=4, description="positions a KV block")
+    prefix_cache: bool = Field(True, description="share the KV of equal beginnings, within tenant and adapter")
+    slot_bytes: ByteSize = Field(ByteSize(512 * 2**20), description="for adapters on the device")
+    host_bytes: ByteSize = Field(ByteSize(2 * 2**30), description="for adapters in host memory")
+    max_running: int = Field(32, ge=1, description="most sequences in the batch")
+    max_waiting: int = Field(1024, ge=1, description="most sequences in the queue; more are refused with 503")
+    max_batch_tokens: int = Field(512, ge=16, description="most tokens a step")
+    max_sequence_tokens: int | None = Field(None, ge=1, description="most tokens a sequence, prompt and answer")
+    max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="largest JSON body")
+    max_upload_bytes: ByteSize = Field(ByteSize(512 * 2**20), description="largest artifact, packed and unpacked")
+    body_timeout_s: float = Field(30.0, gt=0, description="most seconds between two parts of a body")
+    drain_s: int = Field(30, ge=0, description="seconds that running requests get at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the JSON log")
+
+    @model_validator(mode="after")
+    def _is_open_only_with_a_key(self) -> Settings:
+        if self.admin_key is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is not loopback: anyone who reaches it could use the server. "
+                f"Set {PREFIX}ADMIN_KEY, or bind to 127.0.0.1"
+            )
+        if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 16:
+            raise ValueError(f"{PREFIX}ADMIN_KEY is shorter than 16 characters")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_environment(environment: dict[str, str] | None = None) -> None:
+    """Raise `SettingsError` for a MANYHATS_ variable that no setting has; it would be ignored in silence otherwise."""
+    known = {variable(name) for name in Settings.model_fields}
+    for name in os.environ if environment is None else environment:
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise SettingsError(f"{name} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def variable(field: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + field.rstrip("_").upper()
