@@ -325,7 +325,6 @@ class AdapterManager(Generic[P]):
         try:
             slot = self._bank.put(packed)
         except Exception as error:  # noqa: BLE001 - a device without memory must not end the engine
-            self._evict_from_host(digest)
             self._fail(digest, EngineFailure("adapter_failed", _sentence(digest, error)))
             return False
         self.copy_seconds_total += self._clock() - began

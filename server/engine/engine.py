@@ -161,7 +161,7 @@ class Engine(Generic[P]):
         if scheduler.running:
             self._stats.stall_seconds_total += adapters.copy_seconds_total - before
         for sequence in list(scheduler.waiting()) if has_news else ():
-            if sequence.first_admitted is None and (failure := adapters.refusal(sequence.digests)):
+            if failure := adapters.refusal(sequence.digests):
                 self._fail(sequence, failure)
 
     def _run(self, plan: Plan) -> Iterable[Result]:

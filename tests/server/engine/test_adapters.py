@@ -147,6 +147,17 @@ def test_earlier_wanted_beats_later_wanted() -> None:
     assert room.slots == "ab"
 
 
+def test_unwanted_is_evicted_before_wanted() -> None:
+    """Room is made of what nobody waits for, even where it was worn more recently."""
+    room = Room()
+    room.bring("abc")
+    room.use("da")
+    room.advance("da")
+    room.executor.run_all()
+    room.advance("da", max_copies=1)
+    assert room.slots == "acd"
+
+
 def test_large_one_is_not_starved_by_small_ones() -> None:
     """Who waits for much room keeps those behind it from taking what becomes free."""
     room = Room()
@@ -221,6 +232,13 @@ def test_failed_load_is_told_and_tried_again_later_each_time() -> None:
     del room.loader.errors["a"]
     room.bring("a")
     assert room.slots == "a"
+    room.use("a")
+    room.bring("bcde")
+    assert "a" not in room.slots + room.host
+    room.loader.errors["a"] = ValueError("broken again")
+    room.bring("a")
+    room.clock.now += 1.0
+    assert room.manager.refusal(("a",)) is None
 
 
 def test_adapter_larger_than_a_budget_is_refused_for_good() -> None:
@@ -250,6 +268,8 @@ def test_forgotten_while_used_stays_until_the_end() -> None:
     assert room.slots == "ab"
     room.use("b")
     room.release("ab")
+    assert room.slots == room.host == "b"
+    room.release("b", is_pinned=False)
     assert room.slots == room.host == "b"
 
 

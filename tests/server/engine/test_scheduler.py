@@ -1,6 +1,6 @@
 import pytest
 
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockPool, BlockTable
 from server.engine.messages import Hat, Submit
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.sequence import Sequence
@@ -90,6 +90,20 @@ def test_last_admitted_is_preempted_and_comes_back_first() -> None:
     assert step(planner) == [("b", 1)]
     planner.remove(second)
     assert step(planner) == [("c", 1)]
+
+
+def test_preempted_sequences_come_back_in_their_old_order() -> None:
+    """Two that were preempted wait in the order in which they had been admitted."""
+    planner = scheduler(num_blocks=8, max_batch_tokens=12)
+    sequences = [add(planner, name, 4) for name in "abc"]
+    while len(sequences[0].tokens) < 9:
+        step(planner)
+    assert step(planner) == [("a", 1), ("b", 1)]
+    assert sequences[2].is_preempted
+    planner.pool.extend(BlockTable(b""), 4 * planner.pool.num_free)
+    while sequences[1] in planner.running:
+        step(planner)
+    assert [*planner.waiting()] == sequences[1:]
 
 
 def test_who_does_not_fit_keeps_its_place() -> None:
@@ -246,6 +260,19 @@ def test_recomputed_tokens_are_not_charged() -> None:
     step(planner)
     assert second in planner.running
     assert planner.served("b") == num_computed + 1
+
+
+def test_cached_tokens_are_not_charged() -> None:
+    """What the prefix cache gives costs a namespace nothing."""
+    planner = scheduler(max_batch_tokens=100)
+    planner.pool.is_cached = True
+    first = add(planner, "a", 9)
+    plan = planner.plan(Wardrobe(), 0.0)
+    planner.pool.publish(first.table, first.tokens, 9)
+    commit(plan)
+    add(planner, "b", 9)
+    planner.plan(Wardrobe(), 0.0)
+    assert planner.served("t") == 9 + 1 + 1
 
 
 def test_wanted_is_in_the_order_of_admission() -> None:
