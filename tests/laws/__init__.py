@@ -1,0 +1,1 @@
+"""DESIGN's laws over the real engine: scheduler, adapters, kernels and sampler together."""

@@ -1,0 +1,82 @@
+"""Attention over the paged cache: the fast kernel against its slow twin, and what no neighbour may change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.model.attention import KVCache, LayerShape, PagedBatch, attend, attend_reference, page
+from server.model.batch import Row
+
+BLOCK = 8
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def make_cache(num_blocks: int = 24, kv_heads: int = 2, dim: int = 16, value_dim: int = 16) -> KVCache:
+    cache = KVCache([LayerShape(kv_heads, dim, value_dim)], num_blocks, BLOCK, torch.empty(0))
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(torch.nan)  # what is stale must never be read
+    return cache
+
+
+def make_qkv(num_tokens: int, heads: int = 6, kv_heads: int = 2, dim: int = 16, value_dim: int = 16) -> QKV:
+    generator = torch.Generator().manual_seed(num_tokens)
+    sizes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    q, k, v = (torch.randn(num_tokens, *size, generator=generator) for size in sizes)
+    return q, k, v
+
+
+def whole(rows: list[Row], cache: KVCache, threads: int = 2) -> PagedBatch:
+    return page(rows, cache, cache.keys[0].shape[1], threads)
+
+
+LENGTHS = (1, 5, 8, 37, 70)
+ROWS = [Row([0] * n, 0, list(range(at * 9, at * 9 + 9))) for at, n in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (11, 0.0), (0, 2.0), (5, 3.0), (1, 0.0)])
+@pytest.mark.parametrize("value_dim", [16, 24])
+def test_kernel_equals_its_twin(window: int, cap: float, value_dim: int) -> None:
+    """The kernel computes what plain torch computes: all lengths, windows, soft caps and widths in one batch."""
+    q, k, v = make_qkv(sum(LENGTHS), value_dim=value_dim)
+    fast = make_cache(46, value_dim=value_dim)
+    slow = make_cache(46, value_dim=value_dim)
+    got = attend(whole(ROWS, fast), 0, q, k, v, 0.3, window, cap)
+    wanted = attend_reference(whole(ROWS, slow), 0, q, k, v, 0.3, window, cap)
+    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
+    assert torch.equal(fast.keys[0].nan_to_num(0), slow.keys[0].nan_to_num(0))
+
+
+@pytest.mark.parametrize("window", [0, 11])
+def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int) -> None:
+    """A token's attention is the same to the last bit alone, among others, and in prompt chunks of any size."""
+    q, k, v = make_qkv(sum(LENGTHS))
+    together = attend(whole(ROWS, make_cache(46)), 0, q, k, v, 0.3, window, 0.0)
+    first = 0
+    for row, length in zip(ROWS, LENGTHS, strict=True):
+        for size in (1, 3, 64):
+            cache, parts = make_cache(46), []
+            for start in range(0, length, size):
+                chunk = slice(first + start, first + min(start + size, length))
+                alone = Row([0] * (chunk.stop - chunk.start), start, row.blocks)
+                parts.append(attend(whole([alone], cache, 1), 0, q[chunk], k[chunk], v[chunk], 0.3, window, 0.0))
+            assert torch.equal(torch.cat(parts), together[first : first + length])
+        first += length
+
+
+def test_scattered_blocks_do_not_matter() -> None:
+    """Where a sequence's blocks lie changes nothing."""
+    q, k, v = make_qkv(37)
+    near = attend(whole([Row([0] * 37, 0, [0, 1, 2, 3, 4])], make_cache()), 0, q, k, v, 0.3, 0, 0.0)
+    far = attend(whole([Row([0] * 37, 0, [20, 3, 11, 0, 7])], make_cache()), 0, q, k, v, 0.3, 0, 0.0)
+    assert torch.equal(near, far)
+
+
+def test_every_tile_is_dealt_once() -> None:
+    """Whatever the number of threads, each query of each kv head is computed exactly once."""
+    for threads in (1, 2, 3, 7):
+        batch = whole(ROWS, make_cache(46), threads)
+        seen = sorted((int(tile[1]), int(tile[2]) + i) for tile in batch.tiles for i in range(tile[3]))
+        assert seen == [(head, token) for head in range(2) for token in range(sum(LENGTHS))]
+        assert batch.bounds[0] == 0 and batch.bounds[-1] == len(batch.tiles) and len(batch.bounds) == threads + 1

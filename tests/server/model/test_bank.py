@@ -1,0 +1,142 @@
+"""Slots: the low-rank kernel against its slow twin, mixed batches, and slots that are used again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters_store.patch import LowRank, Patch
+from server.model.bank import NOTHING, SlotBank, apply_reference, runs, wear
+from server.model.batch import Row, Sampling
+
+SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
+RANKS = (1, 2, 3, 4, 7, 8, 16, 33)
+
+
+def make_patch(number: int, rank: int, sites: tuple[str, ...] = ("a", "b", "head")) -> Patch:
+    generator = torch.Generator().manual_seed(number)
+    made = [
+        LowRank(
+            site,
+            torch.randn(rank, SITES[site][0], generator=generator),
+            torch.randn(SITES[site][1], rank, generator=generator),
+        )
+        for site in sites
+    ]
+    return Patch(f"{number}", "lora", tuple(made))
+
+
+def make_bank() -> tuple[SlotBank, dict[int, Patch]]:
+    """A bank with a slot of each rank, and the patches by slot."""
+    bank = SlotBank(SITES, "cpu", torch.float32)
+    patches = [make_patch(number, rank) for number, rank in enumerate(RANKS)]
+    return bank, {bank.put(bank.pack(patch)): patch for patch in patches}
+
+
+def by_hand(patch: Patch, site: str, x: Tensor) -> Tensor:
+    primitive = next(p for p in patch.primitives if p.site == site)
+    return primitive.b @ (primitive.a @ x)
+
+
+def rows(hats: list[tuple[tuple[int, float], ...]], num_tokens: int = 3) -> list[Row]:
+    return [Row([0] * num_tokens, 0, [0], hats=hat, sampling=Sampling()) for hat in hats]
+
+
+HATS: list[tuple[tuple[int, float], ...]] = [
+    (),
+    ((0, 1.0),),
+    ((5, 1.0),),
+    (),
+    ((7, 1.0),),
+    ((1, 0.5), (6, -2.0)),
+    ((2, 1.0),),
+    ((3, 0.0),),
+    ((4, 1.0),),
+    ((5, 1.0),),
+]
+
+
+@pytest.mark.parametrize("site", ["a", "b"])
+def test_kernel_equals_its_twin_and_the_formula(site: str) -> None:
+    """Rows of all ranks, of several hats with weights and of none get y += w B (A x), each its own."""
+    bank, patches = make_bank()
+    x = torch.randn(1, 3 * len(HATS), SITES[site][0], generator=torch.Generator().manual_seed(1))
+    start = torch.randn(1, 3 * len(HATS), SITES[site][1], generator=torch.Generator().manual_seed(2))
+    bank.dress(rows(HATS))
+    fast, slow = start.clone(), start[0].clone()
+    bank.apply(bank.site_index(site), x, fast, False)
+    apply_reference(bank, bank.site_index(site), x[0], slow, bank.tokens)
+    torch.testing.assert_close(fast[0], slow, atol=1e-4, rtol=1e-5)
+    for token, y in enumerate(fast[0]):
+        added = sum((w * by_hand(patches[slot], site, x[0, token]) for slot, w in HATS[token // 3]), torch.zeros(()))
+        torch.testing.assert_close(y, start[0, token] + added, atol=1e-4, rtol=1e-5)
+
+
+def test_rows_are_bit_equal_alone_and_in_a_batch() -> None:
+    """A row's result does not depend, to the last bit, on the rows beside it."""
+    bank, _ = make_bank()
+    x = torch.randn(1, len(HATS), 40, generator=torch.Generator().manual_seed(1))
+    bank.dress(rows(HATS, 1))
+    together = torch.zeros(1, len(HATS), 24)
+    bank.apply(0, x, together, False)
+    for index, hat in enumerate(HATS):
+        bank.dress(rows([hat], 1))
+        alone = torch.zeros(1, 1, 24)
+        bank.apply(0, x[:, index : index + 1].contiguous(), alone, False)
+        assert torch.equal(alone[0, 0], together[0, index])
+
+
+def test_the_head_sees_the_sampled_rows_alone() -> None:
+    """At the output head, row i is the i-th row that is sampled, not the i-th token."""
+    bank, patches = make_bank()
+    batch = rows([((0, 1.0),), ((5, 1.0),)], 4)
+    batch[0].sampling = None
+    bank.dress(batch)
+    x, y = torch.randn(1, 1, 40), torch.zeros(1, 1, 32)
+    bank.apply(bank.site_index("head"), x, y, True)
+    torch.testing.assert_close(y[0, 0], by_hand(patches[5], "head", x[0, 0]), atol=1e-4, rtol=1e-5)
+
+
+def test_an_undressed_bank_does_nothing() -> None:
+    """Without hats nothing is added, and nothing is read."""
+    bank, _ = make_bank()
+    bank.dress(rows(HATS))
+    bank.dress([])
+    assert bank.tokens.slots.size == NOTHING.slots.size
+    y = torch.zeros(1, 1, 24)
+    bank.apply(0, torch.ones(1, 1, 40), y, False)
+    assert not y.any()
+
+
+def test_a_site_without_a_primitive_is_left_alone() -> None:
+    """A patch acts at its own sites only, also in a slot whose former patch acted elsewhere."""
+    bank, _ = make_bank()
+    bank.drop(5)
+    slot = bank.put(bank.pack(make_patch(99, 4, ("b",))))
+    assert slot == 5
+    bank.dress(rows([((slot, 1.0),)], 1))
+    y = torch.zeros(1, 1, 24)
+    bank.apply(bank.site_index("a"), torch.ones(1, 1, 40), y, False)
+    assert not y.any()
+
+
+def test_slots_are_true_rank_and_grow() -> None:
+    """A packed patch has the bytes of its own numbers, and there are as many slots as are needed."""
+    bank = SlotBank(SITES, "cpu", torch.float32)
+    packed = [bank.pack(make_patch(number, 1 + number % 5)) for number in range(40)]
+    assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_parameters for n in range(40)]
+    slots = [bank.put(p) for p in packed]
+    assert slots == list(range(40))
+    bank.dress(rows([((slot, 1.0),) for slot in slots], 1))
+    x, y = torch.ones(1, 40, 40), torch.zeros(1, 40, 24)
+    bank.apply(0, x, y, False)
+    for number in (0, 17, 39):
+        wanted = by_hand(make_patch(number, 1 + number % 5), "a", x[0, 0])
+        torch.testing.assert_close(y[0, number], wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_segments_are_runs_of_equal_hats() -> None:
+    """Neighbouring rows that wear the same are one segment."""
+    worn = wear([(), ((1, 1.0),), ((1, 1.0),), ((1, 0.5),), ()])
+    assert runs(worn) == [(0, 1, []), (1, 3, [(1, 1.0)]), (3, 4, [(1, 0.5)]), (4, 5, [])]

@@ -1,0 +1,127 @@
+"""Sampling: the cuts are those of the field, seeds decide, and neighbours do not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.model.batch import Row, Sampled, Sampling
+from server.model.sampler import draw, penalise, sample, uniform
+
+
+def row(history: list[int] | None = None, num_prompt: int = 1, **fields: Any) -> Row:
+    return Row([0], 0, [0], sampling=Sampling(**fields), history=history or [0], num_prompt=num_prompt)
+
+
+def make_logits(num_rows: int, size: int = 4000, seed: int = 0) -> Tensor:
+    return 3 * torch.randn(num_rows, size, generator=torch.Generator().manual_seed(seed))
+
+
+def allowed(logits: Tensor, fields: dict[str, Any]) -> set[int]:
+    """The tokens that transformers' own warpers leave."""
+    from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = LogitsProcessorList()
+    if fields.get("top_k"):
+        warpers.append(TopKLogitsWarper(fields["top_k"]))
+    if fields.get("top_p", 1) < 1:
+        warpers.append(TopPLogitsWarper(fields["top_p"]))
+    if fields.get("min_p"):
+        warpers.append(MinPLogitsWarper(fields["min_p"]))
+    return set(torch.isfinite(warpers(None, logits[None])[0]).nonzero()[:, 0].tolist())
+
+
+CUTS = [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 50, "top_p": 0.7}, {"top_p": 0.9999}, {}]
+
+
+@pytest.mark.parametrize("fields", CUTS, ids=str)
+def test_every_chance_draws_what_transformers_would_allow(fields: dict[str, Any]) -> None:
+    """The lowest, the highest and many other chances draw tokens that transformers leaves, and all of a small cut."""
+    logits = make_logits(1)[0]
+    chances = [0.0, 1 - 1e-12, *torch.rand(400, generator=torch.Generator().manual_seed(1)).tolist()]
+    drawn = {draw(logits, Sampling(temperature=1.0, **fields), chance) for chance in chances}
+    left = allowed(logits, fields)
+    assert drawn <= left
+    if len(left) <= 5:
+        assert drawn == left
+
+
+def test_frequencies_are_the_chances() -> None:
+    """Evenly spread chances draw each token as often as softmax says."""
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0])
+    counts = Counter(draw(logits, Sampling(temperature=1.0), (i + 0.5) / 2000) for i in range(2000))
+    for token, chance in enumerate(logits.softmax(0).tolist()):
+        assert abs(counts[token] / 2000 - chance) < 0.002
+
+
+def test_top_p_beyond_the_quick_candidates_is_exact() -> None:
+    """A flat distribution, whose top_p set is larger than the candidates of the quick way, is cut rightly."""
+    logits = torch.zeros(5000)
+    drawn = {draw(logits, Sampling(temperature=1.0, top_p=0.50009), (i + 0.5) / 9000) for i in range(9000)}
+    assert drawn == set(range(2501))
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    """Greedy, seeded, cut and penalised rows give the same token alone and among others."""
+    fields = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.2, "seed": 4, "top_p": 0.9}, {"logprobs": 5}]
+    fields += [{"temperature": 1.0, "seed": 5, "top_k": 40, "repetition_penalty": 1.3}]
+    rows, logits = [row([0, 7, 9], **f) for f in fields], make_logits(len(fields))
+    together = sample(logits, rows)
+    alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
+    assert together == alone
+
+
+def test_the_seed_and_the_position_decide() -> None:
+    """Equal seeds at equal positions draw alike; another seed or another position draws anew."""
+    assert uniform(1, 0) == uniform(1, 0)
+    assert len({uniform(seed, position) for seed in range(50) for position in range(50)}) == 2500
+
+
+def test_penalties_are_those_of_the_field() -> None:
+    """repetition counts prompt and answer, as in transformers; presence and frequency the answer, as at OpenAI."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = make_logits(1, 50)[0]
+    history = [3, 4, 4, 5, 5, 5]
+    got = penalise(logits, row(history, 2), Sampling(repetition_penalty=1.7))
+    wanted = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([history]), logits[None].clone())[0]
+    torch.testing.assert_close(got, wanted)
+    got = penalise(logits, row(history, 2), Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={9: 2.0}))
+    wanted = logits.clone()
+    wanted[4] -= 0.75
+    wanted[5] -= 0.5 + 3 * 0.25
+    wanted[9] += 2.0
+    torch.testing.assert_close(got, wanted)
+
+
+def test_ties_break_by_token_id() -> None:
+    """Among equal logits the lower id is the better one, greedy and in top_k."""
+    logits = torch.tensor([[1.0, 5.0, 5.0, 5.0, 0.0]])
+    assert sample(logits, [row()])[0].token == 1
+    drawn = {draw(logits[0], Sampling(temperature=1.0, top_k=2), (i + 0.5) / 100) for i in range(100)}
+    assert drawn == {1, 2}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
+    """Logits with a NaN or an infinity are an error of their own row; the others get their tokens."""
+    logits = make_logits(3)
+    wanted = sample(logits, [row(), row(), row()])
+    logits[1, 17] = bad
+    got = sample(logits, [row(), row(), row()])
+    assert (got[0], got[2]) == (wanted[0], wanted[2])
+    assert got[1].error
+
+
+def test_logprobs_are_of_the_models_own_distribution() -> None:
+    """Temperature and penalties change the choice, not the log-probabilities that are told."""
+    logits = make_logits(1, 100)
+    got: Sampled = sample(logits, [row([0, 1, 2], temperature=2.0, repetition_penalty=1.5, logprobs=3, seed=1)])[0]
+    scores = logits[0].log_softmax(-1)
+    assert got.logprobs is not None
+    assert got.logprobs.chosen == pytest.approx(scores[got.token].item())
+    assert [token for token, _ in got.logprobs.top] == scores.topk(3).indices.tolist()
