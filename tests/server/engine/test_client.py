@@ -282,31 +282,40 @@ def test_close_ends_an_engine_that_is_stuck() -> None:
     run(main)
 
 
-def test_engine_ends_with_the_front() -> None:
-    """When the front is killed the engine ends by itself: no orphan."""
-    script = (
-        "import asyncio, sys\n"
-        "from server.engine.client import ProcessEngineClient\n"
-        "from server.engine.messages import EngineConfig\n"
-        "async def main():\n"
-        "    config = EngineConfig(folder='-', name='fake', blobs='-')\n"
-        f"    client = ProcessEngineClient(config, command={COMMAND!r})\n"
-        "    await client.start()\n"
-        "    print(client.pid, flush=True)\n"
-        "    await asyncio.sleep(60)\n"
-        "asyncio.run(main())\n"
-    )
+FRONT = """
+import asyncio, sys
+from server.engine.client import ProcessEngineClient
+from server.engine.messages import EngineConfig, Submit
+from server.model.batch import Sampling
+
+async def main():
+    client = ProcessEngineClient(EngineConfig(folder="-", name=sys.argv[1], blobs="-"), command=sys.argv[2:])
+    await client.start()
+    print(client.pid, flush=True)
+    async for _ in client.generate(Submit("r", "t", [1], Sampling(max_tokens=1), 1e18, 0.0)):
+        pass
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("fake", 3), ("hangs", 8)])
+def test_engine_ends_with_the_front(name: str, seconds: float) -> None:
+    """When the front is killed the engine ends by itself, also out of the middle of a long step: no orphan."""
 
     async def main() -> None:
-        front = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+        command = [sys.executable, "-c", FRONT, name, *COMMAND]
+        front = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         assert front.stdout is not None
         pid = int(await front.stdout.readline())
+        await asyncio.sleep(0.3)
         assert psutil.pid_exists(pid)
         began = time.monotonic()
         front.kill()
         await front.wait()
         await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < seconds
 
     run(main)
 
