@@ -12,7 +12,8 @@ COPY server server
 COPY training training
 RUN pip install .
 ARG BAKE_BASE=0
-RUN mkdir -p /cache && if [ "$BAKE_BASE" = 1 ]; then python -m adapters_store.bases smollm2-135m /cache; fi
+RUN mkdir -p /bake/.cache/manyhats \
+    && if [ "$BAKE_BASE" = 1 ]; then HOME=/bake python -m adapters_store.bases smollm2-135m; fi
 
 FROM python:3.11-slim-bookworm
 # torch's and Numba's threads share one OpenMP runtime
@@ -20,7 +21,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libgomp1=12.* &
     && useradd --uid 10001 --create-home --shell /usr/sbin/nologin manyhats \
     && install -d -o manyhats -g manyhats /data /cache /cache/numba
 COPY --from=build /opt/manyhats /opt/manyhats
-COPY --from=build --chown=manyhats:manyhats /cache /cache
+COPY --from=build --chown=manyhats:manyhats /bake/.cache/manyhats /cache
 ENV PATH=/opt/manyhats/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NUMBA_CACHE_DIR=/cache/numba \
