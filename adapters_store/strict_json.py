@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
+MAX_DIGITS = 20  # of an integer: 64 bits; converting thousands of digits takes long
+UNSOUND = re.compile("[\0\ud800-\udfff]")
 
 
 class StrictJSONError(ValueError):
@@ -17,14 +20,16 @@ def loads(data: bytes | str) -> Any:
     """Parse UTF-8 JSON. Raises `StrictJSONError`."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        thing = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        thing = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+        )
     except RecursionError:
         raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}") from None
     except UnicodeDecodeError as error:
         raise StrictJSONError(f"it is not UTF-8 (byte {error.start})") from None
     except StrictJSONError:
         raise
-    except ValueError as error:  # JSONDecodeError, and integers of more digits than Python converts
+    except ValueError as error:  # JSONDecodeError
         raise StrictJSONError(str(error)) from None
     _check(thing, 0)
     return thing
@@ -50,11 +55,17 @@ def _finite(text: str) -> float:
     return value
 
 
+def _integer(text: str) -> int:
+    if len(text.lstrip("-")) > MAX_DIGITS:
+        raise StrictJSONError(f"an integer has more than {MAX_DIGITS} digits")
+    return int(text)
+
+
 def _check(thing: Any, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}")
     if isinstance(thing, str):
-        if "\0" in thing or any(0xD800 <= ord(char) <= 0xDFFF for char in thing):
+        if UNSOUND.search(thing):
             raise StrictJSONError("a string holds NUL or half of a surrogate pair")
     elif isinstance(thing, dict):
         for key, value in thing.items():

@@ -46,11 +46,12 @@ def read_header(data: bytes) -> tuple[dict[str, Any], dict[str, str], int]:
 
 
 def read_tensors(data: bytes) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in their own dtype, over a private copy of the bytes, each proved finite."""
+    """All tensors of a safetensors file, in their own dtype, each a private, aligned copy that is proved finite."""
     header, _metadata, start = read_header(data)
-    body = bytearray(data[start:])
-    _check_layout({name: _entry(name, entry) for name, entry in header.items()}, len(body))
-    return {name: _tensor(name, entry, body) for name, entry in header.items()}
+    spans = {name: _entry(name, entry) for name, entry in header.items()}
+    _check_layout(spans, len(data) - start)
+    body = memoryview(data)[start:]
+    return {name: _tensor(name, entry, body[slice(*spans[name])]) for name, entry in header.items()}
 
 
 def _entry(name: str, entry: Any) -> tuple[int, int]:
@@ -60,7 +61,7 @@ def _entry(name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ArtifactError(f"the header's entry of {name} is not dtype, shape and data_offsets", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise MethodUnsupportedError(f"{name} has dtype {str(dtype)[:20]}; taken are {', '.join(DTYPES)}", name)
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
         raise ArtifactError(f"{name} has a shape or offsets that are not counts", name)
@@ -84,9 +85,8 @@ def _check_layout(spans: dict[str, tuple[int, int]], size: int) -> None:
         raise ArtifactError(f"the tensors take {end} bytes, the file has {size}")
 
 
-def _tensor(name: str, entry: dict[str, Any], body: bytearray) -> Tensor:
-    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-    tensor = torch.frombuffer(body, dtype=dtype, count=math.prod(shape), offset=entry["data_offsets"][0]).view(shape)
+def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
+    tensor = torch.frombuffer(bytearray(span), dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
     if not bool(torch.isfinite(tensor).all()):
         raise ArtifactError(f"{name} holds a value that is not finite (NaN or infinity)", name)
     return tensor

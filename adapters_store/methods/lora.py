@@ -10,10 +10,11 @@ import math
 from typing import Any
 
 import msgspec
+import torch
 
 from adapters_store.artifact import CONFIG, Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
-from adapters_store.patch import BaseSpec, LowRank
+from adapters_store.patch import BaseSpec, LinearSite, LowRank
 
 PREFIX, A_END, B_END = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 PATTERN_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
@@ -54,7 +55,10 @@ SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "velora_config": (None,),
 }
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base's weights as they are
+INITS_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+ALL_LINEAR = "all-linear"
+MAX_RANK, MAX_ALPHA, MAX_PATTERNS = 4096, 1e6, 2048  # no more patterns than the sites that 4,096 tensors can have
 
 
 class LoraConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -103,31 +107,45 @@ def read_config(config: dict[str, Any]) -> LoraConfig:
 
 
 def _check_values(config: LoraConfig) -> None:
-    if not 0 < config.r <= 4096 or not all(0 < rank <= 4096 for rank in config.rank_pattern.values()):
-        raise ArtifactError("a rank is not between 1 and 4096", "r")
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(CHANGES_THE_BASE):
+    _check_init(config.init_lora_weights)
+    for name in ("rank_pattern", "alpha_pattern"):
+        if len(patterns := getattr(config, name)) > MAX_PATTERNS:
+            raise ArtifactError(f"{name} has {len(patterns)} keys; at most {MAX_PATTERNS} are taken", name)
+        for pattern in patterns:
+            if not set(pattern.removeprefix("^")) <= PATTERN_CHARS:
+                raise MethodUnsupportedError(f"{name} has a key that is not a dotted name: {pattern[:80]!r}", name)
+    for name, rank in [("r", config.r), *(("rank_pattern", rank) for rank in config.rank_pattern.values())]:
+        if not 0 < rank <= MAX_RANK:
+            raise ArtifactError(f"{name} has the rank {rank}, which is not between 1 and {MAX_RANK}", name)
+    for name, alpha in [
+        ("lora_alpha", config.lora_alpha),
+        *(("alpha_pattern", a) for a in config.alpha_pattern.values()),
+    ]:
+        if not 0 < abs(alpha) <= MAX_ALPHA:
+            raise ArtifactError(f"{name} has the alpha {alpha:g}: it must not be 0, nor beyond {MAX_ALPHA:g}", name)
+
+
+def _check_init(init: bool | str | None) -> None:
+    if init in INITS:
+        return
+    if str(init).lower().startswith(INITS_OF_ANOTHER_BASE):
         raise MethodUnsupportedError(
-            f"init_lora_weights={init[:40]} is relative to a changed base; "
+            f"init_lora_weights={str(init)[:40]} is relative to a changed base; "
             "save with path_initial_model_for_weight_conversion to get a plain LoRA",
             "init_lora_weights",
         )
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, name):
-            if not set(pattern.removeprefix("^")) <= PATTERN_CHARS:
-                raise MethodUnsupportedError(f"{name} has a key that is not a dotted name: {pattern[:80]!r}", name)
+    raise MethodUnsupportedError(f"init_lora_weights={str(init)[:40]} is not known", "init_lora_weights")
 
 
 def _by_pattern(patterns: dict[str, int] | dict[str, int | float], site: str, default: float) -> float:
     """The value of the first pattern that a site matches as PEFT has it: `(.*\\.)?(pattern)$`, '.' any character."""
     for pattern, value in patterns.items():
         literal = pattern.removeprefix("^")
+        start = len(site) - len(literal)
         # PEFT's optional `.*\.` may be empty, so an anchored pattern can only match a whole name.
-        if len(site) < len(literal) or (pattern != literal and len(site) != len(literal)):
+        if start < 0 or (start and (pattern != literal or site[start - 1] != ".")):
             continue
-        end, before = site[len(site) - len(literal) :], site[: len(site) - len(literal)]
-        is_alike = all(want in (have, ".") for want, have in zip(literal, end, strict=True))
-        if is_alike and (not before or before.endswith(".")):
+        if all(want in (have, ".") for want, have in zip(literal, site[start:], strict=True)):
             return value
     return default
 
@@ -143,16 +161,15 @@ def check(artifact: Artifact, spec: BaseSpec) -> None:
 
 
 def primitives(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank, ...]:
-    """One `LowRank` a site, the scale folded into B once, in fp32."""
-    config = read_config(artifact.config)
-    return tuple(
-        LowRank(
-            site,
-            artifact.tensors[PREFIX + site + A_END].float(),
-            artifact.tensors[PREFIX + site + B_END].float() * config.scale(site),
-        )
-        for site in _sites(artifact, spec)
-    )
+    """One `LowRank` a site, the scale folded into B once, in fp32. Raises `ArtifactError` where that overflows."""
+    config, made = read_config(artifact.config), []
+    for site in _sites(artifact, spec):
+        a, b = artifact.tensors[PREFIX + site + A_END], artifact.tensors[PREFIX + site + B_END]
+        scaled = b.float() * config.scale(site)
+        if not bool(torch.isfinite(scaled).all()):
+            raise ArtifactError(f"{PREFIX}{site}{B_END} overflows at its scale {config.scale(site):g}", site)
+        made.append(LowRank(site, a.float(), scaled))
+    return tuple(made)
 
 
 def _sites(artifact: Artifact, spec: BaseSpec) -> list[str]:
@@ -182,35 +199,64 @@ def _check_shape(artifact: Artifact, name: str, expected: list[int]) -> None:
 
 def _check_targets(config: LoraConfig, sites: list[str], spec: BaseSpec) -> None:
     """Where target_modules is a list of names, the tensors must be exactly those that PEFT would make of it."""
-    targets, excluded = config.target_modules, config.exclude_modules
-    if not isinstance(targets, list) or isinstance(excluded, str):
+    wanted = _wanted(config, spec)
+    if wanted is None:
         return  # a pattern is data that is not run; then the tensors alone say where they act
-    wanted = {
-        site
-        for site in spec.linears
-        if _is_named(site, targets) and not _is_named(site, excluded or []) and _has_layer(site, targets, config)
-    }
     if missing := sorted(wanted - set(sites)):
-        raise ArtifactError(
-            f"the tensor {PREFIX}{missing[0]}{A_END} is missing: target_modules names its site", missing[0]
-        )
+        name = PREFIX + missing[0] + A_END
+        raise ArtifactError(f"the tensor {name} is missing: target_modules names its site", name)
     if extra := sorted(set(sites) - wanted):
-        raise ArtifactError(f"target_modules does not name {extra[0]}, for which there are tensors", extra[0])
+        name = PREFIX + extra[0] + A_END
+        raise ArtifactError(f"the tensor {name} is extra: the config's target_modules do not name its site", name)
 
 
-def _is_named(site: str, names: list[str]) -> bool:
-    return any(site == name or site.endswith("." + name) for name in names)
+def _wanted(config: LoraConfig, spec: BaseSpec) -> set[str] | None:
+    """The sites that the config names; None where it does so by a regular expression, or not at all."""
+    targets, excluded, linears = config.target_modules, config.exclude_modules or [], spec.linears
+    patterns = _as_list(config.layers_pattern)
+    if isinstance(excluded, str) or not all(set(pattern) <= PATTERN_CHARS for pattern in patterns):
+        return None
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = [site for site, linear in linears.items() if not _is_head(site, linear, spec)]
+    if not isinstance(targets, list):
+        return None
+    named, out, layers = frozenset(targets), frozenset(excluded), _layers(config)
+    return {
+        site
+        for site in linears
+        if _is_named(site, named)
+        and not _is_named(site, out)
+        and (layers is None or site in named or _layer(site, patterns) in layers)
+    }
 
 
-def _has_layer(site: str, targets: list[str], config: LoraConfig) -> bool:
-    """PEFT's layers_to_transform: the first number after the first dot (or after one of layers_pattern)."""
-    layers = config.layers_to_transform
-    if layers is None or layers == [] or site in targets:
-        return True
-    patterns = config.layers_pattern or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
+def _is_named(site: str, names: frozenset[str]) -> bool:
+    """Whether a name is the site, or all of the site behind one of its dots."""
     parts = site.split(".")
-    for before, part, after in zip(parts, parts[1:], [*parts[2:], ""], strict=False):
-        if part.isdigit() and after and (before in patterns if patterns else True):
-            return int(part) in ([layers] if isinstance(layers, int) else layers)
-    return False
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+
+def _is_head(site: str, linear: LinearSite, spec: BaseSpec) -> bool:
+    """The output head, which PEFT leaves out of all-linear: as wide as the vocabulary, and in no layer."""
+    return linear.out_features == spec.vocab_size and not any(part.isdigit() for part in site.split("."))
+
+
+def _as_list(value: list[str] | str | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
+
+
+def _layers(config: LoraConfig) -> frozenset[int] | None:
+    layers = config.layers_to_transform
+    return None if layers is None or layers == [] else frozenset([layers] if isinstance(layers, int) else layers)
+
+
+def _layer(site: str, patterns: list[str]) -> int | None:
+    """A site's layer as PEFT has it: the first number behind two names, or behind the first of `patterns` that fits."""
+    parts = site.split(".")
+    numbers = {
+        ".".join(parts[:place]): int(parts[place]) for place in range(1, len(parts) - 1) if parts[place].isdigit()
+    }
+    if not patterns:
+        return next((number for before, number in numbers.items() if "." in before), None)
+    fits = (n for pattern in patterns for before, n in numbers.items() if f".{before}".endswith(f".{pattern}"))
+    return next(fits, None)

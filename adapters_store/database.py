@@ -1,0 +1,102 @@
+"""The registry's tables, and a connection to them: migrated to the newest schema, durable, one writer at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    event,
+)
+
+metadata = MetaData()
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("name", String(63), nullable=False),
+    Column("next_number", Integer, nullable=False),
+    UniqueConstraint("tenant", "name"),
+)
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("task_id", ForeignKey("tasks.id"), nullable=False, index=True),
+    Column("number", Integer, nullable=False),
+    Column("digest", String(64), nullable=False, index=True),
+    Column("method", String(40), nullable=False),
+    Column("num_parameters", Integer, nullable=False),
+    Column("num_bytes", Integer, nullable=False),
+    Column("prompt_format", JSON, nullable=True),
+    Column("note", String(1000), nullable=False),
+    Column("created", Float, nullable=False),
+    UniqueConstraint("task_id", "number"),
+    UniqueConstraint("task_id", "digest"),
+)
+routes = Table(
+    "routes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("task_id", ForeignKey("tasks.id"), nullable=False, index=True),
+    Column("weights", JSON, nullable=False),  # {version number as text: weight}
+    Column("created", Float, nullable=False),
+)
+usage = Table(
+    "usage",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("task", String(63), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("requests", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    UniqueConstraint("tenant", "task", "version"),
+)
+
+
+def connect(url: str) -> Engine:
+    """An engine for a database URL. With SQLite its write transactions begin by taking the one writer's turn."""
+    engine = create_engine(url)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _tune_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def migrate(connection: Connection) -> None:
+    """Bring a database to the newest schema (alembic; the scripts are in `migrations/`)."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+def _tune_sqlite(connection: Any, _record: Any) -> None:
+    """Readers beside a writer; a commit is durable; references hold; transactions begin where `_begin_sqlite` says."""
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A writer takes its turn at once: one that began as a reader would fail if another wrote meanwhile."""
+    is_write = connection.get_execution_options().get("is_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")

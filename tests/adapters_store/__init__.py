@@ -1,0 +1,1 @@
+"""The courtyard's tests: what gets in, what is refused with which sentence, and what is kept."""
