@@ -13,28 +13,17 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from math import inf
-from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from server.engine.blocks import InvariantError
 from server.engine.level import Level
+from server.engine.loads import Arrival, Loads, P, Packed, sentence
 from server.engine.messages import EngineFailure
 
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 
-
-class Packed(Protocol):
-    """A patch in the layout of a slot, in host memory."""
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes at either level."""
-        ...
-
-
-P = TypeVar("P", bound=Packed)
 P_contra = TypeVar("P_contra", bound=Packed, contravariant=True)
 
 
@@ -87,16 +76,6 @@ class Entry(Generic[P]):
         return next((state for state, is_so in states.items() if is_so), None)
 
 
-@dataclass
-class Loaded(Generic[P]):
-    """What a loading thread brings back."""
-
-    digest: str
-    seconds: float
-    packed: P | None = None
-    error: Exception | None = None
-
-
 class AdapterManager(Generic[P]):
     """Moves adapters between the store, host memory and slots; only `load` runs in other threads.
 
@@ -116,11 +95,9 @@ class AdapterManager(Generic[P]):
         self.host, self.slots = Level(budgets.host_bytes), Level(budgets.slot_bytes)
         self.loads_total = self.load_failures_total = self.evictions_total = 0
         self.load_seconds_total = self.copy_seconds_total = 0.0
-        self._bank, self._load, self._executor, self._clock = bank, load, executor, clock
-        self._on_loaded = on_loaded
+        self._bank, self._clock = bank, clock
+        self._loads = Loads(load, executor, clock, on_loaded)
         self._entries: dict[str, Entry[P]] = {}
-        self._num_loading = 0
-        self._arrivals: SimpleQueue[Loaded[P]] = SimpleQueue()
 
     @property
     def num_pins(self) -> int:
@@ -200,10 +177,12 @@ class AdapterManager(Generic[P]):
         what `refusal` says of waiting sequences may have changed.
         """
         order = {digest: place for place, digest in enumerate(wanted)}
-        has_arrivals = self._take_arrivals(order)
+        arrivals = list(self._loads.arrivals())
+        for arrival in arrivals:
+            self._take_in(arrival, order)
         has_failed = self._copy(wanted, order, max_copies)
         self._start_loads(wanted, order)
-        return has_arrivals or has_failed
+        return bool(arrivals) or has_failed
 
     def assert_consistent(self, pins: Counter[str], users: Counter[str]) -> None:
         """Raise `InvariantError` unless the books agree with the digests that sequences wear and use now."""
@@ -222,33 +201,22 @@ class AdapterManager(Generic[P]):
             if level.used != sum(level.sizes.values()) or level.used > level.max_bytes:
                 raise InvariantError(f"{level.used} bytes of adapters are counted, at most {level.max_bytes} may be")
 
-    def _take_arrivals(self, order: Mapping[str, int]) -> bool:
-        has_any = False
-        while True:
-            try:
-                loaded = self._arrivals.get_nowait()
-            except Empty:
-                return has_any
-            has_any = True
-            self._take_in(loaded, order)
-
-    def _take_in(self, loaded: Loaded[P], order: Mapping[str, int]) -> None:
-        digest, entry = loaded.digest, self._entries[loaded.digest]
+    def _take_in(self, arrival: Arrival[P], order: Mapping[str, int]) -> None:
+        digest, entry = arrival.digest, self._entries[arrival.digest]
         entry.is_loading = False
-        self._num_loading -= 1
-        self.load_seconds_total += loaded.seconds
+        self.load_seconds_total += arrival.seconds
         most = min(self.budgets.slot_bytes, self.budgets.host_bytes)
         if entry.is_forgotten and not entry.num_users:
             log.info("an adapter was deleted while it loaded", extra={"digest": digest})
-        elif loaded.packed is None:
-            self._fail(digest, EngineFailure("adapter_failed", _sentence(digest, loaded.error)))
-        elif loaded.packed.num_bytes > most:
-            failure = self._too_large(f"adapter {digest[:12]}", loaded.packed.num_bytes, most)
+        elif arrival.packed is None:
+            self._fail(digest, EngineFailure("adapter_failed", sentence(digest, arrival.error)))
+        elif arrival.packed.num_bytes > most:
+            failure = self._too_large(f"adapter {digest[:12]}", arrival.packed.num_bytes, most)
             self._fail(digest, failure, is_final=True)
         else:
             self.loads_total += 1
-            entry.num_failures, entry.num_bytes = 0, loaded.packed.num_bytes
-            self._keep_in_host(digest, loaded.packed, order)
+            entry.num_failures, entry.num_bytes = 0, arrival.packed.num_bytes
+            self._keep_in_host(digest, arrival.packed, order)
         self._prune(digest)
 
     def _keep_in_host(self, digest: str, packed: P, order: Mapping[str, int]) -> None:
@@ -276,23 +244,11 @@ class AdapterManager(Generic[P]):
                 continue
             num_bytes = reserved + (entry.num_bytes or 1)
             is_hopeless = self.host.victims(num_bytes, order, self._is_kept_in_host(digest, order)) is None
-            if is_hopeless or self._num_loading >= self.budgets.max_loading:
+            if is_hopeless or self._loads.num_running >= self.budgets.max_loading:
                 return
             reserved = num_bytes
             entry.is_loading = True
-            self._num_loading += 1
-            self._executor.submit(self._run_load, digest)
-
-    def _run_load(self, digest: str) -> None:
-        """In a loading thread: whatever happens, something arrives."""
-        began = self._clock()
-        packed, error = None, None
-        try:
-            packed = self._load(digest)
-        except Exception as raised:  # noqa: BLE001 - nothing that an artifact contains may end the engine
-            error = raised
-        self._arrivals.put(Loaded(digest, self._clock() - began, packed, error))
-        self._on_loaded()
+            self._loads.start(digest)
 
     def _copy(self, wanted: list[str], order: Mapping[str, int], max_copies: int) -> bool:
         """Copy into slots, in order, until rows, bytes or room end; True where a copy failed."""
@@ -325,7 +281,7 @@ class AdapterManager(Generic[P]):
         try:
             slot = self._bank.put(packed)
         except Exception as error:  # noqa: BLE001 - a device without memory must not end the engine
-            self._fail(digest, EngineFailure("adapter_failed", _sentence(digest, error)))
+            self._fail(digest, EngineFailure("adapter_failed", sentence(digest, error)))
             return False
         self.copy_seconds_total += self._clock() - began
         self._entries[digest].slot = slot
@@ -373,15 +329,3 @@ class AdapterManager(Generic[P]):
         entry = self._entries[digest]
         if not entry.num_users and entry.state is None:
             del self._entries[digest]
-
-
-def _sentence(digest: str, error: Exception | None) -> str:
-    """What went wrong, without paths of ours."""
-    if hasattr(error, "code"):  # the store's own errors are written for users
-        reason = str(error)
-    elif isinstance(error, OSError):
-        reason = error.strerror or type(error).__name__
-    else:
-        reason = f"{type(error).__name__} (see the engine's log)"
-        log.error("an adapter raised while loading", exc_info=error, extra={"digest": digest})
-    return f"adapter {digest[:12]} could not be loaded: {reason}; upload it again if this goes on"

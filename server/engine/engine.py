@@ -9,8 +9,9 @@ from concurrent.futures import Executor
 from copy import copy
 from typing import Generic
 
-from server.engine.adapters import AdapterManager, Budgets, P, SlotBank
+from server.engine.adapters import AdapterManager, Budgets, SlotBank
 from server.engine.blocks import BlockPool
+from server.engine.loads import P
 from server.engine.messages import EngineConfig, EngineFailure, Output, Stats, StepDone, Submit, Timing
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.sequence import Sequence

@@ -1,0 +1,87 @@
+"""Loads of artifacts into host memory, in other threads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, TypeVar
+
+log = logging.getLogger(__name__)
+
+
+class Packed(Protocol):
+    """A patch in the layout of a slot, in host memory."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes at either level."""
+        ...
+
+
+P = TypeVar("P", bound=Packed)
+
+
+@dataclass
+class Arrival(Generic[P]):
+    """What a loading thread brings back: a packed patch, or the error that it raised."""
+
+    digest: str
+    seconds: float
+    packed: P | None = None
+    error: Exception | None = None
+
+
+class Loads(Generic[P]):
+    """Runs `load` (digest -> packed patch) on an executor; `on_loaded` is called there after each."""
+
+    def __init__(
+        self,
+        load: Callable[[str], P],
+        executor: Executor,
+        clock: Callable[[], float],
+        on_loaded: Callable[[], None],
+    ) -> None:
+        self.num_running = 0  # those not taken in yet included
+        self._load, self._executor, self._clock, self._on_loaded = load, executor, clock, on_loaded
+        self._arrivals: SimpleQueue[Arrival[P]] = SimpleQueue()
+
+    def start(self, digest: str) -> None:
+        """Begin a load."""
+        self.num_running += 1
+        self._executor.submit(self._run, digest)
+
+    def arrivals(self) -> Iterator[Arrival[P]]:
+        """All loads that have ended since the last call."""
+        try:
+            while True:
+                arrival = self._arrivals.get_nowait()
+                self.num_running -= 1
+                yield arrival
+        except Empty:
+            return
+
+    def _run(self, digest: str) -> None:
+        """In a loading thread: whatever happens, something arrives."""
+        began = self._clock()
+        packed, error = None, None
+        try:
+            packed = self._load(digest)
+        except Exception as raised:  # noqa: BLE001 - nothing that an artifact contains may end the engine
+            error = raised
+        self._arrivals.put(Arrival(digest, self._clock() - began, packed, error))
+        self._on_loaded()
+
+
+def sentence(digest: str, error: Exception | None) -> str:
+    """What went wrong with an adapter, for its users: without paths of ours."""
+    if hasattr(error, "code"):  # the store's own errors are written for users
+        reason = str(error)
+    elif isinstance(error, OSError):
+        reason = error.strerror or type(error).__name__
+    else:
+        reason = f"{type(error).__name__} (see the engine's log)"
+        log.error("an adapter raised while loading", exc_info=error, extra={"digest": digest})
+    return f"adapter {digest[:12]} could not be loaded: {reason}; upload it again if this goes on"
