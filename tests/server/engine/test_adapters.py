@@ -209,6 +209,9 @@ def test_number_of_loads_at_once_is_bounded() -> None:
     room.use("abcd")
     room.advance("abcd")
     assert room.manager.states() == {"a": "loading", "b": "loading"}
+    room.executor.run_all()
+    room.advance("abcd", max_copies=0)
+    assert room.manager.states() == {"a": "host", "b": "host", "c": "loading", "d": "loading"}
 
 
 def test_failed_load_is_told_and_tried_again_later_each_time() -> None:
