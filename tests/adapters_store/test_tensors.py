@@ -121,7 +121,7 @@ def test_what_safetensors_writes_is_read_bit_for_bit() -> None:
 
 
 def test_tensors_are_private_and_aligned() -> None:
-    """A change of one tensor reaches neither the file's bytes nor another tensor, and each begins on a whole element."""
+    """A change of one tensor reaches neither the file nor another tensor, and each begins on a whole element."""
     data = save({"a": torch.zeros(3, dtype=torch.float16), "b": torch.ones(4)})
     read = read_tensors(data)
     read["a"].fill_(7)
