@@ -32,10 +32,10 @@ UNSOUND = {
 @pytest.mark.parametrize(("data", "reason"), UNSOUND.values(), ids=UNSOUND)
 def test_unsound_json_is_refused_with_its_reason(data: bytes, reason: str) -> None:
     """What is not plain, bounded JSON is refused, quickly, and the sentence says why."""
-    began = time.perf_counter()
+    began = time.thread_time()
     with pytest.raises(StrictJSONError, match=reason):
         loads(data)
-    assert time.perf_counter() - began < 0.2
+    assert time.thread_time() - began < 0.2
 
 
 def test_sound_json_is_what_it_says() -> None:
