@@ -62,15 +62,14 @@ def _integer(text: str) -> int:
 
 
 def _check(thing: Any, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}")
+    """`depth`: how many lists and objects are around the thing."""
     if isinstance(thing, str):
         if UNSOUND.search(thing):
             raise StrictJSONError("a string holds NUL or half of a surrogate pair")
-    elif isinstance(thing, dict):
-        for key, value in thing.items():
-            _check(key, depth + 1)
-            _check(value, depth + 1)
-    elif isinstance(thing, list):
-        for value in thing:
-            _check(value, depth + 1)
+        return
+    if not isinstance(thing, dict | list):
+        return
+    if depth == MAX_DEPTH:
+        raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}")
+    for part in [*thing.keys(), *thing.values()] if isinstance(thing, dict) else thing:
+        _check(part, depth + 1)

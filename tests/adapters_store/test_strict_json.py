@@ -23,7 +23,7 @@ UNSOUND = {
     "not UTF-8": (b'["\xff"]', "not UTF-8"),
     "one thing after another": (b"{} {}", "Extra data"),
     "nothing": (b"", "Expecting value"),
-    "depth 65": (b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2), "deeper"),
+    "depth 65": (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "deeper"),
     "depth 100,000": (b"[" * 100_000 + b"]" * 100_000, "deeper"),
     "open depth": (b'{"a":' * 50_000, "deeper"),
 }
