@@ -11,7 +11,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 serve: $(VENV)/.installed
-	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA)
+	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA) --import adapters_store/examples
 
 test: $(VENV)/.installed
 	$(BIN)/python -m adapters_store.bases smollm2-135m

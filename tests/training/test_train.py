@@ -1,0 +1,209 @@
+"""The command train: from a file to an artifact that PEFT opens and the server takes, or a sentence and nothing."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from adapters_store.artifact import read_folder
+from adapters_store.methods import compile_patch
+from server.model.base import load_base
+from server.model.batch import Row, Sampling
+from server.model.runner import RunnerConfig, load
+from training import cli, trainer
+
+WORDS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
+TEMPLATE = "Colour: {prompt}\\nFeel: {completion}"
+
+
+@pytest.fixture
+def command() -> Callable[..., Any]:
+    """Run `manyhats train` with flags; its result has exit_code and output."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(cli.train)
+
+    def run(*flags: object) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
+            return CliRunner().invoke(app, [str(flag) for flag in flags])
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"{word} {i}", "completion": feel} for word, feel in WORDS.items() for i in range(10)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def flags(tiny_base: Path, data: Path, out: Path, *more: object) -> list[object]:
+    common = ["--base", tiny_base, "--data", data, "--eval", data, "--out", out, "--layers", "all", "--r", 4]
+    return [*common, "--template", TEMPLATE, "--batch-size", 10, *more]
+
+
+def test_it_learns_and_writes_an_artifact(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
+    """The loss falls, the adapter scores better than the base, and its manifest says what was done with what."""
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 60, "--lr", 0.01))
+    assert result.exit_code == 0, result.output
+    artifact = read_folder(tmp_path / "out")
+    assert artifact.manifest is not None
+    scores = artifact.manifest.evaluation
+    assert scores["after"]["exact_match"] > 0.9 > scores["before"]["exact_match"]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert len(losses) == 60 and losses[-1] < losses[0] / 2
+    training = artifact.manifest.training
+    assert training["steps"] == 60 and training["num_rows"] == 40 and training["peak_memory_bytes"] > 0
+    trained = sum(tensor.numel() for tensor in artifact.tensors.values())
+    assert training["trained_parameters"] == trained
+
+
+def test_peft_opens_it_and_the_server_serves_what_was_trained(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any
+) -> None:
+    """PEFT gives the parity's logits, and so does the server's own forward, within 1e-3, and the same continuation."""
+    command(*flags(tiny_base, data, tmp_path / "out", "--steps", 20, "--lr", 0.01, "--save-dtype", "fp16"))
+    artifact = read_folder(tmp_path / "out")
+    assert artifact.manifest is not None and len(artifact.manifest.parity) == 8
+    loaded = load(
+        RunnerConfig(folder=str(tiny_base), name="tiny", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
+    )
+    assert artifact.manifest.base.identity == loaded.spec.identity
+    slot = loaded.bank.put(loaded.bank.pack(compile_patch(artifact, loaded.spec)))
+    for case in artifact.manifest.parity:
+        tokens, row = list(case.prompt_token_ids), None
+        row = Row(
+            tokens, 0, [0, 1, 2, 3], hats=((slot, 1.0),), sampling=Sampling(), history=tokens, num_prompt=len(tokens)
+        )
+        sampled = loaded.runner.run([row])
+        for token, logit in case.top:
+            assert loaded.runner.last_logits[0, token].item() == pytest.approx(logit, abs=1e-3)
+        assert sampled[0] is not None and sampled[0].token == case.continuation[0]
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "out")
+    case = artifact.manifest.parity[0]
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([case.prompt_token_ids])).logits[0, -1]
+    assert [token for token, _ in case.top] == logits.topk(len(case.top)).indices.tolist()
+
+
+def test_a_chat_turn_renders_to_the_prompt_of_training(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any
+) -> None:
+    """The manifest's prompt format puts a user's turn as training saw it."""
+    command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1))
+    manifest = read_folder(tmp_path / "out").manifest
+    assert manifest is not None and manifest.prompt_format is not None
+    assert manifest.prompt_format.render([("user", "red 1")]) == "Colour: red 1\nFeel:"
+
+
+def test_the_same_seed_gives_the_same_weights(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
+    """Two runs of one seed write equal tensors; another seed does not."""
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert command(*flags(tiny_base, data, tmp_path / name, "--steps", 5, "--seed", seed)).exit_code == 0
+    a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+
+
+def test_csv_columns_and_held_out_rows(tiny_base: Path, tmp_path: Path, command: Any) -> None:
+    """A CSV's columns are named by flags, and without --eval a part is held out."""
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\n" + "".join(f"{word} {i},{feel}\n" for word, feel in WORDS.items() for i in range(5)))
+    chosen = ["--base", tiny_base, "--data", file, "--out", tmp_path / "out", "--steps", 2, "--layers", "all"]
+    result = command(*chosen, "--prompt-column", "text", "--completion-column", "label", "--template", TEMPLATE)
+    assert result.exit_code == 0, result.output
+    manifest = read_folder(tmp_path / "out").manifest
+    assert manifest is not None and manifest.training["num_rows"] == 18
+
+
+BAD = {
+    "not json": ('{"prompt": "a", "completion": "b"}\nnonsense\n', "line 2 is not JSON"),
+    "missing column": ('{"prompt": "a"}\n', "line 1 has no column 'completion'"),
+    "empty completion": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": " "}\n', "line 2"),
+    "one class": ('{"prompt": "a", "completion": "b"}\n' * 3, "nothing to learn"),
+    "no rows": ("\n", "no rows"),
+    "too long": (json.dumps({"prompt": "a" * 2000, "completion": "b"}) + "\n", "over the limit of 1024"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_data_is_a_sentence_that_names_the_line(kind: str, tiny_base: Path, tmp_path: Path, command: Any) -> None:
+    """What cannot be trained on is one sentence that names its line, exit code 1, and no artifact."""
+    text, sentence = BAD[kind]
+    (tmp_path / "data.jsonl").write_text(text)
+    result = command(*flags(tiny_base, tmp_path / "data.jsonl", tmp_path / "out", "--steps", 1))
+    assert result.exit_code == 1
+    assert sentence in " ".join(result.output.split())
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is told with the step and the lines of its batch, and no artifact is written."""
+    real = trainer.label_logits
+    monkeypatch.setattr(trainer, "label_logits", lambda model, batch: real(model, batch) * torch.nan)
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 3))
+    assert result.exit_code == 1 and "step 1" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_half_artifact(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the disk while writing is a sentence, and neither the folder nor a temporary one remains."""
+
+    def full(_path: Path, _data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1))
+    assert result.exit_code == 1 and "No space left" in result.output
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--lr", "0"], "--lr must be"),
+        (["--method", "nonsense"], "--method nonsense"),
+        (["--layers", "9"], "--layers"),
+        (["--r", "0"], "--r must be"),
+        (["--target-modules", "no_such"], "no_such"),
+        (["--base", "no/such/base"], "no/such/base"),
+    ],
+)
+def test_bad_options_are_named(
+    more: list[str], sentence: str, tiny_base: Path, data: Path, tmp_path: Path, command: Any
+) -> None:
+    """An option that cannot be meant is named in one sentence."""
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1), *more)
+    assert result.exit_code == 1, result.output
+    assert sentence in " ".join(result.output.split())
+
+
+def test_the_shipped_example_is_sound(real_base: Path) -> None:
+    """The example fits the real base, is small, beats the base on 400 rows, and its parity is the server's own."""
+    folder = Path(__file__).parents[2] / "adapters_store" / "examples" / "banking77"
+    artifact = read_folder(folder)
+    spec = load_base(real_base, "smollm2-135m", "fp32", "cpu").spec
+    assert artifact.manifest is not None and artifact.num_bytes < 6_000_000
+    compile_patch(artifact, spec)
+    scores = artifact.manifest.evaluation
+    assert scores["after"]["num_rows"] >= 400
+    assert scores["after"]["exact_match"] >= 0.9 and scores["before"]["exact_match"] < 0.5

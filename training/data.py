@@ -1,0 +1,209 @@
+"""Data sets in, rows of token ids out: JSONL or CSV, in TRL's forms, cut at the line between prompt and completion.
+
+Forms of a row (https://huggingface.co/docs/trl/dataset_formats):
+
+* `prompt` and `completion` as texts (or the columns that the user names), put through the template;
+* `prompt` and `completion` as lists of turns, or `messages`: the last turn, the assistant's, is the completion and
+  the base's chat template renders the turns before it.
+
+Prompt and completion are tokenised apart and joined, because that is what serving does: the prompt's tokens are
+given and the completion's are generated after them. The completion ends with the tokenizer's EOS.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import DataError
+from training.template import Template
+
+_BUCKETED = 32  # batches that are sorted by length together: little padding, and still a shuffle
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of a row's fields."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set: `prompt` as text that is ready to tokenise, `line` where it begins in its file."""
+
+    prompt: str
+    completion: str
+    line: int
+    is_chat: bool = False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The examples of one file, and the sha256 of its bytes."""
+
+    path: Path
+    examples: tuple[Example, ...]
+    digest: str
+
+    @property
+    def is_chat(self) -> bool:
+        return self.examples[0].is_chat
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of prompt + completion + EOS; the completion begins at `num_prompt`."""
+
+    ids: tuple[int, ...]
+    num_prompt: int
+    line: int
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        return self.ids[self.num_prompt :]
+
+
+def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
+    """Read a .jsonl or .csv file whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
+    examples = tuple(_example(path, line, row, columns, template, tokenizer) for line, row in _rows(path))
+    if not examples:
+        raise DataError(f"{path} has no rows.")
+    if len(examples) > 1 and len({example.completion for example in examples}) == 1:
+        raise DataError(f"Every completion of {path} is {examples[0].completion!r}: there is nothing to learn from it.")
+    return Dataset(path, examples, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def hold_out(dataset: Dataset, seed: int, share: float = 0.1, most: int = 400) -> tuple[Dataset, Dataset]:
+    """Split a data set into one to train on and one to evaluate on, by the seed. Raises `DataError` below 2 rows."""
+    num_held = min(most, max(1, int(len(dataset.examples) * share)))
+    if len(dataset.examples) <= num_held:
+        raise DataError(f"{dataset.path} has too few rows to hold some out for evaluation: give a file with --eval.")
+    order = random.Random(seed).sample(range(len(dataset.examples)), len(dataset.examples))  # noqa: S311 - not a secret
+    parts = (sorted(order[num_held:]), sorted(order[:num_held]))
+    train, held = (tuple(dataset.examples[i] for i in part) for part in parts)
+    return Dataset(dataset.path, train, dataset.digest), Dataset(dataset.path, held, dataset.digest)
+
+
+def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[Row]:
+    """Token ids for every example. Raises `DataError` for a prompt without tokens and a row over `max_length`."""
+    rows = []
+    for example in dataset.examples:
+        prompt = tokenizer(example.prompt, add_special_tokens=not example.is_chat)["input_ids"]
+        completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        where = f"{dataset.path} line {example.line}"
+        if not prompt:
+            raise DataError(f"{where}: the prompt is empty; a model needs at least one token before its answer.")
+        if len(prompt) + len(completion) > max_length:
+            raise DataError(
+                f"{where} has {len(prompt) + len(completion)} tokens, over the limit of {max_length}: "
+                "shorten the row or raise --max-length."
+            )
+        rows.append(Row((*prompt, *completion), len(prompt), example.line))
+    return rows
+
+
+def batches(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[Row]]:
+    """One epoch in length buckets: a pure function of its arguments, so that a run can be repeated and resumed."""
+    order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - a repeatable shuffle, not a secret
+    shuffled = order.sample(list(rows), len(rows))
+    span = _BUCKETED * batch_size
+    groups = [sorted(shuffled[i : i + span], key=lambda row: len(row.ids)) for i in range(0, len(rows), span)]
+    cut = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    order.shuffle(cut)
+    return cut
+
+
+def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, template: Template, tok: Any) -> Example:
+    where = f"{path} line {line}"
+    if columns.messages in row and columns.prompt not in row:
+        return _chat_example(where, row[columns.messages], line, template, tok)
+    prompt = _field(where, row, columns.prompt, "--prompt-column")
+    completion = _field(where, row, columns.completion, "--completion-column")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _chat_example(where, [*prompt, *completion], line, template, tok)
+    for name, value in ((columns.prompt, prompt), (columns.completion, completion)):
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {name!r} must be text, not {json.dumps(value)[:40]}.")
+    if not completion.strip():
+        raise DataError(f"{where}: {columns.completion!r} is empty; remove the row or give it an answer.")
+    return Example(template.prompt(prompt), template.completion(completion), line)
+
+
+def _field(where: str, row: dict[str, Any], name: str, flag: str) -> Any:
+    if name not in row:
+        has = ", ".join(map(repr, row)) or "nothing"
+        raise DataError(f"{where} has no column {name!r} (it has {has}): name the right one with {flag}.")
+    return row[name]
+
+
+def _chat_example(where: str, turns: Any, line: int, template: Template, tokenizer: Any) -> Example:
+    if not template.is_plain:
+        raise DataError(f"{where} is a list of turns, which the base's chat template renders: leave out --template.")
+    if not isinstance(turns, list) or len(turns) < 2 or not all(_is_turn(turn) for turn in turns):
+        raise DataError(f"{where}: turns must be a list of at least two {{'role': …, 'content': text}}.")
+    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise DataError(f"{where}: the last turn must be the assistant's and not empty; it is what is learned.")
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise DataError(f"{where}: the base's chat template refuses these turns: {error}.") from error
+    return Example(prompt, turns[-1]["content"], line, is_chat=True)
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _jsonl_rows, ".csv": _csv_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path} must be a .jsonl or .csv file.")
+    try:
+        yield from reader(path, _text(path))
+    except csv.Error as error:
+        raise DataError(f"{path} is not CSV: {error}.") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path} line {line} is not UTF-8: {error.reason}.") from error
+
+
+def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, content in enumerate(text.split("\n"), start=1):  # not splitlines(): JSON may hold U+2028
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path} line {line} is not JSON: {error}. Each line must be one JSON object.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path} line {line} is not a JSON object but {content.strip()[:40]}.")
+        yield line, row
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    line = 2
+    for row in reader:
+        if None in row or None in row.values():
+            raise DataError(f"{path} line {line} has another number of cells than the header.")
+        yield line, row
+        line = reader.line_num + 1  # a quoted cell may span lines

@@ -1,0 +1,30 @@
+"""What can go wrong in training, as sentences for the user. The command prints them and exits with 1.
+
+TrainingError
+├── DataError       a data set's file, line or column
+├── BaseError       the base cannot be loaded
+├── OptionError     an option's value
+└── DivergedError   the loss is not a number
+"""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """One sentence that names the offending thing and says what to do next."""
+
+
+class DataError(TrainingError):
+    """A data set that cannot be trained on; the sentence names its file and line."""
+
+
+class BaseError(TrainingError):
+    """The base cannot be found, fetched or loaded."""
+
+
+class OptionError(TrainingError):
+    """An option whose value cannot be used; the sentence names it."""
+
+
+class DivergedError(TrainingError):
+    """The loss became NaN or infinite; the sentence names the step and the lines of its batch."""

@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: bars with loss, tokens per second and the time left; a table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from training.evaluate import Scores
+from training.trainer import Step
+
+PER_MILLE = 1000
+
+
+class Show:
+    """Draws on a console; a quiet console draws nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, message: str) -> None:
+        """One line."""
+        self.console.print(message, highlight=False)
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar over `total` rows; the function takes how many more are done."""
+        with self._progress() as progress:
+            task = progress.add_task(what, total=total, facts="")
+            yield lambda count: progress.advance(task, count)
+
+    @contextmanager
+    def training(self) -> Iterator[Callable[[Step], None]]:
+        """A bar over the share of the run that is done."""
+        with self._progress() as progress:
+            task = progress.add_task("training", total=PER_MILLE, facts="")
+
+            def tell(step: Step) -> None:
+                rate = step.tokens / max(step.seconds, 1e-9)
+                facts = f"step {step.number}  loss {step.loss:.3f}  {rate:,.0f} tokens/s"
+                progress.update(task, completed=round(PER_MILLE * step.progress), facts=facts)
+
+            yield tell
+
+    def scores(self, before: Scores, after: Scores) -> None:
+        """The base beside the adapter."""
+        table = Table("", "base", "adapter")
+        table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
+        if before.choice_match is not None and after.choice_match is not None:
+            table.add_row("best label's logits", f"{before.choice_match:.1%}", f"{after.choice_match:.1%}")
+        table.add_row("perplexity of the answer", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
+        self.console.print(table)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=self.console,
+        )
