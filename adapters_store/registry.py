@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, Row, delete, func, insert, select, update
 
 from adapters_store.artifact import PromptFormat
 from adapters_store.database import connect, migrate, routes, tasks, usage, versions
@@ -107,7 +108,7 @@ class Registry:
         The same digest again is the same version, routed to in the same way; then the second item is False.
         """
         with self._write() as connection:
-            task_id = self._task_id(connection, tenant, task, make=True)
+            task_id = self._make_task(connection, tenant, task)
             known = select(versions).where(versions.c.task_id == task_id, versions.c.digest == digest)
             is_new = connection.execute(known).first() is None
             if is_new:
@@ -132,54 +133,40 @@ class Registry:
         """The version that a request for a task gets now. Raises `AbsentError`."""
         with self._read() as connection:
             task_id = self._task_id(connection, tenant, task)
-            of_task = select(versions).where(versions.c.task_id == task_id)
-            if connection.execute(of_task.limit(1)).first() is None:
-                raise AbsentError(f"there is no task {task}")
             number = version if version is not None else self._routed(connection, task_id, task)
-            row = None
-            if 0 < number < MAX_NUMBER:
-                row = connection.execute(of_task.where(versions.c.number == number)).first()
-            if row is None:
-                raise AbsentError(f"task {task} has no version {number}")
-            return _version(task, row)
+            return self._find(connection, task_id, task, number)
 
     def task(self, tenant: str, task: str) -> Task:
         """A task with its versions and route. Raises `AbsentError`."""
         with self._read() as connection:
-            task_id = self._task_id(connection, tenant, task)
-            return self._task(connection, task_id, task)
+            self._task_id(connection, tenant, task)
+            (found,) = self._tasks(connection, (tasks.c.tenant == tenant) & (tasks.c.name == task))
+            return found
 
     def tasks(self, tenant: str) -> list[Task]:
         """All tasks of a tenant, by name."""
-        has_version = select(versions.c.id).where(versions.c.task_id == tasks.c.id).exists()
         with self._read() as connection:
-            query = select(tasks).where(tasks.c.tenant == tenant, has_version).order_by(tasks.c.name)
-            return [self._task(connection, row.id, row.name) for row in connection.execute(query).all()]
+            return self._tasks(connection, tasks.c.tenant == tenant)
 
     def delete_task(self, tenant: str, task: str) -> list[str]:
         """Remove a task with all versions; their digests. Raises `AbsentError`."""
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
-            gone = [version.digest for version in self._task(connection, task_id, task).versions]
+            gone = connection.execute(select(versions.c.digest).where(versions.c.task_id == task_id)).scalars().all()
             connection.execute(delete(versions).where(versions.c.task_id == task_id))
             connection.execute(delete(routes).where(routes.c.task_id == task_id))
-            return gone
+            return list(gone)
 
     def delete_version(self, tenant: str, task: str, number: int) -> str:
         """Remove a version, also from the route; its digest. Raises `AbsentError`."""
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
-            found = self._task(connection, task_id, task)
-            for version in found.versions:
-                if version.number == number:
-                    connection.execute(
-                        delete(versions).where(versions.c.task_id == task_id, versions.c.number == number)
-                    )
-                    if number in found.route:
-                        left = {other: weight for other, weight in found.route.items() if other != number}
-                        self._set_route(connection, task_id, left)
-                    return version.digest
-            raise AbsentError(f"task {task} has no version {number}")
+            digest = self._find(connection, task_id, task, number).digest
+            which = (versions.c.task_id == task_id) & (versions.c.number == number)
+            connection.execute(delete(versions).where(which))
+            route = self._route(connection, task_id)
+            self._set_route(connection, task_id, {other: weight for other, weight in route.items() if other != number})
+            return digest
 
     def digests(self) -> set[str]:
         """Every digest that some version refers to."""
@@ -206,27 +193,43 @@ class Registry:
                 for row in connection.execute(query).all()
             ]
 
-    def _task_id(self, connection: Connection, tenant: str, task: str, make: bool = False) -> int:
-        key = (tasks.c.tenant == tenant) & (tasks.c.name == task)
-        task_id = connection.execute(select(tasks.c.id).where(key)).scalar()
-        if task_id is None and make:
-            connection.execute(insert(tasks).values(tenant=tenant, name=task, next_number=1))
-            task_id = connection.execute(select(tasks.c.id).where(key)).scalar_one()
+    def _task_id(self, connection: Connection, tenant: str, task: str) -> int:
+        has_version = select(versions.c.id).where(versions.c.task_id == tasks.c.id).exists()
+        query = select(tasks.c.id).where(tasks.c.tenant == tenant, tasks.c.name == task, has_version)
+        task_id = connection.execute(query).scalar()
         if task_id is None:
             raise AbsentError(f"there is no task {task}")
         return int(task_id)
 
-    def _task(self, connection: Connection, task_id: int, name: str) -> Task:
-        ordered = select(versions).where(versions.c.task_id == task_id).order_by(versions.c.number)
-        rows = connection.execute(ordered).all()
-        if not rows:
-            raise AbsentError(f"there is no task {name}")
-        return Task(name, tuple(_version(name, row) for row in rows), self._route(connection, task_id))
+    def _make_task(self, connection: Connection, tenant: str, task: str) -> int:
+        """The id of a task that may be new, or have lost all its versions."""
+        query = select(tasks.c.id).where(tasks.c.tenant == tenant, tasks.c.name == task)
+        if connection.execute(query).scalar() is None:
+            connection.execute(insert(tasks).values(tenant=tenant, name=task, next_number=1))
+        return int(connection.execute(query).scalar_one())
+
+    def _find(self, connection: Connection, task_id: int, task: str, number: int) -> Version:
+        query = select(versions).where(versions.c.task_id == task_id, versions.c.number == number)
+        row = connection.execute(query).first() if 0 < number < MAX_NUMBER else None
+        if row is None:
+            raise AbsentError(f"task {task} has no version {number}")
+        return _version(task, row)
+
+    def _tasks(self, connection: Connection, which: ColumnElement[bool]) -> list[Task]:
+        """Tasks with their versions and routes, in two queries however many there are."""
+        of_tasks = select(tasks.c.name, versions).join(versions, versions.c.task_id == tasks.c.id).where(which)
+        rows = connection.execute(of_tasks.order_by(tasks.c.name, versions.c.number)).all()
+        last = select(func.max(routes.c.id)).join(tasks, routes.c.task_id == tasks.c.id).where(which)
+        newest = select(routes).where(routes.c.id.in_(last.group_by(routes.c.task_id)))
+        weights = {row.task_id: _weights(row.weights) for row in connection.execute(newest).all()}
+        return [
+            Task(name, tuple(_version(name, row) for row in group), weights.get(task_id, {}))
+            for (name, task_id), group in groupby(rows, lambda row: (row.name, row.task_id))
+        ]
 
     def _route(self, connection: Connection, task_id: int) -> dict[int, float]:
         last = select(routes.c.weights).where(routes.c.task_id == task_id).order_by(routes.c.id.desc()).limit(1)
-        weights = connection.execute(last).scalar() or {}
-        return {int(number): weight for number, weight in weights.items()}
+        return _weights(connection.execute(last).scalar())
 
     def _routed(self, connection: Connection, task_id: int, task: str) -> int:
         """The version of a task's route that weighs most, the newest of equals."""
@@ -246,6 +249,10 @@ class Registry:
         number = connection.execute(select(tasks.c.next_number).where(tasks.c.id == task_id)).scalar_one()
         connection.execute(update(tasks).where(tasks.c.id == task_id).values(next_number=number + 1))
         return int(number)
+
+
+def _weights(stored: dict[str, float] | None) -> dict[int, float]:
+    return {int(number): weight for number, weight in (stored or {}).items()}
 
 
 def _version(task: str, row: Row[Any]) -> Version:
