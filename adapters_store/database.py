@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,13 @@ from sqlalchemy import (
     create_engine,
     event,
 )
+from sqlalchemy.exc import DBAPIError
+
+DISK_FAULTS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
 
 metadata = MetaData()
 tasks = Table(
@@ -76,6 +88,22 @@ def connect(url: str) -> Engine:
         event.listen(engine, "connect", _tune_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+@contextmanager
+def transaction(engine: Engine, is_write: bool) -> Iterator[Connection]:
+    """A transaction: all that is read in it is of one moment, all that is written is durable when the block ends.
+
+    Nobody writes beside a writer. Raises `OSError` where SQLite could not read or write its file.
+    """
+    try:
+        with engine.connect().execution_options(is_write=is_write) as connection, connection.begin():
+            yield connection
+    except DBAPIError as error:
+        fault = DISK_FAULTS.get(getattr(error.orig, "sqlite_errorcode", 0) & 0xFF)
+        if fault is None:
+            raise
+        raise OSError(fault, os.strerror(fault)) from error
 
 
 def migrate(connection: Connection) -> None:

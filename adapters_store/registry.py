@@ -7,8 +7,7 @@ last row of `routes` of a task is its route; the rows before it are its history.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -17,7 +16,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, Engine, Row, delete, func, insert, select, update
 
 from adapters_store.artifact import PromptFormat
-from adapters_store.database import connect, migrate, routes, tasks, usage, versions
+from adapters_store.database import connect, migrate, routes, tasks, transaction, usage, versions
 from adapters_store.errors import AbsentError
 
 DEFAULT_TENANT = "default"
@@ -78,17 +77,16 @@ class Registry:
         if self._engine is not None:
             self._engine.dispose()
 
-    @contextmanager
-    def _read(self, is_write: bool = False) -> Iterator[Connection]:
-        """A transaction: all that is read in it is of one moment."""
-        if self._engine is None:
-            raise RuntimeError("the registry is not open")
-        with self._engine.connect().execution_options(is_write=is_write) as connection, connection.begin():
-            yield connection
+    def _read(self) -> AbstractContextManager[Connection]:
+        return transaction(self._opened(), is_write=False)
 
     def _write(self) -> AbstractContextManager[Connection]:
-        """A transaction that nobody else writes beside; durable when the block ends."""
-        return self._read(is_write=True)
+        return transaction(self._opened(), is_write=True)
+
+    def _opened(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("the registry is not open")
+        return self._engine
 
     def add_version(
         self,

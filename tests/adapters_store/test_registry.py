@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy.exc import DBAPIError
 
 from adapters_store.artifact import Around, PromptFormat
 from adapters_store.database import connect, metadata
@@ -208,6 +210,30 @@ def test_a_failed_upload_leaves_nothing(registry: Registry, monkeypatch: pytest.
     monkeypatch.undo()
     assert registry.tasks("default") == []
     assert add(registry, D1)[0].number == 1
+
+
+def test_a_full_disk_is_the_disks_error(registry: Registry) -> None:
+    """Where SQLite cannot write its file, an `OSError` says so, nothing of the upload is kept, and reading goes on."""
+    add(registry, D1)
+    with registry._read() as connection:
+        num_pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+        connection.exec_driver_sql(f"PRAGMA max_page_count={num_pages}")
+    with pytest.raises(OSError, match="No space left") as caught:
+        for number in range(1000):
+            add(registry, f"{number + 10:064d}", f"t{number}", note="x" * 1000)
+    assert caught.value.errno == errno.ENOSPC
+    assert registry.resolve("default", "t").digest == D1
+
+
+def test_a_disk_that_is_read_only_is_the_disks_error(registry: Registry) -> None:
+    """Any error of the file is an `OSError`; any other error of the database stays what it is."""
+    with registry._read() as connection:
+        connection.exec_driver_sql("PRAGMA query_only=ON")
+    with pytest.raises(OSError, match="Read-only") as caught:
+        add(registry, D1)
+    assert caught.value.errno == errno.EROFS
+    with pytest.raises(DBAPIError, match="no such table"), registry._read() as connection:
+        connection.exec_driver_sql("SELECT 1 FROM absent")
 
 
 def test_commits_are_durable_and_references_hold(registry: Registry, url: str) -> None:
