@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import re
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import fcntl
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI
 
 from adapters_store.blobs import Blobs
 from adapters_store.registry import Registry
 from server.api import adapters, generate, health, openai, tasks
+from server.api.edge import HANDLERS, RequestLog
 from server.api.front import Front
-from server.api.generation import ClientGoneError
 from server.api.imports import import_tree
 from server.api.text import Tokenizer
-from server.engine.client import EngineClient, EngineStartError, ProcessEngineClient
+from server.engine.client import EngineClient, ProcessEngineClient
 from server.engine.messages import EngineConfig
-from server.errors import (
-    BadRequestError,
-    InternalError,
-    InvalidFieldError,
-    MethodNotAllowedError,
-    NotFoundError,
-    ServerError,
-)
 from server.metrics import Metrics
 from server.settings import Settings
 
-log = logging.getLogger(__name__)
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-CLIENT_CLOSED_REQUEST = 499
 OnReady = Callable[[Front], None]
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def engine_config(settings: Settings, base_folder: Path) -> EngineConfig:
@@ -76,25 +61,22 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        try:
-            front = await _open(settings, base_folder, engine)
-        except (EngineStartError, OSError) as error:
-            app.state.start_failure = str(error)
-            raise
-        app.state.front = front
-        flusher = asyncio.create_task(front.usage.keep_flushing(front.registry))
-        try:
-            on_ready(front)
+        async with AsyncExitStack() as stack:
+            try:
+                app.state.front = await _open(settings, base_folder, engine, stack)
+                on_ready(app.state.front)
+            except Exception as error:
+                app.state.start_failure = str(error) or type(error).__name__
+                raise
             yield
-        finally:
-            flusher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await flusher
-            await engine.close()
-            await asyncio.to_thread(front.usage.flush, front.registry)
-            front.registry.close()
 
-    app = FastAPI(title="manyhats", summary="One frozen base model, many hats", lifespan=lifespan)
+    app = FastAPI(
+        title="manyhats",
+        summary="One frozen base model, many hats",
+        lifespan=lifespan,
+        openapi_url=None,  # these ask for a key, too: see health.py
+        redirect_slashes=False,  # a redirect would name whatever host the request did
+    )
     app.state.start_failure = None
     for room in (generate, openai, adapters, tasks, health):
         app.include_router(room.router)
@@ -104,94 +86,52 @@ def create_app(
     return app
 
 
-async def _open(settings: Settings, base_folder: Path, engine: EngineClient) -> Front:
+async def _open(settings: Settings, base_folder: Path, engine: EngineClient, stack: AsyncExitStack) -> Front:
+    """Start every room; `stack` ends them in the opposite order, also where a later one cannot start."""
     settings.data.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(alone_in(settings.data))
     registry = Registry(f"sqlite:///{settings.data / 'registry.db'}").open()
+    stack.callback(registry.close)
     blobs = Blobs(settings.data / "artifacts")
     blobs.sweep(registry.digests())
-    starting = asyncio.create_task(engine.start())
-    tokenizer = await asyncio.to_thread(Tokenizer, base_folder)  # while the engine loads its base
-    await starting
+    stack.push_async_callback(engine.close)
+    _, tokenizer = await _both(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
     metrics = Metrics(lambda: engine.stats, lambda: getattr(engine, "pid", None))
     front = Front(settings, engine, registry, blobs, tokenizer, metrics)
+    stack.push_async_callback(asyncio.to_thread, front.usage.flush, registry)
+    await stack.enter_async_context(_flushing(front))
     if settings.import_ is not None:
         await import_tree(front, settings.import_)
     return front
 
 
-class RequestLog:
-    """Give each request its id, echo it, and log one line when it is over. No prompts, no keys."""
+async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
+    """Both results. Where one fails the other is called off, and its error is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = group.create_task(one), group.create_task(other)
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return tasks[0].result(), tasks[1].result()
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the class."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state["request_id"], began, status = request_id, time.monotonic(), 0
+@asynccontextmanager
+async def _flushing(front: Front) -> AsyncIterator[None]:
+    flusher = asyncio.create_task(front.usage.keep_flushing(front.registry))
+    try:
+        yield
+    finally:
+        flusher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await flusher
 
-        async def tell(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
 
+@contextmanager
+def alone_in(data: Path) -> Iterator[None]:
+    """Hold the data folder: a second server would sweep away what the first is about to keep. Raises `OSError`."""
+    with (data / "lock").open("w") as file:
         try:
-            await self.app(scope, receive, tell)
-        finally:
-            if not scope["path"].startswith(("/health", "/metrics")):
-                facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
-                timing = {"status": status, "seconds": round(time.monotonic() - began, 4)}
-                log.info("request", extra={**facts, **timing, "task": state.get("task")})
-
-
-def _request_id(request: Request) -> str:
-    return str(getattr(request.state, "request_id", ""))
-
-
-async def _server_error(request: Request, error: Exception) -> Response:
-    known = error if isinstance(error, ServerError) else InternalError("the server failed; see its log")
-    headers = {} if known.retry_after is None else {"Retry-After": str(known.retry_after)}
-    if known.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(known.wire(_request_id(request)), known.status, headers)
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    log.error("a request failed", exc_info=error, extra={"request_id": _request_id(request)})
-    return await _server_error(request, error)
-
-
-async def _client_gone(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-async def _http_exception(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    path = request.url.path[:200]
-    if status == 405:
-        return await _server_error(request, MethodNotAllowedError(f"{request.method} is not for {path}"))
-    if status == 404:
-        return await _server_error(request, NotFoundError(f"there is nothing at {path}"))
-    return await _server_error(request, BadRequestError(str(error)))
-
-
-async def _validation(request: Request, error: Exception) -> Response:
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": str(error)}
-    field = str(first["loc"][-1])[:200]
-    return await _server_error(request, InvalidFieldError(f"{field}: {first['msg']}", field))
-
-
-HANDLERS = {
-    ServerError: _server_error,
-    ClientGoneError: _client_gone,
-    HTTPException: _http_exception,
-    RequestValidationError: _validation,
-    Exception: _unexpected,
-}
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another server uses the data folder {data}; give this one its own") from None
+        yield

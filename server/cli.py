@@ -15,6 +15,7 @@ import uvicorn
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
+from rich.markup import escape
 
 from adapters_store.bases import BaseError, resolve_base
 from adapters_store.registry import DEFAULT_TENANT
@@ -43,8 +44,8 @@ def serve(**flags: Any) -> None:
     logs.install(settings.log_level)
     try:
         with console.status("finding the base"):
-            folder = resolve_base(settings.base, settings.cache, console.print)
-    except BaseError as error:
+            folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
+    except (BaseError, OSError) as error:
         raise _stop(console, str(error)) from error
     from server.app import create_app  # after the flags are known to be good
 
@@ -59,7 +60,7 @@ def serve(**flags: Any) -> None:
     )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and raises it once more
         uvicorn.Server(config).run()
-    if app.state.start_failure is not None:
+    if app.state.start_failure is not None:  # uvicorn itself would return as if all were well
         raise _stop(console, app.state.start_failure)
 
 
@@ -79,7 +80,7 @@ def _settings(flags: dict[str, Any], console: Console) -> Settings:
 
 
 def _stop(console: Console, reason: str) -> typer.Exit:
-    console.print(f"[bold red]manyhats cannot start:[/] {reason}", highlight=False)
+    console.print(f"[bold red]manyhats cannot start:[/] {escape(reason)}", highlight=False, soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -87,14 +88,16 @@ def _greet(front: Front, console: Console, seconds: float) -> None:
     """Say where it serves, and a curl that works when pasted."""
     settings, ready = front.settings, front.ready()
     tasks = [task.name for task in front.registry.tasks(DEFAULT_TENANT)]
-    url = f"http://{settings.host}:{settings.port}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{settings.port}"
     key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
     task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)
     console.print(
-        f"\n[bold]manyhats[/] serves {ready.name} ({ready.precision}) on {url}, ready after {seconds:.1f} s "
+        f"\nmanyhats serves {ready.name} ({ready.precision}) on {url}, ready after {seconds:.1f} s "
         f"(base loaded in {ready.load_seconds:.1f} s). Tasks: {', '.join(['base', *tasks])}\n\n"
         f"  curl -s '{url}/generate?task={task}'{key} -d '{body}'\n",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 

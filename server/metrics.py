@@ -1,6 +1,6 @@
 """What Prometheus sees: requests and tokens by task, times, and the engine's own state.
 
-Label values come from resolved tasks alone, and from at most `MAX_TASKS` of them (the rest are `other`), so that no
+Label values come from resolved tasks alone, and from at most `MAX_TASKS` of them (the rest are `_other`), so that no
 request can make a series.
 """
 
@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from server.engine.messages import Stats
 
 MAX_TASKS = 200
+OTHER = "_other"  # no task can be named so
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60, 120)
 GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.4, 0.8, 1.5, 3, 6)
 
@@ -45,12 +46,10 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"manyhats_{name}", text, ["task"], buckets=buckets, registry=self.registry)
 
-    def label(self, task: str | None) -> str:
-        """The label value of a resolved task, or `none` where none was resolved."""
-        if task is None:
-            return "none"
+    def label(self, task: str) -> str:
+        """The label value of a resolved task."""
         if task not in self._tasks and len(self._tasks) >= MAX_TASKS:
-            return "other"
+            return OTHER
         self._tasks.add(task)
         return task
 

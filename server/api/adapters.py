@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from sqlalchemy.exc import OperationalError
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.artifact import Artifact, read_folder
@@ -17,8 +18,7 @@ from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
 from adapters_store.methods import compile_patch
 from adapters_store.patch import Patch
 from adapters_store.registry import Version
-from server.api.front import Front, front_of, spec_of, tenant_of
-from server.api.generation import unless_gone
+from server.api.front import Front, admit, front_of, refuse_unknown_query, spec_of, tenant_of
 from server.api.wire import BASE, NAME
 from server.errors import (
     ArtifactRefusedError,
@@ -29,8 +29,9 @@ from server.errors import (
     UnsupportedTypeError,
 )
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
 BYTES_PER_PARAMETER = 4  # of a slot in fp32
+FOLDER = "folder"  # of staging: where a body is unpacked
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 TaskQuery = Annotated[str, Query(pattern=NAME)]
@@ -54,7 +55,11 @@ class Proved:
 
 @router.post("/adapters", status_code=201, openapi_extra=BODY)
 async def upload(request: Request, task: TaskQuery, activate: bool = True, note: NoteQuery = "") -> Response:
-    """Take an adapter in: a zip of a PEFT folder, or one safetensors file with its config in its metadata."""
+    """Take an adapter in: a zip of a PEFT folder, or one safetensors file with its config in its metadata.
+
+    Once the body is here it is taken in or refused, also where the client has left: threads that write into the staging
+    folder cannot be called off.
+    """
     front, tenant = front_of(request), tenant_of(request)
     request.state.task = task
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -65,16 +70,17 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
     try:
         with front.blobs.staging() as staging:
             await _receive(request, front, staging / "body")
-            added = _take_in(front, tenant, task, staging, kind, activate, note)
-            version, is_new, checks = await unless_gone(request, added)
+            async with front.intake:
+                proved = await _prove_body(front, staging, kind)
+                version, is_new = await keep(front, tenant, task, staging / FOLDER, proved, activate, note)
     except ArtifactError as error:
         front.metrics.uploads.labels("refused").inc()
         raise ArtifactRefusedError(error) from None
-    except OSError as error:
+    except (OSError, OperationalError) as error:
         front.metrics.uploads.labels("failed").inc()
         raise storage_error(error) from error
     front.metrics.uploads.labels("taken").inc()
-    return JSONResponse(_describe(version, checks), 201 if is_new else 200)
+    return JSONResponse(_describe(version, proved.checks), 201 if is_new else 200)
 
 
 async def _receive(request: Request, front: Front, path: Path) -> None:
@@ -94,15 +100,11 @@ async def _receive(request: Request, front: Front, path: Path) -> None:
             await asyncio.to_thread(file.write, part)
 
 
-async def _take_in(
-    front: Front, tenant: str, task: str, staging: Path, kind: str, activate: bool, note: str
-) -> tuple[Version, bool, list[dict[str, Any]]]:
-    folder = staging / "folder"
+async def _prove_body(front: Front, staging: Path, kind: str) -> Proved:
+    folder = staging / FOLDER
     folder.mkdir()
     await asyncio.to_thread(unpack_upload, staging / "body", kind, folder, int(front.settings.max_upload_bytes))
-    proved = await asyncio.to_thread(prove, front, folder)
-    version, is_new = await asyncio.shield(keep(front, tenant, task, folder, proved, activate, note))
-    return version, is_new, proved.checks
+    return await asyncio.to_thread(prove, front, folder)
 
 
 def prove(front: Front, folder: Path) -> Proved:
@@ -129,27 +131,30 @@ def prove(front: Front, folder: Path) -> Proved:
 async def keep(
     front: Front, tenant: str, task: str, folder: Path, proved: Proved, activate: bool, note: str
 ) -> tuple[Version, bool]:
-    """Store and register; durable on return."""
+    """Store and register; durable on return. Where that fails, nothing is kept."""
     artifact, patch = proved.artifact, proved.patch
-    async with front.store_lock:
-        await asyncio.to_thread(front.blobs.put, folder, artifact.digest)
-        return await asyncio.to_thread(
-            lambda: front.registry.add_version(
-                tenant,
-                task,
-                digest=artifact.digest,
-                method=patch.method,
-                num_parameters=patch.num_parameters,
-                num_bytes=artifact.num_bytes,
-                prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
-                note=note,
-                activate=activate,
+    values: dict[str, Any] = {
+        "digest": artifact.digest,
+        "method": patch.method,
+        "num_parameters": patch.num_parameters,
+        "num_bytes": artifact.num_bytes,
+        "prompt_format": artifact.manifest.prompt_format if artifact.manifest else None,
+    }
+    try:
+        async with front.store_lock:
+            await asyncio.to_thread(front.blobs.put, folder, artifact.digest)
+            return await asyncio.to_thread(
+                lambda: front.registry.add_version(tenant, task, note=note, activate=activate, **values)
             )
-        )
+    except Exception:
+        await front.give_up([artifact.digest])
+        raise
 
 
-def storage_error(error: OSError) -> Exception:
-    """507 for a disk that is full or fails; anything else is ours."""
+def storage_error(error: OSError | OperationalError) -> Exception:
+    """507 for a disk that is full or fails, also where the registry says so; anything else is ours."""
+    if isinstance(error, OperationalError):
+        return StorageError(f"the registry cannot keep it: {error.orig}; nothing was stored")
     if error.errno in STORAGE_FAULTS:
         return StorageError(f"the store cannot keep it: {error.strerror}; nothing was stored")
     return error

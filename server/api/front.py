@@ -7,12 +7,13 @@ import hmac
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fastapi import Request
+from fastapi.routing import APIRoute
 
 from adapters_store.blobs import Blobs
 from adapters_store.errors import AbsentError
@@ -21,13 +22,14 @@ from adapters_store.registry import DEFAULT_TENANT, Registry, Version
 from server.api.text import Tokenizer
 from server.engine.client import EngineClient
 from server.engine.messages import Ready
-from server.errors import NotFoundError, UnauthorizedError, UnavailableError
+from server.errors import InvalidFieldError, NotFoundError, UnauthorizedError, UnavailableError
 from server.metrics import Metrics
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 USAGE_EVERY_S = 1.0
+MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in memory whole
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Front:
     in_use: InUse = field(default_factory=lambda: InUse())
     usage: UsageBuffer = field(default_factory=lambda: UsageBuffer())
     given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
+    leaving: set[str] = field(default_factory=set)  # digests whose artifacts are being deleted
+    intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
     store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together
 
     def ready(self) -> Ready:
@@ -65,18 +69,46 @@ class Front:
         except AbsentError as error:
             raise NotFoundError(str(error), "task") from None
 
+    async def check_kept(self, tenant: str, versions: Iterable[Version]) -> None:
+        """Raise `NotFoundError` for a version that was deleted after it was resolved and before it was held.
+
+        Once this has passed, a held artifact stays. One that is lost in another way is for the engine to report.
+        """
+        for version in versions:
+            if version.digest in self.leaving or not self.blobs.path(version.digest).is_dir():
+                await self.resolve(tenant, version.task, version.number)
+
+    async def give_up(self, digests: list[str]) -> None:
+        """Versions were deleted, or never made: their artifacts go as soon as nothing needs them."""
+        self.given_up.update(digests)
+        await self.bury(digests)
+
     async def bury(self, digests: list[str]) -> None:
-        """Delete those of the artifacts that were given up, that no version refers to, and no request wears."""
-        dead = [digest for digest in digests if digest in self.given_up and not self.in_use.is_held(digest)]
-        if not dead:
+        """Delete those of the artifacts that were given up, that no version refers to, and no request wears.
+
+        A failure is logged: at the next start what no version refers to is swept.
+        """
+        if not any(digest in self.given_up and not self.in_use.is_held(digest) for digest in digests):
             return
-        async with self.store_lock:
-            referenced = await asyncio.to_thread(self.registry.digests)
-            for digest in dead:
-                self.given_up.discard(digest)
-                if digest not in referenced:
-                    self.client.forget(digest)
-                    await asyncio.to_thread(self.blobs.delete, digest)
+        try:
+            async with self.store_lock:
+                referenced = await asyncio.to_thread(self.registry.digests)
+                for digest in self.given_up.intersection(digests):
+                    if not self.in_use.is_held(digest):  # its end would bury it
+                        self.given_up.discard(digest)
+                        await self._delete(digest, digest in referenced)
+        except Exception:
+            log.exception("an artifact could not be deleted; the next start will", extra={"digests": digests})
+
+    async def _delete(self, digest: str, is_referenced: bool) -> None:
+        if is_referenced:
+            return
+        self.leaving.add(digest)
+        try:
+            self.client.forget(digest)
+            await asyncio.to_thread(self.blobs.delete, digest)
+        finally:
+            self.leaving.discard(digest)
 
 
 class InUse:
@@ -143,17 +175,36 @@ def front_of(request: Request) -> Front:
     return front
 
 
-def tenant_of(request: Request) -> str:
-    """Who asks: the tenant of the key. Raises `UnauthorizedError`, or `NotFoundError` for a tenant that is absent."""
+async def admit(request: Request) -> None:
+    """What every route but health depends on: sets the tenant of the key before anything else is looked at.
+
+    Raises `UnauthorizedError`, or `NotFoundError` for a tenant that is absent.
+    """
     key = front_of(request).settings.admin_key
     if key is not None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         wanted = key.get_secret_value().encode()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), wanted):
             raise UnauthorizedError("send the key of this server as `Authorization: Bearer KEY`")
     tenant = request.headers.get("x-tenant", DEFAULT_TENANT)
     if tenant != DEFAULT_TENANT:
         raise NotFoundError(f"there is no tenant {tenant[:63]}", "X-Tenant")
+    request.state.tenant = tenant
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """A parameter that a route does not know would be ignored in silence. Raises `InvalidFieldError`."""
+    route: APIRoute = request.scope["route"]
+    known = {parameter.alias for parameter in route.dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            said = ", ".join(sorted(known)) or "none"
+            raise InvalidFieldError(f"unknown query parameter {name[:200]}; this route has: {said}", name[:200])
+
+
+def tenant_of(request: Request) -> str:
+    """Who asks, as `admit` found it."""
+    tenant: str = request.state.tenant
     return tenant
 
 

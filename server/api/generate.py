@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.front import Front, front_of, tenant_of
-from server.api.generation import (
-    Answer,
-    Job,
-    Piece,
+from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
+from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
+from server.api.prepare import (
     Worn,
     check_length,
     encode_chat,
     encode_prompts,
-    start,
     task_of,
     to_sampling,
-    unless_gone,
     wear,
     wear_many,
 )
-from server.api.stream import EventStream, begun
+from server.api.stream import EventStream
 from server.api.wire import GenerateRequest, openapi_body, parse, read_body
 from server.errors import BadRequestError
 from server.model.batch import Logprobs
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
 
 
 @router.post("/generate", openapi_extra=openapi_body(GenerateRequest))
@@ -47,9 +43,8 @@ async def generate(request: Request, task: str | None = None) -> Response:
     job = Job(worn, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
     request_id: str = request.state.request_id
     if asked.stream:
-        events = await unless_gone(request, begun(_events(front, job, request_id)))
-        return EventStream(events, request_id)
-    return JSONResponse(await unless_gone(request, _whole(front, job, request_id)))
+        return await unless_gone(request, EventStream.begin(_events(request, front, job), request_id))
+    return JSONResponse(await unless_gone(request, _whole(request, front, job)))
 
 
 async def _worn(front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> Worn:
@@ -86,14 +81,10 @@ def _head(job: Job, request_id: str) -> dict[str, Any]:
     return head | ({"adapters": worn} if len(worn) > 1 else {})
 
 
-async def _whole(front: Front, job: Job, request_id: str) -> dict[str, Any]:
-    answer, pieces = start(front, job)
-    choices = [Piece(index, "", [], []) for index in range(len(job.prompts) * job.n)]
-    async with aclosing(pieces) as coming:  # type: ignore[type-var]
-        async for piece in coming:
-            choices[piece.index].extend(piece)
-    body = _head(job, request_id) | {"choices": [_choice(front, job, choice) for choice in choices]}
-    return body | _tail(answer)
+async def _whole(request: Request, front: Front, job: Job) -> dict[str, Any]:
+    answer, pieces = start(request, front, job)
+    choices = [_choice(front, job, choice) for choice in await collect(pieces, job)]
+    return _head(job, request.state.request_id) | {"choices": choices} | _tail(answer)
 
 
 def _tail(answer: Answer) -> dict[str, Any]:
@@ -120,13 +111,13 @@ def _token(front: Front, token_id: int, logprob: float) -> dict[str, Any]:
     return {"token": front.tokenizer.decode([token_id], skip_special=False), "token_id": token_id, "logprob": logprob}
 
 
-async def _events(front: Front, job: Job, request_id: str) -> AsyncIterator[dict[str, Any]]:
+async def _events(request: Request, front: Front, job: Job) -> AsyncGenerator[dict[str, Any]]:
     """One event a step that has text or ends a choice; the very last carries usage and timing.
 
     The tokens of a step whose text is held back come with the next event of the choice.
     """
-    answer, pieces = start(front, job)
-    head, held = _head(job, request_id), {index: Piece(index, "", [], []) for index in range(len(job.prompts) * job.n)}
+    answer, pieces = start(request, front, job)
+    head, held = _head(job, request.state.request_id), {index: Piece.empty(index) for index in range(job.num_choices)}
     async with aclosing(pieces) as coming:  # type: ignore[type-var]
         async for piece in coming:
             waiting = held[piece.index]
@@ -134,6 +125,6 @@ async def _events(front: Front, job: Job, request_id: str) -> AsyncIterator[dict
             if not piece.text and piece.finish_reason is None:
                 held[piece.index] = piece
                 continue
-            held[piece.index] = Piece(piece.index, "", [], [])
+            held[piece.index] = Piece.empty(piece.index)
             event = head | {"index": piece.index} | _choice(front, job, piece)
             yield event | (_tail(answer) if answer.ended == len(held) and piece.finish_reason is not None else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 from adapters_store.artifact import CONFIG, FILES
 from adapters_store.errors import AbsentError, ArtifactError
 from adapters_store.registry import DEFAULT_TENANT
-from server.api.adapters import keep, prove
+from server.api.adapters import FOLDER, keep, prove
 from server.api.front import Front
 from server.api.wire import BASE, NAME
 
@@ -24,7 +25,7 @@ async def import_tree(front: Front, tree: Path) -> None:
     for config in sorted(tree.glob(f"*/{CONFIG}")):
         try:
             await _import_folder(front, config.parent)
-        except (ArtifactError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a folder holds, the server starts
             log.error("an adapter was not taken in", extra={"folder": str(config.parent), "reason": str(error)})
 
 
@@ -36,10 +37,11 @@ async def _import_folder(front: Front, folder: Path) -> None:
         front.registry.task(DEFAULT_TENANT, task)
     except AbsentError:
         with front.blobs.staging() as staging:
+            copy = staging / FOLDER
+            copy.mkdir()
             for name in FILES:
                 if (folder / name).is_file():
-                    shutil.copyfile(folder / name, staging / name)
-            proved = prove(front, staging)
-            shutil.copytree(staging, staging / "folder")
-            await keep(front, DEFAULT_TENANT, task, staging / "folder", proved, True, f"imported from {folder.name}")
+                    shutil.copyfile(folder / name, copy / name)
+            proved = await asyncio.to_thread(prove, front, copy)
+            await keep(front, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
         log.info("an adapter was taken in", extra={"task": task, "digest": proved.artifact.digest})

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
-from pydantic import Field
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
-from server.api.front import Front, front_of, tenant_of
-from server.api.generation import (
-    Answer,
-    Job,
-    Piece,
-    check_length,
-    encode_chat,
-    encode_prompts,
-    start,
-    to_sampling,
-    unless_gone,
-    wear,
-)
-from server.api.stream import EventStream, begun
+from adapters_store.registry import Task
+from server.api.front import Front, admit, front_of, tenant_of
+from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
+from server.api.prepare import check_length, encode_chat, encode_prompts, to_sampling, wear
+from server.api.stream import EventStream
+from server.api.text import REPLACEMENT
 from server.api.wire import (
     BASE,
     MAX_PROMPTS,
@@ -40,7 +32,7 @@ from server.api.wire import (
 )
 from server.errors import InvalidFieldError
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
 
 
 class StreamOptions(Strict):
@@ -61,9 +53,34 @@ class OpenAIFields(SamplingFields):
     user: str | None = Field(None, max_length=512)
     timeout_s: float = Field(120.0, gt=0, le=3600)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
     def stops(self) -> list[str]:
         """The stop texts as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class TextPart(Strict):
+    """A part of what a turn says."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    """One chat turn, its content whole or in parts."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    def plain(self) -> Message:
+        """The turn as `POST /generate` has it."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return Message(role=self.role, content=text)
 
 
 class CompletionRequest(OpenAIFields):
@@ -82,7 +99,7 @@ class CompletionRequest(OpenAIFields):
 class ChatRequest(OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -97,9 +114,20 @@ async def models(request: Request) -> Response:
     """The base and all tasks of the tenant."""
     front, tenant = front_of(request), tenant_of(request)
     tasks = await asyncio.to_thread(front.registry.tasks, tenant)
-    created = {BASE: 0, **{task.name: int(task.versions[-1].created) for task in tasks}}
-    data = [{"id": name, "object": "model", "created": at, "owned_by": tenant} for name, at in created.items()]
-    return JSONResponse({"object": "list", "data": data})
+    return JSONResponse({"object": "list", "data": [_model(tenant), *(_model(tenant, task) for task in tasks)]})
+
+
+@router.get("/models/{name}")
+async def model(request: Request, name: str) -> Response:
+    """The base, or one task."""
+    front, tenant = front_of(request), tenant_of(request)
+    task = None if name == BASE else await front.absent_is_404(front.registry.task, tenant, name)
+    return JSONResponse(_model(tenant, task))
+
+
+def _model(tenant: str, task: Task | None = None) -> dict[str, Any]:
+    name, created = (BASE, 0) if task is None else (task.name, int(task.versions[-1].created))
+    return {"id": name, "object": "model", "created": created, "owned_by": tenant}
 
 
 @router.post("/completions", openapi_extra=openapi_body(CompletionRequest))
@@ -129,7 +157,7 @@ async def chat_completions(request: Request) -> Response:
     asked = parse(ChatRequest, await read_body(request, settings.max_body_bytes, settings.body_timeout_s))
     worn = await wear(front, tenant, asked.model)
     request.state.task = worn.task
-    prompts = [await encode_chat(front, asked.messages, worn)]
+    prompts = [await encode_chat(front, [message.plain() for message in asked.messages], worn)]
     max_tokens = asked.max_completion_tokens or asked.max_tokens
     if max_tokens is None:  # OpenAI's default: the rest of the context
         max_tokens = max(1, front.ready().max_sequence_tokens - len(prompts[0]))
@@ -173,26 +201,23 @@ async def _answer(
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     head = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": asked.model}
     if not asked.stream:
-        return JSONResponse(await unless_gone(request, _whole(front, job, head | {"object": kind}, whole)))
+        return JSONResponse(await unless_gone(request, _whole(request, front, job, head | {"object": kind}, whole)))
     include_usage = asked.stream_options is not None and asked.stream_options.include_usage
     chunk_kind = kind + ".chunk" if kind.startswith("chat") else kind
-    events = _chunks(front, job, head | {"object": chunk_kind}, delta, include_usage)
-    return EventStream(await unless_gone(request, begun(events)), request_id)
+    events = _chunks(request, front, job, head | {"object": chunk_kind}, delta, include_usage)
+    return await unless_gone(request, EventStream.begin(events, request_id))
 
 
-async def _whole(front: Front, job: Job, head: dict[str, Any], shape: Shape) -> dict[str, Any]:
-    answer, pieces = start(front, job)
-    choices = [Piece(index, "", [], []) for index in range(len(job.prompts) * job.n)]
-    async with aclosing(pieces) as coming:  # type: ignore[type-var]
-        async for piece in coming:
-            choices[piece.index].extend(piece)
-    return head | {"choices": [shape(choice) for choice in choices], "usage": _usage(answer)}
+async def _whole(request: Request, front: Front, job: Job, head: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    answer, pieces = start(request, front, job)
+    choices = [shape(choice) for choice in await collect(pieces, job)]
+    return head | {"choices": choices, "usage": _usage(answer)}
 
 
 async def _chunks(
-    front: Front, job: Job, head: dict[str, Any], shape: Shape, include_usage: bool
-) -> AsyncIterator[dict[str, Any]]:
-    answer, pieces = start(front, job)
+    request: Request, front: Front, job: Job, head: dict[str, Any], shape: Shape, include_usage: bool
+) -> AsyncGenerator[dict[str, Any]]:
+    answer, pieces = start(request, front, job)
     usage: dict[str, Any] = {"usage": None} if include_usage else {}
     async with aclosing(pieces) as coming:  # type: ignore[type-var]
         async for piece in coming:
@@ -207,7 +232,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.num_prompt,
         "completion_tokens": answer.num_completion,
         "total_tokens": answer.num_prompt + answer.num_completion,
-        "prompt_tokens_details": {"cached_tokens": answer.num_cached},
+        "prompt_tokens_details": {"cached_tokens": answer.usage()["cached_tokens"]},
     }
 
 
@@ -229,7 +254,8 @@ def _completion_logprobs(front: Front, piece: Piece, offsets: dict[int, int]) ->
 def _chat_logprobs(front: Front, piece: Piece) -> list[dict[str, Any]]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = front.tokenizer.decode([token_id], skip_special=False)
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        is_part = REPLACEMENT in token  # of a character: its own bytes are not known here
+        return {"token": token, "logprob": logprob, "bytes": None if is_part else list(token.encode())}
 
     pairs = zip(piece.token_ids, piece.logprobs, strict=True)
     return [

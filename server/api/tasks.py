@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
+from adapters_store.blobs import Blobs
+from adapters_store.errors import ArtifactError
 from adapters_store.intake import ZIP_TYPE, pack_zip
 from adapters_store.registry import Task, Usage, Version
-from server.api.front import front_of, tenant_of
+from server.api.front import admit, front_of, tenant_of
 from server.api.wire import BASE
-from server.errors import InvalidFieldError, NotFoundError
+from server.errors import ArtifactRefusedError, InvalidFieldError
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(admit)])
 
 
 @router.get("/tasks")
@@ -26,16 +26,17 @@ async def list_tasks(request: Request) -> Response:
     found = await asyncio.to_thread(front.registry.tasks, tenant)
     used = await asyncio.to_thread(front.registry.usage, tenant)
     where = await front.client.residency()
-    tasks = [{"task": BASE, "versions": [], "route": {}, "use": _use(used, BASE, 0)}]
-    return JSONResponse({"tasks": tasks + [_task(task, where, used) for task in found]})
+    return JSONResponse({"tasks": [_base(used), *(_task(task, where, used) for task in found)]})
 
 
 @router.get("/tasks/{task}")
 async def get_task(request: Request, task: str) -> Response:
     """One task: versions, route, residency, use."""
     front, tenant = front_of(request), tenant_of(request)
-    found = await front.absent_is_404(front.registry.task, tenant, task)
     used = await asyncio.to_thread(front.registry.usage, tenant)
+    if task == BASE:
+        return JSONResponse(_base(used))
+    found = await front.absent_is_404(front.registry.task, tenant, task)
     return JSONResponse(_task(found, await front.client.residency(), used))
 
 
@@ -44,9 +45,7 @@ async def delete_task(request: Request, task: str) -> Response:
     """Gone for new requests at once; running ones finish with what they began with."""
     front, tenant = front_of(request), tenant_of(request)
     _refuse_base(task)
-    digests = await front.absent_is_404(front.registry.delete_task, tenant, task)
-    front.given_up.update(digests)
-    await front.bury(digests)
+    await front.give_up(await front.absent_is_404(front.registry.delete_task, tenant, task))
     return Response(status_code=204)
 
 
@@ -55,9 +54,7 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
     """Gone for new requests at once, also from the route."""
     front, tenant = front_of(request), tenant_of(request)
     _refuse_base(task)
-    digest = await front.absent_is_404(front.registry.delete_version, tenant, task, number)
-    front.given_up.add(digest)
-    await front.bury([digest])
+    await front.give_up([await front.absent_is_404(front.registry.delete_version, tenant, task, number)])
     return Response(status_code=204)
 
 
@@ -66,23 +63,32 @@ async def get_artifact(request: Request, task: str, number: int) -> Response:
     """The PEFT folder back, as a zip."""
     front, tenant = front_of(request), tenant_of(request)
     version = await front.resolve(tenant, task, number)
-    with front.in_use.hold([version.digest]):
-        body = await asyncio.to_thread(_zip, front.blobs.path(version.digest))
+    try:
+        with front.in_use.hold([version.digest]):
+            await front.check_kept(tenant, [version])
+            body = await front.absent_is_404(_zip, front.blobs, version.digest)
+    except ArtifactError as error:
+        raise ArtifactRefusedError(error) from error
+    finally:
+        await front.bury([version.digest])
     headers = {"Content-Disposition": f'attachment; filename="{task}-{number}.zip"', "ETag": f'"{version.digest}"'}
     return Response(body, media_type=ZIP_TYPE, headers=headers)
 
 
-def _zip(folder: Path) -> bytes:
-    if not folder.is_dir():
-        raise NotFoundError("the artifact is gone", "version")
-    with tempfile.TemporaryDirectory() as temporary:
-        pack_zip(folder, Path(temporary) / "artifact.zip")
-        return (Path(temporary) / "artifact.zip").read_bytes()
+def _zip(blobs: Blobs, digest: str) -> bytes:
+    blobs.read(digest)  # verifies it
+    with blobs.staging() as folder:
+        pack_zip(blobs.path(digest), folder / "artifact.zip")
+        return (folder / "artifact.zip").read_bytes()
 
 
 def _refuse_base(task: str) -> None:
     if task == BASE:
         raise InvalidFieldError("the base cannot be deleted", "task")
+
+
+def _base(used: list[Usage]) -> dict[str, Any]:
+    return {"task": BASE, "versions": [], "route": {"versions": {}}, "use": _use(used, BASE, 0)}
 
 
 def _task(task: Task, where: dict[str, str], used: list[Usage]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from adapters_store.artifact import PromptFormat
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+MAX_CHARACTER_BYTES = 4
 MAX_HELD_TOKENS = 32  # bytes that never become a character are given up after so many tokens
 
 
@@ -18,6 +19,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        added = self._tokenizer.added_tokens_decoder
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
 
     @property
     def has_chat_template(self) -> bool:
@@ -37,6 +41,10 @@ class Tokenizer:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token has no text of its own, as the end of a sequence."""
+        return token_id in self._special
 
     def decode(self, token_ids: list[int], skip_special: bool = True) -> str:
         """Text of tokens."""
@@ -62,13 +70,20 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain after one more token. Sets `is_stopped` where a stop text is complete."""
+        if self._tokenizer.is_special(token_id):
+            return ""
         self._window.append(token_id)
         before = self._tokenizer.decode(self._window[: self._num_read])
         after = self._tokenizer.decode(self._window)
-        unread = len(self._window) - self._num_read
-        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and unread < MAX_HELD_TOKENS):
+        end = len(self._window)
+        if after.endswith(REPLACEMENT):
+            if end - self._num_read < MAX_HELD_TOKENS:
+                return ""
+            end = self._last_whole(after)
+            after = self._tokenizer.decode(self._window[:end])
+        if len(after) <= len(before) and end - self._num_read < MAX_HELD_TOKENS:
             return ""
-        self._window, self._num_read = self._window[self._num_read :], unread
+        self._window, self._num_read = self._window[self._num_read :], end - self._num_read
         return self._release(after[len(before) :])
 
     def flush(self) -> str:
@@ -81,6 +96,12 @@ class TextStream:
             return text
         text, self._held = text + self._held, ""
         return text
+
+    def _last_whole(self, text: str) -> int:
+        """Where the window's `text` can be cut, so that what may be the beginning of a character stays behind."""
+        window, decode = self._window, self._tokenizer.decode
+        cuts = range(len(window) - MAX_CHARACTER_BYTES + 1, len(window))
+        return next((cut for cut in cuts if decode(window[:cut]) + decode(window[cut:]) == text), len(window))
 
     def _release(self, text: str) -> str:
         text = self._held + text

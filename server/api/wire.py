@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Request
@@ -18,7 +19,10 @@ MAX_PROMPTS = 64
 TaskName = Annotated[str, Field(pattern=NAME)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
-LogitBias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,8}$")], Annotated[float, Field(ge=-100, le=100)]]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,8}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),  # it is applied anew at each step
+]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -48,9 +52,9 @@ class SamplingFields(Strict):
 
     temperature: float = Field(0.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias = Field(default_factory=dict)
@@ -114,14 +118,42 @@ def parse(model: type[Model], body: bytes) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "body"
-        if first["type"] == "extra_forbidden":
-            raise InvalidFieldError(f"unknown field {field[:200]}", field[:200]) from None
-        raise InvalidFieldError(f"{field[:200]}: {first['msg']}", field[:200]) from None
+        raise _refusal(data, error) from None
+
+
+def _refusal(data: Any, error: ValidationError) -> InvalidFieldError:
+    """Names the field. Of the branches of a union the one that got furthest tells what is wrong."""
+    found = error.errors(include_url=False, include_input=False)
+    worst = max(found, key=lambda one: len(one["loc"]))
+    field = ".".join(_path(data, worst["loc"], worst["type"] == "missing"))[:200] or "body"
+    if worst["type"] == "extra_forbidden":
+        return InvalidFieldError(f"unknown field {field}", field)
+    return InvalidFieldError(f"{field}: {worst['msg']}", field)
+
+
+def _path(data: Any, loc: tuple[int | str, ...], is_missing: bool) -> Iterator[str]:
+    """The parts of a location that are in the data: without pydantic's names of a union's branches."""
+    for at, part in enumerate(loc):
+        if part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int):
+            data = data[part]
+        elif not (is_missing and at == len(loc) - 1):
+            continue
+        yield str(part)
 
 
 def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
     """What FastAPI would say of a body that it does not parse itself."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
+    schema = model.model_json_schema()
+    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references, which would be looked for at the root of the OpenAPI document."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}
