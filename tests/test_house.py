@@ -27,7 +27,7 @@ def test_the_settings_table_is_the_settings() -> None:
 def test_the_tree_exists() -> None:
     """Every file and folder that README's tree names is there."""
     tree = README.partition("## The tree")[2]
-    names = set(re.findall(r"\b[a-z_]+\.(?:py|toml|yml)\b", tree))
+    names = set(re.findall(r"[a-z_-]+\.(?:py|toml|yml)\b", tree))
     found = {path.name for path in ROOT.rglob("*") if ".venv" not in path.parts}
     assert names and names <= found, names - found
 
