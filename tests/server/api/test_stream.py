@@ -319,7 +319,8 @@ async def test_whoever_leaves_in_the_middle_of_a_body(
             await writer.drain()
             await asyncio.sleep(0.05)
             writer.close()
-        await until(lambda: site.stored() == set())
+        await until(lambda: not site.staged())
+        assert site.stored() == set()
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

@@ -17,7 +17,7 @@ from server.api.text import MAX_HELD_TOKENS, TextStream, Tokenizer
 from tests.kit.tiny import EOS, PAD
 
 BYTES = st.integers(0, 255)
-HARD = st.sampled_from([*"🎩👩‍🚀é".encode(), *"ab ".encode(), 0xFF, 0xF0, 0x80, EOS, PAD])
+HARD = st.sampled_from([*"🎩👩‍🚀é".encode(), *b"ab ", 0xFF, 0xF0, 0x80, EOS, PAD])
 TOKENS = st.lists(st.one_of(BYTES, HARD), max_size=80)
 STOPS = st.lists(st.text("ab é🎩", min_size=1, max_size=5), max_size=4)
 SOUND = st.text("ab é🎩👩‍🚀", max_size=40).map(lambda text: [*text.encode()])

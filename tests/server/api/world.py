@@ -91,10 +91,14 @@ class Site:
         query = {"task": task, **{name: str(value) for name, value in params.items()}}
         return await self.http.post("/adapters", params=query, content=body, headers={"Content-Type": kind})
 
-    def stored(self) -> set[str]:
-        """Digests on the disk; nothing else may be there between uploads."""
+    def staged(self) -> list[Path]:
+        """What lies in the staging area."""
         staging = self.data / "artifacts" / "staging"
-        assert not staging.exists() or not list(staging.iterdir())
+        return list(staging.iterdir()) if staging.exists() else []
+
+    def stored(self) -> set[str]:
+        """Digests on the disk; nothing may be staged between uploads."""
+        assert not self.staged()
         return self.front.blobs.digests()
 
 

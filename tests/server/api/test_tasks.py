@@ -1,0 +1,255 @@
+"""Tasks: what there is and where it is; gone at once when deleted, and never under a running request."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+import zipfile
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters_store.artifact import CONFIG, FILES, WEIGHTS
+from tests.server.api.world import Site, error_of, serve_site, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
+    """A task shows its versions, route, residency and use; the list has the base first, and then all tasks."""
+    first = (await site.upload("a", zips[0])).json()
+    second = (await site.upload("a", zips[1], note="better")).json()
+    await site.upload("b", zips[2], activate="false")
+    await site.ask("a", prompt="xyz", max_tokens=2)
+    await site.ask("base", prompt="xy", max_tokens=1, n=2)
+    site.front.usage.flush(site.front.registry)
+    site.engine.states[first["digest"]] = "host"
+    task = (await site.http.get("/tasks/a")).json()
+    assert set(task) == {"task", "versions", "route"}
+    assert task["route"] == {"versions": {"2": 100}}
+    kept = {"version", "digest", "method", "num_parameters", "bytes", "note", "created", "residency", "use"}
+    assert all(set(version) == kept for version in task["versions"])
+    assert [version["digest"] for version in task["versions"]] == [first["digest"], second["digest"]]
+    assert [version["residency"] for version in task["versions"]] == ["host", "slot"]
+    assert task["versions"][1]["use"] == {"requests": 1, "prompt_tokens": 3, "completion_tokens": 2}
+    tasks = (await site.http.get("/tasks")).json()["tasks"]
+    assert [found["task"] for found in tasks] == ["base", "a", "b"]
+    assert tasks[0]["use"] == {"requests": 1, "prompt_tokens": 2, "completion_tokens": 2}
+    assert tasks[1] == task
+    assert (tasks[2]["route"], tasks[2]["versions"][0]["residency"]) == ({"versions": {}}, "disk")
+    assert (await site.http.get("/tasks/base")).json() == tasks[0]
+
+
+async def test_a_task_that_routes_nowhere(site: Site, zips: list[bytes]) -> None:
+    """A task whose only version stands by answers 404, never the base; its version can be named."""
+    await site.upload("a", zips[0], activate="false")
+    answer = await site.post("/generate?task=a", {"prompt": "x"})
+    assert answer.status_code == 404 and "name a version" in error_of(answer)["message"]
+    assert (await site.ask("a", prompt="x", version=1))["adapter"]["version"] == 1
+
+
+async def test_delete_a_task(site: Site, zips: list[bytes]) -> None:
+    """A deleted task is 404 at once, everywhere; its artifacts go, and the engine forgets them."""
+    digests = [(await site.upload("a", body)).json()["digest"] for body in zips[:2]]
+    await site.upload("b", zips[0])
+    assert (await site.http.delete("/tasks/a")).status_code == 204
+    for path in ("/tasks/a", "/tasks/a/versions/1/artifact"):
+        assert (await site.http.get(path)).status_code == 404
+    assert (await site.post("/generate?task=a", {"prompt": "x"})).status_code == 404
+    assert (await site.http.delete("/tasks/a")).status_code == 404
+    assert site.stored() == {digests[0]}, "the other task's artifact stays"
+    assert site.engine.forgotten == [digests[1]]
+    assert (await site.ask("b", prompt="x"))["adapter"]["digest"] == digests[0]
+
+
+async def test_delete_a_version(site: Site, zips: list[bytes]) -> None:
+    """A deleted version is gone, also from the route; the others stay."""
+    digests = [(await site.upload("a", body)).json()["digest"] for body in zips[:2]]
+    assert (await site.http.delete("/tasks/a/versions/2")).status_code == 204
+    assert site.stored() == {digests[0]}
+    assert (await site.http.get("/tasks/a")).json()["route"] == {"versions": {}}
+    assert (await site.post("/generate?task=a", {"prompt": "x"})).status_code == 404
+    assert (await site.ask("a", prompt="x", version=1))["adapter"]["digest"] == digests[0]
+    assert (await site.http.delete("/tasks/a/versions/2")).status_code == 404
+
+
+async def test_upload_after_deletion(site: Site, zips: list[bytes]) -> None:
+    """The same bytes after a deletion are a new version with a new number."""
+    await site.upload("a", zips[0])
+    await site.http.delete("/tasks/a")
+    answer = await site.upload("a", zips[0])
+    assert (answer.status_code, answer.json()["version"]) == (201, 2)
+    assert (await site.ask("a", prompt="x"))["adapter"]["version"] == 2
+
+
+@pytest.mark.parametrize("path", ["/tasks/a/versions/0", "/tasks/a/versions/-1", f"/tasks/a/versions/{10**30}"])
+async def test_no_such_version(site: Site, zips: list[bytes], path: str) -> None:
+    """A version that is not there is 404, for deletion and download, whatever the number."""
+    await site.upload("a", zips[0])
+    assert (await site.http.delete(path)).status_code == 404
+    assert (await site.http.get(f"{path}/artifact")).status_code == 404
+
+
+@pytest.mark.parametrize("number", ["one", "1.5", "9" * 5000, "%00"])
+async def test_a_version_that_is_no_number(site: Site, number: str) -> None:
+    """A version that is no number is 422."""
+    answer = await site.http.delete(f"/tasks/a/versions/{number}")
+    assert (answer.status_code, error_of(answer)["param"]) == (422, "number")
+
+
+async def test_the_base_stays(site: Site) -> None:
+    """The base cannot be deleted."""
+    for path in ("/tasks/base", "/tasks/base/versions/1"):
+        answer = await site.http.delete(path)
+        assert (answer.status_code, error_of(answer)["param"]) == (422, "task")
+
+
+async def test_download(site: Site, zips: list[bytes], loras: list[Path]) -> None:
+    """The artifact comes back as a zip whose files are byte-equal to those that were sent."""
+    digest = (await site.upload("a", zips[0])).json()["digest"]
+    answer = await site.http.get("/tasks/a/versions/1/artifact")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/zip")
+    assert answer.headers["etag"] == f'"{digest}"'
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        found = {name: archive.read(name) for name in archive.namelist()}
+    assert found == {name: (loras[0] / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    assert (await site.upload("a", answer.content)).status_code == 200
+    assert site.stored() == {digest}
+
+
+async def test_download_of_what_is_damaged(site: Site, zips: list[bytes]) -> None:
+    """An artifact whose bytes have changed on the disk is 503 and says so; one that is lost is 404."""
+    digest = (await site.upload("a", zips[0])).json()["digest"]
+    path = site.front.blobs.path(digest)
+    (path / CONFIG).write_text((path / CONFIG).read_text() + " ")
+    answer = await site.http.get("/tasks/a/versions/1/artifact")
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "artifact_corrupt")
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+    path.rmdir()
+    assert (await site.http.get("/tasks/a/versions/1/artifact")).status_code == 404
+
+
+async def test_a_running_stream_finishes(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]
+) -> None:
+    """A stream that runs when its task is deleted finishes with what it began with; then the artifact goes.
+
+    A second stream that ends earlier does not take the artifact away from the first.
+    """
+    async with serve_site(tiny_base, tmp_path) as site:
+        digest = (await site.upload("a", zips[0])).json()["digest"]
+        site.engine.delay_s = 0.01
+        long = asyncio.create_task(site.ask("a", prompt="x" * 60))
+        short = asyncio.create_task(site.ask("a", prompt="x" * 20))
+        await until(lambda: len(site.engine.submitted) == 2)
+        assert (await site.http.delete("/tasks/a")).status_code == 204
+        assert (await site.post("/generate?task=a", {"prompt": "x"})).status_code == 404
+        assert len((await short)["choices"][0]["token_ids"]) == 21
+        assert site.stored() == {digest} and not site.engine.forgotten
+        assert len((await long)["choices"][0]["token_ids"]) == 61
+        await until(lambda: not site.front.blobs.digests())
+        assert site.engine.forgotten == [digest]
+        assert not site.front.given_up
+
+
+async def test_uploaded_again_while_it_runs(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]
+) -> None:
+    """Bytes that are deleted and uploaded again while a request wears them stay when it ends."""
+    async with serve_site(tiny_base, tmp_path) as site:
+        digest = (await site.upload("a", zips[0])).json()["digest"]
+        site.engine.delay_s = 0.01
+        running = asyncio.create_task(site.ask("a", prompt="x" * 30))
+        await until(lambda: site.engine.submitted)
+        await site.http.delete("/tasks/a")
+        assert (await site.upload("a", zips[0])).json()["version"] == 2
+        await running
+        assert site.stored() == {digest} and not site.engine.forgotten
+
+
+async def test_deleted_between_resolution_and_start(
+    site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that is deleted after a request was resolved and before it runs is 404: it never reaches the engine."""
+    await site.upload("a", zips[0])
+    resolve = site.front.resolve
+    calls = iter(range(9))
+
+    async def resolved(*args: Any) -> Any:
+        found = await resolve(*args)
+        if next(calls) == 0:
+            assert (await site.http.delete("/tasks/a")).status_code == 204
+        return found
+
+    monkeypatch.setattr(site.front, "resolve", resolved)
+    answer = await site.post("/generate?task=a", {"prompt": "x"})
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
+    assert not site.engine.submitted
+
+
+async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that comes while its artifact is about to be deleted keeps it; when it ends the artifact goes."""
+    digest = (await site.upload("a", zips[0])).json()["digest"]
+    version, digests = site.front.registry.resolve("default", "a"), site.front.registry.digests
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    began: list[Future[None]] = []
+
+    async def request() -> None:
+        with site.front.in_use.hold([digest]):
+            await site.front.check_kept("default", [version])
+            await ended.wait()
+        await site.front.bury([digest])
+
+    def referenced() -> set[str]:  # runs in a thread between the deletion of the version and that of the artifact
+        if not began:
+            began.append(asyncio.run_coroutine_threadsafe(request(), loop))
+            while not site.front.in_use.is_held(digest):
+                time.sleep(0.001)
+        return digests()
+
+    monkeypatch.setattr(site.front.registry, "digests", referenced)
+    assert (await site.http.delete("/tasks/a")).status_code == 204
+    assert site.stored() == {digest}
+    ended.set()
+    await asyncio.wrap_future(began[0])
+    assert site.stored() == set()
+
+
+async def test_a_deletion_that_the_disk_refuses(
+    site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the artifact cannot be removed the task is gone all the same, and the log says what the next start does."""
+
+    def broken(_digest: str) -> None:
+        raise OSError("no")
+
+    await site.upload("a", zips[0])
+    monkeypatch.setattr(site.front.blobs, "delete", broken)
+    assert (await site.http.delete("/tasks/a")).status_code == 204
+    assert "the next start will" in caplog.text
+    assert not site.front.leaving
+
+
+async def test_deletions_and_requests_at_once(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]
+) -> None:
+    """However uploads, deletions and requests interleave: each request is 200 or 404, and nothing is left over."""
+    async with serve_site(tiny_base, tmp_path) as site:
+        site.engine.delay_s = 0.001
+
+        async def turn(number: int) -> int:
+            if number % 5 == 0:
+                return (await site.upload("a", zips[number % 3])).status_code
+            if number % 5 == 3:
+                return (await site.http.delete("/tasks/a")).status_code
+            return (await site.post("/generate?task=a", {"prompt": "xyz"})).status_code
+
+        statuses = await asyncio.gather(*(turn(number) for number in range(60)))
+        assert set(statuses) <= {200, 201, 204, 404}
+        await site.http.delete("/tasks/a")
+        await until(lambda: not site.front.blobs.digests())
+        assert not site.front.given_up and not site.front.in_use._counts
