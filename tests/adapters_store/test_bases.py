@@ -234,5 +234,6 @@ def test_the_real_base_is_whole(real_base: Path) -> None:
     assert "<|im_start|>" in tokenizer.chat_template
     assert "quantization_config" not in config.to_dict()
     began = time.thread_time()
-    assert len(base_identity(real_base).identity) == 64
+    identity = base_identity(real_base).identity
+    assert identity == "6d6b35d75e79c736c6b0f4438c030a42d703e92cf0364b1302810c7f81ed48e9"  # artifacts out there name it
     assert time.thread_time() - began < 0.5
