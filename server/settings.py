@@ -78,11 +78,12 @@ def is_loopback(host: str) -> bool:
 
 def check_environment(environment: dict[str, str] | None = None) -> None:
     """Raise `SettingsError` for a MANYHATS_ variable that no setting has; it would be ignored in silence otherwise."""
-    known = {variable(name) for name in Settings.model_fields}
+    known = [variable(name).removeprefix(PREFIX) for name in Settings.model_fields]
     for name in os.environ if environment is None else environment:
-        if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise SettingsError(f"{name} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+        if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known:
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), known, 1)
+            hint = f"did you mean {PREFIX}{near[0]}?" if near else "`manyhats serve --help` lists them"
+            raise SettingsError(f"{name} is no setting; {hint}")
 
 
 def variable(field: str) -> str:

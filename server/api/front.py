@@ -22,7 +22,7 @@ from adapters_store.registry import DEFAULT_TENANT, Registry, Version
 from server.api.text import Tokenizer
 from server.engine.client import EngineClient
 from server.engine.messages import Ready
-from server.errors import InvalidFieldError, NotFoundError, UnauthorizedError, UnavailableError
+from server.errors import DrainingError, InvalidFieldError, NotFoundError, UnauthorizedError, UnavailableError
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -47,6 +47,7 @@ class Front:
     given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
     leaving: set[str] = field(default_factory=set)  # digests whose artifacts are being deleted
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
+    is_draining: bool = False  # about to end: what runs may finish, nothing new begins
     store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together
 
     def ready(self) -> Ready:
@@ -178,7 +179,7 @@ def front_of(request: Request) -> Front:
 async def admit(request: Request) -> None:
     """What every route but health depends on: sets the tenant of the key before anything else is looked at.
 
-    Raises `UnauthorizedError`, or `NotFoundError` for a tenant that is absent.
+    Raises `UnauthorizedError`, `NotFoundError` for a tenant that is absent, or `DrainingError` (but not who only looks).
     """
     key = front_of(request).settings.admin_key
     if key is not None:
@@ -189,6 +190,8 @@ async def admit(request: Request) -> None:
     tenant = request.headers.get("x-tenant", DEFAULT_TENANT)
     if tenant != DEFAULT_TENANT:
         raise NotFoundError(f"there is no tenant {tenant[:63]}", "X-Tenant")
+    if front_of(request).is_draining and request.method != "GET":
+        raise DrainingError("the server is stopping: ask again in a moment", retry_after=5)
     request.state.tenant = tenant
 
 

@@ -20,10 +20,11 @@ async def live() -> dict[str, str]:
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """200 only while the engine answers."""
-    client = front_of(request).client
-    if client.ready is None:
-        status = {"status": "not ready", "reason": client.last_error or "the engine is starting"}
+    """200 only while the engine answers and the server takes new work."""
+    front, client = front_of(request), front_of(request).client
+    if client.ready is None or front.is_draining:
+        reason = "the server is stopping" if front.is_draining else client.last_error or "the engine is starting"
+        status = {"status": "not ready", "reason": reason}
         return JSONResponse(status, 503, {"Retry-After": "2"})
     body = {"status": "ready", "base": client.ready.name, "precision": client.ready.precision}
     return JSONResponse(body | {"load_seconds": round(client.ready.load_seconds, 3)})

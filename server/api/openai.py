@@ -44,7 +44,7 @@ class StreamOptions(Strict):
 class OpenAIFields(SamplingFields):
     """What completions and chat share. Fields of OpenAI's that are not served are refused by their name."""
 
-    model: str = Field(max_length=63)
+    model: str
     temperature: float = Field(1.0, ge=0, le=2)
     n: int = Field(1, ge=1, le=8)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None

@@ -17,6 +17,7 @@ from server.model.batch import Sampling
 
 THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
 MIN_TEMPERATURE = 1e-3
+MAX_NAME = 63  # characters of a task's name
 SEVERAL = "_several"  # no task can be named so
 
 
@@ -50,11 +51,9 @@ class Worn:
 
 
 def task_of(task: str | None) -> str:
-    """The task that a request names. Raises `BadRequestError` where it names none, `NotFoundError` for no name."""
+    """The task that a request names. Raises `BadRequestError` where it names none: the base is asked for by name."""
     if not task:
         raise BadRequestError("name a task: POST /generate?task=NAME (task=base is the base itself)", "task")
-    if len(task) > 63:
-        raise NotFoundError(f"there is no task {task[:63]}", "task")
     return task
 
 
@@ -64,6 +63,8 @@ async def wear(front: Front, tenant: str, task: str, version: int | None = None)
         if version is not None:
             raise InvalidFieldError("the base has no versions", "version")
         return Worn(tenant, BASE)
+    if len(task) > MAX_NAME:
+        raise NotFoundError(f"there is no task {task[:MAX_NAME]}", "task")
     return Worn(tenant, task, ((await front.resolve(tenant, task, version), 1.0),))
 
 

@@ -1,0 +1,75 @@
+"""Who may call: with an admin key, every route but health asks for it before it looks at anything else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.api.world import Site, error_of, open_site
+
+pytestmark = pytest.mark.anyio
+KEY = "k" * 15 + "é"
+OPEN = {"/health/live", "/health/ready"}
+BEARER = {"Authorization": f"Bearer {KEY}".encode()}
+
+
+@pytest.fixture(scope="module")
+async def locked(anyio_backend: str, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    """A server with an admin key."""
+    async with open_site(tiny_base, tmp_path_factory.mktemp("locked"), admin_key=KEY) as site:
+        yield site
+
+
+async def test_every_route_asks_for_the_key(locked: Site) -> None:
+    """Every route of the OpenAPI document but the two health routes is 401 without a key and with a bad one.
+
+    So is the document. Nothing else is told: not whether the task is there, the query sound or the body JSON.
+    """
+    document = (await locked.http.get("/openapi.json", headers=BEARER)).json()
+    routes = [(verb, path) for path, verbs in document["paths"].items() for verb in verbs]
+    assert len(routes) >= 14 and {path for _, path in routes} >= OPEN
+    bad = [
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": f"Basic {KEY}".encode()},
+        {"Authorization": "Bearer"},
+    ]
+    for verb, path in routes:
+        for headers in bad:
+            path = path.replace("{number}", "x").replace("{task}", "a").replace("{name}", "a")
+            answer = await locked.http.request(verb, path, headers=headers)  # type: ignore[arg-type]
+            if path in OPEN:
+                assert answer.status_code == 200
+                continue
+            assert answer.status_code == 401, (verb, path)
+            error = error_of(answer)
+            assert (error["code"], error["type"]) == ("unauthorized", "authentication_error")
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert KEY not in answer.text
+
+
+async def test_the_key_opens(locked: Site) -> None:
+    """The right key opens, whatever the case of `Bearer`."""
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        answer = await locked.http.get("/tasks", headers={"Authorization": f"{scheme} {KEY}".encode()})  # type: ignore[dict-item]
+        assert answer.status_code == 200
+    assert (await locked.http.get("/docs", headers=BEARER)).status_code == 200  # type: ignore[arg-type]
+
+
+async def test_tenants(locked: Site) -> None:
+    """X-Tenant: the default tenant is there, any other is 404; without a key it is 401 first."""
+    for name, status in (("default", 200), ("other", 404), ("", 404), ("x" * 5000, 404)):
+        answer = await locked.http.get("/tasks", headers={**BEARER, "X-Tenant": name})  # type: ignore[arg-type]
+        assert answer.status_code == status
+        if status == 404:
+            assert error_of(answer)["param"] == "X-Tenant" and len(answer.text) < 400
+    assert (await locked.http.get("/tasks", headers={"X-Tenant": "other"})).status_code == 401
+
+
+async def test_without_a_key_no_key_is_asked_for(shared: Site) -> None:
+    """Without an admin key a request needs no key, and one that sends a key is served as well."""
+    assert (await shared.http.get("/tasks")).status_code == 200
+    assert (await shared.http.get("/tasks", headers={"Authorization": "Bearer x"})).status_code == 200
+    assert (await shared.http.get("/tasks", headers={"X-Tenant": "other"})).status_code == 404

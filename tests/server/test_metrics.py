@@ -1,0 +1,135 @@
+"""What Prometheus sees: the engine's state, and tasks by their names, of which no request can make more."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.engine.messages import EngineFailure, Stats
+from server.metrics import MAX_TASKS, Metrics
+from tests.server.api.world import Site, open_site
+
+
+def parsed(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """{sample name: {labels: value}}."""
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return found
+
+
+def tasks_of(text: str) -> set[str]:
+    """The values of the label `task`."""
+    return set(re.findall(r'task="([^"]*)"', text))
+
+
+def test_every_field_of_the_engine() -> None:
+    """Every gauge and counter of the engine is there, by its name and kind; and both processes' memory."""
+    stats = Stats(num_running=3, steps_total=7, stall_seconds_total=0.5)
+    text = Metrics(lambda: stats, os.getpid).render().decode()
+    found = parsed(text)
+    for name in Stats.__struct_fields__:
+        assert found[f"manyhats_engine_{name}"][()] == getattr(stats, name)
+        kind = "counter" if name.endswith("_total") else "gauge"
+        assert f"# TYPE manyhats_engine_{name} {kind}" in text
+    memory = found["manyhats_resident_bytes"]
+    assert memory[("process", "front"),] > 1e6 and memory[("process", "engine"),] > 1e6
+
+
+@pytest.mark.parametrize("pid", [None, 2**22 + 1])
+def test_an_engine_that_is_gone(pid: int | None) -> None:
+    """Without an engine, or where its process has just died, the rest is still there."""
+    found = parsed(Metrics(Stats, lambda: pid).render().decode())
+    memory = found["manyhats_resident_bytes"]
+    assert memory[("process", "front"),] > 1e6
+    assert memory.get((("process", "engine"),), 0.0) == 0.0
+
+
+def test_the_number_of_tasks_is_bounded() -> None:
+    """Beyond `MAX_TASKS` names all others share one label; those that have one keep it."""
+    metrics = Metrics(Stats, lambda: None)
+    labels = [metrics.label(f"t{number}") for number in range(MAX_TASKS + 50)]
+    assert labels[:MAX_TASKS] == [f"t{number}" for number in range(MAX_TASKS)]
+    assert set(labels[MAX_TASKS:]) == {"_other"}
+    assert metrics.label("t0") == "t0"
+
+
+@pytest.mark.anyio
+async def test_what_a_request_counts(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]) -> None:
+    """A request counts once, with its tokens and times, under its task and status; usage the same."""
+    async with open_site(tiny_base, tmp_path) as site:
+        await site.upload("hat", zips[0])
+        await site.ask("hat", prompt="abcd", max_tokens=3)
+        await site.ask("hat", prompt="abcd", max_tokens=3, n=2)
+        found = parsed((await site.http.get("/metrics")).text)
+    task = ("task", "hat")
+    assert found["manyhats_requests_total"] == {(("status", "200"), task): 2.0}
+    assert found["manyhats_prompt_tokens_total"][task,] == 8
+    assert found["manyhats_completion_tokens_total"][task,] == 9
+    names = ["request_seconds", "time_to_first_token_seconds", "queue_seconds", "adapter_wait_seconds"]
+    assert all(found[f"manyhats_{name}_count"][task,] == 2 for name in names)
+    assert found["manyhats_inter_token_seconds_count"][task,] == 3 * 2
+    assert found["manyhats_time_to_first_token_seconds_sum"][task,] == pytest.approx(0.004)
+
+
+@pytest.mark.anyio
+async def test_what_fails_is_counted_and_not_billed(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A request that the engine refuses counts under its status; its tokens are nobody's."""
+    async with open_site(tiny_base, tmp_path) as site:
+        site.engine.failure = EngineFailure("overloaded", "the queue is full")
+        assert (await site.post("/generate?task=base", {"prompt": "abcd"})).status_code == 503
+        found = parsed((await site.http.get("/metrics")).text)
+        assert found["manyhats_requests_total"] == {(("status", "503"), ("task", "base")): 1.0}
+        assert "manyhats_prompt_tokens_total" not in found
+        site.front.usage.flush(site.front.registry)
+        assert site.front.registry.usage("default") == []
+
+
+async def ask_for(site: Site, name: str) -> None:
+    """Ask for a name by every way that there is."""
+    await site.post(f"/generate?task={name}", {"prompt": "a"})
+    await site.post("/generate", {"prompt": "a", "adapters": [{"task": name}]})
+    await site.post("/v1/completions", {"model": name, "prompt": "a"})
+    await site.upload(name, b"nothing")
+    await site.http.get(f"/tasks/{name}")
+
+
+@pytest.mark.anyio
+async def test_no_request_makes_a_label(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]) -> None:
+    """Names that are no task never become labels; mixtures of tasks, however many, share one."""
+    async with open_site(tiny_base, tmp_path) as site:
+        for task, body in zip("abc", zips, strict=True):
+            await site.upload(task, body)
+        for number in range(20):
+            await ask_for(site, f"unknown{number}")
+        for first in "abc":
+            for second in "abc":
+                hats = [{"task": first}, {"task": second}, {"task": "a"}]
+                assert (await site.post("/generate", {"prompt": "x", "adapters": hats})).status_code == 200
+        assert (await site.post("/generate", {"prompt": "x", "adapters": [{"task": "b"}]})).status_code == 200
+        assert tasks_of((await site.http.get("/metrics")).text) == {"_several", "b"}
+
+
+@pytest.mark.anyio
+async def test_usage_survives_a_registry_that_fails(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Usage that could not be written is kept, and written with the next; at the end nothing is lost."""
+
+    def broken(*_args: object, **_counts: object) -> None:
+        raise OSError("no")
+
+    async with open_site(tiny_base, tmp_path) as site:
+        await site.ask(prompt="ab")
+        with monkeypatch.context() as patch:
+            patch.setattr(site.front.registry, "add_usage", broken)
+            site.front.usage.flush(site.front.registry)
+        await site.ask(prompt="abc")
+    async with open_site(tiny_base, tmp_path) as site:
+        (usage,) = site.front.registry.usage("default")
+        assert (usage.requests, usage.prompt_tokens, usage.completion_tokens) == (2, 5, 7)
