@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
 WAIT_FOR_ADAPTERS_S = 0.05  # deadlines are looked at so often where everything waits for adapters
+SPIN_COUNT = "20000"
 LEAVE_WITHIN_S = 5.0  # after the front has gone, whatever the main thread is doing
 
 OnLoaded = Callable[[], None]
@@ -233,6 +234,9 @@ def main(arguments: list[str] | None = None, build: Build = build) -> int:
     parser.add_argument("--socket", required=True, help="the unix socket of the front")
     path = parser.parse_args(arguments).socket
     logs.install("info")
+    # libgomp's threads spin long before they sleep. Beside any other busy process that makes each of a step's hundreds
+    # of parallel regions wait for a thread that is not scheduled; it is read when torch is loaded, which comes later.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
     return serve(path, build)
 
