@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import sys
@@ -11,7 +10,6 @@ from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from rich.console import Console
@@ -19,7 +17,7 @@ from rich.markup import escape
 
 from adapters_store.bases import BaseError, resolve_base
 from adapters_store.registry import DEFAULT_TENANT
-from server import logs
+from server import listen, logs
 from server.api.front import Front
 from server.settings import PREFIX, Settings, SettingsError, check_environment, variable
 
@@ -43,24 +41,17 @@ def serve(**flags: Any) -> None:
     settings = _settings(flags, console)
     logs.install(settings.log_level)
     try:
+        sockets = listen.bind(settings.host, settings.port)
+        url = listen.address_of(settings.host, sockets)
         with console.status("finding the base"):
             folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
     except (BaseError, OSError) as error:
         raise _stop(console, str(error)) from error
     from server.app import create_app  # after the flags are known to be good
 
-    app = create_app(settings, folder, on_ready=lambda front: _greet(front, console, time.monotonic() - began))
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=settings.drain_s,
-    )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and raises it once more
-        uvicorn.Server(config).run()
-    if app.state.start_failure is not None:  # uvicorn itself would return as if all were well
+    app = create_app(settings, folder, on_ready=lambda front: _greet(front, url, console, time.monotonic() - began))
+    listen.run(app, settings, sockets)
+    if app.state.start_failure is not None:
         raise _stop(console, app.state.start_failure)
 
 
@@ -84,12 +75,10 @@ def _stop(console: Console, reason: str) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _greet(front: Front, console: Console, seconds: float) -> None:
+def _greet(front: Front, url: str, console: Console, seconds: float) -> None:
     """Say where it serves, and a curl that works when pasted."""
     settings, ready = front.settings, front.ready()
     tasks = [task.name for task in front.registry.tasks(DEFAULT_TENANT)]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    url = f"http://{host}:{settings.port}"
     key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
     task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)
     console.print(

@@ -12,6 +12,7 @@ ServerError
 ├── InternalError 500
 ├── EngineFailedError 422 500 503 504, by the engine's code
 ├── UnavailableError 503
+│   └── DrainingError 503
 └── StorageError 507
 
 On the wire: {"error": {"type", "code", "message", "param", "request_id"}}.
@@ -120,6 +121,12 @@ class UnavailableError(ServerError):
     """No engine is ready, or the server drains."""
 
     status, code = 503, "engine_unavailable"
+
+
+class DrainingError(UnavailableError):
+    """The server is about to end: what runs may finish, nothing new begins."""
+
+    code = "draining"
 
 
 class StorageError(ServerError):

@@ -179,7 +179,7 @@ def front_of(request: Request) -> Front:
 async def admit(request: Request) -> None:
     """What every route but health depends on: sets the tenant of the key before anything else is looked at.
 
-    Raises `UnauthorizedError`, `NotFoundError` for a tenant that is absent, or `DrainingError` (but not who only looks).
+    Raises `UnauthorizedError`, `NotFoundError` for a tenant that is absent, or `DrainingError` but to who only looks.
     """
     key = front_of(request).settings.admin_key
     if key is not None:

@@ -1,0 +1,155 @@
+"""Listening and leaving: the socket is bound before anything loads, slow headers end, and a stop is a drain."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import time
+from asyncio import BaseTransport, TimerHandle
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.api.front import Front
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+HEADER_TIMEOUT_S = 20.0  # from a connection's first moment, or a request's first byte, to the end of its headers
+FAREWELL_S = 5.0  # what is cut off gets its error in this time
+NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets of every address of `host`, bound but not listening: who connects before all is loaded is refused.
+
+    With port 0 all have the first one's port. Raises `OSError`, which says what to do.
+    """
+    bound: list[socket.socket] = []
+    try:
+        for family, address in dict.fromkeys((found[0], found[4]) for found in _addresses(host, port)):
+            chosen = port or (bound[0].getsockname()[1] if bound else 0)
+            with contextlib.ExitStack() as unless_bound:
+                listener = unless_bound.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((address[0], chosen, *address[2:]))
+                bound.append(listener)
+                unless_bound.pop_all()
+    except OSError as error:
+        if not bound or error.errno not in NO_SUCH_ADDRESS:  # localhost may lack IPv6
+            for listener in bound:
+                listener.close()
+            raise OSError(error.errno, f"{error.strerror}: cannot listen on {host} port {port}") from None
+    return bound
+
+
+def _addresses(host: str, port: int) -> list[Any]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return sorted(found, key=lambda one: one[0] != socket.AF_INET)
+
+
+class Protocol(HttpToolsProtocol):
+    """HTTP/1.1 whose headers must come in `HEADER_TIMEOUT_S`; bodies have their own time-out where they are read."""
+
+    _timer: TimerHandle | None = None
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """A connection has so long for its first request."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._arm()
+
+    def data_received(self, data: bytes) -> None:
+        """A request that has begun has so long for the rest of its headers."""
+        super().data_received(data)
+        if self.parser is not None and (self.cycle is None or self.cycle.response_complete):
+            self._arm()
+
+    def on_headers_complete(self) -> None:
+        """They came."""
+        self._disarm()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing to wait for."""
+        self._disarm()
+        super().connection_lost(exc)
+
+    def _arm(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._give_up)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Stops in three steps: new work is refused with 503, running requests get `drain_s`, the rest gets an error.
+
+    Health and metrics are answered until the end. A second signal ends it at once.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Protocol,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(FAREWELL_S),
+            )
+        )
+        self._app, self._drain_s = app, settings.drain_s
+        self._drained_by: float | None = None
+
+    @property
+    def _front(self) -> Front | None:
+        return getattr(self._app.state, "front", None)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own
+        """A signal. It is not raised once more at the end: to stop when asked to is no failure."""
+        if self._front is None or not self.started:
+            self.should_exit = True
+        elif self._drained_by is not None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._front.is_draining = True
+            self._drained_by = time.monotonic() + self._drain_s
+            log.info("draining", extra={"running": len(self.server_state.tasks), "drain_s": self._drain_s})
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: has the drain ended?"""
+        if self._drained_by is not None and not self.should_exit:
+            is_late = time.monotonic() >= self._drained_by
+            if is_late and self._front is not None:
+                log.warning("what still runs is ended", extra={"running": len(self.server_state.tasks)})
+                await self._front.client.close()  # whoever waits gets an error with a code
+            self.should_exit = is_late or not self.server_state.tasks
+        return await super().on_tick(counter)
+
+
+def run(app: FastAPI, settings: Settings, sockets: list[socket.socket]) -> None:
+    """Serve until a signal, or return at once where the application cannot start."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(SystemExit):
+        for listener in sockets:
+            stack.enter_context(listener)
+        Server(app, settings).run(sockets)
+
+
+def address_of(host: str, sockets: list[socket.socket]) -> str:
+    """The URL at which this machine reaches it."""
+    port: int = sockets[0].getsockname()[1]
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing is bound here
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
