@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import shutil
 import stat
 import struct
@@ -149,12 +148,3 @@ def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None
             if target.tell() == 0:
                 _refuse_pickle(chunk, out.name)
             target.write(chunk)
-
-
-def with_metadata(weights: bytes, config: dict[str, object]) -> bytes:
-    """A safetensors file that carries its config: the single-file form of an upload."""
-    header, metadata, start = read_header(weights)
-    header = {"__metadata__": {**metadata, METADATA_KEYS[CONFIG]: json.dumps(config)}, **header}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + weights[start:]

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from adapters_store.artifact import CONFIG, FILES, MANIFEST, WEIGHTS, read_folder
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, pack_zip, unpack_upload, with_metadata
+from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, pack_zip, unpack_upload
 from tests.adapters_store.forge import (
     digest_of,
     sound_members,
@@ -81,8 +81,8 @@ def test_one_folder_around_the_files_is_allowed(room: Room, compress: bool) -> N
 
 def test_a_single_file_carries_its_config_and_manifest(room: Room) -> None:
     """One safetensors file with config and manifest in its metadata becomes a whole folder."""
-    weights = save(toy_tensors(), metadata={"manifest": json.dumps({"format_version": 1})})
-    room.unpack(with_metadata(weights, toy_config()), SAFETENSORS_TYPE)
+    carried = {"adapter_config": json.dumps(toy_config()), "manifest": json.dumps({"format_version": 1})}
+    room.unpack(save(toy_tensors(), metadata=carried), SAFETENSORS_TYPE)
     assert json.loads((room.into / CONFIG).read_text()) == toy_config()
     assert json.loads((room.into / MANIFEST).read_text()) == {"format_version": 1}
     (room.into / MANIFEST).unlink()

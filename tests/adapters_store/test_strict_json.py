@@ -43,5 +43,6 @@ def test_sound_json_is_what_it_says() -> None:
     assert loads('{"a": ["🎩", 12345678901234567890, -1.5, null, true]}') == {
         "a": ["🎩", 12345678901234567890, -1.5, None, True]
     }
+    assert loads("[-12345678901234567890]") == [-12345678901234567890]
     assert loads(rb'["\ud83c\udfa9"]') == ["🎩"]
     assert loads(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)

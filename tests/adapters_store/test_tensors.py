@@ -61,6 +61,9 @@ HOSTILE = {
     "size is true": (raw({"a": entry([True, 2], 0, 8)}, F32), INVALID, "a has a shape"),
     "size is a float": (raw({"a": entry([2.0], 0, 8)}, F32), INVALID, "a has a shape"),
     "shape is a text": (raw({"a": entry("2", 0, 8)}, F32), INVALID, "a has a shape"),  # type: ignore[arg-type]
+    "shape is null": (raw({"a": entry(None, 0, 8)}, F32), INVALID, "a has a shape"),  # type: ignore[arg-type]
+    "shape is an object": (raw({"a": entry({}, 0, 4)}, F32[:4]), INVALID, "a has a shape"),  # type: ignore[arg-type]
+    "offsets are null": (raw({"a": {**ONE["a"], "data_offsets": None}}, F32), INVALID, "offsets"),
     "no values": (raw({"a": entry([0], 0, 0)}), INVALID, "needs 0 bytes"),
     "three offsets": (raw({"a": {**ONE["a"], "data_offsets": [0, 8, 8]}}, F32), INVALID, "offsets"),
     "offsets swapped": (raw({"a": entry([2], 8, 0)}, F32), INVALID, "offsets span"),
