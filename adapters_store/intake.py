@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import shutil
 import stat
 import struct
@@ -127,8 +128,8 @@ def _check_member(info: zipfile.ZipInfo) -> PurePosixPath:
     mode = info.external_attr >> 16
     if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or not stat.S_IFMT(mode)):
         raise ArtifactError(f"the zip member {name[:100]!r} is a link or a device", name[:100])
-    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ArtifactError(f"the zip member {name[:100]!r} is encrypted or not stored or deflated", name[:100])
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ArtifactError(f"the zip member {name[:100]!r} is neither stored nor deflated", name[:100])
     return path
 
 
@@ -148,3 +149,12 @@ def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None
             if target.tell() == 0:
                 _refuse_pickle(chunk, out.name)
             target.write(chunk)
+
+
+def with_metadata(weights: bytes, config: dict[str, object]) -> bytes:
+    """A safetensors file that carries its config: the single-file form of an upload."""
+    header, metadata, start = read_header(weights)
+    header = {"__metadata__": {**metadata, METADATA_KEYS[CONFIG]: json.dumps(config)}, **header}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + weights[start:]
