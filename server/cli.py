@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import sys
@@ -40,17 +41,18 @@ def serve(**flags: Any) -> None:
     began, console = time.monotonic(), Console(stderr=True)
     settings = _settings(flags, console)
     logs.install(settings.log_level)
-    try:
-        sockets = listen.bind(settings.host, settings.port)
-        url = listen.address_of(settings.host, sockets)
-        with console.status("finding the base"):
-            folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
-    except (BaseError, OSError) as error:
-        raise _stop(console, str(error)) from error
-    from server.app import create_app  # after the flags are known to be good
+    with contextlib.ExitStack() as stack:
+        try:
+            sockets = [stack.enter_context(listener) for listener in listen.bind(settings.host, settings.port)]
+            url = listen.address_of(settings.host, sockets)
+            with console.status("finding the base"):
+                folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
+        except (BaseError, OSError) as error:
+            raise _stop(console, str(error)) from error
+        from server.app import create_app  # after the flags are known to be good
 
-    app = create_app(settings, folder, on_ready=lambda front: _greet(front, url, console, time.monotonic() - began))
-    listen.run(app, settings, sockets)
+        app = create_app(settings, folder, on_ready=lambda front: _greet(front, url, console, time.monotonic() - began))
+        listen.run(app, settings, sockets)
     if app.state.start_failure is not None:
         raise _stop(console, app.state.start_failure)
 
@@ -59,10 +61,7 @@ def _settings(flags: dict[str, Any], console: Console) -> Settings:
     """Flags over variables over defaults; a wrong one is a sentence, not a traceback."""
     try:
         check_environment()
-        given = {name: value for name, value in flags.items() if value is not None}
-        if "import_" in given:
-            given[f"{PREFIX}IMPORT"] = given.pop("import_")
-        return Settings(**given)
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
     except SettingsError as error:
         raise _stop(console, str(error)) from error
     except ValidationError as error:

@@ -27,7 +27,7 @@ def _num_cores() -> int:
 class Settings(BaseSettings):
     """What `manyhats serve` runs with. Sizes take units: 512MiB, 2GiB."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", validate_default=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", validate_default=True, validate_by_name=True)
 
     base: str = Field(SMOLLM2, description="the base: smollm2-135m, a Hugging Face folder, or a hub id")
     data: Path = Field(Path("var"), description="folder of artifacts and registry")

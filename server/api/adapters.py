@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from sqlalchemy.exc import OperationalError
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.artifact import Artifact, read_folder
@@ -76,7 +75,7 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
     except ArtifactError as error:
         front.metrics.uploads.labels("refused").inc()
         raise ArtifactRefusedError(error) from None
-    except (OSError, OperationalError) as error:
+    except OSError as error:
         front.metrics.uploads.labels("failed").inc()
         raise storage_error(error) from error
     front.metrics.uploads.labels("taken").inc()
@@ -151,10 +150,8 @@ async def keep(
         raise
 
 
-def storage_error(error: OSError | OperationalError) -> Exception:
-    """507 for a disk that is full or fails, also where the registry says so; anything else is ours."""
-    if isinstance(error, OperationalError):
-        return StorageError(f"the registry cannot keep it: {error.orig}; nothing was stored")
+def storage_error(error: OSError) -> Exception:
+    """507 for a disk that is full or fails; anything else is ours."""
     if error.errno in STORAGE_FAULTS:
         return StorageError(f"the store cannot keep it: {error.strerror}; nothing was stored")
     return error

@@ -18,11 +18,9 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
-from sqlalchemy.exc import OperationalError
 
 from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, read_folder
 from adapters_store.bases import base_identity
-from adapters_store.intake import with_metadata
 from tests.kit.adapters import make_lora, zip_folder
 from tests.server.api.world import SAFETENSORS, ZIP, Site, error_of, open_site
 
@@ -78,9 +76,9 @@ async def test_versions(site: Site, zips: list[bytes]) -> None:
 
 async def test_one_safetensors_file(site: Site, loras: list[Path]) -> None:
     """A safetensors file that carries its config in its metadata is an artifact; without the config it is 422."""
-    config = json.loads((loras[0] / CONFIG).read_text())
     weights = (loras[0] / WEIGHTS).read_bytes()
-    answer = await site.upload("a", with_metadata(weights, config), SAFETENSORS)
+    said = {"adapter_config": (loras[0] / CONFIG).read_text()}
+    answer = await site.upload("a", save(load_file(loras[0] / WEIGHTS), said), SAFETENSORS)
     assert answer.status_code == 201
     assert (await site.ask("a", prompt="x"))["adapter"]["version"] == 1
     answer = await site.upload("b", weights, SAFETENSORS)
@@ -377,13 +375,13 @@ async def test_a_registry_that_cannot_write(good: Site, zips: list[bytes], monke
     """Where the registry cannot write the version it is 507, and the artifact does not stay without one."""
 
     def full(*_args: object, **_values: object) -> None:
-        raise OperationalError("INSERT", None, Exception("database or disk is full"))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(good.front.registry, "add_version", full)
         answer = await good.upload("bad", zips[0])
     assert (answer.status_code, error_of(answer)["code"]) == (507, "storage_failed")
-    assert "disk is full" in error_of(answer)["message"] and len(good.stored()) == 1
+    assert "No space left" in error_of(answer)["message"] and len(good.stored()) == 1
     assert (await good.upload("bad", zips[0])).status_code == 201
 
 
