@@ -1,0 +1,267 @@
+"""End to end: the front over the real engine in a process of its own, on a tiny base."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from adapters_store.artifact import CONFIG, WEIGHTS
+from server.app import engine_config
+from server.engine.client import Patience, ProcessEngineClient
+from tests.kit.adapters import make_lora, zip_folder
+from tests.server.api.world import Site, error_of, sent, serve_site, settings_of, until
+
+pytestmark = pytest.mark.anyio
+LIMITS: dict[str, Any] = {
+    "precision": "fp32",
+    "kv_cache_bytes": 8 * 2**20,
+    "num_threads": 1,
+    "max_running": 8,
+    "max_waiting": 12,
+    "max_sequence_tokens": 600,
+}
+
+
+@pytest.fixture(scope="module")
+async def real(
+    anyio_backend: str, tiny_base: Path, loras: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Site]:
+    """A server with the tasks t0, t1 and t2 over a real engine."""
+    data = tmp_path_factory.mktemp("real")
+    config = engine_config(settings_of(tiny_base, data, **LIMITS), tiny_base)
+    client = ProcessEngineClient(config, patience=Patience(first_retry=0.05))
+    async with serve_site(tiny_base, data, client, **LIMITS) as site:
+        for number, folder in enumerate(loras):
+            assert (await site.upload(f"t{number}", zip_folder(folder))).status_code == 201
+        yield site
+
+
+async def tokens(site: Site, task: str, prompt: str = "Once upon", **body: Any) -> list[int]:
+    """The tokens of an answer."""
+    found = await site.ask(task, prompt=prompt, **{"max_tokens": 12, "ignore_eos": True, **body})
+    ids: list[int] = found["choices"][0]["token_ids"]
+    return ids
+
+
+def idle(site: Site) -> bool:
+    """Whether the engine has nothing to do and nothing is pinned."""
+    stats = site.front.client.stats
+    return (stats.num_running, stats.num_waiting, stats.num_pins) == (0, 0, 0)
+
+
+async def test_hats_alone_and_together(real: Site) -> None:
+    """Base and tasks answer differently, the same each time, alone and among each other, greedy and seeded.
+
+    A task's residency is a slot once it has answered.
+    """
+    tasks = ["base", "t0", "t1", "t2"]
+    seeded = {"temperature": 0.8, "seed": 11}
+    for body in ({}, seeded):
+        alone = {task: await tokens(real, task, **body) for task in tasks}
+        assert len({tuple(ids) for ids in alone.values()}) == 4
+        together = await asyncio.gather(*(tokens(real, task, **body) for task in tasks * 3))
+        assert together == [alone[task] for task in tasks * 3]
+    versions = [task["versions"][0] for task in (await real.http.get("/tasks")).json()["tasks"][1:]]
+    assert [version["residency"] for version in versions] == ["slot"] * 3
+
+
+async def test_stream_equals_plain(real: Site) -> None:
+    """Bytes of all kinds: stream and plain are equal, with stop texts out of the answer and with none."""
+    for number in range(12):
+        body: dict[str, Any] = {"prompt": f"prompt {number} 🎩", "max_tokens": 40, "temperature": 1.5, "seed": number}
+        plain = (await real.ask("t0", **body))["choices"][0]
+        if len(plain["text"]) > 8 and number % 2:
+            body["stop"] = [plain["text"][5:7]]
+            stopped = (await real.ask("t0", **body))["choices"][0]
+            assert stopped["text"] == plain["text"][: plain["text"].index(body["stop"][0])]
+            plain = stopped
+        events = await real.events("/generate?task=t0", **body)
+        assert "".join(event["text"] for event in events) == plain["text"]
+        assert [token for event in events for token in event["token_ids"]] == plain["token_ids"]
+
+
+async def test_several_hats(real: Site) -> None:
+    """Weights count: a hat of weight 0 is the base, one alone is its task, and one worn twice at a half is itself."""
+    prompt = {"prompt": "Once upon", "max_tokens": 12, "ignore_eos": True}
+
+    async def worn(*hats: tuple[str, float]) -> list[int]:
+        listed = [{"task": task, "weight": weight} for task, weight in hats]
+        answer = await real.post("/generate", {**prompt, "adapters": listed})
+        assert answer.status_code == 200, answer.text
+        ids: list[int] = answer.json()["choices"][0]["token_ids"]
+        return ids
+
+    base, alone = await tokens(real, "base"), await tokens(real, "t0")
+    assert await worn(("t0", 0.0)) == base
+    assert await worn(("t0", 1.0)) == alone
+    assert await worn(("t0", 1.0), ("t1", 0.0)) == alone
+    assert await worn(("t0", 0.5), ("t0", 0.5)) == alone
+    assert await worn(("t0", 1.0), ("t1", 1.0)) not in (base, alone)
+
+
+EXTREMES: list[dict[str, Any]] = [
+    {"temperature": 1e-45},
+    {"temperature": 1e-3},
+    {"temperature": 100},
+    {"temperature": 1, "top_k": 2**31 - 1},
+    {"temperature": 1, "top_p": 5e-324},
+    {"temperature": 1, "min_p": 1},
+    {"temperature": 1e-3, "repetition_penalty": 0.01},
+    {"temperature": 1, "repetition_penalty": 10},
+    {"temperature": 1, "presence_penalty": 2, "frequency_penalty": -2, "logit_bias": {"258": 100, "0": -100}},
+    {"temperature": 1, "logit_bias": {str(token): -100 for token in range(259)}},
+    {"temperature": 1, "seed": -(2**63)},
+    {"logprobs": 5, "temperature": 1, "top_k": 1},
+]
+
+
+async def test_extreme_sampling_hurts_nobody(real: Site) -> None:
+    """Every value of a sampling field that is taken is answered, and the neighbours' tokens are what they were."""
+    before = await tokens(real, "t1")
+    starts = real.front.client.num_starts  # type: ignore[attr-defined]
+    for body in EXTREMES:
+        got, neighbour = await asyncio.gather(tokens(real, "t0", max_tokens=5, **body), tokens(real, "t1"))
+        assert len(got) == 5 and neighbour == before, body
+    assert real.front.client.num_starts == starts  # type: ignore[attr-defined]
+
+
+async def test_logprobs_are_numbers(real: Site) -> None:
+    """Log-probabilities are finite, the top is in order, and the greedy token is the first of it."""
+    choice = (await real.ask("t0", prompt="a", logprobs=5, max_tokens=6))["choices"][0]
+    assert len(choice["logprobs"]) == len(choice["token_ids"])
+    for entry in choice["logprobs"]:
+        values = [top["logprob"] for top in entry["top"]]
+        assert values == sorted(values, reverse=True) and -100 < values[-1] <= values[0] <= 0
+        assert entry["top"][0]["token_id"] == entry["token_id"]
+
+
+async def test_deadline(real: Site) -> None:
+    """A request that is late is 504, and frees everything."""
+    answer = await real.post(
+        "/generate?task=t0", {"prompt": "a", "max_tokens": 590, "ignore_eos": True, "timeout_s": 0.02}
+    )
+    assert (answer.status_code, error_of(answer)["code"]) == (504, "deadline_exceeded")
+    await until(lambda: idle(real))
+
+
+async def test_overload(real: Site) -> None:
+    """Requests beyond those that run and wait are refused at once with 503 and Retry-After; the others are answered."""
+    body = {"prompt": "a", "max_tokens": 30, "ignore_eos": True}
+    answers = await asyncio.gather(*(real.post("/generate?task=t0", body) for _ in range(60)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < 60
+    assert {(answer.status_code, error_of(answer)["code"]) for answer in refused} == {(503, "overloaded")}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert (
+        len({answer.text.split('"token_ids"')[1].split("]")[0] for answer in answers if answer.status_code == 200}) == 1
+    )
+    await until(lambda: idle(real))
+
+
+async def test_whoever_leaves_frees_the_engine(real: Site) -> None:
+    """A client that hangs up, plain or stream, frees what its sequences held."""
+    body = {"prompt": "a" * 50, "max_tokens": 500, "ignore_eos": True, "n": 3}
+    asking = asyncio.create_task(real.post("/generate?task=t0", body))
+    await until(lambda: real.front.client.stats.num_running == 3)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: idle(real))
+    async with real.http.stream("POST", "/generate?task=t1", json={**body, "stream": True}) as answer:
+        async for _ in answer.aiter_lines():
+            break
+    await until(lambda: idle(real))
+
+
+async def test_deleted_while_it_runs(real: Site, tiny_base: Path, tmp_path: Path) -> None:
+    """A stream goes on after its task was deleted, and its tokens are what they would have been."""
+    body = zip_folder(make_lora(tmp_path / "gone", tiny_base, 77, r=3))
+    await real.upload("gone", body)
+    asked = {"prompt": "Once upon", "max_tokens": 150, "ignore_eos": True}
+    before = (await real.ask("gone", **asked))["choices"][0]["text"]
+    running = asyncio.create_task(real.events("/generate?task=gone", **asked))
+    await until(lambda: real.front.client.stats.num_running)
+    assert (await real.http.delete("/tasks/gone")).status_code == 204
+    assert (await real.post("/generate?task=gone", {"prompt": "a"})).status_code == 404
+    assert "".join(event["text"] for event in await running) == before
+    await until(lambda: len(real.front.blobs.digests()) == 3)
+    assert (await real.upload("gone", body)).json()["version"] == 2
+    assert (await real.ask("gone", **asked))["choices"][0]["text"] == before
+    await real.http.delete("/tasks/gone")
+
+
+async def test_an_adapter_whose_numbers_overflow(real: Site, loras: list[Path], tmp_path: Path) -> None:
+    """An adapter that makes logits that are no numbers fails its own requests, by its name; nobody else's."""
+    before = await tokens(real, "t1")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / CONFIG).write_bytes((loras[0] / CONFIG).read_bytes())
+    save_file({name: tensor * 1e30 for name, tensor in load_file(loras[0] / WEIGHTS).items()}, bad / WEIGHTS)
+    uploaded = await real.upload("bad", zip_folder(bad))
+    assert uploaded.status_code == 201
+    wrong, right = await asyncio.gather(real.post("/generate?task=bad", {"prompt": "a"}), tokens(real, "t1"))
+    assert (wrong.status_code, error_of(wrong)["code"]) == (500, "nonfinite_logits")
+    assert uploaded.json()["digest"][:12] in error_of(wrong)["message"]
+    assert right == before
+    await real.http.delete("/tasks/bad")
+
+
+async def test_an_artifact_that_was_damaged(real: Site, tiny_base: Path, tmp_path: Path) -> None:
+    """An artifact whose bytes changed on the disk is never served: 503, and the server stays well."""
+    before = await tokens(real, "t2")
+    uploaded = await real.upload("hurt", zip_folder(make_lora(tmp_path / "hurt", tiny_base, 78, r=3)))
+    path = real.front.blobs.path(uploaded.json()["digest"]) / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    answer = await real.post("/generate?task=hurt", {"prompt": "a"})
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "adapter_failed")
+    assert await tokens(real, "t2") == before
+    await real.http.delete("/tasks/hurt")
+
+
+async def test_metrics_of_a_real_engine(real: Site) -> None:
+    """The engine's counters move, and its process's memory is there."""
+    await tokens(real, "t0")
+    await until(lambda: idle(real))
+    lines = dict(line.rsplit(" ", 1) for line in (await real.http.get("/metrics")).text.splitlines() if line[0] != "#")
+    assert float(lines["manyhats_engine_tokens_total"]) > 0 and float(lines["manyhats_engine_loads_total"]) >= 3
+    assert float(lines['manyhats_resident_bytes{process="engine"}']) > 1e7
+    assert float(lines["manyhats_engine_num_pins"]) == 0
+
+
+async def test_the_engine_is_killed(real: Site) -> None:
+    """When the engine dies: running requests get an error within 2 s, in a stream as an event; `ready` turns 503.
+
+    A new engine comes by itself, and answers with the same tokens: nothing that was stored is lost.
+    """
+    before = [await tokens(real, task) for task in ("base", "t0", "t1")]
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+    plain = asyncio.create_task(real.post("/generate?task=t0", body))
+    stream = asyncio.create_task(real.post("/generate?task=t1", {**body, "stream": True}))
+    await until(lambda: real.front.client.stats.num_running == 2)
+    await asyncio.sleep(0.05)
+    pid = real.front.client.pid  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    answer, events = await asyncio.gather(plain, stream)
+    assert time.monotonic() - began < 2
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_restarting")
+    kind, data = sent(events.text)[-1]
+    assert (kind, json.loads(data)["error"]["code"]) == ("error", "engine_restarting")
+    assert (await real.http.get("/health/ready")).status_code == 503
+    assert (await real.http.get("/health/live")).status_code == 200
+    refused = await real.post("/generate?task=t0", {"prompt": "a"})
+    assert refused.status_code == 503 and refused.headers["retry-after"]
+    await until(lambda: real.front.client.ready is not None, 60)
+    assert (await real.http.get("/health/ready")).status_code == 200
+    assert [await tokens(real, task) for task in ("base", "t0", "t1")] == before
+    assert real.front.client.pid != pid  # type: ignore[attr-defined]
