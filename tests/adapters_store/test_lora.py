@@ -97,15 +97,16 @@ def test_half_precision_is_folded_in_fp32() -> None:
     assert torch.equal(first.b, halves[f"base_model.model.{first.site}.lora_B.weight"].float() * 1.5)
 
 
-def test_all_linear_leaves_the_head_out() -> None:
+@pytest.mark.parametrize("shorthand", ["all-linear", "All-Linear"])
+def test_all_linear_leaves_the_head_out(shorthand: str) -> None:
     """all-linear means every linear layer but the head, whether the config says it in capitals or not."""
-    check(toy_artifact(toy_config(target_modules="All-Linear")), toy_spec())
+    check(toy_artifact(toy_config(target_modules=shorthand)), toy_spec())
     head = {
         "base_model.model.lm_head.lora_A.weight": torch.ones(2, 8),
         "base_model.model.lm_head.lora_B.weight": torch.ones(16, 2),
     }
     with pytest.raises(ArtifactError, match=r"lm_head\.lora_A\.weight is extra"):
-        check(toy_artifact(toy_config(target_modules="all-linear"), {**toy_tensors(), **head}), toy_spec())
+        check(toy_artifact(toy_config(target_modules=shorthand), {**toy_tensors(), **head}), toy_spec())
     check(
         toy_artifact(toy_config(target_modules=["q_proj", "k_proj", "lm_head"]), {**toy_tensors(), **head}), toy_spec()
     )
@@ -264,7 +265,7 @@ def test_a_config_of_a_hundred_thousand_names_is_quick() -> None:
     assert time.thread_time() - began < 1
 
 
-PARTS = st.sampled_from(["model", "layers", "h", "0", "1", "10", "mlp", "q_proj", "q", "proj", "experts"])
+PARTS = st.sampled_from(["model", "layers", "h", "0", "1", "10", "mlp", "q_proj", "q", "sub_layers"])
 NAMES = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
 
 
@@ -278,22 +279,26 @@ def test_patterns_match_as_in_peft(site: str, keys: list[tuple[bool, str, bool]]
     assert _by_pattern(patterns, site, -1) == expected
 
 
+def ends_of(sites: list[str]) -> st.SearchStrategy[str]:
+    """Names that are a site, or all of one behind a dot."""
+    parts = [site.split(".") for site in sites]
+    return st.sampled_from([".".join(names[start:]) for names in parts for start in range(len(names))])
+
+
 @settings(max_examples=1000, deadline=None)
 @given(
+    st.data(),
     st.lists(NAMES, min_size=1, max_size=4),
-    st.lists(NAMES, min_size=1, max_size=3),
-    st.none() | st.lists(NAMES, max_size=2),
     st.none() | st.integers(0, 1) | st.lists(st.sampled_from([0, 1, 10]), max_size=2),
-    st.none() | NAMES | st.lists(NAMES, max_size=2),
+    st.none() | PARTS | NAMES | st.lists(PARTS | NAMES, max_size=2),
 )
 def test_targets_are_selected_as_in_peft(
-    sites: list[str],
-    targets: list[str],
-    excluded: list[str] | None,
-    layers: int | list[int] | None,
-    patterns: str | list[str] | None,
+    data: st.DataObject, sites: list[str], layers: int | list[int] | None, patterns: str | list[str] | None
 ) -> None:
     """The sites that lists of names select are those that PEFT selects."""
+    names = ends_of(sites) | NAMES
+    targets = data.draw(st.lists(names, min_size=1, max_size=3))
+    excluded = data.draw(st.none() | st.lists(names, max_size=1))
     spec = BaseSpec("toy", "a" * 64, "Toy", 99, 8, 2, 64, {site: LinearSite(8, 8) for site in sites})
     keys: dict[str, Any] = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
     expected = {
