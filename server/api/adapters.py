@@ -17,14 +17,13 @@ from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
 from adapters_store.methods import compile_patch
 from adapters_store.patch import Patch
 from adapters_store.registry import Version
+from server.api.body import body_parts
 from server.api.front import Front, admit, front_of, refuse_unknown_query, spec_of, tenant_of
 from server.api.wire import BASE, NAME
 from server.errors import (
     ArtifactRefusedError,
-    BadRequestError,
     InvalidFieldError,
     StorageError,
-    TooLargeError,
     UnsupportedTypeError,
 )
 
@@ -66,6 +65,7 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
         raise InvalidFieldError("the task name base is the base itself", "task")
     if kind not in (ZIP_TYPE, SAFETENSORS_TYPE):
         raise UnsupportedTypeError(f"send {ZIP_TYPE} or {SAFETENSORS_TYPE}, not {kind[:80] or 'no content type'}")
+    front.ready()  # or 503, before a long body comes
     try:
         with front.blobs.staging() as staging:
             await _receive(request, front, staging / "body")
@@ -84,18 +84,9 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
 
 async def _receive(request: Request, front: Front, path: Path) -> None:
     """Stream the body to a file, capped."""
-    settings, size, parts = front.settings, 0, aiter(request.stream())
+    settings = front.settings
     with path.open("wb") as file:
-        while True:
-            try:
-                part = await asyncio.wait_for(anext(parts), settings.body_timeout_s)
-            except StopAsyncIteration:
-                break
-            except TimeoutError:
-                raise BadRequestError(f"no more of the body came for {settings.body_timeout_s:g} s") from None
-            size += len(part)
-            if size > settings.max_upload_bytes:
-                raise TooLargeError(f"the upload is larger than {settings.max_upload_bytes} bytes")
+        async for part in body_parts(request, settings.max_upload_bytes, settings.body_timeout_s):
             await asyncio.to_thread(file.write, part)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
+from server.api.body import read_json
 from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
 from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
 from server.api.prepare import (
@@ -22,7 +23,7 @@ from server.api.prepare import (
     wear_many,
 )
 from server.api.stream import EventStream
-from server.api.wire import GenerateRequest, openapi_body, parse, read_body
+from server.api.wire import GenerateRequest, openapi_body
 from server.errors import BadRequestError
 from server.model.batch import Logprobs
 
@@ -34,7 +35,7 @@ async def generate(request: Request, task: str | None = None) -> Response:
     """Answer with a task's adapter; see the HTTP contract for the body."""
     front, tenant = front_of(request), tenant_of(request)
     settings = front.settings
-    asked = parse(GenerateRequest, await read_body(request, settings.max_body_bytes, settings.body_timeout_s))
+    asked = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.body_timeout_s)
     worn = await _worn(front, tenant, task, asked)
     request.state.task = worn.task
     prompts = await _prompts(front, asked, worn)

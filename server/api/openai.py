@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.registry import Task
+from server.api.body import read_json
 from server.api.front import Front, admit, front_of, tenant_of
 from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
 from server.api.prepare import check_length, encode_chat, encode_prompts, to_sampling, wear
@@ -21,18 +22,22 @@ from server.api.text import REPLACEMENT
 from server.api.wire import (
     BASE,
     MAX_PROMPTS,
+    MAX_TURNS,
     Message,
     SamplingFields,
     Stop,
     Strict,
     TokenIds,
     openapi_body,
-    parse,
-    read_body,
 )
 from server.errors import InvalidFieldError
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
+
+
+def without_nulls(data: Any) -> Any:
+    """OpenAI's clients send null for what was not given."""
+    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class StreamOptions(Strict):
@@ -56,7 +61,7 @@ class OpenAIFields(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+        return without_nulls(data)
 
     def stops(self) -> list[str]:
         """The stop texts as a list."""
@@ -71,16 +76,21 @@ class TextPart(Strict):
 
 
 class ChatMessage(Strict):
-    """One chat turn, its content whole or in parts."""
+    """One chat turn, its content whole or in parts; a turn of ours may come back as it was sent."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return without_nulls(data)
 
     def plain(self) -> Message:
         """The turn as `POST /generate` has it."""
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return Message(role=self.role, content=text)
+        return Message(role="system" if self.role == "developer" else self.role, content=text)
 
 
 class CompletionRequest(OpenAIFields):
@@ -99,7 +109,7 @@ class CompletionRequest(OpenAIFields):
 class ChatRequest(OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_TURNS)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -134,7 +144,7 @@ def _model(tenant: str, task: Task | None = None) -> dict[str, Any]:
 async def completions(request: Request) -> Response:
     """OpenAI's completions."""
     front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
-    asked = parse(CompletionRequest, await read_body(request, settings.max_body_bytes, settings.body_timeout_s))
+    asked = await read_json(request, CompletionRequest, settings.max_body_bytes, settings.body_timeout_s)
     worn = await wear(front, tenant, asked.model)
     request.state.task = worn.task
     prompts = await _prompts(front, asked)
@@ -154,7 +164,7 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions."""
     front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
-    asked = parse(ChatRequest, await read_body(request, settings.max_body_bytes, settings.body_timeout_s))
+    asked = await read_json(request, ChatRequest, settings.max_body_bytes, settings.body_timeout_s)
     worn = await wear(front, tenant, asked.model)
     request.state.task = worn.task
     prompts = [await encode_chat(front, [message.plain() for message in asked.messages], worn)]

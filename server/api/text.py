@@ -30,7 +30,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the tokenizer's own special tokens around it."""
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]  # or it logs that a prompt is long
         return ids
 
     def encode_chat(self, turns: list[tuple[str, str]], prompt_format: PromptFormat | None) -> list[int]:
@@ -39,7 +39,7 @@ class Tokenizer:
             return self.encode(prompt_format.render(turns))
         messages = [{"role": role, "content": text} for role, text in turns]
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def is_special(self, token_id: int) -> bool:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from adapters_store.strict_json import StrictJSONError, loads
-from server.errors import BadRequestError, InvalidFieldError, TooLargeError
+from server.errors import BadRequestError, InvalidFieldError
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
 MAX_PROMPTS = 64
+MAX_TURNS = 4096
 
 TaskName = Annotated[str, Field(pattern=NAME)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
@@ -66,7 +63,7 @@ class GenerateRequest(SamplingFields):
     """The body of POST /generate."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] | None = None
     prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     max_tokens: int = Field(128, ge=1)
     n: int = Field(1, ge=1, le=8)
@@ -91,54 +88,6 @@ class GenerateRequest(SamplingFields):
             said = " and ".join(given) if given else "none of them"
             raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")
         return self
-
-
-async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body. Raises `TooLargeError`, or `BadRequestError` where it stops coming."""
-    body, parts = bytearray(), aiter(request.stream())
-    while True:
-        try:
-            body += await asyncio.wait_for(anext(parts), timeout_s)
-        except StopAsyncIteration:
-            return bytes(body)
-        except TimeoutError:
-            raise BadRequestError(f"no more of the body came for {timeout_s:g} s") from None
-        if len(body) > max_bytes:
-            raise TooLargeError(f"the body is larger than {max_bytes} bytes")
-
-
-def parse(model: type[Model], body: bytes) -> Model:
-    """The body as a model. Raises `BadRequestError` for what is not JSON, `InvalidFieldError` naming a wrong field."""
-    try:
-        data = loads(body)
-    except StrictJSONError as error:
-        raise BadRequestError(f"the body is not sound JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise BadRequestError("the body is not a JSON object")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise _refusal(data, error) from None
-
-
-def _refusal(data: Any, error: ValidationError) -> InvalidFieldError:
-    """Names the field. Of the branches of a union the one that got furthest tells what is wrong."""
-    found = error.errors(include_url=False, include_input=False)
-    worst = max(found, key=lambda one: len(one["loc"]))
-    field = ".".join(_path(data, worst["loc"], worst["type"] == "missing"))[:200] or "body"
-    if worst["type"] == "extra_forbidden":
-        return InvalidFieldError(f"unknown field {field}", field)
-    return InvalidFieldError(f"{field}: {worst['msg']}", field)
-
-
-def _path(data: Any, loc: tuple[int | str, ...], is_missing: bool) -> Iterator[str]:
-    """The parts of a location that are in the data: without pydantic's names of a union's branches."""
-    for at, part in enumerate(loc):
-        if part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int):
-            data = data[part]
-        elif not (is_missing and at == len(loc) - 1):
-            continue
-        yield str(part)
 
 
 def openapi_body(model: type[BaseModel]) -> dict[str, Any]:

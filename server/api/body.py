@@ -1,0 +1,95 @@
+"""Bodies as they come: capped, in time, and JSON that says one thing only."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from adapters_store.strict_json import StrictJSONError, loads
+from server.errors import BadRequestError, InvalidFieldError, TooLargeError
+
+Model = TypeVar("Model", bound=BaseModel)
+MIN_BYTES_PER_S = 16 * 2**10  # of a whole body: a part now and then does not keep it open
+THREAD_BYTES = 32 * 2**10  # longer JSON is parsed off the event loop
+
+
+async def body_parts(request: Request, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
+    """The parts of a body. Raises `TooLargeError`, or `BadRequestError` where it stops coming or crawls.
+
+    A body that says how long it is need not come to be refused.
+    """
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and int(said) > max_bytes:
+        raise _too_large(max_bytes)
+    began, size, parts = time.monotonic(), 0, aiter(request.stream())
+    while True:
+        left = began + timeout_s + size / MIN_BYTES_PER_S - time.monotonic()
+        try:
+            part = await asyncio.wait_for(anext(parts), min(left, timeout_s))
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise BadRequestError(
+                f"the body stopped coming: a part must come within {timeout_s:g} s, "
+                f"and all of it at {MIN_BYTES_PER_S} bytes a second or faster"
+            ) from None
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        yield part
+
+
+def _too_large(max_bytes: int) -> TooLargeError:
+    return TooLargeError(f"the body is larger than {max_bytes} bytes")
+
+
+async def read_json(request: Request, model: type[Model], max_bytes: int, timeout_s: float) -> Model:
+    """The whole body as a model. Raises what `body_parts` and `parse` raise."""
+    body = bytearray()
+    async for part in body_parts(request, max_bytes, timeout_s):
+        body += part
+    if len(body) > THREAD_BYTES:
+        return await asyncio.to_thread(parse, model, bytes(body))
+    return parse(model, bytes(body))
+
+
+def parse(model: type[Model], body: bytes) -> Model:
+    """The body as a model. Raises `BadRequestError` for what is not JSON, `InvalidFieldError` naming a wrong field."""
+    try:
+        data = loads(body)
+    except StrictJSONError as error:
+        raise BadRequestError(f"the body is not sound JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise BadRequestError("the body is not a JSON object")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _refusal(data, error) from None
+
+
+def _refusal(data: Any, error: ValidationError) -> InvalidFieldError:
+    """Names the field. Of the branches of a union the one that got furthest tells what is wrong.
+
+    A branch of the right type that a limit refuses got further than one of a wrong type.
+    """
+    found = error.errors(include_url=False, include_input=False)
+    worst = max(found, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    field = ".".join(_path(data, worst["loc"], worst["type"] == "missing"))[:200] or "body"
+    if worst["type"] == "extra_forbidden":
+        return InvalidFieldError(f"unknown field {field}", field)
+    return InvalidFieldError(f"{field}: {worst['msg']}", field)
+
+
+def _path(data: Any, loc: tuple[int | str, ...], is_missing: bool) -> Iterator[str]:
+    """The parts of a location that are in the data: without pydantic's names of a union's branches."""
+    for at, part in enumerate(loc):
+        if part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int):
+            data = data[part]
+        elif not (is_missing and at == len(loc) - 1):
+            continue
+        yield str(part)
