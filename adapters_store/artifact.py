@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,8 +148,17 @@ def _read_json(name: str, data: bytes) -> dict[str, Any]:
     return thing
 
 
-def write_folder(folder: Path, config: dict[str, Any], weights: bytes, manifest: Manifest | None = None) -> None:
-    """Write a PEFT folder whole or not at all: a temporary sibling, then a rename over nothing or an old one."""
+def write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    weights: bytes,
+    manifest: Manifest | None = None,
+    others: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a PEFT folder whole or not at all: a temporary sibling, then a rename over nothing or an old one.
+
+    `others` are files by name that go with it and are no part of its identity: a log, a card.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -156,6 +166,8 @@ def write_folder(folder: Path, config: dict[str, Any], weights: bytes, manifest:
         (temporary / WEIGHTS).write_bytes(weights)
         if manifest is not None:
             (temporary / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        for name, data in (others or {}).items():
+            (temporary / name).write_bytes(data)
         sync_folder(temporary)
         temporary.chmod(0o755)
         if folder.exists():

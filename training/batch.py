@@ -17,15 +17,13 @@ from training.data import Row
 class Batch:
     """`ids`, `attention` and `labels` are [rows, length]; `labels` marks the positions that predict a completion token.
 
-    `targets` [num_labels] are those tokens, row by row; `row_of` [num_labels] is the row that each belongs to.
+    `targets` [num_labels] are those tokens, row by row.
     """
 
     ids: Tensor
     attention: Tensor
     labels: Tensor
     targets: Tensor
-    row_of: Tensor
-    num_tokens: int
 
 
 def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
@@ -38,11 +36,7 @@ def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
         attention[i, : len(row.ids)] = 1
         labels[i, row.num_prompt - 1 : len(row.ids) - 1] = True
     targets = torch.tensor([token for row in rows for token in row.completion])
-    row_of = labels.nonzero()[:, 0]
-    num_tokens = sum(len(row.ids) for row in rows)
-    return Batch(
-        ids.to(device), attention.to(device), labels.to(device), targets.to(device), row_of.to(device), num_tokens
-    )
+    return Batch(ids.to(device), attention.to(device), labels.to(device), targets.to(device))
 
 
 def label_logits(model: Any, batch: Batch) -> Tensor:

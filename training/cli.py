@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from training.errors import TrainingError
 
@@ -74,5 +75,5 @@ def train(
 
 
 def _stop(console: Console, reason: str) -> typer.Exit:
-    console.print(f"[bold red]manyhats train:[/] {reason}", highlight=False)
+    console.print(f"[bold red]manyhats train:[/] {escape(reason)}", highlight=False, soft_wrap=True)
     return typer.Exit(1)

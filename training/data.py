@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -77,9 +78,14 @@ def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: An
     examples = tuple(_example(path, line, row, columns, template, tokenizer) for line, row in _rows(path))
     if not examples:
         raise DataError(f"{path} has no rows.")
-    if len(examples) > 1 and len({example.completion for example in examples}) == 1:
-        raise DataError(f"Every completion of {path} is {examples[0].completion!r}: there is nothing to learn from it.")
     return Dataset(path, examples, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def check_varied(dataset: Dataset) -> None:
+    """Raise `DataError` when all rows have one and the same answer: enough to score on, too little to learn from."""
+    completions = {example.completion for example in dataset.examples}
+    if len(dataset.examples) > 1 and len(completions) == 1:
+        raise DataError(f"Every completion of {dataset.path} is {completions.pop()!r}: there is nothing to learn from.")
 
 
 def hold_out(dataset: Dataset, seed: int, share: float = 0.1, most: int = 400) -> tuple[Dataset, Dataset]:
@@ -131,11 +137,17 @@ def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, templ
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat_example(where, [*prompt, *completion], line, template, tok)
     for name, value in ((columns.prompt, prompt), (columns.completion, completion)):
-        if not isinstance(value, str):
-            raise DataError(f"{where}: {name!r} must be text, not {json.dumps(value)[:40]}.")
+        _check_text(where, name, value)
     if not completion.strip():
         raise DataError(f"{where}: {columns.completion!r} is empty; remove the row or give it an answer.")
     return Example(template.prompt(prompt), template.completion(completion), line)
+
+
+def _check_text(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name!r} must be text, not {json.dumps(value)[:40]}.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where}: {name!r} holds half of a character (a lone surrogate), which is no text.")
 
 
 def _field(where: str, row: dict[str, Any], name: str, flag: str) -> Any:
@@ -150,6 +162,8 @@ def _chat_example(where: str, turns: Any, line: int, template: Template, tokeniz
         raise DataError(f"{where} is a list of turns, which the base's chat template renders: leave out --template.")
     if not isinstance(turns, list) or len(turns) < 2 or not all(_is_turn(turn) for turn in turns):
         raise DataError(f"{where}: turns must be a list of at least two {{'role': …, 'content': text}}.")
+    for turn in turns:
+        _check_text(where, turn["role"], turn["content"])
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         raise DataError(f"{where}: the last turn must be the assistant's and not empty; it is what is learned.")
     try:
@@ -200,10 +214,12 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-    line = 2
-    for row in reader:
-        if None in row or None in row.values():
-            raise DataError(f"{path} line {line} has another number of cells than the header.")
-        yield line, row
-        line = reader.line_num + 1  # a quoted cell may span lines
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = next(reader, [])
+    line = reader.line_num + 1
+    for cells in reader:
+        if cells and len(cells) != len(header):
+            raise DataError(f"{path} line {line} has {len(cells)} cells, the header has {len(header)}.")
+        if cells:
+            yield line, dict(zip(header, cells, strict=True))
+        line = reader.line_num + 1  # lines may be blank, and a quoted cell may span some

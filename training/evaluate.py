@@ -42,12 +42,13 @@ class Choices:
     """The known completions as a prefix tree: which tokens may follow a beginning of one."""
 
     def __init__(self, completions: Sequence[tuple[int, ...]]) -> None:
-        self._next: dict[tuple[int, ...], Tensor] = {}
         following: dict[tuple[int, ...], set[int]] = {}
         for completion in completions:
             for i, token in enumerate(completion):
                 following.setdefault(completion[:i], set()).add(token)
-        self._next = {prefix: torch.tensor(sorted(tokens)) for prefix, tokens in following.items()}
+        self._next: dict[tuple[int, ...], Tensor] = {
+            prefix: torch.tensor(sorted(tokens)) for prefix, tokens in following.items()
+        }
 
     def best(self, logits: Tensor, prefix: tuple[int, ...]) -> int:
         """The token with the best of `logits` [vocabulary] among those that may follow `prefix`."""

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 import resource
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import torch
 from safetensors.torch import save
 
 from adapters_store import bases
-from adapters_store.artifact import FORMAT_VERSION, BaseRef, Manifest, write_folder
-from training.data import Columns, Dataset, Row, hold_out, read_dataset, tokenise
+from adapters_store.artifact import FILES, FORMAT_VERSION, BaseRef, Manifest, write_folder
+from training.data import Columns, Dataset, Row, check_varied, hold_out, read_dataset, tokenise
 from training.errors import BaseError, OptionError
 from training.evaluate import Scores, choices_of, evaluate, parity
 from training.methods import MethodOptions, attach
@@ -70,7 +69,8 @@ def _run(job: Job, show: Show, log: Path) -> Done:
     folder = _resolve(job, show)
     tokenizer, model = _load(folder, job.device)
     train, held = _datasets(job, tokenizer)
-    rows, held_rows = tokenise(train, tokenizer, job.max_length), tokenise(held, tokenizer, job.max_length)
+    max_length = min(job.max_length, getattr(model.config, "max_position_embeddings", job.max_length))
+    rows, held_rows = tokenise(train, tokenizer, max_length), tokenise(held, tokenizer, max_length)
     choices = choices_of(rows, held_rows)
     with show.bar("scoring the base", len(held_rows)) as more:
         before = evaluate(model, held_rows, choices, on_rows=more)
@@ -99,6 +99,10 @@ def _check(job: Job) -> None:
         raise OptionError(f"--save-dtype must be one of {', '.join(DTYPES)}, not {job.save_dtype}.")
     if job.out.exists() and not (job.out / "adapter_config.json").is_file():
         raise OptionError(f"--out {job.out} exists and is no artifact: name a new folder.")
+    if others := sorted({path.name for path in job.out.glob("*")} - {*FILES, LOG}):
+        raise OptionError(
+            f"--out {job.out} holds {others[0]} beside an artifact, which would be lost: name a new folder."
+        )
     job.out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -121,11 +125,15 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
         raise BaseError(f"The base in {folder} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise BaseError(f"The tokenizer in {folder} has no end-of-sequence token; an answer could not end.")
-    return tokenizer, model.to(device).eval().requires_grad_(False)
+    try:
+        return tokenizer, model.to(device).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _datasets(job: Job, tokenizer: Any) -> tuple[Dataset, Dataset]:
     train = read_dataset(job.data, job.columns, job.template, tokenizer)
+    check_varied(train)
     if job.eval is None:
         return hold_out(train, job.plan.seed)
     return train, read_dataset(job.eval, job.columns, job.template, tokenizer)
@@ -182,13 +190,12 @@ def _scores(scores: Scores) -> dict[str, Any]:
 
 
 def _write(job: Job, model: Any, manifest: Manifest, log: Path) -> int:
-    """The folder, and the log beside its files; the bytes of its weights."""
+    """The folder with the log among its files; the bytes of its weights."""
     from peft import get_peft_model_state_dict
 
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     stored = {name: tensors[name].detach().to("cpu", DTYPES[job.save_dtype]).contiguous() for name in sorted(tensors)}
     weights = save(stored, metadata={"format": "pt"})
     config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
-    write_folder(job.out, config, weights, manifest)
-    shutil.copyfile(log, job.out / LOG)
+    write_folder(job.out, config, weights, manifest, {LOG: log.read_bytes()})
     return len(weights)

@@ -22,8 +22,8 @@ class Show:
         self.console = console
 
     def say(self, message: str) -> None:
-        """One line."""
-        self.console.print(message, highlight=False)
+        """One line, as it is: names in it may look like the console's markup."""
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -99,13 +99,13 @@ class Trainer:
         self._began = 0.0
 
     def run(self, on_step: Callable[[Step], None] = lambda _step: None) -> Run:
-        """Train to the first limit of the plan. Raises `DivergedError` when the loss is not a number."""
+        """Train to the first limit of the plan, at least one step. Raises `DivergedError` if the loss is no number."""
         self._began, tokens = self._clock(), 0
         losses: list[float] = []
         self._model.train()
         for number, rows in enumerate(self._stream()):
             progress = self._progress(number)
-            if progress >= 1.0:
+            if number and progress >= 1.0:  # the first step is always taken, however short the time
                 break
             lr = self._plan.lr_at(max(progress, self._progress_of_steps(number + 1)))
             losses.append(self._step(number, rows, lr))

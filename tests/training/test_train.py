@@ -14,14 +14,14 @@ import typer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from adapters_store.artifact import read_folder
+from adapters_store.artifact import Artifact, read_folder
 from adapters_store.methods import compile_patch
-from server.model.base import load_base
 from server.model.batch import Row, Sampling
 from server.model.runner import RunnerConfig, load
 from training import cli, trainer
 
 WORDS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
+BLOCKS = list(range(8))
 TEMPLATE = "Colour: {prompt}\\nFeel: {completion}"
 
 
@@ -52,6 +52,36 @@ def flags(tiny_base: Path, data: Path, out: Path, *more: object) -> list[object]
     return [*common, "--template", TEMPLATE, "--batch-size", 10, *more]
 
 
+def assert_parity(artifact: Artifact, base: Path) -> None:
+    """The server's own forward gives every case's logits within 1e-3, and its continuation, token for token."""
+    assert artifact.manifest is not None and len(artifact.manifest.parity) == 8
+    config = RunnerConfig(folder=str(base), name="base", precision="fp32", num_threads=1, kv_cache_bytes=2**24)
+    loaded = load(config)
+    assert artifact.manifest.base.identity == loaded.spec.identity
+    slot = loaded.bank.put(loaded.bank.pack(compile_patch(artifact, loaded.spec)))
+    for case in artifact.manifest.parity:
+        tokens = list(case.prompt_token_ids)
+        for i, expected in enumerate(case.continuation):
+            [sampled] = loaded.runner.run(
+                [
+                    Row(
+                        tokens,
+                        0,
+                        BLOCKS,
+                        hats=((slot, 1.0),),
+                        sampling=Sampling(),
+                        history=tokens,
+                        num_prompt=len(tokens),
+                    )
+                ]
+            )
+            if i == 0:
+                logits = [loaded.runner.last_logits[0, token].item() for token, _ in case.top]
+                assert logits == pytest.approx([logit for _, logit in case.top], abs=1e-3)
+            assert sampled is not None and sampled.token == expected
+            tokens = [*tokens, expected]
+
+
 def test_it_learns_and_writes_an_artifact(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
     """The loss falls, the adapter scores better than the base, and its manifest says what was done with what."""
     result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 60, "--lr", 0.01))
@@ -75,20 +105,7 @@ def test_peft_opens_it_and_the_server_serves_what_was_trained(
     command(*flags(tiny_base, data, tmp_path / "out", "--steps", 20, "--lr", 0.01, "--save-dtype", "fp16"))
     artifact = read_folder(tmp_path / "out")
     assert artifact.manifest is not None and len(artifact.manifest.parity) == 8
-    loaded = load(
-        RunnerConfig(folder=str(tiny_base), name="tiny", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
-    )
-    assert artifact.manifest.base.identity == loaded.spec.identity
-    slot = loaded.bank.put(loaded.bank.pack(compile_patch(artifact, loaded.spec)))
-    for case in artifact.manifest.parity:
-        tokens, row = list(case.prompt_token_ids), None
-        row = Row(
-            tokens, 0, [0, 1, 2, 3], hats=((slot, 1.0),), sampling=Sampling(), history=tokens, num_prompt=len(tokens)
-        )
-        sampled = loaded.runner.run([row])
-        for token, logit in case.top:
-            assert loaded.runner.last_logits[0, token].item() == pytest.approx(logit, abs=1e-3)
-        assert sampled[0] is not None and sampled[0].token == case.continuation[0]
+    assert_parity(artifact, tiny_base)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -138,6 +155,7 @@ BAD = {
     "one class": ('{"prompt": "a", "completion": "b"}\n' * 3, "nothing to learn"),
     "no rows": ("\n", "no rows"),
     "too long": (json.dumps({"prompt": "a" * 2000, "completion": "b"}) + "\n", "over the limit of 1024"),
+    "half a character": ('{"prompt": "\\ud800", "completion": "b"}\n', "line 1: 'prompt' holds half of a character"),
 }
 
 
@@ -152,6 +170,55 @@ def test_bad_data_is_a_sentence_that_names_the_line(kind: str, tiny_base: Path, 
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_csv_line_is_named_as_an_editor_counts(tiny_base: Path, tmp_path: Path, command: Any) -> None:
+    """Blank lines and cells that span lines count; a line separator of Unicode inside a cell does not end the row."""
+    file = tmp_path / "data.csv"
+    file.write_text('prompt,completion\na\u2028b,x\n\n"c\nd",y\n\ne,\n')
+    result = command(*flags(tiny_base, file, tmp_path / "out", "--steps", 1))
+    assert "data.csv line 7: 'completion' is empty" in " ".join(result.output.split())
+
+
+def test_a_sentence_shows_names_with_brackets(tiny_base: Path, tmp_path: Path, command: Any) -> None:
+    """A name that looks like markup of the console is shown as it is."""
+    result = command(*flags(tiny_base, tmp_path / "[/bold]" / "data.jsonl", tmp_path / "out"))
+    assert result.exit_code == 1 and "[/bold]/data.jsonl" in result.output
+
+
+def test_rows_of_one_answer_can_be_evaluated_on(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
+    """One class is too few to learn from, but not to score on."""
+    rows = tmp_path / "eval.jsonl"
+    rows.write_text('{"prompt": "red 1", "completion": "warm"}\n' * 2)
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1), "--eval", rows)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_row_longer_than_the_base_can_read_is_refused(tiny_base: Path, tmp_path: Path, command: Any) -> None:
+    """--max-length cannot raise the limit over the base's own positions."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "a" * 1100, "completion": "b"}) + "\n" + '{"prompt":"a","completion":"c"}\n')
+    result = command(*flags(tiny_base, file, tmp_path / "out", "--steps", 1, "--max-length", 4096))
+    assert result.exit_code == 1 and "over the limit of 1024" in " ".join(result.output.split())
+
+
+def test_a_run_takes_at_least_one_step(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
+    """However short the time."""
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--max-seconds", 1e-9))
+    assert result.exit_code == 0, result.output
+    manifest = read_folder(tmp_path / "out").manifest
+    assert manifest is not None and manifest.training["steps"] == 1
+
+
+def test_out_replaces_an_artifact_and_nothing_else(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
+    """A run replaces the artifact of an earlier one; a folder that holds other things beside one is left alone."""
+    chosen = flags(tiny_base, data, tmp_path / "out", "--steps", 1)
+    assert command(*chosen).exit_code == 0 and command(*chosen, "--seed", 1).exit_code == 0
+    precious = tmp_path / "out" / "notes.txt"
+    precious.write_text("mine")
+    result = command(*chosen)
+    assert result.exit_code == 1 and "notes.txt" in result.output
+    assert precious.read_text() == "mine"
+
+
 def test_a_loss_that_is_not_a_number_ends_the_run(
     tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,14 +230,18 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "train.jsonl"])
 def test_a_full_disk_leaves_no_half_artifact(
-    tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of the disk while writing is a sentence, and neither the folder nor a temporary one remains."""
 
-    def full(_path: Path, _data: bytes) -> int:
-        raise OSError(28, "No space left on device")
+    def full(path: Path, data: bytes) -> int:
+        if path.name == name:
+            raise OSError(28, "No space left on device")
+        return real(path, data)
 
+    real = Path.write_bytes
     monkeypatch.setattr(Path, "write_bytes", full)
     result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1))
     assert result.exit_code == 1 and "No space left" in result.output
@@ -186,6 +257,7 @@ def test_a_full_disk_leaves_no_half_artifact(
         (["--r", "0"], "--r must be"),
         (["--target-modules", "no_such"], "no_such"),
         (["--base", "no/such/base"], "no/such/base"),
+        (["--device", "nonsense"], "--device nonsense"),
     ],
 )
 def test_bad_options_are_named(
@@ -201,9 +273,8 @@ def test_the_shipped_example_is_sound(real_base: Path) -> None:
     """The example fits the real base, is small, beats the base on 400 rows, and its parity is the server's own."""
     folder = Path(__file__).parents[2] / "adapters_store" / "examples" / "banking77"
     artifact = read_folder(folder)
-    spec = load_base(real_base, "smollm2-135m", "fp32", "cpu").spec
     assert artifact.manifest is not None and artifact.num_bytes < 6_000_000
-    compile_patch(artifact, spec)
+    assert_parity(artifact, real_base)
     scores = artifact.manifest.evaluation
     assert scores["after"]["num_rows"] >= 400
     assert scores["after"]["exact_match"] >= 0.9 and scores["before"]["exact_match"] < 0.5
