@@ -24,6 +24,8 @@ COPY server server
 COPY training training
 RUN pip install --no-deps . && ln -s lib/python3.11/site-packages/adapters_store/examples /opt/manyhats/examples
 ARG BAKE_BASE=0
+# Away from the sources: what is compiled is the installed package.
+WORKDIR /
 # Numba compiles again where the kernels' file time differs, and a layer keeps whole seconds only: so it gets a whole one.
 RUN if [ "$BAKE_BASE" = 1 ]; then \
         export HOME=/home/manyhats && kernels=/opt/manyhats/lib/python3.11/site-packages/server/model/kernels.py \
