@@ -38,6 +38,7 @@ class Metrics:
         self.queued = self._histogram("queue_seconds", "Waiting to run, loading excluded", SECONDS)
         self.load = self._histogram("adapter_wait_seconds", "Waiting for an adapter to load", SECONDS)
         self.uploads = self._counter("uploads", "Uploads, by status", ["status"])
+        self.responses = self._counter("http_responses", "All answers, refusals too, by route", ["route", "status"])
         self.registry.register(EngineCollector(stats, engine_pid))
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:

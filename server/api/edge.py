@@ -62,6 +62,8 @@ class RequestLog:
                 raise
             await (await _server_error(Request(scope), InternalError(SEE_LOG)))(scope, receive, tell)
         finally:
+            route = getattr(scope.get("route"), "path", "none")  # its pattern: no request can make a new one
+            scope["app"].state.front.metrics.responses.labels(route, str(status or CLIENT_CLOSED_REQUEST)).inc()
             if not scope["path"].startswith(("/health", "/metrics")):
                 facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
                 timing = {"status": status, "seconds": round(time.monotonic() - began, 4)}

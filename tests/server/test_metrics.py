@@ -90,6 +90,28 @@ async def test_what_fails_is_counted_and_not_billed(anyio_backend: str, tiny_bas
         assert site.front.registry.usage("default") == []
 
 
+@pytest.mark.anyio
+async def test_every_answer_is_counted(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Every answer, a refusal before any work too, counts under its route's pattern and its status."""
+    async with open_site(tiny_base, tmp_path) as site:
+        await site.ask(prompt="a")
+        for number in range(3):
+            await site.post(f"/generate?task=none{number}", {"prompt": "a"})
+            await site.http.get(f"/tasks/none{number}")
+            await site.http.get(f"/nothing{number}")
+        await site.post("/generate?task=base", "{")
+        await site.http.put("/tasks")
+        found = parsed((await site.http.get("/metrics")).text)
+    assert {tuple(dict(key).values()): count for key, count in found["manyhats_http_responses_total"].items()} == {
+        ("/generate", "200"): 1,
+        ("/generate", "404"): 3,
+        ("/generate", "400"): 1,
+        ("/tasks/{task}", "404"): 3,
+        ("/tasks", "405"): 1,
+        ("none", "404"): 3,
+    }
+
+
 async def ask_for(site: Site, name: str) -> None:
     """Ask for a name by every way that there is."""
     await site.post(f"/generate?task={name}", {"prompt": "a"})

@@ -157,6 +157,16 @@ async def test_chat_fields(client: AsyncOpenAI, server: Site) -> None:
     assert stopped.choices[0].message.content == "<user>"
 
 
+async def test_an_answer_goes_back_as_a_turn(client: AsyncOpenAI, server: Site) -> None:
+    """A conversation: the message that the client was given is a turn of the next request; `developer` is `system`."""
+    turns: list[Any] = [{"role": "developer", "content": "be"}, *TURNS]
+    answer = await client.chat.completions.create(model="base", messages=turns, max_tokens=4)
+    turns += [answer.choices[0].message, {"role": "user", "content": "x"}]
+    await client.chat.completions.create(model="base", messages=turns, max_tokens=4)
+    said = bytes(server.engine.submitted[-1].prompt).decode()
+    assert said == "<system>be\n<user>hi🎩\n<assistant><sys\n<user>x\n<assistant>"
+
+
 async def test_chat_stream(client: AsyncOpenAI) -> None:
     """The first delta of each choice has the role; the deltas join to the plain answer."""
     chunks = [c async for c in await client.chat.completions.create(model="base", messages=TURNS, stream=True, n=2)]

@@ -1,0 +1,80 @@
+"""Bodies as they come: in time, under the cap, and without standing in anyone's way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from server.api.body import parse
+from server.api.openai import ChatRequest
+from server.errors import InvalidFieldError
+from tests.server.api.world import Site, error_of, serve_site
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_long_body_stalls_nobody(shared: Site) -> None:
+    """While a long body is parsed, others are answered."""
+    body = json.dumps({"prompt_token_ids": [1] * 1_000_000})
+    long = asyncio.create_task(shared.post("/generate?task=base", body))
+    num_answered = 0
+    while not long.done():
+        assert (await shared.http.get("/health/live")).status_code == 200
+        num_answered += 1
+        await asyncio.sleep(0.001)  # in memory an answer comes without a pause for others
+    assert (await long).status_code == 400
+    assert num_answered > 5
+
+
+async def test_a_body_that_says_it_is_too_long(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A body whose length is over the cap is 413 before it comes, an upload too."""
+    async with serve_site(tiny_base, tmp_path, max_body_bytes=1000, max_upload_bytes=1000) as site:
+        for path in ("/generate?task=base", "/adapters?task=a"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", site.http.base_url.port)
+            head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/zip\r\nContent-Length: 1001\r\n\r\n"
+            writer.write(head.encode())
+            assert b"413" in await asyncio.wait_for(reader.readline(), 5)
+            writer.close()
+
+
+async def test_an_upload_without_an_engine(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Without an engine an upload is 503 before its body comes: nothing could prove it."""
+    async with serve_site(tiny_base, tmp_path) as site:
+        site.engine.die()
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.http.base_url.port)
+        writer.write(
+            b"POST /adapters?task=a HTTP/1.1\r\nHost: a\r\nContent-Type: application/zip\r\nContent-Length: 99\r\n\r\n"
+        )
+        assert b"503" in await asyncio.wait_for(reader.readline(), 5)
+        writer.close()
+
+
+async def test_a_body_that_crawls(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body that comes a byte now and then is 400 after its time, however often a byte comes; a fast one has more."""
+
+    async def crawling(size: int, parts: int) -> AsyncIterator[bytes]:
+        for _ in range(parts):
+            yield b" " * size
+            await asyncio.sleep(0.05)
+
+    monkeypatch.setattr("server.api.body.MIN_BYTES_PER_S", 10_000)
+    async with serve_site(tiny_base, tmp_path, body_timeout_s=0.3) as site:
+        for path in ("/generate?task=base", "/adapters?task=a"):
+            headers = {"Content-Type": "application/zip"}
+            slow = await site.http.post(path, content=crawling(1, 14), headers=headers)
+            assert slow.status_code == 400 and "bytes a second" in error_of(slow)["message"]
+            fast = await site.http.post(path, content=crawling(2000, 10), headers=headers)
+            assert "bytes a second" not in error_of(fast)["message"]
+
+
+async def test_the_message_names_the_limit() -> None:
+    """Where one branch of a union has the right type and is over a limit, the limit is told, not the other type."""
+    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 5})
+    with pytest.raises(InvalidFieldError, match="stop: List should have at most 4 items"):
+        parse(ChatRequest, body.encode())
