@@ -81,8 +81,6 @@ class TextStream:
                 return ""
             end = self._last_whole(after)
             after = self._tokenizer.decode(self._window[:end])
-        if len(after) <= len(before) and end - self._num_read < MAX_HELD_TOKENS:
-            return ""
         self._window, self._num_read = self._window[self._num_read :], end - self._num_read
         return self._release(after[len(before) :])
 

@@ -96,7 +96,8 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     made.decoder = decoders.Sequence(steps)
-    PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", clean_up_tokenization_spaces=False)  # noqa: S106
+    fast.save_pretrained(folder)
     return Tokenizer(folder)
 
 
@@ -107,6 +108,13 @@ def test_spaces_before_words_stay(sentencepiece: Tokenizer, parts: list[list[int
     tokens = [token for part in parts for token in part]
     pieces, _ = streamed(sentencepiece, tokens, [])
     assert "".join(pieces) == sentencepiece.decode(tokens)
+
+
+def test_a_space_after_special_tokens_stays(sentencepiece: Tokenizer) -> None:
+    """A word after any number of special tokens keeps the space before it."""
+    (end,) = sentencepiece._special
+    tokens = [259, *[end] * (2 * MAX_HELD_TOKENS), 260]
+    assert "".join(streamed(sentencepiece, tokens, [])[0]) == sentencepiece.decode(tokens) == "ab a"
 
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
