@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -143,8 +144,12 @@ async def test_failure_before_the_first_token(site: Site, code: str, status: int
     assert ("retry-after" in answer.headers) == (status == 503)
 
 
-async def test_failure_after_the_first_token(site: Site) -> None:
-    """After the first byte an error is an event `error` with the error object, and the stream ends without [DONE]."""
+async def test_failure_after_the_first_token(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """After the first byte an error is an event `error` with the error object, and the stream ends without [DONE].
+
+    The request's line in the log has the error's code.
+    """
+    caplog.set_level(logging.INFO)
     outputs = site.engine._outputs
 
     def broken(submit):  # type: ignore[no-untyped-def]
@@ -161,6 +166,8 @@ async def test_failure_after_the_first_token(site: Site) -> None:
     error = json.loads(data)["error"]
     assert (error["code"], error["type"]) == ("engine_restarting", "server_error")
     assert error["request_id"] == answer.headers["x-request-id"]
+    (line,) = (record for record in caplog.records if record.name == "server.api.edge")
+    assert (line.status, line.error) == (200, "engine_restarting")  # type: ignore[attr-defined]
 
 
 async def test_our_bug_after_the_first_token(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
