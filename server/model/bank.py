@@ -121,6 +121,20 @@ class SlotBank:
         self.table[:, slot] = 0
         self.addresses[slot] = 0
 
+    def warm_up(self) -> None:
+        """Run the kernel once: its first call compiles it, and that must not be a user's."""
+        site = next(iter(self.sites))
+        size_in, size_out = self.shapes[self.sites[site]]
+        like = torch.zeros(1, 1, dtype=self.dtype, device=self.device)
+        primitive = LowRank(site, torch.zeros(1, size_in), torch.zeros(size_out, 1))
+        slot = self.put(self.pack(Patch("warm-up", "lora", (primitive,))))
+        try:
+            self.dress([Row([0], 0, [0], hats=((slot, 1.0),))])
+            self.apply(self.sites[site], like.new_zeros(1, 1, size_in), like.new_zeros(1, 1, size_out), False)
+        finally:
+            self.dress([])
+            self.drop(slot)
+
     def dress(self, rows: list[Row]) -> None:
         """Say what the next forward's rows wear; [] undresses."""
         self.tokens = wear([row.hats for row in rows for _ in row.tokens])

@@ -52,6 +52,7 @@ def load(config: RunnerConfig) -> Loaded:
     kernels.set_num_threads(config.num_threads)
     precision = choose_precision(config.precision, config.device)
     base = load_base(Path(config.folder), config.name, precision, config.device)
+    base.bank.warm_up()
     runner = PagedRunner(base, config)
     most = min(base.spec.max_positions, runner.num_blocks * runner.block_size)
     if config.max_sequence_tokens is not None:

@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.stablelm import StableLmConfig
 
 from server.model import base as base_module
+from server.model import kernels
 from server.model.attention import UnsupportedBaseError
 from server.model.base import load_base
 from server.model.batch import Row, Sampling
@@ -106,3 +107,14 @@ def test_logits_alone_in_chunks_and_in_a_batch(tiny_base: Path, precision: str) 
 def test_the_proof_reads_what_it_says() -> None:
     """Every precision that is served has its tolerance."""
     assert set(base_module.PROOF_TOLERANCE) == set(base_module.DTYPES)
+
+
+def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading runs the low-rank kernel once, and leaves no slot and no hats behind."""
+    calls = []
+    real = kernels.low_rank
+    monkeypatch.setattr(kernels, "low_rank", lambda *args: (calls.append(1), real(*args)))
+    bank = load(
+        RunnerConfig(folder=str(tiny_base), name="t", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
+    ).bank
+    assert calls and not bank.buffers and not bank.tokens.slots.size
