@@ -155,8 +155,9 @@ def write_folder(
     manifest: Manifest | None = None,
     others: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a PEFT folder whole or not at all: a temporary sibling, then a rename over nothing or an old one.
+    """Write a PEFT folder whole or not at all: a temporary sibling, then a rename.
 
+    An old folder of that name is moved aside first and removed last: killed in between, one of both is whole on disk.
     `others` are files by name that go with it and are no part of its identity: a log, a card.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -170,10 +171,12 @@ def write_folder(
             (temporary / name).write_bytes(data)
         sync_folder(temporary)
         temporary.chmod(0o755)
+        old = temporary.with_name(f"{temporary.name}.old")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         temporary.rename(folder)
         fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

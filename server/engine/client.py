@@ -10,13 +10,11 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import shutil
+import socket
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -42,7 +40,6 @@ from server.engine.messages import (
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.engine.process")
-_Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 RESTARTING = EngineFailure("engine_restarting", "the engine died while it ran this request; send it again in a moment")
 
 
@@ -112,7 +109,6 @@ class _Life:
     """One engine process and its connection."""
 
     process: asyncio.subprocess.Process
-    folder: Path
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     decoder: msgspec.msgpack.Decoder[FromEngine] = field(default_factory=lambda: msgspec.msgpack.Decoder(FromEngine))
@@ -263,7 +259,7 @@ class ProcessEngineClient:
         life = await self._connect()
         try:
             life.write(self.config)
-            message = await life.read()
+            message = await self._first_message(life)
             if not isinstance(message, Ready):
                 raise EngineStartError(await self._why_not(life, message))
         except BaseException as error:
@@ -274,49 +270,40 @@ class ProcessEngineClient:
         return life
 
     @staticmethod
+    async def _first_message(life: _Life) -> FromEngine | None:
+        try:
+            return await life.read()
+        except OSError:  # it ended with our frame unread
+            return None
+
+    @staticmethod
     async def _why_not(life: _Life, message: FromEngine | None) -> str:
         if isinstance(message, StartFailed):
             return message.message
         return f"the engine process ended with code {await life.process.wait()} before it was ready; see its log"
 
     async def _connect(self) -> _Life:
-        """Start a process and take its one connection, over a socket that only we can open."""
-        folder = Path(tempfile.mkdtemp(prefix="manyhats-"))
-        path = str(folder / "engine.sock")
-        connected: asyncio.Queue[_Streams] = asyncio.Queue()
+        """Start a process that inherits the other end of a socket pair: nobody else can ever connect."""
         process = None
+        ours, theirs = socket.socketpair()
         try:
-            server = await asyncio.start_unix_server(lambda *streams: connected.put_nowait(streams), path)
-            try:
-                process = await asyncio.create_subprocess_exec(*self._command, "--socket", path)
-                return _Life(process, folder, *await self._first_of(connected, process))
-            finally:
-                server.close()
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command, "--socket", str(theirs.fileno()), pass_fds=(theirs.fileno(),)
+                )
+            return _Life(process, *await asyncio.open_unix_connection(sock=ours))
         except BaseException as error:
             self.last_error = str(error)
-            await self._remove(process, folder)
+            ours.close()
+            await self._remove(process)
             raise
 
-    @staticmethod
-    async def _first_of(connected: asyncio.Queue[_Streams], process: asyncio.subprocess.Process) -> _Streams:
-        """The process's connection. Raises `EngineStartError` where it ends without one."""
-        connection, death = asyncio.create_task(connected.get()), asyncio.create_task(process.wait())
-        try:
-            await asyncio.wait((connection, death), return_when=asyncio.FIRST_COMPLETED)
-            if not connection.done():
-                raise EngineStartError(f"the engine process ended with code {process.returncode} at once; see its log")
-            return connection.result()
-        finally:
-            connection.cancel()
-            death.cancel()
-
     async def _end(self, life: _Life) -> None:
-        life.writer.close()
-        await self._remove(life.process, life.folder)
+        life.writer.transport.abort()  # not `close`: nobody reads what is still to be written
+        await self._remove(life.process)
 
-    async def _remove(self, process: asyncio.subprocess.Process | None, folder: Path) -> None:
-        """Remove the folder and reap the process, also where the caller is cancelled meanwhile."""
-        shutil.rmtree(folder, ignore_errors=True)
+    async def _remove(self, process: asyncio.subprocess.Process | None) -> None:
+        """Reap the process, also where the caller is cancelled meanwhile."""
         if process is not None:
             reaper = asyncio.create_task(self._reap(process))
             self._reapers.add(reaper)

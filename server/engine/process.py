@@ -1,8 +1,8 @@
-"""The engine's own process: `python -m server.engine.process --socket PATH`.
+"""The engine's own process: `python -m server.engine.process --socket DESCRIPTOR`.
 
-It connects to the front's socket, reads an `EngineConfig`, loads, says `Ready` or `StartFailed`, and then steps for as
-long as the front is there. A thread reads frames, a thread writes them, and the engine has the main thread. It reads
-no environment, and it ends when the socket closes: there are no orphans.
+It inherits one end of the front's socket pair, reads an `EngineConfig`, loads, says `Ready` or `StartFailed`, and then
+steps for as long as the front is there. A thread reads frames, a thread writes them, and the engine has the main
+thread. It reads no environment, and it ends when the socket closes: there are no orphans.
 """
 
 from __future__ import annotations
@@ -104,11 +104,10 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
 class Connection:
     """The front's socket with a thread for each direction; `inbox` is what came in."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.inbox: queue.SimpleQueue[ToEngine | Signal] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(path)
+        self._socket = socket.socket(fileno=descriptor)
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
 
     def start(self) -> EngineConfig | None:
@@ -209,9 +208,9 @@ class Service:
                 pass
 
 
-def serve(path: str, build: Build) -> int:
+def serve(descriptor: int, build: Build) -> int:
     """Load and serve until the front has gone; the exit code."""
-    connection = Connection(path)
+    connection = Connection(descriptor)
     config = connection.start()
     if config is None:
         return 0
@@ -231,14 +230,14 @@ def serve(path: str, build: Build) -> int:
 def main(arguments: list[str] | None = None, build: Build = build) -> int:
     """The command; `build` makes the engine (a test gives its own)."""
     parser = argparse.ArgumentParser(prog="python -m server.engine.process", description=__doc__)
-    parser.add_argument("--socket", required=True, help="the unix socket of the front")
-    path = parser.parse_args(arguments).socket
+    parser.add_argument("--socket", type=int, required=True, help="the inherited descriptor of the front's socket")
+    descriptor = parser.parse_args(arguments).socket
     logs.install("info")
     # libgomp's threads spin long before they sleep. Beside any other busy process that makes each of a step's hundreds
     # of parallel regions wait for a thread that is not scheduled; it is read when torch is loaded, which comes later.
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
-    return serve(path, build)
+    return serve(descriptor, build)
 
 
 if __name__ == "__main__":

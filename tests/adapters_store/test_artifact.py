@@ -62,6 +62,21 @@ def test_peft_opens_what_is_written(tmp_path: Path, tiny_base: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in from_peft.tensors.items())
 
 
+def test_old_folder_is_lost_at_no_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is written over is whole on disk, under its name or aside, until the new one has its place."""
+    digest = digest_of(toy_folder(tmp_path / "hat", seed=1))
+    rename, moments = Path.rename, []
+
+    def watched(self: Path, target: Path) -> Path:
+        moments.append({digest_of(path) for path in tmp_path.iterdir() if path.is_dir()})
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    new = digest_of(toy_folder(tmp_path / "hat", seed=2))
+    assert moments and all(digest in moment for moment in moments)
+    assert [digest_of(path) for path in tmp_path.iterdir()] == [new]
+
+
 def test_digest_is_the_content_of_the_three_files(tmp_path: Path) -> None:
     """Each of the three files changes the digest; a file beside them and the folder's name do not."""
     digest = digest_of(toy_folder(tmp_path / "a"))

@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -22,13 +21,6 @@ from tests.server.engine.world import config
 COMMAND = (sys.executable, str(Path(__file__).with_name("fake_process.py")))
 FAST = Patience(first_retry=0.05, max_retry=0.4, silence=3.0, closing=2.0)
 PROMPT = [10, 11, 12]
-
-
-@pytest.fixture(autouse=True)
-def private_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Sockets go into a folder of the test."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
 
 
 @contextlib.asynccontextmanager
@@ -209,23 +201,24 @@ def test_restarts_wait_longer_each_time() -> None:
 
 
 @pytest.mark.parametrize(("name", "sentence"), [("refuses", "this base has no attention"), ("crashes", "code 3")])
-def test_first_start_that_fails_is_an_error_for_the_operator(name: str, sentence: str, private_tmp: Path) -> None:
+def test_first_start_that_fails_is_an_error_for_the_operator(name: str, sentence: str) -> None:
     """start() raises what the engine said, or how it ended; last_error keeps it; nothing is left."""
 
     async def main() -> None:
+        num_files = psutil.Process().num_fds()
         client = ProcessEngineClient(config(name=name), command=COMMAND, patience=FAST)
         with pytest.raises(EngineStartError, match=sentence):
             await client.start()
         assert client.last_error and sentence in client.last_error
         assert client.ready is None
-        assert [*private_tmp.iterdir()] == []
+        await until(lambda: psutil.Process().num_fds() == num_files)
         await client.close()
 
     run(main)
 
 
-def test_command_that_never_connects_is_an_error() -> None:
-    """A process that ends before it connects makes start() raise with its exit code."""
+def test_command_that_ends_at_once_is_an_error() -> None:
+    """A process that ends before it says anything makes start() raise with its exit code."""
 
     async def main() -> None:
         client = ProcessEngineClient(config(), command=(sys.executable, "-c", "exit(4)"), patience=FAST)
@@ -235,20 +228,19 @@ def test_command_that_never_connects_is_an_error() -> None:
     run(main)
 
 
-def test_close_leaves_nothing(private_tmp: Path) -> None:
+def test_close_leaves_nothing() -> None:
     """After close() there is no process, no zombie and no socket, and running requests have failed."""
 
     async def main() -> None:
+        num_files = psutil.Process().num_fds()
         async with engine("slow") as client:
             task = asyncio.create_task(answer(client, request("r", max_tokens=200)))
             await until(lambda: client.stats.num_running == 1)
             pid = client.pid
-            (folder,) = private_tmp.iterdir()
-            assert folder.stat().st_mode & 0o777 == 0o700
         outputs = await task
         assert outputs[-1].failure and outputs[-1].failure.code == "engine_restarting"
         assert pid is not None and not psutil.pid_exists(pid)
-        assert [*private_tmp.iterdir()] == []
+        await until(lambda: psutil.Process().num_fds() == num_files)
         with pytest.raises(EngineUnavailable, match="closed"):
             await answer(client, request("late"))
 
@@ -262,6 +254,24 @@ def test_close_right_after_start_leaves_nothing() -> None:
         async with engine() as client:
             pid = client.pid
         assert pid is not None and not psutil.pid_exists(pid)
+
+    run(main)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.05, 0.2, 0.5])
+def test_start_that_is_cancelled_leaves_nothing(seconds: float) -> None:
+    """Whenever a start is given up, its process and its socket go."""
+
+    async def main() -> None:
+        me = psutil.Process()
+        num_files = me.num_fds()
+        client = ProcessEngineClient(config(), command=COMMAND, patience=FAST)
+        start = asyncio.create_task(client.start())
+        await asyncio.sleep(seconds)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await client.close()
+        await until(lambda: me.num_fds() == num_files and not me.children())
 
     run(main)
 
