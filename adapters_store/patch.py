@@ -1,44 +1,43 @@
-"""The primitives that every method compiles to, and what a base looks like to a compiler.
+"""The primitives: the instruction set that all methods compile to.
 
-A *patch* is an artifact compiled to primitives for one base. A *site* is a named place in the base where a
-primitive acts: the dotted name of a module, as transformers names it (`model.layers.0.self_attn.q_proj`).
+A *patch* is an artifact compiled to primitives for one base. At a site with input x and output y = f(x) they act in
+this order, whatever their order in the patch, and in that of several patches that one row wears:
+
+1. `Scale` on the input:      x *= v                      f sees the scaled input, and so does all that follows
+2. `Scale` on the output:     y *= v                      it scales what the base computed, not what others add
+3. `Delta`, `Rows`, `LowRank`, `Bias`, `Bottleneck` of the input or stream:  y += what each computes from x
+4. `Bottleneck` of the output: y += what it computes from y, one after another in the order of the patches
+
+A patch may be worn with a weight w: it multiplies each update (`y += w B A x`, `y *= 1 + w (v - 1)`), so that 0 is the
+base and 1 the whole patch. Each primitive's `update` is its formula in plain torch, the slow twin of the kernels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
-
-@dataclass(frozen=True)
-class LinearSite:
-    """A linear layer of the base: `y [..., out_features] = W x [..., in_features] (+ b)`."""
-
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """All that a method must know of the base to check and compile an artifact for it.
-
-    `identity` is the digest over architecture, shapes and tokenizer; `linears` maps each linear site to its shape.
-    """
-
-    name: str
-    identity: str
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_positions: int
-    linears: dict[str, LinearSite] = field(default_factory=dict)
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: Mapping[str, Activation] = {
+    "none": lambda t: t,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+NORM_EPS = 1e-5  # of torch.nn.LayerNorm
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """`y += B (A x)` at `site`: A [r, in], B [out, r] with the scale folded in once (LoRA, arXiv:2106.09685)."""
+    """`y += B (A x)` at a linear: A [r, in], B [out, r] with the scale folded in (LoRA, arXiv:2106.09685)."""
 
     site: str
     a: Tensor
@@ -49,21 +48,177 @@ class LowRank:
         return self.a.shape[0]
 
     @property
-    def num_parameters(self) -> int:
+    def num_items(self) -> int:
         return self.a.numel() + self.b.numel()
 
+    def update(self, x: Tensor) -> Tensor:
+        """x [..., in] -> what is added to y [..., out]."""
+        return (x @ self.a.T) @ self.b.T
 
-Primitive = LowRank  # the Families issue makes this a union
+
+@dataclass(frozen=True)
+class Scale:
+    """`y *= v` (v [out]) or, on the input, `x *= v` (v [in]): (IA)3, arXiv:2205.05638; DoRA's magnitude; norms."""
+
+    site: str
+    v: Tensor
+    on: Literal["input", "output"] = "output"
+
+    @property
+    def num_items(self) -> int:
+        return self.v.numel()
+
+    def factor(self, weight: float) -> Tensor:
+        """What x or y is multiplied by."""
+        return 1 + weight * (self.v - 1)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """`y += b`, b [out]: BitFit, arXiv:2106.10199."""
+
+    site: str
+    b: Tensor
+
+    @property
+    def num_items(self) -> int:
+        return self.b.numel()
+
+    def update(self, x: Tensor) -> Tensor:
+        """x [..., in] -> b, as it is added to every row of y."""
+        return self.b.expand(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """`y += N(U act(D M(h) + d) + u)`: D [m, size], U [size, m], h the site's output (sequential) or input (parallel).
+
+    With `of="stream"`, at a feed-forward block, h is the residual stream that the norm before the block reads.
+    Scaling is folded into U and u. M and N are optional layer norms, (gamma, beta) of [size] each. Houlsby
+    arXiv:1902.00751, Pfeiffer arXiv:2005.00247, parallel arXiv:2110.04366.
+    """
+
+    site: str
+    down: Tensor
+    up: Tensor
+    activation: str
+    of: Literal["input", "output", "stream"] = "output"
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    norm_before: tuple[Tensor, Tensor] | None = None
+    norm_after: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_items(self) -> int:
+        """All biases are laid out, and each norm that there is."""
+        size, norms = self.down.shape[1], (self.norm_before, self.norm_after)
+        return self.down.numel() + self.up.numel() + len(self.down) + size + sum(2 * size for norm in norms if norm)
+
+    def update(self, h: Tensor) -> Tensor:
+        """h [..., size] -> what is added to y."""
+        if self.norm_before is not None:
+            h = functional.layer_norm(h, h.shape[-1:], *self.norm_before, NORM_EPS)
+        h = functional.linear(h, self.down, self.down_bias)
+        h = functional.linear(ACTIVATIONS[self.activation](h), self.up, self.up_bias)
+        if self.norm_after is not None:
+            h = functional.layer_norm(h, h.shape[-1:], *self.norm_after, NORM_EPS)
+        return h
+
+
+@dataclass(frozen=True)
+class Delta:
+    """`y += dW x` at a linear: dW [out, in], whole: selective tuning, and updates that are not low-rank."""
+
+    site: str
+    dw: Tensor
+
+    @property
+    def num_items(self) -> int:
+        return self.dw.numel()
+
+    def update(self, x: Tensor) -> Tensor:
+        """x [..., in] -> dW x."""
+        return x @ self.dw.T
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `ids` [n] (ascending, int64) of the embedding or of the head, changed by dE [n, size]: trainable tokens.
+
+    At the embedding `y += dE[j]` for the token ids[j]; at the head `y[ids] += dE x`.
+    """
+
+    site: str
+    ids: Tensor
+    de: Tensor
+
+    @property
+    def num_items(self) -> int:
+        """An id takes an item too."""
+        return self.de.numel() + len(self.ids)
+
+
+@dataclass(frozen=True)
+class PrefixEmbeds:
+    """Virtual leading positions with the input embeddings E [n, hidden]: prompt tuning, arXiv:2104.08691; p-tuning."""
+
+    embeds: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.embeds)
+
+    @property
+    def num_items(self) -> int:
+        return self.embeds.numel()
+
+
+@dataclass(frozen=True)
+class PrefixKV:
+    """Virtual leading positions whose keys and values are given: prefix tuning, arXiv:2101.00190.
+
+    Per layer keys [n, kv heads, key_dim] as they lie in the cache, after rotation, and values [n, kv heads, value_dim].
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.keys[0])
+
+    @property
+    def num_items(self) -> int:
+        return sum(tensor.numel() for tensor in (*self.keys, *self.values))
+
+
+Primitive = LowRank | Scale | Bias | Bottleneck | Delta | Rows | PrefixEmbeds | PrefixKV
+Prefix = PrefixEmbeds | PrefixKV
 
 
 @dataclass(frozen=True)
 class Patch:
-    """An artifact compiled to primitives for one base."""
+    """An artifact compiled to primitives for one base: at most one of a kind a site, and at most one prefix.
+
+    `num_parameters` counts what was trained: the artifact's own numbers, whatever they compile to.
+    """
 
     digest: str
     method: str
     primitives: tuple[Primitive, ...]
+    num_parameters: int = 0
 
     @property
-    def num_parameters(self) -> int:
-        return sum(primitive.num_parameters for primitive in self.primitives)
+    def num_items(self) -> int:
+        """Numbers that a slot holds of it."""
+        return sum(primitive.num_items for primitive in self.primitives)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """Its virtual positions, if it has any."""
+        return next((p for p in self.primitives if isinstance(p, PrefixEmbeds | PrefixKV)), None)
+
+    @property
+    def num_virtual(self) -> int:
+        """How many virtual positions it puts before a prompt."""
+        return 0 if self.prefix is None else self.prefix.num_tokens

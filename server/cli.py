@@ -81,7 +81,7 @@ def _greet(front: Front, url: str, console: Console, seconds: float) -> None:
     key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
     task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)
     console.print(
-        f"\nmanyhats serves {ready.name} ({ready.precision}) on {url}, ready after {seconds:.1f} s "
+        f"\nmanyhats serves {ready.spec.name} ({ready.precision}) on {url}, ready after {seconds:.1f} s "
         f"(base loaded in {ready.load_seconds:.1f} s). Tasks: {', '.join(['base', *tasks])}\n\n"
         f"  curl -s '{url}/generate?task={task}'{key} -d '{body}'\n",
         highlight=False,

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
 from adapters_store.methods import lora
-from adapters_store.patch import BaseSpec, Patch, Primitive
+from adapters_store.patch import Patch, Primitive
+from adapters_store.spec import BaseSpec
 
 
 @dataclass(frozen=True)
 class Method:
-    """`check` raises `ArtifactError` unless an artifact fits a base tensor for tensor; `primitives` compiles it."""
+    """`compile` checks that an artifact fits a base tensor for tensor, and compiles it; it raises `ArtifactError`."""
 
     name: str
-    check: Callable[[Artifact, BaseSpec], None]
-    primitives: Callable[[Artifact, BaseSpec], tuple[Primitive, ...]]
+    compile: Callable[[Artifact, BaseSpec], tuple[Primitive, ...]]
 
 
 METHODS: Mapping[str, Method] = {
-    "LORA": Method("lora", lora.check, lora.primitives),
+    "LORA": Method("lora", lora.compile_lora),
 }
 
 
@@ -40,8 +40,8 @@ def method_of(artifact: Artifact) -> Method:
     return METHODS[peft_type]
 
 
-def check(artifact: Artifact, spec: BaseSpec) -> None:
-    """Raise `ArtifactError` unless the artifact was made for this base and fits it tensor for tensor."""
+def compile_patch(artifact: Artifact, spec: BaseSpec) -> Patch:
+    """Compile to primitives. Raises `ArtifactError` unless the artifact was made for this base and fits it whole."""
     manifest, method = artifact.manifest, method_of(artifact)
     if manifest is not None and manifest.base.identity != spec.identity:
         raise WrongBaseError(
@@ -51,11 +51,5 @@ def check(artifact: Artifact, spec: BaseSpec) -> None:
         )
     if manifest is not None and manifest.method != method.name:
         raise ArtifactError(f"the manifest says {manifest.method}, the config {method.name}", "method")
-    method.check(artifact, spec)
-
-
-def compile_patch(artifact: Artifact, spec: BaseSpec) -> Patch:
-    """Check, then compile to primitives. Raises `ArtifactError`."""
-    check(artifact, spec)
-    method = method_of(artifact)
-    return Patch(artifact.digest, method.name, method.primitives(artifact, spec))
+    num_parameters = sum(tensor.numel() for tensor in artifact.tensors.values())
+    return Patch(artifact.digest, method.name, method.compile(artifact, spec), num_parameters)

@@ -18,7 +18,7 @@ from adapters_store.methods import compile_patch
 from adapters_store.patch import Patch
 from adapters_store.registry import Version
 from server.api.body import body_parts
-from server.api.front import Front, admit, front_of, refuse_unknown_query, spec_of, tenant_of
+from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
 from server.api.wire import BASE, NAME
 from server.errors import (
     ArtifactRefusedError,
@@ -101,7 +101,7 @@ def prove(front: Front, folder: Path) -> Proved:
     """Check a PEFT folder for form, finiteness, method, base and shapes. Raises `ArtifactError`."""
     ready = front.ready()
     artifact = read_folder(folder)
-    patch = compile_patch(artifact, spec_of(ready))
+    patch = compile_patch(artifact, ready.spec)
     needed = patch.num_parameters * BYTES_PER_PARAMETER
     if needed > ready.slot_bytes:
         raise ArtifactTooLargeError(
@@ -112,8 +112,8 @@ def prove(front: Front, folder: Path) -> Proved:
         "form": f"{len(artifact.tensors)} tensors, {artifact.num_bytes} bytes",
         "finite": f"{patch.num_parameters} parameters",
         "method": patch.method,
-        "base": f"identity {ready.identity[:12]} matches" if is_named else "no manifest: shapes alone tell",
-        "shapes": f"{len(patch.primitives)} sites of {ready.name}",
+        "base": f"identity {ready.spec.identity[:12]} matches" if is_named else "no manifest: shapes alone tell",
+        "shapes": f"{len(patch.primitives)} primitives for {ready.spec.name}",
     }
     return Proved(artifact, patch, [{"name": name, "ok": True, "detail": said} for name, said in checks.items()])
 

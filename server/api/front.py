@@ -17,7 +17,6 @@ from fastapi.routing import APIRoute
 
 from adapters_store.blobs import Blobs
 from adapters_store.errors import AbsentError
-from adapters_store.patch import BaseSpec, LinearSite
 from adapters_store.registry import DEFAULT_TENANT, Registry, Version
 from server.api.text import Tokenizer
 from server.engine.client import EngineClient
@@ -209,17 +208,3 @@ def tenant_of(request: Request) -> str:
     """Who asks, as `admit` found it."""
     tenant: str = request.state.tenant
     return tenant
-
-
-def spec_of(ready: Ready) -> BaseSpec:
-    """The base as a method sees it."""
-    return BaseSpec(
-        name=ready.name,
-        identity=ready.identity,
-        architecture=ready.architecture,
-        vocab_size=ready.vocab_size,
-        hidden_size=ready.hidden_size,
-        num_layers=ready.num_layers,
-        max_positions=ready.max_positions,
-        linears={site: LinearSite(shape.in_features, shape.out_features) for site, shape in ready.linears.items()},
-    )

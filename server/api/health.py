@@ -26,7 +26,7 @@ async def ready(request: Request) -> Response:
         reason = "the server is stopping" if front.is_draining else client.last_error or "the engine is starting"
         status = {"status": "not ready", "reason": reason}
         return JSONResponse(status, 503, {"Retry-After": "2"})
-    body = {"status": "ready", "base": client.ready.name, "precision": client.ready.precision}
+    body = {"status": "ready", "base": client.ready.spec.name, "precision": client.ready.precision}
     return JSONResponse(body | {"load_seconds": round(client.ready.load_seconds, 3)})
 
 

@@ -101,8 +101,8 @@ def to_sampling(front: Front, fields: SamplingFields, max_tokens: int, logprobs:
     """
     ready = front.ready()
     bias = {int(token): value for token, value in fields.logit_bias.items()}
-    if any(token >= ready.vocab_size for token in bias):
-        raise InvalidFieldError(f"logit_bias names a token over {ready.vocab_size - 1}", "logit_bias")
+    if any(token >= ready.spec.vocab_size for token in bias):
+        raise InvalidFieldError(f"logit_bias names a token over {ready.spec.vocab_size - 1}", "logit_bias")
     values = fields.model_dump(include=set(SamplingFields.model_fields)) | {"logit_bias": bias}
     values["seed"] = secrets.randbits(63) if fields.seed is None else fields.seed
     values["temperature"] = fields.temperature if fields.temperature >= MIN_TEMPERATURE else 0.0
@@ -115,8 +115,10 @@ def check_length(front: Front, prompts: list[list[int]], max_tokens: int) -> Non
     for prompt in prompts:
         if not prompt:
             raise BadRequestError("the prompt has no tokens", "prompt")
-        if max(prompt) >= ready.vocab_size:
-            raise InvalidFieldError(f"prompt_token_ids has a token over {ready.vocab_size - 1}", "prompt_token_ids")
+        if max(prompt) >= ready.spec.vocab_size:
+            raise InvalidFieldError(
+                f"prompt_token_ids has a token over {ready.spec.vocab_size - 1}", "prompt_token_ids"
+            )
         if len(prompt) + max_tokens > ready.max_sequence_tokens:
             raise BadRequestError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they are over this "

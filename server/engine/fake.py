@@ -5,24 +5,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
+from adapters_store.spec import BaseSpec, LinearSite
 from server.engine.client import EngineUnavailable
-from server.engine.messages import EngineFailure, Hat, Output, Ready, SiteShape, Stats, Submit, Timing
+from server.engine.messages import EngineFailure, Hat, Output, Ready, Stats, Submit, Timing
 from server.model.batch import Logprobs
 
 
 def fake_ready(**fields: Any) -> Ready:
-    """What a tiny base would say of itself; `fields` override."""
+    """What a tiny base would say of itself; `fields` override, those of the spec too."""
+    linears = {"model.layers.0.self_attn.q_proj": LinearSite(32, 32)}
+    of_spec = {name: fields.pop(name) for name in BaseSpec.__dataclass_fields__ if name in fields}
     defaults: dict[str, Any] = {
-        "name": "fake",
-        "identity": "0" * 64,
-        "architecture": "FakeForCausalLM",
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "max_positions": 512,
-        "linears": {"model.layers.0.self_attn.q_proj": SiteShape(32, 32)},
+        "spec": replace(BaseSpec("fake", "0" * 64, "FakeForCausalLM", 512, 32, 2, 512, linears), **of_spec),
         "eos_token_ids": [0],
         "max_sequence_tokens": 512,
         "slot_bytes": 2**20,
@@ -147,11 +144,11 @@ class FakeEngineClient:
         num_top = submit.sampling.logprobs
         if num_top is None:
             return Output(submit.sequence_id, [token])
-        top = [((token + at) % self._description.vocab_size, -0.25 * (at + 1)) for at in range(num_top)]
+        top = [((token + at) % self._description.spec.vocab_size, -0.25 * (at + 1)) for at in range(num_top)]
         return Output(submit.sequence_id, [token], [Logprobs(-0.25, top)])
 
     def _echo(self, submit: Submit) -> list[int]:
-        shift, vocab = shift_of(submit.hats), self._description.vocab_size
+        shift, vocab = shift_of(submit.hats), self._description.spec.vocab_size
         echo = [(token + shift) % vocab for token in submit.prompt]
         if submit.sampling.ignore_eos:
             times = -(-submit.sampling.max_tokens // len(echo))

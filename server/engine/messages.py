@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from adapters_store.spec import BaseSpec
 from server.model.batch import Logprobs, Sampling
 
 
@@ -143,22 +144,10 @@ class Residency(msgspec.Struct, tag=True):
     states: dict[str, str]
 
 
-class SiteShape(msgspec.Struct):
-    in_features: int
-    out_features: int
-
-
 class Ready(msgspec.Struct, tag=True):
-    """The engine has its base. The fields of `BaseSpec`, and what the front must know to refuse at the door."""
+    """The engine has its base: what the front must know of it to refuse at the door."""
 
-    name: str
-    identity: str
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_positions: int
-    linears: dict[str, SiteShape]
+    spec: BaseSpec
     eos_token_ids: list[int]
     max_sequence_tokens: int
     slot_bytes: int

@@ -34,7 +34,6 @@ from server.engine.messages import (
     FromEngine,
     Ready,
     Residency,
-    SiteShape,
     StartFailed,
     StepDone,
     Submit,
@@ -82,16 +81,8 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         clock=time.monotonic,
         on_loaded=on_loaded,
     )
-    spec = loaded.spec
     ready = Ready(
-        name=spec.name,
-        identity=spec.identity,
-        architecture=spec.architecture,
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        num_layers=spec.num_layers,
-        max_positions=spec.max_positions,
-        linears={site: SiteShape(shape.in_features, shape.out_features) for site, shape in spec.linears.items()},
+        spec=loaded.spec,
         eos_token_ids=loaded.eos_token_ids,
         max_sequence_tokens=engine.max_sequence_tokens,
         slot_bytes=config.slot_bytes,
@@ -222,7 +213,7 @@ def serve(descriptor: int, build: Build) -> int:
         connection.close()
         return 1
     connection.send(ready)
-    log.info("the engine is ready", extra={"base": ready.name, "load_seconds": round(ready.load_seconds, 3)})
+    log.info("the engine is ready", extra={"base": ready.spec.name, "load_seconds": round(ready.load_seconds, 3)})
     Service(engine, connection).run()
     return 0
 

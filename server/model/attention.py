@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adapters_store.spec import KVShape
 from server.model import kernels
 from server.model.batch import Row
 
@@ -25,26 +26,17 @@ class UnsupportedBaseError(Exception):
     """The base does something that this server cannot do rightly; the sentence says what."""
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """Of one layer's cache: number of kv heads, and the widths of a key and of a value."""
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-
-
 class KVCache:
     """Blocks of keys and values: per layer [num_blocks, kv heads, block_size, dim], in one dtype on one device."""
 
-    def __init__(self, shapes: list[LayerShape], num_blocks: int, block_size: int, like: Tensor) -> None:
+    def __init__(self, shapes: list[KVShape], num_blocks: int, block_size: int, like: Tensor) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         # Pages that were never written cost no memory: empty, not zeros.
         self.keys = [like.new_empty(num_blocks, s.num_kv_heads, block_size, s.key_dim) for s in shapes]
         self.values = [like.new_empty(num_blocks, s.num_kv_heads, block_size, s.value_dim) for s in shapes]
 
     @staticmethod
-    def block_bytes(shapes: list[LayerShape], block_size: int, item_bytes: int) -> int:
+    def block_bytes(shapes: list[KVShape], block_size: int, item_bytes: int) -> int:
         """Bytes that one block takes over all layers."""
         return sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in shapes) * block_size * item_bytes
 
@@ -160,11 +152,11 @@ class ShapeProbe:
     """Stands in for a `PagedBatch` to learn each layer's shape from one forward, whatever the config calls it."""
 
     def __init__(self) -> None:
-        self.shapes: dict[int, LayerShape] = {}
+        self.shapes: dict[int, KVShape] = {}
 
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Note the shapes of query [T, H, d], key and value [T, kv heads, d]; answer zeros."""
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
 

@@ -97,9 +97,11 @@ class SlotBank:
         """Lay a patch out for a slot; any thread."""
         table, parts, offset = np.zeros((len(self.sites), 2), np.int64), [], 0
         for primitive in patch.primitives:
+            if not isinstance(primitive, LowRank):
+                raise TypeError(f"{type(primitive).__name__} is not packed yet")
             table[self.sites[primitive.site]] = offset, primitive.rank
             parts += [primitive.a.flatten(), primitive.b.T.flatten()]
-            offset += primitive.num_parameters
+            offset += primitive.num_items
         buffer = torch.cat(parts).to(self.dtype)
         return Packed(patch.digest, buffer.pin_memory() if self.device != "cpu" else buffer, table)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from adapters_store.bases import base_identity
-from adapters_store.patch import BaseSpec, LinearSite
+from adapters_store.describe import describe, linears
+from adapters_store.spec import BaseSpec
 from server.model import attention
-from server.model.attention import KVCache, LayerShape, ShapeProbe, UnsupportedBaseError, page
+from server.model.attention import KVCache, ShapeProbe, UnsupportedBaseError, page
 from server.model.bank import SlotBank
 from server.model.batch import Row
-from server.model.linear import HatLinear, choose_product, linear_sites, shape_of
+from server.model.linear import HatLinear, choose_product
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
@@ -29,7 +30,6 @@ class Base:
     model: nn.Module
     spec: BaseSpec
     bank: SlotBank
-    layers: list[LayerShape]
     precision: str
     device: str
     eos_token_ids: list[int]
@@ -58,8 +58,9 @@ def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
     Raises `UnsupportedBaseError` with the reason where the base cannot be served rightly.
     """
     model = _load_model(folder, compute_dtype(precision, device), device)
+    spec = describe(model, name, base_identity(folder).identity, folder)
     proof = _Proof(model)
-    base = _instrument(model, folder, name, precision, device)
+    base = _instrument(model, spec, precision, device)
     proof.compare(base)
     return base
 
@@ -78,27 +79,16 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def _instrument(model: Any, folder: Path, name: str, precision: str, device: str) -> Base:
+def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base:
     attention.install()
     model.set_attn_implementation(attention.NAME)
-    sites = {site: shape_of(linear) for site, linear in linear_sites(model).items()}
+    sites = {site: (linear.in_features, linear.out_features) for site, linear in spec.linears.items()}
     bank = SlotBank(sites, device, compute_dtype(precision, device))
     pack, head = choose_product(precision, device), model.get_output_embeddings()
-    for site, linear in linear_sites(model).items():
+    for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
         setattr(model.get_submodule(parent), child, HatLinear(linear, pack, bank, site, linear is head))
-    config = model.config.get_text_config()
-    spec = BaseSpec(
-        name=name,
-        identity=base_identity(folder).identity,
-        architecture=type(model).__name__,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        max_positions=config.max_position_embeddings,
-        linears={site: LinearSite(*shape) for site, shape in sites.items()},
-    )
-    return Base(model, spec, bank, [], precision, device, _eos_token_ids(model))
+    return Base(model, spec, bank, precision, device, _eos_token_ids(model))
 
 
 def _eos_token_ids(model: Any) -> list[int]:
@@ -123,16 +113,19 @@ class _Proof:
         tokens, wanted = self.tokens.flatten(), torch.arange(2 * PROOF_TOKENS, device=base.device)
         probe = ShapeProbe()
         self._forward(base, tokens, positions, wanted, probe)
-        base.layers = [probe.shapes[layer] for layer in sorted(probe.shapes)]
-        if sorted(probe.shapes) != list(range(base.spec.num_layers)) or len({s.num_kv_heads for s in base.layers}) != 1:
+        base.spec = replace(base.spec, kv=[probe.shapes[layer] for layer in sorted(probe.shapes)])
+        if (
+            sorted(probe.shapes) != list(range(base.spec.num_layers))
+            or len({s.num_kv_heads for s in base.spec.kv}) != 1
+        ):
             raise UnsupportedBaseError(
                 f"{base.spec.architecture} has {base.spec.num_layers} layers, of which attention of equal kv heads "
                 f"was seen in {len(probe.shapes)}"
             )
         like = torch.empty(0, dtype=compute_dtype(base.precision, base.device), device=base.device)
-        cache = KVCache(base.layers, 2, PROOF_TOKENS, like)
+        cache = KVCache(base.spec.kv, 2, PROOF_TOKENS, like)
         rows = [Row(row.tolist(), 0, [index]) for index, row in enumerate(self.tokens)]
-        paged = page(rows, cache, base.layers[0].num_kv_heads, torch.get_num_threads())
+        paged = page(rows, cache, base.spec.kv[0].num_kv_heads, torch.get_num_threads())
         logits = self._forward(base, tokens, positions, wanted, paged)
         gap = ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
         if not gap <= PROOF_TOLERANCE[base.precision]:

@@ -107,15 +107,3 @@ class HatLinear(nn.Module):
         y = self.product(x)
         self.bank.apply(self.site, x, y, self.is_head)
         return y
-
-
-def linear_sites(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear layer by its dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-
-
-def shape_of(linear: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(in_features, out_features)."""
-    if isinstance(linear, Conv1D):
-        return linear.weight.shape[0], linear.weight.shape[1]
-    return linear.in_features, linear.out_features

@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from adapters_store.patch import BaseSpec
+from adapters_store.spec import BaseSpec
 from server.model import kernels
 from server.model.attention import KVCache, UnsupportedBaseError, page
 from server.model.bank import SlotBank
@@ -69,11 +69,11 @@ class PagedRunner:
             raise UnsupportedBaseError(f"block size {config.block_size} is not a multiple of 4")
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
         like = torch.empty(0, dtype=compute_dtype(base.precision, base.device), device=base.device)
-        per_block = KVCache.block_bytes(base.layers, config.block_size, like.element_size())
+        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, like.element_size())
         self.num_blocks = config.kv_cache_bytes // per_block
         if self.num_blocks < 2:
             raise UnsupportedBaseError(f"a KV cache of {config.kv_cache_bytes} bytes holds no 2 blocks of {per_block}")
-        self.cache = KVCache(base.layers, self.num_blocks, config.block_size, like)
+        self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, like)
         self.last_logits = torch.empty(0, base.spec.vocab_size)
 
     @torch.inference_mode()
@@ -93,7 +93,7 @@ class PagedRunner:
             end += len(row.tokens)
             if row.sampling:
                 wanted.append(end - 1)
-        paged = page(rows, self.cache, self.base.layers[0].num_kv_heads, self.num_threads)
+        paged = page(rows, self.cache, self.base.spec.kv[0].num_kv_heads, self.num_threads)
         self.base.bank.dress(rows)
         try:
             return self.base.forward(tokens, positions, torch.tensor(wanted, dtype=torch.long, device=device), paged)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from adapters_store.artifact import CONFIG, WEIGHTS, Artifact, BaseRef, Manifest, read_folder, write_folder
-from adapters_store.patch import BaseSpec, LinearSite
+from adapters_store.describe import describe
+from adapters_store.spec import BaseSpec, LinearSite
 
 IDENTITY, OTHER_IDENTITY, WEIGHTS_DIGEST = "a" * 64, "b" * 64, "c" * 64
 SITE = "model.layers.{}.self_attn.{}"
@@ -28,24 +28,7 @@ def spec_of(folder: Path) -> BaseSpec:
     """What a compiler must know of a base's folder."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    config = model.config
-    linears = {name: _shape(module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    return BaseSpec(
-        name=folder.name,
-        identity=IDENTITY,
-        architecture=type(model).__name__,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
-        max_positions=config.max_position_embeddings,
-        linears=linears,
-    )
-
-
-def _shape(module: nn.Linear | Conv1D) -> LinearSite:
-    if isinstance(module, Conv1D):
-        return LinearSite(module.nx, module.nf)
-    return LinearSite(module.in_features, module.out_features)
+    return describe(model, folder.name, IDENTITY, folder)
 
 
 def toy_spec(num_layers: int = 2) -> BaseSpec:

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from adapters_store.artifact import read_folder
 from adapters_store.errors import ArtifactError
-from adapters_store.methods import check, compile_patch
-from adapters_store.methods.lora import SERVED_VALUES, SILENT, LoraConfig, _by_pattern, _wanted
-from adapters_store.patch import BaseSpec, LinearSite
+from adapters_store.methods import common, compile_patch
+from adapters_store.methods.common import Targets, by_pattern, named_sites
+from adapters_store.methods.lora import SERVED_VALUES, SILENT, LoraConfig
+from adapters_store.spec import BaseSpec, LinearSite
 from tests.adapters_store.forge import (
     SITE,
     a_name,
@@ -100,14 +101,14 @@ def test_half_precision_is_folded_in_fp32() -> None:
 @pytest.mark.parametrize("shorthand", ["all-linear", "All-Linear"])
 def test_all_linear_leaves_the_head_out(shorthand: str) -> None:
     """all-linear means every linear layer but the head, whether the config says it in capitals or not."""
-    check(toy_artifact(toy_config(target_modules=shorthand)), toy_spec())
+    compile_patch(toy_artifact(toy_config(target_modules=shorthand)), toy_spec())
     head = {
         "base_model.model.lm_head.lora_A.weight": torch.ones(2, 8),
         "base_model.model.lm_head.lora_B.weight": torch.ones(16, 2),
     }
     with pytest.raises(ArtifactError, match=r"lm_head\.lora_A\.weight is extra"):
-        check(toy_artifact(toy_config(target_modules=shorthand), {**toy_tensors(), **head}), toy_spec())
-    check(
+        compile_patch(toy_artifact(toy_config(target_modules=shorthand), {**toy_tensors(), **head}), toy_spec())
+    compile_patch(
         toy_artifact(toy_config(target_modules=["q_proj", "k_proj", "lm_head"]), {**toy_tensors(), **head}), toy_spec()
     )
 
@@ -115,9 +116,9 @@ def test_all_linear_leaves_the_head_out(shorthand: str) -> None:
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's LoraConfig is unknown here: a new PEFT that adds one turns this red."""
     written = {field.name for field in dataclasses.fields(PeftLoraConfig)} - {"runtime_config"}
-    assert written <= SILENT | SERVED_VALUES.keys() | set(LoraConfig.__struct_fields__)
+    assert written <= SILENT | common.SILENT | SERVED_VALUES.keys() | {"task_type", *LoraConfig.__struct_fields__}
     assert {**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), "r": 2}.keys() == written
-    check(toy_artifact({**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), **toy_config()}), toy_spec())
+    compile_patch(toy_artifact({**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), **toy_config()}), toy_spec())
 
 
 REFUSED: dict[str, list[Any]] = {
@@ -144,9 +145,9 @@ REFUSED: dict[str, list[Any]] = {
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
 def test_an_option_that_changes_the_answer_is_refused_by_name(key: str, value: object) -> None:
     """What is not served is never ignored: the key is named."""
-    assert REFUSED.keys() == SERVED_VALUES.keys()
+    assert REFUSED.keys() == {*SERVED_VALUES, *common.SERVED_VALUES}
     with pytest.raises(ArtifactError, match=f"LoRA with {key}=.* is not served") as caught:
-        check(toy_artifact(toy_config(**{key: value})), toy_spec())
+        compile_patch(toy_artifact(toy_config(**{key: value})), toy_spec())
     assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
 
 
@@ -154,7 +155,7 @@ def test_an_option_that_changes_the_answer_is_refused_by_name(key: str, value: o
 def test_an_unknown_key_is_refused_by_name(key: str) -> None:
     """A key that no PEFT is known to write is refused: it may change the answer."""
     with pytest.raises(ArtifactError, match=f"a key that is not known: {key}") as caught:
-        check(toy_artifact(toy_config(**{key: "x"})), toy_spec())
+        compile_patch(toy_artifact(toy_config(**{key: "x"})), toy_spec())
     assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
 
 
@@ -162,14 +163,14 @@ def test_an_unknown_key_is_refused_by_name(key: str) -> None:
 def test_a_lora_relative_to_a_changed_base_is_refused(init: str) -> None:
     """Initialisations that move the base's weights are refused, with how to save a plain LoRA from them."""
     with pytest.raises(ArtifactError, match="path_initial_model_for_weight_conversion") as caught:
-        check(toy_artifact(toy_config(init_lora_weights=init)), toy_spec())
+        compile_patch(toy_artifact(toy_config(init_lora_weights=init)), toy_spec())
     assert (caught.value.code, caught.value.param) == ("method_unsupported", "init_lora_weights")
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica", None])
 def test_other_initialisations_say_nothing_about_the_answer(init: object) -> None:
     """Where the base's weights stay as they are, how A and B began does not matter."""
-    check(toy_artifact(toy_config(init_lora_weights=init)), toy_spec())
+    compile_patch(toy_artifact(toy_config(init_lora_weights=init)), toy_spec())
 
 
 VALUES: dict[str, tuple[dict[str, Any], str]] = {
@@ -199,7 +200,7 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_value_of_the_wrong_kind_or_size_is_refused(changes: dict[str, Any], reason: str) -> None:
     """Types and sizes of the config are checked, and the sentence names the place."""
     with pytest.raises(ArtifactError, match=reason):
-        check(toy_artifact(toy_config(**changes)), toy_spec())
+        compile_patch(toy_artifact(toy_config(**changes)), toy_spec())
 
 
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
@@ -244,13 +245,13 @@ def test_config_tensors_and_base_must_agree(
 def test_an_artifact_without_tensors_is_refused() -> None:
     """A hat that would be the base is no hat."""
     with pytest.raises(ArtifactError, match="no tensors"):
-        check(toy_artifact(toy_config(target_modules=["nothing"]), {}), toy_spec())
+        compile_patch(toy_artifact(toy_config(target_modules=["nothing"]), {}), toy_spec())
 
 
 def test_a_scale_that_overflows_is_refused() -> None:
     """Finite tensors whose scaled product is not are refused by name."""
     tensors = toy_tensors(**{a_name(matrix="B"): torch.full((8, 2), 1e38)})
-    with pytest.raises(ArtifactError, match=r"q_proj\.lora_B\.weight overflows at its scale 5000"):
+    with pytest.raises(ArtifactError, match=r"q_proj\.lora_B\.weight overflows where it is compiled"):
         compile_patch(toy_artifact(toy_config(lora_alpha=10_000), tensors), toy_spec())
 
 
@@ -276,7 +277,7 @@ def test_patterns_match_as_in_peft(site: str, keys: list[tuple[bool, str, bool]]
     texts = [("^" if anchor else "") + (key.replace("_", ".") if is_loose else key) for anchor, key, is_loose in keys]
     patterns = {text: place for place, text in enumerate(texts)}
     expected = patterns.get(get_pattern_key(list(patterns), site), -1)
-    assert _by_pattern(patterns, site, -1) == expected
+    assert by_pattern(patterns, site, -1) == expected
 
 
 def ends_of(sites: list[str]) -> st.SearchStrategy[str]:
@@ -304,7 +305,7 @@ def test_targets_are_selected_as_in_peft(
     expected = {
         site for site in sites if check_target_module_exists(SimpleNamespace(**keys, layers_pattern=patterns), site)
     }
-    assert _wanted(LoraConfig(r=1, lora_alpha=1, layers_pattern=patterns, **keys), spec) == expected
+    assert named_sites(Targets(layers_pattern=patterns, **keys), sites, spec) == expected
 
 
 def test_a_pattern_for_layers_is_never_run() -> None:

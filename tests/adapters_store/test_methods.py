@@ -6,7 +6,7 @@ import pytest
 
 from adapters_store.artifact import BaseRef
 from adapters_store.errors import ArtifactError
-from adapters_store.methods import METHODS, check, compile_patch, method_of
+from adapters_store.methods import METHODS, compile_patch, method_of
 from tests.adapters_store.forge import (
     OTHER_IDENTITY,
     WEIGHTS_DIGEST,
@@ -29,13 +29,13 @@ def test_another_base_is_refused_by_both_names() -> None:
     """An artifact whose manifest names another identity is refused, naming its base and this one."""
     manifest = toy_manifest(base=BaseRef("other", OTHER_IDENTITY, WEIGHTS_DIGEST))
     with pytest.raises(ArtifactError, match=r"trained on other \(bbbb.* base is toy \(aaaa") as caught:
-        check(toy_artifact(manifest=manifest), toy_spec())
+        compile_patch(toy_artifact(manifest=manifest), toy_spec())
     assert caught.value.code == "wrong_base"
 
 
 def test_other_weights_of_the_same_base_are_not_refused() -> None:
     """Copies and precisions differ in their weights' digest; parity decides then."""
-    check(toy_artifact(manifest=toy_manifest(base=BaseRef("toy", "a" * 64, "e" * 64))), toy_spec())
+    compile_patch(toy_artifact(manifest=toy_manifest(base=BaseRef("toy", "a" * 64, "e" * 64))), toy_spec())
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_a_config_without_a_method_is_refused(config: dict[str, object]) -> None
 def test_manifest_and_config_must_agree() -> None:
     """A manifest of another method than the config's is refused."""
     with pytest.raises(ArtifactError, match="the manifest says bottleneck, the config lora"):
-        check(toy_artifact(manifest=toy_manifest(method="bottleneck")), toy_spec())
+        compile_patch(toy_artifact(manifest=toy_manifest(method="bottleneck")), toy_spec())

@@ -1,4 +1,4 @@
-"""Random LoRA adapters, written by PEFT itself: the folders that users upload."""
+"""Random adapters, written by PEFT itself: the folders that users upload."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import io
 import json
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 NAME = "default"  # PEFT's name of the one adapter in a model
@@ -68,10 +69,11 @@ def _fill(layer: LoraLayer, generator: torch.Generator, strength: float) -> None
 
 
 def _sort_config(path: Path) -> None:
-    """PEFT writes `target_modules` in the order of a set, which differs from run to run."""
+    """PEFT writes some lists in the order of a set, which differs from run to run."""
     config = json.loads(path.read_text())
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
+    for name in ("target_modules", "feedforward_modules"):
+        if isinstance(config.get(name), list):
+            config[name].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
@@ -92,3 +94,35 @@ def tensors_digest(folder: Path) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.numpy())
     return digest.hexdigest()
+
+
+Fill = Callable[[str, Tensor, torch.Generator], Tensor]  # name, initial value, generator -> value
+
+
+def shake(strength: float) -> Fill:
+    """Matrices anew, with rows of length `strength` on average; vectors changed by a fifth of `strength`."""
+
+    def fill(_name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(value.shape, generator=generator)
+        return strength * noise / value.shape[-1] ** 0.5 if value.dim() > 1 else value + 0.2 * strength * noise
+
+    return fill
+
+
+def make_peft(folder: Path, base_folder: Path, config: PeftConfig, seed: int = 0, fill: Fill | None = None) -> Path:
+    """Write a random artifact of any PEFT method, the same bytes for the same arguments, from the base's weights.
+
+    Every trained parameter is filled by `fill`.
+    """
+    torch.manual_seed(seed)  # what PEFT initialises by itself and saves, a VeRA's projections for example
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32), config)
+        generator, fill = torch.Generator().manual_seed(seed), fill or shake(1.0)
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                if parameter.requires_grad:
+                    parameter.copy_(fill(name, parameter.detach().clone(), generator))
+        model.save_pretrained(folder, save_embedding_layers=False)
+    _sort_config(folder / "adapter_config.json")
+    return folder

@@ -19,13 +19,14 @@ from fastapi import FastAPI
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters_store.bases import base_identity
+from adapters_store.describe import describe
 from server.api.front import Front
 from server.app import create_app
 from server.engine.client import EngineClient
 from server.engine.fake import FakeEngineClient, fake_ready
-from server.engine.messages import Ready, SiteShape
+from server.engine.messages import Ready
 from server.settings import Settings
-from tests.kit.tiny import EOS, VOCAB_SIZE
+from tests.kit.tiny import EOS
 
 MAX_TOKENS = 400  # of a sequence
 ZIP, SAFETENSORS = "application/zip", "application/x-safetensors"
@@ -36,17 +37,9 @@ def ready_of(base: Path) -> Ready:
     """What the real engine would say of a base of the kit."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    linears = {
-        name: SiteShape(module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
     return fake_ready(
-        name="tiny",
-        identity=base_identity(base).identity,
-        vocab_size=VOCAB_SIZE,
+        spec=describe(model, "tiny", base_identity(base).identity, base),
         eos_token_ids=[EOS],
-        linears=linears,
         max_sequence_tokens=MAX_TOKENS,
     )
 

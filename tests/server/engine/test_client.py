@@ -84,7 +84,7 @@ def test_ready_residency_stats_and_forget() -> None:
 
     async def main() -> None:
         async with engine() as client:
-            assert client.ready is not None and client.ready.name == "fake"
+            assert client.ready is not None and client.ready.spec.name == "fake"
             await answer(client, request("r", "digest"))
             assert await client.residency() == {"digest": "slot"}
             failed = await answer(client, request("s", "bad"))

@@ -68,8 +68,8 @@ def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_p
         client = ProcessEngineClient(config)
         await client.start()
         try:
-            assert client.ready is not None and client.ready.name == "tiny"
-            assert client.ready.linears
+            assert client.ready is not None and client.ready.spec.name == "tiny"
+            assert client.ready.spec.linears
 
             async def answer(submit: Submit) -> list[int]:
                 outputs = [output async for output in client.generate(submit)]

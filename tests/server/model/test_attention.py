@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.model.attention import KVCache, LayerShape, PagedBatch, attend, attend_reference, page
+from adapters_store.spec import KVShape
+from server.model.attention import KVCache, PagedBatch, attend, attend_reference, page
 from server.model.batch import Row
 
 BLOCK = 8
@@ -14,7 +15,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 def make_cache(num_blocks: int = 24, kv_heads: int = 2, dim: int = 16, value_dim: int = 16) -> KVCache:
-    cache = KVCache([LayerShape(kv_heads, dim, value_dim)], num_blocks, BLOCK, torch.empty(0))
+    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, BLOCK, torch.empty(0))
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # what is stale must never be read
     return cache

@@ -125,7 +125,7 @@ def test_slots_are_true_rank_and_grow() -> None:
     """A packed patch has the bytes of its own numbers, and there are as many slots as are needed."""
     bank = SlotBank(SITES, "cpu", torch.float32)
     packed = [bank.pack(make_patch(number, 1 + number % 5)) for number in range(40)]
-    assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_parameters for n in range(40)]
+    assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_items for n in range(40)]
     slots = [bank.put(p) for p in packed]
     assert slots == list(range(40))
     bank.dress(rows([((slot, 1.0),) for slot in slots], 1))

@@ -1,0 +1,18 @@
+"""Random artifacts of every method that is served: `FAMILIES[name](folder, base_folder, seed)` writes one.
+
+The same bytes for the same arguments. They change the base's answers strongly and stay finite, so that any mix-up of
+adapters shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.kit.adapters import make_lora
+
+Maker = Callable[[Path, Path, int], Path]
+
+FAMILIES: Mapping[str, Maker] = {
+    "lora": lambda folder, base, seed: make_lora(folder, base, seed, r=2 + 3 * (seed % 4)),
+}
