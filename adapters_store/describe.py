@@ -37,6 +37,7 @@ def describe(model: Any, name: str, identity: str, folder: Path) -> BaseSpec:
         kv=_kv_shapes(config),
         embedding=sites[embedding],
         embedding_size=embedding.weight.shape[1],
+        embedding_scale=float(getattr(embedding, "scalar_embed_scale", 1.0)),
         head="" if head is None else sites[head],
         is_tied=head is not None and head.weight is embedding.weight,
         folder=str(folder),

@@ -61,7 +61,8 @@ class BaseSpec:
     """All that a method must know of the base to check and compile an artifact for it.
 
     `identity` is the digest over architecture, shapes and tokenizer; `folder` is where its weights can be read
-    (`adapters_store.weights`); `is_tied` says that the head multiplies by the embedding's own rows.
+    (`adapters_store.weights`); `is_tied` says that the head multiplies by the embedding's own rows; the embedding returns
+    its rows times `embedding_scale` (Gemma: the square root of hidden_size, else 1).
     """
 
     name: str
@@ -77,6 +78,7 @@ class BaseSpec:
     kv: list[KVShape] = field(default_factory=list)
     embedding: str = ""
     embedding_size: int = 0
+    embedding_scale: float = 1.0
     head: str = ""
     is_tied: bool = False
     folder: str = ""
