@@ -61,8 +61,8 @@ class BaseSpec:
     """All that a method must know of the base to check and compile an artifact for it.
 
     `identity` is the digest over architecture, shapes and tokenizer; `folder` is where its weights can be read
-    (`adapters_store.weights`); `is_tied` says that the head multiplies by the embedding's own rows; the embedding returns
-    its rows times `embedding_scale` (Gemma: the square root of hidden_size, else 1).
+    (`adapters_store.weights`); `is_tied` says that the head multiplies by the embedding's own rows; the embedding
+    returns its rows times `embedding_scale` (Gemma: the square root of hidden_size, else 1).
     """
 
     name: str
