@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
-from adapters_store.methods import lora
+from adapters_store.methods import lora, prompt_tuning
 from adapters_store.patch import Patch, Primitive
 from adapters_store.spec import BaseSpec
 
@@ -25,6 +25,9 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "LORA": Method("lora", lora.compile_lora),
+    "MULTITASK_PROMPT_TUNING": Method("multitask_prompt_tuning", prompt_tuning.compile_multitask),
+    "PROMPT_TUNING": Method("prompt_tuning", prompt_tuning.compile_prompt_tuning),
+    "P_TUNING": Method("p_tuning", prompt_tuning.compile_p_tuning),
 }
 
 

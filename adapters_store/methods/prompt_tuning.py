@@ -1,0 +1,126 @@
+"""Soft prompts as PEFT writes them: virtual tokens before the prompt, given by their input embeddings.
+
+Prompt tuning (arXiv:2104.08691); p-tuning (arXiv:2103.10385), whose encoder PEFT folds when it saves: a file holds what
+the encoder answered; multitask prompt tuning (arXiv:2303.02861), whose prompt is E * (C R), with C and R of one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeVar
+
+import msgspec
+
+from adapters_store.artifact import Artifact
+from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
+from adapters_store.methods.common import expect_exactly, finite, read_config
+from adapters_store.patch import PrefixEmbeds
+from adapters_store.spec import BaseSpec
+
+EMBEDDINGS, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
+MAX_RANKS = 4096
+SERVED_VALUES = {"modules_to_save": (None,)}
+# How training began says nothing about the answer; the heads of a base are no matter of its embeddings.
+PROMPT_SILENT = {
+    "num_attention_heads",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+}
+ENCODER_SILENT = {
+    "encoder_dropout",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_reparameterization_type",
+    "num_attention_heads",
+}
+MULTITASK_SILENT = {*PROMPT_SILENT, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"}
+
+
+class VirtualTokens(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The keys of PEFT's PromptLearningConfig that say what to compute."""
+
+    num_virtual_tokens: int
+    num_transformer_submodules: int = 1
+    num_layers: int | None = None
+    token_dim: int | None = None
+
+
+class MultitaskConfig(VirtualTokens, kw_only=True):
+    """And those of its MultitaskPromptTuningConfig."""
+
+    num_tasks: int = 1
+    num_ranks: int = 1
+
+
+T = TypeVar("T", bound=VirtualTokens)
+
+
+def compile_prompt_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
+    """The saved embeddings. Raises `ArtifactError`."""
+    return compile_embeds(artifact, spec, "prompt tuning", PROMPT_SILENT)
+
+
+def compile_p_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
+    """What the encoder answered when it was saved. Raises `ArtifactError`."""
+    return compile_embeds(artifact, spec, "p-tuning", ENCODER_SILENT)
+
+
+def compile_embeds(
+    artifact: Artifact, spec: BaseSpec, method: str, silent: Collection[str]
+) -> tuple[PrefixEmbeds, ...]:
+    """The primitive of a method whose file holds the embeddings [T, embedding_size] of its tokens, and nothing else."""
+    config = read_virtual_tokens(artifact, spec, VirtualTokens, method, silent)
+    _check_width(config, spec)
+    expect_exactly(artifact, {EMBEDDINGS: [config.num_virtual_tokens, spec.embedding_size]})
+    return (PrefixEmbeds(artifact.tensors[EMBEDDINGS].float()),)
+
+
+def compile_multitask(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
+    """E * (C R), with E [T, embedding_size], C [1, T, ranks], R [1, ranks, embedding_size]. Raises `ArtifactError`."""
+    config = read_virtual_tokens(artifact, spec, MultitaskConfig, "multitask prompt tuning", MULTITASK_SILENT)
+    if config.num_tasks != 1:
+        raise MethodUnsupportedError(
+            f"num_tasks={config.num_tasks}: a hat is of one task; save that task's item of {COLS} and {ROWS} "
+            "with num_tasks=1",
+            "num_tasks",
+        )
+    _check_width(config, spec)
+    num_tokens, num_ranks, size = config.num_virtual_tokens, config.num_ranks, spec.embedding_size
+    if not 0 < num_ranks <= MAX_RANKS:
+        raise ArtifactError(f"num_ranks={num_ranks} is not between 1 and {MAX_RANKS}", "num_ranks")
+    shapes = {EMBEDDINGS: [num_tokens, size], COLS: [1, num_tokens, num_ranks], ROWS: [1, num_ranks, size]}
+    expect_exactly(artifact, shapes)
+    embeds, cols, rows = (artifact.tensors[name].float() for name in shapes)
+    return (PrefixEmbeds(finite(embeds * (cols[0] @ rows[0]), EMBEDDINGS)),)
+
+
+def read_virtual_tokens(
+    artifact: Artifact, spec: BaseSpec, schema: type[T], method: str, silent: Collection[str]
+) -> T:
+    """The config of a method of virtual tokens, checked against the base as far as all of them are."""
+    config = read_config(artifact.config, schema, method, silent, SERVED_VALUES)
+    if not 0 < config.num_virtual_tokens < spec.max_positions:
+        raise ArtifactError(
+            f"num_virtual_tokens={config.num_virtual_tokens}: {spec.name} has {spec.max_positions} positions, "
+            "and some must be left for a prompt",
+            "num_virtual_tokens",
+        )
+    if config.num_transformer_submodules != 1:
+        raise MethodUnsupportedError(
+            f"num_transformer_submodules={config.num_transformer_submodules}: a decoder-only base has 1",
+            "num_transformer_submodules",
+        )
+    expect_of_base("num_layers", config.num_layers, spec.num_layers, spec)
+    return config
+
+
+def expect_of_base(key: str, said: int | None, real: int, spec: BaseSpec) -> None:
+    """Raise `WrongBaseError` where a config says another number than the base has; PEFT fills in what it leaves out."""
+    if said is not None and said != real:
+        raise WrongBaseError(f"{key}={said}: {spec.name} has {real}; the artifact is of another base", key)
+
+
+def _check_width(config: VirtualTokens, spec: BaseSpec) -> None:
+    expect_of_base("token_dim", config.token_dim, spec.embedding_size, spec)
