@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
-from adapters_store.methods import lora, prompt_tuning
+from adapters_store.methods import ia3, loha, lokr, lora, prompt_tuning, vera
 from adapters_store.patch import Patch, Primitive
 from adapters_store.spec import BaseSpec
 
@@ -28,6 +28,10 @@ METHODS: Mapping[str, Method] = {
     "MULTITASK_PROMPT_TUNING": Method("multitask_prompt_tuning", prompt_tuning.compile_multitask),
     "PROMPT_TUNING": Method("prompt_tuning", prompt_tuning.compile_prompt_tuning),
     "P_TUNING": Method("p_tuning", prompt_tuning.compile_p_tuning),
+    "IA3": Method("ia3", ia3.compile_ia3),
+    "LOHA": Method("loha", loha.compile_loha),
+    "LOKR": Method("lokr", lokr.compile_lokr),
+    "VERA": Method("vera", vera.compile_vera),
 }
 
 

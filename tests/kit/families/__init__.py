@@ -10,9 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.kit.adapters import make_lora
+from tests.kit.families import relatives
 
 Maker = Callable[[Path, Path, int], Path]
 
 FAMILIES: Mapping[str, Maker] = {
     "lora": lambda folder, base, seed: make_lora(folder, base, seed, r=2 + 3 * (seed % 4)),
+    "ia3": relatives.make_ia3,
+    "loha": relatives.make_loha,
+    "lokr": relatives.make_lokr,
+    "vera": relatives.make_vera,
 }

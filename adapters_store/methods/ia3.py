@@ -1,0 +1,49 @@
+"""(IA)3 as PEFT writes it (arXiv:2205.05638): a vector that scales a linear's output, or a feed-forward one's input.
+
+`ia3_l` is [out, 1] where it scales the output, [1, in] where feedforward_modules name the site.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapters_store.artifact import Artifact
+from adapters_store.methods.common import PREFIX, Targets, by_site, check_targets, expect_shape, read_config
+from adapters_store.patch import Scale
+from adapters_store.spec import BaseSpec
+
+END = ".ia3_l"
+# How a base keeps its weights (fan_in_fan_out) matters only where PEFT merges.
+SILENT = {"fan_in_fan_out", "init_ia3_weights"}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
+
+
+class IA3Config(Targets, kw_only=True):
+    """The keys of PEFT's IA3Config that say what to compute."""
+
+    feedforward_modules: list[str] | str | None = None
+
+
+def compile_ia3(artifact: Artifact, spec: BaseSpec) -> tuple[Scale, ...]:
+    """One `Scale` a site. Raises `ArtifactError`."""
+    config = read_config(artifact.config, IA3Config, "(IA)3", SILENT, SERVED_VALUES)
+    feedforward = config.feedforward_modules
+    names = frozenset(feedforward) if isinstance(feedforward, list) else None
+    sites = by_site(artifact, (END,), spec.linears, spec.name)
+    made = tuple(_scale(artifact, site, spec, names) for site in sites)
+    check_targets(config, sites, spec.linears, spec, lambda site: PREFIX + site + END)
+    return made
+
+
+def _scale(artifact: Artifact, site: str, spec: BaseSpec, names: frozenset[str] | None) -> Scale:
+    linear, name = spec.linears[site], PREFIX + site + END
+    of_input, of_output = [1, linear.in_features], [linear.out_features, 1]
+    # Without a list of names (an expression is never run) the vector's own shape tells what it scales.
+    is_input = list(artifact.tensors[name].shape) == of_input if names is None else is_feedforward(site, names)
+    vector = expect_shape(artifact, name, of_input if is_input else of_output)
+    return Scale(site, vector.float().flatten(), "input" if is_input else "output")
+
+
+def is_feedforward(site: str, names: frozenset[str]) -> bool:
+    """Whether a site ends with one of the names, at a dot or not, as PEFT has it."""
+    return any(site[start:] in names for start in range(len(site) + 1))

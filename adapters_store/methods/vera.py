@@ -1,0 +1,87 @@
+"""VeRA as PEFT writes it (arXiv:2310.11454): y += b * (B (d * (A x))), A and B random and shared by all sites.
+
+A [r, largest in] and B [largest out, r] are cut to each site's size; only d [r] and b [out] are trained. With
+save_projection=false A and B are drawn again from projection_prng_key, as PEFT draws them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters_store.artifact import Artifact
+from adapters_store.errors import ArtifactError
+from adapters_store.methods.common import PREFIX, Targets, by_site, check_targets, expect_shape, finite, read_config
+from adapters_store.methods.lycoris import is_low_rank
+from adapters_store.patch import Delta, LowRank
+from adapters_store.spec import BaseSpec
+
+A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
+B_END, D_END = ".vera_lambda_b", ".vera_lambda_d"
+SILENT = {"d_initial", "fan_in_fan_out", "init_weights", "vera_dropout"}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None,)}
+MAX_RANK = 4096
+SEEDS = range(-(2**63), 2**64)  # what torch's generators take
+
+
+class VeraConfig(Targets, kw_only=True):
+    """The keys of PEFT's VeraConfig that say what to compute."""
+
+    r: int
+    projection_prng_key: int = 0
+    save_projection: bool = True
+
+
+def compile_vera(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, ...]:
+    """One `LowRank` a site, b and d folded into B, or a `Delta` if that holds fewer numbers. Raises `ArtifactError`."""
+    config = _read(artifact.config)
+    trained = {name: tensor for name, tensor in artifact.tensors.items() if name not in (A_NAME, B_NAME)}
+    sites = by_site(dataclasses.replace(artifact, tensors=trained), (B_END, D_END), spec.linears, spec.name)
+    for site in sites:
+        expect_shape(artifact, PREFIX + site + B_END, [spec.linears[site].out_features])
+        expect_shape(artifact, PREFIX + site + D_END, [config.r])
+    check_targets(config, sites, spec.linears, spec, lambda site: PREFIX + site + B_END)
+    width = max(spec.linears[site].in_features for site in sites)
+    height = max(spec.linears[site].out_features for site in sites)
+    a, b = _projections(artifact, config, width, height)
+    return tuple(_update(site, a, b, vectors, spec) for site, vectors in sites.items())
+
+
+def draw_projections(key: int, rank: int, width: int, height: int) -> tuple[Tensor, Tensor]:
+    """A [rank, width] and B [height, rank], uniform, by PEFT's generator and in its order."""
+    generator = torch.Generator("cpu").manual_seed(key)
+    a_bound, b_bound = (math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in)) for fan_in in (width, rank))
+    a = torch.empty(rank, width, dtype=torch.float32).uniform_(-a_bound, a_bound, generator=generator)
+    b = torch.empty(height, rank, dtype=torch.float32).uniform_(-b_bound, b_bound, generator=generator)
+    return a, b
+
+
+def _projections(artifact: Artifact, config: VeraConfig, width: int, height: int) -> tuple[Tensor, Tensor]:
+    if config.save_projection:
+        a = expect_shape(artifact, A_NAME, [config.r, width])
+        return a.float(), expect_shape(artifact, B_NAME, [height, config.r]).float()
+    if extra := [name for name in (A_NAME, B_NAME) if name in artifact.tensors]:
+        raise ArtifactError(f"the tensor {extra[0]} is extra: the config has save_projection=false", extra[0])
+    return draw_projections(config.projection_prng_key, config.r, width, height)
+
+
+def _update(site: str, a: Tensor, b: Tensor, vectors: dict[str, Tensor], spec: BaseSpec) -> LowRank | Delta:
+    linear, name = spec.linears[site], PREFIX + site + B_END
+    a = a[:, : linear.in_features].contiguous()
+    b = vectors[B_END].float()[:, None] * b[: linear.out_features] * vectors[D_END].float()
+    if is_low_rank(len(a), linear):
+        return LowRank(site, a, finite(b, name))
+    return Delta(site, finite(b @ a, name))
+
+
+def _read(config: dict[str, Any]) -> VeraConfig:
+    read = read_config(config, VeraConfig, "VeRA", SILENT, SERVED_VALUES)
+    if not 0 < read.r <= MAX_RANK:
+        raise ArtifactError(f"r has the rank {read.r}, which is not between 1 and {MAX_RANK}", "r")
+    if read.projection_prng_key not in SEEDS:
+        raise ArtifactError("projection_prng_key is no seed: it has more than 64 bits", "projection_prng_key")
+    return read

@@ -1,0 +1,40 @@
+"""What a compiled patch answers against what PEFT's own model answers for the same folder."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from adapters_store.artifact import read_folder
+from adapters_store.methods import compile_patch
+from adapters_store.patch import Patch
+from tests.adapters_store.forge import spec_of
+from tests.kit import reference
+
+TOKENS = torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def assert_answers_as_peft(base: Path, folder: Path) -> Patch:
+    """The patch gives PEFT's logits within 1e-4 on 20 tokens, and logits other than the base's by more than 0.1."""
+    patch = compile_patch(read_folder(folder), spec_of(base))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ours, plain = reference.logits(model, [(patch, 1.0)], TOKENS), reference.logits(model, [], TOKENS)
+    theirs = peft_logits(base, folder)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - plain).abs().max() > 0.1
+    return patch
+
+
+@torch.inference_mode()
+def peft_logits(base: Path, folder: Path) -> Tensor:
+    """Logits [20, vocabulary] of PEFT's model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    logits: Tensor = model.eval()(torch.tensor([TOKENS])).logits[0].float()
+    return logits
