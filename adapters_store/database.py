@@ -52,6 +52,8 @@ versions = Table(
     Column("digest", String(64), nullable=False, index=True),
     Column("method", String(40), nullable=False),
     Column("num_parameters", Integer, nullable=False),
+    Column("num_items", Integer, nullable=False),
+    Column("num_virtual", Integer, nullable=False),
     Column("num_bytes", Integer, nullable=False),
     Column("prompt_format", JSON, nullable=True),
     Column("note", String(1000), nullable=False),

@@ -25,13 +25,19 @@ MAX_NUMBER = 2**63  # of what SQL takes as an integer
 
 @dataclass(frozen=True)
 class Version:
-    """One immutable version of a task."""
+    """One immutable version of a task.
+
+    `num_parameters` were trained, `num_items` numbers take its place on the device, `num_virtual` tokens of its prefix
+    come before a prompt; `num_bytes` are those of its files.
+    """
 
     task: str
     number: int
     digest: str
     method: str
     num_parameters: int
+    num_items: int
+    num_virtual: int
     num_bytes: int
     prompt_format: PromptFormat | None
     note: str
@@ -96,6 +102,8 @@ class Registry:
         digest: str,
         method: str,
         num_parameters: int,
+        num_items: int,
+        num_virtual: int,
         num_bytes: int,
         prompt_format: PromptFormat | None = None,
         note: str = "",
@@ -116,6 +124,8 @@ class Registry:
                     "digest": digest,
                     "method": method,
                     "num_parameters": num_parameters,
+                    "num_items": num_items,
+                    "num_virtual": num_virtual,
                     "num_bytes": num_bytes,
                     "prompt_format": None if prompt_format is None else msgspec.to_builtins(prompt_format),
                     "note": note,
@@ -260,6 +270,8 @@ def _version(task: str, row: Row[Any]) -> Version:
         digest=row.digest,
         method=row.method,
         num_parameters=row.num_parameters,
+        num_items=row.num_items,
+        num_virtual=row.num_virtual,
         num_bytes=row.num_bytes,
         prompt_format=None if row.prompt_format is None else msgspec.convert(row.prompt_format, PromptFormat),
         note=row.note,

@@ -17,10 +17,14 @@ from adapters_store.spec import BaseSpec
 
 @dataclass(frozen=True)
 class Method:
-    """`compile` checks that an artifact fits a base tensor for tensor, and compiles it; it raises `ArtifactError`."""
+    """`compile` checks that an artifact fits a base tensor for tensor, and compiles it; it raises `ArtifactError`.
+
+    `is_kv` says that it compiles to keys and values (`PrefixKV`).
+    """
 
     name: str
     compile: Callable[[Artifact, BaseSpec], tuple[Primitive, ...]]
+    is_kv: bool = False
 
 
 METHODS: Mapping[str, Method] = {
@@ -45,6 +49,11 @@ def method_of(artifact: Artifact) -> Method:
             f"peft_type {peft_type[:40]} is not served; served are {', '.join(METHODS)}", "peft_type"
         )
     return METHODS[peft_type]
+
+
+def is_kv(name: str) -> bool:
+    """Whether the method of this name brings the keys and values of its virtual tokens."""
+    return any(method.name == name and method.is_kv for method in METHODS.values())
 
 
 def compile_patch(artifact: Artifact, spec: BaseSpec) -> Patch:

@@ -96,9 +96,7 @@ def compile_multitask(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds,
     return (PrefixEmbeds(finite(embeds * (cols[0] @ rows[0]), EMBEDDINGS)),)
 
 
-def read_virtual_tokens(
-    artifact: Artifact, spec: BaseSpec, schema: type[T], method: str, silent: Collection[str]
-) -> T:
+def read_virtual_tokens(artifact: Artifact, spec: BaseSpec, schema: type[T], method: str, silent: Collection[str]) -> T:
     """The config of a method of virtual tokens, checked against the base as far as all of them are."""
     config = read_config(artifact.config, schema, method, silent, SERVED_VALUES)
     if not 0 < config.num_virtual_tokens < spec.max_positions:

@@ -19,7 +19,9 @@ from adapters_store.patch import Patch
 from adapters_store.registry import Version
 from server.api.body import body_parts
 from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
+from server.api.show import identity, slot_bytes
 from server.api.wire import BASE, NAME
+from server.engine.messages import Ready
 from server.errors import (
     ArtifactRefusedError,
     InvalidFieldError,
@@ -28,7 +30,7 @@ from server.errors import (
 )
 
 router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
-BYTES_PER_PARAMETER = 4  # of a slot in fp32
+MIN_ROOM = 2  # positions that a prefix must leave: one for a prompt, one for an answer
 FOLDER = "folder"  # of staging: where a body is unpacked
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
@@ -79,7 +81,8 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
         front.metrics.uploads.labels("failed").inc()
         raise storage_error(error) from error
     front.metrics.uploads.labels("taken").inc()
-    return JSONResponse(_describe(version, proved.checks), 201 if is_new else 200)
+    shown = {"task": version.task, **identity(version), "checks": proved.checks}
+    return JSONResponse(shown, 201 if is_new else 200)
 
 
 async def _receive(request: Request, front: Front, path: Path) -> None:
@@ -98,15 +101,11 @@ async def _prove_body(front: Front, staging: Path, kind: str) -> Proved:
 
 
 def prove(front: Front, folder: Path) -> Proved:
-    """Check a PEFT folder for form, finiteness, method, base and shapes. Raises `ArtifactError`."""
+    """Check a PEFT folder for form, finiteness, method, base, shapes and size. Raises `ArtifactError`."""
     ready = front.ready()
     artifact = read_folder(folder)
     patch = compile_patch(artifact, ready.spec)
-    needed = patch.num_parameters * BYTES_PER_PARAMETER
-    if needed > ready.slot_bytes:
-        raise ArtifactTooLargeError(
-            f"the adapter needs {needed} bytes on the device, all slots have {ready.slot_bytes}"
-        )
+    _check_size(patch, ready)
     is_named = artifact.manifest is not None
     checks = {
         "form": f"{len(artifact.tensors)} tensors, {artifact.num_bytes} bytes",
@@ -118,6 +117,20 @@ def prove(front: Front, folder: Path) -> Proved:
     return Proved(artifact, patch, [{"name": name, "ok": True, "detail": said} for name, said in checks.items()])
 
 
+def _check_size(patch: Patch, ready: Ready) -> None:
+    """Refuse what could never be worn. Raises `ArtifactTooLargeError`."""
+    needed = slot_bytes(patch.num_items)
+    if needed > ready.slot_bytes:
+        raise ArtifactTooLargeError(
+            f"the adapter needs {needed} bytes on the device, all slots have {ready.slot_bytes}"
+        )
+    if patch.num_virtual + MIN_ROOM > ready.max_sequence_tokens:
+        raise ArtifactTooLargeError(
+            f"the adapter has {patch.num_virtual} virtual tokens, which leave no room for a prompt and an answer in "
+            f"this server's {ready.max_sequence_tokens} tokens a sequence"
+        )
+
+
 async def keep(
     front: Front, tenant: str, task: str, folder: Path, proved: Proved, activate: bool, note: str
 ) -> tuple[Version, bool]:
@@ -127,6 +140,8 @@ async def keep(
         "digest": artifact.digest,
         "method": patch.method,
         "num_parameters": patch.num_parameters,
+        "num_items": patch.num_items,
+        "num_virtual": patch.num_virtual,
         "num_bytes": artifact.num_bytes,
         "prompt_format": artifact.manifest.prompt_format if artifact.manifest else None,
     }
@@ -146,15 +161,3 @@ def storage_error(error: OSError) -> Exception:
     if error.errno in STORAGE_FAULTS:
         return StorageError(f"the store cannot keep it: {error.strerror}; nothing was stored")
     return error
-
-
-def _describe(version: Version, checks: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "task": version.task,
-        "version": version.number,
-        "digest": version.digest,
-        "method": version.method,
-        "num_parameters": version.num_parameters,
-        "bytes": version.num_bytes,
-        "checks": checks,
-    }

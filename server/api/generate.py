@@ -39,7 +39,7 @@ async def generate(request: Request, task: str | None = None) -> Response:
     worn = await _worn(front, tenant, task, asked)
     request.state.task = worn.task
     prompts = await _prompts(front, asked, worn)
-    check_length(front, prompts, asked.max_tokens)
+    check_length(front, worn, prompts, asked.max_tokens)
     sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
     job = Job(worn, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
     request_id: str = request.state.request_id

@@ -200,7 +200,7 @@ def _submit(job: Job, prompt: int, number: int) -> Submit:
         sampling=_with_seed(job.sampling, seed),
         deadline=job.arrived + job.timeout_s,
         arrived=job.arrived,
-        hats=tuple(Hat(version.digest, weight) for version, weight in job.worn.hats),
+        hats=tuple(Hat(version.digest, weight, version.num_virtual) for version, weight in job.worn.hats),
     )
 
 

@@ -148,7 +148,7 @@ async def completions(request: Request) -> Response:
     worn = await wear(front, tenant, asked.model)
     request.state.task = worn.task
     prompts = await _prompts(front, asked)
-    check_length(front, prompts, asked.max_tokens)
+    check_length(front, worn, prompts, asked.max_tokens)
     sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
     job = Job(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     offsets: dict[int, int] = {}
@@ -170,8 +170,8 @@ async def chat_completions(request: Request) -> Response:
     prompts = [await encode_chat(front, [message.plain() for message in asked.messages], worn)]
     max_tokens = asked.max_completion_tokens or asked.max_tokens
     if max_tokens is None:  # OpenAI's default: the rest of the context
-        max_tokens = max(1, front.ready().max_sequence_tokens - len(prompts[0]))
-    check_length(front, prompts, max_tokens)
+        max_tokens = max(1, front.ready().max_sequence_tokens - worn.num_virtual - len(prompts[0]))
+    check_length(front, worn, prompts, max_tokens)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
     sampling = to_sampling(front, asked, max_tokens, (asked.top_logprobs or 0) if asked.logprobs else None)

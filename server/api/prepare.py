@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 
 from adapters_store.artifact import PromptFormat
+from adapters_store.methods import is_kv
 from adapters_store.registry import Version
 from server.api.front import Front
 from server.api.wire import BASE, Message, SamplingFields, WeightedTask
@@ -38,6 +39,11 @@ class Worn:
                 "these adapters were trained with different prompt formats: send a prompt", "messages"
             )
         return formats[0] if formats else None
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens before every prompt."""
+        return sum(version.num_virtual for version, _ in self.hats)
 
     @property
     def label(self) -> str:
@@ -72,8 +78,35 @@ async def wear_many(front: Front, tenant: str, tasks: list[WeightedTask]) -> Wor
     """Resolve several hats that one request wears at once, unmerged."""
     if any(hat.task == BASE for hat in tasks):
         raise InvalidFieldError("the base is always worn; list only adapters' tasks", "adapters")
+    names = [hat.task for hat in tasks]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidFieldError(f"the task {twice} is listed twice: a request wears a task once", "adapters")
     hats = [(await front.resolve(tenant, hat.task, None), hat.weight) for hat in tasks]
-    return Worn(tenant, "+".join(hat.task for hat in tasks), tuple(hats))
+    _check_prefixes(hats)
+    return Worn(tenant, "+".join(names), tuple(hats))
+
+
+def _check_prefixes(hats: list[tuple[Version, float]]) -> None:
+    """Prefixes stand one after another, each whole. Raises `InvalidFieldError` for what does not compose so.
+
+    Keys and values that are given, and not computed, would ignore the embeddings that stand before them.
+    """
+    computed: str | None = None
+    for version, weight in hats:
+        if version.num_virtual and weight != 1.0:
+            raise InvalidFieldError(
+                f"the task {version.task} puts {version.num_virtual} virtual tokens before the prompt, which cannot be "
+                f"weighed: give it the weight 1, not {weight:g}",
+                "adapters",
+            )
+        if computed and is_kv(version.method):
+            raise InvalidFieldError(
+                f"the task {version.task} ({version.method}) brings keys and values of the first positions: list it "
+                f"before the task {computed}",
+                "adapters",
+            )
+        if version.num_virtual and not is_kv(version.method):
+            computed = version.task
 
 
 async def encode_prompts(front: Front, prompts: list[str]) -> list[list[int]]:
@@ -109,8 +142,8 @@ def to_sampling(front: Front, fields: SamplingFields, max_tokens: int, logprobs:
     return Sampling(max_tokens=max_tokens, logprobs=logprobs, **values)
 
 
-def check_length(front: Front, prompts: list[list[int]], max_tokens: int) -> None:
-    """Refuse what could never fit, before anything queues."""
+def check_length(front: Front, worn: Worn, prompts: list[list[int]], max_tokens: int) -> None:
+    """Refuse what could never fit, before anything queues. Virtual tokens take positions as a prompt's do."""
     ready = front.ready()
     for prompt in prompts:
         if not prompt:
@@ -119,9 +152,10 @@ def check_length(front: Front, prompts: list[list[int]], max_tokens: int) -> Non
             raise InvalidFieldError(
                 f"prompt_token_ids has a token over {ready.spec.vocab_size - 1}", "prompt_token_ids"
             )
-        if len(prompt) + max_tokens > ready.max_sequence_tokens:
+        if len(prompt) + worn.num_virtual + max_tokens > ready.max_sequence_tokens:
+            virtual = f", its adapters put {worn.num_virtual} virtual tokens before it," if worn.num_virtual else ""
             raise BadRequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they are over this "
-                f"server's {ready.max_sequence_tokens}",
+                f"the prompt has {len(prompt)} tokens{virtual} and max_tokens is {max_tokens}; together they are over "
+                f"this server's {ready.max_sequence_tokens}",
                 "prompt",
             )

@@ -13,6 +13,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.intake import ZIP_TYPE, pack_zip
 from adapters_store.registry import Task, Usage, Version
 from server.api.front import admit, front_of, tenant_of
+from server.api.show import identity
 from server.api.wire import BASE
 from server.errors import ArtifactRefusedError, InvalidFieldError
 
@@ -101,11 +102,7 @@ def _task(task: Task, where: dict[str, str], used: list[Usage]) -> dict[str, Any
 
 def _version(version: Version, where: dict[str, str], used: list[Usage]) -> dict[str, Any]:
     return {
-        "version": version.number,
-        "digest": version.digest,
-        "method": version.method,
-        "num_parameters": version.num_parameters,
-        "bytes": version.num_bytes,
+        **identity(version),
         "note": version.note,
         "created": version.created,
         "residency": where.get(version.digest, "disk"),

@@ -39,10 +39,11 @@ class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
 
 class Hat(msgspec.Struct, frozen=True):
-    """One adapter that a sequence wears."""
+    """One adapter that a sequence wears; `num_virtual` positions of its prefix come before the prompt."""
 
     digest: str
     weight: float = 1.0
+    num_virtual: int = 0
 
 
 class Submit(msgspec.Struct, tag=True):

@@ -36,7 +36,8 @@ def registry(url: str) -> Iterator[Registry]:
 
 def add(registry: Registry, digest: str, task: str = "t", tenant: str = "default", **more: Any) -> tuple[Version, bool]:
     """Add a version of made-up size."""
-    return registry.add_version(tenant, task, digest=digest, method="lora", num_parameters=7, num_bytes=99, **more)
+    values = {"method": "lora", "num_parameters": 7, "num_items": 9, "num_virtual": 0, "num_bytes": 99, **more}
+    return registry.add_version(tenant, task, digest=digest, **values)
 
 
 def test_versions_are_numbered_and_routed_to(registry: Registry) -> None:

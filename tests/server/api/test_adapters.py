@@ -34,7 +34,8 @@ async def test_upload(site: Site, zips: list[bytes], loras: list[Path]) -> None:
     artifact = read_folder(loras[0])
     assert answer.status_code == 201
     body = answer.json()
-    assert set(body) == {"task", "version", "digest", "method", "num_parameters", "bytes", "checks"}
+    sizes = {"num_parameters", "bytes", "slot_bytes", "virtual_tokens"}
+    assert set(body) == {"task", "version", "digest", "method", "checks", *sizes}
     assert (body["task"], body["version"], body["method"]) == ("hat", 1, "lora")
     assert (body["digest"], body["bytes"]) == (artifact.digest, artifact.num_bytes)
     assert body["num_parameters"] == sum(tensor.numel() for tensor in artifact.tensors.values())

@@ -89,8 +89,9 @@ async def test_stream_equals_plain(real: Site) -> None:
         assert [token for event in events for token in event["token_ids"]] == plain["token_ids"]
 
 
-async def test_several_hats(real: Site) -> None:
-    """Weights count: a hat of weight 0 is the base, one alone is its task, and one worn twice at a half is itself."""
+async def test_several_hats(real: Site, loras: list[Path]) -> None:
+    """Weights count: a hat of weight 0 is the base, one alone is its task, and two equal ones at a half are one."""
+    await real.upload("t0-again", zip_folder(loras[0]))
     prompt = {"prompt": "Once upon", "max_tokens": 12, "ignore_eos": True}
 
     async def worn(*hats: tuple[str, float]) -> list[int]:
@@ -104,8 +105,9 @@ async def test_several_hats(real: Site) -> None:
     assert await worn(("t0", 0.0)) == base
     assert await worn(("t0", 1.0)) == alone
     assert await worn(("t0", 1.0), ("t1", 0.0)) == alone
-    assert await worn(("t0", 0.5), ("t0", 0.5)) == alone
+    assert await worn(("t0", 0.5), ("t0-again", 0.5)) == alone
     assert await worn(("t0", 1.0), ("t1", 1.0)) not in (base, alone)
+    await real.http.delete("/tasks/t0-again")
 
 
 EXTREMES: list[dict[str, Any]] = [

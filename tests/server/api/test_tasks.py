@@ -30,8 +30,10 @@ async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
     task = (await site.http.get("/tasks/a")).json()
     assert set(task) == {"task", "versions", "route"}
     assert task["route"] == {"versions": {"2": 100}}
-    kept = {"version", "digest", "method", "num_parameters", "bytes", "note", "created", "residency", "use"}
+    sizes = {"num_parameters", "bytes", "slot_bytes", "virtual_tokens"}
+    kept = {"version", "digest", "method", "note", "created", "residency", "use", *sizes}
     assert all(set(version) == kept for version in task["versions"])
+    assert all(version["slot_bytes"] == 4 * version["num_parameters"] for version in task["versions"])
     assert [version["digest"] for version in task["versions"]] == [first["digest"], second["digest"]]
     assert [version["residency"] for version in task["versions"]] == ["host", "slot"]
     assert task["versions"][1]["use"] == {"requests": 1, "prompt_tokens": 3, "completion_tokens": 2}
