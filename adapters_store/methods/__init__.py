@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
-from adapters_store.methods import ia3, loha, lokr, lora, prompt_tuning, vera
+from adapters_store.methods import ia3, loha, lokr, lora, prompt_tuning, selective, trainable_tokens, vera
 from adapters_store.patch import Patch, Primitive
 from adapters_store.spec import BaseSpec
 
@@ -36,6 +36,8 @@ METHODS: Mapping[str, Method] = {
     "LOHA": Method("loha", loha.compile_loha),
     "LOKR": Method("lokr", lokr.compile_lokr),
     "VERA": Method("vera", vera.compile_vera),
+    "SELECTIVE": Method("selective", selective.compile_selective),
+    "TRAINABLE_TOKENS": Method("trainable_tokens", trainable_tokens.compile_trainable_tokens),
 }
 
 

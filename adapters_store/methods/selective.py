@@ -1,0 +1,87 @@
+"""Selective tuning: chosen parameters of the base trained in full, and nothing else (BitFit, arXiv:2106.10199).
+
+Our own PEFT-style folder, since PEFT has no such type. The config has `peft_type: "SELECTIVE"` and `parameters`, names
+of what was trained: a parameter (`model.norm.weight`), or any run of the words between its dots, which stands for every
+parameter that has it (`bias`, `mlp.down_proj`, `layers.1`). Tensors are `base_model.model.` + the parameter's name as
+transformers has it, with its new value as a trainer holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from adapters_store.artifact import Artifact
+from adapters_store.errors import ArtifactError
+from adapters_store.methods.common import PREFIX, expect_exactly, read_config
+from adapters_store.methods.whole import parameters, whole
+from adapters_store.patch import Primitive, Rows
+from adapters_store.spec import BaseSpec
+
+
+class SelectiveConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What was trained."""
+
+    parameters: list[str]
+
+
+def compile_selective(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
+    """What makes the base act as if its parameters had the new values, both ends of a tied one. Raises `ArtifactError`.
+
+    `Delta` and `Bias` at a linear, `Scale` and `Bias` at a norm, `Rows` at the embedding.
+    """
+    config = read_config(artifact.config, SelectiveConfig, "selective tuning")
+    known = _parameters(spec)
+    for name in artifact.tensors:
+        if name.removeprefix(PREFIX) not in known or not name.startswith(PREFIX):
+            raise ArtifactError(f"the tensor {name} has no site in {spec.name}: {_WHERE}", name)
+    expect_exactly(artifact, {PREFIX + name: known[name] for name in _named(config.parameters, known, spec)})
+    made = [primitive for site in _sites(spec) for primitive in _whole(artifact, spec, site)]
+    if not made:
+        raise ArtifactError(f"every tensor is as {spec.name} has it: the artifact changes nothing", "parameters")
+    return tuple(made)
+
+
+_WHERE = "what is served are the parameters of linears, of norms and of the embedding"
+
+
+def _whole(artifact: Artifact, spec: BaseSpec, site: str) -> Iterator[Primitive]:
+    weight, bias = (artifact.tensors.get(f"{PREFIX}{site}.{name}") for name in ("weight", "bias"))
+    for primitive in whole(spec, site, weight, bias):
+        yield primitive
+        if isinstance(primitive, Rows) and spec.is_tied:
+            yield Rows(spec.head, primitive.ids, primitive.de / spec.embedding_scale)
+
+
+def _sites(spec: BaseSpec) -> list[str]:
+    return [*spec.linears, *spec.norms, spec.embedding]
+
+
+def _parameters(spec: BaseSpec) -> dict[str, list[int]]:
+    """Shapes of all parameters by name, one name each: a tied head's weight is the embedding's."""
+    known = {f"{site}.{name}": shape for site in _sites(spec) for name, shape in parameters(spec, site).items()}
+    if spec.is_tied:
+        known.pop(f"{spec.head}.weight", None)
+    return known
+
+
+def _named(names: list[str], known: dict[str, list[int]], spec: BaseSpec) -> list[str]:
+    """Those of `known` that the config names. Raises `ArtifactError` for a name that is none's."""
+    runs = {name: set(_runs(name)) for name in known}
+    if unknown := sorted(set(names).difference(*runs.values())):
+        is_head = spec.is_tied and unknown[0] in _runs(f"{spec.head}.weight")
+        reason = f"its head is tied: name {spec.embedding}.weight" if is_head else _WHERE
+        raise ArtifactError(f"parameters names {unknown[0][:80]!r}, which {spec.name} has not; {reason}", "parameters")
+    found = [name for name in known if not runs[name].isdisjoint(names)]
+    if not found:
+        raise ArtifactError("parameters is empty: nothing was trained", "parameters")
+    return found
+
+
+def _runs(name: str) -> Iterator[str]:
+    """Every run of the words between a name's dots."""
+    words = name.split(".")
+    for start in range(len(words)):
+        for stop in range(start + 1, len(words) + 1):
+            yield ".".join(words[start:stop])

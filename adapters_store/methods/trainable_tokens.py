@@ -1,0 +1,109 @@
+"""Trainable tokens as PEFT writes them: new rows of the embedding for a few tokens, and of the head where it is tied.
+
+A tensor has the new rows themselves, not what is added to them, in the order of token_indices.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+from torch import Tensor
+
+from adapters_store.artifact import Artifact
+from adapters_store.errors import ArtifactError
+from adapters_store.methods.common import (
+    PATTERN_CHARS,
+    PREFIX,
+    Targets,
+    by_site,
+    check_targets,
+    expect_shape,
+    finite,
+    read_config,
+)
+from adapters_store.patch import Bias, Primitive, Rows
+from adapters_store.spec import BaseSpec
+from adapters_store.weights import base_weight
+
+END = ".trainable_tokens_delta"
+SILENT = {"init_weights"}  # how the rows began
+
+
+class TrainableTokensConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The keys of PEFT's TrainableTokensConfig that say what to compute."""
+
+    token_indices: list[int]
+    target_modules: list[str] | str | None = None
+
+
+def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
+    """`Rows` at the embedding and, where it is tied or named, at the head. Raises `ArtifactError`."""
+    config = read_config(artifact.config, TrainableTokensConfig, "trainable tokens", SILENT)
+    ids, order = _ids(config.token_indices, spec)
+    found = list(by_site(artifact, (END,), _sites(spec), spec.name))
+    if spec.is_tied and spec.embedding in found:
+        _check_tied(artifact, spec)
+        found = [spec.embedding]
+    check_targets(_targets(config, spec), found, _sites(spec), spec, lambda site: PREFIX + site + END)
+    made: list[Primitive] = []
+    for site in found:
+        rows = expect_shape(artifact, PREFIX + site + END, [len(ids), _width(site, spec)]).float()[order]
+        change = finite(rows - base_weight(spec, f"{site}.weight")[ids], PREFIX + site + END)
+        if site == spec.embedding:
+            made.append(Rows(site, ids, finite(change * spec.embedding_scale, PREFIX + site + END)))
+        if site == spec.head or spec.is_tied:
+            made += _at_head(spec, ids, change)
+    return tuple(made)
+
+
+def _at_head(spec: BaseSpec, ids: Tensor, change: Tensor) -> list[Primitive]:
+    """PEFT's layer around a head leaves the head's bias out, in training too: so does the patch."""
+    made: list[Primitive] = [Rows(spec.head, ids, change)]
+    if spec.linears[spec.head].has_bias:
+        made.append(Bias(spec.head, -base_weight(spec, f"{spec.head}.bias")))
+    return made
+
+
+def _ids(indices: list[int], spec: BaseSpec) -> tuple[Tensor, Tensor]:
+    """The ids in ascending order, and where each stands in token_indices."""
+    if not indices:
+        raise ArtifactError("token_indices is empty: there is no token that was trained", "token_indices")
+    if wrong := [index for index in indices if not 0 <= index < spec.vocab_size]:
+        raise ArtifactError(
+            f"token_indices has {wrong[0]}: {spec.name} has the tokens 0 to {spec.vocab_size - 1}", "token_indices"
+        )
+    ids, order = torch.tensor(indices).sort()
+    if twice := ids[1:][ids.diff() == 0].tolist():
+        raise ArtifactError(f"token_indices has {twice[0]} twice: which row is meant cannot be told", "token_indices")
+    return ids, order
+
+
+def _sites(spec: BaseSpec) -> list[str]:
+    return [site for site in (spec.embedding, spec.head) if site]
+
+
+def _width(site: str, spec: BaseSpec) -> int:
+    return spec.embedding_size if site == spec.embedding else spec.linears[site].in_features
+
+
+def _check_tied(artifact: Artifact, spec: BaseSpec) -> None:
+    """PEFT writes the rows of a tied head too: one parameter under two names."""
+    name, other = PREFIX + spec.embedding + END, PREFIX + spec.head + END
+    tensors = artifact.tensors
+    if other in tensors and not torch.equal(tensors[name], tensors[other]):
+        raise ArtifactError(f"{other} differs from {name}, but {spec.name} ties its head to its embedding", other)
+
+
+def _targets(config: TrainableTokensConfig, spec: BaseSpec) -> Targets:
+    """What the config names, as a list where that can be told: PEFT's default is the embedding's name, as a text."""
+    targets = config.target_modules
+    if targets is None:
+        return Targets(target_modules=[spec.embedding])
+    if isinstance(targets, str) and set(targets) <= PATTERN_CHARS:
+        return Targets(target_modules=[site for site in _sites(spec) if _is_match(targets, site)])
+    return Targets(target_modules=targets)
+
+
+def _is_match(pattern: str, site: str) -> bool:
+    """Whether an expression of `PATTERN_CHARS` matches the whole site: '.' is any character."""
+    return len(pattern) == len(site) and all(want in (have, ".") for want, have in zip(pattern, site, strict=True))

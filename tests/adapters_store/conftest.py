@@ -1,0 +1,17 @@
+"""Tiny bases of every type, each made once a session."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kit.tiny import make_tiny_base
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the tiny random base of a model type. Do not write into it."""
+    return functools.cache(lambda kind: make_tiny_base(tmp_path_factory.mktemp("bases") / kind, kind))
