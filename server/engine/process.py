@@ -62,7 +62,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     """The real engine: base, bank and the store's artifacts. The heavy imports are here, so that fakes need none."""
     from adapters_store.blobs import Blobs
     from adapters_store.methods import compile_patch
-    from server.model.bank import Packed
+    from server.model.packed import Packed
     from server.model.runner import RunnerConfig, load
 
     loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adapters_store.patch import PrefixKV
 from adapters_store.spec import KVShape
 from server.model import kernels
 from server.model.batch import Row
@@ -34,6 +35,19 @@ class KVCache:
         # Pages that were never written cost no memory: empty, not zeros.
         self.keys = [like.new_empty(num_blocks, s.num_kv_heads, block_size, s.key_dim) for s in shapes]
         self.values = [like.new_empty(num_blocks, s.num_kv_heads, block_size, s.value_dim) for s in shapes]
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a whole block."""
+        for part in (*self.keys, *self.values):
+            part[target] = part[source]
+
+    def write(self, blocks: list[int], first: int, prefix: PrefixKV, span: slice) -> None:
+        """Write a span of a prefix's positions to the positions from `first` of a sequence in `blocks`."""
+        positions = torch.arange(first, first + span.stop - span.start)
+        where = torch.tensor(blocks)[positions // self.block_size], slice(None), positions % self.block_size
+        for kept, given in ((self.keys, prefix.keys), (self.values, prefix.values)):
+            for cache, layer in zip(kept, given, strict=True):
+                cache[where] = layer[span].to(cache.dtype)
 
     @staticmethod
     def block_bytes(shapes: list[KVShape], block_size: int, item_bytes: int) -> int:

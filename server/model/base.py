@@ -17,6 +17,7 @@ from server.model.attention import KVCache, ShapeProbe, UnsupportedBaseError, pa
 from server.model.bank import SlotBank
 from server.model.batch import Row
 from server.model.linear import HatLinear, choose_product
+from server.model.sites import SiteHooks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
@@ -30,6 +31,7 @@ class Base:
     model: nn.Module
     spec: BaseSpec
     bank: SlotBank
+    hooks: SiteHooks
     precision: str
     device: str
     eos_token_ids: list[int]
@@ -82,13 +84,12 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
 def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base:
     attention.install()
     model.set_attn_implementation(attention.NAME)
-    sites = {site: (linear.in_features, linear.out_features) for site, linear in spec.linears.items()}
-    bank = SlotBank(sites, device, compute_dtype(precision, device))
+    bank = SlotBank(spec, device, compute_dtype(precision, device))
     pack, head = choose_product(precision, device), model.get_output_embeddings()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
         setattr(model.get_submodule(parent), child, HatLinear(linear, pack, bank, site, linear is head))
-    return Base(model, spec, bank, precision, device, _eos_token_ids(model))
+    return Base(model, spec, bank, SiteHooks(model, bank), precision, device, _eos_token_ids(model))
 
 
 def _eos_token_ids(model: Any) -> list[int]:
@@ -112,8 +113,10 @@ class _Proof:
         positions = torch.arange(PROOF_TOKENS, device=base.device).repeat(2)
         tokens, wanted = self.tokens.flatten(), torch.arange(2 * PROOF_TOKENS, device=base.device)
         probe = ShapeProbe()
-        self._forward(base, tokens, positions, wanted, probe)
-        base.spec = replace(base.spec, kv=[probe.shapes[layer] for layer in sorted(probe.shapes)])
+        with base.hooks.learning(2 * PROOF_TOKENS):
+            self._forward(base, tokens, positions, wanted, probe)
+        kv = [probe.shapes[layer] for layer in sorted(probe.shapes)]
+        base.spec = base.bank.spec = replace(base.spec, kv=kv)
         if (
             sorted(probe.shapes) != list(range(base.spec.num_layers))
             or len({s.num_kv_heads for s in base.spec.kv}) != 1

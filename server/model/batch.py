@@ -27,6 +27,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 class Row(msgspec.Struct):
     """One sequence's share of a step: `tokens` at positions `start ..`, whose KV lies in `blocks`.
 
+    The first `num_virtual` positions of the sequence are virtual: their tokens are -1, -2, …, they are those of the
+    prefixes of its hats, and they are not in `history`. With `copy` = (source, target) the whole content of a block is
+    copied to another one before anything is written; the copies of a step are made in the order of its rows.
     `hats` lists (slot, weight): none is the base, several compose. `sampling` is None where no token is wanted
     (a prompt's chunk that is not its last). `history` is every token of the sequence so far, of which the first
     `num_prompt` are the prompt; it ends with `tokens`.
@@ -39,6 +42,8 @@ class Row(msgspec.Struct):
     sampling: Sampling | None = None
     history: list[int] = []
     num_prompt: int = 0
+    num_virtual: int = 0
+    copy: tuple[int, int] | None = None
 
 
 class Logprobs(msgspec.Struct):

@@ -1,8 +1,8 @@
-"""CPU kernels for what no library has: paged attention, and the low-rank branch of many slots.
+"""CPU kernels of paged attention, which no library has; `hat_kernels` has those of the primitives.
 
-Both are batch-invariant by construction: a token's result is computed by one thread, in an order that depends on
-its own position, length and rank alone, never on its neighbours in the batch. Their slow twins in plain torch are
-`attention.attend_reference` and `bank.apply_reference`. Numba must share torch's OpenMP, so torch is imported first.
+They are batch-invariant by construction: a token's result is computed by one thread, in an order that depends on
+its own position and length alone, never on its neighbours in the batch. Their slow twin in plain torch is
+`attention.attend_reference`. Numba must share torch's OpenMP, so torch is imported first.
 
 `fastmath` allows reassociation (a dot product cannot be vectorised without) but not the assumption that
 there are no infinities or NaNs: the masks need the former, the refusal of broken adapters the latter.
@@ -16,7 +16,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, njit, prange, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
 numba.config.THREADING_LAYER = "omp"
@@ -38,14 +38,6 @@ def _float_of_bits(_typing_context: Any, _bits: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(types.int32), codegen
-
-
-@intrinsic
-def _float_pointer(_typing_context: Any, _address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.int64), codegen
 
 
 @njit(inline="always", fastmath=FASTMATH)
@@ -172,60 +164,3 @@ def attend(query, keys, values, block_table, tiles, bounds, scaling, window, sof
                 out[token : token + count, heads],
                 scratch,
             )
-
-
-@njit(fastmath=FASTMATH, cache=True)
-def _down(x, a, t):
-    """t [r] = A x, four ranks at a time. x [in], a [r, in]."""
-    whole = a.shape[0] // 4 * 4
-    for j in range(0, whole, 4):
-        t0 = t1 = t2 = t3 = np.float32(0.0)
-        a0, a1, a2, a3 = a[j], a[j + 1], a[j + 2], a[j + 3]
-        for i in range(x.shape[0]):
-            t0 += a0[i] * x[i]
-            t1 += a1[i] * x[i]
-            t2 += a2[i] * x[i]
-            t3 += a3[i] * x[i]
-        t[j], t[j + 1], t[j + 2], t[j + 3] = t0, t1, t2, t3
-    for j in range(whole, a.shape[0]):
-        t0 = np.float32(0.0)
-        for i in range(x.shape[0]):
-            t0 += a[j, i] * x[i]
-        t[j] = t0
-
-
-@njit(fastmath=FASTMATH, cache=True)
-def _up(t, b, weight, y):
-    """y [out] += weight B t, where b [r, out] is B transposed so that the inner loop runs along memory."""
-    rank = b.shape[0]
-    whole = rank // 4 * 4
-    for j in range(0, whole, 4):
-        t0, t1, t2, t3 = weight * t[j], weight * t[j + 1], weight * t[j + 2], weight * t[j + 3]
-        b0, b1, b2, b3 = b[j], b[j + 1], b[j + 2], b[j + 3]
-        for o in range(y.shape[0]):
-            y[o] += t0 * b0[o] + t1 * b1[o] + t2 * b2[o] + t3 * b3[o]
-    for j in range(whole, rank):
-        t0 = weight * t[j]
-        for o in range(y.shape[0]):
-            y[o] += t0 * b[j, o]
-
-
-@njit(parallel=True, cache=True)
-def low_rank(x, y, row_hats, hat_slots, hat_weights, addresses, table, max_rank):
-    """y [T, out] += sum over a row's hats of weight B (A x), x [T, in].
-
-    Row t wears hats row_hats[t] : row_hats[t + 1]; table [slots, 2] = (offset in floats, rank) of this site; at that
-    offset of the slot's buffer lie A [r, in], then B transposed [r, out].
-    """
-    size_in, size_out = x.shape[1], y.shape[1]
-    for row in prange(x.shape[0]):
-        t = np.empty(max_rank, np.float32)
-        for hat in range(row_hats[row], row_hats[row + 1]):
-            slot = hat_slots[hat]
-            rank = table[slot, 1]
-            if rank > 0:
-                start = addresses[slot] + 4 * table[slot, 0]
-                a = carray(_float_pointer(start), (rank, size_in))
-                b = carray(_float_pointer(start + 4 * rank * size_in), (rank, size_out))
-                _down(x[row], a, t)
-                _up(t, b, hat_weights[hat], y[row])

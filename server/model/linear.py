@@ -104,6 +104,7 @@ class HatLinear(nn.Module):
         self.bank, self.site, self.is_head = bank, bank.site_index(site), is_head
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.bank.enter(self.site, x, self.is_head)
         y = self.product(x)
         self.bank.apply(self.site, x, y, self.is_head)
         return y

@@ -10,6 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from adapters_store.patch import PrefixKV
 from adapters_store.spec import BaseSpec
 from server.model import kernels
 from server.model.attention import KVCache, UnsupportedBaseError, page
@@ -79,14 +80,37 @@ class PagedRunner:
     @torch.inference_mode()
     def run(self, rows: list[Row]) -> list[Sampled | None]:
         """Compute every row's tokens, write their KV, and sample where a row asks for it (else None), in order."""
-        logits = self._forward(rows)
-        self.last_logits = logits
-        sampled = iter(sample(logits, [row for row in rows if row.sampling]))
+        for row in rows:
+            self._check_prefix(row)
+            if row.copy is not None:
+                self.cache.copy(*row.copy)
+        computed = [row for row in map(self._fill, rows) if row.tokens]
+        if computed:
+            self.last_logits = self._forward(computed)
+        sampled = iter(sample(self.last_logits, [row for row in rows if row.sampling]))
         return [next(sampled) if row.sampling else None for row in rows]
+
+    def _check_prefix(self, row: Row) -> None:
+        num_virtual = sum(self.base.bank.slots[slot].num_virtual for slot, _ in row.hats)
+        if num_virtual != row.num_virtual:
+            raise ValueError(f"a row counts {row.num_virtual} virtual positions, its hats have {num_virtual}")
+
+    def _fill(self, row: Row) -> Row:
+        """Write the KV that prefixes give as it is, and leave the rest of a row's tokens to be computed."""
+        before = 0
+        for slot, _ in row.hats if row.start < row.num_virtual else ():
+            prefix = self.base.bank.prefix(slot)
+            if isinstance(prefix, PrefixKV):
+                first, last = max(row.start, before), min(row.start + len(row.tokens), before + prefix.num_tokens)
+                if first < last:
+                    self.cache.write(row.blocks, first, prefix, slice(first - before, last - before))
+                    row = msgspec.structs.replace(row, start=last, tokens=row.tokens[last - row.start :])
+            before += 0 if prefix is None else prefix.num_tokens
+        return row
 
     def _forward(self, rows: list[Row]) -> Tensor:
         device = self.base.device
-        tokens = torch.tensor([token for row in rows for token in row.tokens], device=device)
+        tokens = torch.tensor([max(token, 0) for row in rows for token in row.tokens], device=device)
         positions = torch.tensor([row.start + i for row in rows for i in range(len(row.tokens))], device=device)
         wanted, end = [], 0
         for row in rows:

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from adapters_store.patch import LowRank, Patch
+from adapters_store.spec import BaseSpec, LinearSite
 from server.model.bank import NOTHING, SlotBank, apply_reference, runs, wear
 from server.model.batch import Row, Sampling
 
 SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
+SPEC = BaseSpec("toy", "0" * 64, "Toy", 32, 40, 1, 64, {site: LinearSite(*widths) for site, widths in SITES.items()})
 RANKS = (1, 2, 3, 4, 7, 8, 16, 33)
 
 
@@ -29,7 +31,7 @@ def make_patch(number: int, rank: int, sites: tuple[str, ...] = ("a", "b", "head
 
 def make_bank() -> tuple[SlotBank, dict[int, Patch]]:
     """A bank with a slot of each rank, and the patches by slot."""
-    bank = SlotBank(SITES, "cpu", torch.float32)
+    bank = SlotBank(SPEC, "cpu", torch.float32)
     patches = [make_patch(number, rank) for number, rank in enumerate(RANKS)]
     return bank, {bank.put(bank.pack(patch)): patch for patch in patches}
 
@@ -123,7 +125,7 @@ def test_a_site_without_a_primitive_is_left_alone() -> None:
 
 def test_slots_are_true_rank_and_grow() -> None:
     """A packed patch has the bytes of its own numbers, and there are as many slots as are needed."""
-    bank = SlotBank(SITES, "cpu", torch.float32)
+    bank = SlotBank(SPEC, "cpu", torch.float32)
     packed = [bank.pack(make_patch(number, 1 + number % 5)) for number in range(40)]
     assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_items for n in range(40)]
     slots = [bank.put(p) for p in packed]

@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.stablelm import StableLmConfig
 
 from server.model import base as base_module
-from server.model import kernels
+from server.model import hat_kernels
 from server.model.attention import UnsupportedBaseError
 from server.model.base import load_base
 from server.model.batch import Row, Sampling
@@ -110,11 +110,12 @@ def test_the_proof_reads_what_it_says() -> None:
 
 
 def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading runs the low-rank kernel once, and leaves no slot and no hats behind."""
-    calls = []
-    real = kernels.low_rank
-    monkeypatch.setattr(kernels, "low_rank", lambda *args: (calls.append(1), real(*args)))
+    """Loading runs each kernel of the primitives once, and leaves no slot and no hats behind."""
+    calls = set()
+    for name in ("scale", "deltas", "branches"):
+        real = getattr(hat_kernels, name)
+        monkeypatch.setattr(hat_kernels, name, lambda *args, name=name, real=real: (calls.add(name), real(*args)))
     bank = load(
         RunnerConfig(folder=str(tiny_base), name="t", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
     ).bank
-    assert calls and not bank.buffers and not bank.tokens.slots.size
+    assert calls == {"scale", "deltas", "branches"} and not bank.slots and not bank.tokens.slots.size

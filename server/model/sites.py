@@ -1,0 +1,83 @@
+"""The base's modules that are no linears - norms, blocks, layers, the embedding - hand what they compute to the bank.
+
+By forward hooks, which are there only while some slot acts at the module: whoever uses LoRA alone pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from server.model.bank import SlotBank
+from server.model.packed import SIZE, Packed
+
+
+class SiteHooks:
+    """The hooks of one model. `heads_first` is learned from one forward: norms that see [1, heads, T, d]."""
+
+    def __init__(self, model: nn.Module, bank: SlotBank) -> None:
+        self.model, self.bank = model, bank
+        self.heads_first: set[int] = set()
+        self._counts = [0] * len(bank.sites)  # slots that act at each site
+        self._handles: dict[int, list[RemovableHandle]] = {}
+        bank.on_change = self._change
+        embedding = model.get_submodule(bank.spec.embedding)
+        embedding.register_forward_hook(lambda _module, args, output: bank.embed(args[0], output))
+
+    @contextmanager
+    def learning(self, num_tokens: int) -> Iterator[None]:
+        """While a forward of `num_tokens` runs: note the norms whose output has the heads before the tokens."""
+        handles = [
+            self.model.get_submodule(site).register_forward_hook(self._learner(self.bank.site_index(site), num_tokens))
+            for site in self.bank.spec.norms
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _learner(self, site: int, num_tokens: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if output.dim() == 4 and output.shape[1] != num_tokens:
+                self.heads_first.add(site)
+
+        return hook
+
+    def _change(self, packed: Packed, change: int) -> None:
+        """A slot came (1) or goes (-1)."""
+        for site in np.flatnonzero(packed.table[:, :, SIZE].any(0)).tolist():
+            name = self.bank.sites.names[site]
+            if self.bank.sites.is_linear[site] or name == self.bank.spec.embedding:
+                continue
+            self._counts[site] += change
+            if self._counts[site] == 0:
+                for handle in self._handles.pop(site):
+                    handle.remove()
+            elif site not in self._handles:
+                self._handles[site] = self._install(site, name)
+
+    def _install(self, site: int, name: str) -> list[RemovableHandle]:
+        handles = [self.model.get_submodule(name).register_forward_hook(self._leave(site), with_kwargs=True)]
+        if norm := self.bank.sites.stream_of.get(name):
+            handles.append(self.model.get_submodule(norm).register_forward_pre_hook(self._note_stream))
+        return handles
+
+    def _note_stream(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.bank.stream = args[0]
+
+    def _leave(self, site: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            y = output[0] if isinstance(output, tuple) else output
+            x = args[0] if args else kwargs["hidden_states"]
+            rows = y.transpose(1, 2).contiguous() if site in self.heads_first else y.contiguous()
+            self.bank.apply(site, x, rows)
+            y = rows.transpose(1, 2) if site in self.heads_first else rows
+            return (y, *output[1:]) if isinstance(output, tuple) else y
+
+        return hook

@@ -1,0 +1,123 @@
+"""Every primitive in the runner's mixed batches, against plain torch on the stock model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from adapters_store.patch import Patch
+from server.model.batch import Row, Sampling
+from server.model.runner import Loaded, RunnerConfig, load
+from tests.kit import reference
+from tests.kit.patches import KINDS, random_patch
+from tests.kit.tiny import CONFIGS, make_tiny_base
+
+BLOCK = 16
+Worn = Sequence[tuple[Patch, float]]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Per type of model: the loaded runner, and the stock model."""
+    made: dict[str, tuple[Loaded, Any]] = {}
+
+    def get(model_type: str) -> tuple[Loaded, Any]:
+        if model_type not in made:
+            folder = tmp_path_factory.mktemp("bases") / model_type
+            make_tiny_base(folder, model_type)
+            made[model_type] = load_one(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return made[model_type]
+
+    return get
+
+
+def load_one(folder: Path) -> Loaded:
+    config = RunnerConfig(
+        folder=str(folder), name="tiny", precision="fp32", num_threads=1, kv_cache_bytes=2**24, block_size=BLOCK
+    )
+    return load(config)
+
+
+def run_all(loaded: Loaded, wearers: list[Worn], prompts: list[list[int]], chunk: int) -> list[torch.Tensor]:
+    """The last logits of each prompt in one mixed batch, its virtual and real tokens in chunks of `chunk`."""
+    bank, slots = loaded.bank, {}
+    for worn in wearers:
+        for patch, _ in worn:
+            if patch.digest not in slots:
+                slots[patch.digest] = bank.put(bank.pack(patch))
+    contexts, next_block = [], 0
+    for worn, prompt in zip(wearers, prompts, strict=True):
+        num_virtual = sum(patch.num_virtual for patch, _ in worn)
+        tokens = [-1 - at for at in range(num_virtual)] + prompt
+        blocks = list(range(next_block, next_block + len(tokens) // BLOCK + 1))
+        next_block += len(blocks)
+        hats = tuple((slots[patch.digest], weight) for patch, weight in worn)
+        contexts.append((tokens, num_virtual, blocks, hats))
+    logits: list[torch.Tensor] = [torch.empty(0)] * len(wearers)
+    for start in range(0, max(len(tokens) for tokens, *_ in contexts), chunk):
+        rows, whose = [], []
+        for index, (tokens, num_virtual, blocks, hats) in enumerate(contexts):
+            if start < len(tokens):
+                is_last = start + chunk >= len(tokens)
+                sampling = Sampling() if is_last else None
+                rows.append(Row(tokens[start : start + chunk], start, blocks, hats, sampling, num_virtual=num_virtual))
+                whose += [index] if is_last else []
+        loaded.runner.run(rows)
+        for index, row in zip(whose, loaded.runner.last_logits, strict=True) if whose else ():
+            logits[index] = row.clone()
+    for slot in slots.values():
+        bank.drop(slot)
+    return logits
+
+
+def compare(base: tuple[Loaded, Any], wearers: list[Worn], seed: int, chunk: int = 1000) -> list[float]:
+    """Largest gaps between the batch's logits and the reference's, alone."""
+    loaded, stock = base
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(200) for _ in range(draw.randrange(2, 30))] for _ in wearers]
+    got = run_all(loaded, wearers, prompts, chunk)
+    with torch.inference_mode():
+        wanted = [reference.logits(stock, worn, prompt)[-1] for worn, prompt in zip(wearers, prompts, strict=True)]
+        bare = [reference.logits(stock, [], prompt)[-1] for prompt in prompts]
+    for worn, want, base_logits in zip(wearers, wanted, bare, strict=True):
+        if any(weight for _, weight in worn):
+            assert (want - base_logits).abs().max() > 0.005, "the patch does nothing: the comparison says nothing"
+    return [(g - w).abs().max().item() / max(1.0, w.abs().max().item()) for g, w in zip(got, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_each_primitive_on_each_type(model_type: str, kind: str, bases: Any) -> None:
+    """Two patches of a kind and the base in one batch give the logits of the stock model with the same formulas."""
+    base = bases(model_type)
+    patches = [random_patch(base[0].spec, kind, seed) for seed in range(2)]
+    gaps = compare(base, [[(patches[0], 1.0)], [], [(patches[1], 1.0)], [(patches[0], 1.0)]], seed=1)
+    assert max(gaps) < 1e-3, gaps
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen3"])
+def test_all_primitives_mixed_and_composed(model_type: str, seed: int, bases: Any) -> None:
+    """Rows of every kind, several hats a row with weights, prefixes after one another, in chunks: each its own."""
+    base, draw = bases(model_type), random.Random(seed)
+    spec = base[0].spec
+    one_each: list[Worn] = [[(random_patch(spec, kind, seed), 1.0)] for kind in KINDS]
+    weighted = ["low_rank", "scale", "bias", "norm", "delta", "rows", "bottleneck"]
+    several: list[Worn] = [
+        [(random_patch(spec, kind, at), draw.choice([1.0, 0.5, -0.3, 0.0])) for kind in draw.sample(weighted, 3)]
+        for at in range(3)
+    ]
+    prefixed: list[Worn] = [
+        [(random_patch(spec, name, 7), 1.0) for name in names]
+        for names in (["prefix_kv", "prefix_embeds"], ["prefix_embeds", "low_rank"], ["bottleneck", "prefix_kv"])
+    ]
+    wearers: list[Worn] = [[], *one_each, *several, *prefixed, []]
+    draw.shuffle(wearers)
+    gaps = compare(base, wearers, seed, chunk=draw.choice([7, 16, 1000]))
+    assert max(gaps) < 1e-3, gaps
