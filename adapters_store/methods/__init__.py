@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
-from adapters_store.methods import ia3, loha, lokr, lora, prompt_tuning, selective, trainable_tokens, vera
+from adapters_store.methods import (
+    cpt,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    prefix_tuning,
+    prompt_tuning,
+    selective,
+    trainable_tokens,
+    vera,
+)
 from adapters_store.patch import Patch, Primitive
 from adapters_store.spec import BaseSpec
 
@@ -29,7 +40,10 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "LORA": Method("lora", lora.compile_lora),
+    "CARTRIDGE": Method("cartridge", prefix_tuning.compile_cartridge, is_kv=True),
+    "CPT": Method("cpt", cpt.compile_cpt),
     "MULTITASK_PROMPT_TUNING": Method("multitask_prompt_tuning", prompt_tuning.compile_multitask),
+    "PREFIX_TUNING": Method("prefix_tuning", prefix_tuning.compile_prefix_tuning, is_kv=True),
     "PROMPT_TUNING": Method("prompt_tuning", prompt_tuning.compile_prompt_tuning),
     "P_TUNING": Method("p_tuning", prompt_tuning.compile_p_tuning),
     "IA3": Method("ia3", ia3.compile_ia3),

@@ -1,0 +1,56 @@
+"""Prefix tuning as PEFT writes it (arXiv:2101.00190), and cartridges (arXiv:2506.06266): given keys and values.
+
+The file holds one row a virtual token: layer x (key, value) x kv head x width. PEFT folds a projection when it saves,
+and puts the keys into the cache as they are, as if they had been rotated; the prompt's positions begin behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from adapters_store.artifact import Artifact
+from adapters_store.errors import MethodUnsupportedError
+from adapters_store.methods.common import expect_exactly
+from adapters_store.methods.prompt_tuning import EMBEDDINGS, VirtualTokens, expect_of_base, read_virtual_tokens
+from adapters_store.patch import PrefixKV
+from adapters_store.spec import BaseSpec, KVShape
+
+# How the rows were trained, not what they are.
+PREFIX_SILENT = {"encoder_hidden_size", "init_weights", "prefix_projection"}
+CARTRIDGE_SILENT = {"num_frozen_tokens"}
+
+
+class KVConfig(VirtualTokens, kw_only=True):
+    """The keys that lay out a row: `num_attention_heads` are kv heads, `token_dim` is the width of all of them."""
+
+    num_attention_heads: int | None = None
+
+
+def compile_prefix_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixKV, ...]:
+    """The saved keys and values. Raises `ArtifactError`."""
+    return _compile_kv(artifact, spec, "prefix tuning", PREFIX_SILENT)
+
+
+def compile_cartridge(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixKV, ...]:
+    """The same layout; that some of its tokens were not trained is no matter. Raises `ArtifactError`."""
+    return _compile_kv(artifact, spec, "a cartridge", CARTRIDGE_SILENT)
+
+
+def _compile_kv(artifact: Artifact, spec: BaseSpec, method: str, silent: Collection[str]) -> tuple[PrefixKV, ...]:
+    config, kv = read_virtual_tokens(artifact, spec, KVConfig, method, silent), _one_shape(spec, method)
+    num_tokens, width = config.num_virtual_tokens, kv.num_kv_heads * kv.key_dim
+    expect_of_base("num_attention_heads", config.num_attention_heads, kv.num_kv_heads, spec)
+    expect_of_base("token_dim", config.token_dim, width, spec)
+    expect_exactly(artifact, {EMBEDDINGS: [num_tokens, spec.num_layers * 2 * width]})
+    rows = artifact.tensors[EMBEDDINGS].float().view(num_tokens, spec.num_layers, 2, kv.num_kv_heads, kv.key_dim)
+    keys, values = ([rows[:, layer, which].contiguous() for layer in range(spec.num_layers)] for which in (0, 1))
+    return (PrefixKV(tuple(keys), tuple(values)),)
+
+
+def _one_shape(spec: BaseSpec, method: str) -> KVShape:
+    """The shape of every layer's cache. Raises where PEFT's rows, which are of one shape, cannot lay it out."""
+    shapes = set(spec.kv)
+    shape = shapes.pop() if shapes else None
+    if shape is None or shapes or shape.key_dim != shape.value_dim:
+        raise MethodUnsupportedError(f"{method} needs keys and values of one shape in all layers of {spec.name}")
+    return shape
