@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.kit.adapters import make_lora
-from tests.kit.families import relatives
+from tests.kit.families import prompts, relatives
 
 Maker = Callable[[Path, Path, int], Path]
 
@@ -20,4 +20,10 @@ FAMILIES: Mapping[str, Maker] = {
     "loha": relatives.make_loha,
     "lokr": relatives.make_lokr,
     "vera": relatives.make_vera,
+    "prompt-tuning": prompts.make_prompt_tuning,
+    "p-tuning": prompts.make_p_tuning,
+    "multitask-prompt-tuning": prompts.make_multitask,
+    "cpt": prompts.make_cpt,
+    "prefix-tuning": prompts.make_prefix_tuning,
+    "cartridge": prompts.make_cartridge,
 }
