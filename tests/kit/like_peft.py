@@ -19,22 +19,25 @@ from tests.kit import reference
 TOKENS = torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def assert_answers_as_peft(base: Path, folder: Path) -> Patch:
-    """The patch gives PEFT's logits within 1e-4 on 20 tokens, and logits other than the base's by more than 0.1."""
+def assert_answers_as_peft(base: Path, folder: Path, **inputs: Tensor) -> Patch:
+    """The patch gives PEFT's logits within 1e-4 on 20 tokens, and logits other than the base's by more than 0.1.
+
+    `inputs` are what PEFT's model must be told beside the tokens.
+    """
     patch = compile_patch(read_folder(folder), spec_of(base))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     ours, plain = reference.logits(model, [(patch, 1.0)], TOKENS), reference.logits(model, [], TOKENS)
-    theirs = peft_logits(base, folder)
+    theirs = peft_logits(base, folder, **inputs)
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours - plain).abs().max() > 0.1
     return patch
 
 
 @torch.inference_mode()
-def peft_logits(base: Path, folder: Path) -> Tensor:
-    """Logits [20, vocabulary] of PEFT's model."""
+def peft_logits(base: Path, folder: Path, **inputs: Tensor) -> Tensor:
+    """Logits [20, vocabulary] of PEFT's model, without those of virtual tokens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-    logits: Tensor = model.eval()(torch.tensor([TOKENS])).logits[0].float()
+    logits: Tensor = model.eval()(torch.tensor([TOKENS]), **inputs).logits[0, -len(TOKENS) :].float()
     return logits
