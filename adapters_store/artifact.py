@@ -1,7 +1,8 @@
 """What an adapter is on disk: a PEFT folder, and our optional manifest beside it.
 
 `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `manifest.json` is ours. The digest, an artifact's
-identity, is sha256 over the sorted (name, sha256) of these files: all of them can change an answer.
+identity, is sha256 over the sorted (name, sha256) of these files: all of them can change an answer. AdapterHub's name
+of the weights is taken for PEFT's.
 """
 
 from __future__ import annotations
@@ -19,12 +20,24 @@ from typing import Annotated, Any
 import msgspec
 from torch import Tensor
 
-from adapters_store.errors import ArtifactError, ArtifactTooLargeError
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError, MethodUnsupportedError
 from adapters_store.strict_json import StrictJSONError, loads
 from adapters_store.tensors import read_tensors
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 FILES = (CONFIG, WEIGHTS, MANIFEST)
+ALIASES = {"adapter.safetensors": WEIGHTS}  # AdapterHub's name -> ours
+# What AdapterHub may save beside its weights, that changes the answer, and is not served -> what to do.
+REFUSED = {
+    "model_head.safetensors": "a prediction head of the adapter's own: save with save_adapter(..., with_head=False), "
+    "or leave the file out if the base's head was frozen",
+    "model_adapter_fusion.safetensors": "an AdapterFusion: only single adapters are served",
+    "adapter_interface.json": "an AdapterHub interface for a model that the library does not know by itself",
+}
+PICKLES = {
+    "adapter_model.bin": " (save it with safe_serialization=True)",
+    "pytorch_adapter.bin": " (save it with use_safetensors=True)",
+}
 FORMAT_VERSION = 1
 MAX_JSON_BYTES = {CONFIG: 256 * 2**10, MANIFEST: 2**20}
 MAX_FORMAT_CHARS = 4096
@@ -96,11 +109,30 @@ class Artifact:
     num_bytes: int
 
 
+def part_of(name: str) -> str | None:
+    """Which of `FILES` a file of this name is; None if it is no part of an artifact. Raises `ArtifactError`."""
+    if name in REFUSED:
+        raise MethodUnsupportedError(f"{name} is not served: {REFUSED[name]}", name)
+    return name if name in FILES else ALIASES.get(name)
+
+
+def find_parts(folder: Path) -> dict[str, Path]:
+    """The files of a folder that make the artifact, by their name in `FILES`. Raises `ArtifactError`."""
+    parts: dict[str, Path] = {}
+    for path in (folder / name for name in (*FILES, *ALIASES, *REFUSED)):
+        part = part_of(path.name) if path.is_file() else None
+        if part in parts:
+            raise ArtifactError(f"{path.name} and {part} are both there: which one counts?", path.name)
+        if part is not None:
+            parts[part] = path
+    return parts
+
+
 def read_folder(folder: Path) -> Artifact:
     """Read a PEFT folder. Raises `ArtifactError` naming what is wrong in it."""
-    files = {name: _read_file(folder / name) for name in FILES if (folder / name).is_file()}
+    files = {name: _read_file(path) for name, path in find_parts(folder).items()}
     if WEIGHTS not in files:
-        hint = " (save it with safe_serialization=True)" if (folder / "adapter_model.bin").exists() else ""
+        hint = next((hint for pickle, hint in PICKLES.items() if (folder / pickle).exists()), "")
         raise ArtifactError(f"there is no {WEIGHTS}{hint}", WEIGHTS)
     if CONFIG not in files:
         raise ArtifactError(f"there is no {CONFIG}", CONFIG)

@@ -1,4 +1,7 @@
-"""An upload becomes a PEFT folder: a zip of one, or a safetensors file that carries its config in its metadata."""
+"""An upload becomes a PEFT folder: a zip of one, or a safetensors file that carries its config in its metadata.
+
+A folder that AdapterHub saved is taken too, its weights under PEFT's name.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from adapters_store.artifact import CONFIG, FILES, MANIFEST, WEIGHTS
+from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, find_parts, part_of
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ArtifactTypeError
 from adapters_store.tensors import MAX_HEADER_BYTES, read_header
 
@@ -23,7 +26,10 @@ CHUNK = 2**20
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 UNSOUND_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, ValueError)
-SAVE_SAFELY = "pickles are never opened; save with save_pretrained(..., safe_serialization=True)"
+SAVE_SAFELY = (
+    "pickles are never opened; save with save_pretrained(..., safe_serialization=True), "
+    "in AdapterHub with save_adapter(..., use_safetensors=True)"
+)
 METADATA_KEYS = {CONFIG: "adapter_config", MANIFEST: "manifest"}
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -44,9 +50,8 @@ def unpack_upload(body: Path, content_type: str, into: Path, max_bytes: int) -> 
 def pack_zip(folder: Path, out: Path) -> None:
     """Zip a PEFT folder; the same folder gives the same bytes."""
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name in FILES:
-            if (folder / name).is_file():
-                archive.writestr(zipfile.ZipInfo(name, EPOCH), (folder / name).read_bytes())
+        for name, path in find_parts(folder).items():
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), path.read_bytes())
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:
@@ -112,10 +117,11 @@ def _choose(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
         path = _check_member(info)
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise ArtifactTypeError(f"{path.name[:100]} looks like a pickle; {SAVE_SAFELY}", path.name[:100])
-        if path.name in FILES and len(path.parts) <= 2 and not info.is_dir():
-            if path.name in wanted:
-                raise ArtifactError(f"the zip holds {path.name} twice", path.name)
-            wanted[path.name] = info
+        part = part_of(path.name)
+        if part is not None and len(path.parts) <= 2 and not info.is_dir():
+            if part in wanted:
+                raise ArtifactError(f"the zip holds {part} twice", part)
+            wanted[part] = info
     if len({PurePosixPath(info.filename).parent for info in wanted.values()}) > 1:
         raise ArtifactError("the zip holds the parts of an artifact in different folders")
     return wanted

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
 from adapters_store.methods import (
+    adapterhub,
+    bottleneck,
     cpt,
     ia3,
     loha,
@@ -40,6 +42,7 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "LORA": Method("lora", lora.compile_lora),
+    "BOTTLENECK": Method("bottleneck", bottleneck.compile_bottleneck),
     "CARTRIDGE": Method("cartridge", prefix_tuning.compile_cartridge, is_kv=True),
     "CPT": Method("cpt", cpt.compile_cpt),
     "MULTITASK_PROMPT_TUNING": Method("multitask_prompt_tuning", prompt_tuning.compile_multitask),
@@ -53,11 +56,14 @@ METHODS: Mapping[str, Method] = {
     "SELECTIVE": Method("selective", selective.compile_selective),
     "TRAINABLE_TOKENS": Method("trainable_tokens", trainable_tokens.compile_trainable_tokens),
 }
+ADAPTERHUB = Method("bottleneck", adapterhub.compile_adapterhub)  # its configs have no peft_type
 
 
 def method_of(artifact: Artifact) -> Method:
     """The method that an artifact's config names. Raises `MethodUnsupportedError`."""
     peft_type = artifact.config.get("peft_type")
+    if adapterhub.is_adapterhub(artifact.config):
+        return ADAPTERHUB
     if not isinstance(peft_type, str):
         raise ArtifactError("adapter_config.json has no peft_type", "peft_type")
     if peft_type not in METHODS:

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from adapters_store.artifact import CONFIG, FILES
+from adapters_store.artifact import CONFIG, find_parts
 from adapters_store.errors import AbsentError, ArtifactError
 from adapters_store.registry import DEFAULT_TENANT
 from server.api.adapters import FOLDER, keep, prove
@@ -39,9 +39,8 @@ async def _import_folder(front: Front, folder: Path) -> None:
         with front.blobs.staging() as staging:
             copy = staging / FOLDER
             copy.mkdir()
-            for name in FILES:
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, copy / name)
+            for name, path in find_parts(folder).items():
+                shutil.copyfile(path, copy / name)
             proved = await asyncio.to_thread(prove, front, copy)
             await keep(front, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
         log.info("an adapter was taken in", extra={"task": task, "digest": proved.artifact.digest})
