@@ -20,6 +20,7 @@ On the wire: {"error": {"type", "code", "message", "param", "request_id"}}.
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 from adapters_store.errors import ArtifactError
@@ -27,6 +28,7 @@ from server.engine.messages import EngineFailure
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_type": 415, "artifact_corrupt": 503}
+STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 ENGINE_STATUS = {
     "adapter_too_large": 422,
     "prompt_too_long": 400,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,17 +24,15 @@ from server.engine.messages import Ready
 from server.errors import (
     ArtifactRefusedError,
     InvalidFieldError,
-    StorageError,
     UnsupportedTypeError,
 )
 
 router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
 MIN_ROOM = 2  # positions that a prefix must leave: one for a prompt, one for an answer
 FOLDER = "folder"  # of staging: where a body is unpacked
-STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 TaskQuery = Annotated[str, Query(pattern=NAME)]
-NoteQuery = Annotated[str, Query(max_length=1000)]
+NoteQuery = Annotated[str, Query(max_length=1000, pattern=r"^[^\x00]*$")]
 BODY = {
     "requestBody": {
         "required": True,
@@ -77,9 +74,9 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
     except ArtifactError as error:
         front.metrics.uploads.labels("refused").inc()
         raise ArtifactRefusedError(error) from None
-    except OSError as error:
+    except OSError:
         front.metrics.uploads.labels("failed").inc()
-        raise storage_error(error) from error
+        raise
     front.metrics.uploads.labels("taken").inc()
     shown = {"task": version.task, **identity(version), "checks": proved.checks}
     return JSONResponse(shown, 201 if is_new else 200)
@@ -154,10 +151,3 @@ async def keep(
     except Exception:
         await front.give_up([artifact.digest])
         raise
-
-
-def storage_error(error: OSError) -> Exception:
-    """507 for a disk that is full or fails; anything else is ours."""
-    if error.errno in STORAGE_FAULTS:
-        return StorageError(f"the store cannot keep it: {error.strerror}; nothing was stored")
-    return error

@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.generation import ClientGoneError
 from server.errors import (
+    STORAGE_FAULTS,
     BadRequestError,
     InternalError,
     InvalidFieldError,
     MethodNotAllowedError,
     NotFoundError,
     ServerError,
+    StorageError,
 )
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,14 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     return await _server_error(request, BadRequestError(str(error)))
 
 
+async def _system(request: Request, error: Exception) -> Response:
+    """507 for a disk that is full or fails; anything else is ours."""
+    if not isinstance(error, OSError) or error.errno not in STORAGE_FAULTS:
+        raise error
+    known = StorageError(f"the store cannot be read or written: {error.strerror}; nothing was changed")
+    return await _server_error(request, known)
+
+
 async def _validation(request: Request, error: Exception) -> Response:
     first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": str(error)}
     field = str(first["loc"][-1])[:200]
@@ -113,4 +123,5 @@ HANDLERS = {
     ClientDisconnect: _client_gone,
     HTTPException: _http_exception,
     RequestValidationError: _validation,
+    OSError: _system,
 }

@@ -195,13 +195,18 @@ async def admit(request: Request) -> None:
 
 
 async def refuse_unknown_query(request: Request) -> None:
-    """A parameter that a route does not know would be ignored in silence. Raises `InvalidFieldError`."""
+    """A parameter that a route does not know, or that is there twice, would be ignored in silence.
+
+    Raises `InvalidFieldError`.
+    """
     route: APIRoute = request.scope["route"]
     known = {parameter.alias for parameter in route.dependant.query_params}
-    for name in request.query_params:
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
         if name not in known:
             said = ", ".join(sorted(known)) or "none"
             raise InvalidFieldError(f"unknown query parameter {name[:200]}; this route has: {said}", name[:200])
+        if count > 1:
+            raise InvalidFieldError(f"the query parameter {name} is there {count} times", name)
 
 
 def tenant_of(request: Request) -> str:

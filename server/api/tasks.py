@@ -12,12 +12,12 @@ from adapters_store.blobs import Blobs
 from adapters_store.errors import ArtifactError
 from adapters_store.intake import ZIP_TYPE, pack_zip
 from adapters_store.registry import Task, Usage, Version
-from server.api.front import admit, front_of, tenant_of
+from server.api.front import admit, front_of, refuse_unknown_query, tenant_of
 from server.api.show import identity
 from server.api.wire import BASE
 from server.errors import ArtifactRefusedError, InvalidFieldError
 
-router = APIRouter(dependencies=[Depends(admit)])
+router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
 
 
 @router.get("/tasks")

@@ -386,6 +386,13 @@ async def test_a_registry_that_cannot_write(good: Site, zips: list[bytes], monke
     assert (await good.upload("bad", zips[0])).status_code == 201
 
 
+async def test_a_note_with_nul(site: Site, zips: list[bytes]) -> None:
+    """A note that holds NUL is 422 and named; nothing is kept."""
+    answer = await site.upload("a", zips[0], note="a\0b")
+    assert (answer.status_code, error_of(answer)["param"]) == (422, "note")
+    assert site.stored() == set()
+
+
 async def test_without_an_engine(site: Site, zips: list[bytes]) -> None:
     """Without an engine nothing can be proved: 503, and nothing is kept."""
     site.engine.die()

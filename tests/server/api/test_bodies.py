@@ -198,6 +198,15 @@ async def test_unknown_query_is_422(shared: Site) -> None:
     assert (answer.status_code, error_of(answer)["param"]) == (422, "version")
     answer = await shared.http.post("/adapters?task=one&activte=false", content=b"")
     assert (answer.status_code, error_of(answer)["param"]) == (422, "activte")
+    answer = await shared.http.delete("/tasks/one?version=1")
+    assert (answer.status_code, error_of(answer)["param"]) == (422, "version")
+    assert (await shared.http.get("/tasks/one")).status_code == 200, "the whole task would have gone"
+
+
+async def test_a_query_given_twice_is_422(shared: Site) -> None:
+    """A query parameter that is there twice is 422 and named: one of the two would be ignored in silence."""
+    answer = await shared.post("/generate?task=one&task=two", {"prompt": "a"})
+    assert (answer.status_code, error_of(answer)["param"]) == (422, "task")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 
 import pytest
 
@@ -59,6 +61,32 @@ async def test_our_bug(site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pyte
         assert "secret" not in answer.text
         reasons = [record for record in caplog.records if record.exc_info]
         assert len(reasons) == 1 and reasons[0].request_id == error["request_id"]  # type: ignore[attr-defined]
+
+
+async def test_a_disk_that_fails(
+    site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that is full or fails is 507 on every route, and what was to be deleted is still there.
+
+    Another fault of the system is our bug: 500.
+    """
+    await site.upload("a", zips[0])
+    asked = [("DELETE", "/tasks/a"), ("DELETE", "/tasks/a/versions/1"), ("GET", "/tasks/a/versions/1/artifact")]
+    for code, status in ((errno.ENOSPC, 507), (errno.EIO, 507), (errno.EMFILE, 500)):
+
+        def broken(*_args: object, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            for thing, name in ((site.front.registry, "delete_task"), (site.front.registry, "delete_version")):
+                patch.setattr(thing, name, broken)
+            patch.setattr(site.front.blobs, "staging", broken)
+            for verb, path in asked:
+                answer = await site.http.request(verb, path)
+                assert answer.status_code == status, path
+                assert error_of(answer)["code"] == ("storage_failed" if status == 507 else "internal")
+                assert (os.strerror(code) in answer.text) == (status == 507)
+    assert (await site.ask("a", prompt="x"))["adapter"]["version"] == 1
 
 
 async def test_health(site: Site) -> None:
