@@ -13,6 +13,8 @@ from torch import Tensor
 from adapters_store.errors import ArtifactError
 from adapters_store.spec import BaseSpec
 
+OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # transformers renames GPT-NeoX's head when it loads and saves it
+
 
 def base_weight(spec: BaseSpec, name: str) -> Tensor:
     """A parameter of the base in fp32 by its dotted name. Raises `ArtifactError` where its folder has no such name.
@@ -22,7 +24,7 @@ def base_weight(spec: BaseSpec, name: str) -> Tensor:
     """
     if spec.is_tied and name == f"{spec.head}.weight":
         name = f"{spec.embedding}.weight"
-    for written in (name, name.partition(".")[2]):
+    for written in (name, name.partition(".")[2], OLD_NAMES.get(name, name)):
         for file in _files_with(spec, written):
             with safe_open(file, "pt") as opened:
                 tensor: Tensor = opened.get_tensor(written)

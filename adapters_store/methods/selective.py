@@ -15,7 +15,7 @@ import msgspec
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError
 from adapters_store.methods.common import PREFIX, expect_exactly, read_config
-from adapters_store.methods.whole import parameters, whole
+from adapters_store.methods.whole import changed, parameters, whole
 from adapters_store.patch import Primitive, Rows
 from adapters_store.spec import BaseSpec
 
@@ -37,13 +37,10 @@ def compile_selective(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
         if name.removeprefix(PREFIX) not in known or not name.startswith(PREFIX):
             raise ArtifactError(f"the tensor {name} has no site in {spec.name}: {_WHERE}", name)
     expect_exactly(artifact, {PREFIX + name: known[name] for name in _named(config.parameters, known, spec)})
-    made = [primitive for site in _sites(spec) for primitive in _whole(artifact, spec, site)]
-    if not made:
-        raise ArtifactError(f"every tensor is as {spec.name} has it: the artifact changes nothing", "parameters")
-    return tuple(made)
+    return changed([primitive for site in _sites(spec) for primitive in _whole(artifact, spec, site)], spec)
 
 
-_WHERE = "what is served are the parameters of linears, of norms and of the embedding"
+_WHERE = "only the parameters of linears, norms and the embedding are served"
 
 
 def _whole(artifact: Artifact, spec: BaseSpec, site: str) -> Iterator[Primitive]:

@@ -37,6 +37,13 @@ def whole(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None)
     return [] if weight is None else whole_embedding(spec, site, weight)
 
 
+def changed(made: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:
+    """What an artifact made. Raises `ArtifactError` where that is nothing: no adapter answers as the base."""
+    if not made:
+        raise ArtifactError(f"every tensor is as {spec.name} has it: the artifact changes nothing")
+    return tuple(made)
+
+
 def whole_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
     """`Delta(W' - W)` and `Bias(b' - b)`; weight as the base keeps it, [in, out] where it is transposed."""
     made: list[Primitive] = []

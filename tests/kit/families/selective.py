@@ -30,10 +30,10 @@ def change(strength: float) -> Fill:
     return fill
 
 
-def make_ln_tuning(folder: Path, base: Path, seed: int, **config: Any) -> Path:
+def make_ln_tuning(folder: Path, base: Path, seed: int, strength: float = 0.5, **config: Any) -> Path:
     """Norms trained with PEFT, by default those of any base."""
     tuning = LNTuningConfig(task_type="CAUSAL_LM", **{"target_modules": NORMS, **config})
-    return make_peft(folder, base, tuning, seed, change(0.5))
+    return make_peft(folder, base, tuning, seed, change(strength))
 
 
 def make_trainable_tokens(folder: Path, base: Path, seed: int, **config: Any) -> Path:
