@@ -66,7 +66,7 @@ def _entry(name: str, entry: Any) -> tuple[int, int]:
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
         raise ArtifactError(f"{name} has a shape or offsets that are not counts", name)
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if not num_bytes or offsets[1] - offsets[0] != num_bytes:
+    if offsets[1] - offsets[0] != num_bytes:
         raise ArtifactError(f"{name} of shape {shape} needs {num_bytes} bytes, its offsets span another number", name)
     return offsets[0], offsets[1]
 
@@ -86,6 +86,8 @@ def _check_layout(spans: dict[str, tuple[int, int]], size: int) -> None:
 
 
 def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
+    if not span:  # AdaLoRA writes what it pruned to rank 0
+        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
     tensor = torch.frombuffer(bytearray(span), dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
     if not bool(torch.isfinite(tensor).all()):
         raise ArtifactError(f"{name} holds a value that is not finite (NaN or infinity)", name)

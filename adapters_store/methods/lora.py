@@ -1,20 +1,24 @@
-"""LoRA as PEFT writes it (arXiv:2106.09685), with rsLoRA's scale (arXiv:2312.03732) and per-module patterns.
+"""LoRA as PEFT writes it (arXiv:2106.09685): rsLoRA's scale, DoRA's magnitudes, biases, modules saved whole.
 
-y += s B (A x), s = alpha / r, or alpha / sqrt(r) with use_rslora.
+y += s (B (A x) + b), s = alpha / r, or alpha / sqrt(r) with use_rslora (arXiv:2312.03732).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import msgspec
+import torch
+from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.methods.beside import Beside, split
+from adapters_store.methods.branch import Branch, compile_branch
 from adapters_store.methods.common import (
     PREFIX,
-    Targets,
     by_pattern,
     by_site,
     check_patterns,
@@ -23,10 +27,12 @@ from adapters_store.methods.common import (
     finite,
     read_config,
 )
-from adapters_store.patch import LowRank
+from adapters_store.methods.removed import check_removal, removed
+from adapters_store.patch import Primitive
 from adapters_store.spec import BaseSpec
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
+BIAS_END, MAGNITUDE_END = ".lora_B.bias", ".lora_magnitude_vector"
 # These cannot change what a trained adapter answers.
 SILENT = {
     "corda_config",
@@ -42,33 +48,30 @@ SILENT = {
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "bias": ("none",),
-    "ensure_weight_tying": (False,),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "lora_bias": (False,),
     "megatron_config": (None,),
-    "modules_to_save": (None,),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "velora_config": (None,),
 }
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base's weights as they are
+EXACT_INITS = ("pissa", "olora")  # they take a part off the base's weights that can be computed again
 INITS_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_RANK, MAX_ALPHA = 4096, 1e6
 
 
-class LoraConfig(Targets, kw_only=True):
+class LoraConfig(Beside, kw_only=True):
     """The keys of PEFT's LoraConfig that say what to compute."""
 
     r: int
     lora_alpha: int | float
     fan_in_fan_out: bool = False
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     rank_pattern: dict[str, int] = msgspec.field(default_factory=dict)
     alpha_pattern: dict[str, int | float] = msgspec.field(default_factory=dict)
     init_lora_weights: bool | str | None = True
@@ -82,28 +85,56 @@ class LoraConfig(Targets, kw_only=True):
         alpha, rank = by_pattern(self.alpha_pattern, site, self.lora_alpha), self.rank(site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    @property
+    def removal(self) -> str:
+        """The initialisation that took a part off the base's weights; empty where none did."""
+        init = str(self.init_lora_weights)
+        return "olora" if init.lower() == "olora" else init if init in EXACT_INITS else ""
 
-def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank, ...]:
-    """One `LowRank` a site, the scale folded into B once, in fp32. Raises `ArtifactError`."""
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """How the names of a site's tensors end."""
+        ends = {BIAS_END: self.lora_bias, MAGNITUDE_END: self.use_dora}
+        return (A_END, B_END, *(end for end, is_used in ends.items() if is_used))
+
+
+def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
+    """A low-rank branch a site, the scale folded into B once, in fp32, and what is beside. Raises `ArtifactError`."""
     config = _read(artifact.config)
     if embedded := [name for name in artifact.tensors if "lora_embedding_" in name]:
         raise MethodUnsupportedError(f"LoRA on embeddings is not served: {embedded[0]}", embedded[0])
-    sites = by_site(artifact, (A_END, B_END), spec.linears, spec.name)
-    made = tuple(_low_rank(artifact, config, site, spec) for site in sites)
-    check_targets(config, sites, spec.linears, spec, lambda site: PREFIX + site + A_END)
-    return made
+    parts = split(artifact, config, spec, A_END)
+    sites = by_site(parts.branches, config.ends, parts.sites, spec.name)
+    branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
+    check_targets(config, sites, parts.sites, spec, lambda site: PREFIX + site + A_END)
+    if config.removal:
+        check_removal(spec, sites, config.removal)
+        branches = [_without_removed(branch, config, spec) for branch in branches]
+    return (*(primitive for branch in branches for primitive in compile_branch(branch, spec)), *parts.primitives)
 
 
-def _low_rank(artifact: Artifact, config: LoraConfig, site: str, spec: BaseSpec) -> LowRank:
-    linear, rank = spec.linears[site], config.rank(site)
+def _branch(artifact: Artifact, config: LoraConfig, site: str, spec: BaseSpec, base_bias: Tensor | None) -> Branch:
+    linear, rank, scale = spec.linears[site], config.rank(site), config.scale(site)
+    size = [linear.out_features]
     a = expect_shape(artifact, PREFIX + site + A_END, [rank, linear.in_features])
-    b = expect_shape(artifact, PREFIX + site + B_END, [linear.out_features, rank])
-    return LowRank(site, a.float(), finite(b.float() * config.scale(site), PREFIX + site + B_END))
+    b = expect_shape(artifact, PREFIX + site + B_END, [*size, rank])
+    bias = expect_shape(artifact, PREFIX + site + BIAS_END, size).float() * scale if config.lora_bias else None
+    magnitude = expect_shape(artifact, PREFIX + site + MAGNITUDE_END, size) if config.use_dora else None
+    return Branch(site, a.float(), finite(b.float() * scale, PREFIX + site + B_END), magnitude, bias, base_bias)
+
+
+def _without_removed(branch: Branch, config: LoraConfig, spec: BaseSpec) -> Branch:
+    """The branch, and less what its initialisation took off the base's weight: twice the rank."""
+    a, b = removed(spec, branch.site, config.removal, config.rank(branch.site), config.scale(branch.site))
+    return dataclasses.replace(branch, a=torch.cat([branch.a, a]), b=torch.cat([branch.b, -b], dim=1))
 
 
 def _read(config: dict[str, Any]) -> LoraConfig:
     read = read_config(config, LoraConfig, "LoRA", SILENT, SERVED_VALUES)
-    _check_init(read.init_lora_weights)
+    if read.lora_bias and (read.use_dora or read.removal):
+        raise MethodUnsupportedError("PEFT has no lora_bias with use_dora, pissa or olora", "lora_bias")
+    if not read.removal:
+        _check_init(read.init_lora_weights)
     check_patterns(read.rank_pattern, "rank_pattern")
     check_patterns(read.alpha_pattern, "alpha_pattern")
     for name, rank in [("r", read.r), *(("rank_pattern", rank) for rank in read.rank_pattern.values())]:

@@ -39,7 +39,7 @@ class TrainableTokensConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=
 def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """`Rows` at the embedding and, where it is tied or named, at the head. Raises `ArtifactError`."""
     config = read_config(artifact.config, TrainableTokensConfig, "trainable tokens", SILENT)
-    ids, order = _ids(config.token_indices, spec)
+    ids, order = token_ids(config.token_indices, spec)
     found = list(by_site(artifact, (END,), _sites(spec), spec.name))
     if spec.is_tied and spec.embedding in found:
         _check_tied(artifact, spec)
@@ -47,34 +47,36 @@ def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primit
     check_targets(_targets(config, spec), found, _sites(spec), spec, lambda site: PREFIX + site + END)
     made: list[Primitive] = []
     for site in found:
-        rows = expect_shape(artifact, PREFIX + site + END, [len(ids), _width(site, spec)]).float()[order]
-        change = finite(rows - base_weight(spec, f"{site}.weight")[ids], PREFIX + site + END)
-        if site == spec.embedding:
-            made.append(Rows(site, ids, finite(change * spec.embedding_scale, PREFIX + site + END)))
-        if site == spec.head or spec.is_tied:
-            made += _at_head(spec, ids, change)
+        rows = expect_shape(artifact, PREFIX + site + END, [len(ids), row_width(spec, site)]).float()[order]
+        made += token_rows(spec, site, ids, rows, is_tied=spec.is_tied)
     return tuple(made)
 
 
-def _at_head(spec: BaseSpec, ids: Tensor, change: Tensor) -> list[Primitive]:
-    """PEFT's layer around a head leaves the head's bias out, in training too: so does the patch."""
-    made: list[Primitive] = [Rows(spec.head, ids, change)]
-    if spec.linears[spec.head].has_bias:
-        made.append(Bias(spec.head, -base_weight(spec, f"{spec.head}.bias")))
+def token_rows(spec: BaseSpec, site: str, ids: Tensor, rows: Tensor, is_tied: bool) -> list[Primitive]:
+    """The new rows [n, width] of the tokens `ids`, ascending, at the embedding or head; at both where they are tied.
+
+    PEFT's layer around a head leaves the head's bias out, in training too: so do the primitives.
+    """
+    change = finite(rows - base_weight(spec, f"{site}.weight")[ids], PREFIX + site + END)
+    made: list[Primitive] = []
+    if site == spec.embedding:
+        made.append(Rows(site, ids, finite(change * spec.embedding_scale, PREFIX + site + END)))
+    if site == spec.head or is_tied:
+        made.append(Rows(spec.head, ids, change))
+        if spec.linears[spec.head].has_bias:
+            made.append(Bias(spec.head, -base_weight(spec, f"{spec.head}.bias")))
     return made
 
 
-def _ids(indices: list[int], spec: BaseSpec) -> tuple[Tensor, Tensor]:
-    """The ids in ascending order, and where each stands in token_indices."""
+def token_ids(indices: list[int], spec: BaseSpec, key: str = "token_indices") -> tuple[Tensor, Tensor]:
+    """The ids in ascending order, and where each stands in `key`, the config's list. Raises `ArtifactError`."""
     if not indices:
-        raise ArtifactError("token_indices is empty: there is no token that was trained", "token_indices")
+        raise ArtifactError(f"{key} is empty: there is no token that was trained", key)
     if wrong := [index for index in indices if not 0 <= index < spec.vocab_size]:
-        raise ArtifactError(
-            f"token_indices has {wrong[0]}: {spec.name} has the tokens 0 to {spec.vocab_size - 1}", "token_indices"
-        )
+        raise ArtifactError(f"{key} has {wrong[0]}: {spec.name} has the tokens 0 to {spec.vocab_size - 1}", key)
     ids, order = torch.tensor(indices).sort()
     if twice := ids[1:][ids.diff() == 0].tolist():
-        raise ArtifactError(f"token_indices has {twice[0]} twice: which row is meant cannot be told", "token_indices")
+        raise ArtifactError(f"{key} has {twice[0]} twice: which row is meant cannot be told", key)
     return ids, order
 
 
@@ -82,7 +84,8 @@ def _sites(spec: BaseSpec) -> list[str]:
     return [site for site in (spec.embedding, spec.head) if site]
 
 
-def _width(site: str, spec: BaseSpec) -> int:
+def row_width(spec: BaseSpec, site: str) -> int:
+    """The size of a row of the embedding or of the head."""
     return spec.embedding_size if site == spec.embedding else spec.linears[site].in_features
 
 

@@ -64,7 +64,7 @@ HOSTILE = {
     "shape is null": (raw({"a": entry(None, 0, 8)}, F32), INVALID, "a has a shape"),  # type: ignore[arg-type]
     "shape is an object": (raw({"a": entry({}, 0, 4)}, F32[:4]), INVALID, "a has a shape"),  # type: ignore[arg-type]
     "offsets are null": (raw({"a": {**ONE["a"], "data_offsets": None}}, F32), INVALID, "offsets"),
-    "no values": (raw({"a": entry([0], 0, 0)}), INVALID, "needs 0 bytes"),
+    "no values but bytes": (raw({"a": entry([0], 0, 8)}, F32), INVALID, "needs 0 bytes"),
     "three offsets": (raw({"a": {**ONE["a"], "data_offsets": [0, 8, 8]}}, F32), INVALID, "offsets"),
     "offsets swapped": (raw({"a": entry([2], 8, 0)}, F32), INVALID, "offsets span"),
     "offsets too narrow": (raw({"a": entry([2], 0, 4)}, F32), INVALID, "offsets span"),
@@ -120,6 +120,7 @@ def test_what_safetensors_writes_is_read_bit_for_bit() -> None:
         "b.single": torch.randn(2, 5),
         "c.brain": torch.randn(1, 1, 7).bfloat16(),
         "d.scalar": torch.randn(()),
+        "e.pruned": torch.ones(0, 5),
     }
     read = read_tensors(save(tensors, metadata={"format": "pt"}))
     assert read.keys() == tensors.keys()
