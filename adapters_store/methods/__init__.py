@@ -24,6 +24,7 @@ from adapters_store.methods import (
     trainable_tokens,
     vera,
 )
+from adapters_store.methods.refused import refusal
 from adapters_store.patch import Patch, Primitive
 from adapters_store.spec import BaseSpec
 
@@ -67,9 +68,7 @@ def method_of(artifact: Artifact) -> Method:
     if not isinstance(peft_type, str):
         raise ArtifactError("adapter_config.json has no peft_type", "peft_type")
     if peft_type not in METHODS:
-        raise MethodUnsupportedError(
-            f"peft_type {peft_type[:40]} is not served; served are {', '.join(METHODS)}", "peft_type"
-        )
+        raise MethodUnsupportedError(refusal(peft_type, METHODS), "peft_type")
     return METHODS[peft_type]
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from unittest.mock import Mock
+
+import peft
 import pytest
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from adapters_store.artifact import BaseRef
 from adapters_store.errors import ArtifactError
 from adapters_store.methods import METHODS, compile_patch, method_of
+from adapters_store.methods.refused import CONVERTIBLE, INCONVERTIBLE
 from tests.adapters_store.forge import (
     OTHER_IDENTITY,
     WEIGHTS_DIGEST,
@@ -38,14 +47,51 @@ def test_other_weights_of_the_same_base_are_not_refused() -> None:
     compile_patch(toy_artifact(manifest=toy_manifest(base=BaseRef("toy", "a" * 64, "e" * 64))), toy_spec())
 
 
-@pytest.mark.parametrize(
-    "peft_type", [name for name in ("IA3", "PREFIX_TUNING", "lora", "NOPE") if name not in METHODS]
-)
-def test_a_method_that_is_not_served_is_refused_by_name(peft_type: str) -> None:
+@pytest.mark.parametrize("peft_type", ["lora", "BONE", "NOPE", "", "X" * 1000])
+def test_a_method_that_is_not_known_is_refused_by_name(peft_type: str) -> None:
     """An unknown peft_type is refused, and what is served is listed."""
-    with pytest.raises(ArtifactError, match=f"peft_type {peft_type} is not served; served are LORA") as caught:
+    with pytest.raises(ArtifactError, match=f"peft_type {peft_type[:40]} is not known; served are .*LORA") as caught:
         compile_patch(toy_artifact(toy_config(peft_type=peft_type)), toy_spec())
-    assert caught.value.code == "method_unsupported"
+    assert (caught.value.code, caught.value.param) == ("method_unsupported", "peft_type")
+
+
+@pytest.mark.parametrize("peft_type", [kind.value for kind in PeftType])
+def test_every_method_of_peft_is_served_or_refused_with_what_to_do(peft_type: str) -> None:
+    """Of the installed PEFT's methods each is served, or refused: with the way to LoRA exactly where PEFT has one."""
+    if peft_type in METHODS:
+        assert METHODS[peft_type].name == peft_type.lower()
+        assert peft_type not in CONVERTIBLE | INCONVERTIBLE
+        return
+    can = "but PEFT can convert it to LoRA, an approximation of the rank that you choose: peft.save_as_lora"
+    cannot = r"and PEFT cannot convert it to LoRA: train one of .*LORA.* instead"
+    with pytest.raises(ArtifactError, match=can if converts_to_lora(peft_type) else cannot) as caught:
+        method_of(toy_artifact(toy_config(peft_type=peft_type)))
+    assert (caught.value.code, caught.value.param) == ("method_unsupported", "peft_type")
+    assert f"peft_type {peft_type} is not served" in str(caught.value)
+
+
+def test_what_is_refused_by_name_is_peft_s() -> None:
+    """No sentence is kept for a method that PEFT does not have, and the way that they name exists."""
+    assert {kind.value for kind in PeftType} >= CONVERTIBLE | INCONVERTIBLE
+    assert callable(peft.save_as_lora)
+
+
+def converts_to_lora(peft_type: str) -> bool:
+    """Whether any layer of a method's package says so, on a linear."""
+    package = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)].__module__.rpartition(".")[0]
+    on_linear = Mock(get_base_layer=lambda: nn.Linear(1, 1))
+    return any(
+        layer.supports_lora_conversion(on_linear)
+        for layer in all_subclasses(BaseTunerLayer)
+        if layer.__module__.startswith(f"{package}.")
+    )
+
+
+def all_subclasses(kind: type) -> Iterator[type]:
+    """All classes that derive from one."""
+    for derived in kind.__subclasses__():
+        yield derived
+        yield from all_subclasses(derived)
 
 
 @pytest.mark.parametrize("config", [{}, {"peft_type": None}, {"peft_type": ["LORA"]}])

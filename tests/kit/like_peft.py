@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from adapters_store.artifact import read_folder
-from adapters_store.methods import compile_patch
+from adapters_store.artifact import Artifact, read_folder
+from adapters_store.methods import common, compile_patch
 from adapters_store.patch import Patch
 from tests.adapters_store.forge import spec_of
 from tests.kit import reference
@@ -41,3 +44,16 @@ def peft_logits(base: Path, folder: Path, **inputs: Tensor) -> Tensor:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
     logits: Tensor = model.eval()(torch.tensor([TOKENS]), **inputs).logits[0, -len(TOKENS) :].float()
     return logits
+
+
+def changed(artifact: Artifact, config: Mapping[str, Any], tensors: Mapping[str, Tensor | None]) -> Artifact:
+    """The same artifact with other values of the config and other tensors; None takes a tensor away."""
+    new = {name: tensor for name, tensor in {**artifact.tensors, **tensors}.items() if tensor is not None}
+    return dataclasses.replace(artifact, config={**artifact.config, **config}, tensors=new)
+
+
+def assert_every_key_is_judged(peft_config: type, schema: type, *judged: Collection[str]) -> None:
+    """No key of PEFT's config class is unknown to us: a new PEFT that adds one turns this red."""
+    written = {field.name for field in dataclasses.fields(peft_config)}
+    known = {*common.SILENT, *common.SERVED_VALUES, *schema.__struct_fields__}  # type: ignore[attr-defined]
+    assert written <= known.union(*judged)

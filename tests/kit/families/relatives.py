@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import IA3Config, LoHaConfig, LoKrConfig, VeraConfig
@@ -17,7 +19,7 @@ QUERIES = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
 def make_vera(folder: Path, base: Path, seed: int) -> Path:
     """Every linear of the layers; in every second one the projections are left to be drawn again."""
     rank, is_saved = 2 + 4 * (seed % 3), seed % 2 == 0
-    config = VeraConfig(r=rank, projection_prng_key=seed, save_projection=is_saved, **_everywhere())
+    config = vera_config(r=rank, projection_prng_key=seed, save_projection=is_saved, **_everywhere())
     return make_peft(folder, base, config, seed, fill=noise)
 
 
@@ -42,6 +44,13 @@ def make_ia3(folder: Path, base: Path, seed: int) -> Path:
     (feedforward if seed % 2 else output).extend(QUERIES)
     config = IA3Config(task_type="CAUSAL_LM", target_modules=output + feedforward, feedforward_modules=feedforward)
     return make_peft(folder, base, config, seed, fill=around_one)
+
+
+def vera_config(**values: Any) -> VeraConfig:
+    """A config of VeRA, without PEFT's warning that other systems may draw other projections."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return VeraConfig(**{"task_type": "CAUSAL_LM", **values})
 
 
 def _everywhere() -> dict[str, str]:

@@ -1,0 +1,64 @@
+"""PEFT's methods that are not served, and what to do with an adapter of each: a sentence, by what PEFT can do.
+
+PEFT can convert to LoRA what its linear layers say they support (`supports_lora_conversion`); a test holds this list to
+the installed PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+CONVERTIBLE = frozenset(
+    {
+        "C3A",
+        "DELORA",
+        "FOURIERFT",
+        "GRALORA",
+        "MISS",
+        "PSOFT",
+        "RANDLORA",
+        "TINYLORA",
+        "UNILORA",
+        "VBLORA",
+        "WAVEFT",
+    }
+)
+INCONVERTIBLE = frozenset(
+    {
+        "ADAMSS",
+        "ADAPTION_PROMPT",
+        "BEFT",
+        "BOFT",
+        "DEFT",
+        "FROD",
+        "GLORA",
+        "HIRA",
+        "HRA",
+        "LILY",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "POLY",
+        "PVERA",
+        "ROAD",
+        "SHADOW",
+        "SHIRA",
+        "SUPERTUNING",
+        "XLORA",
+    }
+)
+
+
+def refusal(peft_type: str, served: Collection[str]) -> str:
+    """The sentence that refuses a peft_type that is not served."""
+    if peft_type in CONVERTIBLE:
+        return (
+            f"peft_type {peft_type} is not served, but PEFT can convert it to LoRA, an approximation of the rank that "
+            "you choose: peft.save_as_lora(folder, model, rank=...), then upload that folder"
+        )
+    if peft_type in INCONVERTIBLE:
+        return (
+            f"peft_type {peft_type} is not served, and PEFT cannot convert it to LoRA: train one of "
+            f"{', '.join(sorted(served))} instead"
+        )
+    return f"peft_type {peft_type[:40]} is not known; served are {', '.join(sorted(served))}"
