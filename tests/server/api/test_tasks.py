@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 import zipfile
 from concurrent.futures import Future
@@ -76,6 +77,25 @@ async def test_delete_a_version(site: Site, zips: list[bytes]) -> None:
     assert (await site.post("/generate?task=a", {"prompt": "x"})).status_code == 404
     assert (await site.ask("a", prompt="x", version=1))["adapter"]["digest"] == digests[0]
     assert (await site.http.delete("/tasks/a/versions/2")).status_code == 404
+
+
+async def test_uploaded_while_it_is_deleted(site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes whose last version is deleted between their storing and their registering are not deleted with it."""
+    digest = (await site.upload("a", zips[0])).json()["digest"]
+    add_version, stored = site.front.registry.add_version, threading.Event()
+
+    def slow(*args: Any, **values: Any) -> Any:
+        stored.set()
+        time.sleep(0.3)  # long enough for the deletion, were it let through
+        return add_version(*args, **values)
+
+    monkeypatch.setattr(site.front.registry, "add_version", slow)
+    uploading = asyncio.create_task(site.upload("b", zips[0]))
+    await until(stored.is_set)
+    assert (await site.http.delete("/tasks/a")).status_code == 204
+    assert (await uploading).status_code == 201
+    assert site.stored() == {digest}
+    assert (await site.ask("b", prompt="x"))["adapter"]["digest"] == digest
 
 
 async def test_upload_after_deletion(site: Site, zips: list[bytes]) -> None:
