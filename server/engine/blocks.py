@@ -1,8 +1,13 @@
 """Blocks of KV cache: who holds which, and which of their contents can be used again.
 
-A full block whose KV is computed is known by its key: sha256 over the parent block's key and its tokens, and the
-first parent is the root key over namespace and hats. So no block ever crosses adapters, weights or tenants.
-A block that nobody holds keeps its contents until it is needed: the free list gives out the least recently used.
+A full block whose KV is computed is known by its key: sha256 over the parent block's key, the namespace and its
+tokens, and the first parent is the root key over the hats. So no block ever crosses adapters, weights or tenants.
+A block that nobody holds keeps its contents until it is needed: the free lists give out the least recently used.
+
+The virtual positions of a prefix are the beginning of a sequence like any other, but for two things. They are the
+adapter's and no tenant's, so their keys have no namespace: their KV is computed once. And where they end inside a
+block, that block is known by a key of its own, of its virtual positions alone: who finds it copies it and goes on in
+the copy. What is known as a prefix is given out after everything else.
 """
 
 from __future__ import annotations
@@ -21,27 +26,55 @@ class InvariantError(RuntimeError):
     """The engine's books do not add up: a bug, and a reason to start anew."""
 
 
-def root_key(namespace: str, hats: Iterable[tuple[str, float]]) -> Key:
-    """The parent of a sequence's first block: sha256 over the namespace and (digest, weight) of each hat in order."""
+def root_key(hats: Iterable[tuple[str, float]]) -> Key:
+    """The parent of a sequence's first block: sha256 over (digest, weight) of each hat in order."""
     hashed = hashlib.sha256()
-    for text, weight in ((namespace, 1.0), *hats):
-        encoded = text.encode()
+    for digest, weight in hats:
+        encoded = digest.encode()
         hashed.update(struct.pack("<Qd", len(encoded), weight) + encoded)
     return hashed.digest()
 
 
-def block_key(parent: Key, tokens: Sequence[int]) -> Key:
-    """The key of a full block: sha256 over its parent's key (32 bytes) and its tokens (8 bytes each)."""
-    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+def namespace_salt(namespace: str) -> bytes:
+    """What keeps the blocks of namespaces apart: sha256 of the name."""
+    return hashlib.sha256(namespace.encode()).digest()
+
+
+def block_key(parent: Key, salt: bytes, tokens: Sequence[int]) -> Key:
+    """The key of a block: sha256 over its parent's key (32 bytes), the salt (32 or 0) and its tokens (8 bytes each).
+
+    A block without a salt has virtual tokens alone, which are negative; so the fields cannot be mistaken.
+    """
+    return hashlib.sha256(parent + salt + array("q", tokens).tobytes()).digest()
 
 
 @dataclass
 class BlockTable:
-    """One sequence's blocks in order of position; `keys` are those of its first full and computed blocks."""
+    """One sequence's blocks in order of position; `keys` are those of its first full and computed blocks.
+
+    Its first `num_virtual` positions are virtual; `is_tail_known` says that the block where they end was published.
+    `copy` is (source, target) where its next step must begin with the copy of a block.
+    """
 
     root: Key
+    salt: bytes = b""
+    num_virtual: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
+    copy: tuple[int, int] | None = None
+    is_tail_known: bool = False
+
+    def key_after(self, parent: Key, tokens: Sequence[int], start: int, end: int) -> Key:
+        """The key of the block of the positions [start, end) behind a parent."""
+        return block_key(parent, b"" if end <= self.num_virtual else self.salt, tokens[start:end])
+
+
+@dataclass(frozen=True)
+class Found:
+    """What of a sequence's beginning is computed: (key, block) of its full blocks, and the block its prefix ends in."""
+
+    full: list[tuple[Key, int]]
+    tail: int | None = None
 
 
 class BlockPool:
@@ -51,54 +84,68 @@ class BlockPool:
         self.num_blocks, self.block_size, self.is_cached = num_blocks, block_size, is_cached
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
+        self._free_prefixes: OrderedDict[int, None] = OrderedDict()  # the same, of blocks that are part of a prefix
         self._block_of: dict[Key, int] = {}
-        self._key_of: dict[int, Key] = {}
+        self._keys_of: dict[int, list[Key]] = {}
+        self._prefixes: set[int] = set()
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, with or without contents."""
-        return len(self._free)
+        return len(self._free) + len(self._free_prefixes)
 
     @property
     def num_cached(self) -> int:
         """Blocks whose contents can be found again."""
-        return len(self._block_of)
+        return len(self._keys_of)
 
     def num_needed(self, table: BlockTable, num_tokens: int) -> int:
         """How many more blocks the table needs to hold `num_tokens` positions."""
         return max(0, -(-num_tokens // self.block_size) - len(table.blocks))
 
-    def lookup(self, root: Key, tokens: Sequence[int]) -> list[tuple[Key, int]]:
-        """(key, block) of the computed blocks that `tokens` begins with.
+    def lookup(self, table: BlockTable, tokens: Sequence[int]) -> Found:
+        """The computed blocks that `tokens` begins with.
 
-        They hold at most all tokens but the last, which must be computed for its logits.
+        They hold at most all tokens but the last, which must be computed for its logits. Without the cache, no more
+        than virtual ones.
         """
-        found: list[tuple[Key, int]] = []
-        parent, size = root, self.block_size
-        for end in range(size, len(tokens), size) if self.is_cached else ():
-            parent = block_key(parent, tokens[end - size : end])
-            block = self._block_of.get(parent)
+        full: list[tuple[Key, int]] = []
+        parent, size, virtual = table.root, self.block_size, table.num_virtual
+        for end in range(size, len(tokens) if self.is_cached else virtual + 1, size):
+            key = table.key_after(parent, tokens, end - size, end)
+            block = self._block_of.get(key)
             if block is None:
                 break
-            found.append((parent, block))
-        return found
+            full.append((key, block))
+            parent = key
+        start = len(full) * size
+        if start < virtual < start + size:
+            return Found(full, self._block_of.get(table.key_after(parent, tokens, start, virtual)))
+        return Found(full)
 
     def allocate(self, table: BlockTable, tokens: Sequence[int], num_spare: int = 0) -> int | None:
         """Give an empty table blocks for all `tokens`; returns how many of these are already computed.
 
         None, and nothing is changed, where fewer than `num_spare` blocks would be left free.
         """
-        found = self.lookup(table.root, tokens)
-        num_revived = sum(not self._refs[block] for _, block in found)
-        num_new = self.num_needed(table, len(tokens)) - len(found)
+        found = self.lookup(table, tokens)
+        num_revived = sum(not self._refs[block] for _, block in found.full)
+        num_new = self.num_needed(table, len(tokens)) - len(found.full)
         if self.num_free - num_revived - num_new < num_spare:
             return None
-        for key, block in found:
+        for key, block in found.full:
             self._hold(block)
             table.blocks.append(block)
             table.keys.append(key)
+        tail, at = found.tail, len(table.blocks)
+        if tail is None or (not self._refs[tail] and num_new == self.num_free):  # the last free block: computed anew
+            self.extend(table, len(tokens))
+            return at * self.block_size
+        self._hold(tail)  # it must not be given out before it is copied
         self.extend(table, len(tokens))
-        return len(found) * self.block_size
+        self._release(tail)
+        table.copy = (tail, table.blocks[at])
+        return table.num_virtual
 
     def extend(self, table: BlockTable, num_tokens: int) -> bool:
         """Let the table hold `num_tokens` positions; False, and nothing is changed, where too few blocks are free."""
@@ -106,33 +153,55 @@ class BlockPool:
         if num_new > self.num_free:
             return False
         for _ in range(num_new):
-            block = next(iter(self._free))
+            block = next(iter(self._free or self._free_prefixes))
             self._forget(block)
             self._hold(block)
             table.blocks.append(block)
         return True
 
     def publish(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> None:
-        """Make the table's full blocks among the first `num_computed` positions known: their KV is computed."""
-        size = self.block_size
-        for index in range(len(table.keys), num_computed // size if self.is_cached else 0):
+        """Make the table's full blocks among the first `num_computed` positions known, and where its prefix ends."""
+        size, virtual = self.block_size, table.num_virtual
+        for index in range(len(table.keys), (num_computed if self.is_cached else min(virtual, num_computed)) // size):
             parent = table.keys[-1] if table.keys else table.root
-            key = block_key(parent, tokens[index * size : (index + 1) * size])
+            if index == virtual // size:
+                self._publish_tail(table, tokens, parent)
+            key = table.key_after(parent, tokens, index * size, (index + 1) * size)
             table.keys.append(key)
-            block = table.blocks[index]
-            if key not in self._block_of:  # else another sequence computed the same first: ours stays unknown
-                self._block_of[key], self._key_of[block] = block, key
+            self._know(key, table.blocks[index], is_prefix=(index + 1) * size <= virtual)
+        if virtual <= num_computed and len(table.keys) == virtual // size:
+            self._publish_tail(table, tokens, table.keys[-1] if table.keys else table.root)
+
+    def _publish_tail(self, table: BlockTable, tokens: Sequence[int], parent: Key) -> None:
+        start = table.num_virtual // self.block_size * self.block_size
+        if start < table.num_virtual and not table.is_tail_known:
+            table.is_tail_known = True
+            key = table.key_after(parent, tokens, start, table.num_virtual)
+            self._know(key, table.blocks[start // self.block_size], is_prefix=True)
+
+    def _know(self, key: Key, block: int, is_prefix: bool) -> None:
+        if key not in self._block_of:  # else another sequence computed the same first: ours stays unknown
+            self._block_of[key] = block
+            self._keys_of.setdefault(block, []).append(key)
+            if is_prefix:
+                self._prefixes.add(block)
 
     def free(self, table: BlockTable) -> None:
         """Take all of a table's blocks back; what they hold can be found until they are given out again."""
         for block in reversed(table.blocks):  # a chain is given out from its end, so that its beginning stays useful
-            self._refs[block] -= 1
-            if not self._refs[block]:
-                self._free[block] = None
-                if block not in self._key_of:
-                    self._free.move_to_end(block, last=False)
+            self._release(block)
         table.blocks.clear()
         table.keys.clear()
+        table.copy, table.is_tail_known = None, False
+
+    def _release(self, block: int) -> None:
+        self._refs[block] -= 1
+        if self._refs[block]:
+            return
+        free = self._free_prefixes if block in self._prefixes else self._free
+        free[block] = None
+        if block not in self._keys_of:
+            free.move_to_end(block, last=False)
 
     def assert_consistent(self, tables: Iterable[BlockTable]) -> None:
         """Raise `InvariantError` unless the books agree with `tables`, all that hold blocks now."""
@@ -140,16 +209,18 @@ class BlockPool:
         for block, num_refs in enumerate(self._refs):
             if num_refs != held[block]:
                 raise InvariantError(f"block {block} counts {num_refs} holders and has {held[block]}")
-            if (num_refs == 0) != (block in self._free):
+            if (num_refs == 0) != (block in self._free or block in self._free_prefixes):
                 raise InvariantError(f"block {block} with {num_refs} holders is on the wrong side of the free list")
-        if {block: key for key, block in self._block_of.items()} != self._key_of:
+        known = {key: block for block, keys in self._keys_of.items() for key in keys}
+        if self._block_of != known or not self._prefixes <= self._keys_of.keys():
             raise InvariantError("the keys of blocks and the blocks of keys disagree")
 
     def _hold(self, block: int) -> None:
         self._free.pop(block, None)
+        self._free_prefixes.pop(block, None)
         self._refs[block] += 1
 
     def _forget(self, block: int) -> None:
-        key = self._key_of.pop(block, None)
-        if key is not None:
+        for key in self._keys_of.pop(block, ()):
             del self._block_of[key]
+        self._prefixes.discard(block)

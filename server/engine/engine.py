@@ -123,8 +123,8 @@ class Engine(Generic[P]):
 
     def _refusal(self, submit: Submit) -> EngineFailure | None:
         """Why a sequence cannot even queue. The front refuses the malformed before; this is the engine's own guard."""
-        num_tokens, most = len(submit.prompt), self.max_sequence_tokens
-        if not 0 < num_tokens < most or submit.sampling.max_tokens < 1:
+        num_tokens, most = len(submit.prompt) + sum(hat.num_virtual for hat in submit.hats), self.max_sequence_tokens
+        if not submit.prompt or num_tokens >= most or submit.sampling.max_tokens < 1:
             message = f"a prompt of {num_tokens} tokens for {submit.sampling.max_tokens} more; between 1 and {most} fit"
             return EngineFailure("internal", message)
         if submit.sequence_id in self.sequences:
@@ -141,8 +141,8 @@ class Engine(Generic[P]):
         plan = scheduler.plan(self.adapters, now)
         for sequence in plan.admitted:
             self.adapters.pin(sequence.digests)
-            self._stats.cache_query_tokens_total += sequence.num_prompt
-            self._stats.cache_hit_tokens_total += sequence.num_cached
+            self._stats.cache_query_tokens_total += sequence.num_prompt - sequence.num_virtual
+            self._stats.cache_hit_tokens_total += sequence.num_cached_prompt
         self._stats.preemptions_total += plan.num_preempted
         return plan
 
@@ -171,6 +171,10 @@ class Engine(Generic[P]):
         self._stats.steps_total += 1
         self._stats.rows_total += len(rows)
         self._stats.tokens_total += plan.num_tokens
+        for sequence, _ in plan.rows:  # in this order: a later one's target may be an earlier one's source
+            if sequence.table.copy is not None:
+                self.runner.copy(*sequence.table.copy)
+                sequence.table.copy = None
         try:
             return self.runner.run(rows)
         except Exception:
@@ -186,15 +190,16 @@ class Engine(Generic[P]):
 
     def _row(self, sequence: Sequence, num_tokens: int) -> Row:
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
-        is_last = end == len(sequence.tokens)
+        virtual, is_last = sequence.num_virtual, end == len(sequence.tokens)
         return Row(
             tokens=sequence.tokens[start:end],
             start=start,
             blocks=sequence.table.blocks,
             hats=tuple((self.adapters.slot(hat.digest), hat.weight) for hat in sequence.hats),
             sampling=sequence.sampling if is_last else None,
-            history=sequence.tokens if is_last else sequence.tokens[:end],
-            num_prompt=sequence.num_prompt,
+            history=sequence.tokens[virtual:end] if virtual or not is_last else sequence.tokens,
+            num_prompt=sequence.num_prompt - virtual,
+            num_virtual=virtual,
         )
 
     def _commit(self, plan: Plan, results: Iterable[Result]) -> None:
@@ -218,7 +223,8 @@ class Engine(Generic[P]):
 
     def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         sequence.tokens.append(sampled.token)
-        output = Output(sequence.id, [sampled.token], cached_tokens=sequence.num_cached)
+        output = Output(sequence.id, [sampled.token])
+        output.cached_tokens, output.virtual_tokens = sequence.num_cached_prompt, sequence.num_virtual
         if sampled.logprobs is not None:
             output.logprobs = [sampled.logprobs]
         if sequence.num_output == 1:

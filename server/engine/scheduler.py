@@ -174,7 +174,7 @@ class Scheduler:
         for sequence in self.waiting():
             if plan.num_tokens >= limits.max_batch_tokens or len(self.running) >= limits.max_running:
                 return
-            if not self._can_wear(sequence, adapters, now):
+            if not self._can_wear(sequence, adapters, now) or self._is_prefix_coming(sequence):
                 continue
             # one block is left to each running sequence: admission must not cause the next preemption
             num_cached = self.pool.allocate(sequence.table, sequence.tokens, num_spare=len(self.running))
@@ -206,6 +206,13 @@ class Scheduler:
             sequence.load_seconds += now - sequence.skipped_since
             sequence.skipped_since = None
         return self._starving is None or self._starving is sequence
+
+    def _is_prefix_coming(self, sequence: Sequence) -> bool:
+        """Whether a running sequence computes the same prefix just now: soon it can be shared."""
+        root, num_virtual = sequence.table.root, sequence.num_virtual
+        return num_virtual > 0 and any(
+            other.num_computed < num_virtual and other.table.root == root for other in self.running
+        )
 
     def _skip(self, sequence: Sequence, adapters: Adapters, now: float) -> None:
         if sequence.skipped_since is None:

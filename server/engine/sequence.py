@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from server.engine.blocks import BlockTable, root_key
+from server.engine.blocks import BlockTable, namespace_salt, root_key
 from server.engine.messages import Hat, Submit
 from server.model.batch import Sampling
 
@@ -29,8 +29,8 @@ class Sequence:
     id: str
     namespace: str
     hats: tuple[Hat, ...]
-    tokens: list[int]  # the prompt, then the output
-    num_prompt: int
+    tokens: list[int]  # virtual ones (-1, -2, …), the prompt, then the output
+    num_prompt: int  # virtual ones included
     sampling: Sampling
     deadline: float
     arrived: float
@@ -39,7 +39,7 @@ class Sequence:
     state: State = State.WAITING
     is_preempted: bool = False
     num_computed: int = 0
-    num_cached: int = 0  # of the prompt, found computed when it was first admitted
+    num_cached: int = 0  # of the prompt, found computed when it was first admitted, virtual ones included
     num_charged: int = 0  # tokens that its namespace was charged for
     first_admitted: float | None = None
     skipped_since: float | None = None  # waiting for an adapter since then
@@ -49,16 +49,18 @@ class Sequence:
     @classmethod
     def of(cls, submit: Submit) -> Sequence:
         """The sequence that a request asks for."""
+        num_virtual = sum(hat.num_virtual for hat in submit.hats)
+        root = root_key((hat.digest, hat.weight) for hat in submit.hats)
         return cls(
             id=submit.sequence_id,
             namespace=submit.namespace,
             hats=submit.hats,
-            tokens=list(submit.prompt),
-            num_prompt=len(submit.prompt),
+            tokens=[*range(-1, -1 - num_virtual, -1), *submit.prompt],
+            num_prompt=num_virtual + len(submit.prompt),
             sampling=submit.sampling,
             deadline=submit.deadline,
             arrived=submit.arrived,
-            table=BlockTable(root_key(submit.namespace, ((hat.digest, hat.weight) for hat in submit.hats))),
+            table=BlockTable(root, namespace_salt(submit.namespace), num_virtual),
             digests=tuple(dict.fromkeys(hat.digest for hat in submit.hats)),
         )
 
@@ -66,6 +68,16 @@ class Sequence:
     def remainder(self) -> int:
         """How many of its tokens have no KV yet; at least 1 until it is finished."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_virtual(self) -> int:
+        """How many of its first tokens are virtual."""
+        return self.table.num_virtual
+
+    @property
+    def num_cached_prompt(self) -> int:
+        """How many real tokens of the prompt were found computed."""
+        return max(0, self.num_cached - self.num_virtual)
 
     @property
     def num_output(self) -> int:

@@ -28,8 +28,7 @@ class Row(msgspec.Struct):
     """One sequence's share of a step: `tokens` at positions `start ..`, whose KV lies in `blocks`.
 
     The first `num_virtual` positions of the sequence are virtual: their tokens are -1, -2, …, they are those of the
-    prefixes of its hats, and they are not in `history`. With `copy` = (source, target) the whole content of a block is
-    copied to another one before anything is written; the copies of a step are made in the order of its rows.
+    prefixes of its hats, and they are not in `history`.
     `hats` lists (slot, weight): none is the base, several compose. `sampling` is None where no token is wanted
     (a prompt's chunk that is not its last). `history` is every token of the sequence so far, of which the first
     `num_prompt` are the prompt; it ends with `tokens`.
@@ -43,7 +42,6 @@ class Row(msgspec.Struct):
     history: list[int] = []
     num_prompt: int = 0
     num_virtual: int = 0
-    copy: tuple[int, int] | None = None
 
 
 class Logprobs(msgspec.Struct):
@@ -69,6 +67,10 @@ class Runner(Protocol):
 
     block_size: int
     num_blocks: int
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy the whole content of a block to another one."""
+        ...
 
     def run(self, rows: list[Row]) -> list[Sampled | None]:
         """Compute every row's tokens, write their KV, and sample where a row asks for it (else None), in order."""

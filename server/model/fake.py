@@ -89,6 +89,11 @@ class FakeRunner:
         self.batches: list[int] = []  # the number of rows of each step
         self._cells: list[int | None] = [None] * (num_blocks * block_size)
 
+    def copy(self, source: int, target: int) -> None:
+        """See `Runner.copy`."""
+        source, target = source * self.block_size, target * self.block_size
+        self._cells[target : target + self.block_size] = self._cells[source : source + self.block_size]
+
     def run(self, rows: list[Row]) -> list[Sampled | None]:
         """See `Runner.run`. Raises `FakeKVError` where a row's KV is not what its own tokens and hats made."""
         time.sleep(self.step_seconds)
@@ -101,10 +106,12 @@ class FakeRunner:
 
     def _write(self, row: Row, written: set[int]) -> int:
         """Check a row's past, write its tokens' KV, and return that of its last token."""
-        if row.history[row.start :] != row.tokens:
+        end = row.start + len(row.tokens)
+        context = [*range(-1, -1 - row.num_virtual, -1)][:end] + row.history
+        if context[row.start :] != row.tokens:
             raise FakeKVError("the history does not end with the row's tokens")
         hats = [(self.bank.slots[slot].digest, weight) for slot, weight in row.hats]
-        cells = chain(chain_start(hats), row.history)
+        cells = chain(chain_start(hats), context)
         places = [
             row.blocks[at // self.block_size] * self.block_size + at % self.block_size for at in range(len(cells))
         ]
@@ -131,18 +138,20 @@ def answer_alone(
     prompt: Sequence[int],
     hats: Iterable[tuple[str, float]],
     sampling: Sampling,
+    num_virtual: int = 0,
     *,
     vocab_size: int,
     eos_token_ids: Iterable[int],
     max_sequence_tokens: int,
 ) -> tuple[list[int], str]:
     """The tokens and the finish reason that a request must get, whatever else runs."""
-    cell, output, eos = chain(chain_start(hats), prompt)[-1], [], set(eos_token_ids)
+    context = [*range(-1, -1 - num_virtual, -1), *prompt]
+    cell, output, eos = chain(chain_start(hats), context)[-1], [], set(eos_token_ids)
     while True:
         token = choose(cell, sampling, vocab_size)
         output.append(token)
         cell = chain(cell, [token])[-1]
         if token in eos and not sampling.ignore_eos:
             return output, "stop"
-        if len(output) >= sampling.max_tokens or len(prompt) + len(output) >= max_sequence_tokens:
+        if len(output) >= sampling.max_tokens or len(context) + len(output) >= max_sequence_tokens:
             return output, "length"

@@ -78,12 +78,15 @@ class PagedRunner:
         self.last_logits = torch.empty(0, base.spec.vocab_size)
 
     @torch.inference_mode()
+    def copy(self, source: int, target: int) -> None:
+        """Copy the whole content of a block to another one."""
+        self.cache.copy(source, target)
+
+    @torch.inference_mode()
     def run(self, rows: list[Row]) -> list[Sampled | None]:
         """Compute every row's tokens, write their KV, and sample where a row asks for it (else None), in order."""
         for row in rows:
             self._check_prefix(row)
-            if row.copy is not None:
-                self.cache.copy(*row.copy)
         computed = [row for row in map(self._fill, rows) if row.tokens]
         if computed:
             self.last_logits = self._forward(computed)

@@ -44,11 +44,31 @@ CASES: dict[str, Cases] = {
     "llama": {
         **COMMON,
         "houlsby-norms": ("DoubleSeqBnConfig", {"ln_before": True, "ln_after": True, "non_linearity": "gelu"}),
-        "houlsby-attention": ("DoubleSeqBnConfig", {"output_adapter": False, "non_linearity": "tanh", "scaling": 0.5}),
-        "pfeiffer-factors": ("SeqBnConfig", {"reduction_factor": {"0": 64, "default": 3.5}, "scaling": "learned"}),
+        "houlsby-attention": (
+            "DoubleSeqBnConfig",
+            {"output_adapter": False, "non_linearity": "tanh", "residual_before_ln": False},
+        ),
+        "pfeiffer-factors": (
+            "SeqBnConfig",
+            {
+                "reduction_factor": {"0": 64, "default": 3.5},
+                "scaling": "learned",
+                "adapter_residual_before_ln": True,  # without a norm after, it says nothing
+            },
+        ),
         "pfeiffer-norm": ("SeqBnConfig", {"ln_after": True, "scaling": "channel"}),
         "plus": ("AdapterPlusConfig", {"stochastic_depth": 0.0, "reduction_factor": 9}),
-        "parallel-norms": ("ParBnConfig", {"ln_before": True, "ln_after": True, "scaling": "learned"}),
+        "parallel-norms": (
+            "ParBnConfig",
+            {
+                "ln_before": True,
+                "ln_after": True,
+                "scaling": "learned",
+                "original_ln_before": True,  # parallel bottlenecks do not ask for it, nor for the next two
+                "residual_before_ln": False,
+                "adapter_residual_before_ln": True,
+            },
+        ),
     },
     "mistral": COMMON,
     "gpt2": COMMON,

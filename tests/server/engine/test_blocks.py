@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from server.engine.blocks import BlockPool, BlockTable, InvariantError, block_key, root_key
+from server.engine.blocks import BlockPool, BlockTable, InvariantError, block_key, namespace_salt, root_key
 
-ROOT = root_key("t", [])
+ROOT = root_key([])
 TOKENS = list(range(100, 117))  # 17: four full blocks of 4, and one more
 
 
@@ -38,47 +38,118 @@ def test_uncomputed_blocks_are_not_shared() -> None:
     """A block can be found only after the step that computed its last position."""
     pool, table = BlockPool(16, 4), BlockTable(ROOT)
     pool.allocate(table, TOKENS)
-    assert pool.lookup(ROOT, TOKENS) == []
+    assert pool.lookup(BlockTable(ROOT), TOKENS).full == []
     pool.publish(table, TOKENS, 7)
-    assert len(pool.lookup(ROOT, TOKENS)) == 1
+    assert len(pool.lookup(BlockTable(ROOT), TOKENS).full) == 1
     pool.publish(table, TOKENS, 8)
-    assert len(pool.lookup(ROOT, TOKENS)) == 2
+    assert len(pool.lookup(BlockTable(ROOT), TOKENS).full) == 2
+
+
+def table_of(namespace: str, hats: list[tuple[str, float]], num_virtual: int = 0) -> BlockTable:
+    return BlockTable(root_key(hats), namespace_salt(namespace), num_virtual)
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("namespace", "hats"),
     [
-        root_key("u", []),
-        root_key("t", [("a", 1.0)]),
-        root_key("t", [("a", 0.5)]),
-        root_key("t", [("b", 1.0)]),
-        root_key("t", [("a", 1.0), ("b", 1.0)]),
-        root_key("t", [("b", 1.0), ("a", 1.0)]),
-        root_key("ta", []),
-        root_key("t", [("", 1.0), ("a", 1.0)]),
+        ("u", []),
+        ("t", [("a", 1.0)]),
+        ("t", [("a", 0.5)]),
+        ("t", [("b", 1.0)]),
+        ("t", [("a", 1.0), ("b", 1.0)]),
+        ("t", [("b", 1.0), ("a", 1.0)]),
+        ("ta", []),
+        ("t", [("", 1.0), ("a", 1.0)]),
     ],
 )
-def test_no_block_crosses_tenants_adapters_or_weights(other: bytes) -> None:
+def test_no_block_crosses_tenants_adapters_or_weights(namespace: str, hats: list[tuple[str, float]]) -> None:
     """Another namespace, digest, weight or order of hats finds nothing, and is known by another key."""
     pool = BlockPool(64, 4)
-    roots = [root_key("t", [("c", 1.0)]), ROOT]
-    for root in roots:
-        computed(pool, root)
-    assert other not in roots
-    assert pool.lookup(other, TOKENS) == []
+    for table in (table_of("t", [("c", 1.0)]), table_of("t", [])):
+        pool.allocate(table, TOKENS)
+        pool.publish(table, TOKENS, len(TOKENS))
+    assert len(pool.lookup(table_of("t", []), TOKENS).full) == 4
+    assert pool.lookup(table_of(namespace, hats), TOKENS).full == []
 
 
 def test_keys_are_framed_by_length() -> None:
     """Moving a letter from one field of the key to its neighbour makes another key."""
-    assert root_key("ab", [("c", 1.0)]) != root_key("a", [("bc", 1.0)])
-    assert block_key(ROOT, [1, 256]) != block_key(ROOT, [1 + 256, 0])
+    assert root_key([("ab", 1.0), ("c", 1.0)]) != root_key([("a", 1.0), ("bc", 1.0)])
+    assert block_key(ROOT, b"", [1, 256]) != block_key(ROOT, b"", [1 + 256, 0])
+
+
+PREFIXED = [-1, -2, -3, -4, -5, -6, *TOKENS]  # six virtual positions: a block of 4, and half of the next
+
+
+def test_prefix_is_shared_by_all_tenants_and_their_texts_by_none() -> None:
+    """Whoever wears the same prefix holds its full blocks and begins with a copy of the block that it ends in."""
+    pool = BlockPool(32, 4)
+    first, second = table_of("t", [("p", 1.0)], 6), table_of("u", [("p", 1.0)], 6)
+    assert pool.allocate(first, PREFIXED) == 0
+    pool.publish(first, PREFIXED, len(PREFIXED))
+    assert pool.allocate(second, PREFIXED) == 6
+    assert second.blocks[0] == first.blocks[0] and not set(second.blocks[1:]) & set(first.blocks)
+    assert second.copy == (first.blocks[1], second.blocks[1])
+    third = table_of("t", [("p", 1.0)], 6)
+    assert pool.allocate(third, PREFIXED) == 20 and third.copy is None
+    pool.assert_consistent([first, second, third])
+
+
+def test_prefix_is_shared_without_the_cache_too() -> None:
+    """The switch of the prefix cache is for texts: a prefix is the adapter's, and computed once."""
+    pool = BlockPool(32, 4, is_cached=False)
+    first, second = table_of("t", [("p", 1.0)], 6), table_of("t", [("p", 1.0)], 6)
+    assert pool.allocate(first, PREFIXED) == 0
+    pool.publish(first, PREFIXED, len(PREFIXED))
+    assert pool.allocate(second, PREFIXED) == 6
+
+
+def test_prefix_is_not_found_before_it_is_computed() -> None:
+    """The block that a prefix ends in is known when its last virtual position is computed, not before."""
+    pool = BlockPool(32, 4)
+    first = table_of("t", [("p", 1.0)], 6)
+    pool.allocate(first, PREFIXED)
+    pool.publish(first, PREFIXED, 5)
+    assert pool.lookup(table_of("t", [("p", 1.0)], 6), PREFIXED).tail is None
+    pool.publish(first, PREFIXED, 6)
+    assert pool.lookup(table_of("t", [("p", 1.0)], 6), PREFIXED).tail == first.blocks[1]
+
+
+def test_prefixes_are_given_out_last() -> None:
+    """What nobody holds and is no prefix goes first, however recently it was used."""
+    pool = BlockPool(8, 4)
+    table = table_of("t", [("p", 1.0)], 6)
+    pool.allocate(table, PREFIXED[:8])
+    pool.publish(table, PREFIXED[:8], 8)
+    pool.free(table)
+    others = BlockTable(ROOT)
+    assert pool.extend(others, 24)
+    assert len(pool.lookup(table_of("t", [("p", 1.0)], 6), PREFIXED).full) >= 1
+    assert pool.extend(others, 32)
+    assert pool.lookup(table_of("t", [("p", 1.0)], 6), PREFIXED).full == []
+
+
+def test_source_of_a_copy_is_not_given_out_for_its_target() -> None:
+    """Also where few blocks are free, a copy has two blocks; with too few the end of the prefix is computed anew."""
+    pool = BlockPool(3, 4)
+    table = table_of("t", [("p", 1.0)], 6)
+    pool.allocate(table, PREFIXED[:8])
+    pool.publish(table, PREFIXED[:8], 6)
+    pool.free(table)
+    copying = table_of("t", [("p", 1.0)], 6)
+    assert pool.allocate(copying, PREFIXED[:8]) == 6
+    assert copying.copy is not None and len({*copying.copy, copying.blocks[0]}) == 3
+    pool.free(copying)
+    pressed = table_of("t", [("p", 1.0)], 6)
+    assert pool.allocate(pressed, PREFIXED[:12]) == 4 and pressed.copy is None
+    pool.assert_consistent([pressed])
 
 
 def test_same_tokens_after_another_beginning_are_another_block() -> None:
     """A block is known by all that comes before it, not by its own tokens alone."""
     pool = BlockPool(16, 4)
     computed(pool)
-    assert pool.lookup(ROOT, [1, 2, 3, 4, *TOKENS[4:]]) == []
+    assert pool.lookup(BlockTable(ROOT), [1, 2, 3, 4, *TOKENS[4:]]).full == []
 
 
 def test_freed_blocks_keep_their_contents_until_needed() -> None:
@@ -88,10 +159,10 @@ def test_freed_blocks_keep_their_contents_until_needed() -> None:
     pool.free(old)
     pool.free(new)
     assert pool.num_free == 8
-    assert len(pool.lookup(ROOT, TOKENS)) == 4
+    assert len(pool.lookup(BlockTable(ROOT), TOKENS).full) == 4
     assert pool.allocate(BlockTable(ROOT), [9] * 12) == 0
-    assert len(pool.lookup(ROOT, TOKENS)) == 1
-    assert len(pool.lookup(ROOT, [*range(17)])) == 4
+    assert len(pool.lookup(BlockTable(ROOT), TOKENS).full) == 1
+    assert len(pool.lookup(BlockTable(ROOT), [*range(17)]).full) == 4
 
 
 def test_blocks_without_contents_are_given_out_before_useful_ones() -> None:
@@ -102,7 +173,7 @@ def test_blocks_without_contents_are_given_out_before_useful_ones() -> None:
     pool.free(useful)
     pool.free(useless)
     pool.extend(BlockTable(ROOT), 16)
-    assert len(pool.lookup(ROOT, TOKENS)) == 4
+    assert len(pool.lookup(BlockTable(ROOT), TOKENS).full) == 4
 
 
 def test_shared_blocks_outlive_their_first_holder() -> None:
@@ -159,7 +230,7 @@ def test_books_are_checked() -> None:
     with pytest.raises(InvariantError, match="holders"):
         pool.assert_consistent([])
     with pytest.raises(InvariantError, match="holders"):
-        pool.assert_consistent([table, BlockTable(ROOT, [0])])
+        pool.assert_consistent([table, BlockTable(ROOT, blocks=[0])])
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -171,8 +242,9 @@ def test_books_agree_whatever_happens(seed: int) -> None:
     for _ in range(300):
         action = draw.randrange(4)
         if action == 0 or not held:
-            table, tokens = BlockTable(draw.choice([ROOT, root_key("u", [])])), [draw.randrange(2) for _ in range(20)]
-            tokens = tokens[: draw.randrange(1, 20)]
+            num_virtual = draw.choice([0, 3, 4, 9])
+            table = table_of(draw.choice(["t", "u"]), [("a", 1.0 + num_virtual)], num_virtual)
+            tokens = [-1 - at for at in range(num_virtual)] + [draw.randrange(2) for _ in range(draw.randrange(1, 20))]
             if pool.allocate(table, tokens, draw.randrange(3)) is not None:
                 held.append((table, tokens))
         elif action == 1:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from server.engine.messages import EngineConfig
-from tests.server.engine.world import DIGEST_BYTES, World, digest_of, prompt_of
+from tests.server.engine.world import DIGEST_BYTES, World, digest_of, prompt_of, virtual_of
 
 
 def random_world(draw: random.Random) -> World:
@@ -22,6 +22,7 @@ def random_world(draw: random.Random) -> World:
         host_bytes=draw.choice([2, 4, 30]) * DIGEST_BYTES,
         copy_bytes_per_step=draw.choice([1, 1000]),
         is_prefix_cached=draw.random() < 0.6,
+        has_prefixes=draw.random() < 0.7,
         num_loaders=draw.randrange(1, 4),
     )
 
@@ -39,6 +40,8 @@ def ask(draw: random.Random, world: World) -> str:
         before = draw.choice([*world.requests.values()])
         hats, namespace = [(int(hat.digest[:8]), hat.weight) for hat in before.hats], before.namespace
         prompt = before.prompt[: draw.randrange(1, len(before.prompt) + 1)] + prompt[: draw.randrange(30)]
+    num_virtual = sum(virtual_of(hat if isinstance(hat, int) else hat[0]) for hat in hats if world.has_prefixes)
+    hats, most = (hats, most - num_virtual) if num_virtual < most else ([], most)
     return world.submit(
         prompt[:most],
         *hats,

@@ -12,8 +12,8 @@ from adapters_store.artifact import read_folder
 from adapters_store.methods import compile_patch
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Hat, Submit
-from server.model.packed import Packed
 from server.model.batch import Sampling
+from server.model.packed import Packed
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.adapters import make_lora
 

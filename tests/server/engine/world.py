@@ -18,6 +18,11 @@ EOS = [7]
 DIGEST_BYTES = 10
 
 
+def virtual_of(number: int) -> int:
+    """How many virtual positions adapter `number` has where a world has prefixes: every third one has some."""
+    return 1 + number * 5 % 13 if number % 3 == 2 else 0
+
+
 def digest_of(number: int) -> str:
     """A digest for a number; adapters 0, 1, 2 … differ from their first letter on."""
     return f"{number:08d}" * 8
@@ -108,8 +113,16 @@ class Answer:
 class World:
     """One engine, its fakes, and the answers so far."""
 
-    def __init__(self, *, num_blocks: int = 64, block_size: int = 4, vocab_size: int = 512, **fields: Any) -> None:
-        self.config = config(**fields)
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        vocab_size: int = 512,
+        has_prefixes: bool = False,
+        **fields: Any,
+    ) -> None:
+        self.config, self.has_prefixes = config(**fields), has_prefixes
         self.clock, self.executor, self.loader = Clock(), LateExecutor(), Loader()
         self.bank = FakeBank(self.config.slot_bytes)
         self.runner = FakeRunner(self.bank, num_blocks, block_size, vocab_size)
@@ -134,9 +147,10 @@ class World:
         **sampling: Any,
     ) -> str:
         """Ask; the hats are numbers of adapters, with or without a weight."""
+        weighted = [(number, 1.0) if isinstance(number, int) else number for number in numbers]
         hats = tuple(
-            Hat(digest_of(number), 1.0) if isinstance(number, int) else Hat(digest_of(number[0]), number[1])
-            for number in numbers
+            Hat(digest_of(number), weight, virtual_of(number) if self.has_prefixes else 0)
+            for number, weight in weighted
         )
         name = f"r{len(self.requests)}"
         deadline = self.clock.now + timeout
@@ -171,6 +185,7 @@ class World:
             request.prompt,
             [(hat.digest, hat.weight) for hat in request.hats],
             request.sampling,
+            sum(hat.num_virtual for hat in request.hats),
             vocab_size=self.runner.vocab_size,
             eos_token_ids=EOS,
             max_sequence_tokens=self.engine.max_sequence_tokens,
