@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy.exc import DBAPIError
 
+from adapters_store import database
 from adapters_store.artifact import Around, PromptFormat
-from adapters_store.database import connect, metadata
+from adapters_store.database import connect, metadata, transaction
 from adapters_store.errors import AbsentError
 from adapters_store.registry import Registry, Usage, Version
 
@@ -273,6 +276,28 @@ def test_a_file_that_is_no_database_is_not_overwritten(tmp_path: Path, url: str)
     with pytest.raises(Exception, match="not a database"):
         Registry(url).open()
     assert (tmp_path / "registry.db").read_bytes() == b"precious" * 1000
+
+
+def test_a_database_of_the_first_schema_is_migrated(url: str) -> None:
+    """What was registered before sizes were kept is LoRA: it takes what was trained, and has no virtual tokens."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    with transaction(connect(url), is_write=True) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql("INSERT INTO tasks (tenant, name, next_number) VALUES ('default', 't', 2)")
+        connection.exec_driver_sql(
+            "INSERT INTO versions (task_id, number, digest, method, num_parameters, num_bytes, note, created) "
+            "VALUES (1, 1, ?, 'lora', 7, 99, 'old', 1.5)",
+            (D1,),
+        )
+        connection.exec_driver_sql("INSERT INTO routes (task_id, weights, created) VALUES (1, '{\"1\": 100}', 1.5)")
+    registry = Registry(url).open()
+    old = registry.resolve("default", "t")
+    assert (old.digest, old.num_parameters, old.num_items, old.num_virtual, old.note) == (D1, 7, 7, 0, "old")
+    new, _ = add(registry, D2, num_parameters=6, num_items=12, num_virtual=3)
+    assert (new.number, new.num_items, new.num_virtual) == (2, 12, 3) and registry.resolve("default", "t") == new
+    registry.close()
 
 
 def test_sqlite_itself_agrees(registry: Registry, tmp_path: Path) -> None:
