@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
 from adapters_store.methods import (
+    adalora,
     adapterhub,
     bottleneck,
     cpt,
@@ -43,6 +44,7 @@ class Method:
 
 METHODS: Mapping[str, Method] = {
     "LORA": Method("lora", lora.compile_lora),
+    "ADALORA": Method("adalora", adalora.compile_adalora),
     "BOTTLENECK": Method("bottleneck", bottleneck.compile_bottleneck),
     "CARTRIDGE": Method("cartridge", prefix_tuning.compile_cartridge, is_kv=True),
     "CPT": Method("cpt", cpt.compile_cpt),

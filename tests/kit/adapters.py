@@ -40,7 +40,7 @@ def make_lora(
     model = _wrap(base_folder, lora)
     randomise(model, seed, strength)
     model.save_pretrained(folder, save_embedding_layers=False)
-    _sort_config(folder / "adapter_config.json")
+    sort_config(folder / "adapter_config.json")
     return folder
 
 
@@ -68,7 +68,7 @@ def _fill(layer: LoraLayer, generator: torch.Generator, strength: float) -> None
     down.weight, up.weight = nn.Parameter(a), nn.Parameter(b)
 
 
-def _sort_config(path: Path) -> None:
+def sort_config(path: Path) -> None:
     """PEFT writes some lists in the order of a set, which differs from run to run."""
     config = json.loads(path.read_text())
     for name in ("target_modules", "feedforward_modules"):
@@ -124,5 +124,5 @@ def make_peft(folder: Path, base_folder: Path, config: PeftConfig, seed: int = 0
                 if parameter.requires_grad:
                     parameter.copy_(fill(name, parameter.detach().clone(), generator))
         model.save_pretrained(folder, save_embedding_layers=False)
-    _sort_config(folder / "adapter_config.json")
+    sort_config(folder / "adapter_config.json")
     return folder

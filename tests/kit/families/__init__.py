@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.kit.adapters import make_lora
-from tests.kit.families import prompts, relatives
+from tests.kit.families import loras, prompts, relatives
 
 Maker = Callable[[Path, Path, int], Path]
 
 FAMILIES: Mapping[str, Maker] = {
     "lora": lambda folder, base, seed: make_lora(folder, base, seed, r=2 + 3 * (seed % 4)),
+    "lora-bias": loras.make_lora_bias,
+    "lora-saved": loras.make_lora_saved,
+    "dora": loras.make_dora,
+    "adalora": loras.make_adalora,
     "ia3": relatives.make_ia3,
     "loha": relatives.make_loha,
     "lokr": relatives.make_lokr,
