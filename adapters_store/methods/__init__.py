@@ -13,12 +13,15 @@ from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBa
 from adapters_store.methods import (
     adalora,
     adapterhub,
+    beft,
     bottleneck,
     cpt,
     ia3,
     loha,
     lokr,
     lora,
+    miss,
+    oft,
     prefix_tuning,
     prompt_tuning,
     selective,
@@ -58,6 +61,9 @@ METHODS: Mapping[str, Method] = {
     "VERA": Method("vera", vera.compile_vera),
     "SELECTIVE": Method("selective", selective.compile_selective),
     "TRAINABLE_TOKENS": Method("trainable_tokens", trainable_tokens.compile_trainable_tokens),
+    "BEFT": Method("beft", beft.compile_beft),
+    "MISS": Method("miss", miss.compile_miss),
+    "OFT": Method("oft", oft.compile_oft),
 }
 ADAPTERHUB = Method("bottleneck", adapterhub.compile_adapterhub)  # its configs have no peft_type
 

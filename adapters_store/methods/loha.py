@@ -9,7 +9,8 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.methods.common import PREFIX, finite
-from adapters_store.methods.lycoris import LycorisConfig, is_low_rank, read_lycoris, sites_of
+from adapters_store.methods.lycoris import LycorisConfig, read_lycoris
+from adapters_store.methods.sites import is_low_rank, linears_of
 from adapters_store.patch import Delta, LowRank
 from adapters_store.spec import BaseSpec, LinearSite
 
@@ -28,7 +29,7 @@ def compile_loha(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, .
         a, b = [linear.out_features, config.rank(site)], [config.rank(site), linear.in_features]
         return dict(zip(ENDS, (a, b, a, b), strict=True))
 
-    sites = sites_of(artifact, config, spec, ENDS, shapes)
+    sites = linears_of(artifact, config, spec, ENDS, shapes)
     return tuple(_update(artifact, site, config.rank(site), config.scale(site), spec) for site in sites)
 
 

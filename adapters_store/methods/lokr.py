@@ -13,7 +13,8 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.methods.common import PREFIX, finite
-from adapters_store.methods.lycoris import LycorisConfig, is_low_rank, read_lycoris, sites_of
+from adapters_store.methods.lycoris import LycorisConfig, read_lycoris
+from adapters_store.methods.sites import is_low_rank, linears_of
 from adapters_store.patch import Delta, LowRank
 from adapters_store.spec import BaseSpec, LinearSite
 
@@ -38,7 +39,7 @@ class LokrConfig(LycorisConfig, kw_only=True):
 def compile_lokr(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, ...]:
     """One `LowRank` a site, or a `Delta` where that holds fewer numbers. Raises `ArtifactError`."""
     config = read_lycoris(artifact, LokrConfig, "LoKr")
-    sites = sites_of(artifact, config, spec, ENDS, config.shapes)
+    sites = linears_of(artifact, config, spec, ENDS, config.shapes)
     return tuple(_update(artifact, site, config.scale(site), spec.linears[site]) for site in sites)
 
 

@@ -1,25 +1,14 @@
-"""What LoHa and LoKr share, which PEFT took from LyCORIS (arXiv:2309.14859): their config and their sites."""
+"""What LoHa and LoKr share, which PEFT took from LyCORIS (arXiv:2309.14859): their config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import msgspec
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
-from adapters_store.methods.common import (
-    PREFIX,
-    Targets,
-    by_pattern,
-    by_site,
-    check_patterns,
-    check_targets,
-    expect_exactly,
-    read_config,
-)
-from adapters_store.spec import BaseSpec, LinearSite
+from adapters_store.methods.common import Targets, by_pattern, check_patterns, read_config
 
 SILENT = {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
@@ -60,30 +49,3 @@ def read_lycoris(artifact: Artifact, schema: type[Config], method: str) -> Confi
     if cores := [name for name in artifact.tensors if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2"))]:
         raise MethodUnsupportedError(f"{method} of a convolution (Tucker's core) is not served: {cores[0]}", cores[0])
     return read
-
-
-def sites_of(
-    artifact: Artifact,
-    config: LycorisConfig,
-    spec: BaseSpec,
-    ends: Collection[str],
-    shapes: Callable[[str, LinearSite], dict[str, list[int]]],
-) -> list[str]:
-    """The sites of an artifact that has exactly the tensors whose ends and shapes `shapes` gives for each of them."""
-    sites = by_site(artifact, tuple(ends), spec.linears, spec.name)
-    if transposed := [site for site in sites if spec.linears[site].is_transposed]:
-        name = next(name for name in artifact.tensors if name.startswith(f"{PREFIX}{transposed[0]}."))
-        raise MethodUnsupportedError(f"{name} acts on a Conv1D, for which PEFT does not have this method", name)
-    expected = {PREFIX + site + end: need for site in sites for end, need in shapes(site, spec.linears[site]).items()}
-    expect_exactly(artifact, expected)
-
-    def a_tensor(site: str) -> str:
-        return PREFIX + site + next(iter(shapes(site, spec.linears[site])))
-
-    check_targets(config, sites, spec.linears, spec, a_tensor)
-    return list(sites)
-
-
-def is_low_rank(rank: int, linear: LinearSite) -> bool:
-    """Whether an update of a rank holds fewer numbers as two factors than whole."""
-    return rank * (linear.in_features + linear.out_features) < linear.in_features * linear.out_features

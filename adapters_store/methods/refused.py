@@ -14,7 +14,6 @@ CONVERTIBLE = frozenset(
         "DELORA",
         "FOURIERFT",
         "GRALORA",
-        "MISS",
         "PSOFT",
         "RANDLORA",
         "TINYLORA",
@@ -27,7 +26,6 @@ INCONVERTIBLE = frozenset(
     {
         "ADAMSS",
         "ADAPTION_PROMPT",
-        "BEFT",
         "BOFT",
         "DEFT",
         "FROD",
@@ -35,7 +33,6 @@ INCONVERTIBLE = frozenset(
         "HIRA",
         "HRA",
         "LILY",
-        "OFT",
         "OSF",
         "PEANUT",
         "POLY",

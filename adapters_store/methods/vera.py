@@ -15,10 +15,10 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError
-from adapters_store.methods.common import PREFIX, Targets, by_site, check_targets, expect_shape, finite, read_config
-from adapters_store.methods.lycoris import is_low_rank
+from adapters_store.methods.common import PREFIX, Targets, expect_shape, finite, read_config
+from adapters_store.methods.sites import is_low_rank, linears_of
 from adapters_store.patch import Delta, LowRank
-from adapters_store.spec import BaseSpec
+from adapters_store.spec import BaseSpec, LinearSite
 
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 B_END, D_END = ".vera_lambda_b", ".vera_lambda_d"
@@ -40,15 +40,16 @@ def compile_vera(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, .
     """One `LowRank` a site, b and d folded into B, or a `Delta` if that holds fewer numbers. Raises `ArtifactError`."""
     config = _read(artifact.config)
     trained = {name: tensor for name, tensor in artifact.tensors.items() if name not in (A_NAME, B_NAME)}
-    sites = by_site(dataclasses.replace(artifact, tensors=trained), (B_END, D_END), spec.linears, spec.name)
-    for site in sites:
-        expect_shape(artifact, PREFIX + site + B_END, [spec.linears[site].out_features])
-        expect_shape(artifact, PREFIX + site + D_END, [config.r])
-    check_targets(config, sites, spec.linears, spec, lambda site: PREFIX + site + B_END)
+
+    def shapes(_site: str, linear: LinearSite) -> dict[str, list[int]]:
+        return {B_END: [linear.out_features], D_END: [config.r]}
+
+    alone = dataclasses.replace(artifact, tensors=trained)
+    sites = linears_of(alone, config, spec, (B_END, D_END), shapes, takes_conv1d=True)
     width = max(spec.linears[site].in_features for site in sites)
     height = max(spec.linears[site].out_features for site in sites)
     a, b = _projections(artifact, config, width, height)
-    return tuple(_update(site, a, b, vectors, spec) for site, vectors in sites.items())
+    return tuple(_update(artifact, site, a, b, spec) for site in sites)
 
 
 def draw_projections(key: int, rank: int, width: int, height: int) -> tuple[Tensor, Tensor]:
@@ -69,10 +70,10 @@ def _projections(artifact: Artifact, config: VeraConfig, width: int, height: int
     return draw_projections(config.projection_prng_key, config.r, width, height)
 
 
-def _update(site: str, a: Tensor, b: Tensor, vectors: dict[str, Tensor], spec: BaseSpec) -> LowRank | Delta:
+def _update(artifact: Artifact, site: str, a: Tensor, b: Tensor, spec: BaseSpec) -> LowRank | Delta:
     linear, name = spec.linears[site], PREFIX + site + B_END
-    a = a[:, : linear.in_features].contiguous()
-    b = vectors[B_END].float()[:, None] * b[: linear.out_features] * vectors[D_END].float()
+    trained_b, trained_d = artifact.tensors[name].float(), artifact.tensors[PREFIX + site + D_END].float()
+    a, b = a[:, : linear.in_features].contiguous(), trained_b[:, None] * b[: linear.out_features] * trained_d
     if is_low_rank(len(a), linear):
         return LowRank(site, a, finite(b, name))
     return Delta(site, finite(b @ a, name))

@@ -30,4 +30,7 @@ FAMILIES: Mapping[str, Maker] = {
     "cpt": prompts.make_cpt,
     "prefix-tuning": prompts.make_prefix_tuning,
     "cartridge": prompts.make_cartridge,
+    "beft": relatives.make_beft,
+    "miss": relatives.make_miss,
+    "oft": relatives.make_oft,
 }

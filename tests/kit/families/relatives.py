@@ -1,4 +1,4 @@
-"""LoRA's relatives and (IA)3: their options vary with the seed."""
+"""LoRA's relatives, (IA)3, OFT, MiSS and BEFT: their options vary with the seed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, VeraConfig
+from peft import BeftConfig, IA3Config, LoHaConfig, LoKrConfig, MissConfig, OFTConfig, VeraConfig
 from torch import Tensor
 
-from tests.kit.adapters import make_peft, shake
+from tests.kit.adapters import Fill, make_peft, shake
 
 FEEDFORWARD = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h")
 QUERIES = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
@@ -24,18 +24,42 @@ def make_vera(folder: Path, base: Path, seed: int) -> Path:
 
 
 def make_loha(folder: Path, base: Path, seed: int) -> Path:
-    """Ranks whose squares are low, and one that is compiled whole."""
-    rank = (2, 5, 3, 8)[seed % 4]
+    """Ranks whose squares are low, and one that is compiled whole for the tiny bases."""
+    rank = (2, 3, 4, 6)[seed % 4]
     config = LoHaConfig(r=rank, alpha=rank, rank_pattern={"k_proj": 2}, **_everywhere())
     return make_peft(folder, base, config, seed, fill=spread_loha)
 
 
 def make_lokr(folder: Path, base: Path, seed: int) -> Path:
-    """Both matrices of low rank, or the first whole; factors near the root, or a small first one."""
-    rank = (2, 3, 8)[seed % 3]
-    factor = (-1, 4)[seed % 2]
-    config = LoKrConfig(r=rank, alpha=rank, decompose_both=seed % 4 < 2, decompose_factor=factor, **_everywhere())
+    """Both matrices of low rank, with factors near the root, or a small and whole first one."""
+    rank, is_both = (2, 3, 4)[seed % 3], seed % 2 == 0
+    factor = -1 if is_both else 4
+    config = LoKrConfig(r=rank, alpha=rank, decompose_both=is_both, decompose_factor=factor, **_everywhere())
     return make_peft(folder, base, config, seed, fill=shake(1.0))
+
+
+def make_oft(folder: Path, base: Path, seed: int) -> Path:
+    """Queries turned by the series or exactly, in blocks of their own or all alike."""
+    size, is_series = (8, 4, 16)[seed % 3], seed % 2 == 0
+    config = OFTConfig(
+        task_type="CAUSAL_LM",
+        target_modules=list(QUERIES),
+        oft_block_size=size,
+        block_share=seed % 4 > 1,
+        use_cayley_neumann=is_series,
+    )
+    return make_peft(folder, base, config, seed, fill=scaled(0.1))
+
+
+def make_miss(folder: Path, base: Path, seed: int) -> Path:
+    """Whole sums, and those that are repeated over the output."""
+    config = MissConfig(r=2 + 3 * (seed % 3), init_weights="mini" if seed % 2 else True, mini_r=8, **_everywhere())
+    return make_peft(folder, base, config, seed, fill=scaled(0.05))
+
+
+def make_beft(folder: Path, base: Path, seed: int) -> Path:
+    """A bias on every linear of the layers."""
+    return make_peft(folder, base, BeftConfig(**_everywhere()), seed, fill=noise)
 
 
 def make_ia3(folder: Path, base: Path, seed: int) -> Path:
@@ -57,9 +81,12 @@ def _everywhere() -> dict[str, str]:
     return {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 
 
-def noise(_name: str, value: Tensor, generator: torch.Generator) -> Tensor:
-    """Every number anew, of scale 0.7."""
-    return 0.7 * torch.randn(value.shape, generator=generator)
+def scaled(scale: float) -> Fill:
+    """Every number anew, of this scale."""
+    return lambda _name, value, generator: scale * torch.randn(value.shape, generator=generator)
+
+
+noise = scaled(0.7)
 
 
 def around_one(_name: str, value: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,26 @@
+"""BEFT as PEFT writes it: a bias [1, out] for linears, also for those that have none (y += b)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from adapters_store.artifact import Artifact
+from adapters_store.methods.common import PREFIX, Targets, read_config
+from adapters_store.methods.sites import linears_of
+from adapters_store.patch import Bias
+from adapters_store.spec import BaseSpec
+
+END = ".beft_bias"
+SILENT = {"init_weights"}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
+
+
+class BeftConfig(Targets, kw_only=True):
+    """The keys of PEFT's BeftConfig that say what to compute."""
+
+
+def compile_beft(artifact: Artifact, spec: BaseSpec) -> tuple[Bias, ...]:
+    """One `Bias` a site. Raises `ArtifactError`."""
+    config = read_config(artifact.config, BeftConfig, "BEFT", SILENT, SERVED_VALUES)
+    sites = linears_of(artifact, config, spec, (END,), lambda _site, linear: {END: [1, linear.out_features]})
+    return tuple(Bias(site, artifact.tensors[PREFIX + site + END].float().flatten()) for site in sites)
