@@ -17,6 +17,7 @@ from adapters_store.methods import (
     bottleneck,
     cpt,
     ia3,
+    ln_tuning,
     loha,
     lokr,
     lora,
@@ -64,6 +65,7 @@ METHODS: Mapping[str, Method] = {
     "BEFT": Method("beft", beft.compile_beft),
     "MISS": Method("miss", miss.compile_miss),
     "OFT": Method("oft", oft.compile_oft),
+    "LN_TUNING": Method("ln_tuning", ln_tuning.compile_ln_tuning),
 }
 ADAPTERHUB = Method("bottleneck", adapterhub.compile_adapterhub)  # its configs have no peft_type
 

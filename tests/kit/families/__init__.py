@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.kit.adapters import make_lora
-from tests.kit.families import loras, prompts, relatives
+from tests.kit.families import loras, prompts, relatives, selective
 
 Maker = Callable[[Path, Path, int], Path]
 
@@ -33,4 +33,10 @@ FAMILIES: Mapping[str, Maker] = {
     "beft": relatives.make_beft,
     "miss": relatives.make_miss,
     "oft": relatives.make_oft,
+    "ln-tuning": selective.make_ln_tuning,
+    "trainable-tokens": selective.make_trainable_tokens,
+    "selective-layer": selective.make_selective_layer,
+}
+FAMILIES_OF_BIASED: Mapping[str, Maker] = {  # for bases that have biases: SmolLM2 and llama have none
+    "bitfit": selective.make_bitfit,
 }

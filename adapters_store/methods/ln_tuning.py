@@ -1,0 +1,46 @@
+"""Layer-norm tuning as PEFT writes it (arXiv:2312.11420): the targeted modules, most often norms, whole and new."""
+
+from __future__ import annotations
+
+import msgspec
+
+from adapters_store.artifact import Artifact
+from adapters_store.methods.beside import Beside, saved_sites, split
+from adapters_store.methods.common import PREFIX, by_site, check_targets, expect_exactly, read_config
+from adapters_store.methods.whole import changed, parameters, whole
+from adapters_store.patch import Primitive
+from adapters_store.spec import BaseSpec
+
+NAME = ".ln_tuning_layers."
+WEIGHT_END, BIAS_END = NAME + "weight", NAME + "bias"
+
+
+class LNTuningConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The keys of PEFT's LNTuningConfig that say what to compute."""
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+
+def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
+    """`Scale` and `Bias` at norms; `Delta`, `Bias` and `Rows` where PEFT put other layers. Raises `ArtifactError`.
+
+    PEFT copies what it targets: the head of a tied base is its own then, as with `modules_to_save`.
+    """
+    read = read_config(artifact.config, LNTuningConfig, "layer-norm tuning")
+    config = Beside(**msgspec.structs.asdict(read))
+    parts, saved = split(artifact, config, spec, WEIGHT_END), saved_sites(config, spec)
+    sites = [site for site in (*spec.norms, *spec.linears, spec.embedding) if site not in saved]
+    found = by_site(parts.branches, (WEIGHT_END, BIAS_END), sites, spec.name)
+    check_targets(config, found, sites, spec, lambda site: PREFIX + site + WEIGHT_END)
+    shapes = {site: parameters(spec, site) for site in found}
+    expect_exactly(parts.branches, {_name(site, name): shapes[site][name] for site in found for name in shapes[site]})
+    made = parts.primitives
+    for site in found:
+        made += whole(spec, site, *(artifact.tensors.get(_name(site, name)) for name in ("weight", "bias")))
+    return changed(made, spec)
+
+
+def _name(site: str, name: str) -> str:
+    return PREFIX + site + NAME + name
