@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save, save_file
 from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, read_folder
 from adapters_store.bases import base_identity
 from tests.kit.adapters import make_lora, zip_folder
+from tests.kit.families.prompts import make_multitask
 from tests.server.api.world import SAFETENSORS, ZIP, Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
@@ -266,6 +267,20 @@ async def test_an_adapter_that_no_slot_holds(
         assert (answer.status_code, error_of(answer)["code"]) == (413, "artifact_too_large")
         assert "1000" in error_of(answer)["message"] and site.stored() == set()
         site.engine.ready.slot_bytes = 2**20  # type: ignore[union-attr]
+
+
+async def test_what_is_compiled_counts_on_the_device(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot holds what an artifact compiles to, which may be less than what was trained: 4 bytes a number."""
+    folder = make_multitask(tmp_path / "hat", tiny_base, 1)
+    async with open_site(tiny_base, tmp_path / "data") as site:
+        monkeypatch.setattr(site.front.ready(), "slot_bytes", 20 * 64 * 4 - 1)
+        assert (await site.upload("a", zip_folder(folder))).status_code == 413
+        monkeypatch.setattr(site.front.ready(), "slot_bytes", 20 * 64 * 4)
+        body = (await site.upload("a", zip_folder(folder))).json()
+        assert (body["slot_bytes"], body["virtual_tokens"]) == (20 * 64 * 4, 20)
+        assert body["num_parameters"] == 20 * 64 + 2 * (20 + 64)
 
 
 async def test_a_manifest_of_this_base(site: Site, tiny_base: Path, loras: list[Path], tmp_path: Path) -> None:
