@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "the head saved whole": ("llama", {"modules_to_save": ["lm_head"]}),
     "a feed-forward block saved whole": ("llama", {"modules_to_save": ["layers.1.mlp"]}),
+    "targeted and saved: saved": ("llama", {"target_modules": ["norm", "o_proj"], "modules_to_save": ["1.self_attn"]}),
     "gpt2, norms with biases": ("gpt2", {"target_modules": None}),
     "gpt2, a transposed linear": ("gpt2", {"target_modules": ["ln_f", "h.0.attn.c_attn"]}),
     "gpt2, the tied head alone": ("gpt2", {"modules_to_save": ["lm_head"]}),
