@@ -92,6 +92,13 @@ def test_digest_is_the_content_of_the_three_files(tmp_path: Path) -> None:
     assert len({digest, *others}) == 4
 
 
+def test_digest_is_the_one_that_others_compute() -> None:
+    """sha256 over each file's name, its length before it, and the sha256 of its bytes, in the order of the names."""
+    told = "a08f647a8885cf7291ddd2187f289c27f187cd3b1050555c66107cb4372ade34"
+    assert artifact.digest_of({"b": b"two", "a": b"one"}) == told
+    assert artifact.digest_of({"a": b"two", "b": b"one"}) != told
+
+
 def test_digest_is_framed() -> None:
     """No other split of the same names and bytes into files has the same digest."""
     splits: list[dict[str, bytes]] = [{"a": b"bc"}, {"ab": b"c"}, {"a": b"b", "c": b""}, {"a": b"", "b": b"c"}, {}]
