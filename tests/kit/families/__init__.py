@@ -7,10 +7,11 @@ adapters shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from tests.kit.adapters import make_lora
-from tests.kit.families import loras, prompts, relatives, selective
+from tests.kit.families import bottleneck, loras, prompts, relatives, selective
 
 Maker = Callable[[Path, Path, int], Path]
 
@@ -20,6 +21,9 @@ FAMILIES: Mapping[str, Maker] = {
     "lora-saved": loras.make_lora_saved,
     "dora": loras.make_dora,
     "adalora": loras.make_adalora,
+    "bottleneck-houlsby": partial(bottleneck.make_bottleneck, placement="houlsby"),
+    "bottleneck-pfeiffer": partial(bottleneck.make_bottleneck, placement="pfeiffer"),
+    "bottleneck-parallel": partial(bottleneck.make_bottleneck, placement="parallel"),
     "ia3": relatives.make_ia3,
     "loha": relatives.make_loha,
     "lokr": relatives.make_lokr,
@@ -30,12 +34,12 @@ FAMILIES: Mapping[str, Maker] = {
     "cpt": prompts.make_cpt,
     "prefix-tuning": prompts.make_prefix_tuning,
     "cartridge": prompts.make_cartridge,
-    "beft": relatives.make_beft,
-    "miss": relatives.make_miss,
-    "oft": relatives.make_oft,
     "ln-tuning": selective.make_ln_tuning,
     "trainable-tokens": selective.make_trainable_tokens,
     "selective-layer": selective.make_selective_layer,
+    "beft": relatives.make_beft,
+    "miss": relatives.make_miss,
+    "oft": relatives.make_oft,
 }
 FAMILIES_OF_BIASED: Mapping[str, Maker] = {  # for bases that have biases: SmolLM2 and llama have none
     "bitfit": selective.make_bitfit,
