@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tests.kit.adapters import make_lora
+from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 from tests.kit.tiny import CONFIGS
 
 HERE = Path(__file__).parent
 REAL_TOKENS, TINY_TOKENS = 48, 24  # of each answer
+FAMILY_TOKENS, NUM_SEEDS = 24, 3
 REAL_STRENGTH, TINY_STRENGTH = 0.5, 0.3
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -70,18 +73,33 @@ def tiny_adapters(model_type: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def family_adapters(families: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Three artifacts of each family, by `tests.kit.families`."""
+    return {f"{family}-{seed}": {"family": family, "seed": seed} for family in families for seed in range(NUM_SEEDS)}
+
+
 def make_adapters(folder: Path, base: Path, adapters: dict[str, dict[str, Any]], strength: float) -> dict[str, Path]:
-    """Write each adapter to a folder of its name; the seed is its place in the list."""
+    """Write each adapter to a folder of its name; a LoRA's seed is its place in the list."""
     return {
-        name: make_lora(folder / name, base, seed=seed, strength=strength, **config)
-        for seed, (name, config) in enumerate(adapters.items())
+        name: _make(folder / name, base, seed, strength, config) for seed, (name, config) in enumerate(adapters.items())
     }
+
+
+def _make(folder: Path, base: Path, seed: int, strength: float, config: dict[str, Any]) -> Path:
+    if "family" in config:
+        return {**FAMILIES, **FAMILIES_OF_BIASED}[config["family"]](folder, base, config["seed"])
+    return make_lora(folder, base, seed=seed, strength=strength, **config)
 
 
 def real_prompts() -> list[str]:
     """20 texts of 5 to 300 tokens of SmolLM2; PROMPTS.md says whose they are."""
     prompts: list[dict[str, str]] = json.loads((HERE / "prompts.json").read_text())
     return [prompt["text"] for prompt in prompts]
+
+
+def short_prompts() -> list[str]:
+    """The four shortest of them: the families are many."""
+    return sorted(real_prompts(), key=len)[:4]
 
 
 def tiny_prompts() -> list[str]:

@@ -45,11 +45,15 @@ class FirstLogits:
         self.logits: dict[tuple[Any, ...], Tensor] = {}
         self.most_rows = 0
 
+    def copy(self, source: int, target: int) -> None:
+        """As the runner's."""
+        self.runner.copy(source, target)
+
     def run(self, rows: list[Row]) -> list[Sampled | None]:
         """As the runner's."""
         sampled = self.runner.run(rows)
         self.most_rows = max(self.most_rows, len(rows))
-        for row, logits in zip((row for row in rows if row.sampling), self.runner.last_logits, strict=True):
+        for row, logits in zip((row for row in rows if row.sampling), self.runner.last_logits, strict=False):
             if len(row.history) == row.num_prompt:
                 self.logits[row.hats, tuple(row.history)] = logits.clone()
         return sampled
@@ -80,10 +84,10 @@ def engine_of(loaded: Loaded, runner: FirstLogits, folders: dict[str, Path], **l
 
 def run(loaded: Loaded, folders: dict[str, Path], requests: list[Request], **limits: Any) -> list[Got]:
     """Answer all requests, submitted at once in an order of a fixed seed; the answers are in the given order."""
-    runner = FirstLogits(loaded.runner)
+    runner, virtual = FirstLogits(loaded.runner), _virtual(loaded, folders)
     with engine_of(loaded, runner, folders, **limits) as engine:
         for index in random.Random(0).sample(range(len(requests)), len(requests)):
-            engine.submit(_submit(index, requests[index]))
+            engine.submit(_submit(index, requests[index], virtual))
         got = [Got([]) for _ in requests]
         while engine.has_work:
             step = engine.step()
@@ -100,7 +104,12 @@ def run(loaded: Loaded, folders: dict[str, Path], requests: list[Request], **lim
     return got
 
 
-def _submit(index: int, request: Request) -> Submit:
+def _virtual(loaded: Loaded, folders: dict[str, Path]) -> dict[str, int]:
+    """How many virtual positions each adapter puts before a prompt, as the front learns at the upload."""
+    return {name: compile_patch(read_folder(path), loaded.spec).num_virtual for name, path in folders.items()}
+
+
+def _submit(index: int, request: Request, virtual: dict[str, int]) -> Submit:
     return Submit(
         sequence_id=str(index),
         namespace="golden",
@@ -108,7 +117,7 @@ def _submit(index: int, request: Request) -> Submit:
         sampling=Sampling(max_tokens=request.num_tokens, ignore_eos=True),
         deadline=time.monotonic() + 3600,
         arrived=time.monotonic(),
-        hats=() if request.adapter == "base" else (Hat(request.adapter),),
+        hats=() if request.adapter == "base" else (Hat(request.adapter, num_virtual=virtual[request.adapter]),),
     )
 
 

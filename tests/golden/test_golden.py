@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.kit.tiny import make_tiny_base
 DRIFT = "{} is not what the golden answers were made with; run `python -m tests.golden.make_golden`"
 
 
-def check(golden: Golden, base: Path, scratch: Path) -> None:
+def check(golden: Golden, base: Path, scratch: Path, **limits: Any) -> None:
     """Every prompt with every adapter and none, together in one continuous batch, equals its golden answer."""
     assert tensors_digest(base) == golden.base_sha256, DRIFT.format("the base")
     configs = {name: adapter.config for name, adapter in golden.adapters.items()}
@@ -29,7 +30,7 @@ def check(golden: Golden, base: Path, scratch: Path) -> None:
         drive.Request(name, golden.prompts[index], len(want.tokens))
         for (name, index), want in zip(keys, wanted, strict=True)
     ]
-    answers = drive.run(drive.load_runner(base), folders, requests)
+    answers = drive.run(drive.load_runner(base), folders, requests, **limits)
     assert [got.failure for got in answers] == [None] * len(answers)
     verdicts = [
         compare(f"{name}, prompt {index}", want, got.tokens, got.first_logits)
@@ -43,6 +44,21 @@ def test_tiny(model_type: str, tmp_path: Path) -> None:
     """Each architecture, instrumented, answers as Hugging Face and PEFT do, base and LoRA in one batch."""
     base = make_tiny_base(tmp_path / "base", model_type)
     check(read(cases.HERE / "golden_tiny.json")[model_type], base, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_families(model_type: str, tmp_path: Path) -> None:
+    """Three artifacts of every method and the base, in one batch, answer as PEFT or the written reference does."""
+    base = make_tiny_base(tmp_path / "base", model_type)
+    check(read(cases.HERE / "golden_families.json")[model_type], base, tmp_path)
+
+
+@pytest.mark.real_base
+@pytest.mark.timeout(1800)
+def test_families_on_the_real_base(real_base: Path, tmp_path: Path) -> None:
+    """The same with SmolLM2."""
+    golden = read(cases.HERE / "golden_families.json")["smollm2-135m"]
+    check(golden, real_base, tmp_path, slot_bytes=2 * 2**30, host_bytes=2 * 2**30)
 
 
 @pytest.mark.real_base
