@@ -88,8 +88,7 @@ class PagedRunner:
         for row in rows:
             self._check_prefix(row)
         computed = [row for row in map(self._fill, rows) if row.tokens]
-        if computed:
-            self.last_logits = self._forward(computed)
+        self.last_logits = self._forward(computed) if computed else self.last_logits[:0]
         sampled = iter(sample(self.last_logits, [row for row in rows if row.sampling]))
         return [next(sampled) if row.sampling else None for row in rows]
 

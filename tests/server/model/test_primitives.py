@@ -121,3 +121,15 @@ def test_all_primitives_mixed_and_composed(model_type: str, seed: int, bases: An
     draw.shuffle(wearers)
     gaps = compare(base, wearers, seed, chunk=draw.choice([7, 16, 1000]))
     assert max(gaps) < 1e-3, gaps
+
+
+def test_a_step_that_only_writes_a_prefix(bases: Any) -> None:
+    """A chunk of keys and values that are given, after a step that sampled, computes and samples nothing."""
+    loaded, _stock = bases("llama")
+    patch = random_patch(loaded.spec, "prefix_kv", seed=0)
+    slot = loaded.bank.put(loaded.bank.pack(patch))
+    tokens = [*range(-1, -1 - patch.num_virtual, -1), 65]
+    assert loaded.runner.run([Row([65], 0, [4], sampling=Sampling())])[0] is not None
+    row = Row(tokens[:-1], 0, [0, 1, 2, 3], ((slot, 1.0),), num_virtual=patch.num_virtual)
+    assert loaded.runner.run([row]) == [None]
+    loaded.bank.drop(slot)
