@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.kit.adapters import make_peft, sort_config
 
-STRENGTH = 0.5  # what a branch adds to an output of scale 1
+STRENGTH = 0.3  # what a branch adds to an output of scale 1
 SMALL_VOCABULARY = 2048  # a larger embedding is not saved whole
 NORMS = ["input_layernorm", "ln_1", "final_layernorm", "final_layer_norm", "ln_f"]
-VALUES = ["v_proj", "c_proj", "out_proj"]
+VALUES = ["self_attn.v_proj", "c_proj", "out_proj"]
 EMBEDDINGS = ["embed_tokens", "wte", "lm_head"]
 
 
@@ -31,15 +31,17 @@ def make(folder: Path, base: Path, lora: LoraConfig, seed: int = 0) -> Path:
 
 
 def fill(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
-    """Branches of `STRENGTH`, singular values about 1, and all else changed by about a third of its size."""
+    """Branches of `STRENGTH`, singular values about 1, and all else changed by `STRENGTH` of its size."""
     noise = torch.randn(value.shape, generator=generator)
     if ".lora_A" in name:
         return noise / value.shape[1] ** 0.5
     if ".lora_B" in name and value.dim() > 1:
         return STRENGTH * noise / max(value.shape[1], 1) ** 0.5
     if ".lora_E" in name:
-        return 1 + 0.3 * noise
-    return value + 0.3 * value.square().mean().sqrt().clamp(min=0.1) * noise
+        return 1 + STRENGTH * noise
+    if value.dim() == 1 and name.endswith("weight"):  # of a norm, whose small weights stay small
+        return value * (1 + STRENGTH * noise)
+    return value + STRENGTH * value.square().mean().sqrt().clamp(min=0.1) * noise
 
 
 def make_lora_bias(folder: Path, base: Path, seed: int) -> Path:
