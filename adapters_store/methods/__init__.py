@@ -5,11 +5,11 @@ Registering one is one line in `METHODS`, keyed by PEFT's `peft_type`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from adapters_store.artifact import Artifact
-from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError, MethodUnsupportedError, WrongBaseError
 from adapters_store.methods import (
     adalora,
     adapterhub,
@@ -42,7 +42,7 @@ class Method:
     """
 
     name: str
-    compile: Callable[[Artifact, BaseSpec], tuple[Primitive, ...]]
+    compile: Callable[[Artifact, BaseSpec], Iterable[Primitive]]
     is_kv: bool = False
 
 
@@ -87,8 +87,11 @@ def is_kv(name: str) -> bool:
     return any(method.name == name and method.is_kv for method in METHODS.values())
 
 
-def compile_patch(artifact: Artifact, spec: BaseSpec) -> Patch:
-    """Compile to primitives. Raises `ArtifactError` unless the artifact was made for this base and fits it whole."""
+def compile_patch(artifact: Artifact, spec: BaseSpec, max_items: int | None = None) -> Patch:
+    """Compile to primitives. Raises `ArtifactError` unless the artifact was made for this base and fits it whole.
+
+    A few numbers can compile to as many as the base has: no more than `max_items` are ever computed.
+    """
     manifest, method = artifact.manifest, method_of(artifact)
     if manifest is not None and manifest.base.identity != spec.identity:
         raise WrongBaseError(
@@ -99,4 +102,17 @@ def compile_patch(artifact: Artifact, spec: BaseSpec) -> Patch:
     if manifest is not None and manifest.method != method.name:
         raise ArtifactError(f"the manifest says {manifest.method}, the config {method.name}", "method")
     num_parameters = sum(tensor.numel() for tensor in artifact.tensors.values())
-    return Patch(artifact.digest, method.name, method.compile(artifact, spec), num_parameters)
+    return Patch(artifact.digest, method.name, _primitives(method, artifact, spec, max_items), num_parameters)
+
+
+def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, max_items: int | None) -> tuple[Primitive, ...]:
+    made, num_items = list[Primitive](), 0
+    for primitive in method.compile(artifact, spec):
+        num_items += primitive.num_items
+        if max_items is not None and num_items > max_items:
+            raise ArtifactTooLargeError(
+                f"the adapter, compiled for {spec.name}, holds more than {max_items} numbers "
+                f"({4 * max_items} bytes in fp32), which is all that the device's slots can hold"
+            )
+        made.append(primitive)
+    return tuple(made)

@@ -5,6 +5,8 @@ It has rank r^2 at most: by the Khatri-Rao product of the factors' columns and r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from adapters_store.artifact import Artifact
@@ -21,7 +23,7 @@ class LohaConfig(LycorisConfig, kw_only=True):
     """The keys of PEFT's LoHaConfig that say what to compute."""
 
 
-def compile_loha(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, ...]:
+def compile_loha(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
     """One `LowRank` of rank r^2 a site, or a `Delta` where that holds fewer numbers. Raises `ArtifactError`."""
     config = read_lycoris(artifact, LohaConfig, "LoHa")
 
@@ -30,7 +32,7 @@ def compile_loha(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, .
         return dict(zip(ENDS, (a, b, a, b), strict=True))
 
     sites = linears_of(artifact, config, spec, ENDS, shapes)
-    return tuple(_update(artifact, site, config.rank(site), config.scale(site), spec) for site in sites)
+    return (_update(artifact, site, config.rank(site), config.scale(site), spec) for site in sites)
 
 
 def _update(artifact: Artifact, site: str, rank: int, scale: float, spec: BaseSpec) -> LowRank | Delta:

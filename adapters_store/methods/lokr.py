@@ -7,6 +7,7 @@ kron(Q, S), the rank of dW is that of W1 times that of W2.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ class LokrConfig(LycorisConfig, kw_only=True):
         return _matrix(W1, rows1, columns1, rank, is_whole) | _matrix(W2, rows2, columns2, rank, is_whole=False)
 
 
-def compile_lokr(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, ...]:
+def compile_lokr(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
     """One `LowRank` a site, or a `Delta` where that holds fewer numbers. Raises `ArtifactError`."""
     config = read_lycoris(artifact, LokrConfig, "LoKr")
     sites = linears_of(artifact, config, spec, ENDS, config.shapes)
-    return tuple(_update(artifact, site, config.scale(site), spec.linears[site]) for site in sites)
+    return (_update(artifact, site, config.scale(site), spec.linears[site]) for site in sites)
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ one block for each r outputs, and W becomes W + W M + M, block by block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,7 @@ class MissConfig(Targets, kw_only=True):
         return {END: [linear.out_features // self.r, self.r, self.r]}
 
 
-def compile_miss(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, ...]:
+def compile_miss(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
     """One `LowRank` a site, or a `Delta` where that holds fewer numbers, and for "bat". Raises `ArtifactError`."""
     config = read_config(artifact.config, MissConfig, "MiSS", SILENT, SERVED_VALUES)
     for name, rank in (("r", config.r), ("mini_r", config.mini_r)):
@@ -53,7 +54,7 @@ def compile_miss(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, .
             raise ArtifactError(f"{name} has the rank {rank}, which is not at least 1", name)
     sites = linears_of(artifact, config, spec, (END,), config.shapes)
     make = _block_by_block if config.init_weights == "bat" else _sums
-    return tuple(make(artifact, site, spec) for site in sites)
+    return (make(artifact, site, spec) for site in sites)
 
 
 def _sums(artifact: Artifact, site: str, spec: BaseSpec) -> LowRank | Delta:

@@ -7,6 +7,7 @@ Q: (I - Q) (I + Q)^-1, or the first terms of its Neumann series.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,11 +49,11 @@ class OftConfig(Targets, kw_only=True):
         return {END: [1 if self.block_share else linear.in_features // size, size * (size - 1) // 2]}
 
 
-def compile_oft(artifact: Artifact, spec: BaseSpec) -> tuple[Delta, ...]:
+def compile_oft(artifact: Artifact, spec: BaseSpec) -> Iterator[Delta]:
     """One `Delta` a site, dW = W (R - I)^T. Raises `ArtifactError`."""
     config = _read(artifact.config)
     sites = linears_of(artifact, config, spec, (END,), config.shapes)
-    return tuple(_update(artifact, config, site, spec) for site in sites)
+    return (_update(artifact, config, site, spec) for site in sites)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:

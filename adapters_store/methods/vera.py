@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class VeraConfig(Targets, kw_only=True):
     save_projection: bool = True
 
 
-def compile_vera(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, ...]:
+def compile_vera(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
     """One `LowRank` a site, b and d folded into B, or a `Delta` if that holds fewer numbers. Raises `ArtifactError`."""
     config = _read(artifact.config)
     trained = {name: tensor for name, tensor in artifact.tensors.items() if name not in (A_NAME, B_NAME)}
@@ -49,7 +50,7 @@ def compile_vera(artifact: Artifact, spec: BaseSpec) -> tuple[LowRank | Delta, .
     width = max(spec.linears[site].in_features for site in sites)
     height = max(spec.linears[site].out_features for site in sites)
     a, b = _projections(artifact, config, width, height)
-    return tuple(_update(artifact, site, a, b, spec) for site in sites)
+    return (_update(artifact, site, a, b, spec) for site in sites)
 
 
 def draw_projections(key: int, rank: int, width: int, height: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from adapters_store.patch import Patch
 from adapters_store.registry import Version
 from server.api.body import body_parts
 from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
-from server.api.show import identity, slot_bytes
+from server.api.show import identity, num_items
 from server.api.wire import BASE, NAME
 from server.engine.messages import Ready
 from server.errors import (
@@ -101,8 +101,8 @@ def prove(front: Front, folder: Path) -> Proved:
     """Check a PEFT folder for form, finiteness, method, base, shapes and size. Raises `ArtifactError`."""
     ready = front.ready()
     artifact = read_folder(folder)
-    patch = compile_patch(artifact, ready.spec)
-    _check_size(patch, ready)
+    patch = compile_patch(artifact, ready.spec, num_items(ready.slot_bytes))
+    _check_virtual(patch, ready)
     is_named = artifact.manifest is not None
     checks = {
         "form": f"{len(artifact.tensors)} tensors, {artifact.num_bytes} bytes",
@@ -114,13 +114,8 @@ def prove(front: Front, folder: Path) -> Proved:
     return Proved(artifact, patch, [{"name": name, "ok": True, "detail": said} for name, said in checks.items()])
 
 
-def _check_size(patch: Patch, ready: Ready) -> None:
-    """Refuse what could never be worn. Raises `ArtifactTooLargeError`."""
-    needed = slot_bytes(patch.num_items)
-    if needed > ready.slot_bytes:
-        raise ArtifactTooLargeError(
-            f"the adapter needs {needed} bytes on the device, all slots have {ready.slot_bytes}"
-        )
+def _check_virtual(patch: Patch, ready: Ready) -> None:
+    """Refuse what leaves no room for a request. Raises `ArtifactTooLargeError`."""
     if patch.num_virtual + MIN_ROOM > ready.max_sequence_tokens:
         raise ArtifactTooLargeError(
             f"the adapter has {patch.num_virtual} virtual tokens, which leave no room for a prompt and an answer in "

@@ -14,6 +14,11 @@ def slot_bytes(num_items: int) -> int:
     return num_items * BYTES_PER_ITEM
 
 
+def num_items(slot_bytes: int) -> int:
+    """How many numbers so many bytes of the device hold."""
+    return slot_bytes // BYTES_PER_ITEM
+
+
 def identity(version: Version) -> dict[str, Any]:
     """Which version it is, and what it takes: of its files, of the device, and of a sequence."""
     return {

@@ -141,9 +141,9 @@ def test_feedforward_modules_are_found_as_in_peft(names: list[str], site: str) -
     assert is_feedforward(site, frozenset(names)) == expected
 
 
-def test_a_hundred_thousand_names_are_quick(sound: Artifact, spec: BaseSpec) -> None:
-    """The largest list that a config can hold is judged in under a second."""
-    names = [*LISTS["feedforward_modules"], *(f"{i}" for i in range(100_000))]
+def test_a_hundred_thousand_names_are_quick() -> None:
+    """The largest list that a config can hold is judged for the most sites that tensors can name in under a second."""
+    names = frozenset(f"{i}" for i in range(100_000))
     began = time.thread_time()
-    compile_patch(changed(sound, {"feedforward_modules": names}, {}), spec)
+    assert not any(is_feedforward(f"model.layers.{layer}.self_attn.k_proj", names) for layer in range(4096))
     assert time.thread_time() - began < 1

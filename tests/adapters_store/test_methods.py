@@ -12,10 +12,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from adapters_store.artifact import BaseRef
+from adapters_store import methods
+from adapters_store.artifact import Artifact, BaseRef
 from adapters_store.errors import ArtifactError
-from adapters_store.methods import METHODS, compile_patch, method_of
+from adapters_store.methods import METHODS, Method, compile_patch, method_of
 from adapters_store.methods.refused import CONVERTIBLE, INCONVERTIBLE
+from adapters_store.patch import Primitive
+from adapters_store.spec import BaseSpec
 from tests.adapters_store.forge import (
     OTHER_IDENTITY,
     WEIGHTS_DIGEST,
@@ -105,3 +108,21 @@ def test_manifest_and_config_must_agree() -> None:
     """A manifest of another method than the config's is refused."""
     with pytest.raises(ArtifactError, match="the manifest says bottleneck, the config lora"):
         compile_patch(toy_artifact(manifest=toy_manifest(method="bottleneck")), toy_spec())
+
+
+def test_no_more_is_compiled_than_the_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the limit an artifact is compiled; what would pass it is refused before the rest is computed."""
+    whole = compile_patch(toy_artifact(), toy_spec())
+    assert compile_patch(toy_artifact(), toy_spec(), whole.num_items).num_items == whole.num_items
+    made: list[Primitive] = []
+
+    def compile_slowly(_artifact: Artifact, _spec: BaseSpec) -> Iterator[Primitive]:
+        for primitive in whole.primitives:
+            made.append(primitive)
+            yield primitive
+
+    monkeypatch.setattr(methods, "METHODS", {"LORA": Method("lora", compile_slowly)})
+    first, second, *_ = (primitive.num_items for primitive in whole.primitives)
+    with pytest.raises(ArtifactError, match=rf"for toy, holds more than {first + second - 1} numbers") as caught:
+        compile_patch(toy_artifact(), toy_spec(), first + second - 1)
+    assert (caught.value.code, len(made)) == ("artifact_too_large", 2)
