@@ -100,6 +100,7 @@ class Patience:
     first_retry: float = 0.5
     max_retry: float = 30.0
     good_life: float = 60.0  # an engine that lived so long starts the back-off anew
+    loading: float = 900.0  # a base, from a cold disk
     silence: float = 60.0  # stats come every second, but one step may be long
     closing: float = 5.0
 
@@ -230,6 +231,7 @@ class ProcessEngineClient:
 
     async def _drop(self, life: _Life) -> None:
         self.ready = self._life = None
+        self.stats = Stats()
         self._fail_running()
         await self._end(life)
 
@@ -269,12 +271,15 @@ class ProcessEngineClient:
         self._life, self.ready, self.last_error = life, message, None
         return life
 
-    @staticmethod
-    async def _first_message(life: _Life) -> FromEngine | None:
+    async def _first_message(self, life: _Life) -> FromEngine | None:
         try:
-            return await life.read()
+            return await asyncio.wait_for(life.read(), self._patience.loading)
+        except TimeoutError:
+            raise EngineStartError(f"the engine did not load within {self._patience.loading:g} s") from None
         except OSError:  # it ended with our frame unread
             return None
+        except msgspec.MsgspecError as error:
+            raise EngineStartError(f"the engine's first frame cannot be read: {error}") from error
 
     @staticmethod
     async def _why_not(life: _Life, message: FromEngine | None) -> str:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters_store.patch import Bias, Bottleneck, Delta, LowRank, Patch, Prefix, PrefixEmbeds, Rows, Scale
+from adapters_store.patch import Bias, Bottleneck, Delta, LowRank, Patch, Prefix, PrefixEmbeds, Primitive, Rows, Scale
 from adapters_store.spec import BaseSpec
 from server.model import hat_kernels as kernels
 from server.model.batch import Row
@@ -33,7 +33,7 @@ from server.model.packed import (
     Sites,
     pack,
     prefix_of,
-    primitive_at,
+    view,
 )
 
 MIN_SLOTS = 16
@@ -120,7 +120,8 @@ class SlotBank:
         buffer.copy_(packed.buffer, non_blocking=True)
         row_ids = {site: ids.to(self.device) for site, ids in packed.row_ids.items()}
         self.slots[slot] = replace(packed, buffer=buffer, row_ids=row_ids)
-        self.table[:, :, slot] = packed.table
+        kind, site, *entry = packed.entries.T
+        self.table[kind, site, slot] = np.stack(entry, 1)
         self.addresses[slot] = buffer.data_ptr()
         self.on_change(packed, 1)
         return slot
@@ -130,6 +131,11 @@ class SlotBank:
         self.on_change(self.slots.pop(slot), -1)
         self.table[:, :, slot] = 0
         self.addresses[slot] = 0
+
+    def primitive(self, kind: int, site: int, slot: int) -> Primitive | None:
+        """What a slot's patch does at a site, as views of its buffer."""
+        entry = self.table[kind, site, slot]
+        return view(self.slots[slot], self.sites, kind, site, entry) if entry[SIZE] else None
 
     def warm_up(self) -> None:
         """Run every kernel once: its first call compiles it, and that must not be a user's."""
@@ -214,7 +220,7 @@ class SlotBank:
         if self.acts[site][ROWS]:
             for first, last, hats in runs(self.tokens):
                 for slot, weight in hats:
-                    rows = primitive_at(self.slots[slot], self.sites, ROWS, site)
+                    rows = self.primitive(ROWS, site, slot)
                     if isinstance(rows, Rows):
                         _embed_rows(rows, token_ids[0, first:last], y[0, first:last], weight)
         for slot, start, count, first in self.virtual:
@@ -265,6 +271,7 @@ class SlotBank:
 
 def _embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None:
     """y [T, size] += weight dE[j] where the token is ids[j]."""
+    token_ids = token_ids.to(rows.ids.dtype)
     place = torch.searchsorted(rows.ids, token_ids).clamp(max=len(rows.ids) - 1)
     changed = rows.ids[place] == token_ids
     y[changed] += weight * rows.de[place[changed]]
@@ -274,7 +281,7 @@ def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, worn: Worn)
     """The slow twin of `hat_kernels.scale`, in plain torch on any device."""
     for first, last, hats in runs(worn):
         for slot, weight in hats:
-            primitive = primitive_at(bank.slots[slot], bank.sites, kind, site)
+            primitive = bank.primitive(kind, site, slot)
             if isinstance(primitive, Scale):
                 y[first:last] *= primitive.factor(weight)
 
@@ -287,7 +294,7 @@ def apply_reference(bank: SlotBank, site: int, x: Tensor, y: Tensor, worn: Worn)
         span, late = slice(first, last), []
         for slot, weight in hats:
             for kind in (DELTA, ROWS, BIAS, BRANCH):
-                primitive = primitive_at(bank.slots[slot], bank.sites, kind, site)
+                primitive = bank.primitive(kind, site, slot)
                 if isinstance(primitive, Bottleneck) and primitive.of == "output":
                     late.append((primitive, weight))
                 elif isinstance(primitive, Bottleneck):

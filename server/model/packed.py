@@ -62,20 +62,21 @@ class Sites:
 class Packed:
     """A patch in the slot's layout.
 
-    The table has for each kind and site (offset in items, size, flags), size 0 where the patch does nothing. At a
+    `entries` has a row for each primitive: kind, site, offset in items, size, flags. At a
     branch's offset lie A [r, in] and B transposed [r, out]; with flags then d [r], u [out], and (gamma, beta) of each
     norm. Elsewhere lies the primitive's one tensor; of a prefix its embeddings, or layer by layer keys and values.
     """
 
     digest: str
     buffer: Tensor
-    table: NDArray[np.int64]  # [kinds, sites, 3]
-    row_ids: dict[int, Tensor] = field(default_factory=dict)  # site -> ids of `Rows`
+    entries: NDArray[np.int64]  # [primitives, 5]
+    row_ids: dict[int, Tensor] = field(default_factory=dict)  # site -> ids of `Rows`, int32
     prefix: tuple[type[Prefix], int, int] | None = None  # kind, offset, number of positions
 
     @property
     def num_bytes(self) -> int:
-        return self.buffer.numel() * self.buffer.element_size() + 8 * sum(map(len, self.row_ids.values()))
+        """What it takes at either level, but for the few numbers that say where it lies."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.buffer, *self.row_ids.values()))
 
     @property
     def num_virtual(self) -> int:
@@ -85,7 +86,7 @@ class Packed:
 
 def pack(patch: Patch, sites: Sites, dtype: torch.dtype) -> Packed:
     """Lay a patch out, in host memory. Raises `ValueError` where it has two of a kind at one site."""
-    table = np.zeros((len(KINDS), len(sites), 3), np.int64)
+    entries: dict[tuple[int, int], tuple[int, ...]] = {}
     parts: list[Tensor] = []
     row_ids: dict[int, Tensor] = {}
     prefix, offset = None, 0
@@ -96,13 +97,14 @@ def pack(patch: Patch, sites: Sites, dtype: torch.dtype) -> Packed:
         else:
             kind, size, flags = _entry(primitive)
             site = sites.index[primitive.site]
-            if table[kind, site, SIZE]:
+            if (kind, site) in entries:
                 raise ValueError(f"two primitives of one kind at {primitive.site}")
-            table[kind, site] = offset, size, flags
+            entries[kind, site] = kind, site, offset, size, flags
             if isinstance(primitive, Rows):
-                row_ids[site] = primitive.ids
+                row_ids[site] = primitive.ids.to(torch.int32)
         parts += mine
         offset += sum(map(len, mine))
+    table = np.array(list(entries.values()), np.int64).reshape(-1, 5)
     return Packed(patch.digest, torch.cat(parts).to(dtype), table, row_ids, prefix)
 
 
@@ -141,11 +143,9 @@ def _entry(primitive: Primitive) -> tuple[int, int, int]:
     raise TypeError(f"{type(primitive).__name__} acts at no site")
 
 
-def primitive_at(packed: Packed, sites: Sites, kind: int, site: int) -> Primitive | None:
-    """What a patch does at a site, as views of its buffer."""
-    offset, size, flags = packed.table[kind, site].tolist()
-    if not size:
-        return None
+def view(packed: Packed, sites: Sites, kind: int, site: int, entry: NDArray[np.int64]) -> Primitive:
+    """A primitive as views of a patch's buffer; `entry` is its offset, size and flags."""
+    offset, size, flags = entry.tolist()
     name, (size_in, size_out) = sites.names[site], sites.widths[site]
     take = _Reader(packed.buffer, offset)
     if kind == BRANCH:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from server.model.bank import SlotBank
-from server.model.packed import SIZE, Packed
+from server.model.packed import Packed
 
 
 class SiteHooks:
@@ -51,7 +51,7 @@ class SiteHooks:
 
     def _change(self, packed: Packed, change: int) -> None:
         """A slot came (1) or goes (-1)."""
-        for site in np.flatnonzero(packed.table[:, :, SIZE].any(0)).tolist():
+        for site in np.unique(packed.entries[:, 1]).tolist():
             name = self.bank.sites.names[site]
             if self.bank.sites.is_linear[site] or name == self.bank.spec.embedding:
                 continue

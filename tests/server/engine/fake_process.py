@@ -1,4 +1,7 @@
-"""An engine process over fakes. `name` of the config says what it does: `slow`, `refuses`, `crashes` or `hangs`."""
+"""An engine process over fakes. `name` of the config says what it does.
+
+`slow`, `refuses`, `crashes`, `hangs`, `loads` (for ever) or `garbles` (its first frame).
+"""
 
 import os
 import sys
@@ -26,6 +29,10 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Fake
         raise ValueError("this base has no attention")
     if config.name == "crashes":
         os._exit(3)
+    if config.name == "garbles":
+        os.write(int(sys.argv[-1]), b"\0\0\0\1\xc1")
+    if config.name in ("garbles", "loads"):
+        time.sleep(60)
     bank = FakeBank(config.slot_bytes)
     seconds = {"slow": 0.02, "hangs": 60.0}.get(config.name, 0.0)
     runner = FakeRunner(bank, step_seconds=seconds)

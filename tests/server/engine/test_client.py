@@ -19,7 +19,7 @@ from server.model.fake import answer_alone
 from tests.server.engine.world import config
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("fake_process.py")))
-FAST = Patience(first_retry=0.05, max_retry=0.4, silence=3.0, closing=2.0)
+FAST = Patience(first_retry=0.05, max_retry=0.4, loading=30.0, silence=3.0, closing=2.0)
 PROMPT = [10, 11, 12]
 
 
@@ -200,7 +200,14 @@ def test_restarts_wait_longer_each_time() -> None:
     run(main)
 
 
-@pytest.mark.parametrize(("name", "sentence"), [("refuses", "this base has no attention"), ("crashes", "code 3")])
+CANNOT_START = [
+    ("refuses", "this base has no attention"),
+    ("crashes", "code 3"),
+    ("garbles", "first frame cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "sentence"), CANNOT_START)
 def test_first_start_that_fails_is_an_error_for_the_operator(name: str, sentence: str) -> None:
     """start() raises what the engine said, or how it ended; last_error keeps it; nothing is left."""
 
@@ -213,6 +220,18 @@ def test_first_start_that_fails_is_an_error_for_the_operator(name: str, sentence
         assert client.ready is None
         await until(lambda: psutil.Process().num_fds() == num_files)
         await client.close()
+
+    run(main)
+
+
+def test_start_that_takes_too_long_is_given_up() -> None:
+    """An engine that never says that it is ready is ended, so that another one can be tried."""
+
+    async def main() -> None:
+        client = ProcessEngineClient(config(name="loads"), command=COMMAND, patience=Patience(loading=0.5, closing=2.0))
+        with pytest.raises(EngineStartError, match="did not load within 0.5 s"):
+            await client.start()
+        assert not psutil.Process().children()
 
     run(main)
 
