@@ -229,7 +229,7 @@ def test_start_that_takes_too_long_is_given_up() -> None:
 
     async def main() -> None:
         client = ProcessEngineClient(config(name="loads"), command=COMMAND, patience=Patience(loading=0.5, closing=2.0))
-        with pytest.raises(EngineStartError, match="did not load within 0.5 s"):
+        with pytest.raises(EngineStartError, match=r"did not load within 0\.5 s"):
             await client.start()
         assert not psutil.Process().children()
 
