@@ -2,7 +2,7 @@
 
 They are batch-invariant by construction: a row's result is computed in an order that depends on its own patches
 alone, never on its neighbours in the batch. Their slow twins in plain torch are the formulas in
-`adapters_store.patch`, as `hats.apply_reference` applies them.
+`adapters_store.patch`, as `bank.apply_reference` applies them.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from adapters_store.patch import LowRank, Patch
 from adapters_store.spec import BaseSpec, LinearSite
-from server.model.bank import NOTHING, SlotBank, apply_reference, runs, wear
+from server.model.bank import SlotBank, apply_reference
 from server.model.batch import Row, Sampling
+from server.model.worn import NOTHING, runs, wear
 
 SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
 SPEC = BaseSpec("toy", "0" * 64, "Toy", 32, 40, 1, 64, {site: LinearSite(*widths) for site, widths in SITES.items()})
