@@ -51,7 +51,7 @@ CASES: dict[str, Cases] = {
         "pfeiffer-factors": (
             "SeqBnConfig",
             {
-                "reduction_factor": {"0": 64, "default": 3.5},
+                "reduction_factor": {"0": 64, "default": 3.4},
                 "scaling": "learned",
                 "adapter_residual_before_ln": True,  # without a norm after, it says nothing
             },

@@ -15,6 +15,7 @@ from adapters_store.artifact import CONFIG, WEIGHTS
 from server.app import create_app, engine_config
 from server.engine.client import EngineStartError, ProcessEngineClient
 from server.engine.fake import FakeEngineClient
+from tests.golden.make_adapterhub import HERE
 from tests.server.api.world import open_site, ready_of, settings_of
 
 pytestmark = pytest.mark.anyio
@@ -148,6 +149,15 @@ async def test_import_again(anyio_backend: str, tiny_base: Path, tmp_path: Path,
     async with open_site(tiny_base, tmp_path / "data", import_=tree) as site:
         assert (await site.ask("first", prompt="a"))["adapter"]["version"] == 2
         assert (await site.ask("second", prompt="a"))["adapter"]["version"] == 2
+
+
+async def test_import_of_what_adapterhub_saved(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A tree of AdapterHub's folders is taken in as one of PEFT's is, and kept under PEFT's names."""
+    async with open_site(tiny_base, tmp_path / "data", import_=HERE / "llama") as site:
+        tasks = (await site.http.get("/tasks")).json()["tasks"]
+        assert {task["task"] for task in tasks} == {"base", *(folder.name for folder in (HERE / "llama").iterdir())}
+        assert {tasks[1]["versions"][0]["method"], tasks[-1]["versions"][0]["method"]} == {"bottleneck"}
+        assert (await site.ask("houlsby", prompt="a"))["adapter"]["version"] == 1
 
 
 async def test_import_of_nothing(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
