@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,18 @@ def real_base() -> Path:
     from adapters_store.bases import resolve_base
 
     return resolve_base("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def biased_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random qwen2, whose biases give every family something to change. Do not write into it."""
+    return make_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-qwen2", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def artifact(biased_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """An artifact of a family and a seed for the biased base, made once a session. Do not write into it."""
+    from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
+
+    folder, makers = tmp_path_factory.mktemp("families"), {**FAMILIES, **FAMILIES_OF_BIASED}
+    return cache(lambda family, seed: makers[family](folder / f"{family}-{seed}", biased_base, seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapters_store.artifact import read_folder
+from adapters_store.methods import compile_patch
 from adapters_store.patch import Patch
 from server.model.batch import Row, Sampling
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit import reference
+from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 from tests.kit.patches import KINDS, random_patch
 from tests.kit.tiny import CONFIGS, make_tiny_base
 
@@ -133,3 +136,46 @@ def test_a_step_that_only_writes_a_prefix(bases: Any) -> None:
     row = Row(tokens[:-1], 0, [0, 1, 2, 3], ((slot, 1.0),), num_virtual=patch.num_virtual)
     assert loaded.runner.run([row]) == [None]
     loaded.bank.drop(slot)
+
+
+@pytest.fixture(scope="module")
+def dressed(biased_base: Path, artifact: Callable[[str, int], Path]) -> tuple[Loaded, dict[str, Worn]]:
+    """The biased base, and the base alone, each family, and hats of several families with weights, by name."""
+    loaded = load_one(biased_base)
+    patches = {
+        family: compile_patch(read_folder(artifact(family, 0)), loaded.spec)
+        for family in [*FAMILIES, *FAMILIES_OF_BIASED]
+    }
+    draw, worn = random.Random(3), {name: [(patch, 1.0)] for name, patch in patches.items()}
+    weighed = [patch for patch in patches.values() if not patch.num_virtual]
+    for at in range(4):
+        hats = [(patch, draw.choice([0.5, -0.2])) for patch in draw.sample(weighed, 3)]
+        worn[f"several {at}"] = [(patches["cartridge"], 1.0), (patches["cpt"], 1.0)][:at] + hats
+    return loaded, {"base": [], **worn}
+
+
+@pytest.fixture(scope="module")
+def prompts(dressed: tuple[Loaded, dict[str, Worn]]) -> list[list[int]]:
+    """One for each that is dressed, of 1 to 70 tokens."""
+    draw = random.Random(4)
+    return [[draw.randrange(200) for _ in range(draw.randrange(1, 71))] for _ in dressed[1]]
+
+
+@pytest.fixture(scope="module")
+def alone(dressed: tuple[Loaded, dict[str, Worn]], prompts: list[list[int]]) -> list[torch.Tensor]:
+    """The last logits of each, in a batch of its own and in one piece."""
+    loaded, wearers = dressed
+    return [run_all(loaded, [worn], [prompt], 1000)[0] for worn, prompt in zip(wearers.values(), prompts, strict=True)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 50, 1000])
+def test_a_row_does_not_depend_on_the_batch(
+    chunk: int, dressed: tuple[Loaded, dict[str, Worn]], prompts: list[list[int]], alone: list[torch.Tensor]
+) -> None:
+    """Logits of every family, and of several at once, are equal bit for bit alone and in a batch of all, in chunks."""
+    loaded, wearers = dressed
+    order = random.Random(chunk).sample(range(len(alone)), len(alone))
+    names = [list(wearers)[at] for at in order]
+    together = run_all(loaded, [wearers[name] for name in names], [prompts[at] for at in order], chunk)
+    wrong = [name for name, at, got in zip(names, order, together, strict=True) if not torch.equal(got, alone[at])]
+    assert not wrong
