@@ -61,7 +61,7 @@ async def ask(client: httpx.AsyncClient, request: Prompted, task: str, began: fl
         "stream": True,
         "timeout_s": TIMEOUT_S,
     }
-    started, times, last, is_done = time.perf_counter() - began, [], b"", False
+    started, times, lines, is_done = time.perf_counter() - began, list[float](), list[str](), False
     async with client.stream("POST", "/generate", params={"task": task}, json=body) as response:
         if response.status_code != httpx.codes.OK:
             raise IncompleteAnswerError(f"{response.status_code}: {(await response.aread())[:500]!r}")
@@ -70,13 +70,19 @@ async def ask(client: httpx.AsyncClient, request: Prompted, task: str, began: fl
                 is_done = True
             elif line.startswith("data: "):
                 times.append(time.perf_counter() - began)
-                last = line.removeprefix("data: ").encode()
-    _check(request, msgspec.json.decode(last or b"{}"), is_done)
+                lines.append(line.removeprefix("data: "))
+    ended = time.perf_counter() - began
+    events = [msgspec.json.decode(line) for line in lines]  # only now: it takes time from the server
+    _check(request, events[-1] if events else {}, is_done)
     gaps = [after - before for before, after in pairwise(times)]
-    return Timing(len(request.prompt), request.max_tokens, started, time.perf_counter() - began, times[0], gaps)
+    sizes = [len(event.get("token_ids", ())) for event in events]
+    return Timing(len(request.prompt), request.max_tokens, started, ended, times[0], gaps, sizes)
 
 
 def _check(request: Prompted, last: dict[str, Any], is_done: bool) -> None:
-    num_tokens = last.get("usage", {}).get("completion_tokens")
+    usage = last.get("usage", {})
+    num_tokens, num_virtual = usage.get("completion_tokens"), usage.get("virtual_tokens", 0)
     if not is_done or num_tokens != request.max_tokens:
         raise IncompleteAnswerError(f"{num_tokens} of {request.max_tokens} tokens came; the last event was {last}")
+    if num_virtual != request.num_virtual:
+        raise IncompleteAnswerError(f"{num_virtual} virtual tokens came before it instead of {request.num_virtual}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
-from tests.benchmarks.machine import Machine
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.peers import ME
-from tests.benchmarks.results import PERCENTILES, Figures, Run, figures
+from tests.benchmarks.plot import plot
+from tests.benchmarks.results import PERCENTILES, Figures
+from tests.benchmarks.shares import BASE, Families
 
 TABLE_PERCENTILES = [f"p{percentile}" for percentile in PERCENTILES]
 
@@ -33,25 +35,6 @@ RATIOS = [
 ]
 
 
-class Bench(msgspec.Struct):
-    """One run of the bench. `facts[peer]` has one entry a repeat; `skipped` peers have their reason."""
-
-    machine: Machine
-    base: str
-    precision: str
-    titles: dict[str, str]  # of the workloads
-    limits: dict[str, float]  # output tokens/s that the machine could reach, by workload
-    peers: dict[str, str]  # their titles
-    runs: list[Run] = []
-    facts: dict[str, list[dict[str, float]]] = {}
-    skipped: dict[str, str] = {}
-
-    def figures(self) -> dict[tuple[str, str], Figures]:
-        """Medians by (peer, workload)."""
-        keys = dict.fromkeys((run.peer, run.workload) for run in self.runs)
-        return {key: figures([run for run in self.runs if (run.peer, run.workload) == key]) for key in keys}
-
-
 def write(bench: Bench, folder: Path) -> None:
     """Write the three files into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +43,7 @@ def write(bench: Bench, folder: Path) -> None:
         "figures": {f"{peer} {workload}": one for (peer, workload), one in measured.items()},
         "ratios": dict(ratios(measured)),
         "facts": {peer: _medians(facts) for peer, facts in bench.facts.items()},
+        "families": _summary(bench.families),
     }
     everything = {"summary": summary, "bench": bench}
     (folder / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(everything), indent=1) + b"\n")
@@ -77,7 +61,7 @@ def ratios(measured: dict[tuple[str, str], Figures]) -> list[tuple[str, float]]:
 
 
 def markdown(bench: Bench) -> str:
-    """The tables: throughput and times, ratios, facts of each peer."""
+    """The tables: throughput and times, ratios, families, facts of each peer."""
     measured, machine = bench.figures(), bench.machine
     limits = f"{machine.gemm_gflop_per_s:.0f} GFLOP/s, {machine.read_gb_per_s:.1f} GB/s"
     ratio_rows = [[title, f"{value:.2f}"] for title, value in ratios(measured)]
@@ -98,6 +82,7 @@ def markdown(bench: Bench) -> str:
             [_row(bench, *key, one) for key, one in sorted(measured.items(), key=lambda item: item[0][1])],
         ),
         _table(["ratio of output tokens/s", ""], ratio_rows),
+        *_families(bench.families),
         _table(["peer", "fact", ""], fact_rows),
         "\n".join(skipped),
     ]
@@ -115,6 +100,57 @@ def _row(bench: Bench, peer: str, workload: str, one: Figures) -> list[str]:
     ]
 
 
+def _families(families: Families) -> list[str]:
+    """The tables of the methods and of soft prompts, each below what it is of."""
+    rates = families.rates(BASE)
+    base = f"; the base's own {len(rates)} batches {min(rates):.1f} to {max(rates):.1f} tok/s" if rates else ""
+    said = (
+        f"{families.num_requests} requests at once, each with an adapter of its own, prompts of {families.num_prompt} "
+        f"tokens, {families.num_tokens} new ones; output tok/s while all of them decode, as the share of the base's "
+        f"around it{base}."
+    )
+    shares, waits = _shares(families), _waits(families)
+    return [*([said, shares] if shares else []), *(["One request at a time.", waits] if waits else [])]
+
+
+def _shares(families: Families) -> str:
+    rows = [
+        [
+            method,
+            str(families.worn[method].num_different),
+            f"{families.worn[method].slot_bytes / 2**20:.1f}",
+            f"{statistics.median(families.rates(method)):.1f}",
+            f"{statistics.median(shares):.0%}",
+            f"{min(shares):.0%} to {max(shares):.0%}",
+        ]
+        for method, shares in families.shares().items()
+    ]
+    return _table(["method", "different adapters", "MiB of each", "output tok/s", "of the base", "each time"], rows)
+
+
+def _waits(families: Families) -> str:
+    rows = [
+        [
+            wait.method,
+            str(wait.num_virtual),
+            str(wait.num_prompt),
+            f"{statistics.median(wait.without_ms):.1f}",
+            f"{statistics.median(wait.with_ms):.1f}",
+            f"{wait.ratio:.2f}",
+        ]
+        for wait in families.waits
+    ]
+    head = ["soft prompt, after its first use", "virtual tokens", "prompt", "TTFT without, ms", "TTFT with", "ratio"]
+    return _table(head, rows)
+
+
+def _summary(families: Families) -> dict[str, Any]:
+    return {
+        "of_the_base": {method: statistics.median(shares) for method, shares in families.shares().items()},
+        "soft_prompt_ttft_ratio": {f"{wait.method} {wait.num_prompt}": wait.ratio for wait in families.waits},
+    }
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
@@ -122,31 +158,3 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _medians(facts: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(one[name] for one in facts if name in one) for name in facts[0]}
-
-
-def plot(bench: Bench, path: Path) -> None:
-    """Bars of output tokens/s by workload and peer, and the latency of our own server."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    measured = bench.figures()
-    workloads = sorted({workload for _, workload in measured})
-    shown = list(dict.fromkeys(peer for peer, _ in measured))
-    figure, (speed, times) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    width = 0.8 / len(shown)
-    for place, peer in enumerate(shown):
-        heights = [measured[peer, w].output_tokens_per_s if (peer, w) in measured else 0.0 for w in workloads]
-        where = [index + (place - (len(shown) - 1) / 2) * width for index in range(len(workloads))]
-        speed.bar_label(speed.bar(where, heights, width, label=bench.peers[peer]), fmt="%.0f", fontsize=8)
-    speed.set(title="output tokens/s", xticks=range(len(workloads)), xticklabels=workloads)
-    speed.legend(fontsize=8)
-    runs = [run for run in bench.runs if run.peer == ME]
-    for workload in sorted({run.workload for run in runs}):
-        waits = sorted(t.first - t.started for run in runs if run.workload == workload for t in run.timings if t.first)
-        times.plot(waits, [(rank + 1) / len(waits) for rank in range(len(waits))], label=workload)
-    times.set(title="time to first token, manyhats", xlabel="s", ylabel="share of requests")
-    times.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

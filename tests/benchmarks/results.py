@@ -14,7 +14,7 @@ PERCENTILES = (50, 95, 99)
 class Timing(msgspec.Struct):
     """One request, in seconds since the run began; `gaps` are those between neighbouring pieces of the answer.
 
-    A peer that does not stream has neither `first` nor `gaps`.
+    `sizes` are the tokens of each piece. A peer that does not stream has neither `first` nor `gaps` nor `sizes`.
     """
 
     num_prompt: int
@@ -23,6 +23,7 @@ class Timing(msgspec.Struct):
     ended: float
     first: float | None = None
     gaps: list[float] = []
+    sizes: list[int] = []
 
 
 class Run(msgspec.Struct):

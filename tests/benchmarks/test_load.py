@@ -39,8 +39,8 @@ LAST = {"choices": [{"text": "b", "finish_reason": "length"}], "usage": {"comple
 
 def test_a_whole_answer_is_timed() -> None:
     """A complete stream gives the first piece's time and the gaps; the request asks for exactly its tokens."""
-    timing, request = answer(200, sse({"choices": [{"text": "a"}]}, LAST, "[DONE]"))
-    assert (timing.num_prompt, timing.num_tokens, len(timing.gaps)) == (2, 2, 1)
+    timing, request = answer(200, sse({"text": "a", "token_ids": [5, 6]}, LAST, "[DONE]"))
+    assert (timing.num_prompt, timing.num_tokens, len(timing.gaps), timing.sizes) == (2, 2, 1, [2, 0])
     assert timing.first is not None
     assert timing.started <= timing.first <= timing.ended
     assert request.url.params["task"] == "bench-3"
@@ -54,6 +54,11 @@ def test_a_whole_answer_is_timed() -> None:
         (200, sse({**LAST, "usage": {"completion_tokens": 1}}, "[DONE]"), "1 of 2 tokens"),
         (200, sse(LAST), "2 of 2 tokens"),  # but cut off before its end
         (200, b"", "None of 2 tokens"),
+        (
+            200,
+            sse({**LAST, "usage": {"completion_tokens": 2, "virtual_tokens": 9}}, "[DONE]"),
+            "9 virtual tokens .* of 0",
+        ),
         (503, b'{"error": {"code": "overloaded"}}', "503: .*overloaded"),
     ],
 )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.benchmarks import report
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.machine import Machine, count_weights, limit_tokens_per_s
+from tests.benchmarks.plot import figure_of
 from tests.benchmarks.results import Run, Timing, figures
+from tests.benchmarks.shares import Decode, Families, Wait, Worn
 from tests.benchmarks.workload import Request, Workload
 
 MACHINE = Machine("a CPU", 2, 2, 0.1, 100.0, 10.0, {})
@@ -35,7 +39,7 @@ def test_figures_are_medians_over_runs() -> None:
 
 def test_the_files_hold_ratios_and_skipped_peers(tmp_path: Path) -> None:
     """The three files are written; ratios are of what was measured; a skipped peer is named with its reason."""
-    bench = report.Bench(
+    bench = Bench(
         MACHINE,
         "smollm2-135m",
         "auto",
@@ -57,6 +61,33 @@ def test_the_files_hold_ratios_and_skipped_peers(tmp_path: Path) -> None:
     assert "| manyhats | start_to_ready_s | 4.0 |" in text
     assert "openvino was skipped: not installed" in text
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_families_are_tables_and_a_panel(tmp_path: Path) -> None:
+    """A bench of the families alone: shares with their spread, waits with their ratio, and one panel, without runs."""
+    bench = Bench(MACHINE, "smollm2-135m", "auto", {}, {}, {})
+    rates = [("base", 100.0), ("lora", 90.0), ("base", 100.0), ("lora", 60.0), ("base", 100.0)]
+    bench.families = Families(
+        16, 32, 64, {"lora": Worn(16, 3 * 2**20)}, [Decode(*one) for one in rates], [Wait("p", 100, 32, [20.0], [21.0])]
+    )
+    report.write(bench, tmp_path)
+    summary = json.loads((tmp_path / "bench.json").read_text())["summary"]["families"]
+    assert summary == {"of_the_base": {"lora": 0.75}, "soft_prompt_ttft_ratio": {"p 32": 1.05}}
+    text = (tmp_path / "bench.md").read_text()
+    assert "| lora | 16 | 3.0 | 75.0 | 75% | 60% to 90% |" in text
+    assert "| p | 100 | 32 | 20.0 | 21.0 | 1.05 |" in text
+    assert [axes.get_title() for axes in figure_of(bench).axes] == ["decode speed kept, of the base's"]
+
+
+def test_the_legend_covers_no_bar() -> None:
+    """The legend of the throughputs lies apart from every bar, however many peers there are."""
+    peers = {f"peer-{number}": f"a peer with a long name, number {number}" for number in range(4)}
+    runs = [run(peer, workload, 1.0) for peer in peers for workload in ("W1", "W2", "W3", "W4")]
+    figure = figure_of(Bench(MACHINE, "smollm2-135m", "auto", {}, {}, peers, runs))
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    legend: Any = axes.get_legend()
+    assert not any(legend.get_window_extent().overlaps(bar.get_window_extent()) for bar in axes.patches)
 
 
 def test_the_limit_counts_products_and_reads(tiny_base: Path) -> None:

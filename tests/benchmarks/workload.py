@@ -33,11 +33,15 @@ class Workload(msgspec.Struct):
 
 
 class Prompted(msgspec.Struct):
-    """A request with its prompt as the base's token ids: what every peer is given."""
+    """A request with its prompt as the base's token ids: what every peer is given.
+
+    `num_virtual` are the virtual tokens that its adapter puts before it.
+    """
 
     adapter: int | None
     prompt: list[int]
     max_tokens: int
+    num_virtual: int = 0
 
 
 def names() -> list[str]:

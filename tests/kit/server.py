@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -38,12 +39,16 @@ class Server:
         infos = [process.memory_full_info() for process in self.processes()]
         return {"rss": sum(info.rss for info in infos), "pss": sum(info.pss for info in infos)}
 
-    def upload(self, task: str, body: bytes) -> None:
-        """PUT a zipped adapter on as `task`. Raises `httpx.HTTPStatusError`."""
+    def upload(self, task: str, body: bytes) -> dict[str, Any]:
+        """Upload a zipped adapter as `task`, and what was answered. Raises `httpx.HTTPStatusError` with the answer."""
         headers = {"Content-Type": "application/zip"}
-        httpx.post(
-            f"{self.url}/adapters", params={"task": task}, content=body, headers=headers, timeout=120
-        ).raise_for_status()
+        answer = httpx.post(f"{self.url}/adapters", params={"task": task}, content=body, headers=headers, timeout=120)
+        try:
+            said: dict[str, Any] = answer.raise_for_status().json()
+        except httpx.HTTPStatusError as error:
+            error.add_note(answer.text[:500])
+            raise
+        return said
 
 
 @contextmanager

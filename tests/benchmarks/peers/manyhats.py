@@ -36,7 +36,7 @@ class Manyhats:
     def start(self, setup: Setup) -> Iterator[ManyhatsSession]:
         """Serve from an empty data directory, upload every adapter, and warm up."""
         data = setup.scratch / "data"
-        with serve(setup.base, data, precision=setup.precision) as server:
+        with serve(setup.base, data, precision=setup.precision, num_threads=setup.num_threads) as server:
             yield ManyhatsSession(server, setup)
 
 
