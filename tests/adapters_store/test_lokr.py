@@ -33,7 +33,7 @@ TARGETS: dict[str, Any] = {"r": 3, "alpha": 4, "target_modules": ["q_proj", "k_p
 CASES: dict[str, dict[str, Any]] = {
     "w1 whole, w2 of low rank": {"r": 3, "alpha": 4, "target_modules": "all-linear"},
     "both of low rank": {"r": 2, "alpha": 2, "target_modules": "all-linear", "decompose_both": True},
-    "both whole": {"r": 8, "alpha": 8, "target_modules": "all-linear"},
+    "both whole": {"r": 8, "alpha": 6, "target_modules": "all-linear"},
     "LyCORIS's way to ask for both whole": {"r": 100_000, "alpha": 100_000, "target_modules": "all-linear"},
     "w1 whole by its size alone": {**TARGETS, "r": 5, "decompose_both": True, "decompose_factor": 4},
     "a factor that divides": {"r": 4, "alpha": 4, "target_modules": "all-linear", "decompose_factor": 2},
