@@ -175,7 +175,7 @@ BAD_FOLDERS: dict[str, tuple[Change, int, str, str]] = {
     "missing tensor": (tensors(drop), 422, "artifact_invalid", FIRST),
     "tensor without a site": (tensors(stray), 422, "artifact_invalid", "nowhere"),
     "unknown method": (config(peft_type="MAGIC"), 422, "method_unsupported", "MAGIC"),
-    "unknown key": (config(use_dora=True), 422, "method_unsupported", "use_dora"),
+    "unknown key": (config(use_qalora=True), 422, "method_unsupported", "use_qalora"),
     "wrong base": (other_base, 422, "wrong_base", "other"),
     "config is no JSON": (member(CONFIG, b"{"), 422, "artifact_invalid", CONFIG),
     "weights are no safetensors": (member(WEIGHTS, b"\x05" + bytes(99)), 422, "artifact_invalid", ""),
