@@ -55,7 +55,8 @@ def pack_zip(folder: Path, out: Path) -> None:
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:
-    if start.startswith((*PICKLE_STARTS, b"PK")):
+    """A safetensors file may begin with these bytes too, for it begins with its header's length: then "{" follows."""
+    if start.startswith((*PICKLE_STARTS, b"PK")) and start[8:9] != b"{":
         raise ArtifactTypeError(f"{name} is a pickle or a zip by its content, not safetensors; {SAVE_SAFELY}", name)
 
 

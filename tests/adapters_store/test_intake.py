@@ -91,6 +91,18 @@ def test_a_single_file_carries_its_config_and_manifest(room: Room) -> None:
     assert all(torch.equal(tensors[name], tensor) for name, tensor in toy_tensors().items())
 
 
+@pytest.mark.parametrize("start", [b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5", b"PK"])
+def test_a_header_whose_length_begins_as_a_pickle(room: Room, start: bytes) -> None:
+    """Safetensors that begin with a pickle's or a zip's first bytes, as a header's length, are what they are."""
+    whole = with_metadata(save(toy_tensors()), toy_config())
+    size = int.from_bytes(whole[:8], "little")
+    length = int.from_bytes(start + b"\1", "little")
+    padded = length.to_bytes(8, "little") + whole[8 : 8 + size].ljust(length) + whole[8 + size :]
+    room.unpack(zip_of({**SOUND, WEIGHTS: padded}))
+    room.unpack(padded, SAFETENSORS_TYPE)
+    assert read_folder(room.into).tensors.keys() == toy_tensors().keys()
+
+
 def link(name: str, mode: int = stat.S_IFLNK) -> zipfile.ZipInfo:
     """A member that is no plain file."""
     info = zipfile.ZipInfo(name)
