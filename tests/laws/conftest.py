@@ -1,18 +1,21 @@
-"""A tiny base in fp32 with adapters of many ranks and placements."""
+"""Tiny bases in fp32: one with LoRAs of many ranks and placements, one with two artifacts of every family."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from server.model.runner import RunnerConfig, load
 from tests.kit.adapters import make_lora
-from tests.laws.world import World
+from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
+from tests.laws.world import World, load_tiny
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 PLACES = [ATTENTION, MLP, [*ATTENTION, *MLP], ["q_proj"], ["down_proj"], ["v_proj", "o_proj"]]
 RANKS = (1, 2, 3, 4, 7, 8, 16, 33)
+SEEDS = {"A": 0, "B": 33}  # prefixes of 3 and of 32 tokens: inside a block, and up to the end of one
+NUM_BLOCKS, BLOCK_SIZE = 3072, 32
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,12 @@ def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
         )
         for number in range(16)
     }
-    config = RunnerConfig(
-        folder=str(tiny_base), name="tiny", precision="fp32", num_threads=1, kv_cache_bytes=48 * 2**20
-    )
-    return World(load(config), folders)
+    return World(load_tiny(tiny_base, NUM_BLOCKS, BLOCK_SIZE), folders)
+
+
+@pytest.fixture(scope="session")
+def families(biased_base: Path, artifact: Callable[[str, int], Path]) -> World:
+    """`<family> A` and `<family> B` of every family."""
+    names = [*FAMILIES, *FAMILIES_OF_BIASED]
+    folders = {f"{name} {letter}": artifact(name, seed) for name in names for letter, seed in SEEDS.items()}
+    return World(load_tiny(biased_base, NUM_BLOCKS, BLOCK_SIZE), folders)

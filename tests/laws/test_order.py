@@ -53,7 +53,7 @@ def test_all_at_once(world: World) -> None:
 def test_a_slot_that_is_used_again(world: World) -> None:
     """With room for one adapter, each of many takes the slot of the one before, and none answers for another."""
     names = sorted(world.folders, key=lambda name: random.Random(name).random())
-    largest = max(world.pack(name).num_bytes for name in names)
+    largest = max(map(world.num_bytes, names))
     asked = [Asked(((name, 1.0),), PROMPT, GREEDY) for name in names]
     wanted = [world.solo(one) for one in asked]
     with world.engine(slot_bytes=largest, host_bytes=2 * largest) as engine:
@@ -78,7 +78,7 @@ def test_two_names_of_equal_bytes_and_one_name_of_new_bytes(world: World, tmp_pa
 
 def test_four_times_as_many_adapters_as_fit(world: World) -> None:
     """500 requests over adapters that need four times the slots' bytes are all answered rightly; nobody starves."""
-    sizes = {name: world.pack(name).num_bytes for name in world.folders}
+    sizes = {name: world.num_bytes(name) for name in world.folders}
     chance = random.Random(1)
     prompts = [tuple(chance.randrange(3, 250) for _ in range(n)) for n in (3, 40)]
     asked = [

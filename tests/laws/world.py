@@ -12,67 +12,115 @@ from typing import Any
 
 from adapters_store.artifact import read_folder
 from adapters_store.methods import compile_patch
+from adapters_store.patch import Patch
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Hat, Submit
 from server.model.batch import Sampling
 from server.model.packed import Packed
-from server.model.runner import Loaded
+from server.model.runner import Loaded, RunnerConfig, load
+
+BYTES_A_POSITION = 2 * 2 * 2 * 16 * 4  # layers, keys and values, kv heads, width of a head, fp32
+
+
+def load_tiny(base: Path, num_blocks: int, block_size: int) -> Loaded:
+    """A tiny llama or qwen2 in fp32 with so many blocks of KV cache."""
+    kv_cache_bytes = num_blocks * block_size * BYTES_A_POSITION
+    config = RunnerConfig(
+        folder=str(base),
+        name="tiny",
+        precision="fp32",
+        num_threads=1,
+        kv_cache_bytes=kv_cache_bytes,
+        block_size=block_size,
+    )
+    loaded = load(config)
+    assert loaded.runner.num_blocks == num_blocks
+    return loaded
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: its hats as (adapter's name, weight), prompt, sampling, and the step at which it comes."""
+    """A request: its hats as (adapter's name, weight), prompt, sampling, the step at which it comes, and its tenant."""
 
     hats: tuple[tuple[str, float], ...]
     prompt: tuple[int, ...]
     sampling: Sampling
     arrives: int = 0
+    tenant: str = "law"
 
 
 @dataclass
 class World:
-    """A loaded base and its adapters; solo answers are kept, for they are asked for often."""
+    """A loaded base and the folders of its adapters by name: a name is resolved to a digest when it is asked for.
+
+    Solo answers are kept, for they are asked for often.
+    """
 
     loaded: Loaded
     folders: dict[str, Path]
+    patches: dict[Path, Patch] = field(default_factory=dict)
     solos: dict[str, list[int]] = field(default_factory=dict)
+
+    def on(self, loaded: Loaded) -> World:
+        """The same adapters over another cache of the same base."""
+        return replace(self, loaded=loaded, solos={})
 
     @contextmanager
     def engine(self, **limits: Any) -> Iterator[Engine[Any]]:
-        """A fresh engine over the runner. Only one at a time: they share its blocks."""
+        """A fresh engine over the runner. Only one at a time: they share its blocks. Nothing is left behind."""
         config = EngineConfig(
             folder="", name="law", blobs="", **{"max_sequence_tokens": self.loaded.max_sequence_tokens, **limits}
         )
-        assert not self.loaded.bank.buffers, "another engine is there"
-        with ThreadPoolExecutor(2) as executor:
-            engine: Engine[Any] = Engine(
-                self.loaded.runner,
-                self.loaded.bank,
-                self.pack,
-                config,
-                eos_token_ids=self.loaded.eos_token_ids,
-                executor=executor,
-                clock=time.monotonic,
-            )
-            yield engine
-            for name in self.folders:
-                engine.forget(name)
-            engine.step()
-        assert not self.loaded.bank.buffers, "a slot was left behind"
+        assert not self.loaded.bank.slots, "another engine is there"
+        try:
+            with ThreadPoolExecutor(2) as executor:
+                engine = self._engine(config, executor)
+                yield engine
+                for digest in {patch.digest for patch in self.patches.values()}:
+                    engine.forget(digest)
+                engine.step()
+            assert not self.loaded.bank.slots, "a slot was left behind"
+        finally:  # of a test that failed: the next one is not to fail for it
+            for slot in tuple(self.loaded.bank.slots):
+                self.loaded.bank.drop(slot)
 
-    def pack(self, name: str) -> Packed:
-        """An adapter as it would lie in a slot."""
-        return self.loaded.bank.pack(compile_patch(read_folder(self.folders[name]), self.loaded.spec))
+    def _engine(self, config: EngineConfig, executor: ThreadPoolExecutor) -> Engine[Any]:
+        return Engine(
+            self.loaded.runner,
+            self.loaded.bank,
+            self._load,
+            config,
+            eos_token_ids=self.loaded.eos_token_ids,
+            executor=executor,
+            clock=time.monotonic,
+        )
+
+    def patch(self, name: str) -> Patch:
+        """An adapter compiled for the base."""
+        folder = self.folders[name]
+        if folder not in self.patches:
+            self.patches[folder] = compile_patch(read_folder(folder), self.loaded.spec)
+        return self.patches[folder]
+
+    def num_bytes(self, *names: str) -> int:
+        """What the adapters take in slots together."""
+        return sum(self.loaded.bank.pack(self.patch(name)).num_bytes for name in names)
+
+    def _load(self, digest: str) -> Packed:
+        patch = next(patch for patch in tuple(self.patches.values()) if patch.digest == digest)
+        return self.loaded.bank.pack(patch)
 
     def answer(self, engine: Engine[Any], asked: list[Asked]) -> list[list[int]]:
-        """The tokens of all requests, each submitted at its step. Fails where one fails, or never ends."""
+        """The tokens of all requests, each submitted at its step. Fails where one fails, never ends, or keeps what it
+        held.
+        """
         tokens: dict[str, list[int]] = {str(index): [] for index in range(len(asked))}
         coming = sorted(range(len(asked)), key=lambda index: asked[index].arrives)
         step, patience = 0, time.monotonic() + 120
         while coming or engine.has_work:
             while coming and asked[coming[0]].arrives <= step:
                 index = coming.pop(0)
-                engine.submit(_submit(str(index), asked[index]))
+                engine.submit(self._submit(str(index), asked[index]))
             done = engine.step()
             step += 1
             assert time.monotonic() < patience, "somebody starves"
@@ -83,24 +131,29 @@ class World:
                 assert output.failure is None, output.failure
                 tokens[output.sequence_id] += output.token_ids
         engine.assert_consistent()
+        assert engine.stats().num_blocks_used == engine.stats().num_pins == 0
         return list(tokens.values())
 
     def solo(self, asked: Asked) -> list[int]:
         """What a request is answered alone, in a fresh engine without a prefix cache and in one piece."""
-        key = repr((asked.hats, asked.prompt, asked.sampling))
+        key = self.key(asked)
         if key not in self.solos:
             with self.engine(is_prefix_cached=False, max_batch_tokens=1024) as engine:
                 (self.solos[key],) = self.answer(engine, [replace(asked, arrives=0)])
         return self.solos[key]
 
+    def key(self, asked: Asked) -> str:
+        """What a solo answer depends on, and is kept by."""
+        return repr(([(self.patch(name).digest, weight) for name, weight in asked.hats], asked.prompt, asked.sampling))
 
-def _submit(sequence_id: str, asked: Asked) -> Submit:
-    return Submit(
-        sequence_id=sequence_id,
-        namespace="law",
-        prompt=list(asked.prompt),
-        sampling=asked.sampling,
-        deadline=time.monotonic() + 600,
-        arrived=time.monotonic(),
-        hats=tuple(Hat(name, weight) for name, weight in asked.hats),
-    )
+    def _submit(self, sequence_id: str, asked: Asked) -> Submit:
+        worn = [(self.patch(name), weight) for name, weight in asked.hats]
+        return Submit(
+            sequence_id=sequence_id,
+            namespace=asked.tenant,
+            prompt=list(asked.prompt),
+            sampling=asked.sampling,
+            deadline=time.monotonic() + 600,
+            arrived=time.monotonic(),
+            hats=tuple(Hat(patch.digest, weight, patch.num_virtual) for patch, weight in worn),
+        )
