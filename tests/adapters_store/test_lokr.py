@@ -83,6 +83,7 @@ def test_lokr_answers_as_in_peft_on_other_bases(
     [
         ({"r": 3}, LowRank, 24 * 128),  # w1 whole, of rank 8, times 3; 64 x 64
         ({"r": 2, "decompose_both": True}, LowRank, 4 * 128),
+        ({"r": 3, "target_modules": ["k_proj"]}, LowRank, 12 * 96),  # w1 [4, 8] is of rank 4
         ({"r": 8}, Delta, 64 * 64),  # 8 times 8
         ({"r": 8, "decompose_factor": 1}, LowRank, 8 * 128),  # w1 is one number
         ({"r": 40, "decompose_factor": 64}, Delta, 64 * 64),  # w2 is one number, w1 whole
@@ -92,7 +93,7 @@ def test_whatever_holds_fewer_numbers_is_kept(
     tmp_path: Path, tiny_base: Path, case: dict[str, Any], kind: type, num_items: int
 ) -> None:
     """Two factors where they are the smaller, the whole update where they are not."""
-    config = PeftLoKrConfig(task_type="CAUSAL_LM", alpha=case["r"], target_modules=["q_proj"], **case)
+    config = PeftLoKrConfig(task_type="CAUSAL_LM", alpha=case["r"], **{"target_modules": ["q_proj"], **case})
     patch = assert_answers_as_peft(tiny_base, make_peft(tmp_path / "hat", tiny_base, config))
     assert {type(primitive) for primitive in patch.primitives} == {kind}
     assert patch.num_items == 2 * num_items
