@@ -15,20 +15,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from adapters_store.artifact import CONFIG, WEIGHTS
-from server.app import engine_config
-from server.engine.client import Patience, ProcessEngineClient
 from tests.kit.adapters import make_lora, zip_folder
-from tests.server.api.world import Site, error_of, sent, serve_site, settings_of, until
+from tests.server.api.world import Site, error_of, sent, serve_real, until
 
 pytestmark = pytest.mark.anyio
-LIMITS: dict[str, Any] = {
-    "precision": "fp32",
-    "kv_cache_bytes": 8 * 2**20,
-    "num_threads": 1,
-    "max_running": 8,
-    "max_waiting": 12,
-    "max_sequence_tokens": 600,
-}
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +26,7 @@ async def real(
     anyio_backend: str, tiny_base: Path, loras: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Site]:
     """A server with the tasks t0, t1 and t2 over a real engine."""
-    data = tmp_path_factory.mktemp("real")
-    config = engine_config(settings_of(tiny_base, data, **LIMITS), tiny_base)
-    client = ProcessEngineClient(config, patience=Patience(first_retry=0.05))
-    async with serve_site(tiny_base, data, client, **LIMITS) as site:
+    async with serve_real(tiny_base, tmp_path_factory.mktemp("real")) as site:
         for number, folder in enumerate(loras):
             assert (await site.upload(f"t{number}", zip_folder(folder))).status_code == 201
         yield site

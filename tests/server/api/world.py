@@ -21,14 +21,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters_store.bases import base_identity
 from adapters_store.describe import describe
 from server.api.front import Front
-from server.app import create_app
-from server.engine.client import EngineClient
+from server.app import create_app, engine_config
+from server.engine.client import EngineClient, Patience, ProcessEngineClient
 from server.engine.fake import FakeEngineClient, fake_ready
 from server.engine.messages import Ready
 from server.settings import Settings
 from tests.kit.tiny import EOS
 
 MAX_TOKENS = 400  # of a sequence
+REAL_LIMITS: dict[str, Any] = {
+    "precision": "fp32",
+    "kv_cache_bytes": 8 * 2**20,
+    "num_threads": 1,
+    "max_running": 8,
+    "max_waiting": 12,
+    "max_sequence_tokens": 600,
+}
 ZIP, SAFETENSORS = "application/zip", "application/x-safetensors"
 
 
@@ -142,6 +150,16 @@ async def serve_site(
         finally:
             server.should_exit = True
             await running
+
+
+@asynccontextmanager
+async def serve_real(base: Path, data: Path, **settings: Any) -> AsyncIterator[Site]:
+    """A server that listens on loopback, over the real engine in a process of its own."""
+    limits = {**REAL_LIMITS, **settings}
+    config = engine_config(settings_of(base, data, **limits), base)
+    client = ProcessEngineClient(config, patience=Patience(first_retry=0.05))
+    async with serve_site(base, data, client, **limits) as site:
+        yield site
 
 
 async def until(what: Any, seconds: float = 5.0) -> None:

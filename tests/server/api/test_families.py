@@ -1,0 +1,181 @@
+"""End to end with every family: uploaded to a server over the real engine, shown, and answered as the formulas say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from adapters_store.artifact import CONFIG, WEIGHTS, read_folder
+from adapters_store.methods import compile_patch
+from adapters_store.patch import Patch
+from tests.kit import reference
+from tests.kit.adapters import zip_folder
+from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
+from tests.server.api.world import Site, error_of, serve_real, until
+
+pytestmark = pytest.mark.anyio
+NAMES = [*FAMILIES, *FAMILIES_OF_BIASED]
+BODY = {"prompt": "Once upon a time there was a hat", "max_tokens": 16, "ignore_eos": True}
+NUM_RUNNING = 40  # all families at once
+
+
+@dataclass
+class Served:
+    """A server with a task of each family, and what its answers must be."""
+
+    site: Site
+    folders: dict[str, Path]
+    stock: Any
+
+    def patch(self, task: str) -> Patch:
+        """A task's artifact, compiled here."""
+        return compile_patch(read_folder(self.folders[task]), self.site.front.ready().spec)
+
+    def wanted(self, *hats: tuple[str, float]) -> list[int]:
+        """The greedy answer of the stock model with the patches' formulas."""
+        prompt = self.site.front.tokenizer.encode(str(BODY["prompt"]))
+        return reference.greedy(self.stock, [(self.patch(task), weight) for task, weight in hats], prompt, 16)
+
+    async def worn(self, *hats: tuple[str, float]) -> dict[str, Any]:
+        """The answer to several hats at once."""
+        listed = [{"task": task, "weight": weight} for task, weight in hats]
+        answer = await self.site.post("/generate", {**BODY, "adapters": listed})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+
+@pytest.fixture(scope="module")
+async def served(
+    anyio_backend: str,
+    biased_base: Path,
+    artifact: Callable[[str, int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Served]:
+    """Every family's first artifact is uploaded as a zip, as the task of the family's name."""
+    folders = {name: artifact(name, 0) for name in NAMES}
+    stock = AutoModelForCausalLM.from_pretrained(biased_base).eval()
+    async with serve_real(
+        biased_base, tmp_path_factory.mktemp("served"), max_running=NUM_RUNNING, max_waiting=NUM_RUNNING
+    ) as site:
+        for name, folder in folders.items():
+            uploaded = await site.upload(name, zip_folder(folder))
+            assert uploaded.status_code == 201, uploaded.text
+        yield Served(site, folders, stock)
+
+
+def tokens(answer: dict[str, Any]) -> list[int]:
+    """Of an answer's one choice."""
+    ids: list[int] = answer["choices"][0]["token_ids"]
+    return ids
+
+
+def num_virtual(folder: Path) -> int:
+    """How many virtual tokens an artifact has, as its config says it."""
+    config = json.loads((folder / CONFIG).read_text())
+    if config["peft_type"] == "CPT":
+        return len(config["cpt_token_ids"])
+    return int(config.get("num_virtual_tokens") or 0)
+
+
+async def test_tasks_show_what_they_are(served: Served) -> None:
+    """GET /tasks/{task} has the artifact's method, parameters and bytes, its bytes in a slot, its virtual tokens."""
+    listed = (await served.site.http.get("/tasks")).json()["tasks"]
+    versions = {task["task"]: task["versions"][0] for task in listed if task["task"] != "base"}
+    assert set(versions) == set(NAMES)
+    for name, folder in served.folders.items():
+        shown = (await served.site.http.get(f"/tasks/{name}")).json()["versions"][0]
+        assert shown.items() >= {key: versions[name][key] for key in ("digest", "method", "bytes")}.items()
+        assert shown["method"] == json.loads((folder / CONFIG).read_text())["peft_type"].lower(), name
+        assert shown["num_parameters"] == sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values()), name
+        assert shown["bytes"] == sum(path.stat().st_size for path in (folder / CONFIG, folder / WEIGHTS)), name
+        assert shown["slot_bytes"] == 4 * served.patch(name).num_items, name
+        assert shown["virtual_tokens"] == num_virtual(folder), name
+
+
+async def test_alone_in_a_stream_and_all_at_once(served: Served) -> None:
+    """Plain, streamed and among all others the tokens are those of the formulas; usage counts the virtual tokens."""
+    site, names = served.site, ["base", *NAMES]
+    wanted = {name: served.wanted((name, 1.0)) if name != "base" else served.wanted() for name in names}
+    alone = {name: await site.ask(name, **BODY) for name in names}
+    assert {name: tokens(answer) for name, answer in alone.items()} == wanted
+    usage = {name: answer["usage"]["virtual_tokens"] for name, answer in alone.items()}
+    assert usage == {"base": 0, **{name: num_virtual(folder) for name, folder in served.folders.items()}}
+    assert all(answer["usage"]["prompt_tokens"] == len(str(BODY["prompt"])) for answer in alone.values())
+    together = await asyncio.gather(*(site.ask(name, **BODY) for name in names))
+    assert dict(zip(names, map(tokens, together), strict=True)) == wanted
+    streams = await asyncio.gather(*(site.events(f"/generate?task={name}", **BODY) for name in names))
+    assert [[token for event in events for token in event["token_ids"]] for events in streams] == [*wanted.values()]
+    versions = [task["versions"][0] for task in (await site.http.get("/tasks")).json()["tasks"][1:]]
+    assert {version["residency"] for version in versions} == {"slot"}
+    await until(lambda: (site.front.client.stats.num_running, site.front.client.stats.num_pins) == (0, 0))
+
+
+MIXTURES: list[list[tuple[str, float]]] = [
+    [("lora", 0.5), ("ia3", 0.5)],
+    [("dora", 1.0), ("bottleneck-houlsby", 0.5), ("bitfit", -0.5)],
+    [("selective-layer", 0.3), ("trainable-tokens", 1.0), ("vera", 0.7)],
+    [("ln-tuning", 0.5), ("lokr", 0.0), ("bottleneck-parallel", 1.0), ("loha", 0.2)],
+    [("lora-bias", 0.5), ("lora-saved", 0.25), ("adalora", 0.5)],
+    [("cpt", 1.0), ("lora", 0.8)],
+    [("bottleneck-pfeiffer", 1.0), ("prefix-tuning", 1.0), ("ia3", 0.5)],
+    [("prompt-tuning", 1.0), ("p-tuning", 1.0)],
+    [("p-tuning", 1.0), ("prompt-tuning", 1.0)],
+    [("cartridge", 1.0), ("prefix-tuning", 1.0), ("multitask-prompt-tuning", 1.0)],
+]
+
+
+async def test_several_families_on_one_request(served: Served) -> None:
+    """Hats of several families compose as the formulas do, with weights; prefixes stand in the order of the list."""
+    wanted = [served.wanted(*hats) for hats in MIXTURES]
+    together = await asyncio.gather(*(served.worn(*hats) for hats in MIXTURES))
+    assert [tokens(answer) for answer in together] == wanted
+    assert wanted[7] != wanted[8]
+    for hats, answer in zip(MIXTURES, together, strict=True):
+        assert answer["usage"]["virtual_tokens"] == sum(num_virtual(served.folders[task]) for task, _ in hats), hats
+
+
+async def test_what_does_not_compose(served: Served) -> None:
+    """A prefix has no weight, given keys come before computed ones, a task is worn once, and all must fit: refused."""
+    refused: dict[str, list[dict[str, Any]]] = {
+        "the task cpt puts 3 virtual tokens before the prompt, which cannot be weighed: "
+        "give it the weight 1, not 0.5": [{"task": "lora"}, {"task": "cpt", "weight": 0.5}],
+        "the task cartridge (cartridge) brings keys and values of the first positions: list it before the task cpt": [
+            {"task": "cpt"},
+            {"task": "cartridge"},
+        ],
+        "the task ia3 is listed twice: a request wears a task once": [{"task": "ia3"}, {"task": "ia3", "weight": 0.5}],
+    }
+    for sentence, adapters in refused.items():
+        answer = await served.site.post("/generate", {**BODY, "adapters": adapters})
+        error = error_of(answer)
+        assert (answer.status_code, error["message"], error["param"]) == (422, sentence, "adapters")
+    body = {"prompt": "a" * 500, "max_tokens": 98, "adapters": [{"task": "cpt"}]}
+    answer = await served.site.post("/generate", body)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "prompt")
+    assert "its adapters put 3 virtual tokens before it" in error_of(answer)["message"]
+    assert (await served.site.post("/generate", {**body, "max_tokens": 97})).status_code == 200
+
+
+@pytest.mark.parametrize("family", NAMES)
+async def test_uploaded_again_with_other_weights(
+    family: str, served: Served, artifact: Callable[[str, int], Path]
+) -> None:
+    """The same name with other weights is the next version and answers anew; the first one answers as it did."""
+    old, folder = tokens(await served.site.ask(family, **BODY)), artifact(family, 1)
+    uploaded = await served.site.upload(family, zip_folder(folder))
+    assert (uploaded.status_code, uploaded.json()["version"]) == (201, 2), uploaded.text
+    patch = compile_patch(read_folder(folder), served.site.front.ready().spec)
+    prompt = served.site.front.tokenizer.encode(str(BODY["prompt"]))
+    new = reference.greedy(served.stock, [(patch, 1.0)], prompt, 16)
+    assert tokens(await served.site.ask(family, **BODY)) == new != old
+    assert tokens(await served.site.ask(family, version=1, **BODY)) == old
+    assert (await served.site.http.delete(f"/tasks/{family}/versions/2")).status_code == 204
