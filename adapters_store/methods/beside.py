@@ -11,11 +11,14 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
-from adapters_store.methods.common import MAX_PATTERNS, PREFIX, Targets, expect_shape
+from adapters_store.methods.common import MAX_PATTERNS, PREFIX, Targets
+from adapters_store.methods.embeddings import drop_copies
+from adapters_store.methods.taker import Taker
 from adapters_store.methods.trainable_tokens import row_width, token_ids, token_rows
 from adapters_store.methods.whole import parameters, whole
 from adapters_store.patch import Primitive
@@ -49,53 +52,46 @@ class Split:
     primitives: list[Primitive]
 
 
-class _Taker:
-    """Takes tensors out of an artifact by name, and knows which are left."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self._taken = artifact, set[str]()
-
-    def take(self, name: str, shape: list[int]) -> Tensor:
-        self._taken.add(PREFIX + name)
-        return expect_shape(self.artifact, PREFIX + name, shape)
-
-    def rest(self) -> Artifact:
-        left = {name: tensor for name, tensor in self.artifact.tensors.items() if name not in self._taken}
-        return dataclasses.replace(self.artifact, tensors=left)
-
-
 def split(artifact: Artifact, config: Beside, spec: BaseSpec, end: str) -> Split:
     """Take out what is beside the branches; a linear has a branch where its name and `end` are a tensor's.
 
     Raises `ArtifactError` where a tensor is missing or does not fit.
     """
-    taker, saved, tokens = _Taker(artifact), saved_sites(config, spec), _token_sites(config, spec)
-    if both := tokens.keys() & set(saved):
+    taker, saved, tokens = Taker(artifact), saved_sites(config, spec), _token_sites(config, spec)
+    if both := tokens.keys() & saved.keys():
         raise ArtifactError(f"{min(both)} is in modules_to_save and in {TOKENS}", TOKENS)
     made = _saved(taker, config, spec, saved) + _tokens(taker, config, spec, tokens)
     sites = [site for site in spec.linears if site not in saved and site not in tokens]
-    branches = {site for site in sites if PREFIX + site + end in artifact.tensors}
+    branches = {site for site in sites if taker.has(site + end)}
     biases: dict[str, Tensor] = {}
     for site, size in _biased(config, spec, branches):
         if site in branches:
             biases[site] = taker.take(f"{site}.base_layer.bias", [size])
         elif site not in saved:
             made += whole(spec, site, None, taker.take(f"{site}.bias", [size]))
+    drop_copies(taker, spec)
     return Split(taker.rest(), sites, biases, made)
 
 
-def saved_sites(config: Beside, spec: BaseSpec) -> list[str]:
-    """The linears, norms and embedding that are, or lie in, a module whose name ends as one of `modules_to_save`."""
+def saved_sites(config: Beside, spec: BaseSpec) -> dict[str, str]:
+    """The linears, norms and embedding that are, or lie in, a module whose name ends as one of `modules_to_save`.
+
+    Each with the name of that module, the outermost one.
+    """
     names = tuple(config.modules_to_save or ())
     if len(names) > MAX_PATTERNS or not all(names):
         raise ArtifactError(f"modules_to_save must be at most {MAX_PATTERNS} names, none empty", "modules_to_save")
     tied = {spec.embedding, spec.head} if _is_saved_tied(config, spec) else set[str]()
-    sites = [*spec.linears, *spec.norms, spec.embedding]
-    return [site for site in sites if site in tied or any(module.endswith(names) for module in _modules(site))]
+    found: dict[str, str] = {}
+    for site in [*spec.linears, *spec.norms, spec.embedding]:
+        module = next((module for module in _modules(site) if module.endswith(names)), "")
+        if module or site in tied:
+            found[site] = module or site
+    return found
 
 
 def _modules(site: str) -> Iterator[str]:
-    """The names of the module at a site and of all that it lies in."""
+    """The names of all that the module at a site lies in, from the outside, and its own."""
     parts = site.split(".")
     return (".".join(parts[: end + 1]) for end in range(len(parts)))
 
@@ -105,15 +101,20 @@ def _is_saved_tied(config: Beside, spec: BaseSpec) -> bool:
     return config.ensure_weight_tying and spec.is_tied and not ends.isdisjoint(TIED_NAMES)
 
 
-def _saved(taker: _Taker, config: Beside, spec: BaseSpec, sites: list[str]) -> list[Primitive]:
+def _saved(taker: Taker, config: Beside, spec: BaseSpec, saved: dict[str, str]) -> list[Primitive]:
     made: list[Primitive] = []
-    for site in sites:
+    weights: dict[str, Tensor] = {}
+    for site, module in saved.items():
         found = {name: taker.take(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
+        weights[site] = found["weight"]
         made += whole(spec, site, found["weight"], found.get("bias"))
-    if _is_saved_tied(config, spec):
+        if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
+            inner, size = site.removeprefix(module), list(found["bias"].shape)
+            for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
+                taker.take(f"{module}.{copy}{inner}.bias", size)
+    if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
         name, other = f"{PREFIX}{spec.embedding}.weight", f"{PREFIX}{spec.head}.weight"
-        if not bool((taker.artifact.tensors[name] == taker.artifact.tensors[other]).all()):
-            raise ArtifactError(f"{other} differs from {name}, but ensure_weight_tying ties them", other)
+        raise ArtifactError(f"{other} differs from {name}, but ensure_weight_tying ties them", other)
     return made
 
 
@@ -131,7 +132,7 @@ def _token_sites(config: Beside, spec: BaseSpec) -> dict[str, list[int]]:
     return found
 
 
-def _tokens(taker: _Taker, config: Beside, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
+def _tokens(taker: Taker, config: Beside, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
     """As in PEFT, a tied head has the embedding's new rows, unless it has other tokens of its own."""
     is_mixed = spec.head in tokens and tokens[spec.head] != tokens.get(spec.embedding)
     if spec.is_tied and is_mixed and spec.embedding in tokens and config.ensure_weight_tying:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
-from adapters_store.methods.beside import Beside, split
+from adapters_store.methods.beside import Beside, saved_sites, split
 from adapters_store.methods.branch import Branch, compile_branch
 from adapters_store.methods.common import (
     PREFIX,
@@ -27,7 +27,10 @@ from adapters_store.methods.common import (
     finite,
     read_config,
 )
+from adapters_store.methods.embeddings import A_END as EMBEDDING_A_END
+from adapters_store.methods.embeddings import compile_embedding, has_branch
 from adapters_store.methods.removed import check_removal, removed
+from adapters_store.methods.taker import Taker
 from adapters_store.patch import Primitive
 from adapters_store.spec import BaseSpec
 
@@ -100,17 +103,47 @@ class LoraConfig(Beside, kw_only=True):
 
 def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """A low-rank branch a site, the scale folded into B once, in fp32, and what is beside. Raises `ArtifactError`."""
-    config = _read(artifact.config)
-    if embedded := [name for name in artifact.tensors if "lora_embedding_" in name]:
-        raise MethodUnsupportedError(f"LoRA on embeddings is not served: {embedded[0]}", embedded[0])
-    parts = split(artifact, config, spec, A_END)
-    sites = by_site(parts.branches, config.ends, parts.sites, spec.name)
+    config, taker = _read(artifact.config), Taker(artifact)
+    rows = _rows(artifact, config, taker, spec)
+    parts = split(taker.rest(), config, spec, A_END)
+    is_alone = bool(rows) and not parts.branches.tensors
+    sites = {} if is_alone else by_site(parts.branches, config.ends, parts.sites, spec.name)
     branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
-    check_targets(config, sites, parts.sites, spec, lambda site: PREFIX + site + A_END)
+    found = [*sites, *([spec.embedding] if rows else [])]
+    check_targets(config, found, [*parts.sites, *_embedding(config, spec)], spec, lambda site: _a_name(site, spec))
     if config.removal:
         check_removal(spec, sites, config.removal)
         branches = [_without_removed(branch, config, spec) for branch in branches]
-    return (*(primitive for branch in branches for primitive in compile_branch(branch, spec)), *parts.primitives)
+    made = [primitive for branch in branches for primitive in compile_branch(branch, spec)]
+    return (*made, *rows, *parts.primitives)
+
+
+def _rows(artifact: Artifact, config: LoraConfig, taker: Taker, spec: BaseSpec) -> list[Primitive]:
+    """A LoRA on the embedding, where there is one and nothing else is done there."""
+    if not has_branch(artifact, spec):
+        return []
+    beside = {
+        "ensure_weight_tying": config.ensure_weight_tying,
+        "init_lora_weights": bool(config.removal),
+        "lora_bias": config.lora_bias,
+        "modules_to_save": spec.embedding in saved_sites(config, spec),
+        "trainable_token_indices": config.trainable_token_indices is not None,
+        "use_dora": config.use_dora,
+    }
+    for key, is_used in beside.items():
+        if is_used:
+            raise MethodUnsupportedError(f"LoRA on the embedding is not served beside {key}: {spec.embedding}", key)
+    return compile_embedding(taker, spec, config.rank(spec.embedding), config.scale(spec.embedding))
+
+
+def _embedding(config: LoraConfig, spec: BaseSpec) -> list[str]:
+    """The embedding, where it can have a LoRA."""
+    is_taken = config.trainable_token_indices is not None or spec.embedding in saved_sites(config, spec)
+    return [] if is_taken or not spec.embedding else [spec.embedding]
+
+
+def _a_name(site: str, spec: BaseSpec) -> str:
+    return PREFIX + site + (EMBEDDING_A_END if site == spec.embedding else A_END)
 
 
 def _branch(artifact: Artifact, config: LoraConfig, site: str, spec: BaseSpec, base_bias: Tensor | None) -> Branch:

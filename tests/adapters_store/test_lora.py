@@ -222,7 +222,7 @@ TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         "no site",
     ),  # type: ignore[dict-item]
     "B's bias": ({}, {a_name(matrix="B").replace("weight", "bias"): torch.ones(8)}, None, "no site in toy"),  # type: ignore[dict-item]
-    "embeddings": ({}, {EMBEDDING: torch.ones(2, 16)}, EMBEDDING, "LoRA on embeddings is not served"),
+    "no such embedding": ({}, {EMBEDDING: torch.ones(2, 16)}, EMBEDDING, "no site in toy"),
     "a site of no target": ({"target_modules": ["q_proj"]}, {}, a_name(0, "k_proj"), "is extra"),
     "a layer of no target": ({"layers_to_transform": [1]}, {}, a_name(0, "k_proj"), "is extra"),
     "an excluded site": ({"exclude_modules": ["k_proj"]}, {}, a_name(0, "k_proj"), "is extra"),

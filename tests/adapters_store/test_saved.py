@@ -59,6 +59,7 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
     "tied in vain": ("llama", {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
     "a head with a bias, beside biases": ("phi", {"modules_to_save": ["lm_head"], "bias": "lora_only"}),
     "beside all biases": ("gpt2", {"modules_to_save": ["wte"], "bias": "all", **GPT2}),
+    "beside all biases, with its own": ("gpt2", {"modules_to_save": ["mlp", "ln_f"], "bias": "all", **GPT2}),
     "post-norms": ("olmo2", {"modules_to_save": ["post_feedforward_layernorm", "o_proj"]}),
 }
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -155,7 +156,11 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "no bias of the branches, it says": ({"lora_bias": False}, {}, r"c_attn\.lora_B\.bias has no site"),
     "an unknown kind of bias": ({"bias": "some"}, {}, r"Invalid enum value 'some'.*\$\.bias"),
     "a number for true": ({"lora_bias": 1}, {}, r"Expected `bool`.*lora_bias"),
-    "nothing is saved, it says": ({"modules_to_save": None}, {}, r"(wte|ln_f)\.\w+ has no site"),
+    "nothing is saved, it says": (
+        {"modules_to_save": None},
+        {},
+        r"wte\.weight is not as gpt2 has it, and modules_to_save",
+    ),
     "more is saved, it says": ({"modules_to_save": ["ln_f", "wte", "ln_1"]}, {}, r"ln_1\.weight is missing"),
     "the branch is saved, it says": ({"modules_to_save": ["ln_f", "wte", "c_attn"]}, {}, r"c_attn\.weight is missing"),
     "saved is a text": ({"modules_to_save": "wte"}, {}, r"\$\.modules_to_save"),
