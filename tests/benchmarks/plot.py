@@ -61,4 +61,5 @@ def _shares(axes: Any, bench: Bench) -> None:
     axes.axvline(1.0, color="gray", linewidth=0.8)
     axes.set(title="decode speed kept, of the base's", xlim=(0, 1.15 * max(1.0, *shares.values())))
     axes.tick_params(axis="y", labelsize=SMALL)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
