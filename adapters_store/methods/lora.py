@@ -104,13 +104,14 @@ class LoraConfig(Beside, kw_only=True):
 def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """A low-rank branch a site, the scale folded into B once, in fp32, and what is beside. Raises `ArtifactError`."""
     config, taker = _read(artifact.config), Taker(artifact)
-    rows = _rows(artifact, config, taker, spec)
+    at_embedding = [spec.embedding] if has_branch(artifact, spec) else []
+    rows = _rows(config, taker, spec) if at_embedding else []
     parts = split(taker.rest(), config, spec, A_END)
-    is_alone = bool(rows) and not parts.branches.tensors
+    is_alone = at_embedding and not parts.branches.tensors
     sites = {} if is_alone else by_site(parts.branches, config.ends, parts.sites, spec.name)
     branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
-    found = [*sites, *([spec.embedding] if rows else [])]
-    check_targets(config, found, [*parts.sites, *_embedding(config, spec)], spec, lambda site: _a_name(site, spec))
+    can_have = [*parts.sites, *_embedding(config, spec)]
+    check_targets(config, [*sites, *at_embedding], can_have, spec, lambda site: _a_name(site, spec))
     if config.removal:
         check_removal(spec, sites, config.removal)
         branches = [_without_removed(branch, config, spec) for branch in branches]
@@ -118,10 +119,8 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     return (*made, *rows, *parts.primitives)
 
 
-def _rows(artifact: Artifact, config: LoraConfig, taker: Taker, spec: BaseSpec) -> list[Primitive]:
-    """A LoRA on the embedding, where there is one and nothing else is done there."""
-    if not has_branch(artifact, spec):
-        return []
+def _rows(config: LoraConfig, taker: Taker, spec: BaseSpec) -> list[Primitive]:
+    """A LoRA on the embedding, where nothing else is done there."""
     beside = {
         "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": bool(config.removal),

@@ -100,6 +100,12 @@ def test_a_copy_in_16_bits_is_the_base(tiny_of: TinyOf, embedded: Artifact) -> N
         compile_patch(changed(embedded, {}, {name: copy}), spec)
 
 
+def test_an_embedding_that_did_not_change_has_no_rows(tiny_of: TinyOf, embedded: Artifact) -> None:
+    """A LoRA on the embedding that is still 0 is there, and costs nothing."""
+    patch = compile_patch(changed(embedded, {}, {A: torch.zeros(4, 259)}), spec_of(tiny_of("llama")))
+    assert {type(p) for p in patch.primitives} == {LowRank}
+
+
 BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "no A": ({}, {A: None}, rf"{A} is missing"),
     "no B": ({}, {B: None}, rf"{B} is missing"),
