@@ -23,7 +23,8 @@ from tests.server.api.world import Site, error_of, serve_real, until
 
 pytestmark = pytest.mark.anyio
 NAMES = [*FAMILIES, *FAMILIES_OF_BIASED]
-BODY = {"prompt": "Once upon a time there was a hat", "max_tokens": 16, "ignore_eos": True}
+PROMPT = "Once upon a time there was a hat that many wore, each of them otherwise."  # more than two blocks
+BODY = {"prompt": PROMPT, "max_tokens": 16, "ignore_eos": True}
 NUM_RUNNING = 40  # all families at once
 
 
@@ -41,7 +42,7 @@ class Served:
 
     def wanted(self, *hats: tuple[str, float]) -> list[int]:
         """The greedy answer of the stock model with the patches' formulas."""
-        prompt = self.site.front.tokenizer.encode(str(BODY["prompt"]))
+        prompt = self.site.front.tokenizer.encode(PROMPT)
         return reference.greedy(self.stock, [(self.patch(task), weight) for task, weight in hats], prompt, 16)
 
     async def worn(self, *hats: tuple[str, float]) -> dict[str, Any]:
@@ -109,7 +110,7 @@ async def test_alone_in_a_stream_and_all_at_once(served: Served) -> None:
     assert {name: tokens(answer) for name, answer in alone.items()} == wanted
     usage = {name: answer["usage"]["virtual_tokens"] for name, answer in alone.items()}
     assert usage == {"base": 0, **{name: num_virtual(folder) for name, folder in served.folders.items()}}
-    assert all(answer["usage"]["prompt_tokens"] == len(str(BODY["prompt"])) for answer in alone.values())
+    assert all(answer["usage"]["prompt_tokens"] == len(PROMPT) for answer in alone.values())
     together = await asyncio.gather(*(site.ask(name, **BODY) for name in names))
     assert dict(zip(names, map(tokens, together), strict=True)) == wanted
     streams = await asyncio.gather(*(site.events(f"/generate?task={name}", **BODY) for name in names))
@@ -174,7 +175,7 @@ async def test_uploaded_again_with_other_weights(
     uploaded = await served.site.upload(family, zip_folder(folder))
     assert (uploaded.status_code, uploaded.json()["version"]) == (201, 2), uploaded.text
     patch = compile_patch(read_folder(folder), served.site.front.ready().spec)
-    prompt = served.site.front.tokenizer.encode(str(BODY["prompt"]))
+    prompt = served.site.front.tokenizer.encode(PROMPT)
     new = reference.greedy(served.stock, [(patch, 1.0)], prompt, 16)
     assert tokens(await served.site.ask(family, **BODY)) == new != old
     assert tokens(await served.site.ask(family, version=1, **BODY)) == old
