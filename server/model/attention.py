@@ -20,7 +20,7 @@ from server.model import kernels
 from server.model.batch import Row
 
 NAME = "manyhats"
-TILE = 32  # most queries a tile: K/V blocks are reused from cache, and two cores still balance
+TILE = 16  # most queries a tile: K/V blocks are reused from cache, and two cores still balance over 3 kv heads
 
 
 class UnsupportedBaseError(Exception):
@@ -28,12 +28,16 @@ class UnsupportedBaseError(Exception):
 
 
 class KVCache:
-    """Blocks of keys and values: per layer [num_blocks, kv heads, block_size, dim], in one dtype on one device."""
+    """Blocks of keys and values, in one dtype on one device.
+
+    Per layer keys [num_blocks, kv heads, dim, block_size], whose positions lie side by side, and values [num_blocks,
+    kv heads, block_size, dim].
+    """
 
     def __init__(self, shapes: list[KVShape], num_blocks: int, block_size: int, like: Tensor) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         # Pages that were never written cost no memory: empty, not zeros.
-        self.keys = [like.new_empty(num_blocks, s.num_kv_heads, block_size, s.key_dim) for s in shapes]
+        self.keys = [like.new_empty(num_blocks, s.num_kv_heads, s.key_dim, block_size) for s in shapes]
         self.values = [like.new_empty(num_blocks, s.num_kv_heads, block_size, s.value_dim) for s in shapes]
 
     def copy(self, source: int, target: int) -> None:
@@ -44,10 +48,10 @@ class KVCache:
     def write(self, blocks: list[int], first: int, prefix: PrefixKV, span: slice) -> None:
         """Write a span of a prefix's positions to the positions from `first` of a sequence in `blocks`."""
         positions = torch.arange(first, first + span.stop - span.start)
-        where = torch.tensor(blocks)[positions // self.block_size], slice(None), positions % self.block_size
-        for kept, given in ((self.keys, prefix.keys), (self.values, prefix.values)):
-            for cache, layer in zip(kept, given, strict=True):
-                cache[where] = layer[span].to(cache.dtype)
+        block, offset = torch.tensor(blocks)[positions // self.block_size], positions % self.block_size
+        for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+            self.keys[layer][block, :, :, offset] = key[span].to(self.keys[layer].dtype)
+            self.values[layer][block, :, offset] = value[span].to(self.values[layer].dtype)
 
     @staticmethod
     def block_bytes(shapes: list[KVShape], block_size: int, item_bytes: int) -> int:
@@ -144,13 +148,13 @@ def attend_reference(
     keys, values, device = batch.cache.keys[layer], batch.cache.values[layer], query.device
     blocks = torch.from_numpy(batch.token_blocks).to(device)
     offsets = torch.from_numpy(batch.token_offsets).to(device)
-    keys[blocks, :, offsets], values[blocks, :, offsets] = key, value
+    keys[blocks, :, :, offsets], values[blocks, :, offsets] = key, value
     group = query.shape[1] // keys.shape[1]
     out = []
     for sequence, (first, count, start) in enumerate(batch.spans):
         length = start + count
         table = torch.from_numpy(batch.block_table[sequence, : -(-length // batch.cache.block_size)]).to(device)
-        k = keys[table].transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, 1)
+        k = keys[table].permute(0, 3, 1, 2).flatten(0, 1)[:length].repeat_interleave(group, 1)
         v = values[table].transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", query[first : first + count], k).float() * scaling
         if cap:

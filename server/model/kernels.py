@@ -57,57 +57,83 @@ def _exp(x):
 
 
 @njit(fastmath=FASTMATH, cache=True)
-def _score_block(query, keys, scaling, softcap, scores):
-    """scores[p] = scaling q.k[p] (soft-capped), four at a time. query [d], keys [block, d], scores [block]."""
-    for p in range(0, keys.shape[0], 4):
-        s0 = s1 = s2 = s3 = np.float32(0.0)
-        k0, k1, k2, k3 = keys[p], keys[p + 1], keys[p + 2], keys[p + 3]
-        for i in range(query.shape[0]):
-            s0 += query[i] * k0[i]
-            s1 += query[i] * k1[i]
-            s2 += query[i] * k2[i]
-            s3 += query[i] * k3[i]
-        scores[p], scores[p + 1], scores[p + 2], scores[p + 3] = s0 * scaling, s1 * scaling, s2 * scaling, s3 * scaling
+def _score_block(query, n, g, keys, scaling, softcap, scores):
+    """scores[p] = scaling q.k[p] (soft-capped), eight dimensions at a time, q = query[n, g] [d].
+
+    keys [d, block] have their positions side by side, so that no sum runs along a vector register.
+    """
+    dim, size = query.shape[2], scores.shape[0]
+    for p in range(size):
+        scores[p] = np.float32(0.0)
+    whole = dim // 8 * 8
+    for i in range(0, whole, 8):
+        q0, q1, q2, q3 = query[n, g, i], query[n, g, i + 1], query[n, g, i + 2], query[n, g, i + 3]
+        q4, q5, q6, q7 = query[n, g, i + 4], query[n, g, i + 5], query[n, g, i + 6], query[n, g, i + 7]
+        for p in range(size):
+            scores[p] += (
+                (q0 * keys[i, p] + q1 * keys[i + 1, p])
+                + (q2 * keys[i + 2, p] + q3 * keys[i + 3, p])
+                + (q4 * keys[i + 4, p] + q5 * keys[i + 5, p])
+                + (q6 * keys[i + 6, p] + q7 * keys[i + 7, p])
+            )
+    for i in range(whole, dim):
+        for p in range(size):
+            scores[p] += query[n, g, i] * keys[i, p]
+    for p in range(size):
+        scores[p] *= scaling
     if softcap > 0:
-        for p in range(keys.shape[0]):
+        for p in range(size):
             scores[p] = softcap * np.tanh(scores[p] / softcap)
 
 
 @njit(fastmath=FASTMATH, cache=True)
-def _fold_block(scores, values, first, last, running, out):
-    """One step of online softmax over positions [first, last): running = (max, sum), out [d] += p v, rescaled."""
-    top = running[0]
+def _fold_block(scores, values, first, last, top_sum, n, g, out):
+    """One step of online softmax over positions [first, last): out[n, g] += p v, rescaled.
+
+    top_sum[n, g] = (largest score, sum of exponentials) so far.
+    """
+    dim, top = out.shape[2], top_sum[n, g, 0]
     for p in range(first, last):
         top = max(top, scores[p])
-    shrink = _exp(running[0] - top) if running[1] > 0 else np.float32(0.0)
+    shrink = _exp(top_sum[n, g, 0] - top) if top_sum[n, g, 1] > 0 else np.float32(0.0)
     total = np.float32(0.0)
     for p in range(first, last):
         scores[p] = _exp(scores[p] - top)
         total += scores[p]
-    for i in range(out.shape[0]):
-        out[i] *= shrink
+    for i in range(dim):
+        out[n, g, i] *= shrink
     # Stale positions of a recycled block are never multiplied, not even by zero: they may hold another's NaN.
-    whole = first + (last - first) // 4 * 4
-    for p in range(first, whole, 4):
-        v0, v1, v2, v3 = values[p], values[p + 1], values[p + 2], values[p + 3]
+    whole = first + (last - first) // 8 * 8
+    for p in range(first, whole, 8):
         p0, p1, p2, p3 = scores[p], scores[p + 1], scores[p + 2], scores[p + 3]
-        for i in range(out.shape[0]):
-            out[i] += p0 * v0[i] + p1 * v1[i] + p2 * v2[i] + p3 * v3[i]
+        p4, p5, p6, p7 = scores[p + 4], scores[p + 5], scores[p + 6], scores[p + 7]
+        for i in range(dim):
+            out[n, g, i] += (
+                (p0 * values[p, i] + p1 * values[p + 1, i])
+                + (p2 * values[p + 2, i] + p3 * values[p + 3, i])
+                + (p4 * values[p + 4, i] + p5 * values[p + 5, i])
+                + (p6 * values[p + 6, i] + p7 * values[p + 7, i])
+            )
     for p in range(whole, last):
-        for i in range(out.shape[0]):
-            out[i] += scores[p] * values[p, i]
-    running[0] = top
-    running[1] = running[1] * shrink + total
+        for i in range(dim):
+            out[n, g, i] += scores[p] * values[p, i]
+    top_sum[n, g, 0] = top
+    top_sum[n, g, 1] = top_sum[n, g, 1] * shrink + total
 
 
 @njit(fastmath=FASTMATH, cache=True)
 def _attend_tile(query, keys, values, blocks, position, kv_head, scaling, window, softcap, out, scratch):
-    """Queries [n, G, d] at `position ..` of a sequence over its blocks of one kv head; a K/V block is read once."""
-    num_queries, group, _dim = query.shape
-    block_size = keys.shape[2]
-    running = np.zeros((num_queries, group, 2), np.float32)
-    running[:, :, 0] = NEGATIVE_INFINITY
-    out[:] = np.float32(0.0)
+    """Queries [n, G, d] at `position ..` of a sequence over its blocks of one kv head; a K/V block is read once.
+
+    Queries are copied and sums kept side by side: of a slice of heads the compiler knows no stride.
+    """
+    num_queries, group, dim = query.shape
+    block_size = keys.shape[3]
+    queries = np.empty((num_queries, group, dim), np.float32)
+    queries[:] = query
+    sums = np.zeros((num_queries, group, values.shape[3]), np.float32)
+    top_sum = np.zeros((num_queries, group, 2), np.float32)
+    top_sum[:, :, 0] = NEGATIVE_INFINITY
     lowest = max(0, position - window + 1) if window > 0 else 0
     for b in range(lowest // block_size, (position + num_queries - 1) // block_size + 1):
         k, v = keys[blocks[b], kv_head], values[blocks[b], kv_head]
@@ -117,23 +143,26 @@ def _attend_tile(query, keys, values, blocks, position, kv_head, scaling, window
             if first >= last:
                 continue
             for g in range(group):
-                _score_block(query[n, g], k, scaling, softcap, scratch)
-                _fold_block(scratch, v, first, last, running[n, g], out[n, g])
+                _score_block(queries, n, g, k, scaling, softcap, scratch)
+                _fold_block(scratch, v, first, last, top_sum, n, g, sums)
     for n in range(num_queries):
         for g in range(group):
-            inverse = np.float32(1.0) / running[n, g, 1]
-            for i in range(out.shape[2]):
-                out[n, g, i] *= inverse
+            inverse = np.float32(1.0) / top_sum[n, g, 1]
+            for i in range(sums.shape[2]):
+                out[n, g, i] = sums[n, g, i] * inverse
 
 
 @njit(parallel=True, cache=True)
 def store(keys, values, key, value, token_blocks, token_offsets):
-    """Write k, v [T, kv heads, d] to cache [num_blocks, kv heads, block, d] at (token_blocks, token_offsets) [T]."""
+    """Write k, v [T, kv heads, d] to the cache at (token_blocks, token_offsets) [T].
+
+    keys [num_blocks, kv heads, d, block], values [num_blocks, kv heads, block, d].
+    """
     for t in prange(key.shape[0]):
         block, offset = token_blocks[t], token_offsets[t]
         for h in range(key.shape[1]):
             for i in range(key.shape[2]):
-                keys[block, h, offset, i] = key[t, h, i]
+                keys[block, h, i, offset] = key[t, h, i]
             for i in range(value.shape[2]):
                 values[block, h, offset, i] = value[t, h, i]
 
@@ -147,7 +176,7 @@ def attend(query, keys, values, block_table, tiles, bounds, scaling, window, sof
     """
     group = query.shape[1] // keys.shape[1]
     for thread in prange(bounds.shape[0] - 1):
-        scratch = np.empty(keys.shape[2], np.float32)
+        scratch = np.empty(keys.shape[3], np.float32)
         for tile in range(bounds[thread], bounds[thread + 1]):
             sequence, head, token, count, position = tiles[tile]
             heads = slice(head * group, (head + 1) * group)
