@@ -24,7 +24,8 @@ def change(strength: float) -> Fill:
     """A value plus noise of `strength` times its own size."""
 
     def fill(_name: str, value: Tensor, generator: torch.Generator) -> Tensor:
-        size = value.square().mean().sqrt().clamp(min=0.1)
+        # Two digits of it: the sum over so many numbers differs in its last digits with the number of threads.
+        size = max(0.1, float(f"{value.double().square().mean().sqrt().item():.2g}"))
         return value + strength * size * torch.randn(value.shape, generator=generator)
 
     return fill
