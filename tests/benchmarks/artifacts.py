@@ -27,12 +27,11 @@ def artifacts(method: str, base: Path, folder: Path, num: int) -> Iterator[Path]
 
 
 def moved(source: Path, folder: Path, seed: int) -> Path:
-    """A copy whose every number differs by about 1%."""
+    """A copy whose every number differs by about 1%; tensors that were equal, as those of tied layers, stay so."""
     shutil.copytree(source, folder)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: (tensor * (1 + MOVED * torch.randn(tensor.shape, generator=generator))).to(tensor.dtype)
-        for name, tensor in sorted(load_file(source / TENSORS).items())
-    }
+    tensors = {}
+    for name, tensor in load_file(source / TENSORS).items():
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
+        tensors[name] = (tensor * (1 + MOVED * noise)).to(tensor.dtype)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     return folder
