@@ -202,3 +202,19 @@ def check_patterns(patterns: Mapping[str, Any], name: str) -> None:
     for pattern in patterns:
         if not set(pattern.removeprefix("^")) <= PATTERN_CHARS:
             raise MethodUnsupportedError(f"{name} has a key that is not a dotted name: {pattern[:80]!r}", name)
+
+
+def check_ranks(key: str, rank: int, pattern: Mapping[str, int], most: int) -> None:
+    """Raise unless the rank under `key` and those of rank_pattern are between 1 and `most`."""
+    check_patterns(pattern, "rank_pattern")
+    for name, value in [(key, rank), *(("rank_pattern", value) for value in pattern.values())]:
+        if not 0 < value <= most:
+            raise ArtifactError(f"{name} has the rank {value}, which is not between 1 and {most}", name)
+
+
+def check_alphas(key: str, alpha: float, pattern: Mapping[str, float], most: float) -> None:
+    """Raise unless the alpha under `key` and those of alpha_pattern are neither 0 nor beyond `most`."""
+    check_patterns(pattern, "alpha_pattern")
+    for name, value in [(key, alpha), *(("alpha_pattern", value) for value in pattern.values())]:
+        if not 0 < abs(value) <= most:
+            raise ArtifactError(f"{name} has the alpha {value:g}: it must not be 0, nor beyond {most:g}", name)

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from adapters_store.artifact import Artifact
-from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.errors import MethodUnsupportedError
 from adapters_store.methods.beside import Beside, saved_sites, split
 from adapters_store.methods.branch import Branch, compile_branch
 from adapters_store.methods.common import (
     PREFIX,
     by_pattern,
     by_site,
-    check_patterns,
+    check_alphas,
+    check_ranks,
     check_targets,
     expect_shape,
     finite,
@@ -167,17 +168,8 @@ def _read(config: dict[str, Any]) -> LoraConfig:
         raise MethodUnsupportedError("PEFT has no lora_bias with use_dora, pissa or olora", "lora_bias")
     if not read.removal:
         _check_init(read.init_lora_weights)
-    check_patterns(read.rank_pattern, "rank_pattern")
-    check_patterns(read.alpha_pattern, "alpha_pattern")
-    for name, rank in [("r", read.r), *(("rank_pattern", rank) for rank in read.rank_pattern.values())]:
-        if not 0 < rank <= MAX_RANK:
-            raise ArtifactError(f"{name} has the rank {rank}, which is not between 1 and {MAX_RANK}", name)
-    for name, alpha in [
-        ("lora_alpha", read.lora_alpha),
-        *(("alpha_pattern", alpha) for alpha in read.alpha_pattern.values()),
-    ]:
-        if not 0 < abs(alpha) <= MAX_ALPHA:
-            raise ArtifactError(f"{name} has the alpha {alpha:g}: it must not be 0, nor beyond {MAX_ALPHA:g}", name)
+    check_ranks("r", read.r, read.rank_pattern, MAX_RANK)
+    check_alphas("lora_alpha", read.lora_alpha, read.alpha_pattern, MAX_ALPHA)
     return read
 
 

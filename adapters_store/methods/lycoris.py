@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from adapters_store.artifact import Artifact
-from adapters_store.errors import ArtifactError, MethodUnsupportedError
-from adapters_store.methods.common import Targets, by_pattern, check_patterns, read_config
+from adapters_store.errors import MethodUnsupportedError
+from adapters_store.methods.common import Targets, by_pattern, check_alphas, check_ranks, read_config
 
 SILENT = {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
@@ -38,14 +38,8 @@ Config = TypeVar("Config", bound=LycorisConfig)
 def read_lycoris(artifact: Artifact, schema: type[Config], method: str) -> Config:
     """The config, its numbers bounded. Raises `ArtifactError`, also where a tensor is of a convolution."""
     read = read_config(artifact.config, schema, method, SILENT, SERVED_VALUES)
-    check_patterns(read.rank_pattern, "rank_pattern")
-    check_patterns(read.alpha_pattern, "alpha_pattern")
-    for name, rank in [("r", read.r), *(("rank_pattern", rank) for rank in read.rank_pattern.values())]:
-        if not 0 < rank <= MAX_RANK:
-            raise ArtifactError(f"{name} has the rank {rank}, which is not between 1 and {MAX_RANK}", name)
-    for name, alpha in [("alpha", read.alpha), *(("alpha_pattern", alpha) for alpha in read.alpha_pattern.values())]:
-        if not 0 < abs(alpha) <= MAX_ALPHA:
-            raise ArtifactError(f"{name} has the alpha {alpha:g}: it must not be 0, nor beyond {MAX_ALPHA:g}", name)
+    check_ranks("r", read.r, read.rank_pattern, MAX_RANK)
+    check_alphas("alpha", read.alpha, read.alpha_pattern, MAX_ALPHA)
     if cores := [name for name in artifact.tensors if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2"))]:
         raise MethodUnsupportedError(f"{method} of a convolution (Tucker's core) is not served: {cores[0]}", cores[0])
     return read

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,22 +37,6 @@ from server.model.packed import (
 from server.model.worn import NOTHING, Worn, runs, wear
 
 MIN_SLOTS = 16
-
-
-class Slots(Protocol):
-    """What the adapter manager needs of a bank."""
-
-    def pack(self, patch: Patch) -> Packed:
-        """Lay a patch out for a slot; any thread."""
-        ...
-
-    def put(self, packed: Packed) -> int:
-        """Copy into a free slot and return its number; between steps only."""
-        ...
-
-    def drop(self, slot: int) -> None:
-        """Free a slot; between steps only."""
-        ...
 
 
 NO_ACTS = (False,) * len(KINDS)

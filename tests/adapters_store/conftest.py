@@ -1,4 +1,4 @@
-"""Tiny bases of every type, each made once a session."""
+"""Tiny bases of every type, each made once a session, and the spec of the llama."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters_store.spec import BaseSpec
+from tests.adapters_store.forge import spec_of
 from tests.kit.tiny import make_tiny_base
 
 
@@ -15,3 +17,9 @@ from tests.kit.tiny import make_tiny_base
 def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of the tiny random base of a model type. Do not write into it."""
     return functools.cache(lambda kind: make_tiny_base(tmp_path_factory.mktemp("bases") / kind, kind))
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_base: Path) -> BaseSpec:
+    """Of the tiny llama."""
+    return spec_of(tiny_base)

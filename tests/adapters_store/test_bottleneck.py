@@ -100,12 +100,6 @@ def test_every_seed_of_the_kit_changes_the_base(tmp_path: Path, tiny_base: Path,
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_base: Path) -> BaseSpec:
-    """Of the tiny llama."""
-    return spec_of(tiny_base)
-
-
-@pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Artifact:
     """A Houlsby artifact with every tensor that there can be."""
     folder = tmp_path_factory.mktemp("bottleneck") / "hat"

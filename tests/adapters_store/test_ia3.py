@@ -21,7 +21,6 @@ from adapters_store.methods import compile_patch
 from adapters_store.methods.ia3 import SERVED_VALUES, SILENT, IA3Config, is_feedforward
 from adapters_store.patch import Scale
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import around_one, make_ia3
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
@@ -38,12 +37,6 @@ CASES: dict[str, dict[str, Any]] = {
     "excluded": {**LISTS, "exclude_modules": ["layers.0.mlp.down_proj", "1.self_attn.k_proj"]},
     "the head too": {"target_modules": ["lm_head", "up_proj"], "feedforward_modules": ["lm_head"]},
 }
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_base: Path) -> BaseSpec:
-    """Of the tiny llama."""
-    return spec_of(tiny_base)
 
 
 @pytest.fixture(scope="module")

@@ -41,12 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def spec(tiny_base: Path) -> BaseSpec:
-    """Of the tiny llama."""
-    return spec_of(tiny_base)
-
-
-@pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Artifact:
     """A sound artifact of queries and keys."""
     config = PeftLoHaConfig(task_type="CAUSAL_LM", **TARGETS)

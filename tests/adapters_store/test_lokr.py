@@ -20,7 +20,6 @@ from adapters_store.methods.lokr import LokrConfig, factorization
 from adapters_store.methods.lycoris import SERVED_VALUES, SILENT
 from adapters_store.patch import Delta, LowRank
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit.adapters import make_peft, shake
 from tests.kit.families.relatives import make_lokr
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
@@ -47,12 +46,6 @@ CASES: dict[str, dict[str, Any]] = {
     "an expression and the head": {**TARGETS, "target_modules": r".*(down_proj|lm_head)"},
     "another beginning": {**TARGETS, "init_weights": "lycoris"},
 }
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_base: Path) -> BaseSpec:
-    """Of the tiny llama."""
-    return spec_of(tiny_base)
 
 
 @pytest.fixture(scope="module")

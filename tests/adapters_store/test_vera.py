@@ -17,7 +17,6 @@ from adapters_store.methods import compile_patch
 from adapters_store.methods.vera import A_NAME, B_NAME, MAX_RANK, SERVED_VALUES, SILENT, VeraConfig, draw_projections
 from adapters_store.patch import Delta, LowRank
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_vera, noise, vera_config
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
@@ -36,12 +35,6 @@ CASES: dict[str, dict[str, Any]] = {
     "an expression": {"r": 3, "target_modules": r".*\.1\..*(k|up)_proj", "save_projection": False},
     "more than the rank of a site": {"r": 90, "target_modules": ["k_proj", "down_proj"], "save_projection": False},
 }
-
-
-@pytest.fixture(scope="module")
-def spec(tiny_base: Path) -> BaseSpec:
-    """Of the tiny llama."""
-    return spec_of(tiny_base)
 
 
 @pytest.fixture(scope="module")
