@@ -15,7 +15,7 @@ from server.model.runner import Loaded
 from tests.laws.conftest import BLOCK_SIZE
 from tests.laws.world import Asked, World, load_tiny
 
-NUM_REQUESTS = 13  # a world; 16 worlds are 208 needles
+NUM_REQUESTS = 32  # a world, so that each has 31 others; 7 worlds are 224 needles
 Hats = tuple[tuple[str, float], ...]
 
 
@@ -61,7 +61,7 @@ def random_request(world: World, draw: random.Random, earlier: list[Asked]) -> A
     return Asked(hats, prompt, sampling, arrives, tenant=draw.choice("tu"))
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(7))
 def test_the_needle(seed: int, families: World, tight: Callable[[int], Loaded]) -> None:
     """All families under chunks, preemption, few slots, two tenants, the prefix cache on or off: 0 mismatches."""
     draw, asked = random.Random(seed), list[Asked]()
