@@ -21,7 +21,7 @@ from adapters_store.methods.lora import MAX_ALPHA, MAX_RANK
 from adapters_store.patch import Primitive
 from adapters_store.spec import BaseSpec
 
-A_END, B_END, E_END = ".lora_A", ".lora_B", ".lora_E"
+ENDS = A_END, B_END, E_END = ".lora_A", ".lora_B", ".lora_E"
 # PEFT's AdaLoRA reads these of LoRA's keys no more than it reads how training went.
 SILENT = lora.SILENT | {
     "alpha_pattern",
@@ -62,8 +62,8 @@ def compile_adalora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]
     """A `LowRank` a site that has a rank left, and what is beside. Raises `ArtifactError`."""
     config = read_config(artifact.config, AdaLoraConfig, "AdaLoRA", SILENT, SERVED_VALUES)
     _check_numbers(config)
-    parts = split(artifact, config, spec, A_END)
-    sites = by_site(parts.branches, (A_END, B_END, E_END), parts.sites, spec.name)
+    parts = split(artifact, config, spec, *ENDS)
+    sites = by_site(parts.branches, ENDS, parts.sites, spec.name)
     if unknown := sorted(config.rank_pattern.keys() - {site + E_END for site in sites}):
         raise ArtifactError(f"rank_pattern has {unknown[0][:200]}, which is no tensor's name", "rank_pattern")
     branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]

@@ -52,8 +52,8 @@ class Split:
     primitives: list[Primitive]
 
 
-def split(artifact: Artifact, config: Beside, spec: BaseSpec, end: str) -> Split:
-    """Take out what is beside the branches; a linear has a branch where its name and `end` are a tensor's.
+def split(artifact: Artifact, config: Beside, spec: BaseSpec, *ends: str) -> Split:
+    """Take out what is beside the branches; a linear has a branch where its name and one of `ends` are a tensor's.
 
     Raises `ArtifactError` where a tensor is missing or does not fit.
     """
@@ -62,7 +62,7 @@ def split(artifact: Artifact, config: Beside, spec: BaseSpec, end: str) -> Split
         raise ArtifactError(f"{min(both)} is in modules_to_save and in {TOKENS}", TOKENS)
     made = _saved(taker, config, spec, saved) + _tokens(taker, config, spec, tokens)
     sites = [site for site in spec.linears if site not in saved and site not in tokens]
-    branches = {site for site in sites if taker.has(site + end)}
+    branches = {site for site in sites if any(taker.has(site + end) for end in ends)}
     biases: dict[str, Tensor] = {}
     for site, size in _biased(config, spec, branches):
         if site in branches:

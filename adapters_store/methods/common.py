@@ -67,7 +67,7 @@ def read_config(
 def by_site(artifact: Artifact, ends: Sequence[str], sites: Collection[str], base: str) -> dict[str, dict[str, Tensor]]:
     """Tensors by site and end of name, the sites in their order in `sites`.
 
-    Every tensor must be named `PREFIX + site + end` with one of `ends` and a site of `sites`, and there must be one.
+    Every tensor must be named `PREFIX + site + end` with one of `ends` and a site of `sites`.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in artifact.tensors.items():
@@ -76,8 +76,6 @@ def by_site(artifact: Artifact, ends: Sequence[str], sites: Collection[str], bas
         if end is None or site not in sites:
             raise ArtifactError(f"the tensor {name} has no site in {base}: no layer that it could act on", name)
         found.setdefault(site, {})[end] = tensor
-    if not found:
-        raise ArtifactError("the artifact has no tensors")
     return {site: found[site] for site in sites if site in found}
 
 
@@ -109,44 +107,50 @@ def finite(tensor: Tensor, name: str) -> Tensor:
 def check_targets(
     config: Targets,
     found: Collection[str],
-    sites: Iterable[str],
+    sites: Collection[str],
     spec: BaseSpec,
     tensor: Callable[[str], str],
 ) -> None:
-    """Raise unless the sites that have tensors are exactly those of `sites` that target_modules, as a list, names.
+    """Raise unless the sites that have tensors are exactly those of `sites` that target_modules names, and any.
 
-    `tensor` gives the name of a site's tensor, for the sentence. A pattern is data that is never run; then the tensors
-    alone say where they act.
+    `tensor` gives the name of a site's tensor, for the sentence. An expression is data that is never run; then the
+    tensors alone say where they act.
     """
     wanted = named_sites(config, sites, spec)
-    if wanted is None:
-        return
-    if missing := sorted(wanted - set(found)):
+    if wanted is not None and (missing := sorted(wanted - set(found))):
         name = tensor(missing[0])
         raise ArtifactError(f"the tensor {name} is missing: target_modules names its site", name)
-    if extra := sorted(set(found) - wanted):
+    if wanted is not None and (extra := sorted(set(found) - wanted)):
         name = tensor(extra[0])
         raise ArtifactError(f"the tensor {name} is extra: the config's target_modules do not name its site", name)
+    if not found:
+        raise ArtifactError("the artifact has no tensors")
 
 
-def named_sites(config: Targets, sites: Iterable[str], spec: BaseSpec) -> set[str] | None:
-    """The sites that a config names; None where it does so by a regular expression, or not at all."""
-    targets, excluded = config.target_modules, config.exclude_modules or []
-    patterns = as_list(config.layers_pattern)
-    if isinstance(excluded, str) or not all(set(pattern) <= PATTERN_CHARS for pattern in patterns):
-        return None
+def named_sites(config: Targets, sites: Collection[str], spec: BaseSpec) -> set[str] | None:
+    """The sites that a config names; None where that takes a regular expression to be run, or it names none at all."""
+    targets, excluded, patterns = config.target_modules, config.exclude_modules or [], as_list(config.layers_pattern)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = [site for site, linear in spec.linears.items() if not is_head(site, linear, spec)]
-    if not isinstance(targets, list):
+    texts = [*patterns, *(names for names in (targets, excluded) if isinstance(names, str))]
+    if targets is None or not all(set(text) <= PATTERN_CHARS for text in texts):
         return None
-    named, out, layers = frozenset(targets), frozenset(excluded), _layers(config)
-    return {
-        site
-        for site in sites
-        if is_named(site, named)
-        and not is_named(site, out)
-        and (layers is None or site in named or layer_of(site, patterns) in layers)
-    }
+    named, out = _named(targets, sites), _named(excluded, sites)
+    layers = _layers(config) if isinstance(targets, list) else None  # PEFT asks for them beside a list alone
+    return {site for site in named - out if layers is None or site in targets or layer_of(site, patterns) in layers}
+
+
+def _named(names: list[str] | str, sites: Iterable[str]) -> set[str]:
+    """The sites that a list names, or that a text of `PATTERN_CHARS`, to PEFT an expression, matches whole."""
+    if isinstance(names, str):
+        return {site for site in sites if is_match(names, site)}
+    listed = frozenset(names)
+    return {site for site in sites if is_named(site, listed)}
+
+
+def is_match(pattern: str, site: str) -> bool:
+    """Whether an expression of `PATTERN_CHARS` matches the whole site: '.' is any character."""
+    return len(pattern) == len(site) and all(want in (have, ".") for want, have in zip(pattern, site, strict=True))
 
 
 def is_named(site: str, names: Collection[str]) -> bool:

@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import Any
 
 from adapters_store.artifact import Artifact
-from adapters_store.methods.common import PREFIX, Targets, by_site, check_targets, expect_shape, read_config
+from adapters_store.methods.common import (
+    PATTERN_CHARS,
+    PREFIX,
+    Targets,
+    by_site,
+    check_targets,
+    expect_shape,
+    is_match,
+    read_config,
+)
 from adapters_store.patch import Scale
 from adapters_store.spec import BaseSpec
 
@@ -27,19 +36,29 @@ class IA3Config(Targets, kw_only=True):
 def compile_ia3(artifact: Artifact, spec: BaseSpec) -> tuple[Scale, ...]:
     """One `Scale` a site. Raises `ArtifactError`."""
     config = read_config(artifact.config, IA3Config, "(IA)3", SILENT, SERVED_VALUES)
-    feedforward = config.feedforward_modules
-    names = frozenset(feedforward) if isinstance(feedforward, list) else None
+    feedforward = _feedforward(config, spec)
     sites = by_site(artifact, (END,), spec.linears, spec.name)
-    made = tuple(_scale(artifact, site, spec, names) for site in sites)
+    made = tuple(_scale(artifact, site, spec, feedforward) for site in sites)
     check_targets(config, sites, spec.linears, spec, lambda site: PREFIX + site + END)
     return made
 
 
-def _scale(artifact: Artifact, site: str, spec: BaseSpec, names: frozenset[str] | None) -> Scale:
+def _feedforward(config: IA3Config, spec: BaseSpec) -> set[str] | None:
+    """The sites that scale their input; None where an expression says it, which is never run, or nothing does."""
+    names = config.feedforward_modules
+    if isinstance(names, list):
+        ends = frozenset(names)
+        return {site for site in spec.linears if is_feedforward(site, ends)}
+    if names is None or not set(names) <= PATTERN_CHARS:
+        return None
+    return {site for site in spec.linears if is_match(names, site)}
+
+
+def _scale(artifact: Artifact, site: str, spec: BaseSpec, feedforward: set[str] | None) -> Scale:
     linear, name = spec.linears[site], PREFIX + site + END
     of_input, of_output = [1, linear.in_features], [linear.out_features, 1]
-    # Without a list of names (an expression is never run) the vector's own shape tells what it scales.
-    is_input = list(artifact.tensors[name].shape) == of_input if names is None else is_feedforward(site, names)
+    # Where the config cannot tell, the vector's own shape tells what it scales.
+    is_input = list(artifact.tensors[name].shape) == of_input if feedforward is None else site in feedforward
     vector = expect_shape(artifact, name, of_input if is_input else of_output)
     return Scale(site, vector.float().flatten(), "input" if is_input else "output")
 

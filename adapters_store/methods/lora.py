@@ -107,7 +107,7 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     config, taker = _read(artifact.config), Taker(artifact)
     at_embedding = [spec.embedding] if has_branch(artifact, spec) else []
     rows = _rows(config, taker, spec) if at_embedding else []
-    parts = split(taker.rest(), config, spec, A_END)
+    parts = split(taker.rest(), config, spec, *config.ends)
     is_alone = at_embedding and not parts.branches.tensors
     sites = {} if is_alone else by_site(parts.branches, config.ends, parts.sites, spec.name)
     branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]

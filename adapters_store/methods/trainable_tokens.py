@@ -12,7 +12,6 @@ from torch import Tensor
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError
 from adapters_store.methods.common import (
-    PATTERN_CHARS,
     PREFIX,
     Targets,
     by_site,
@@ -44,7 +43,9 @@ def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primit
     if spec.is_tied and spec.embedding in found:
         _check_tied(artifact, spec)
         found = [spec.embedding]
-    check_targets(_targets(config, spec), found, _sites(spec), spec, lambda site: PREFIX + site + END)
+    named = [spec.embedding] if config.target_modules is None else config.target_modules  # as PEFT has it by default
+    targets = Targets(target_modules=named)
+    check_targets(targets, found, _sites(spec), spec, lambda site: PREFIX + site + END)
     made: list[Primitive] = []
     for site in found:
         rows = expect_shape(artifact, PREFIX + site + END, [len(ids), row_width(spec, site)]).float()[order]
@@ -95,18 +96,3 @@ def _check_tied(artifact: Artifact, spec: BaseSpec) -> None:
     tensors = artifact.tensors
     if other in tensors and not torch.equal(tensors[name], tensors[other]):
         raise ArtifactError(f"{other} differs from {name}, but {spec.name} ties its head to its embedding", other)
-
-
-def _targets(config: TrainableTokensConfig, spec: BaseSpec) -> Targets:
-    """What the config names, as a list where that can be told: PEFT's default is the embedding's name, as a text."""
-    targets = config.target_modules
-    if targets is None:
-        return Targets(target_modules=[spec.embedding])
-    if isinstance(targets, str) and set(targets) <= PATTERN_CHARS:
-        return Targets(target_modules=[site for site in _sites(spec) if _is_match(targets, site)])
-    return Targets(target_modules=targets)
-
-
-def _is_match(pattern: str, site: str) -> bool:
-    """Whether an expression of `PATTERN_CHARS` matches the whole site: '.' is any character."""
-    return len(pattern) == len(site) and all(want in (have, ".") for want, have in zip(pattern, site, strict=True))

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no feed-forward": {"target_modules": ["q_proj", "o_proj"], "feedforward_modules": []},
     "feed-forward alone": {"target_modules": ["gate_proj", "v_proj"], "feedforward_modules": ["gate_proj", "v_proj"]},
     "feed-forward by an expression": {"target_modules": "all-linear", "feedforward_modules": r".*\.(q|down)_proj"},
+    "feed-forward by a text": {"target_modules": ["down_proj"], "feedforward_modules": "model.layers...mlp.down_proj"},
     "excluded": {**LISTS, "exclude_modules": ["layers.0.mlp.down_proj", "1.self_attn.k_proj"]},
     "the head too": {"target_modules": ["lm_head", "up_proj"], "feedforward_modules": ["lm_head"]},
 }
@@ -86,6 +87,7 @@ TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "another method's": ({}, {K.replace("ia3_l", "lora_A.weight"): torch.ones(2, 64)}, "lora_A", "no site in"),
     "all outputs": ({"feedforward_modules": []}, {}, DOWN.replace(".1.", ".0."), r"need \[64, 1\]"),
     "all inputs": ({"feedforward_modules": ["proj"]}, {}, K, r"need \[1, 64\]"),
+    "a text": ({"feedforward_modules": "down_proj"}, {}, DOWN.replace(".1.", ".0."), r"need \[64, 1\]"),
     "neither": ({"feedforward_modules": None}, {K: torch.ones(33, 1)}, K, r"need \[32, 1\]"),
     "other targets": ({"target_modules": ["k_proj", "v_proj"]}, {}, DOWN.replace(".1.", ".0."), "is extra"),
     "none": ({}, dict.fromkeys([K, DOWN]), K, "is missing"),

@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = 
         "no site in llama",
     ),
     "the base's own name": ({}, {NORM + ".weight": torch.ones(64)}, NORM + ".weight", "no site in llama"),
-    "no tensors": ({}, {NORM + WEIGHT: None, OTHER_NORM + WEIGHT: None}, "", "no tensors"),
+    "no tensors": ({}, {NORM + WEIGHT: None, OTHER_NORM + WEIGHT: None}, OTHER_NORM + WEIGHT, "is missing"),
     "saved, without its tensor": (
         {"modules_to_save": ["lm_head"]},
         {},

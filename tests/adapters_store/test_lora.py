@@ -52,6 +52,11 @@ CASES: dict[str, dict[str, Any]] = {
     "layers by pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
     "excluded": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.k_proj"]},
     "excluded by expression": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.0.*"},
+    "excluded by a text": {
+        "target_modules": ["q_proj", "k_proj"],
+        "exclude_modules": "model.layers.0.self_attn.k_proj",
+    },
+    "a text": {"target_modules": "model.layers...mlp.up_proj"},
     "expression": {"target_modules": r".*\.(0|1)\..*(q|down)_proj"},
     "the head too": {"target_modules": ["lm_head", "q_proj"]},
     "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.3},
@@ -225,6 +230,9 @@ TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "no such embedding": ({}, {EMBEDDING: torch.ones(2, 16)}, EMBEDDING, "no site in toy"),
     "a site of no target": ({"target_modules": ["q_proj"]}, {}, a_name(0, "k_proj"), "is extra"),
     "a layer of no target": ({"layers_to_transform": [1]}, {}, a_name(0, "k_proj"), "is extra"),
+    "a text that is no whole name": ({"target_modules": "q_proj"}, {}, a_name(0, "k_proj"), "is extra"),
+    "a text that is one": ({"target_modules": SITE.format(0, "k_proj")}, {}, a_name(), "is extra"),
+    "excluded by a text": ({"exclude_modules": SITE.format(0, "k_proj")}, {}, a_name(0, "k_proj"), "is extra"),
     "an excluded site": ({"exclude_modules": ["k_proj"]}, {}, a_name(0, "k_proj"), "is extra"),
 }
 

@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = 
     "the head is missing": ({"target_modules": ["embed_tokens", "lm_head"]}, {}, HEAD, "is missing"),
     "the head is extra": ({}, {HEAD: rows(3)}, HEAD, "is extra"),
     "all-linear has no embedding": ({"target_modules": "all-linear"}, {}, EMBEDDING, "is extra"),
-    "no tensors": ({}, {EMBEDDING: None}, "", "no tensors"),
+    "no tensors": ({}, {EMBEDDING: None}, "", rf"{EMBEDDING} is missing"),
     "transposed": ({}, {EMBEDDING: rows(64, 3)}, EMBEDDING, r"shape \[64, 3\].*need \[3, 64\]"),
     "a row too few": ({}, {EMBEDDING: rows(2)}, EMBEDDING, r"need \[3, 64\]"),
     "another base's width": ({}, {EMBEDDING: rows(3, 65)}, EMBEDDING, r"need \[3, 64\]"),

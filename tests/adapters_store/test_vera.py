@@ -122,8 +122,10 @@ def test_config_tensors_and_base_must_agree(
 def test_an_artifact_of_projections_alone_is_refused(sound: Artifact, spec: BaseSpec) -> None:
     """A hat that would be the base is no hat."""
     names = set(sound.tensors) - {A_NAME, B_NAME}
-    with pytest.raises(ArtifactError, match="no tensors"):
+    with pytest.raises(ArtifactError, match="vera_lambda_b is missing: target_modules names its site"):
         compile_patch(changed(sound, {}, dict.fromkeys(names)), spec)
+    with pytest.raises(ArtifactError, match="no tensors"):
+        compile_patch(changed(sound, {"target_modules": ".*"}, dict.fromkeys(names)), spec)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
