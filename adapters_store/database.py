@@ -53,6 +53,7 @@ versions = Table(
     Column("method", String(40), nullable=False),
     Column("num_parameters", Integer, nullable=False),
     Column("num_items", Integer, nullable=False),
+    Column("num_matrix_items", Integer, nullable=False),
     Column("num_virtual", Integer, nullable=False),
     Column("num_bytes", Integer, nullable=False),
     Column("prompt_format", JSON, nullable=True),

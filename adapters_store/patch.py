@@ -35,6 +35,11 @@ ACTIVATIONS: Mapping[str, Activation] = {
 NORM_EPS = 1e-5  # of torch.nn.LayerNorm
 
 
+def even(num_items: int) -> int:
+    """Matrices end at an even number of items, so that what lies behind them is aligned if they are kept in 16 bits."""
+    return num_items + num_items % 2
+
+
 @dataclass(frozen=True)
 class LowRank:
     """`y += B (A x)` at a linear: A [r, in], B [out, r] with the scale folded in (LoRA, arXiv:2106.09685)."""
@@ -49,7 +54,11 @@ class LowRank:
 
     @property
     def num_items(self) -> int:
-        return self.a.numel() + self.b.numel()
+        return self.num_matrix_items
+
+    @property
+    def num_matrix_items(self) -> int:
+        return even(self.a.numel() + self.b.numel())
 
     def update(self, x: Tensor) -> Tensor:
         """x [..., in] -> what is added to y [..., out]."""
@@ -63,6 +72,8 @@ class Scale:
     site: str
     v: Tensor
     on: Literal["input", "output"] = "output"
+
+    num_matrix_items = 0
 
     @property
     def num_items(self) -> int:
@@ -79,6 +90,8 @@ class Bias:
 
     site: str
     b: Tensor
+
+    num_matrix_items = 0
 
     @property
     def num_items(self) -> int:
@@ -112,7 +125,11 @@ class Bottleneck:
     def num_items(self) -> int:
         """All biases are laid out, and each norm that there is."""
         size, norms = self.down.shape[1], (self.norm_before, self.norm_after)
-        return self.down.numel() + self.up.numel() + len(self.down) + size + sum(2 * size for norm in norms if norm)
+        return self.num_matrix_items + len(self.down) + size + sum(2 * size for norm in norms if norm)
+
+    @property
+    def num_matrix_items(self) -> int:
+        return even(self.down.numel() + self.up.numel())
 
     def update(self, h: Tensor) -> Tensor:
         """h [..., size] -> what is added to y."""
@@ -134,7 +151,11 @@ class Delta:
 
     @property
     def num_items(self) -> int:
-        return self.dw.numel()
+        return self.num_matrix_items
+
+    @property
+    def num_matrix_items(self) -> int:
+        return even(self.dw.numel())
 
     def update(self, x: Tensor) -> Tensor:
         """x [..., in] -> dW x."""
@@ -155,7 +176,11 @@ class Rows:
     @property
     def num_items(self) -> int:
         """An id takes an item too."""
-        return self.de.numel() + len(self.ids)
+        return self.num_matrix_items + len(self.ids)
+
+    @property
+    def num_matrix_items(self) -> int:
+        return even(self.de.numel())
 
 
 @dataclass(frozen=True)
@@ -163,6 +188,7 @@ class PrefixEmbeds:
     """Virtual leading positions with the input embeddings E [n, hidden]: prompt tuning, arXiv:2104.08691; p-tuning."""
 
     embeds: Tensor
+    num_matrix_items = 0
 
     @property
     def num_tokens(self) -> int:
@@ -182,6 +208,7 @@ class PrefixKV:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    num_matrix_items = 0
 
     @property
     def num_tokens(self) -> int:
@@ -212,6 +239,11 @@ class Patch:
     def num_items(self) -> int:
         """Numbers that a slot holds of it."""
         return sum(primitive.num_items for primitive in self.primitives)
+
+    @property
+    def num_matrix_items(self) -> int:
+        """Those of them that are of matrices, which a device may keep in fewer bits; all others are kept in 32."""
+        return sum(primitive.num_matrix_items for primitive in self.primitives)
 
     @property
     def prefix(self) -> Prefix | None:

@@ -27,8 +27,8 @@ MAX_NUMBER = 2**63  # of what SQL takes as an integer
 class Version:
     """One immutable version of a task.
 
-    `num_parameters` were trained, `num_items` numbers take its place on the device, `num_virtual` tokens of its prefix
-    come before a prompt; `num_bytes` are those of its files.
+    `num_parameters` were trained, `num_items` numbers take its place on the device, of which `num_matrix_items` are of
+    matrices; `num_virtual` tokens of its prefix come before a prompt; `num_bytes` are those of its files.
     """
 
     task: str
@@ -37,6 +37,7 @@ class Version:
     method: str
     num_parameters: int
     num_items: int
+    num_matrix_items: int
     num_virtual: int
     num_bytes: int
     prompt_format: PromptFormat | None
@@ -103,6 +104,7 @@ class Registry:
         method: str,
         num_parameters: int,
         num_items: int,
+        num_matrix_items: int,
         num_virtual: int,
         num_bytes: int,
         prompt_format: PromptFormat | None = None,
@@ -125,6 +127,7 @@ class Registry:
                     "method": method,
                     "num_parameters": num_parameters,
                     "num_items": num_items,
+                    "num_matrix_items": num_matrix_items,
                     "num_virtual": num_virtual,
                     "num_bytes": num_bytes,
                     "prompt_format": None if prompt_format is None else msgspec.to_builtins(prompt_format),
@@ -271,6 +274,7 @@ def _version(task: str, row: Row[Any]) -> Version:
         method=row.method,
         num_parameters=row.num_parameters,
         num_items=row.num_items,
+        num_matrix_items=row.num_matrix_items,
         num_virtual=row.num_virtual,
         num_bytes=row.num_bytes,
         prompt_format=None if row.prompt_format is None else msgspec.convert(row.prompt_format, PromptFormat),

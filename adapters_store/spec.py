@@ -7,6 +7,29 @@ A *site* is a named place in the base where a primitive acts: the dotted name of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Counted(Protocol):
+    """A primitive, a patch or a version: so many numbers, of which so many are of matrices."""
+
+    @property
+    def num_items(self) -> int: ...
+
+    @property
+    def num_matrix_items(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ItemBytes:
+    """What a number takes on a device, which may keep those of matrices in fewer bits."""
+
+    matrix: int = 4
+    other: int = 4
+
+    def of(self, counted: Counted) -> int:
+        """What it takes."""
+        return self.matrix * counted.num_matrix_items + self.other * (counted.num_items - counted.num_matrix_items)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from adapters_store.methods import (
 )
 from adapters_store.methods.refused import refusal
 from adapters_store.patch import Patch, Primitive
-from adapters_store.spec import BaseSpec
+from adapters_store.spec import BaseSpec, ItemBytes
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,18 @@ def is_kv(name: str) -> bool:
     return any(method.name == name and method.is_kv for method in METHODS.values())
 
 
-def compile_patch(artifact: Artifact, spec: BaseSpec, max_items: int | None = None) -> Patch:
+@dataclass(frozen=True)
+class Room:
+    """What a device has for a patch."""
+
+    num_bytes: int
+    item_bytes: ItemBytes
+
+
+def compile_patch(artifact: Artifact, spec: BaseSpec, room: Room | None = None) -> Patch:
     """Compile to primitives. Raises `ArtifactError` unless the artifact was made for this base and fits it whole.
 
-    A few numbers can compile to as many as the base has: no more than `max_items` are ever computed.
+    A few numbers can compile to as many as the base has: no more than there is `room` for are ever computed.
     """
     manifest, method = artifact.manifest, method_of(artifact)
     if manifest is not None and manifest.base.identity != spec.identity:
@@ -102,17 +110,17 @@ def compile_patch(artifact: Artifact, spec: BaseSpec, max_items: int | None = No
     if manifest is not None and manifest.method != method.name:
         raise ArtifactError(f"the manifest says {manifest.method}, the config {method.name}", "method")
     num_parameters = sum(tensor.numel() for tensor in artifact.tensors.values())
-    return Patch(artifact.digest, method.name, _primitives(method, artifact, spec, max_items), num_parameters)
+    return Patch(artifact.digest, method.name, _primitives(method, artifact, spec, room), num_parameters)
 
 
-def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, max_items: int | None) -> tuple[Primitive, ...]:
-    made, num_items = list[Primitive](), 0
+def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, room: Room | None) -> tuple[Primitive, ...]:
+    made, num_bytes = list[Primitive](), 0
     for primitive in method.compile(artifact, spec):
-        num_items += primitive.num_items
-        if max_items is not None and num_items > max_items:
+        num_bytes += 0 if room is None else room.item_bytes.of(primitive)
+        if room is not None and num_bytes > room.num_bytes:
             raise ArtifactTooLargeError(
-                f"the adapter, compiled for {spec.name}, holds more than {max_items} numbers "
-                f"({4 * max_items} bytes in fp32), which is all that the device's slots can hold"
+                f"the adapter, compiled for {spec.name}, takes more than {room.num_bytes} bytes, which is all that the "
+                "device's slots can hold"
             )
         made.append(primitive)
     return tuple(made)

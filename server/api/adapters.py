@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse, Response
 from adapters_store.artifact import Artifact, read_folder
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError
 from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
-from adapters_store.methods import compile_patch
+from adapters_store.methods import Room, compile_patch
 from adapters_store.patch import Patch
 from adapters_store.registry import Version
 from server.api.body import body_parts
 from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
-from server.api.show import identity, num_items
+from server.api.show import identity
 from server.api.wire import BASE, NAME
 from server.engine.messages import Ready
 from server.errors import (
@@ -78,7 +78,7 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
         front.metrics.uploads.labels("failed").inc()
         raise
     front.metrics.uploads.labels("taken").inc()
-    shown = {"task": version.task, **identity(version), "checks": proved.checks}
+    shown = {"task": version.task, **identity(version, front.item_bytes()), "checks": proved.checks}
     return JSONResponse(shown, 201 if is_new else 200)
 
 
@@ -101,7 +101,7 @@ def prove(front: Front, folder: Path) -> Proved:
     """Check a PEFT folder for form, finiteness, method, base, shapes and size. Raises `ArtifactError`."""
     ready = front.ready()
     artifact = read_folder(folder)
-    patch = compile_patch(artifact, ready.spec, num_items(ready.slot_bytes))
+    patch = compile_patch(artifact, ready.spec, Room(ready.slot_bytes, ready.item_bytes))
     _check_virtual(patch, ready)
     is_named = artifact.manifest is not None
     checks = {
@@ -133,6 +133,7 @@ async def keep(
         "method": patch.method,
         "num_parameters": patch.num_parameters,
         "num_items": patch.num_items,
+        "num_matrix_items": patch.num_matrix_items,
         "num_virtual": patch.num_virtual,
         "num_bytes": artifact.num_bytes,
         "prompt_format": artifact.manifest.prompt_format if artifact.manifest else None,

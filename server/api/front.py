@@ -18,6 +18,7 @@ from fastapi.routing import APIRoute
 from adapters_store.blobs import Blobs
 from adapters_store.errors import AbsentError
 from adapters_store.registry import DEFAULT_TENANT, Registry, Version
+from adapters_store.spec import ItemBytes
 from server.api.text import Tokenizer
 from server.engine.client import EngineClient
 from server.engine.messages import Ready
@@ -47,6 +48,7 @@ class Front:
     leaving: set[str] = field(default_factory=set)  # digests whose artifacts are being deleted
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
     is_draining: bool = False  # about to end: what runs may finish, nothing new begins
+    last_item_bytes: ItemBytes | None = None
     store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together
 
     def ready(self) -> Ready:
@@ -54,6 +56,12 @@ class Front:
         if self.client.ready is None:
             raise UnavailableError(self.client.last_error or "the engine is starting", retry_after=2)
         return self.client.ready
+
+    def item_bytes(self) -> ItemBytes | None:
+        """What a number takes on the device, which stays so while this server runs; None before an engine was there."""
+        if self.client.ready is not None:
+            self.last_item_bytes = self.client.ready.item_bytes
+        return self.last_item_bytes
 
     async def resolve(self, tenant: str, task: str, version: int | None) -> Version:
         """The version that a task gets now. Raises `NotFoundError`."""

@@ -5,28 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from adapters_store.registry import Version
-
-BYTES_PER_ITEM = 4  # of a slot in fp32
-
-
-def slot_bytes(num_items: int) -> int:
-    """What so many numbers take on the device."""
-    return num_items * BYTES_PER_ITEM
+from adapters_store.spec import ItemBytes
 
 
-def num_items(slot_bytes: int) -> int:
-    """How many numbers so many bytes of the device hold."""
-    return slot_bytes // BYTES_PER_ITEM
-
-
-def identity(version: Version) -> dict[str, Any]:
-    """Which version it is, and what it takes: of its files, of the device, and of a sequence."""
+def identity(version: Version, item_bytes: ItemBytes | None) -> dict[str, Any]:
+    """Which version it is, and what it takes: of its files, of the device (None: not known yet), and of a sequence."""
     return {
         "version": version.number,
         "digest": version.digest,
         "method": version.method,
         "num_parameters": version.num_parameters,
         "bytes": version.num_bytes,
-        "slot_bytes": slot_bytes(version.num_items),
+        "slot_bytes": None if item_bytes is None else item_bytes.of(version),
         "virtual_tokens": version.num_virtual,
     }

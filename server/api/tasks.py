@@ -12,6 +12,7 @@ from adapters_store.blobs import Blobs
 from adapters_store.errors import ArtifactError
 from adapters_store.intake import ZIP_TYPE, pack_zip
 from adapters_store.registry import Task, Usage, Version
+from adapters_store.spec import ItemBytes
 from server.api.front import admit, front_of, refuse_unknown_query, tenant_of
 from server.api.show import identity
 from server.api.wire import BASE
@@ -27,7 +28,7 @@ async def list_tasks(request: Request) -> Response:
     found = await asyncio.to_thread(front.registry.tasks, tenant)
     used = await asyncio.to_thread(front.registry.usage, tenant)
     where = await front.client.residency()
-    return JSONResponse({"tasks": [_base(used), *(_task(task, where, used) for task in found)]})
+    return JSONResponse({"tasks": [_base(used), *(_task(task, where, used, front.item_bytes()) for task in found)]})
 
 
 @router.get("/tasks/{task}")
@@ -38,7 +39,7 @@ async def get_task(request: Request, task: str) -> Response:
     if task == BASE:
         return JSONResponse(_base(used))
     found = await front.absent_is_404(front.registry.task, tenant, task)
-    return JSONResponse(_task(found, await front.client.residency(), used))
+    return JSONResponse(_task(found, await front.client.residency(), used, front.item_bytes()))
 
 
 @router.delete("/tasks/{task}", status_code=204)
@@ -92,17 +93,19 @@ def _base(used: list[Usage]) -> dict[str, Any]:
     return {"task": BASE, "versions": [], "route": {"versions": {}}, "use": _use(used, BASE, 0)}
 
 
-def _task(task: Task, where: dict[str, str], used: list[Usage]) -> dict[str, Any]:
+def _task(task: Task, where: dict[str, str], used: list[Usage], item_bytes: ItemBytes | None) -> dict[str, Any]:
     return {
         "task": task.name,
-        "versions": [_version(version, where, used) for version in task.versions],
+        "versions": [_version(version, where, used, item_bytes) for version in task.versions],
         "route": {"versions": {str(number): weight for number, weight in task.route.items()}},
     }
 
 
-def _version(version: Version, where: dict[str, str], used: list[Usage]) -> dict[str, Any]:
+def _version(
+    version: Version, where: dict[str, str], used: list[Usage], item_bytes: ItemBytes | None
+) -> dict[str, Any]:
     return {
-        **identity(version),
+        **identity(version, item_bytes),
         "note": version.note,
         "created": version.created,
         "residency": where.get(version.digest, "disk"),

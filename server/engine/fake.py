@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from adapters_store.spec import BaseSpec, LinearSite
+from adapters_store.spec import BaseSpec, ItemBytes, LinearSite
 from server.engine.client import EngineUnavailable
 from server.engine.messages import EngineFailure, Hat, Output, Ready, Stats, Submit, Timing
 from server.model.batch import Logprobs
@@ -23,6 +23,7 @@ def fake_ready(**fields: Any) -> Ready:
         "eos_token_ids": [0],
         "max_sequence_tokens": 512,
         "slot_bytes": 2**20,
+        "item_bytes": ItemBytes(),
         "precision": "fp32",
         "load_seconds": 0.0,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from adapters_store.spec import BaseSpec
+from adapters_store.spec import BaseSpec, ItemBytes
 from server.model.batch import Logprobs, Sampling
 
 
@@ -152,6 +152,7 @@ class Ready(msgspec.Struct, tag=True):
     eos_token_ids: list[int]
     max_sequence_tokens: int
     slot_bytes: int
+    item_bytes: ItemBytes
     precision: str
     load_seconds: float
 

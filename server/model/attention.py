@@ -18,6 +18,8 @@ from adapters_store.patch import PrefixKV
 from adapters_store.spec import KVShape
 from server.model import kernels
 from server.model.batch import Row
+from server.model.kernels import attention
+from server.model.kernels.vector import PANEL
 
 NAME = "manyhats"
 TILE = 16  # most queries a tile: K/V blocks are reused from cache, and two cores still balance over 3 kv heads
@@ -27,18 +29,26 @@ class UnsupportedBaseError(Exception):
     """The base does something that this server cannot do rightly; the sentence says what."""
 
 
+def whole_panels(size: int) -> int:
+    """Rounded up to what the kernels read at once."""
+    return -(-size // PANEL) * PANEL
+
+
 class KVCache:
     """Blocks of keys and values, in one dtype on one device.
 
-    Per layer keys [num_blocks, kv heads, dim, block_size], whose positions lie side by side, and values [num_blocks,
-    kv heads, block_size, dim].
+    Per layer keys [num_blocks, kv heads, dim, width], whose positions lie side by side, and values [num_blocks, kv heads,
+    block_size, depth]: width and depth are block_size and the values' dim in whole panels.
     """
 
     def __init__(self, shapes: list[KVShape], num_blocks: int, block_size: int, like: Tensor) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.shapes, self.num_blocks, self.block_size = shapes, num_blocks, block_size
+        width = whole_panels(block_size)
         # Pages that were never written cost no memory: empty, not zeros.
-        self.keys = [like.new_empty(num_blocks, s.num_kv_heads, s.key_dim, block_size) for s in shapes]
-        self.values = [like.new_empty(num_blocks, s.num_kv_heads, block_size, s.value_dim) for s in shapes]
+        self.keys = [like.new_empty(num_blocks, s.num_kv_heads, s.key_dim, width) for s in shapes]
+        self.values = [
+            like.new_empty(num_blocks, s.num_kv_heads, block_size, whole_panels(s.value_dim)) for s in shapes
+        ]
 
     def copy(self, source: int, target: int) -> None:
         """Copy a whole block."""
@@ -50,13 +60,20 @@ class KVCache:
         positions = torch.arange(first, first + span.stop - span.start)
         block, offset = torch.tensor(blocks)[positions // self.block_size], positions % self.block_size
         for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-            self.keys[layer][block, :, :, offset] = key[span].to(self.keys[layer].dtype)
-            self.values[layer][block, :, offset] = value[span].to(self.values[layer].dtype)
+            self.store(layer, block, offset, key[span], value[span])
+
+    def store(self, layer: int, block: Tensor, offset: Tensor, key: Tensor, value: Tensor) -> None:
+        """Write keys [n, kv heads, dim] and values of n positions, given as blocks and the places in them."""
+        self.keys[layer][block, :, :, offset] = key.to(self.keys[layer].dtype)
+        self.values[layer][block, :, offset, : value.shape[-1]] = value.to(self.values[layer].dtype)
 
     @staticmethod
     def block_bytes(shapes: list[KVShape], block_size: int, item_bytes: int) -> int:
         """Bytes that one block takes over all layers."""
-        return sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in shapes) * block_size * item_bytes
+        return item_bytes * sum(
+            s.num_kv_heads * (s.key_dim * whole_panels(block_size) + block_size * whole_panels(s.value_dim))
+            for s in shapes
+        )
 
 
 @dataclass
@@ -107,74 +124,98 @@ def _balance(
     return dealt, np.cumsum([0, *map(len, hands)])
 
 
-def attend(
-    batch: PagedBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int, cap: float
-) -> Tensor:
-    """Store k, v and attend. query [T, H, d], key [T, kv heads, d], value [T, kv heads, d_v] -> [T, H, d_v].
+@dataclass(frozen=True)
+class Manner:
+    """How one layer attends: the factor of scores, how many positions a query sees (0: all), the soft cap (0: none)."""
 
-    `window` is the number of positions that a query sees, itself included (0: all); `cap` the soft cap (0: none).
+    scaling: float
+    window: int = 0
+    cap: float = 0.0
+
+
+def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
+    """Store k and v, and attend: qkv [T, heads * d + kv heads * (d + d_v)] -> [T, heads, d_v].
+
+    cos and sin [T, rotated d] turn queries and keys; [T, 0] where the base does not turn them, or has done so.
     """
-    if query.device.type != "cpu" or query.dtype != torch.float32:
-        return attend_reference(batch, layer, query, key, value, scaling, window, cap)
-    keys, values = batch.cache.keys[layer].numpy(), batch.cache.values[layer].numpy()
-    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-    kernels.store(
-        keys,
-        values,
-        key.contiguous().numpy(),
-        value.contiguous().numpy(),
+    cache, shape = batch.cache, batch.cache.shapes[layer]
+    if not kernels.serve(qkv.device.type, qkv.dtype):
+        return attend_reference(batch, layer, qkv, cos, sin, manner)
+    out = qkv.new_empty(len(qkv), num_heads(qkv, shape), shape.value_dim)
+    attention.attend(
+        qkv.numpy(),
+        out.shape[1],
+        shape.key_dim,
+        cos.numpy(),
+        sin.numpy(),
+        cache.keys[layer].numpy(),
+        cache.values[layer].numpy(),
+        cache.block_size,
         batch.token_blocks,
         batch.token_offsets,
-    )
-    kernels.attend(
-        query.contiguous().numpy(),
-        keys,
-        values,
         batch.block_table,
         batch.tiles,
         batch.bounds,
-        np.float32(scaling),
-        window,
-        np.float32(cap),
+        np.float32(manner.scaling),
+        manner.window,
+        np.float32(manner.cap),
         out.numpy(),
     )
     return out
 
 
-def attend_reference(
-    batch: PagedBatch, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int, cap: float
-) -> Tensor:
+def num_heads(qkv: Tensor, shape: KVShape) -> int:
+    """Query heads in qkv."""
+    return (qkv.shape[1] - shape.num_kv_heads * (shape.key_dim + shape.value_dim)) // shape.key_dim
+
+
+def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
     """The slow twin of `attend`, in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
-    keys, values, device = batch.cache.keys[layer], batch.cache.values[layer], query.device
+    cache, shape, device = batch.cache, batch.cache.shapes[layer], qkv.device
+    heads = num_heads(qkv, shape)
+    sizes = [heads * shape.key_dim, shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
+    query, key, value = (part.unflatten(1, (n, -1)) for part, n in zip(
+        qkv.split(sizes, 1), (heads, shape.num_kv_heads, shape.num_kv_heads), strict=True
+    ))  # fmt: skip
+    query, key = rotate_reference(query, cos, sin), rotate_reference(key, cos, sin)
     blocks = torch.from_numpy(batch.token_blocks).to(device)
-    offsets = torch.from_numpy(batch.token_offsets).to(device)
-    keys[blocks, :, :, offsets], values[blocks, :, offsets] = key, value
-    group = query.shape[1] // keys.shape[1]
+    cache.store(layer, blocks, torch.from_numpy(batch.token_offsets).to(device), key, value)
     out = []
     for sequence, (first, count, start) in enumerate(batch.spans):
         length = start + count
-        table = torch.from_numpy(batch.block_table[sequence, : -(-length // batch.cache.block_size)]).to(device)
-        k = keys[table].permute(0, 3, 1, 2).flatten(0, 1)[:length].repeat_interleave(group, 1)
-        v = values[table].transpose(1, 2).flatten(0, 1)[:length].repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", query[first : first + count], k).float() * scaling
-        if cap:
-            scores = cap * torch.tanh(scores / cap)
+        table = torch.from_numpy(batch.block_table[sequence, : -(-length // cache.block_size)]).to(device)
+        k = cache.keys[layer][table, :, :, : cache.block_size].permute(0, 3, 1, 2).flatten(0, 1)[:length]
+        v = cache.values[layer][table, :, :, : shape.value_dim].transpose(1, 2).flatten(0, 1)[:length]
+        k, v = (part.repeat_interleave(heads // shape.num_kv_heads, 1) for part in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", query[first : first + count], k).float() * manner.scaling
+        if manner.cap:
+            scores = manner.cap * torch.tanh(scores / manner.cap)
         distance = torch.arange(start, length, device=device)[:, None] - torch.arange(length, device=device)
-        hidden = (distance < 0) | (distance >= (window or length))
+        hidden = (distance < 0) | (distance >= (manner.window or length))
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
         out.append(torch.einsum("hqk,khd->qhd", weights, v))
     return torch.cat(out)
 
 
-class ShapeProbe:
-    """Stands in for a `PagedBatch` to learn each layer's shape from one forward, whatever the config calls it."""
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first dimensions of x [T, heads, d], halves against each other (arXiv:2104.09864), by cos, sin [T, turned]."""
+    turned, rest = x[..., : cos.shape[1]], x[..., cos.shape[1] :]
+    left, right = turned.chunk(2, -1)
+    turned = turned * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
+    return torch.cat([turned, rest], -1)
+
+
+class Probe:
+    """Stands in for a `PagedBatch` to learn from one forward how each layer attends, whatever the config calls it."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
+        self.manners: dict[int, Manner] = {}
 
-    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, manner: Manner) -> Tensor:
         """Note the shapes of query [T, H, d], key and value [T, kv heads, d]; answer zeros."""
         self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
+        self.manners[layer] = manner
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
 
@@ -199,7 +240,7 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    paged: PagedBatch | ShapeProbe | None = None,
+    paged: PagedBatch | Probe | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [1, H, T, d], k and v [1, kv heads, T, d] -> [1, T, H, d_v]."""
@@ -212,10 +253,12 @@ def _attention(
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if isinstance(paged, ShapeProbe):
-        return paged.see(layer, q, k, v)[None], None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(paged, layer, q, k, v, scale, sliding_window or 0, softcap or 0.0)[None], None
+    manner = Manner(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
+    if isinstance(paged, Probe):
+        return paged.see(layer, q, k, v, manner)[None], None
+    qkv = torch.cat([part.flatten(1) for part in (q, k, v)], 1)
+    not_turned = qkv.new_empty(len(qkv), 0)
+    return attend(paged, layer, qkv, not_turned, not_turned, manner)[None], None
 
 
 def install() -> None:

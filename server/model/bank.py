@@ -7,7 +7,7 @@ their inputs and outputs to the bank, and at a site where no worn patch acts tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from adapters_store.patch import Bias, Bottleneck, Delta, LowRank, Patch, Prefix, PrefixEmbeds, Primitive, Rows, Scale
 from adapters_store.spec import BaseSpec
-from server.model import hat_kernels as kernels
+from server.model import kernels
 from server.model.batch import Row
+from server.model.kernels import hats
 from server.model.packed import (
     BIAS,
     BRANCH,
@@ -28,43 +29,68 @@ from server.model.packed import (
     SCALE_IN,
     SCALE_OUT,
     SIZE,
+    Kept,
     Packed,
     Sites,
     pack,
     prefix_of,
     view,
 )
-from server.model.worn import NOTHING, Worn, runs, wear
+from server.model.worn import NOTHING, Worn, wear
 
 MIN_SLOTS = 16
-
-
 NO_ACTS = (False,) * len(KINDS)
+UNITS = {torch.float32: np.empty(0, np.float32), torch.float16: np.empty(0, np.uint16)}  # of kernels, see `vector`
+
+
+@dataclass(eq=False)
+class Group:
+    """Sites that share an input and whose outputs lie side by side: site sites[p] has columns[p] to columns[p + 1]."""
+
+    sites: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    acts: tuple[bool, ...] = NO_ACTS  # whether each kind acts at one of them in this step
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing acts here in this step."""
+        return True not in self.acts
 
 
 class SlotBank:
     """The slots of one base on one device. `on_change` is told which sites a slot acts at when it comes and goes."""
 
-    def __init__(self, spec: BaseSpec, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, spec: BaseSpec, device: str, kept: Kept) -> None:
         self.spec, self.sites = spec, Sites(spec)
-        self.device, self.dtype = device, dtype
+        self.device, self.kept = device, kept
         self.slots: dict[int, Packed] = {}
         self.table = np.zeros((len(KINDS), len(self.sites), MIN_SLOTS, 3), np.int64)
         self.addresses = np.zeros(MIN_SLOTS, np.int64)
         self.on_change: Callable[[Packed, int], None] = lambda _packed, _change: None
         self.tokens = self.sampled = NOTHING
-        self.acts: list[tuple[bool, ...]] = [NO_ACTS] * len(self.sites)  # by site: whether each kind acts in this step
         self.virtual: list[tuple[int, int, int, int]] = []  # slot, first of its embeddings, how many, first token
         self.stream = torch.empty(0)  # of the layer that is being computed, where a branch reads it
         self.max_rank = 1
+        self._groups: dict[tuple[str, ...], Group] = {}
+        self._members = self._firsts = np.zeros(0, np.int64)  # sites of all groups, and where each group begins there
+        self._has_kernels = kernels.serve(device, kept.others)
+        self._unit = UNITS.get(kept.matrices)
+        self.group(spec.embedding)
 
-    def site_index(self, site: str) -> int:
-        """The number of a site, for `apply`."""
-        return self.sites.index[site]
+    def group(self, *names: str) -> Group:
+        """The group of some sites, for `enter` and `apply`."""
+        if names not in self._groups:
+            sites = np.array([self.sites.index[name] for name in names], np.int64)
+            columns = np.cumsum([0, *(self.sites.widths[site][1] for site in sites)])
+            self._groups[names] = Group(sites, columns)
+            self._members = np.concatenate([group.sites for group in self._groups.values()])
+            self._firsts = np.cumsum([0, *(len(group.sites) for group in self._groups.values())])[:-1]
+            self._mark()
+        return self._groups[names]
 
     def pack(self, patch: Patch) -> Packed:
-        """Lay a patch out for a slot; any thread."""
-        packed = pack(patch, self.sites, self.dtype)
+        """Lay a patch out for a slot; any thread. Raises `ValueError` where a value does not fit."""
+        packed = pack(patch, self.sites, self.kept)
         return packed if self.device == "cpu" else replace(packed, buffer=packed.buffer.pin_memory())
 
     def put(self, packed: Packed) -> int:
@@ -90,14 +116,14 @@ class SlotBank:
         self.addresses[slot] = 0
 
     def primitive(self, kind: int, site: int, slot: int) -> Primitive | None:
-        """What a slot's patch does at a site, as views of its buffer."""
+        """What a slot's patch does at a site."""
         entry = self.table[kind, site, slot]
         return view(self.slots[slot], self.sites, kind, site, entry) if entry[SIZE] else None
 
     def warm_up(self) -> None:
         """Run every kernel once: its first call compiles it, and that must not be a user's."""
         site, linear = next(iter(self.spec.linears.items()))
-        zeros = partial(torch.zeros, dtype=self.dtype)
+        zeros = partial(torch.zeros, dtype=self.kept.others)
         of_x, of_y = zeros(1, linear.in_features), zeros(1, linear.out_features)
         primitives = (
             Scale(site, zeros(linear.in_features), "input"),
@@ -106,11 +132,11 @@ class SlotBank:
             LowRank(site, of_x, of_y.T),
             Bias(site, of_y[0]),
         )
-        slot = self.put(self.pack(Patch("warm-up", "", primitives)))
+        slot, group = self.put(self.pack(Patch("warm-up", "", primitives))), self.group(site)
         try:
             self.dress([Row([0], 0, [0], hats=((slot, 1.0),))])
-            x = self.enter(self.site_index(site), of_x.to(self.device))
-            self.apply(self.site_index(site), x, of_y.to(self.device, copy=True))
+            x = self.enter(group, of_x.to(self.device))
+            self.apply(group, x, of_y.to(self.device, copy=True))
         finally:
             self.dress([])
             self.drop(slot)
@@ -121,16 +147,21 @@ class SlotBank:
 
     def dress(self, rows: list[Row]) -> None:
         """Say what the next forward's rows wear; [] undresses. A virtual position is a token -1, -2, … of its row."""
-        self.tokens = wear([row.hats for row in rows for _ in row.tokens])
-        self.sampled = wear([row.hats for row in rows if row.sampling])
-        slots = np.unique(self.tokens.slots)
-        sizes = self.table[:, :, slots, SIZE]
-        self.max_rank = int(sizes[BRANCH].max(initial=1))
-        self.acts = list(map(tuple, (sizes != 0).any(-1).T.tolist()))
+        self.tokens = wear((row.hats, len(row.tokens)) for row in rows)
+        self.sampled = wear((row.hats, 1) for row in rows if row.sampling)
+        self._mark()
         self.virtual, first = [], 0
         for row in rows:
             self.virtual += self._virtual(row, first)
             first += len(row.tokens)
+
+    def _mark(self) -> None:
+        """Tell every group what acts at it in this step."""
+        sizes = self.table[:, :, np.unique(self.tokens.slots), SIZE]
+        self.max_rank = int(sizes[BRANCH].max(initial=1))
+        acts = np.logical_or.reduceat((sizes != 0).any(-1)[:, self._members], self._firsts, 1)
+        for group, mine in zip(self._groups.values(), acts.T.tolist(), strict=True):
+            group.acts = tuple(mine)
 
     def _virtual(self, row: Row, first: int) -> Iterable[tuple[int, int, int, int]]:
         """The parts of its hats' embeddings that a row's tokens are."""
@@ -142,87 +173,90 @@ class SlotBank:
                 yield slot, low - before, high - low, first + low - start
             before = after
 
-    def enter(self, site: int, x: Tensor, is_head: bool = False) -> Tensor:
-        """A site's input x [..., in], scaled where rows' hats do so."""
-        if not self.acts[site][SCALE_IN]:
+    def enter(self, group: Group, x: Tensor, is_head: bool = False) -> Tensor:
+        """The input x [..., in] of a group of one site, scaled where rows' hats do so."""
+        if not group.acts[SCALE_IN]:
             return x
         x = x.clone(memory_format=torch.contiguous_format)
-        self._scale(SCALE_IN, site, x.view(-1, x.shape[-1]), self.sampled if is_head else self.tokens)
+        worn = self.sampled if is_head else self.tokens
+        self._scale(SCALE_IN, int(group.sites[0]), x.view(-1, x.shape[-1]), (0, x.shape[-1]), worn)
         return x
 
-    def apply(self, site: int, x: Tensor, y: Tensor, is_head: bool = False) -> None:
-        """Change y [..., out] in place by what the rows' hats do at a site whose input is x [..., in]."""
-        acts = self.acts[site]
-        if True not in acts:
+    def apply(self, group: Group, x: Tensor, y: Tensor, is_head: bool = False) -> None:
+        """Change y [..., out] in place by what the rows' hats do at sites whose input is x [..., in]."""
+        if group.is_idle:
             return
         y, worn = y.view(-1, y.shape[-1]), self.sampled if is_head else self.tokens
-        if len(y) != len(worn.row_hats) - 1:
-            worn = worn.repeated(len(y) // (len(worn.row_hats) - 1))
+        if len(y) != worn.num_rows:
+            worn = worn.repeated(len(y) // worn.num_rows)
         x = x.reshape(-1, x.shape[-1]).contiguous()
         if not self._has_kernels:
-            apply_reference(self, site, x, y, worn)
+            apply_reference(self, group, x, y, worn)
             return
-        if acts[SCALE_OUT]:
-            self._scale(SCALE_OUT, site, y, worn)
-        if acts[DELTA]:
-            self._run(kernels.deltas, worn, x, y, self.table[DELTA, site])
-        if acts[ROWS]:
-            self._head_rows(site, x, y, worn)
-        if acts[BRANCH] or acts[BIAS]:
-            self._branches(site, x, y, worn)
+        for part, site in enumerate(group.sites.tolist()):
+            columns = int(group.columns[part]), int(group.columns[part + 1])
+            if group.acts[SCALE_OUT]:
+                self._scale(SCALE_OUT, site, y, columns, worn)
+            if group.acts[DELTA]:
+                self._deltas(x, y, columns, worn, self.table[DELTA, site])
+            if group.acts[ROWS]:
+                self._head_rows(site, x, y, worn)
+        if group.acts[BRANCH] or group.acts[BIAS]:
+            self._branches(group, x, y, worn)
 
     def embed(self, token_ids: Tensor, y: Tensor) -> None:
         """Change the embeddings y [1, T, size] of token_ids [1, T]: changed rows, and those of virtual positions."""
-        site = self.site_index(self.spec.embedding)
-        if self.acts[site][ROWS]:
-            for first, last, hats in runs(self.tokens):
-                for slot, weight in hats:
+        site = self.sites.index[self.spec.embedding]
+        if self.group(self.spec.embedding).acts[ROWS]:
+            for span, worn in self.tokens.segments():
+                for slot, weight in worn:
                     rows = self.primitive(ROWS, site, slot)
                     if isinstance(rows, Rows):
-                        _embed_rows(rows, token_ids[0, first:last], y[0, first:last], weight)
+                        _embed_rows(rows, token_ids[0, span], y[0, span], weight)
         for slot, start, count, first in self.virtual:
             prefix = self.prefix(slot)
             if isinstance(prefix, PrefixEmbeds):
                 y[0, first : first + count] = prefix.embeds[start : start + count]
 
-    @property
-    def _has_kernels(self) -> bool:
-        return self.device == "cpu" and self.dtype == torch.float32
-
-    def _scale(self, kind: int, site: int, y: Tensor, worn: Worn) -> None:
+    def _scale(self, kind: int, site: int, y: Tensor, columns: tuple[int, int], worn: Worn) -> None:
         if self._has_kernels:
             table = self.table[kind, site]
-            kernels.scale(y.numpy(), worn.row_hats, worn.slots, worn.weights, self.addresses, table)
+            hats.scale(y.numpy(), *columns, worn.tiles, worn.slots, worn.weights, self.addresses, table)
         else:
-            scale_reference(self, kind, site, y, worn)
+            scale_reference(self, kind, site, y[:, slice(*columns)], worn)
 
-    def _run(self, kernel: Callable[..., None], worn: Worn, x: Tensor, y: Tensor, table: NDArray[np.int64]) -> None:
-        kernel(x.numpy(), y.numpy(), worn.row_hats, worn.slots, worn.weights, self.addresses, table)
+    def _deltas(self, x: Tensor, y: Tensor, columns: tuple[int, int], worn: Worn, table: NDArray[np.int64]) -> None:
+        hats.deltas(
+            x.numpy(), y.numpy(), *columns, worn.tiles, worn.slots, worn.weights, self.addresses, table, self._unit
+        )
 
     def _head_rows(self, site: int, x: Tensor, y: Tensor, worn: Worn) -> None:
         """The changed rows of the head, by the kernel of deltas over as many outputs as rows."""
-        for first, last, hats in runs(worn):
-            for slot, weight in hats:
+        for span, worn_here in worn.segments():
+            for slot, weight in worn_here:
                 ids = self.slots[slot].row_ids.get(site)
                 if ids is not None:
-                    change = y.new_zeros(last - first, len(ids))
-                    alone = wear([((slot, weight),)] * (last - first))
-                    self._run(kernels.deltas, alone, x[first:last], change, self.table[ROWS, site])
-                    y[first:last, ids] += change
+                    change = y.new_zeros(span.stop - span.start, len(ids))
+                    alone = wear([(((slot, weight),), span.stop - span.start)])
+                    self._deltas(x[span], change, (0, len(ids)), alone, self.table[ROWS, site])
+                    y[span, ids] += change
 
-    def _branches(self, site: int, x: Tensor, y: Tensor, worn: Worn) -> None:
+    def _branches(self, group: Group, x: Tensor, y: Tensor, worn: Worn) -> None:
         stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y
-        kernels.branches(
+        hats.branches(
             x.numpy(),
             stream.numpy(),
             y.numpy(),
-            worn.row_hats,
+            group.columns,
+            group.sites,
+            worn.tiles,
             worn.slots,
             worn.weights,
             self.addresses,
-            self.table[BRANCH, site],
-            self.table[BIAS, site],
+            self.table[BRANCH],
+            self.table[BIAS],
             self.max_rank,
+            self._unit,
         )
 
 
@@ -235,30 +269,39 @@ def _embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None
 
 
 def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, worn: Worn) -> None:
-    """The slow twin of `hat_kernels.scale`, in plain torch on any device."""
-    for first, last, hats in runs(worn):
-        for slot, weight in hats:
+    """The slow twin of `hats.scale`, in plain torch on any device."""
+    for span, worn_here in worn.segments():
+        for slot, weight in worn_here:
             primitive = bank.primitive(kind, site, slot)
             if isinstance(primitive, Scale):
-                y[first:last] *= primitive.factor(weight)
+                y[span] *= primitive.factor(weight)
 
 
-def apply_reference(bank: SlotBank, site: int, x: Tensor, y: Tensor, worn: Worn) -> None:
-    """The slow twin of the kernels, in plain torch on any device: the primitives' own formulas, run by run."""
-    scale_reference(bank, SCALE_OUT, site, y, worn)
-    stream = bank.stream.reshape(-1, bank.stream.shape[-1]) if bank.stream.numel() else y
-    for first, last, hats in runs(worn):
-        span, late = slice(first, last), []
-        for slot, weight in hats:
-            for kind in (DELTA, ROWS, BIAS, BRANCH):
-                primitive = bank.primitive(kind, site, slot)
-                if isinstance(primitive, Bottleneck) and primitive.of == "output":
-                    late.append((primitive, weight))
-                elif isinstance(primitive, Bottleneck):
-                    y[span] += weight * primitive.update(stream[span] if primitive.of == "stream" else x[span])
-                elif isinstance(primitive, Rows):
-                    y[span, primitive.ids] += weight * (x[span] @ primitive.de.T)
-                elif primitive is not None and not isinstance(primitive, Scale | PrefixEmbeds):
-                    y[span] += weight * primitive.update(x[span])  # type: ignore[union-attr]
-        for bottleneck, weight in late:
-            y[span] += weight * bottleneck.update(y[span])
+def apply_reference(bank: SlotBank, group: Group, x: Tensor, y: Tensor, worn: Worn) -> None:
+    """The slow twin of the kernels, in plain torch on any device: the primitives' own formulas, site by site."""
+    for part, site in enumerate(group.sites.tolist()):
+        mine = y[:, group.columns[part] : group.columns[part + 1]]
+        scale_reference(bank, SCALE_OUT, site, mine, worn)
+        for span, worn_here in worn.segments():
+            _update_reference(bank, site, x[span], mine[span], span, worn_here)
+
+
+def _update_reference(
+    bank: SlotBank, site: int, x: Tensor, y: Tensor, span: slice, worn: list[tuple[int, float]]
+) -> None:
+    """Every update of rows that wear the same, those of the output last."""
+    late: list[tuple[Bottleneck, float]] = []
+    for slot, weight in worn:
+        for kind in (DELTA, ROWS, BIAS, BRANCH):
+            primitive = bank.primitive(kind, site, slot)
+            if isinstance(primitive, Bottleneck) and primitive.of == "output":
+                late.append((primitive, weight))
+            elif isinstance(primitive, Bottleneck):
+                stream = bank.stream.reshape(-1, bank.stream.shape[-1])[span] if primitive.of == "stream" else x
+                y += weight * primitive.update(stream)
+            elif isinstance(primitive, Rows):
+                y[:, primitive.ids] += weight * (x @ primitive.de.T)
+            elif primitive is not None and not isinstance(primitive, Scale | PrefixEmbeds):
+                y += weight * primitive.update(x)  # type: ignore[union-attr]
+    for bottleneck, weight in late:
+        y += weight * bottleneck.update(y)

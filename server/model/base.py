@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from adapters_store.bases import base_identity
 from adapters_store.describe import describe, linears
-from adapters_store.spec import BaseSpec
+from adapters_store.spec import BaseSpec, KVShape
 from server.model import attention
-from server.model.attention import KVCache, ShapeProbe, UnsupportedBaseError, page
+from server.model.attention import KVCache, PagedBatch, Probe, UnsupportedBaseError, page
 from server.model.bank import SlotBank
 from server.model.batch import Row
-from server.model.linear import HatLinear, choose_product
+from server.model.fused import Fuser, Seen
+from server.model.linear import HatLinear, choose_product, has_halves
+from server.model.packed import Kept
 from server.model.sites import SiteHooks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
-PROOF_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}  # of the largest logit's magnitude
+PROOF_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}  # of the largest logit's magnitude
 
 
 @dataclass
@@ -38,20 +40,19 @@ class Base:
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, wanted: Tensor, paged: Any) -> Tensor:
         """token_ids [T], position_ids [T], wanted [R] indices of T -> logits [R, vocabulary] in fp32."""
-        out = self.model(
-            input_ids=token_ids[None],
-            position_ids=position_ids[None],
-            use_cache=False,
-            logits_to_keep=wanted,
-            paged=paged,
-        )
-        logits: Tensor = out.logits[0].float()
-        return logits
+        return forward(self.model, token_ids, position_ids, wanted, paged)
 
 
 def compute_dtype(precision: str, device: str) -> torch.dtype:
-    """What activations, KV and slots are kept in: on CPU always fp32, whatever the weights are packed to."""
+    """What activations and KV are kept in: on CPU always fp32, whatever the weights are packed to."""
     return torch.float32 if torch.device(device).type == "cpu" else DTYPES[precision]
+
+
+def kept(precision: str, device: str) -> Kept:
+    """What slots keep adapters in: on CPU matrices in 16 bits, but where the base is exact."""
+    is_halved = torch.device(device).type == "cpu" and precision != "fp32" and has_halves()
+    dtype = compute_dtype(precision, device)
+    return Kept(torch.float16 if is_halved else dtype, dtype)
 
 
 def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
@@ -61,10 +62,13 @@ def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
     """
     model = _load_model(folder, compute_dtype(precision, device), device)
     spec = describe(model, name, base_identity(folder).identity, folder)
-    proof = _Proof(model)
-    base = _instrument(model, spec, precision, device)
-    proof.compare(base)
-    return base
+    try:
+        with torch.inference_mode():
+            return _instrument(model, spec, precision, device)
+    except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+        raise UnsupportedBaseError(
+            f"{spec.architecture} cannot be instrumented: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
@@ -82,14 +86,45 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base:
+    """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
+    proof = Proof(model)
     attention.install()
     model.set_attn_implementation(attention.NAME)
-    bank = SlotBank(spec, device, compute_dtype(precision, device))
+    probe, seen = Probe(), Seen()
+    hooks = SiteHooks(model, spec)
+    parts = [site for layer in spec.layers for site in (layer.attention, layer.mlp) if site]
+    with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * PROOF_TOKENS):
+        proof.run(model, probe)
+    spec = replace(spec, kv=_learned_kv(spec, probe))
+    bank = SlotBank(spec, device, kept(precision, device))
+    hooks.serve(bank)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
+    cache = KVCache(spec.kv, 2, PROOF_TOKENS, torch.empty(0, dtype=compute_dtype(precision, device), device=device))
+    paged = proof.paged(cache)
+    Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
-        setattr(model.get_submodule(parent), child, HatLinear(linear, pack, bank, site, linear is head))
-    return Base(model, spec, bank, SiteHooks(model, bank), precision, device, _eos_token_ids(model))
+        setattr(model.get_submodule(parent), child, HatLinear([linear], pack, bank, [site], linear is head))
+    proof.compare(proof.run(model, paged), spec.architecture, precision)
+    return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model))
+
+
+def _learned_kv(spec: BaseSpec, probe: Probe) -> list[KVShape]:
+    kv = [probe.shapes[layer] for layer in sorted(probe.shapes)]
+    if sorted(probe.shapes) != list(range(spec.num_layers)) or len({shape.num_kv_heads for shape in kv}) != 1:
+        raise UnsupportedBaseError(
+            f"{spec.architecture} has {spec.num_layers} layers, of which attention of equal kv heads "
+            f"was seen in {len(probe.shapes)}"
+        )
+    return kv
+
+
+def forward(model: Any, token_ids: Tensor, position_ids: Tensor, wanted: Tensor, paged: Any) -> Tensor:
+    """token_ids [T], position_ids [T], wanted [R] indices of T -> logits [R, vocabulary] in fp32."""
+    out = model(
+        input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=wanted, paged=paged
+    )
+    return out.logits[0].float()  # type: ignore[no-any-return]
 
 
 def _eos_token_ids(model: Any) -> list[int]:
@@ -99,7 +134,7 @@ def _eos_token_ids(model: Any) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-class _Proof:
+class Proof:
     """What the stock model answers to two short sequences, taken before it is instrumented."""
 
     def __init__(self, model: Any) -> None:
@@ -108,39 +143,22 @@ class _Proof:
         self.tokens = torch.randint(0, vocab_size, (2, PROOF_TOKENS), generator=generator).to(model.device)
         self.logits = torch.cat([model(input_ids=row[None], use_cache=False).logits[0].float() for row in self.tokens])
 
-    def compare(self, base: Base) -> None:
-        """Learn the layers' shapes, then run both sequences in one paged batch and compare every logit."""
-        positions = torch.arange(PROOF_TOKENS, device=base.device).repeat(2)
-        tokens, wanted = self.tokens.flatten(), torch.arange(2 * PROOF_TOKENS, device=base.device)
-        probe = ShapeProbe()
-        with base.hooks.learning(2 * PROOF_TOKENS):
-            self._forward(base, tokens, positions, wanted, probe)
-        kv = [probe.shapes[layer] for layer in sorted(probe.shapes)]
-        base.spec = base.bank.spec = replace(base.spec, kv=kv)
-        if (
-            sorted(probe.shapes) != list(range(base.spec.num_layers))
-            or len({s.num_kv_heads for s in base.spec.kv}) != 1
-        ):
-            raise UnsupportedBaseError(
-                f"{base.spec.architecture} has {base.spec.num_layers} layers, of which attention of equal kv heads "
-                f"was seen in {len(probe.shapes)}"
-            )
-        like = torch.empty(0, dtype=compute_dtype(base.precision, base.device), device=base.device)
-        cache = KVCache(base.spec.kv, 2, PROOF_TOKENS, like)
+    def run(self, model: Any, paged: Any) -> Tensor:
+        """Both sequences in one batch: the logits of every token."""
+        device = self.tokens.device
+        positions = torch.arange(PROOF_TOKENS, device=device).repeat(2)
+        return forward(model, self.tokens.flatten(), positions, torch.arange(2 * PROOF_TOKENS, device=device), paged)
+
+    def paged(self, cache: KVCache) -> PagedBatch:
+        """Them as a batch, each in a block of its own."""
         rows = [Row(row.tolist(), 0, [index]) for index, row in enumerate(self.tokens)]
-        paged = page(rows, cache, base.spec.kv[0].num_kv_heads, torch.get_num_threads())
-        logits = self._forward(base, tokens, positions, wanted, paged)
+        return page(rows, cache, cache.shapes[0].num_kv_heads, torch.get_num_threads())
+
+    def compare(self, logits: Tensor, architecture: str, precision: str) -> None:
+        """Raises `UnsupportedBaseError` where the logits are not those of the stock model."""
         gap = ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
-        if not gap <= PROOF_TOLERANCE[base.precision]:
+        if not gap <= PROOF_TOLERANCE[precision]:
             raise UnsupportedBaseError(
-                f"{base.spec.architecture} computes other logits in this server than in transformers "
+                f"{architecture} computes other logits in this server than in transformers "
                 f"(largest relative gap {gap:.2g}): it does something that is not passed to the attention interface"
             )
-
-    def _forward(self, base: Base, tokens: Tensor, positions: Tensor, wanted: Tensor, paged: Any) -> Tensor:
-        try:
-            return base.forward(tokens, positions, wanted, paged)
-        except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
-            raise UnsupportedBaseError(
-                f"{base.spec.architecture} cannot be instrumented: {type(error).__name__}: {error}"
-            ) from error

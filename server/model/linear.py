@@ -1,26 +1,33 @@
 """The base's linear layers: weights packed for the machine, then whatever the batch's hats add.
 
-Which product is used is chosen in one place, `choose_product`, by device and precision:
-
-* fp32 on CPU: oneDNN with reordered weights. A row's result does not depend on the batch, bit for bit.
-* fp16 on CPU (x86): FBGEMM, 16-bit weights with fp32 arithmetic; the default there, for it reads half the bytes.
-* elsewhere: torch's own linear in the precision's dtype.
+How a product is computed is chosen in one place, `choose_product`: on CPU by the kernels, with weights in the precision's
+bits and arithmetic in fp32, so that a row's result is the same to the last bit whatever it is computed beside;
+elsewhere by torch's own linear in the precision's type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Sequence
 
+import llvmlite.binding
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.model.attention import UnsupportedBaseError
-from server.model.bank import SlotBank
+from server.model.bank import Group, SlotBank
+from server.model.kernels.product import product
+from server.model.kernels.vector import PANEL
+from server.model.packed import SCALE_IN
 
 Product = Callable[[Tensor], Tensor]  # x [..., in] -> y [..., out], the bias added
 Packer = Callable[[Tensor, Tensor | None], Product]  # weight [out, in], bias [out] -> Product
 FP16_MAX = 65504.0
+INT8_MAX = 127
+NONE = np.empty(0, np.float32)
 
 
 def pack_torch(weight: Tensor, bias: Tensor | None) -> Product:
@@ -28,52 +35,67 @@ def pack_torch(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: nn.functional.linear(x, weight, bias)
 
 
-def pack_onednn(weight: Tensor, bias: Tensor | None) -> Product:
-    """oneDNN in fp32 with the weight reordered once.
-
-    For some shapes it sums in another order when there are very few rows (seen at 1 row, 1536 -> 576). Then those rows
-    are computed beside copies of themselves, so that a row's result never depends on how many there are.
-    """
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)
-    run = torch.ops.mkldnn._linear_pointwise.default
-    trial = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    many = run(trial, packed, bias, "none", [], "")
-    least = next(
-        n for n in (1, 2, 4, 8) if n == 8 or torch.equal(run(trial[:n], packed, bias, "none", [], ""), many[:n])
-    )
-
-    def product(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if 0 < len(rows) < least:
-            return run(rows.repeat(least, 1), packed, bias, "none", [], "")[: len(rows)].view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
-        return run(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
-
-    return product
+def pack_fp32(weight: Tensor, bias: Tensor | None) -> Product:
+    """The weight as it is."""
+    return _pack(_panels(weight), bias, len(weight))
 
 
-def pack_fbgemm(weight: Tensor, bias: Tensor | None) -> Product:
-    """FBGEMM with the weight in 16 bits and arithmetic in fp32."""
+def pack_fp16(weight: Tensor, bias: Tensor | None) -> Product:
+    """The weight in 16 bits. Raises `UnsupportedBaseError` where it does not fit."""
     largest = weight.abs().max().item()
     if not largest <= FP16_MAX:
         raise UnsupportedBaseError(
             f"a weight of {largest:g} does not fit 16 bits; serve this base with --precision fp32"
         )
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
-    run = torch.ops.quantized.linear_dynamic_fp16.default
-    return lambda x: run(x, packed)
+    return _pack(_panels(weight.half()).view(np.uint16), bias, len(weight))
 
 
-def has_fbgemm() -> bool:
-    """Whether this torch was built with FBGEMM (x86 only)."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
+def pack_int8(weight: Tensor, bias: Tensor | None) -> Product:
+    """The weight in 8 bits with a scale per output, which is its largest magnitude over 127."""
+    scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
+    return _pack(_panels((weight / scales[:, None]).round().to(torch.int8)), bias, len(weight), scales)
+
+
+def _panels(weight: Tensor) -> NDArray[np.generic]:
+    """[out, in] -> [panels, in, 16]: columns side by side, zeros behind the last."""
+    size_out, size_in = weight.shape
+    whole = torch.zeros(-(-size_out // PANEL) * PANEL, size_in, dtype=weight.dtype)
+    whole[:size_out] = weight
+    return whole.view(-1, PANEL, size_in).transpose(1, 2).contiguous().numpy()
+
+
+def _pack(panels: NDArray[np.generic], bias: Tensor | None, size_out: int, scales: Tensor | None = None) -> Product:
+    start = np.zeros(len(panels) * PANEL, np.float32)
+    added, factors = NONE, NONE
+    if scales is not None:
+        added = np.zeros(size_out, np.float32) if bias is None else bias.numpy().copy()
+        factors = scales.numpy().copy()
+    elif bias is not None:
+        start[:size_out] = bias.numpy()
+
+    def run(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = rows.new_empty(len(rows), size_out)
+        product(rows.numpy(), panels, start, factors, added, out.numpy(), torch.get_num_threads())
+        return out.view(*x.shape[:-1], size_out)
+
+    return run
+
+
+PACKERS: dict[str, Packer] = {"fp32": pack_fp32, "fp16": pack_fp16, "int8": pack_int8}
+
+
+def has_halves() -> bool:
+    """Whether this CPU widens 16-bit floats by itself."""
+    return platform.machine() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
 
 
 def choose_precision(precision: str, device: str) -> str:
     """What `auto` means here; a precision that this device has no good product for is refused."""
     on_cpu = torch.device(device).type == "cpu"
     if precision == "auto":
-        return ("fp16" if has_fbgemm() else "fp32") if on_cpu else "bf16"
-    usable = (["fp32", "fp16"] if has_fbgemm() else ["fp32"]) if on_cpu else ["fp32", "bf16", "fp16"]
+        return ("fp16" if has_halves() else "fp32") if on_cpu else "bf16"
+    usable = [name for name in PACKERS if name != "fp16" or has_halves()] if on_cpu else ["fp32", "bf16", "fp16"]
     if precision not in usable:
         raise UnsupportedBaseError(
             f"precision {precision} is not served on {device}; choose auto or {', '.join(usable)}"
@@ -83,28 +105,49 @@ def choose_precision(precision: str, device: str) -> str:
 
 def choose_product(precision: str, device: str) -> Packer:
     """The packer for a precision that `choose_precision` gave."""
-    if torch.device(device).type != "cpu":
-        return pack_torch
-    if precision == "fp16":
-        return pack_fbgemm
-    return pack_onednn if torch.backends.mkldnn.is_available() else pack_torch
+    return PACKERS[precision] if torch.device(device).type == "cpu" else pack_torch
 
 
 class HatLinear(nn.Module):
-    """A linear layer of the base that the batch's patches act on: y = W x + b, then the slots' primitives.
+    """Linear layers of the base that share an input, and what patches add: y = W x + b, then the slots' primitives.
 
-    `is_head` marks the output head, which sees only the rows that are sampled.
+    Several are one product, whose output has theirs side by side. `is_head` marks the output head, which sees only the
+    rows that are sampled.
     """
 
-    def __init__(self, linear: nn.Linear | Conv1D, pack: Packer, bank: SlotBank, site: str, is_head: bool) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear | Conv1D], pack: Packer, bank: SlotBank, sites: Sequence[str], is_head: bool
+    ) -> None:
         super().__init__()
-        weight = linear.weight.detach()
-        bias = None if linear.bias is None else linear.bias.detach()
-        self.product = pack(weight.T if isinstance(linear, Conv1D) else weight, bias)
-        self.bank, self.site, self.is_head = bank, bank.site_index(site), is_head
+        self.product = pack(*stacked(linears))
+        self.bank, self.is_head = bank, is_head
+        self.group, self.parts = bank.group(*sites), [bank.group(site) for site in sites]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bank.enter(self.site, x, self.is_head)
+        if len(self.parts) > 1 and self.group.acts[SCALE_IN]:
+            return torch.cat([self._alone(x, part, number) for number, part in enumerate(self.parts)], -1)
+        if self.group.acts[SCALE_IN]:
+            x = self.bank.enter(self.group, x, self.is_head)
         y = self.product(x)
-        self.bank.apply(self.site, x, y, self.is_head)
+        if not self.group.is_idle:
+            self.bank.apply(self.group, x, y, self.is_head)
         return y
+
+    def _alone(self, x: Tensor, part: Group, number: int) -> Tensor:
+        """One of several layers, where hats scale their inputs differently."""
+        x = self.bank.enter(part, x, self.is_head)
+        first, last = self.group.columns[number : number + 2]
+        y = self.product(x)[..., first:last].contiguous()
+        self.bank.apply(part, x, y, self.is_head)
+        return y
+
+
+def stacked(linears: Sequence[nn.Linear | Conv1D]) -> tuple[Tensor, Tensor | None]:
+    """The weight [sum of out, in] and the bias of layers side by side, without one where none has one."""
+    weights = [one.weight.detach().T if isinstance(one, Conv1D) else one.weight.detach() for one in linears]
+    biases = [
+        weight.new_zeros(len(weight)) if one.bias is None else one.bias.detach()
+        for one, weight in zip(linears, weights, strict=True)
+    ]
+    has_bias = any(one.bias is not None for one in linears)
+    return torch.cat(weights), torch.cat(biases) if has_bias else None

@@ -1,10 +1,12 @@
 """A patch in the layout of a slot: one flat buffer at true sizes, and a table that says where what lies.
 
-The host copy has the layout of the device's, so that filling a slot is one copy.
+The host copy has the layout of the device's, so that filling a slot is one copy. Matrices may be kept in fewer bits than
+what is computed with; vectors and prefixes never are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,12 +29,12 @@ from adapters_store.patch import (
     Rows,
     Scale,
 )
-from adapters_store.spec import BaseSpec, KVShape
-from server.model import hat_kernels as codes
+from adapters_store.spec import BaseSpec, ItemBytes, KVShape
+from server.model.kernels import hats as codes
 
 # The kinds of the table, in the order in which they act.
 SCALE_IN, SCALE_OUT, DELTA, ROWS, BRANCH, BIAS = KINDS = range(6)
-OFFSET, SIZE, FLAGS = range(3)  # its columns
+SIZE = codes.SIZE  # its column that is 0 where nothing acts
 CODE_OF = {name: code for code, name in enumerate(ACTIVATIONS)}
 SOURCES = {"input": 0, "output": codes.OF_OUTPUT, "stream": codes.OF_STREAM}
 
@@ -59,16 +61,30 @@ class Sites:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The types that a slot keeps matrices and everything else in; what is read of it is of the latter."""
+
+    matrices: torch.dtype
+    others: torch.dtype
+
+    @property
+    def item_bytes(self) -> ItemBytes:
+        """What a number takes."""
+        return ItemBytes(self.matrices.itemsize, self.others.itemsize)
+
+
+@dataclass(frozen=True)
 class Packed:
     """A patch in the slot's layout.
 
-    `entries` has a row for each primitive: kind, site, offset in items, size, flags. At a
-    branch's offset lie A [r, in] and B transposed [r, out]; with flags then d [r], u [out], and (gamma, beta) of each
-    norm. Elsewhere lies the primitive's one tensor; of a prefix its embeddings, or layer by layer keys and values.
+    `entries` has a row for each primitive: kind, site, offset in bytes, size, flags. At a branch's offset lie A [r, in] and
+    B transposed [r, out]; with flags then d [r], u [out], and (gamma, beta) of each norm. Elsewhere lies the primitive's
+    one tensor; of a prefix its embeddings, or layer by layer keys and values.
     """
 
     digest: str
-    buffer: Tensor
+    buffer: Tensor  # uint8
+    kept: Kept
     entries: NDArray[np.int64]  # [primitives, 5]
     row_ids: dict[int, Tensor] = field(default_factory=dict)  # site -> ids of `Rows`, int32
     prefix: tuple[type[Prefix], int, int] | None = None  # kind, offset, number of positions
@@ -84,14 +100,14 @@ class Packed:
         return 0 if self.prefix is None else self.prefix[2]
 
 
-def pack(patch: Patch, sites: Sites, dtype: torch.dtype) -> Packed:
-    """Lay a patch out, in host memory. Raises `ValueError` where it has two of a kind at one site."""
+def pack(patch: Patch, sites: Sites, kept: Kept) -> Packed:
+    """Lay a patch out, in host memory. Raises `ValueError` for two of a kind at one site, or a value that does not fit."""
     entries: dict[tuple[int, int], tuple[int, ...]] = {}
     parts: list[Tensor] = []
     row_ids: dict[int, Tensor] = {}
     prefix, offset = None, 0
     for primitive in patch.primitives:
-        mine = [part.flatten() for part in _parts(primitive)]
+        mine = _bytes(primitive, kept)
         if isinstance(primitive, PrefixEmbeds | PrefixKV):
             prefix = (type(primitive), offset, primitive.num_tokens)
         else:
@@ -105,19 +121,39 @@ def pack(patch: Patch, sites: Sites, dtype: torch.dtype) -> Packed:
         parts += mine
         offset += sum(map(len, mine))
     table = np.array(list(entries.values()), np.int64).reshape(-1, 5)
-    return Packed(patch.digest, torch.cat(parts).to(dtype), table, row_ids, prefix)
+    return Packed(patch.digest, torch.cat(parts), kept, table, row_ids, prefix)
 
 
-def _parts(primitive: Primitive) -> Iterator[Tensor]:
+def _bytes(primitive: Primitive, kept: Kept) -> list[Tensor]:
+    """Its matrices, then the rest, each as bytes."""
+    matrices = [part.flatten() for part in _matrices(primitive)]
+    if sum(map(len, matrices)) % 2:
+        matrices.append(matrices[0].new_zeros(1))  # see `patch.even`
+    limit = torch.finfo(kept.matrices).max
+    for matrix in matrices:
+        largest = matrix.abs().max().item() if len(matrix) else 0.0
+        if not largest <= limit:
+            raise ValueError(f"a value of {largest:g} does not fit this server's 16 bits: use --precision fp32")
+    typed = [matrix.to(kept.matrices) for matrix in matrices]
+    typed += [part.flatten().to(kept.others) for part in _vectors(primitive)]
+    return [part.contiguous().view(torch.uint8) for part in typed]
+
+
+def _matrices(primitive: Primitive) -> Iterator[Tensor]:
     match primitive:
-        case LowRank(a=a, b=b):
+        case LowRank(a=a, b=b) | Bottleneck(down=a, up=b):
             yield from (a, b.T)
+        case Delta(dw=part) | Rows(de=part):
+            yield part
+
+
+def _vectors(primitive: Primitive) -> Iterator[Tensor]:
+    match primitive:
         case Bottleneck(down=down, up=up):
-            yield from (down, up.T)
             yield down.new_zeros(len(down)) if primitive.down_bias is None else primitive.down_bias
             yield up.new_zeros(len(up)) if primitive.up_bias is None else primitive.up_bias
             yield from (part for norm in (primitive.norm_before, primitive.norm_after) if norm for part in norm)
-        case Scale(v=part) | Bias(b=part) | Delta(dw=part) | Rows(de=part) | PrefixEmbeds(embeds=part):
+        case Scale(v=part) | Bias(b=part) | PrefixEmbeds(embeds=part):
             yield part
         case PrefixKV(keys=keys, values=values):
             yield from (part for layer in zip(keys, values, strict=True) for part in layer)
@@ -144,54 +180,64 @@ def _entry(primitive: Primitive) -> tuple[int, int, int]:
 
 
 def view(packed: Packed, sites: Sites, kind: int, site: int, entry: NDArray[np.int64]) -> Primitive:
-    """A primitive as views of a patch's buffer; `entry` is its offset, size and flags."""
+    """A primitive as a patch's buffer has it; `entry` is its offset, size and flags."""
     offset, size, flags = entry.tolist()
     name, (size_in, size_out) = sites.names[site], sites.widths[site]
-    take = _Reader(packed.buffer, offset)
+    read = _Reader(packed, offset)
     if kind == BRANCH:
-        a, b = take(size, size_in), take(size, size_out).T
-        return _bottleneck(name, a, b, flags, take) if flags else LowRank(name, a, b)
+        a, b = read.matrices((size, size_in), (size, size_out))
+        return _bottleneck(name, a, b.T, flags, read) if flags else LowRank(name, a, b.T)
     if kind == DELTA:
-        return Delta(name, take(size_out, size_in))
+        return Delta(name, *read.matrices((size_out, size_in)))
     if kind == ROWS:
-        return Rows(name, packed.row_ids[site], take(size, size_in))
-    return (
-        Bias(name, take(size)) if kind == BIAS else Scale(name, take(size), "input" if kind == SCALE_IN else "output")
-    )
+        return Rows(name, packed.row_ids[site], *read.matrices((size, size_in)))
+    part = read.other(size)
+    return Bias(name, part) if kind == BIAS else Scale(name, part, "input" if kind == SCALE_IN else "output")
 
 
 class _Reader:
-    """Takes views of a buffer, one after another."""
+    """Reads a buffer, one part after another, in the type that is computed with."""
 
-    def __init__(self, buffer: Tensor, offset: int) -> None:
-        self.buffer, self.offset = buffer, offset
+    def __init__(self, packed: Packed, offset: int) -> None:
+        self.packed, self.offset = packed, offset
 
-    def __call__(self, *shape: int) -> Tensor:
-        start, self.offset = self.offset, self.offset + int(np.prod(shape))
-        return self.buffer[start : self.offset].view(shape)
+    def matrices(self, *shapes: tuple[int, int]) -> list[Tensor]:
+        """The matrices of one primitive."""
+        found = [self._take(self.packed.kept.matrices, shape) for shape in shapes]
+        if sum(map(math.prod, shapes)) % 2:
+            self.offset += self.packed.kept.matrices.itemsize
+        return found
+
+    def other(self, *shape: int) -> Tensor:
+        """Anything else."""
+        return self._take(self.packed.kept.others, shape)
+
+    def _take(self, kept: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        start, self.offset = self.offset, self.offset + math.prod(shape) * kept.itemsize
+        return self.packed.buffer[start : self.offset].view(kept).view(shape).to(self.packed.kept.others)
 
 
-def _bottleneck(name: str, down: Tensor, up: Tensor, flags: int, take: _Reader) -> Bottleneck:
+def _bottleneck(name: str, down: Tensor, up: Tensor, flags: int, read: _Reader) -> Bottleneck:
     size = len(up)
-    biases = take(len(down)), take(size)
-    norm_before = (take(size), take(size)) if flags & codes.NORM_BEFORE else None
-    norm_after = (take(size), take(size)) if flags & codes.NORM_AFTER else None
+    biases = read.other(len(down)), read.other(size)
+    norm_before = (read.other(size), read.other(size)) if flags & codes.NORM_BEFORE else None
+    norm_after = (read.other(size), read.other(size)) if flags & codes.NORM_AFTER else None
     activation = list(ACTIVATIONS)[flags & codes.ACTIVATION]
     of = "output" if flags & codes.OF_OUTPUT else "stream" if flags & codes.OF_STREAM else "input"
     return Bottleneck(name, down, up, activation, of, *biases, norm_before, norm_after)  # type: ignore[arg-type]
 
 
 def prefix_of(packed: Packed, hidden_size: int, kv: list[KVShape]) -> Prefix | None:
-    """A patch's prefix, as views of its buffer."""
+    """A patch's prefix, as its buffer has it."""
     if packed.prefix is None:
         return None
     kind, offset, num_tokens = packed.prefix
-    take = _Reader(packed.buffer, offset)
+    read = _Reader(packed, offset)
     if kind is PrefixEmbeds:
-        return PrefixEmbeds(take(num_tokens, hidden_size))
+        return PrefixEmbeds(read.other(num_tokens, hidden_size))
     layers = []
     for shape in kv:
-        key = take(num_tokens, shape.num_kv_heads, shape.key_dim)
-        layers.append((key, take(num_tokens, shape.num_kv_heads, shape.value_dim)))
+        key = read.other(num_tokens, shape.num_kv_heads, shape.key_dim)
+        layers.append((key, read.other(num_tokens, shape.num_kv_heads, shape.value_dim)))
     keys, values = zip(*layers, strict=True)
     return PrefixKV(keys, values)

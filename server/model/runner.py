@@ -12,11 +12,11 @@ from torch import Tensor
 
 from adapters_store.patch import PrefixKV
 from adapters_store.spec import BaseSpec
-from server.model import kernels
 from server.model.attention import KVCache, UnsupportedBaseError, page
 from server.model.bank import SlotBank
 from server.model.base import Base, compute_dtype, load_base
 from server.model.batch import Row, Sampled
+from server.model.kernels.threads import set_num_threads
 from server.model.linear import choose_precision
 from server.model.sampler import sample
 
@@ -50,7 +50,7 @@ class Loaded:
 def load(config: RunnerConfig) -> Loaded:
     """Load, instrument and prove a base. Raises `UnsupportedBaseError` with a sentence for the operator."""
     began = time.monotonic()
-    kernels.set_num_threads(config.num_threads)
+    set_num_threads(config.num_threads)
     precision = choose_precision(config.precision, config.device)
     base = load_base(Path(config.folder), config.name, precision, config.device)
     base.bank.warm_up()
@@ -66,8 +66,6 @@ class PagedRunner:
     """Runs steps over a paged KV cache. `last_logits` [R, vocabulary] are those of the last step's sampled rows."""
 
     def __init__(self, base: Base, config: RunnerConfig) -> None:
-        if config.block_size % 4:
-            raise UnsupportedBaseError(f"block size {config.block_size} is not a multiple of 4")
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
         like = torch.empty(0, dtype=compute_dtype(base.precision, base.device), device=base.device)
         per_block = KVCache.block_bytes(base.spec.kv, config.block_size, like.element_size())

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from adapters_store.spec import BaseSpec
 from server.model.bank import SlotBank
 from server.model.packed import Packed
 
@@ -20,21 +21,25 @@ from server.model.packed import Packed
 class SiteHooks:
     """The hooks of one model. `heads_first` is learned from one forward: norms that see [1, heads, T, d]."""
 
-    def __init__(self, model: nn.Module, bank: SlotBank) -> None:
-        self.model, self.bank = model, bank
-        self.heads_first: set[int] = set()
-        self._counts = [0] * len(bank.sites)  # slots that act at each site
+    def __init__(self, model: nn.Module, spec: BaseSpec) -> None:
+        self.model, self.spec = model, spec
+        self.heads_first: set[str] = set()
         self._handles: dict[int, list[RemovableHandle]] = {}
+
+    def serve(self, bank: SlotBank) -> None:
+        """Hand over to this bank from now on."""
+        self.bank = bank
+        self._counts = [0] * len(bank.sites)  # slots that act at each site
         bank.on_change = self._change
-        embedding = model.get_submodule(bank.spec.embedding)
+        embedding = self.model.get_submodule(self.spec.embedding)
         embedding.register_forward_hook(lambda _module, args, output: bank.embed(args[0], output))
 
     @contextmanager
     def learning(self, num_tokens: int) -> Iterator[None]:
         """While a forward of `num_tokens` runs: note the norms whose output has the heads before the tokens."""
         handles = [
-            self.model.get_submodule(site).register_forward_hook(self._learner(self.bank.site_index(site), num_tokens))
-            for site in self.bank.spec.norms
+            self.model.get_submodule(site).register_forward_hook(self._learner(site, num_tokens))
+            for site in self.spec.norms
         ]
         try:
             yield
@@ -42,7 +47,7 @@ class SiteHooks:
             for handle in handles:
                 handle.remove()
 
-    def _learner(self, site: int, num_tokens: int) -> Callable[..., None]:
+    def _learner(self, site: str, num_tokens: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             if output.dim() == 4 and output.shape[1] != num_tokens:
                 self.heads_first.add(site)
@@ -72,12 +77,15 @@ class SiteHooks:
         self.bank.stream = args[0]
 
     def _leave(self, site: int) -> Callable[..., Any]:
+        name = self.bank.sites.names[site]
+        group, is_heads_first = self.bank.group(name), name in self.heads_first
+
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             y = output[0] if isinstance(output, tuple) else output
             x = args[0] if args else kwargs["hidden_states"]
-            rows = y.transpose(1, 2).contiguous() if site in self.heads_first else y.contiguous()
-            self.bank.apply(site, x, rows)
-            y = rows.transpose(1, 2) if site in self.heads_first else rows
+            rows = y.transpose(1, 2).contiguous() if is_heads_first else y.contiguous()
+            self.bank.apply(group, x, rows)
+            y = rows.transpose(1, 2) if is_heads_first else rows
             return (y, *output[1:]) if isinstance(output, tuple) else y
 
         return hook

@@ -1,50 +1,61 @@
-"""Which hats the rows of a step wear, laid out for kernels, and in runs of rows that wear the same."""
+"""Which hats the rows of a step wear, in tiles of neighbouring rows that wear the same."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_ROWS = 24  # of a tile: whole parts for kernels that take six or four rows at once, and work for every thread
+Hats = tuple[tuple[int, float], ...]
+
 
 @dataclass(frozen=True)
 class Worn:
-    """Which hats each of some rows wears: row t wears [row_hats[t] : row_hats[t + 1]] of (slots, weights)."""
+    """tiles [n, 4] = (first row, number of rows, first hat, last hat + 1), hats as (slots, weights); bare rows have none."""
 
-    row_hats: NDArray[np.int64]
+    num_rows: int
+    tiles: NDArray[np.int64]
     slots: NDArray[np.int64]
     weights: NDArray[np.float32]
 
     def repeated(self, times: int) -> Worn:
         """Each row `times` times: for sites that see the heads of a token as rows of their own."""
-        if times == 1:
-            return self
-        rows = [slice(first, last) for first, last in zip(self.row_hats[:-1], self.row_hats[1:], strict=True)]
-        return wear([tuple(zip(self.slots[row], self.weights[row], strict=True)) for row in rows for _ in range(times)])
+        tiles = self.tiles * np.array([times, times, 1, 1])
+        return replace(self, num_rows=times * self.num_rows, tiles=tiles)
+
+    def segments(self) -> Iterator[tuple[slice, list[tuple[int, float]]]]:
+        """The rows of each tile, and the hats that they wear."""
+        for first, count, first_hat, last_hat in self.tiles.tolist():
+            hats = slice(first_hat, last_hat)
+            worn = zip(self.slots[hats].tolist(), self.weights[hats].tolist(), strict=True)
+            yield slice(first, first + count), list(worn)
 
 
-def wear(hats: list[tuple[tuple[int, float], ...]]) -> Worn:
-    """Lay out the (slot, weight) lists of rows."""
-    flat = [hat for row in hats for hat in row]
+def wear(rows: Iterable[tuple[Hats, int]]) -> Worn:
+    """Lay out rows, given as hats and the number of neighbours that wear them."""
+    runs: list[tuple[Hats, int, int]] = []  # hats, first row, number of rows
+    num_rows = 0
+    for hats, count in rows:
+        if runs and runs[-1][0] == hats:
+            runs[-1] = (hats, runs[-1][1], runs[-1][2] + count)
+        elif count:
+            runs.append((hats, num_rows, count))
+        num_rows += count
+    flat = [hat for hats, _, _ in runs for hat in hats]
+    tiles, end = [], 0
+    for hats, first, count in runs:
+        begin, end = end, end + len(hats)
+        if hats:
+            tiles += [(first + at, min(MAX_ROWS, count - at), begin, end) for at in range(0, count, MAX_ROWS)]
     return Worn(
-        np.cumsum([0, *map(len, hats)], dtype=np.int64),
+        num_rows,
+        np.array(tiles, np.int64).reshape(-1, 4),
         np.array([slot for slot, _ in flat], np.int64),
         np.array([weight for _, weight in flat], np.float32),
     )
 
 
 NOTHING = wear([])
-
-
-def runs(worn: Worn) -> list[tuple[int, int, list[tuple[int, float]]]]:
-    """Segments: (first row, last row + 1, hats) of neighbouring rows that wear the same."""
-    segments: list[tuple[int, int, list[tuple[int, float]]]] = []
-    for row in range(len(worn.row_hats) - 1):
-        span = slice(worn.row_hats[row], worn.row_hats[row + 1])
-        hats = list(zip(worn.slots[span].tolist(), worn.weights[span].tolist(), strict=True))
-        if segments and segments[-1][2] == hats:
-            segments[-1] = (segments[-1][0], row + 1, hats)
-        else:
-            segments.append((row, row + 1, hats))
-    return segments

@@ -15,10 +15,10 @@ from torch import nn
 from adapters_store import methods
 from adapters_store.artifact import Artifact, BaseRef
 from adapters_store.errors import ArtifactError
-from adapters_store.methods import METHODS, Method, compile_patch, method_of
+from adapters_store.methods import METHODS, Method, Room, compile_patch, method_of
 from adapters_store.methods.refused import CONVERTIBLE, INCONVERTIBLE
 from adapters_store.patch import Primitive
-from adapters_store.spec import BaseSpec
+from adapters_store.spec import BaseSpec, ItemBytes
 from tests.adapters_store.forge import (
     OTHER_IDENTITY,
     WEIGHTS_DIGEST,
@@ -113,7 +113,9 @@ def test_manifest_and_config_must_agree() -> None:
 def test_no_more_is_compiled_than_the_device_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the limit an artifact is compiled; what would pass it is refused before the rest is computed."""
     whole = compile_patch(toy_artifact(), toy_spec())
-    assert compile_patch(toy_artifact(), toy_spec(), whole.num_items).num_items == whole.num_items
+    size = ItemBytes(2, 4)
+    fits = compile_patch(toy_artifact(), toy_spec(), Room(size.of(whole), size))
+    assert fits.num_items == whole.num_items
     made: list[Primitive] = []
 
     def compile_slowly(_artifact: Artifact, _spec: BaseSpec) -> Iterator[Primitive]:
@@ -122,7 +124,7 @@ def test_no_more_is_compiled_than_the_device_holds(monkeypatch: pytest.MonkeyPat
             yield primitive
 
     monkeypatch.setattr(methods, "METHODS", {"LORA": Method("lora", compile_slowly)})
-    first, second, *_ = (primitive.num_items for primitive in whole.primitives)
-    with pytest.raises(ArtifactError, match=rf"for toy, holds more than {first + second - 1} numbers") as caught:
-        compile_patch(toy_artifact(), toy_spec(), first + second - 1)
+    first, second, *_ = map(size.of, whole.primitives)
+    with pytest.raises(ArtifactError, match=rf"for toy, takes more than {first + second - 1} bytes") as caught:
+        compile_patch(toy_artifact(), toy_spec(), Room(first + second - 1, size))
     assert (caught.value.code, len(made)) == ("artifact_too_large", 2)

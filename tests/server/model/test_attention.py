@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from adapters_store.spec import KVShape
-from server.model.attention import KVCache, PagedBatch, attend, attend_reference, page
+from server.model.attention import KVCache, Manner, PagedBatch, attend, attend_reference, page
 from server.model.batch import Row
 
 BLOCK = 8
-QKV = tuple[Tensor, Tensor, Tensor]
 
 
 def make_cache(num_blocks: int = 24, kv_heads: int = 2, dim: int = 16, value_dim: int = 16) -> KVCache:
@@ -21,11 +20,14 @@ def make_cache(num_blocks: int = 24, kv_heads: int = 2, dim: int = 16, value_dim
     return cache
 
 
-def make_qkv(num_tokens: int, heads: int = 6, kv_heads: int = 2, dim: int = 16, value_dim: int = 16) -> QKV:
+def make_qkv(num_tokens: int, heads: int = 6, kv_heads: int = 2, dim: int = 16, value_dim: int = 16) -> Tensor:
     generator = torch.Generator().manual_seed(num_tokens)
-    sizes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
-    q, k, v = (torch.randn(num_tokens, *size, generator=generator) for size in sizes)
-    return q, k, v
+    return torch.randn(num_tokens, heads * dim + kv_heads * (dim + value_dim), generator=generator)
+
+
+def make_turns(num_tokens: int, turned: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(num_tokens, turned, generator=torch.Generator().manual_seed(turned))
+    return angles.cos(), angles.sin()
 
 
 def whole(rows: list[Row], cache: KVCache, threads: int = 2) -> PagedBatch:
@@ -37,23 +39,24 @@ ROWS = [Row([0] * n, 0, list(range(at * 9, at * 9 + 9))) for at, n in enumerate(
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (11, 0.0), (0, 2.0), (5, 3.0), (1, 0.0)])
-@pytest.mark.parametrize("value_dim", [16, 24])
-def test_kernel_equals_its_twin(window: int, cap: float, value_dim: int) -> None:
-    """The kernel computes what plain torch computes: all lengths, windows, soft caps and widths in one batch."""
-    q, k, v = make_qkv(sum(LENGTHS), value_dim=value_dim)
+@pytest.mark.parametrize(("value_dim", "turned"), [(16, 0), (24, 16), (32, 8)])
+def test_kernel_equals_its_twin(window: int, cap: float, value_dim: int, turned: int) -> None:
+    """The kernel computes what plain torch computes: all lengths, windows, soft caps, widths and turns in one batch."""
+    qkv, turns = make_qkv(sum(LENGTHS), value_dim=value_dim), make_turns(sum(LENGTHS), turned)
     fast = make_cache(46, value_dim=value_dim)
     slow = make_cache(46, value_dim=value_dim)
-    got = attend(whole(ROWS, fast), 0, q, k, v, 0.3, window, cap)
-    wanted = attend_reference(whole(ROWS, slow), 0, q, k, v, 0.3, window, cap)
+    got = attend(whole(ROWS, fast), 0, qkv, *turns, Manner(0.3, window, cap))
+    wanted = attend_reference(whole(ROWS, slow), 0, qkv, *turns, Manner(0.3, window, cap))
     torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
-    assert torch.equal(fast.keys[0].nan_to_num(0), slow.keys[0].nan_to_num(0))
+    for mine, twin in zip((*fast.keys, *fast.values), (*slow.keys, *slow.values), strict=True):
+        torch.testing.assert_close(mine, twin, equal_nan=True, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("window", [0, 11])
 def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int) -> None:
     """A token's attention is the same to the last bit alone, among others, and in prompt chunks of any size."""
-    q, k, v = make_qkv(sum(LENGTHS))
-    together = attend(whole(ROWS, make_cache(46)), 0, q, k, v, 0.3, window, 0.0)
+    qkv, (cos, sin), manner = make_qkv(sum(LENGTHS)), make_turns(sum(LENGTHS), 16), Manner(0.3, window)
+    together = attend(whole(ROWS, make_cache(46)), 0, qkv, cos, sin, manner)
     first = 0
     for row, length in zip(ROWS, LENGTHS, strict=True):
         for size in (1, 3, 64):
@@ -61,16 +64,16 @@ def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int) -> None:
             for start in range(0, length, size):
                 chunk = slice(first + start, first + min(start + size, length))
                 alone = Row([0] * (chunk.stop - chunk.start), start, row.blocks)
-                parts.append(attend(whole([alone], cache, 1), 0, q[chunk], k[chunk], v[chunk], 0.3, window, 0.0))
+                parts.append(attend(whole([alone], cache, 1), 0, qkv[chunk], cos[chunk], sin[chunk], manner))
             assert torch.equal(torch.cat(parts), together[first : first + length])
         first += length
 
 
 def test_scattered_blocks_do_not_matter() -> None:
     """Where a sequence's blocks lie changes nothing."""
-    q, k, v = make_qkv(37)
-    near = attend(whole([Row([0] * 37, 0, [0, 1, 2, 3, 4])], make_cache()), 0, q, k, v, 0.3, 0, 0.0)
-    far = attend(whole([Row([0] * 37, 0, [20, 3, 11, 0, 7])], make_cache()), 0, q, k, v, 0.3, 0, 0.0)
+    qkv, turns = make_qkv(37), make_turns(37, 0)
+    near = attend(whole([Row([0] * 37, 0, [0, 1, 2, 3, 4])], make_cache()), 0, qkv, *turns, Manner(0.3))
+    far = attend(whole([Row([0] * 37, 0, [20, 3, 11, 0, 7])], make_cache()), 0, qkv, *turns, Manner(0.3))
     assert torch.equal(near, far)
 
 

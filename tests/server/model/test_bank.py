@@ -10,10 +10,12 @@ from adapters_store.patch import LowRank, Patch
 from adapters_store.spec import BaseSpec, LinearSite
 from server.model.bank import SlotBank, apply_reference
 from server.model.batch import Row, Sampling
-from server.model.worn import NOTHING, runs, wear
+from server.model.packed import Kept
+from server.model.worn import MAX_ROWS, NOTHING, wear
 
 SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
 SPEC = BaseSpec("toy", "0" * 64, "Toy", 32, 40, 1, 64, {site: LinearSite(*widths) for site, widths in SITES.items()})
+EXACT, HALVED = Kept(torch.float32, torch.float32), Kept(torch.float16, torch.float32)
 RANKS = (1, 2, 3, 4, 7, 8, 16, 33)
 
 
@@ -32,7 +34,7 @@ def make_patch(number: int, rank: int, sites: tuple[str, ...] = ("a", "b", "head
 
 def make_bank() -> tuple[SlotBank, dict[int, Patch]]:
     """A bank with a slot of each rank, and the patches by slot."""
-    bank = SlotBank(SPEC, "cpu", torch.float32)
+    bank = SlotBank(SPEC, "cpu", EXACT)
     patches = [make_patch(number, rank) for number, rank in enumerate(RANKS)]
     return bank, {bank.put(bank.pack(patch)): patch for patch in patches}
 
@@ -68,8 +70,8 @@ def test_kernel_equals_its_twin_and_the_formula(site: str) -> None:
     start = torch.randn(1, 3 * len(HATS), SITES[site][1], generator=torch.Generator().manual_seed(2))
     bank.dress(rows(HATS))
     fast, slow = start.clone(), start[0].clone()
-    bank.apply(bank.site_index(site), x, fast, False)
-    apply_reference(bank, bank.site_index(site), x[0], slow, bank.tokens)
+    bank.apply(bank.group(site), x, fast, False)
+    apply_reference(bank, bank.group(site), x[0], slow, bank.tokens)
     torch.testing.assert_close(fast[0], slow, atol=1e-4, rtol=1e-5)
     for token, y in enumerate(fast[0]):
         added = sum((w * by_hand(patches[slot], site, x[0, token]) for slot, w in HATS[token // 3]), torch.zeros(()))
@@ -82,11 +84,11 @@ def test_rows_are_bit_equal_alone_and_in_a_batch() -> None:
     x = torch.randn(1, len(HATS), 40, generator=torch.Generator().manual_seed(1))
     bank.dress(rows(HATS, 1))
     together = torch.zeros(1, len(HATS), 24)
-    bank.apply(0, x, together, False)
+    bank.apply(bank.group("a"), x, together, False)
     for index, hat in enumerate(HATS):
         bank.dress(rows([hat], 1))
         alone = torch.zeros(1, 1, 24)
-        bank.apply(0, x[:, index : index + 1].contiguous(), alone, False)
+        bank.apply(bank.group("a"), x[:, index : index + 1].contiguous(), alone, False)
         assert torch.equal(alone[0, 0], together[0, index])
 
 
@@ -97,7 +99,7 @@ def test_the_head_sees_the_sampled_rows_alone() -> None:
     batch[0].sampling = None
     bank.dress(batch)
     x, y = torch.randn(1, 1, 40), torch.zeros(1, 1, 32)
-    bank.apply(bank.site_index("head"), x, y, True)
+    bank.apply(bank.group("head"), x, y, True)
     torch.testing.assert_close(y[0, 0], by_hand(patches[5], "head", x[0, 0]), atol=1e-4, rtol=1e-5)
 
 
@@ -108,7 +110,7 @@ def test_an_undressed_bank_does_nothing() -> None:
     bank.dress([])
     assert bank.tokens.slots.size == NOTHING.slots.size
     y = torch.zeros(1, 1, 24)
-    bank.apply(0, torch.ones(1, 1, 40), y, False)
+    bank.apply(bank.group("a"), torch.ones(1, 1, 40), y, False)
     assert not y.any()
 
 
@@ -120,26 +122,32 @@ def test_a_site_without_a_primitive_is_left_alone() -> None:
     assert slot == 5
     bank.dress(rows([((slot, 1.0),)], 1))
     y = torch.zeros(1, 1, 24)
-    bank.apply(bank.site_index("a"), torch.ones(1, 1, 40), y, False)
+    bank.apply(bank.group("a"), torch.ones(1, 1, 40), y, False)
     assert not y.any()
 
 
 def test_slots_are_true_rank_and_grow() -> None:
     """A packed patch has the bytes of its own numbers, and there are as many slots as are needed."""
-    bank = SlotBank(SPEC, "cpu", torch.float32)
+    bank = SlotBank(SPEC, "cpu", EXACT)
     packed = [bank.pack(make_patch(number, 1 + number % 5)) for number in range(40)]
     assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_items for n in range(40)]
     slots = [bank.put(p) for p in packed]
     assert slots == list(range(40))
     bank.dress(rows([((slot, 1.0),) for slot in slots], 1))
     x, y = torch.ones(1, 40, 40), torch.zeros(1, 40, 24)
-    bank.apply(0, x, y, False)
+    bank.apply(bank.group("a"), x, y, False)
     for number in (0, 17, 39):
         wanted = by_hand(make_patch(number, 1 + number % 5), "a", x[0, 0])
         torch.testing.assert_close(y[0, number], wanted, atol=1e-4, rtol=1e-5)
 
 
-def test_segments_are_runs_of_equal_hats() -> None:
-    """Neighbouring rows that wear the same are one segment."""
-    worn = wear([(), ((1, 1.0),), ((1, 1.0),), ((1, 0.5),), ()])
-    assert runs(worn) == [(0, 1, []), (1, 3, [(1, 1.0)]), (3, 4, [(1, 0.5)]), (4, 5, [])]
+def test_tiles_are_neighbours_that_wear_the_same() -> None:
+    """Neighbouring rows that wear the same are one tile, but for a limit of rows; bare rows are in none."""
+    many = MAX_ROWS + 3
+    worn = wear([((), 1), (((1, 1.0),), 2), (((1, 1.0),), many - 2), (((1, 0.5), (2, 1.0)), 1), ((), 4)])
+    assert worn.num_rows == many + 6 and worn.tiles.tolist() == [
+        [1, MAX_ROWS, 0, 1],
+        [1 + MAX_ROWS, 3, 0, 1],
+        [1 + many, 1, 1, 3],
+    ]
+    assert list(worn.segments())[-1] == (slice(1 + many, 2 + many), [(1, 0.5), (2, 1.0)])

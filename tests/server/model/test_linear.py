@@ -9,36 +9,49 @@ from server.model import linear
 from server.model.attention import UnsupportedBaseError
 
 SHAPES = [(576, 1536), (1536, 576), (576, 192), (64, 96), (33, 7)]  # (in, out), SmolLM2's and odd ones
-ON_X86 = pytest.mark.skipif(not linear.has_fbgemm(), reason="FBGEMM is on x86 alone")
-PACKERS = [linear.pack_onednn, pytest.param(linear.pack_fbgemm, marks=ON_X86)]
 
 
-@pytest.mark.parametrize("pack", PACKERS)
-@pytest.mark.parametrize(("size_in", "size_out"), SHAPES)
-def test_packed_products_equal_torchs(pack: linear.Packer, size_in: int, size_out: int) -> None:
-    """oneDNN in fp32 and FBGEMM with 16-bit weights compute W x + b, to their precision."""
+def exact(precision: str, size_out: int, size_in: int) -> torch.Tensor:
+    """A weight that the precision holds exactly, so that only the arithmetic is compared."""
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(size_out, size_in, generator=generator), torch.randn(size_out, generator=generator)
-    weight = weight.half().float()  # exact in 16 bits, so that only the arithmetic is compared
-    x = torch.randn(5, size_in, generator=generator)
-    torch.testing.assert_close(pack(weight, bias)(x), linear.pack_torch(weight, bias)(x), atol=2e-3, rtol=1e-4)
+    if precision == "int8":
+        weight = torch.randint(-126, 127, (size_out, size_in), generator=generator).float()
+        weight[:, 0] = 127  # the scale of every output is 1/64
+        return weight / 64
+    weight = torch.randn(size_out, size_in, generator=generator)
+    return weight.half().float() if precision == "fp16" else weight
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("precision", linear.PACKERS)
 @pytest.mark.parametrize(("size_in", "size_out"), SHAPES)
-def test_fp32_rows_are_bit_equal_in_any_batch(size_in: int, size_out: int) -> None:
-    """In fp32 a row's result is the same to the last bit among 1 to 64 rows, at either end of the batch."""
+def test_packed_products_equal_torchs(precision: str, size_in: int, size_out: int, has_bias: bool) -> None:
+    """Whatever weights are kept in, the product is W x + b of what is kept, for few rows and many."""
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = exact(precision, size_out, size_in), torch.randn(size_out, generator=generator)
+    run = linear.PACKERS[precision](weight, bias if has_bias else None)
+    for num_rows in (1, 2, 3, 5, 101):
+        x = torch.randn(num_rows, size_in, generator=generator)
+        wanted = linear.pack_torch(weight, bias if has_bias else None)(x)
+        torch.testing.assert_close(run(x), wanted, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", linear.PACKERS)
+@pytest.mark.parametrize(("size_in", "size_out"), SHAPES)
+def test_rows_are_bit_equal_in_any_batch(precision: str, size_in: int, size_out: int) -> None:
+    """A row's result is the same to the last bit among 1 to 200 rows, at either end of the batch, in every precision."""
     generator = torch.Generator().manual_seed(0)
-    run = linear.pack_onednn(torch.randn(size_out, size_in, generator=generator), None)
-    x = torch.randn(1, 64, size_in, generator=generator)
+    run = linear.PACKERS[precision](torch.randn(size_out, size_in, generator=generator), None)
+    x = torch.randn(1, 200, size_in, generator=generator)
     full = run(x)
-    for count in (1, 2, 3, 5, 8, 17, 33, 63):
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 17, 33, 97, 199):
         assert torch.equal(run(x[:, :count].contiguous()), full[:, :count])
         assert torch.equal(run(x[:, -count:].contiguous()), full[:, -count:])
 
 
 def test_no_rows_are_fine() -> None:
     """A step in which nothing is sampled gives the head no rows."""
-    assert linear.pack_onednn(torch.randn(1536, 576), None)(torch.empty(1, 0, 576)).shape == (1, 0, 1536)
+    assert linear.pack_fp32(torch.randn(1536, 576), None)(torch.empty(1, 0, 576)).shape == (1, 0, 1536)
 
 
 def test_what_does_not_fit_16_bits_is_refused() -> None:
@@ -46,13 +59,22 @@ def test_what_does_not_fit_16_bits_is_refused() -> None:
     weight = torch.ones(4, 4)
     weight[2, 1] = 70000.0
     with pytest.raises(UnsupportedBaseError, match=r"70000.*fp32"):
-        linear.pack_fbgemm(weight, None)
+        linear.pack_fp16(weight, None)
+
+
+def test_int8_keeps_each_output_to_its_own_scale() -> None:
+    """In 8 bits no weight is further off than half a step of its own output's scale; an output of zeros stays so."""
+    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 40)[:, None]
+    weight[7] = 0
+    got = linear.pack_int8(weight, None)(torch.eye(24)).T
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((got - weight).abs() <= 0.5001 * step).all() and not got[7].any()
 
 
 def test_precisions_that_are_not_served_are_refused_by_name() -> None:
-    """int8 and bf16 are not served on CPU, and say so; auto is the best that the machine has."""
-    for precision in ("int8", "bf16"):
+    """bf16 is not served on CPU, nor int8 elsewhere, and they say so; auto is the best that the machine has."""
+    for precision, device in (("bf16", "cpu"), ("int8", "cuda"), ("int4", "cpu")):
         with pytest.raises(UnsupportedBaseError, match=precision):
-            linear.choose_precision(precision, "cpu")
-    assert linear.choose_precision("auto", "cpu") == ("fp16" if linear.has_fbgemm() else "fp32")
+            linear.choose_precision(precision, device)
+    assert linear.choose_precision("auto", "cpu") == ("fp16" if linear.has_halves() else "fp32")
     assert linear.choose_precision("auto", "cuda") == "bf16"

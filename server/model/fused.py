@@ -1,0 +1,183 @@
+"""Parts of a decoder layer that are computed as one: norms, gated feed-forward blocks, attention with its projections.
+
+Architectures that have such a part have it under the same names. A part is replaced only where it gives, for inputs that
+the stock part saw, what the stock part gave; everything else stays as transformers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from server.model import attention, kernels
+from server.model.attention import Manner, PagedBatch
+from server.model.bank import SlotBank
+from server.model.kernels import layers
+from server.model.linear import HatLinear, Packer, pack_torch
+
+TOLERANCE = 1e-5  # of the largest magnitude, where everything is fp32
+COARSE_TOLERANCE = 2e-2
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), where some bases keep the weight less one (arXiv:1910.07467)."""
+
+    def __init__(self, norm: Any, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.detach() + offset, requires_grad=False)
+        self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not kernels.serve(x.device.type, x.dtype):
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = torch.empty_like(rows)
+        layers.rms_norm(rows.numpy(), self.weight.numpy(), np.float32(self.eps), out.numpy())
+        return out.view(x.shape)
+
+
+class GatedMLP(nn.Module):
+    """y = W_down (act(W_gate x) * W_up x): gate and up are one product (arXiv:2002.05202)."""
+
+    def __init__(self, mlp: Any, site: str, bank: SlotBank, pack: Packer) -> None:
+        super().__init__()
+        self.gate_up = HatLinear(
+            [mlp.gate_proj, mlp.up_proj], pack, bank, [f"{site}.gate_proj", f"{site}.up_proj"], False
+        )
+        self.down = HatLinear([mlp.down_proj], pack, bank, [f"{site}.down_proj"], False)
+        self.act_fn = mlp.act_fn
+        self.gate = next((code for name, code in layers.GATES.items() if _is_act(mlp.act_fn, name)), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up(x)
+        if self.gate is None or not kernels.serve(x.device.type, x.dtype):
+            gate, up = gate_up.chunk(2, -1)
+            return self.down(self.act_fn(gate) * up)  # type: ignore[no-any-return]
+        out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        layers.gate(gate_up.view(-1, gate_up.shape[-1]).numpy(), self.gate, out.view(-1, out.shape[-1]).numpy())
+        return self.down(out)  # type: ignore[no-any-return]
+
+
+def _is_act(act: Any, name: str) -> bool:
+    return type(act) is type(ACT2FN[name])
+
+
+class Attention(nn.Module):
+    """Attention with q, k and v as one product; queries and keys are turned in the kernel where `is_turned`."""
+
+    def __init__(
+        self, stock: Any, site: str, bank: SlotBank, pack: Packer, manner: Manner, is_turned: bool = True
+    ) -> None:
+        super().__init__()
+        projections = [stock.q_proj, stock.k_proj, stock.v_proj]
+        sites = [f"{site}.q_proj", f"{site}.k_proj", f"{site}.v_proj"]
+        self.qkv = HatLinear(projections, pack, bank, sites, False)
+        self.out = HatLinear([stock.o_proj], pack, bank, [f"{site}.o_proj"], False)
+        self.layer_idx, self.manner, self.is_turned = stock.layer_idx, manner, is_turned
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedBatch, **_other: Any
+    ) -> tuple[Tensor, None]:
+        qkv = self.qkv(hidden_states)[0]
+        if self.is_turned:
+            cos, sin = (part[0] for part in position_embeddings)
+        else:
+            cos = sin = qkv.new_empty(len(qkv), 0)
+        attended = attention.attend(paged, self.layer_idx, qkv, cos, sin, self.manner)
+        return self.out(attended.flatten(1)[None]), None
+
+
+@dataclass
+class Seen:
+    """What modules were called with in one forward of the stock model, and what they answered."""
+
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, model: nn.Module, sites: list[str]) -> Iterator[None]:
+        """Note the calls of some modules."""
+        handles = [
+            model.get_submodule(site).register_forward_hook(self._note(site), with_kwargs=True) for site in sites
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, site: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.calls[site] = args, kwargs, output
+
+        return hook
+
+
+@dataclass
+class Fuser:
+    """Replaces the parts of a model. `paged` is a batch of the tokens that `seen` is of, with room of its own."""
+
+    model: Any
+    bank: SlotBank
+    pack: Packer
+    manners: dict[int, Manner]
+    seen: Seen
+    paged: PagedBatch
+
+    def fuse(self) -> None:
+        """Every part of every layer that can be, and the norms."""
+        for site, norm in self.bank.spec.norms.items():
+            self._replace(site, [lambda stock, _pack, offset=norm.offset: RMSNorm(stock, offset)])
+        for layer in self.bank.spec.layers:
+            if layer.mlp is not None and _has_linears(self._stock(layer.mlp), "gate_proj", "up_proj", "down_proj"):
+                self._replace(layer.mlp, [lambda stock, pack, at=layer.mlp: GatedMLP(stock, at, self.bank, pack)])
+            stock = self._stock(layer.attention)
+            if _has_linears(stock, "q_proj", "k_proj", "v_proj", "o_proj"):
+                self._replace(layer.attention, [self._attention(layer.attention, turned) for turned in (True, False)])
+
+    def _stock(self, site: str) -> Any:
+        return self.model.get_submodule(site)
+
+    def _attention(self, site: str, is_turned: bool) -> Callable[[Any, Packer], nn.Module]:
+        return lambda stock, pack: Attention(
+            stock, site, self.bank, pack, self.manners[int(stock.layer_idx)], is_turned
+        )
+
+    def _replace(self, site: str, kinds: list[Callable[[Any, Packer], nn.Module]]) -> None:
+        """By the first kind of part that computes what the stock part does."""
+        stock = self._stock(site)
+        for make in kinds:
+            if site in self.seen.calls and self._is_equal(site, stock, make):
+                parent, _, child = site.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, make(stock, self.pack))
+                return
+
+    def _is_equal(self, site: str, stock: nn.Module, make: Callable[[Any, Packer], nn.Module]) -> bool:
+        args, kwargs, _ = self.seen.calls[site]
+        if "paged" in kwargs:
+            kwargs = {**kwargs, "paged": self.paged}
+        wanted = _tensor(stock(*args, **kwargs))
+        try:
+            got = _tensor(make(stock, pack_torch)(*args, **kwargs))
+        except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
+            return False  # it has the names of such a part, but is another
+        tolerance = TOLERANCE if wanted.dtype == torch.float32 else COARSE_TOLERANCE
+        return got.shape == wanted.shape and bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def _has_linears(module: Any, *names: str) -> bool:
+    """Whether a module has these linear layers, and nothing else that is trained."""
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+        return False
+    return {name.rpartition(".")[0] for name, _ in module.named_parameters()} == set(names)
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

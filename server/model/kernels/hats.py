@@ -1,0 +1,224 @@
+"""What the patches of many slots do to a step's rows, which no library has.
+
+A step's rows come in tiles: neighbours that wear the same, so that what is read of a patch serves all of them. A row's
+result depends on its own patches alone (see `vector`). The slow twins in plain torch are the formulas of
+`adapters_store.patch`, as `bank.apply_reference` applies them. `unit` is an empty array of the type that matrices are kept
+in; everything else of a patch is fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray, njit, prange, types
+from numba.extending import intrinsic
+
+from server.model.kernels.product import at, multiply_wide
+from server.model.kernels.threads import FASTMATH
+from server.model.kernels.vector import PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, widened
+
+SQRT_HALF, SQRT_2_PI, GELU_CUBE = np.float32(0.5**0.5), np.float32((2 / np.pi) ** 0.5), np.float32(0.044715)
+NORM_EPS = np.float32(1e-5)
+OUTPUTS = 32  # of a delta that a thread computes for all rows in turn: 36 KB of SmolLM2's dW, which stay in cache
+# Flags of a branch: its activation's code, then bits. No flag at all is a LoRA.
+ACTIVATION, IS_BIASED, NORM_BEFORE, NORM_AFTER, OF_OUTPUT, OF_STREAM = 15, 16, 32, 64, 128, 256
+OFFSET, SIZE, FLAGS = 0, 1, 2  # columns of a slot's table
+FIRST, COUNT, FIRST_HAT, LAST_HAT = 0, 1, 2, 3  # columns of the tiles
+
+
+@intrinsic
+def _float_pointer(_typing_context: Any, _address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
+@njit(inline="always")
+def _view(address, size):
+    """`size` floats at an address."""
+    return carray(_float_pointer(address), (size,))
+
+
+@njit(inline="always")
+def _aligned(num_bytes):
+    """Rounded up to whole floats, as `packed` lays parts out."""
+    return (num_bytes + 3) // 4 * 4
+
+
+@njit(cache=True)
+def _down(rows, x, x_stride, a, k, rank, t, t_stride, unit):
+    """t [rows, rank] = x [rows, k] A^T, where A [rank, k]; addresses and strides in items."""
+    row = 0
+    while row + 4 <= rows:
+        x_at, t_at = x + 4 * row * x_stride, t + 4 * row * t_stride
+        for j in range(0, rank - 1, 2):
+            dots_4x2(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+        if rank % 2:
+            j = rank - 1
+            dots_4x1(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+        row += 4
+    for r in range(row, rows):
+        x_at, t_at = x + 4 * r * x_stride, t + 4 * r * t_stride
+        whole = rank // 8 * 8
+        for j in range(0, whole, 8):
+            dots_1x8(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+        for j in range(whole, rank):
+            dots_1x1(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+
+
+@njit(cache=True)
+def _up(rows, t, t_stride, b, rank, n, y, y_stride, unit):
+    """y [rows, n] += t [rows, rank] B, where B [rank, n]; addresses and strides in items."""
+    multiply_wide(rows, n // PANEL, t, t_stride, b, n, PANEL, rank, y, y_stride, y, y_stride, unit)
+    for r in range(rows if n % PANEL else 0):
+        out = carray(_float_pointer(y + 4 * r * y_stride), (n,))
+        left = carray(_float_pointer(t + 4 * r * t_stride), (rank,))
+        for j in range(rank):
+            for o in range(n // PANEL * PANEL, n):
+                out[o] += left[j] * widened(b + (j * n + o) * unit.itemsize, unit)
+
+
+@njit(fastmath=FASTMATH, cache=True)
+def _activate(t, activation):
+    """t = act(t) in place; `activation` is a place in `packed.CODE_OF`."""
+    for j in range(t.shape[0]):
+        v = t[j]
+        if activation == 1:
+            t[j] = max(v, np.float32(0.0))
+        elif activation == 2:
+            t[j] = np.float32(0.5) * v * (np.float32(1.0) + math.erf(v * SQRT_HALF))
+        elif activation == 3:
+            t[j] = np.float32(0.5) * v * (np.float32(1.0) + np.tanh(SQRT_2_PI * (v + GELU_CUBE * v * v * v)))
+        elif activation == 4:
+            t[j] = v / (np.float32(1.0) + np.exp(-v))
+        elif activation == 5:
+            t[j] = np.tanh(v)
+
+
+@njit(fastmath=FASTMATH, cache=True)
+def _layer_norm(h, gamma, beta, out):
+    """out = gamma (h - mean) / sqrt(variance + eps) + beta; all [size]."""
+    mean = np.float32(0.0)
+    for i in range(h.shape[0]):
+        mean += h[i]
+    mean /= np.float32(h.shape[0])
+    variance = np.float32(0.0)
+    for i in range(h.shape[0]):
+        variance += (h[i] - mean) * (h[i] - mean)
+    inverse = np.float32(1.0) / np.sqrt(variance / np.float32(h.shape[0]) + NORM_EPS)
+    for i in range(h.shape[0]):
+        out[i] = gamma[i] * (h[i] - mean) * inverse + beta[i]
+
+
+@njit(cache=True)
+def _branch(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, unit):
+    """y += weight N(U act(D M(h) + d) + u) for rows of h and y; laid out as `packed` says; t [rows, rank] is room."""
+    a, b = address, address + rank * size_in * unit.itemsize
+    if flags == 0:  # a LoRA
+        _down(rows, h, h_stride, a, size_in, rank, at(t), t.shape[1], unit)
+        for r in range(rows):
+            for j in range(rank):
+                t[r, j] *= weight
+        _up(rows, at(t), t.shape[1], b, rank, size_out, y, y_stride, unit)
+        return
+    d = address + _aligned(rank * (size_in + size_out) * unit.itemsize)
+    u = d + 4 * rank
+    norms = u + 4 * size_out
+    if flags & NORM_BEFORE:
+        normed = np.empty((rows, size_in), np.float32)
+        gamma, beta = _view(norms, size_in), _view(norms + 4 * size_in, size_in)
+        for r in range(rows):
+            _layer_norm(_view(h + 4 * r * h_stride, size_in), gamma, beta, normed[r])
+        norms += 8 * size_in
+        _down(rows, at(normed), size_in, a, size_in, rank, at(t), t.shape[1], unit)
+    else:
+        _down(rows, h, h_stride, a, size_in, rank, at(t), t.shape[1], unit)
+    down_bias, change = _view(d, rank), np.empty((rows, size_out), np.float32)
+    for r in range(rows):
+        for j in range(rank):
+            t[r, j] += down_bias[j]
+        _activate(t[r, :rank], flags & ACTIVATION)
+        change[r] = _view(u, size_out)
+    _up(rows, at(t), t.shape[1], b, rank, size_out, at(change), size_out, unit)
+    for r in range(rows):
+        if flags & NORM_AFTER:
+            _layer_norm(change[r], _view(norms, size_out), _view(norms + 4 * size_out, size_out), change[r])
+        out = _view(y + 4 * r * y_stride, size_out)
+        for o in range(size_out):
+            out[o] += weight * change[r, o]
+
+
+@njit(parallel=True, cache=True)
+def branches(x, stream, y, columns, sites, tiles, hat_slots, hat_weights, addresses, table, biases, max_rank, unit):
+    """What branches and biases of the hats add to y [T, out], from x [T, in], stream [T, in] or y itself.
+
+    Site sites[p] has the columns [columns[p], columns[p + 1]) of y. A tile's rows [FIRST, FIRST + COUNT) wear hats
+    [FIRST_HAT, LAST_HAT). table [sites, slots, 3] = (offset in bytes, rank, flags), biases alike (offset, size, 0).
+    Branches of y itself come last, one after another.
+    """
+    parts, width = sites.shape[0], y.shape[1]
+    for index in prange(tiles.shape[0] * parts):
+        tile, part = tiles[index // parts], index % parts
+        site, first, rows, size_out = sites[part], tile[FIRST], tile[COUNT], columns[part + 1] - columns[part]
+        y_at = at(y) + 4 * (first * width + columns[part])
+        t = np.empty((rows, max_rank), np.float32)
+        for is_late in range(2):
+            for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+                slot, weight = hat_slots[hat], hat_weights[hat]
+                if not is_late and biases[site, slot, SIZE] > 0:
+                    bias = _view(addresses[slot] + biases[site, slot, OFFSET], size_out)
+                    for r in range(rows):
+                        for o in range(size_out):
+                            y[first + r, columns[part] + o] += weight * bias[o]
+                rank, flags = table[site, slot, SIZE], table[site, slot, FLAGS]
+                if rank == 0 or (flags & OF_OUTPUT > 0) != (is_late > 0):
+                    continue
+                h, h_stride, size_in = at(x) + 4 * first * x.shape[1], x.shape[1], x.shape[1]
+                if flags & OF_OUTPUT:
+                    h, h_stride, size_in = y_at, width, size_out
+                elif flags & OF_STREAM:
+                    h, h_stride, size_in = at(stream) + 4 * first * stream.shape[1], stream.shape[1], stream.shape[1]
+                address = addresses[slot] + table[site, slot, OFFSET]
+                _branch(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, unit)
+
+
+@njit(parallel=True, fastmath=FASTMATH, cache=True)
+def scale(y, first_column, last_column, tiles, hat_slots, hat_weights, addresses, table):
+    """y [T, size] *= 1 + weight (v - 1) for each of a row's hats, in some columns; table [slots, 3] = (offset, size, 0)."""
+    for index in prange(tiles.shape[0]):
+        tile = tiles[index]
+        for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+            slot, weight = hat_slots[hat], hat_weights[hat]
+            if table[slot, SIZE] > 0:
+                v = _view(addresses[slot] + table[slot, OFFSET], last_column - first_column)
+                for row in range(tile[FIRST], tile[FIRST] + tile[COUNT]):
+                    out = y[row, first_column:last_column]
+                    for i in range(v.shape[0]):
+                        out[i] *= v[i] + (np.float32(1.0) - weight) * (np.float32(1.0) - v[i])
+
+
+@njit(parallel=True, cache=True)
+def deltas(x, y, first_column, last_column, tiles, hat_slots, hat_weights, addresses, table, unit):
+    """y [T, out] += weight dW x for each of a row's hats, in some columns; dW [out, in] at table [slots, 3] = (offset, size, 0).
+
+    A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
+    """
+    size_in, size_out = x.shape[1], last_column - first_column
+    for part in prange((size_out + OUTPUTS - 1) // OUTPUTS):
+        first, last = part * OUTPUTS, min(size_out, (part + 1) * OUTPUTS)
+        for index in range(tiles.shape[0]):
+            tile = tiles[index]
+            rows = tile[COUNT]
+            t = np.empty((rows, OUTPUTS), np.float32)
+            for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+                slot = hat_slots[hat]
+                if table[slot, SIZE] > 0:
+                    matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * unit.itemsize
+                    x_at = at(x) + 4 * tile[FIRST] * size_in
+                    _down(rows, x_at, size_in, matrix, size_in, last - first, at(t), OUTPUTS, unit)
+                    for r in range(rows):
+                        for o in range(first, last):
+                            y[tile[FIRST] + r, first_column + o] += hat_weights[hat] * t[r, o - first]

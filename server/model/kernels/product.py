@@ -1,0 +1,113 @@
+"""y = W x + b with the weight packed once: for any number of rows, in 32, 16 or 8 bits, arithmetic in fp32.
+
+Columns of W lie in panels of 16; a thread takes its share of the panels, and walks each with six rows of x at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from server.model.kernels.vector import (
+    PANEL,
+    tile_1x1,
+    tile_1x4,
+    tile_2x1,
+    tile_2x2,
+    tile_3x1,
+    tile_3x2,
+    tile_4x1,
+    tile_5x1,
+    tile_6x1,
+)
+
+ROWS = 6
+BLOCK = 96  # rows whose x stays in the second cache while all panels go by
+
+
+@njit(inline="always")
+def at(array):
+    """An array's address."""
+    return np.int64(array.ctypes.data)
+
+
+@njit(cache=True)
+def multiply(rows, x, x_stride, w, w_step, k, start, start_stride, out, out_stride, unit):
+    """`tile` of one panel for 1 to 6 rows; addresses and strides in items."""
+    if rows == 6:
+        tile_6x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+    elif rows == 5:
+        tile_5x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+    elif rows == 4:
+        tile_4x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+    elif rows == 3:
+        tile_3x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+    elif rows == 2:
+        tile_2x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+    else:
+        tile_1x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+
+
+@njit(cache=True)
+def multiply_wide(rows, panels, x, x_stride, w, w_step, w_panel, k, start, start_stride, out, out_stride, unit):
+    """`tile` for any number of rows and of panels, which lie w_panel items after each other."""
+    parts = (rows + ROWS - 1) // ROWS
+    for part in range(parts):
+        first, few = rows * part // parts, rows * (part + 1) // parts - rows * part // parts
+        x_at, start_at, out_at = (
+            x + 4 * first * x_stride,
+            start + 4 * first * start_stride,
+            out + 4 * first * out_stride,
+        )
+        panel, group = 0, 4 if few == 1 else 2
+        while panel < panels:
+            w_at, move = w + panel * w_panel * unit.itemsize, 4 * panel * PANEL
+            if few > 3 or panel + group > panels:
+                multiply(
+                    few, x_at, x_stride, w_at, w_step, k, start_at + move, start_stride, out_at + move, out_stride, unit
+                )
+                panel += 1
+                continue
+            if few == 1:
+                tile_1x4(
+                    x_at, x_stride, w_at, w_step, w_panel, k, start_at + move, start_stride, out_at + move, out_stride, unit
+                )  # fmt: skip
+            elif few == 2:
+                tile_2x2(
+                    x_at, x_stride, w_at, w_step, w_panel, k, start_at + move, start_stride, out_at + move, out_stride, unit
+                )  # fmt: skip
+            else:
+                tile_3x2(
+                    x_at, x_stride, w_at, w_step, w_panel, k, start_at + move, start_stride, out_at + move, out_stride, unit
+                )  # fmt: skip
+            panel += group
+
+
+@njit(parallel=True, cache=True)
+def product(x, weight, start, scales, bias, out, threads):
+    """out [m, n] = x [m, k] @ weight + start, weight [panels, k, 16] as `linear` packs it, start [panels * 16].
+
+    For 8 bits the sums are multiplied by scales [n], and then bias [n] is added; elsewhere both are empty.
+    """
+    m, k = x.shape
+    n, size = out.shape[1], k * PANEL
+    for thread in prange(threads):
+        low, high = weight.shape[0] * thread // threads, weight.shape[0] * (thread + 1) // threads
+        full = min(high, n // PANEL)  # the last panel may be wider than what is left of out
+        rest = np.empty((BLOCK, PANEL), np.float32)
+        for row in range(0, m, BLOCK):
+            rows = min(BLOCK, m - row)
+            x_at, out_at = at(x) + 4 * row * k, at(out) + 4 * row * n
+            step = max(1, full - low) if rows <= 3 else 1  # many rows: a panel stays in the first cache for all of them
+            for p in range(low, full, step):
+                w_at = at(weight) + p * size * weight.itemsize
+                move = 4 * p * PANEL
+                multiply_wide(rows, step, x_at, k, w_at, PANEL, size, k, at(start) + move, 0, out_at + move, n, weight)
+            if full < high:
+                w_at = at(weight) + full * size * weight.itemsize
+                begin = at(start) + 4 * full * PANEL
+                multiply_wide(rows, 1, x_at, k, w_at, PANEL, size, k, begin, 0, at(rest), PANEL, weight)
+                out[row : row + rows, full * PANEL :] = rest[:rows, : n - full * PANEL]
+            for r in range(row, row + rows if scales.shape[0] else row):
+                for c in range(low * PANEL, min(n, high * PANEL)):
+                    out[r, c] = out[r, c] * scales[c] + bias[c]

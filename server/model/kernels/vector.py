@@ -1,0 +1,184 @@
+"""The two inner loops that every product on the CPU is made of, written in LLVM's own vectors.
+
+`tile_RxP` multiplies R rows of x by P panels of 16 columns, `dots_RxJ` takes R x J dot products along memory. What is
+summed in which order depends on the length of the sum alone, never on R, P or J, and multiplications are fused into
+additions explicitly: so a row's result is the same, bit for bit, whatever it is computed beside. Compilers that
+vectorise by themselves promise neither.
+
+Matrices are kept in 32, 16 or 8 bits, and widened to fp32 as they are read; `unit` is an array of their type, of
+which only the type is used: float32, uint16 (the bits of an IEEE half; Numba's CPU has no float16) or int8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+LANES = 8
+PANEL = 16  # columns that lie side by side in a packed matrix: two vectors, so that six rows fill the sixteen registers
+_I64, _F32 = ir.IntType(64), ir.FloatType()
+_VECTOR = ir.VectorType(_F32, LANES)
+_STORED = {types.float32: (_F32, 4), types.uint16: (ir.HalfType(), 2), types.int8: (ir.IntType(8), 1)}
+
+
+class _Emit:
+    """Instructions on memory by address: every offset is in items of `size` bytes."""
+
+    def __init__(self, builder: Any, unit: Any) -> None:
+        self.builder, (self.stored, self.size) = builder, _STORED[unit.dtype]
+
+    def at(self, address: Any, offset: Any, size: int) -> Any:
+        return self.builder.add(address, self.builder.mul(offset, _I64(size)))
+
+    def floats(self, address: Any, lanes: int = LANES) -> Any:
+        kind = ir.VectorType(_F32, lanes) if lanes > 1 else _F32
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=4)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def widened(self, address: Any, lanes: int = LANES) -> Any:
+        """`lanes` items of the matrix as fp32."""
+        kind = ir.VectorType(self.stored, lanes) if lanes > 1 else self.stored
+        value = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=self.size)
+        wide = ir.VectorType(_F32, lanes) if lanes > 1 else _F32
+        if self.size == 2:
+            return self.builder.fpext(value, wide)
+        return self.builder.sitofp(value, wide) if self.size == 1 else value
+
+    def splat(self, value: Any) -> Any:
+        first = self.builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.IntType(32)(0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return self.builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), zeros)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        name = f"llvm.fma.v{LANES}f32" if a.type == _VECTOR else "llvm.fma.f32"
+        known = self.builder.module.globals.get(name)
+        function = known or ir.Function(self.builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
+        return self.builder.call(function, [a, b, c])
+
+    def total(self, vector: Any) -> Any:
+        """The sum of a vector's lanes, as a tree."""
+        parts = [self.builder.extract_element(vector, ir.IntType(32)(lane)) for lane in range(LANES)]
+        while len(parts) > 1:
+            half = len(parts) // 2
+            parts = [self.builder.fadd(parts[at], parts[at + half]) for at in range(half)]
+        return parts[0]
+
+    def loop(self, first: Any, last: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
+        """for i in range(first, last, step): carried = body(i, carried)."""
+        builder, entry = self.builder, self.builder.block
+        head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(_I64)
+        values = [builder.phi(value.type) for value in carried]
+        builder.cbranch(builder.icmp_signed("<", index, last), inside, after)
+        builder.position_at_end(inside)
+        changed = body(index, values)
+        following = builder.add(index, _I64(step))
+        for phi, before, later in zip([index, *values], [first, *carried], [following, *changed], strict=True):
+            phi.add_incoming(before, entry)
+            phi.add_incoming(later, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return values
+
+
+def _tile(rows: int, panels: int) -> Any:
+    num_vectors = panels * PANEL // LANES
+    at_vector = [(column * LANES // PANEL, column * LANES % PANEL) for column in range(num_vectors)]
+
+    @intrinsic
+    def tile(
+        _typing: Any, x: Any, x_stride: Any, w: Any, w_step: Any, w_panel: Any, k: Any, start: Any, start_stride: Any,
+        out: Any, out_stride: Any, unit: Any,
+    ) -> Any:  # fmt: skip
+        """out[r, c] = start[r, c] + sum over i < k of x[r, i] w[i, c], in order of i; addresses and strides in items.
+
+        Row i of a panel lies w_step items after the row before it, a panel w_panel items after the one before.
+        """
+
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            x, x_stride, w, w_step, w_panel, k, start, start_stride, out, out_stride, _ = args
+            emit, cells = _Emit(builder, unit), [(row, column) for row in range(rows) for column in range(num_vectors)]
+            xs = [emit.at(x, builder.mul(x_stride, _I64(row)), 4) for row in range(rows)]
+            panel_of = [emit.at(w, builder.mul(w_panel, _I64(panel)), emit.size) for panel in range(panels)]
+            ws = [builder.add(panel_of[panel], _I64(lane * emit.size)) for panel, lane in at_vector]
+
+            def place(base: Any, stride: Any, row: int, column: int) -> Any:
+                return emit.at(base, builder.add(builder.mul(stride, _I64(row)), _I64(column * LANES)), 4)
+
+            def step(index: Any, sums: list[Any]) -> list[Any]:
+                below = builder.mul(index, w_step)
+                columns = [emit.widened(emit.at(address, below, emit.size)) for address in ws]
+                scalars = [emit.splat(emit.floats(emit.at(address, index, 4), 1)) for address in xs]
+                return [
+                    emit.fma(scalars[row], columns[column], total)
+                    for (row, column), total in zip(cells, sums, strict=True)
+                ]
+
+            begun = [emit.floats(place(start, start_stride, row, column)) for row, column in cells]
+            for (row, column), value in zip(cells, emit.loop(_I64(0), k, 1, begun, step), strict=True):
+                emit.store(value, place(out, out_stride, row, column))
+            return context.get_dummy_value()
+
+        return types.void(x, x_stride, w, w_step, w_panel, k, start, start_stride, out, out_stride, unit), codegen
+
+    return tile
+
+
+def _dots(rows: int, columns: int) -> Any:
+    @intrinsic
+    def dots(
+        _typing: Any, x: Any, x_stride: Any, a: Any, a_stride: Any, k: Any, out: Any, out_stride: Any, unit: Any
+    ) -> Any:
+        """out[r, j] = sum over i < k of x[r, i] a[j, i]; addresses and strides in items."""
+
+        def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+            x, x_stride, a, a_stride, k, out, out_stride, _ = args
+            emit, cells = _Emit(builder, unit), [(row, column) for row in range(rows) for column in range(columns)]
+            xs = [emit.at(x, builder.mul(x_stride, _I64(row)), 4) for row in range(rows)]
+            matrix = [emit.at(a, builder.mul(a_stride, _I64(column)), emit.size) for column in range(columns)]
+            whole = builder.and_(k, _I64(-LANES))
+
+            def step(lanes: int) -> Any:
+                def inner(index: Any, sums: list[Any]) -> list[Any]:
+                    left = [emit.floats(emit.at(address, index, 4), lanes) for address in xs]
+                    right = [emit.widened(emit.at(address, index, emit.size), lanes) for address in matrix]
+                    return [
+                        emit.fma(left[row], right[column], total)
+                        for (row, column), total in zip(cells, sums, strict=True)
+                    ]
+
+                return inner
+
+            zeros = [ir.Constant(_VECTOR, [_F32(0.0)] * LANES) for _ in cells]
+            sums = emit.loop(_I64(0), whole, LANES, zeros, step(LANES))
+            sums = emit.loop(whole, k, 1, [emit.total(vector) for vector in sums], step(1))
+            for (row, column), value in zip(cells, sums, strict=True):
+                emit.store(value, emit.at(out, builder.add(builder.mul(out_stride, _I64(row)), _I64(column)), 4))
+            return context.get_dummy_value()
+
+        return types.void(x, x_stride, a, a_stride, k, out, out_stride, unit), codegen
+
+    return dots
+
+
+# Six rows of one panel are twelve sums in registers; fewer rows take more panels, so that sums do not wait for each other.
+tile_1x4, tile_2x2, tile_3x2 = _tile(1, 4), _tile(2, 2), _tile(3, 2)
+tile_1x1, tile_2x1, tile_3x1, tile_4x1, tile_5x1, tile_6x1 = (_tile(rows, 1) for rows in range(1, 7))
+dots_1x8, dots_1x1, dots_4x2, dots_4x1 = _dots(1, 8), _dots(1, 1), _dots(4, 2), _dots(4, 1)
+
+
+@intrinsic
+def widened(_typing: Any, address: Any, unit: Any) -> Any:
+    """One item of a matrix as fp32."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return _Emit(builder, unit).widened(args[0], 1)
+
+    return types.float32(address, unit), codegen
