@@ -105,7 +105,7 @@ def oracle(base: Path, folder: Path, family: str) -> Any:
 
 
 def make_families() -> dict[str, Golden]:
-    """Three artifacts of every method: on a tiny llama, on a tiny qwen2 (which has biases), and on the real base."""
+    """Three artifacts of every method or more: on a tiny llama, a tiny qwen2 (which has biases), and the real base."""
     from adapters_store.bases import resolve_base
 
     golden, all_families = {}, cases.family_adapters(FAMILIES)

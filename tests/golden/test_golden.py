@@ -48,7 +48,7 @@ def test_tiny(model_type: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 def test_families(model_type: str, tmp_path: Path) -> None:
-    """Three artifacts of every method and the base, in one batch, answer as PEFT or the written reference does."""
+    """Three artifacts of every method or more, and the base, in one batch, answer as PEFT or the reference does."""
     base = make_tiny_base(tmp_path / "base", model_type)
     check(read(cases.HERE / "golden_families.json")[model_type], base, tmp_path)
 

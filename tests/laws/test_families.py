@@ -15,7 +15,7 @@ from server.engine.engine import Engine
 from server.model.batch import Sampling
 from server.model.runner import Loaded
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
-from tests.laws.conftest import BLOCK_SIZE
+from tests.laws.conftest import BLOCK_SIZE, SEEDS
 from tests.laws.world import Asked, World, load_tiny
 
 NAMES = [*FAMILIES, *FAMILIES_OF_BIASED]
@@ -86,6 +86,17 @@ def test_equal_bytes_share_virtual_positions(families: World, tmp_path: Path) ->
             assert num_computed(engine, world, *both) == num_virtual + 2 * NUM_COMPUTED, "at once"
             assert num_computed(engine, world, ask(copy, tenant="v")) == NUM_COMPUTED, "later"
             assert num_computed(engine, world, ask(copy, tenant="t")) < NUM_COMPUTED - BLOCK_SIZE, "the same tenant"
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_a_hat_takes_the_bytes_of_its_numbers(family: str, families: World) -> None:
+    """At both levels the budgets count what a hat is made of: in fp32 four bytes for each of its numbers and ids."""
+    for name in (f"{family} {letter}" for letter in SEEDS):
+        wanted = 4 * families.patch(name).num_items
+        assert families.num_bytes(name) == wanted
+        with families.engine() as engine:
+            families.answer(engine, [ask(name)])
+            assert (engine.stats().host_bytes_used, engine.stats().slot_bytes_used) == (wanted, wanted)
 
 
 def test_an_evicted_prefix_is_computed_again(families: World, few_blocks: Loaded) -> None:
