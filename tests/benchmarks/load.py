@@ -1,70 +1,102 @@
-"""The load: so many requests at once over HTTP, streamed, timed, and checked to be complete."""
+"""The load: requests over HTTP, so many at once or at given times, streamed, timed, and checked to be complete."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
 import httpx
 import msgspec
 
+from tests.benchmarks.dialects import Dialect, Manyhats
 from tests.benchmarks.results import Timing
 from tests.benchmarks.workload import Prompted
 
-TIMEOUT_S = 900.0
+LIMIT_S = 900.0  # of one workload: a server that hangs does not hang the bench
+OURS = Manyhats()
 
-
-class IncompleteAnswerError(Exception):
-    """The server did not answer in full; its figures would be of no worth."""
+TaskOf = Callable[[int], str]
+Asked = tuple[float, list[Timing]]  # seconds of it all, each request's timing
 
 
 def ask_all(
-    url: str, requests: list[Prompted], concurrency: int, task_of: Callable[[int], str], on_done: Callable[[], None]
-) -> tuple[float, list[Timing]]:
-    """Closed loop: `concurrency` clients take the requests in order. -> (seconds of it all, each request's timing).
+    url: str,
+    requests: list[Prompted],
+    concurrency: int,
+    task_of: TaskOf,
+    on_done: Callable[[], None],
+    dialect: Dialect = OURS,
+) -> Asked:
+    """Closed loop: `concurrency` clients take the requests in order.
 
-    Raises `IncompleteAnswerError` at the first request that did not get all its tokens.
+    Raises `IncompleteAnswerError` at the first request that did not get all its tokens, `TimeoutError` after `LIMIT_S`.
     """
-    return asyncio.run(_ask_all(url, requests, concurrency, task_of, on_done))
-
-
-async def _ask_all(
-    url: str, requests: list[Prompted], concurrency: int, task_of: Callable[[int], str], on_done: Callable[[], None]
-) -> tuple[float, list[Timing]]:
-    timings: list[Timing] = []
     waiting = iter(requests)
-    limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
-        began = time.perf_counter()
 
+    def clients(client: httpx.AsyncClient, began: float, timings: list[Timing]) -> list[Coroutine[Any, Any, None]]:
         async def work() -> None:
             for request in waiting:
-                task = "base" if request.adapter is None else task_of(request.adapter)
-                timings.append(await ask(client, request, task, began))
+                timings.append(await ask(client, request, _task(request, task_of), began, dialect))
                 on_done()
 
+        return [work() for _ in range(concurrency)]
+
+    return asyncio.run(_together(url, clients))
+
+
+def ask_on_time(
+    url: str, requests: list[Prompted], arrivals: list[float], task_of: TaskOf, on_done: Callable[[], None]
+) -> Asked:
+    """Open loop: request i is sent `arrivals[i]` seconds after the start, however many still wait.
+
+    Its times count from when it was to be sent, so that a late client makes nothing look fast. Raises as `ask_all`.
+    """
+
+    def clients(client: httpx.AsyncClient, began: float, timings: list[Timing]) -> list[Coroutine[Any, Any, None]]:
+        async def send(request: Prompted, arrival: float) -> None:
+            await asyncio.sleep(began + arrival - time.perf_counter())
+            timing = await ask(client, request, _task(request, task_of), began)
+            timings.append(msgspec.structs.replace(timing, started=arrival))
+            on_done()
+
+        return [send(*one) for one in zip(requests, arrivals, strict=True)]
+
+    return asyncio.run(_together(url, clients))
+
+
+def _task(request: Prompted, task_of: TaskOf) -> str:
+    return "base" if request.adapter is None else task_of(request.adapter)
+
+
+async def _together(
+    url: str, clients: Callable[[httpx.AsyncClient, float, list[Timing]], list[Coroutine[Any, Any, None]]]
+) -> Asked:
+    timings: list[Timing] = []
+    async with _client(url) as client, asyncio.timeout(LIMIT_S):
+        began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(work())
+            for one in clients(client, began, timings):
+                group.create_task(one)
         return time.perf_counter() - began, timings
 
 
-async def ask(client: httpx.AsyncClient, request: Prompted, task: str, began: float) -> Timing:
+@asynccontextmanager
+async def _client(url: str) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S, limits=limits) as client:
+        yield client
+
+
+async def ask(client: httpx.AsyncClient, request: Prompted, task: str, began: float, dialect: Dialect = OURS) -> Timing:
     """Stream one request's answer. Raises `IncompleteAnswerError`."""
-    body = {
-        "prompt_token_ids": request.prompt,
-        "max_tokens": request.max_tokens,
-        "ignore_eos": True,
-        "stream": True,
-        "timeout_s": TIMEOUT_S,
-    }
     started, times, lines, is_done = time.perf_counter() - began, list[float](), list[str](), False
-    async with client.stream("POST", "/generate", params={"task": task}, json=body) as response:
+    async with client.stream("POST", **dialect.request(request, task, LIMIT_S)) as response:
         if response.status_code != httpx.codes.OK:
-            raise IncompleteAnswerError(f"{response.status_code}: {(await response.aread())[:500]!r}")
+            raise dialect.error(f"{response.status_code}: {(await response.aread())[:500]!r}")
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
                 is_done = True
@@ -73,16 +105,8 @@ async def ask(client: httpx.AsyncClient, request: Prompted, task: str, began: fl
                 lines.append(line.removeprefix("data: "))
     ended = time.perf_counter() - began
     events = [msgspec.json.decode(line) for line in lines]  # only now: it takes time from the server
-    _check(request, events[-1] if events else {}, is_done)
-    gaps = [after - before for before, after in pairwise(times)]
-    sizes = [len(event.get("token_ids", ())) for event in events]
-    return Timing(len(request.prompt), request.max_tokens, started, ended, times[0], gaps, sizes)
-
-
-def _check(request: Prompted, last: dict[str, Any], is_done: bool) -> None:
-    usage = last.get("usage", {})
-    num_tokens, num_virtual = usage.get("completion_tokens"), usage.get("virtual_tokens", 0)
-    if not is_done or num_tokens != request.max_tokens:
-        raise IncompleteAnswerError(f"{num_tokens} of {request.max_tokens} tokens came; the last event was {last}")
-    if num_virtual != request.num_virtual:
-        raise IncompleteAnswerError(f"{num_virtual} virtual tokens came before it instead of {request.num_virtual}")
+    dialect.check(request, events, is_done)
+    pieces = [(at, dialect.size(event)) for at, event in zip(times, events, strict=True) if dialect.is_piece(event)]
+    gaps = [after - before for (before, _), (after, _) in pairwise(pieces)]
+    sizes = [size for _, size in pieces]
+    return Timing(len(request.prompt), request.max_tokens, started, ended, pieces[0][0], gaps, sizes)

@@ -54,15 +54,19 @@ def best_seconds(work: Callable[[], object], num: int = 5) -> float:
     return min(times)
 
 
-def limit_tokens_per_s(machine: Machine, base: Path, workload: Workload) -> float:
+def limit_tokens_per_s(machine: Machine, base: Path, workload: Workload) -> float | None:
     """Output tokens/s if nothing but the base's linear layers ran at the measured rates.
 
     2 FLOP per weight for every prompt and output token (the head's only for output tokens), and every weight read once,
-    in 16 bits, for each step of `concurrency` output tokens; whichever of the two takes longer.
+    in 16 bits, for each step of `concurrency` output tokens; whichever of the two takes longer. A prefix counts
+    once for each adapter. None for an open loop, whose pace is given.
     """
+    if workload.load is not None:
+        return None
     num_linear, num_head = count_weights(base)
     num_output = sum(request.max_tokens for request in workload.requests)
     num_prompt = sum(request.num_prompt for request in workload.requests)
+    num_prompt += workload.num_prefix * len({request.adapter for request in workload.requests})
     flop = 2 * (num_linear * (num_prompt + num_output) + num_head * num_output)
     read = WEIGHT_BYTES * (num_linear + num_head) * num_output / workload.concurrency
     return num_output / max(flop / (machine.gemm_gflop_per_s * 1e9), read / (machine.read_gb_per_s * 1e9))

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tests.benchmarks.bench import Bench
-from tests.benchmarks.peers import ME
+from tests.benchmarks.peers import ME, UNCACHED
 from tests.benchmarks.plot import plot
 from tests.benchmarks.results import PERCENTILES, Figures
 from tests.benchmarks.shares import BASE, Families
+from tests.benchmarks.targets import outcomes
 
-TABLE_PERCENTILES = [f"p{percentile}" for percentile in PERCENTILES]
+TABLE_PERCENTILES = ["mean", *(f"p{percentile}" for percentile in PERCENTILES)]
 
 
 class Ratio(NamedTuple):
@@ -32,6 +33,14 @@ RATIOS = [
     Ratio("W1 against PEFT's single stream", (ME, "W1"), ("peft", "W1")),
     Ratio("W3 / W4 of the same server: what mixing costs", (ME, "W3"), (ME, "W4")),
     Ratio("W3 / W2 of the same server: many adapters against one", (ME, "W3"), (ME, "W2")),
+    Ratio("W3 uniform / W3 Zipf of the same server", (ME, "W3-uniform"), (ME, "W3")),
+    Ratio("W6 / W3 of the same server: more adapters than fit", (ME, "W6"), (ME, "W3")),
+    Ratio("W5 / W5 without the prefix cache", (ME, "W5"), (UNCACHED, "W5")),
+    Ratio("W3 against OpenVINO, grouped by adapter", (ME, "W3"), ("openvino", "W3")),
+    Ratio("W4 against OpenVINO's base", (ME, "W4"), ("openvino", "W4")),
+    Ratio("W3 against llama-server", (ME, "W3"), ("llama", "W3")),
+    Ratio("W4 against llama-server's base", (ME, "W4"), ("llama", "W4")),
+    Ratio("W3 against vLLM", (ME, "W3"), ("vllm", "W3")),
 ]
 
 
@@ -44,6 +53,9 @@ def write(bench: Bench, folder: Path) -> None:
         "ratios": dict(ratios(measured)),
         "facts": {peer: _medians(facts) for peer, facts in bench.facts.items()},
         "families": _summary(bench.families),
+        "targets": {
+            one.target.title: {"to_reach": one.target.to_reach(), "measured": one.value} for one in outcomes(bench)
+        },
     }
     everything = {"summary": summary, "bench": bench}
     (folder / "bench.json").write_bytes(msgspec.json.format(msgspec.json.encode(everything), indent=1) + b"\n")
@@ -70,21 +82,25 @@ def markdown(bench: Bench) -> str:
         for peer, facts in bench.facts.items()
         for name, value in _medians(facts).items()
     ]
+    target_rows = [[one.target.title, one.target.to_reach(), one.shown, one.verdict] for one in outcomes(bench)]
     skipped = [f"* {peer} was skipped: {reason}" for peer, reason in bench.skipped.items()]
+    failed = [f"* {name} broke: {' '.join(reason.split())}" for name, reason in bench.failed.items()]
     parts = [
         "# Bench",
         f"{machine.cpu}, {machine.num_threads} threads of {machine.num_cpus} CPUs; "
         f"{limits} (fp32, of this run); load before: {machine.load_before:.2f}. "
         f"Base {bench.base}, our precision {bench.precision}. "
-        f"Medians over the repeats; times in ms as {' / '.join(TABLE_PERCENTILES)}.",
+        f"Medians over the repeats; times in ms as {' / '.join(TABLE_PERCENTILES)}; MiB of memory after the workload; "
+        "stall: how long sequences waited for adapters to be copied into slots, all in all.",
+        _table(["figure", "to reach", "measured", "reached"], target_rows),
         _table(
-            ["workload", "peer", "output tok/s", "of the limit", "TTFT", "inter-token", "latency"],
+            ["workload", "peer", "output tok/s", "of the limit", "TTFT", "inter-token", "latency", "MiB", "stall ms"],
             [_row(bench, *key, one) for key, one in sorted(measured.items(), key=lambda item: item[0][1])],
         ),
         _table(["ratio of output tokens/s", ""], ratio_rows),
         *_families(bench.families),
         _table(["peer", "fact", ""], fact_rows),
-        "\n".join(skipped),
+        "\n".join([*skipped, *failed]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -95,8 +111,10 @@ def _row(bench: Bench, peer: str, workload: str, one: Figures) -> list[str]:
         f"{workload}: {bench.titles[workload]}",
         bench.peers[peer],
         f"{one.output_tokens_per_s:.1f}",
-        f"{one.output_tokens_per_s / bench.limits[workload]:.0%}",
+        f"{one.output_tokens_per_s / bench.limits[workload]:.0%}" if workload in bench.limits else "-",
         *(" / ".join(f"{spread[p]:,.0f}" for p in TABLE_PERCENTILES) if spread else "-" for spread in spreads),
+        "-" if one.memory_mib is None else f"{one.memory_mib:,.0f}",
+        f"{1e3 * one.counted['stall_seconds']:,.0f}" if "stall_seconds" in one.counted else "-",
     ]
 
 
@@ -157,4 +175,5 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _medians(facts: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(one[name] for one in facts if name in one) for name in facts[0]}
+    names = dict.fromkeys(name for one in facts for name in one)
+    return {name: statistics.median(one[name] for one in facts if name in one) for name in names}

@@ -27,12 +27,18 @@ class Timing(msgspec.Struct):
 
 
 class Run(msgspec.Struct):
-    """One workload on one peer, once: every request was answered in full."""
+    """One workload on one peer, once: every request was answered in full.
+
+    `memory_mib` is the peer's memory right after it; `counted` is what the server's own counters rose by meanwhile.
+    """
 
     peer: str
     workload: str
     seconds: float
     timings: list[Timing]
+    memory_mib: float | None = None
+    counted: dict[str, float] = {}
+    offered_per_s: float | None = None  # requests, of an open loop
 
 
 class Figures(msgspec.Struct):
@@ -43,6 +49,10 @@ class Figures(msgspec.Struct):
     ttft_ms: dict[str, float]
     inter_token_ms: dict[str, float]
     latency_ms: dict[str, float]
+    requests_per_s: float = 0.0
+    stream_tokens_per_s: float | None = None  # of one stream after its first piece
+    memory_mib: float | None = None
+    counted: dict[str, float] = {}
 
 
 def figures(runs: list[Run]) -> Figures:
@@ -54,6 +64,10 @@ def figures(runs: list[Run]) -> Figures:
         _medians(one.ttft_ms for one in each),
         _medians(one.inter_token_ms for one in each),
         _medians(one.latency_ms for one in each),
+        statistics.median(one.requests_per_s for one in each),
+        _median(one.stream_tokens_per_s for one in each),
+        _median(one.memory_mib for one in each),
+        _medians(one.counted for one in each),
     )
 
 
@@ -66,7 +80,18 @@ def _of_one(run: Run) -> Figures:
         _spread(timing.first - timing.started for timing in run.timings if timing.first is not None),
         _spread(gap for timing in run.timings for gap in timing.gaps),
         _spread(timing.ended - timing.started for timing in run.timings),
+        len(run.timings) / run.seconds,
+        _stream_rate(run.timings),
+        run.memory_mib,
+        run.counted,
     )
+
+
+def _stream_rate(timings: list[Timing]) -> float | None:
+    """Tokens after the first piece over the time that they took; None where nothing was streamed."""
+    seconds = sum(sum(timing.gaps) for timing in timings if timing.sizes)
+    num_tokens = sum(sum(timing.sizes[1:]) for timing in timings)
+    return num_tokens / seconds if seconds else None
 
 
 def _spread(seconds: Iterable[float]) -> dict[str, float]:
@@ -80,3 +105,9 @@ def _spread(seconds: Iterable[float]) -> dict[str, float]:
 def _medians(spreads: Iterable[dict[str, float]]) -> dict[str, float]:
     spreads = list(spreads)
     return {key: statistics.median(spread[key] for spread in spreads) for key in spreads[0]}
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

@@ -46,7 +46,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingServer]:
 
 def batches(server: Any, base: Path, scratch: Path, num: int) -> Batches:
     prompts = cut_prompts(list(range(1000)), num)
-    return Batches(server, Setup(base, [], scratch, 1, "auto"), prompts, Families(num, 32, 64))
+    return Batches(server, Setup(base, [], scratch, 1, "auto", scratch), prompts, Families(num, 32, 64))
 
 
 def test_the_base_is_asked_around_every_few_methods(server: Any, tiny_base: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_adapters_that_do_not_fit_together_are_worn_by_turns(server: Any, tiny_b
 
 def test_a_soft_prompt_is_asked_by_turns_and_never_twice(server: Any, tiny_base: Path, tmp_path: Path) -> None:
     """Each prompt comes once with the hat and once without, who is first by turns; warm-up is not counted."""
-    setup = Setup(tiny_base, [], tmp_path, 1, "auto")
+    setup = Setup(tiny_base, [], tmp_path, 1, "auto", tmp_path)
     waits = list(soft_prompts.run(server, setup, list(range(8000)), 4))
     assert [(wait.method, wait.num_prompt) for wait in waits] == [
         (method, num) for num in soft_prompts.NUM_PROMPTS for method in ("prompt-tuning", "prefix-tuning")

@@ -8,7 +8,8 @@ import json
 import httpx
 import pytest
 
-from tests.benchmarks.load import IncompleteAnswerError, ask
+from tests.benchmarks.dialects import IncompleteAnswerError
+from tests.benchmarks.load import ask
 from tests.benchmarks.results import Timing
 from tests.benchmarks.workload import Prompted
 

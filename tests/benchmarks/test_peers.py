@@ -22,7 +22,7 @@ def test_peft_answers_mixed_batches_in_full(tiny_base: Path, tmp_path: Path) -> 
         Prompted(wears, [5, 6, 7][: 1 + index % 3], 2 + index) for index, wears in enumerate([0, 1, 1, 1, None])
     ]
     done: list[None] = []
-    with Peft().start(Setup(tiny_base, adapters, tmp_path, 1, "auto")) as session:
+    with Peft().start(Setup(tiny_base, adapters, tmp_path, 1, "auto", tmp_path)) as session:
         run = session.run(one, requests, lambda: done.append(None))
     assert len(done) == len(run.timings) == 5
     assert sorted(timing.num_tokens for timing in run.timings) == [2, 3, 4, 5, 6]

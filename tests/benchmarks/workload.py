@@ -21,8 +21,13 @@ class Request(msgspec.Struct, array_like=True):
     max_tokens: int
 
 
-class Workload(msgspec.Struct):
-    """`adapters` are `num_adapters` LoRA of equal form: `lora` are arguments of `make_lora`, the number is the seed."""
+class Workload(msgspec.Struct, omit_defaults=True):
+    """`adapters` are `num_adapters` LoRA of equal form: `lora` are arguments of `make_lora`, the number is the seed.
+
+    With `num_prefix`, every prompt begins with so many tokens of the corpus from `prefixes[adapter]` on. With `load`,
+    the loop is open: request i is sent at `arrivals[i]`, which are of one request/s on average, divided by `load` times
+    the capacity.
+    """
 
     name: str
     title: str
@@ -30,6 +35,10 @@ class Workload(msgspec.Struct):
     num_adapters: int
     lora: dict[str, Any]
     requests: list[Request]
+    num_prefix: int = 0
+    prefixes: list[int] = []
+    load: float | None = None
+    arrivals: list[float] = []
 
 
 class Prompted(msgspec.Struct):
@@ -47,6 +56,11 @@ class Prompted(msgspec.Struct):
 def names() -> list[str]:
     """The committed workloads, in order."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def parts() -> list[str]:
+    """What can be chosen: "W3" for "W3" and "W3-uniform"."""
+    return list(dict.fromkeys(name.partition("-")[0] for name in names()))
 
 
 def read(name: str, num_requests: int | None = None) -> Workload:
@@ -68,9 +82,21 @@ def write(workload: Workload) -> None:
 def prompted(workload: Workload, corpus: list[int]) -> list[Prompted]:
     """Cut the prompts from the corpus' token ids. Raises `ValueError` where it is too short for this base."""
     longest = max(request.offset + request.num_prompt for request in workload.requests)
+    longest = max(longest, *(offset + workload.num_prefix for offset in workload.prefixes), 0)
     if longest > len(corpus):
         raise ValueError(f"{workload.name} needs a corpus of {longest} tokens; of this base it has {len(corpus)}")
     return [
-        Prompted(request.adapter, corpus[request.offset : request.offset + request.num_prompt], request.max_tokens)
+        Prompted(request.adapter, _prefix(workload, request, corpus) + _cut(request, corpus), request.max_tokens)
         for request in workload.requests
     ]
+
+
+def _cut(request: Request, corpus: list[int]) -> list[int]:
+    return corpus[request.offset : request.offset + request.num_prompt]
+
+
+def _prefix(workload: Workload, request: Request, corpus: list[int]) -> list[int]:
+    if not workload.num_prefix or request.adapter is None:
+        return []
+    first = workload.prefixes[request.adapter]
+    return corpus[first : first + workload.num_prefix]

@@ -11,7 +11,8 @@ from typing import Protocol
 from tests.benchmarks.results import Run
 from tests.benchmarks.workload import Prompted, Workload
 
-ME = "manyhats"
+ME, UNCACHED = "manyhats", "manyhats-uncached"
+ENVIRONMENTS = Path("build/peers")  # where `make peer-NAME` puts a peer, below the repository
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Setup:
     scratch: Path
     num_threads: int
     precision: str  # of our own server; a peer says its own in its title
+    shared: Path  # a folder for what a peer makes once for all its rounds
 
 
 class Session(Protocol):
@@ -39,6 +41,8 @@ class Peer(Protocol):
     """A way to serve the workloads."""
 
     title: str
+    workloads: tuple[str, ...]  # of every round
+    once: tuple[str, ...]  # of the first round alone: no figure to reach is made of them
 
     def missing(self) -> str | None:
         """Why it cannot run here, in a word, or None."""
@@ -51,7 +55,17 @@ class Peer(Protocol):
 
 def all_peers() -> dict[str, Peer]:
     """Every peer by name, our own server first."""
-    from tests.benchmarks.peers.manyhats import Manyhats
+    from tests.benchmarks.peers.llama import Llama
+    from tests.benchmarks.peers.manyhats import Manyhats, Uncached
+    from tests.benchmarks.peers.openvino import OpenVino
     from tests.benchmarks.peers.peft import Peft
+    from tests.benchmarks.peers.vllm import Vllm
 
-    return {ME: Manyhats(), "peft": Peft()}
+    return {
+        ME: Manyhats(),
+        UNCACHED: Uncached(),
+        "peft": Peft(),
+        "openvino": OpenVino(),
+        "llama": Llama(),
+        "vllm": Vllm(),
+    }

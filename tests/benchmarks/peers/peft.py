@@ -26,6 +26,7 @@ class Peft:
     """Hugging Face PEFT."""
 
     title = "PEFT generate, batch of 16, fp32"
+    workloads, once = ("W3",), ("W1", "W2", "W4")
 
     def missing(self) -> str | None:
         """It is a dependency of ours."""
@@ -51,7 +52,8 @@ class PeftSession:
         job = {"concurrency": workload.concurrency, "requests": msgspec.to_builtins(requests)}
         result = self._process.ask(job, on_done)
         self.facts["rss_mib"] = result["rss_mib"]
-        return Run("peft", workload.name, result["seconds"], msgspec.convert(result["timings"], list[Timing]))
+        timings = msgspec.convert(result["timings"], list[Timing])
+        return Run("peft", workload.name, result["seconds"], timings, result["rss_mib"])
 
 
 def main() -> None:

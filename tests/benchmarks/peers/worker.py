@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LIMIT_S = 900.0  # of one job: a worker that hangs is killed
 
 
 class WorkerError(Exception):
@@ -27,7 +30,15 @@ class Worker:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        for line in self.process.stdout:
+        watch = threading.Timer(LIMIT_S, self.process.kill)
+        watch.start()
+        try:
+            return self._result(self.process.stdout, on_done)
+        finally:
+            watch.cancel()
+
+    def _result(self, lines: Iterable[str], on_done: Callable[[], None]) -> dict[str, Any]:
+        for line in lines:
             message: dict[str, Any] = json.loads(line)
             if "done" not in message:
                 return message

