@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks`: ask every workload of every peer, every method of our own server, and report.
+"""`manyhats bench`, `make bench`: ask every workload of every peer, every method of our own server, and report.
 
 Peers run one after the other, `--repeats` times round, so that slow drift of the machine falls on all of them; some are
 asked some workloads in the first round only. Then our own server alone is asked for each method and for soft prompts.
@@ -72,11 +72,31 @@ def _arguments() -> argparse.Namespace:
         prog="manyhats bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = [*workload.parts(), *OURS]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts of the bench; all, if not given")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=parts,
+        default=parts,
+        metavar="PART",
+        help=f"of {', '.join(parts)}; all, if not given",
+    )
     parser.add_argument("--num-requests", type=int, help="the first few requests of each workload and batch")
-    parser.add_argument("--peers", nargs="+", choices=all_peers(), help="all that are here, if not given")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=all_peers(),
+        metavar="PEER",
+        help=f"of {', '.join(all_peers())}; all that are here, if not given",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="of the workloads; medians are reported (3)")
-    parser.add_argument("--methods", nargs="+", choices=MAKERS, default=[*MAKERS], help="all, if not given")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=MAKERS,
+        default=[*MAKERS],
+        metavar="METHOD",
+        help=f"of {', '.join(MAKERS)}; all, if not given",
+    )
     parser.add_argument("--rounds", type=int, default=2, help="batches of each method; medians are reported (2)")
     parser.add_argument("--soft-repeats", type=int, default=20, help="first tokens of each soft prompt (20)")
     parser.add_argument("--base", default="smollm2-135m", help="a name, a folder or a hub id (smollm2-135m)")

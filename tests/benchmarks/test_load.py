@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import httpx
 import pytest
 
-from tests.benchmarks.dialects import IncompleteAnswerError
-from tests.benchmarks.load import ask
+from tests.benchmarks import load
+from tests.benchmarks.dialects import Dialect, IncompleteAnswerError, Llama, OpenAI
+from tests.benchmarks.load import OURS, ask
 from tests.benchmarks.results import Timing
 from tests.benchmarks.workload import Prompted
 
@@ -20,7 +22,7 @@ def sse(*events: object) -> bytes:
     )
 
 
-def answer(status: int, body: bytes) -> tuple[Timing, httpx.Request]:
+def answer(status: int, body: bytes, dialect: Dialect = OURS) -> tuple[Timing, httpx.Request]:
     """Ask a server that answers `body`; the timing, and the request that the server saw."""
     seen: list[httpx.Request] = []
 
@@ -30,7 +32,7 @@ def answer(status: int, body: bytes) -> tuple[Timing, httpx.Request]:
 
     async def run() -> Timing:
         async with httpx.AsyncClient(base_url="http://server", transport=httpx.MockTransport(serve)) as client:
-            return await ask(client, Prompted(3, [7, 8], 2), "bench-3", 0.0)
+            return await ask(client, Prompted(3, [7, 8], 2), "bench-3", 0.0, dialect)
 
     return asyncio.run(run()), seen[0]
 
@@ -67,3 +69,58 @@ def test_an_answer_that_is_not_whole_is_an_error(status: int, body: bytes, reaso
     """Short, broken, empty and refused answers raise: no figure is made of them."""
     with pytest.raises(IncompleteAnswerError, match=reason):
         answer(status, body)
+
+
+LLAMA = {"tokens": [5], "stop": False}
+LLAMA_END = {"tokens": [], "stop": True, "tokens_predicted": 2}
+VLLM = {"choices": [{"text": "a", "token_ids": [5]}], "usage": None}
+VLLM_END = {"choices": [], "usage": {"completion_tokens": 2}}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "events"), [(Llama(5), [LLAMA, LLAMA, LLAMA_END]), (OpenAI(), [VLLM, VLLM, VLLM_END, "[DONE]"])]
+)
+def test_the_end_of_a_peers_answer_is_no_token(dialect: Dialect, events: list[object]) -> None:
+    """Only events with tokens are pieces: the last one would be a gap of nothing."""
+    timing, _ = answer(200, sse(*events), dialect)
+    assert (timing.sizes, len(timing.gaps)) == ([1, 1], 1)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "events"),
+    [
+        (Llama(5), [LLAMA, {**LLAMA_END, "tokens_predicted": 1}]),
+        (Llama(5), [LLAMA, LLAMA]),
+        (Llama(5), [LLAMA_END]),
+        (OpenAI(), [VLLM, VLLM_END]),
+        (OpenAI(), [VLLM, {**VLLM_END, "usage": {"completion_tokens": 1}}, "[DONE]"]),
+        (OpenAI(), [VLLM_END, "[DONE]"]),
+    ],
+)
+def test_a_peers_answer_that_is_not_whole_is_an_error(dialect: Dialect, events: list[object]) -> None:
+    """Short, cut off, and without tokens: no figure is made of them."""
+    with pytest.raises(IncompleteAnswerError):
+        answer(200, sse(*events), dialect)
+
+
+def test_llama_server_is_told_what_not_to_wear() -> None:
+    """Every adapter has its scale in the request: one that has none would be applied."""
+    _, request = answer(200, sse(LLAMA, LLAMA_END), Llama(5))
+    assert json.loads(request.content)["lora"] == [{"id": one, "scale": float(one == 3)} for one in range(5)]
+
+
+def test_an_open_loop_does_not_wait_for_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request is sent at its time while the others still run, and its times count from then."""
+    all_sent, sent = asyncio.Event(), list[int]()
+
+    async def held(_client: Any, request: Prompted, *_: Any) -> Timing:
+        sent.append(request.prompt[0])
+        all_sent.set() if len(sent) == 3 else None
+        await all_sent.wait()
+        return Timing(1, 1, 99.0, 100.0, 99.5)
+
+    monkeypatch.setattr(load, "ask", held)
+    requests, arrivals = [Prompted(None, [one], 1) for one in range(3)], [0.02, 0.0, 0.01]
+    _, timings = load.ask_on_time("http://server", requests, arrivals, str, lambda: None)
+    assert sent == [1, 2, 0]
+    assert sorted(timing.started for timing in timings) == sorted(arrivals)

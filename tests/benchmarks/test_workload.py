@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import make_workloads, workload
+from tests.benchmarks.__main__ import choose
 from tests.kit.tiny import make_tokenizer
 
 
@@ -43,3 +44,39 @@ def test_a_short_corpus_is_refused() -> None:
     """A base whose tokenizer makes too few tokens of the corpus is refused with both numbers."""
     with pytest.raises(ValueError, match=r"W3 needs a corpus of .* tokens; of this base it has 100"):
         workload.prompted(workload.read("W3"), [0] * 100)
+
+
+def test_every_adapter_of_w5_has_its_own_prefix() -> None:
+    """A prompt begins with its adapter's 512 tokens and ends with 32 that no other has."""
+    one = workload.read("W5")
+    prompts = workload.prompted(one, list(range(50_000)))
+    beginnings = {(prompt.adapter, tuple(prompt.prompt[:512])) for prompt in prompts}
+    assert len(beginnings) == len({prompt.adapter for prompt in prompts}) == len(one.prefixes) == 8
+    assert len({tuple(prompt.prompt[512:]) for prompt in prompts}) == len(prompts) == 64
+    assert {len(prompt.prompt) for prompt in prompts} == {544}
+
+
+def test_w6_asks_w3s_work_of_more_adapters_than_fit() -> None:
+    """The lengths are W3's, so that gaps compare; the adapters are 200, of which the slots hold about half."""
+    mixed, many = workload.read("W3"), workload.read("W6")
+    assert [(r.num_prompt, r.max_tokens) for r in many.requests] == [
+        (r.num_prompt, r.max_tokens) for r in mixed.requests
+    ]
+    assert many.num_adapters == 200
+    assert len({request.adapter for request in many.requests}) > 50
+
+
+def test_open_loops_arrive_as_the_trace_did() -> None:
+    """All loads have the same arrivals of one a second on average, and the same lengths, but other prompts."""
+    loops = [workload.read(f"W7-{load}") for load in make_workloads.LOADS]
+    assert [loop.load for loop in loops] == [0.5, 0.8, 1.2]
+    assert all(loop.arrivals == loops[0].arrivals == sorted(loop.arrivals) for loop in loops)
+    assert loops[0].arrivals[-1] == pytest.approx(len(loops[0].requests) - 1)
+    assert len({request.offset for loop in loops for request in loop.requests}) == 3 * len(loops[0].requests)
+
+
+def test_parts_are_chosen_by_their_number() -> None:
+    """ "W3" is both of its workloads; an open loop brings W3, whose speed is its pace; W6 comes last."""
+    assert workload.parts() == ["W1", "W2", "W3", "W4", "W5", "W6", "W7"]
+    assert [one.name for one in choose(["W6", "W3"], 1)] == ["W3", "W3-uniform", "W6"]
+    assert [one.name for one in choose(["W7", "W6"], 1)] == ["W3", "W7-0.5", "W7-0.8", "W7-1.2", "W6"]

@@ -1,0 +1,81 @@
+"""The command `manyhats bench`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from server import cli
+from tests.benchmarks.__main__ import _goes_on, share
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.machine import Machine
+from tests.benchmarks.peers import all_peers
+from tests.benchmarks.workload import Workload, names, read
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run the command as `main` has it -> (code, what was said)."""
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    app.command("bench", **cli.bench.options)(cli.bench)  # type: ignore[attr-defined]
+
+    def made(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["bench", *words])
+        return result.exit_code, result.output
+
+    return made
+
+
+def test_every_word_goes_to_the_bench(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags, their values and --help are the bench's; its exit code is the command's."""
+    asked: list[list[str]] = []
+
+    def started(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", started)
+    assert run("--only", "W1", "W3", "--help")[0] == 3
+    assert asked[0][1:] == ["-m", "tests.benchmarks", "--only", "W1", "W3", "--help"]
+
+
+def test_without_a_clone_it_refuses(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the benchmarks are not, a sentence says where they are."""
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "server" / "cli.py"))
+    code, said = run()
+    assert code == 1
+    assert "clone the repository" in said
+
+
+def test_a_peer_that_breaks_is_named() -> None:
+    """What broke is noted with its reason, out of every group of tasks, and nothing is raised."""
+    bench = Bench(Machine("a CPU", 2, 2, 0.1, 100.0, 10.0, {}), "base", "auto", {}, {}, {})
+    with _goes_on(bench, "llama", _Silent()):  # type: ignore[arg-type]
+        raise ExceptionGroup("tasks", [OSError("no such server")])
+    assert bench.failed == {"llama": "OSError: no such server"}
+
+
+class _Silent:
+    """In place of a progress bar."""
+
+    def __init__(self) -> None:
+        self.console = self
+
+    def print(self, *_: object, **__: object) -> None:
+        pass
+
+
+def test_every_workload_is_asked_of_our_server_every_round() -> None:
+    """But for W2, which no figure to reach is made of; without the prefix cache W5 alone."""
+    asked: list[tuple[Workload, list[object]]] = [(read(name), []) for name in names()]
+    rounds = [{one.name for one, _ in share(all_peers()["manyhats"], asked, repeat)} for repeat in (0, 1)]  # type: ignore[arg-type]
+    assert rounds == [{*names()}, {*names()} - {"W2"}]
+    assert [one.name for one, _ in share(all_peers()["manyhats-uncached"], asked, 2)] == ["W5"]  # type: ignore[arg-type]
