@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import subprocess
 import sys
 import time
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -32,8 +34,26 @@ def main() -> None:
     wanted = {entry.name: entry for entry in entry_points(group="manyhats.commands")}
     chosen = [wanted[word] for word in sys.argv[1:2] if word in wanted] or list(wanted.values())
     for entry in chosen:  # only what is run is imported: training's libraries take seconds
-        app.command(entry.name)(entry.load())
+        command = entry.load()
+        app.command(entry.name, **getattr(command, "options", {}))(command)
     app()
+
+
+def bench(context: typer.Context) -> None:
+    """Measure this server, and others beside it; it needs a clone of the repository."""
+    clone = Path(__file__).parent.parent
+    if not (clone / "tests" / "benchmarks" / "__main__.py").is_file():
+        reason = "the benchmarks are not in the installed package; clone the repository and run `make bench` there"
+        raise _stop(Console(stderr=True), reason, "bench:")
+    command = [sys.executable, "-m", "tests.benchmarks", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=clone, check=False).returncode)  # noqa: S603 - our own module, no shell
+
+
+# Every word goes to the bench itself, `--help` too.
+bench.options = {  # type: ignore[attr-defined]
+    "add_help_option": False,
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
+}
 
 
 def serve(**flags: Any) -> None:
@@ -69,8 +89,8 @@ def _settings(flags: dict[str, Any], console: Console) -> Settings:
         raise _stop(console, "\n".join(lines)) from error
 
 
-def _stop(console: Console, reason: str) -> typer.Exit:
-    console.print(f"[bold red]manyhats cannot start:[/] {escape(reason)}", highlight=False, soft_wrap=True)
+def _stop(console: Console, reason: str, what: str = "cannot start:") -> typer.Exit:
+    console.print(f"[bold red]manyhats {what}[/] {escape(reason)}", highlight=False, soft_wrap=True)
     return typer.Exit(1)
 
 
