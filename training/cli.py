@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,66 +12,152 @@ from rich.markup import escape
 from training.errors import TrainingError
 
 Option = typer.Option
+PANEL = "Options of methods (one that the chosen method does not read is refused)"
+
+
+def _of_method(text: str) -> Any:
+    return Option(help=text, rich_help_panel=PANEL)
+
+
+# What only some methods read; None is "not given", and the method's own default holds.
+OF_METHODS = (
+    "r",
+    "alpha",
+    "dropout",
+    "use_rslora",
+    "target_modules",
+    "layers",
+    "init_r",
+    "target_r",
+    "block_size",
+    "feedforward_modules",
+    "bottleneck_size",
+    "placement",
+    "non_linearity",
+    "scaling",
+    "ln_before",
+    "ln_after",
+    "num_virtual_tokens",
+    "init_text",
+    "num_ranks",
+    "encoder_reparameterization_type",
+    "encoder_hidden_size",
+    "prefix_projection",
+    "num_frozen_tokens",
+    "epsilon",
+    "parameters",
+    "token_indices",
+)
 
 
 def train(
-    data: Annotated[Path, Option(help="JSONL or CSV: prompt + completion, or messages")],
+    data: Annotated[Path, Option(help="JSONL, CSV or a data set folder: prompt + completion, or messages")],
     out: Annotated[Path, Option(help="folder of the artifact")],
-    method: Annotated[str, Option(help="what to train: lora")] = "lora",
+    method: Annotated[str, Option(help="what to train: lora, bottleneck, prompt_tuning, ia3, bitfit, …")] = "lora",
     base: Annotated[str, Option(help="smollm2-135m, a Hugging Face folder, or a hub id")] = "smollm2-135m",
     eval: Annotated[Path | None, Option(help="rows to score on (else a tenth of --data is held out)")] = None,
     max_seconds: Annotated[float | None, Option(help="stop after so many seconds")] = None,
     epochs: Annotated[float | None, Option(help="stop after so many passes (3 if no limit is given)")] = None,
     steps: Annotated[int | None, Option(help="stop after so many steps")] = None,
     seed: Annotated[int, Option(help="the same seed, the same weights")] = 0,
-    batch_size: Annotated[int, Option(help="rows a step")] = 8,
-    lr: Annotated[float, Option(help="learning rate at its highest")] = 3e-3,
-    r: Annotated[int, Option(help="LoRA's rank")] = 8,
-    alpha: Annotated[float, Option(help="LoRA's alpha")] = 16,
-    dropout: Annotated[float, Option(help="LoRA's dropout")] = 0.0,
-    use_rslora: Annotated[bool, Option(help="scale by alpha / sqrt(r)")] = False,
-    target_modules: Annotated[str, Option(help="all-linear, or names joined by commas")] = "all-linear",
-    layers: Annotated[str, Option(help="all, last:N, or numbers and ranges like 0,4-7")] = "last:10",
+    batch_size: Annotated[int, Option(help="rows at a time, over all processes")] = 8,
+    gradient_accumulation_steps: Annotated[int, Option(help="how many times, before a step is taken")] = 1,
+    gradient_checkpointing: Annotated[bool, Option(help="compute activations again: less memory, more time")] = False,
+    lr: Annotated[float | None, Option(help="learning rate at its highest (else the method's own)")] = None,
+    eval_steps: Annotated[int | None, Option(help="take the loss on the evaluation rows every so many steps")] = None,
+    early_stopping_patience: Annotated[
+        int | None, Option(help="stop when that has not fallen so many times (each epoch, or --eval-steps)")
+    ] = None,
+    save_steps: Annotated[int, Option(help="keep a checkpoint for --resume every so many steps")] = 100,
+    resume: Annotated[bool, Option(help="go on with a run that was killed")] = False,
     prompt_column: Annotated[str, Option(help="the column of prompts")] = "prompt",
     completion_column: Annotated[str, Option(help="the column of answers")] = "completion",
     template: Annotated[str, Option(help="text around a prompt: 'Customer: {prompt}\\nIntent: {completion}'")] = "",
     max_length: Annotated[int, Option(help="most tokens of a row")] = 1024,
+    precision: Annotated[str, Option(help="auto, fp32 or bf16: of the training's arithmetic")] = "auto",
     save_dtype: Annotated[str, Option(help="fp32, fp16 or bf16: of the stored weights")] = "fp32",
     device: Annotated[str, Option(help="cpu or cuda")] = "cpu",
     cache: Annotated[Path | None, Option(help="folder of converted bases")] = None,
+    r: Annotated[int | None, _of_method("rank")] = None,
+    alpha: Annotated[float | None, _of_method("what the update is scaled by, over the rank")] = None,
+    dropout: Annotated[float | None, _of_method("dropout in training")] = None,
+    use_rslora: Annotated[bool | None, _of_method("scale by alpha / sqrt(r)")] = None,
+    target_modules: Annotated[str | None, _of_method("all-linear, or names joined by commas")] = None,
+    layers: Annotated[str | None, _of_method("all, last:N, or numbers and ranges like 0,4-7")] = None,
+    init_r: Annotated[int | None, _of_method("adalora: each site's rank at first")] = None,
+    target_r: Annotated[int | None, _of_method("adalora: the mean rank at last")] = None,
+    block_size: Annotated[int | None, _of_method("oft: inputs that are turned together")] = None,
+    feedforward_modules: Annotated[str | None, _of_method("ia3: modules whose input is scaled")] = None,
+    bottleneck_size: Annotated[int | None, _of_method("bottleneck: its width")] = None,
+    placement: Annotated[str | None, _of_method("bottleneck: houlsby, pfeiffer or parallel")] = None,
+    non_linearity: Annotated[str | None, _of_method("bottleneck: relu, gelu, silu, tanh, …")] = None,
+    scaling: Annotated[str | None, _of_method("bottleneck: a number, learned or channel")] = None,
+    ln_before: Annotated[bool | None, _of_method("bottleneck: a layer norm before it")] = None,
+    ln_after: Annotated[bool | None, _of_method("bottleneck: a layer norm after it")] = None,
+    num_virtual_tokens: Annotated[int | None, _of_method("soft prompts: how many")] = None,
+    init_text: Annotated[str | None, _of_method("soft prompts: the text they begin as, or random")] = None,
+    num_ranks: Annotated[int | None, _of_method("multitask_prompt_tuning: ranks of the task's factor")] = None,
+    encoder_reparameterization_type: Annotated[str | None, _of_method("p_tuning: MLP or LSTM")] = None,
+    encoder_hidden_size: Annotated[int | None, _of_method("p_tuning, prefix_tuning: the encoder's width")] = None,
+    prefix_projection: Annotated[bool | None, _of_method("prefix_tuning: train through an MLP")] = None,
+    num_frozen_tokens: Annotated[int | None, _of_method("cartridge: first tokens that stay")] = None,
+    epsilon: Annotated[float | None, _of_method("cpt: how far a token may move")] = None,
+    parameters: Annotated[str | None, _of_method("selective: words in parameters' names, by commas")] = None,
+    token_indices: Annotated[str | None, _of_method("trainable_tokens: seen, or ids like 5,9-12")] = None,
 ) -> None:
     """Train a hat for a base, score it beside the base, and write an artifact that the server takes."""
-    from training.data import Columns
-    from training.job import Job, run_job
-    from training.methods import MethodOptions
-    from training.show import Show
-    from training.template import Template, parse_template
-    from training.trainer import Plan
+    _run(dict(locals()))
 
-    show = Show(Console(stderr=True))
+
+def _run(given: dict[str, Any]) -> None:
+    from training.processes import Processes
+    from training.show import Show
+
+    processes = Processes(is_cpu=given["device"] == "cpu")
+    show = Show(Console(stderr=True, quiet=not processes.is_main))
     try:
-        job = Job(
-            method=method,
-            base=base,
-            data=data,
-            out=out,
-            eval=eval,
-            columns=Columns(prompt_column, completion_column),
-            template=parse_template(template) if template else Template(),
-            options=MethodOptions(r, alpha, dropout, use_rslora, target_modules, layers),
-            plan=Plan(max_seconds, epochs, steps, batch_size, lr, seed=seed),
-            max_length=max_length,
-            save_dtype=save_dtype,
-            device=device,
-            cache=cache,
-        )
-        done = run_job(job, show)
+        _train(given, show, processes)
     except TrainingError as error:
         raise _stop(show.console, str(error)) from error
     except OSError as error:
-        raise _stop(show.console, f"{out} cannot be written: {error.strerror or error}") from error
+        raise _stop(show.console, f"{given['out']} cannot be written: {error.strerror or error}") from error
+    finally:
+        processes.close()
+
+
+def _train(given: dict[str, Any], show: Any, processes: Any) -> None:
+    from training.job import run_job
+    from training.methods import METHODS
+
+    done = run_job(_job(given), show, processes)
+    if done is None:
+        return
     show.scores(done.before, done.after)
-    show.say(f"{out}: {done.num_bytes:,} bytes, {done.run.steps} steps in {done.run.seconds:.0f} s")
+    show.say(f"{given['out']}: {done.num_bytes:,} bytes, {done.run.steps} steps in {done.run.seconds:.0f} s")
+    if not METHODS[given["method"]].is_uploadable:
+        show.say(f"{given['method']} is for comparison: what it wrote is a new base, which no server takes as a hat.")
+
+
+def _job(given: dict[str, Any]) -> Any:
+    from training.data import Columns
+    from training.job import Job
+    from training.methods import method_named
+    from training.plan import Plan
+    from training.template import Template, parse_template
+
+    plan = {name: given[name] for name in Plan.__dataclass_fields__ if name in given}
+    own = {name: given[name] for name in Job.__dataclass_fields__ if name in given}
+    lr = method_named(given["method"]).lr if given["lr"] is None else given["lr"]
+    return Job(
+        **{
+            **own,
+            "columns": Columns(given["prompt_column"], given["completion_column"]),
+            "template": parse_template(given["template"]) if given["template"] else Template(),
+            "options": {name: given[name] for name in OF_METHODS if given[name] is not None},
+            "plan": Plan(**{**plan, "lr": lr}),
+            "is_resumed": given["resume"],
+        }
+    )
 
 
 def _stop(console: Console, reason: str) -> typer.Exit:

@@ -97,25 +97,27 @@ def _is_chosen(row: Row, logits: Tensor, choices: Choices) -> bool:
 def parity(model: Any, rows: Sequence[Row], eos_token_id: int) -> list[ParityCase]:
     """What this very model answers to a few prompts, for a server to prove that it serves the same.
 
-    The prompts are spread over the lengths in `rows`. Each forward is of one row without padding or cache: the plainest
-    there is. A continuation ends after EOS.
+    The prompts are spread over the lengths in `rows`. Each token is computed without a cache. EOS ends a continuation.
     """
     model.eval()
-    device = next(model.parameters()).device
     ordered = sorted(rows, key=lambda row: (row.num_prompt, row.ids))
     count = min(PARITY_CASES, len(ordered))
     picked = [ordered[i * (len(ordered) - 1) // max(1, count - 1)] for i in range(count)]
-    return [_case(model, list(row.ids[: row.num_prompt]), eos_token_id, device) for row in picked]
+    cases = [ParityCase(list(row.ids[: row.num_prompt]), [], []) for row in picked]
+    for _ in range(PARITY_TOKENS):
+        open_cases = [case for case in cases if eos_token_id not in case.continuation]
+        for case, logits in zip(open_cases, _next_logits(model, open_cases), strict=True):
+            if not case.top:
+                best = logits.topk(min(PARITY_TOP, len(logits)))
+                case.top += [(int(i), round(float(v), 5)) for v, i in zip(best.values, best.indices, strict=True)]
+            case.continuation.append(int(logits.argmax()))
+    return cases
 
 
-def _case(model: Any, prompt: list[int], eos_token_id: int, device: torch.device) -> ParityCase:
-    continuation: list[int] = []
-    top: list[tuple[int, float]] = []
-    while len(continuation) < PARITY_TOKENS and eos_token_id not in continuation:
-        ids = torch.tensor([[*prompt, *continuation]], device=device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-        if not top:
-            best = logits.topk(min(PARITY_TOP, len(logits)))
-            top = [(int(i), round(float(v), 5)) for v, i in zip(best.values, best.indices, strict=True)]
-        continuation.append(int(logits.argmax()))
-    return ParityCase(prompt, top, continuation)
+def _next_logits(model: Any, cases: Sequence[ParityCase]) -> Sequence[Tensor]:
+    """Of the token after what each case has so far."""
+    if not cases:
+        return []
+    known = [(*case.prompt_token_ids, *case.continuation) for case in cases]
+    rows = [Row((*ids, 0), len(ids), 0) for ids in known]  # a token that nobody asks about, for there must be one
+    return list(label_logits(model, make_batch(rows, next(model.parameters()).device)))

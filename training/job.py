@@ -5,33 +5,42 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import resource
-import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from adapters_store import bases
-from adapters_store.artifact import FILES, FORMAT_VERSION, BaseRef, Manifest, write_folder
+from adapters_store.artifact import FILES, FORMAT_VERSION, Artifact, Manifest, write_folder
+from adapters_store.errors import ArtifactError
+from adapters_store.methods import compile_patch, method_of
+from training.base import Base, load_base
+from training.checkpoint import Checkpoint
+from training.curves import draw
 from training.data import Columns, Dataset, Row, check_varied, hold_out, read_dataset, tokenise
-from training.errors import BaseError, OptionError
+from training.errors import OptionError
 from training.evaluate import Scores, choices_of, evaluate, parity
-from training.methods import MethodOptions, attach
+from training.memory import PeakMemory
+from training.methods import METHODS, attach, options_of
+from training.methods.hat import Hat
+from training.plan import Plan, check_plan
+from training.processes import Processes
 from training.show import Show
 from training.template import Template
-from training.trainer import Plan, Run, Step, Trainer, check_plan
+from training.trainer import Run, Step, Trainer
 
-LOG = "train.jsonl"
+LOG, CURVES = "train.jsonl", "curves.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = ("auto", "fp32", "bf16")
+NUDGE = 1e-3  # what a hat is changed by to see whether the server would take it
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that one run depends on; equal jobs write equal weights."""
+    """All that one run depends on; equal jobs write equal weights. `options` are those that were given, by name."""
 
     method: str
     base: str
@@ -40,12 +49,14 @@ class Job:
     eval: Path | None
     columns: Columns
     template: Template
-    options: MethodOptions
+    options: dict[str, Any]
     plan: Plan
     max_length: int = 1024
+    precision: str = "auto"
     save_dtype: str = "fp32"
     device: str = "cpu"
     cache: Path | None = None
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,77 +69,86 @@ class Done:
     num_bytes: int
 
 
-def run_job(job: Job, show: Show) -> Done:
-    """Train, and write the artifact. Raises `TrainingError` with a sentence; then nothing is written at `job.out`."""
-    _check(job)
-    with tempfile.TemporaryDirectory() as scratch:
-        return _run(job, show, Path(scratch) / LOG)
+@dataclass(frozen=True)
+class Rows:
+    """What is trained and scored on."""
+
+    train: Dataset
+    held: Dataset
+    train_rows: list[Row]
+    held_rows: list[Row]
 
 
-def _run(job: Job, show: Show, log: Path) -> Done:
-    folder = _resolve(job, show)
-    tokenizer, model = _load(folder, job.device)
-    train, held = _datasets(job, tokenizer)
-    max_length = min(job.max_length, getattr(model.config, "max_position_embeddings", job.max_length))
-    rows, held_rows = tokenise(train, tokenizer, max_length), tokenise(held, tokenizer, max_length)
-    choices = choices_of(rows, held_rows)
-    with show.bar("scoring the base", len(held_rows)) as more:
-        before = evaluate(model, held_rows, choices, on_rows=more)
+def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
+    """Train, and write the artifact; None for a process that is not the main one.
+
+    Raises `TrainingError` with a sentence; then nothing is written at `job.out`.
+    """
+    options = _check(job)
+    base = load_base(job.base, processes.device(job.device), job.cache, show.say)
+    rows = _rows(job, base)
+    checkpoint = Checkpoint(job.out, _identity(job, options, base, rows))
+    _check_checkpoint(job, checkpoint, show)
+    choices = choices_of(rows.train_rows, rows.held_rows)
+    before = _score(base.model, rows, choices, show, "scoring the base") if processes.is_main else None
+    num_base = sum(parameter.numel() for parameter in base.model.parameters())
     torch.manual_seed(job.plan.seed)
-    peft_model = attach(job.method, model, job.options, job.base)
-    with log.open("w") as lines:
-        run = _train(job, peft_model, rows, show, lines)
-    _round(peft_model, DTYPES[job.save_dtype])  # score and prove what is stored, not what was trained
-    with show.bar("scoring the adapter", len(held_rows)) as more:
-        after = evaluate(peft_model, held_rows, choices, on_rows=more)
+    hat = attach(job.method, options, base, rows.train_rows)
+    if METHODS[job.method].is_uploadable:
+        _check_form(hat, base)
+    memory = PeakMemory(base.model.device)
+    trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, _dtype(job.precision, base))
+    run = _train(trainer, checkpoint, job, show, processes)
+    peak = memory.peak()
+    if before is None:
+        processes.wait()
+        return None
+    hat.settle(DTYPES[job.save_dtype])  # score and prove what is stored, not what was trained
+    after = _score(hat.model, rows, choices, show, "scoring the adapter")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        method=job.method,
-        base=_base_ref(job.base, folder),
-        prompt_format=None if train.is_chat else job.template.prompt_format(),
-        parity=parity(peft_model, held_rows, tokenizer.eos_token_id),
-        training=_facts(job, train, run),
-        evaluation={"data": held.path.name, "sha256": held.digest, "before": _scores(before), "after": _scores(after)},
+        method=_server_name(job.method, hat),
+        base=base.ref,
+        prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
+        parity=parity(hat.model, rows.held_rows, base.tokenizer.eos_token_id),
+        training=_facts(job, options, rows, run, (memory.base, peak), processes),
+        evaluation={
+            "data": rows.held.path.name,
+            "sha256": rows.held.digest,
+            "before": _scores(before),
+            "after": _scores(after),
+        },
     )
-    return Done(run, before, after, _write(job, peft_model, manifest, log))
+    num_bytes = _write(job, hat, manifest, trainer.steps)
+    checkpoint.remove()
+    processes.wait()
+    return Done(run, before, after, num_bytes)
 
 
-def _check(job: Job) -> None:
+def _check(job: Job) -> Any:
+    """The method's options. Raises `OptionError`."""
+    options = options_of(job.method, job.options)
     check_plan(job.plan)
-    if job.save_dtype not in DTYPES:
-        raise OptionError(f"--save-dtype must be one of {', '.join(DTYPES)}, not {job.save_dtype}.")
+    for name, value, known in (
+        ("save-dtype", job.save_dtype, tuple(DTYPES)),
+        ("precision", job.precision, PRECISIONS),
+    ):
+        if value not in known:
+            raise OptionError(f"--{name} must be one of {', '.join(known)}, not {value}.")
     if job.out.exists() and not (job.out / "adapter_config.json").is_file():
         raise OptionError(f"--out {job.out} exists and is no artifact: name a new folder.")
-    if others := sorted({path.name for path in job.out.glob("*")} - {*FILES, LOG}):
+    if others := sorted({path.name for path in job.out.glob("*")} - {*FILES, LOG, CURVES}):
         raise OptionError(
             f"--out {job.out} holds {others[0]} beside an artifact, which would be lost: name a new folder."
         )
     job.out.parent.mkdir(parents=True, exist_ok=True)
+    return options
 
 
-def _resolve(job: Job, show: Show) -> Path:
-    try:
-        return bases.resolve_base(job.base, job.cache or bases.default_cache(), show.say)
-    except bases.BaseError as error:
-        raise BaseError(str(error)) from error
-
-
-def _load(folder: Path, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseError(f"The base in {folder} cannot be loaded: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise BaseError(f"The tokenizer in {folder} has no end-of-sequence token; an answer could not end.")
-    try:
-        return tokenizer, model.to(device).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+def _rows(job: Job, base: Base) -> Rows:
+    train, held = _datasets(job, base.tokenizer)
+    max_length = min(job.max_length, base.spec.max_positions)
+    return Rows(train, held, *(tokenise(part, base.tokenizer, max_length) for part in (train, held)))
 
 
 def _datasets(job: Job, tokenizer: Any) -> tuple[Dataset, Dataset]:
@@ -139,43 +159,97 @@ def _datasets(job: Job, tokenizer: Any) -> tuple[Dataset, Dataset]:
     return train, read_dataset(job.eval, job.columns, job.template, tokenizer)
 
 
-def _train(job: Job, model: Any, rows: list[Row], show: Show, log: TextIO) -> Run:
+def _check_checkpoint(job: Job, checkpoint: Checkpoint, show: Show) -> None:
+    if job.is_resumed and not checkpoint.exists():
+        show.say(f"--resume: there is no {checkpoint.path}, so the run begins anew.")
+    if checkpoint.exists() and not job.is_resumed:
+        raise OptionError(
+            f"{checkpoint.path} is what a run to this --out left: go on with --resume, or delete it and begin anew."
+        )
+
+
+def _score(model: Any, rows: Rows, choices: Any, show: Show, what: str) -> Scores:
+    with show.bar(what, len(rows.held_rows)) as more:
+        return evaluate(model, rows.held_rows, choices, on_rows=more)
+
+
+def _check_form(hat: Hat, base: Base) -> None:
+    """Raise `OptionError` where the server would not take what this run is going to write."""
+    tensors = {name: tensor.detach().cpu() + NUDGE for name, tensor in hat.tensors().items()}
+    try:
+        compile_patch(Artifact(hat.config(), tensors, None, "", 0), base.spec)
+    except ArtifactError as error:
+        raise OptionError(f"The server would not take this adapter: {error}.") from error
+
+
+def _dtype(precision: str, base: Base) -> torch.dtype:
+    """`auto` is bf16 where the device computes in it; on a CPU it is slower than fp32."""
+    if precision == "auto":
+        has_bf16 = base.model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return DTYPES[precision]
+
+
+def _train(trainer: Trainer, checkpoint: Checkpoint, job: Job, show: Show, processes: Processes) -> Run:
+    if job.is_resumed and checkpoint.exists():
+        trainer.restore(checkpoint.load())
+        show.say(f"going on after step {len(trainer.steps)}")
     with show.training() as tell:
 
         def on_step(step: Step) -> None:
-            log.write(json.dumps(dataclasses.asdict(step)) + "\n")
             tell(step)
+            if processes.is_main and step.number % job.plan.save_steps == 0:
+                checkpoint.save(trainer.state())
 
-        return Trainer(model, rows, job.plan).run(on_step)
-
-
-def _round(model: Any, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype).float()
+        return trainer.run(on_step)
 
 
-def _base_ref(name: str, folder: Path) -> BaseRef:
-    identity = bases.base_identity(folder)
-    return BaseRef(name, identity.identity, identity.weights)
+def _server_name(method: str, hat: Hat) -> str:
+    """What the server calls the method; `full` is none of its."""
+    if not METHODS[method].is_uploadable:
+        return method
+    return method_of(Artifact(hat.config(), {}, None, "", 0)).name
 
 
-def _facts(job: Job, train: Dataset, run: Run) -> dict[str, Any]:
+def _identity(job: Job, options: Any, base: Base, rows: Rows) -> dict[str, Any]:
+    """All that the weights depend on, as JSON has it."""
+    named: dict[str, Any] = {
+        "--method": job.method,
+        **{f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(options).items()},
+        **{f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(job.plan).items()},
+        "--precision": job.precision,
+        "base": base.identity.identity,
+        "--data": rows.train.digest,
+        "--eval": rows.held.digest,
+        "--template": dataclasses.asdict(job.template),
+        "rows": [len(rows.train_rows), sum(len(row.ids) for row in rows.train_rows)],
+    }
+    return json.loads(json.dumps(named))  # type: ignore[no-any-return]
+
+
+def _facts(
+    job: Job, options: Any, rows: Rows, run: Run, memory: tuple[int, int], processes: Processes
+) -> dict[str, Any]:
     """What people want to know of a run; sizes in bytes, times in seconds."""
     return {
-        "data": train.path.name,
-        "data_sha256": train.digest,
-        "num_rows": len(train.examples),
-        "options": dataclasses.asdict(job.options),
+        "method": job.method,
+        "data": rows.train.path.name,
+        "data_sha256": rows.train.digest,
+        "num_rows": len(rows.train_rows),
+        "options": dataclasses.asdict(options),
         "plan": dataclasses.asdict(job.plan),
+        "precision": job.precision,
+        "num_processes": processes.size,
         "steps": run.steps,
+        "kept_step": run.kept_step,
         "epochs": run.epochs,
         "seconds": round(run.seconds, 2),
         "tokens_per_second": round(run.tokens / max(run.seconds, 1e-9), 1),
         "loss": round(run.loss, 5),
         "trained_parameters": run.num_trained,
-        "trained_share": round(run.num_trained / (run.num_parameters - run.num_trained), 6),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "trained_share": round(run.num_trained / run.num_base, 6),
+        "base_memory_bytes": memory[0],
+        "peak_memory_bytes": memory[1],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "torch": str(torch.__version__),
         "machine": platform.machine(),
@@ -189,13 +263,16 @@ def _scores(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _write(job: Job, model: Any, manifest: Manifest, log: Path) -> int:
-    """The folder with the log among its files; the bytes of its weights."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+def _write(job: Job, hat: Hat, manifest: Manifest, steps: Sequence[Step]) -> int:
+    """The folder with log and curves among its files; the bytes of its weights."""
+    tensors = hat.tensors()
     stored = {name: tensors[name].detach().to("cpu", DTYPES[job.save_dtype]).contiguous() for name in sorted(tensors)}
     weights = save(stored, metadata={"format": "pt"})
-    config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=sorted))
-    write_folder(job.out, config, weights, manifest, {LOG: log.read_bytes()})
+    log = "".join(json.dumps(_log_line(step)) + "\n" for step in steps)
+    curves = draw(steps, f"{job.method} on {job.data.name}")
+    write_folder(job.out, hat.config(), weights, manifest, {LOG: log.encode(), CURVES: curves})
     return len(weights)
+
+
+def _log_line(step: Step) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(step).items() if value is not None}

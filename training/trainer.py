@@ -1,11 +1,13 @@
-"""The loop: batches in length buckets, the loss on completions alone, AdamW, warm-up and a linear decay.
+"""The loop: batches in length buckets, the loss on completions alone, AdamW.
 
-The learning rate is a function of the share of the run that is done, so that a run bounded by time decays as one
-bounded by steps does. The settings are those that reached 93% on ten intents in half a minute on two cores.
+A step is a function of what is trained, the optimizer's moments and the step's number: the rows, the dropout and, where
+steps bound the run, the learning rate follow from the number and the seed. So a run that goes on from a checkpoint ends
+as one that was never broken, bit for bit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,56 +15,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from training.batch import label_logits, make_batch
 from training.data import Row, batches
 from training.errors import DivergedError, OptionError
+from training.methods.hat import Hat
+from training.plan import Plan
+from training.processes import Processes
 
-DEFAULT_EPOCHS = 3.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how to train; of the three limits the first one reached ends the run. None of them: three epochs."""
-
-    max_seconds: float | None = None
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: int = 8
-    lr: float = 3e-3
-    warmup: float = 0.08
-    floor: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
-
-    def num_steps(self, per_epoch: int) -> int | None:
-        """The most steps, or None when time alone bounds the run."""
-        epochs = DEFAULT_EPOCHS if self.max_seconds == self.epochs == self.steps else self.epochs
-        limits = [] if epochs is None else [max(1, round(epochs * per_epoch))]
-        return min([*limits, *([] if self.steps is None else [self.steps])], default=None)
-
-    def lr_at(self, progress: float) -> float:
-        """The learning rate at a share [0, 1] of the run: up during `warmup`, then linearly down to `floor` of `lr`."""
-        if progress < self.warmup:
-            return self.lr * progress / self.warmup
-        done = (min(progress, 1.0) - self.warmup) / max(1.0 - self.warmup, 1e-9)
-        return self.lr * (1.0 - (1.0 - self.floor) * done)
-
-
-def check_plan(plan: Plan) -> None:
-    """Raise `OptionError` naming the option that cannot be meant."""
-    for name in ("max_seconds", "epochs", "steps", "batch_size", "lr"):
-        value = getattr(plan, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise OptionError(f"--{name.replace('_', '-')} must be a number above 0, not {value}.")
+EVAL_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step that was taken. `progress` is the share of the run, `seconds` since it began, `tokens` so far."""
+    """One step that was taken. `progress` is the share of the run, `seconds` since it began, `tokens` so far.
+
+    `eval_loss` is there where it was taken.
+    """
 
     number: int
     loss: float
@@ -70,80 +42,198 @@ class Step:
     progress: float
     seconds: float
     tokens: int
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. `loss` is the mean over its last tenth of steps."""
+    """A finished run. `loss` is the mean over its last tenth of steps; `kept_step` is whose weights were kept."""
 
     steps: int
     epochs: float
     seconds: float
     tokens: int
     loss: float
+    kept_step: int
     num_trained: int
-    num_parameters: int
+    num_base: int
+
+
+@dataclass
+class Best:
+    """The least loss on the evaluation rows, the weights that had it, and how often in turn it has not fallen since."""
+
+    loss: float
+    step: int
+    weights: list[Tensor]
+    num_worse: int = 0
 
 
 class Trainer:
-    """Trains the parameters of `model` that require a gradient on `rows`, on the model's device."""
+    """Trains a hat on `rows`, on the device where it is."""
 
     def __init__(
-        self, model: Any, rows: Sequence[Row], plan: Plan, clock: Callable[[], float] = time.monotonic
+        self,
+        hat: Hat,
+        rows: Sequence[Row],
+        plan: Plan,
+        processes: Processes,
+        held: Sequence[Row] = (),
+        num_base: int = 0,
+        dtype: torch.dtype = torch.float32,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._model, self._rows, self._plan, self._clock = model, rows, plan, clock
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._hat, self._rows, self._plan, self._held = hat, rows, plan, held
+        self._processes, self._dtype, self._clock = processes, dtype, clock
+        self._trained = hat.trained()
+        self._num_base = num_base
         self._optimizer = torch.optim.AdamW(self._trained, lr=plan.lr, weight_decay=plan.weight_decay)
-        self._per_epoch = math.ceil(len(rows) / plan.batch_size)
+        self._per_epoch = math.ceil(len(rows) / plan.rows_per_step)
         self._num_steps = plan.num_steps(self._per_epoch)
-        self._began = 0.0
+        self._best: Best | None = None
+        self._before = 0.0  # seconds of the run before it was broken
+        self._began = clock()
+        self.steps: list[Step] = []
+        hat.begin(self._num_steps)
+        if plan.gradient_checkpointing:
+            _checkpoint_activations(hat)
 
     def run(self, on_step: Callable[[Step], None] = lambda _step: None) -> Run:
         """Train to the first limit of the plan, at least one step. Raises `DivergedError` if the loss is no number."""
-        self._began, tokens = self._clock(), 0
-        losses: list[float] = []
-        self._model.train()
-        for number, rows in enumerate(self._stream()):
+        self._began = self._clock()
+        self._hat.model.train()
+        for number, rows in self._stream(len(self.steps)):
             progress = self._progress(number)
             if number and progress >= 1.0:  # the first step is always taken, however short the time
                 break
             lr = self._plan.lr_at(max(progress, self._progress_of_steps(number + 1)))
-            losses.append(self._step(number, rows, lr))
-            tokens += sum(len(row.ids) for row in rows)
-            seconds = self._clock() - self._began
-            on_step(Step(number + 1, losses[-1], lr, min(self._progress(number + 1), 1.0), seconds, tokens))
-        self._model.eval()
-        return self._summary(losses, tokens)
+            loss = self._step(number, rows, lr)
+            self.steps.append(self._step_facts(number, rows, loss, lr))
+            on_step(self.steps[-1])
+            if self._is_enough():
+                break
+        self._hat.model.eval()
+        self._keep_best()
+        return self._summary()
 
-    def _stream(self) -> Iterator[list[Row]]:
-        epoch = 0
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        return {
+            "trained": [parameter.detach() for parameter in self._trained],
+            "optimizer": self._optimizer.state_dict(),
+            "hat": self._hat.state(),
+            "best": None if self._best is None else dataclasses.asdict(self._best),
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state` of an equal run."""
+        for parameter, value in zip(self._trained, state["trained"], strict=True):
+            parameter.copy_(value)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._hat.restore(state["hat"])
+        self._best = None if state["best"] is None else Best(**state["best"])
+        self.steps = [Step(**step) for step in state["steps"]]
+        self._before = self.steps[-1].seconds
+
+    def _stream(self, first: int) -> Iterator[tuple[int, list[Row]]]:
+        """Every step's number and rows, from a number on."""
+        number = first
         while True:
-            yield from batches(self._rows, self._plan.batch_size, self._plan.seed, epoch)
-            epoch += 1
+            epoch, place = divmod(number, self._per_epoch)
+            for rows in batches(self._rows, self._plan.rows_per_step, self._plan.seed, epoch)[place:]:
+                yield number, rows
+                number += 1
+
+    def _seconds(self) -> float:
+        return self._before + self._clock() - self._began
 
     def _progress(self, number: int) -> float:
-        """The share of the run that is done before step `number` (from 0)."""
-        by_time = (self._clock() - self._began) / self._plan.max_seconds if self._plan.max_seconds else 0.0
+        """The share of the run that is done before step `number` (from 0), the same for every process."""
+        by_time = self._seconds() / self._plan.max_seconds if self._plan.max_seconds else 0.0
+        if self._plan.max_seconds:
+            by_time = self._processes.agree(by_time)
         return max(by_time, self._progress_of_steps(number))
 
     def _progress_of_steps(self, number: int) -> float:
         return number / self._num_steps if self._num_steps else 0.0
 
     def _step(self, number: int, rows: list[Row], lr: float) -> float:
-        batch = make_batch(rows, self._trained[0].device)
-        loss = cross_entropy(label_logits(self._model, batch), batch.targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged(number, rows, f"The loss became {value}")
+        """Take one; the loss is the mean over all label tokens of the step."""
+        torch.manual_seed(hash((self._plan.seed, number, self._processes.rank)))
         self._optimizer.zero_grad()
-        loss.backward()
+        num_labels = sum(len(row.completion) for row in rows)
+        loss = sum(self._backward(part, num_labels) for part in self._parts(rows))
+        (loss,) = self._processes.sum(loss + self._penalise())
+        if not math.isfinite(loss):
+            raise self._diverged(number, rows, f"The loss became {loss}")
+        self._processes.sum_gradients(self._trained)
         norm = clip_grad_norm_(self._trained, self._plan.clip).item()
         if not math.isfinite(norm):
             raise self._diverged(number, rows, f"The gradient's norm became {norm}")
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        return value
+        self._hat.after_step(number)
+        return loss
+
+    def _parts(self, rows: list[Row]) -> Iterator[Sequence[Row]]:
+        """What this process takes of a step's rows, in as many parts as gradients are accumulated over."""
+        mine = self._processes.share(rows)
+        size = math.ceil(self._plan.batch_size / self._processes.size)
+        return (mine[i : i + size] for i in range(0, len(mine), size))
+
+    def _backward(self, rows: Sequence[Row], num_labels: int) -> float:
+        loss = self._loss(rows) / num_labels
+        loss.backward()
+        return loss.item()
+
+    def _loss(self, rows: Sequence[Row]) -> Tensor:
+        """The sum over the rows' label tokens."""
+        batch = make_batch(rows, self._trained[0].device)
+        with torch.autocast(batch.ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            logits = label_logits(self._hat.model, batch)
+        return cross_entropy(logits, batch.targets, reduction="sum")
+
+    def _penalise(self) -> float:
+        penalty = self._hat.penalty() if self._processes.is_main else None
+        if penalty is None:
+            return 0.0
+        penalty.backward()
+        return penalty.item()
+
+    def _step_facts(self, number: int, rows: list[Row], loss: float, lr: float) -> Step:
+        tokens = sum(len(row.ids) for row in rows) + (self.steps[-1].tokens if self.steps else 0)
+        eval_loss = self._evaluate(number + 1) if self._plan.is_eval(number + 1, self._per_epoch) else None
+        progress = min(self._progress(number + 1), 1.0)
+        return Step(number + 1, loss, lr, progress, self._seconds(), tokens, eval_loss)
+
+    def _evaluate(self, step: int) -> float:
+        """The mean loss on the evaluation rows; the best weights so far are remembered where they may be asked for."""
+        self._hat.model.eval()
+        mine = sorted(self._processes.share(self._held), key=lambda row: len(row.ids))
+        with torch.inference_mode():
+            parts = [mine[i : i + EVAL_BATCH] for i in range(0, len(mine), EVAL_BATCH)]
+            (total,) = self._processes.sum(sum(self._loss(part).item() for part in parts))
+        self._hat.model.train()
+        loss = total / sum(len(row.completion) for row in self._held)
+        if self._plan.early_stopping_patience is not None:
+            if self._best is None or loss < self._best.loss:
+                self._best = Best(loss, step, [parameter.detach().clone() for parameter in self._trained])
+            else:
+                self._best.num_worse += 1
+        return loss
+
+    def _is_enough(self) -> bool:
+        patience = self._plan.early_stopping_patience
+        return patience is not None and self._best is not None and self._best.num_worse >= patience
+
+    @torch.no_grad()
+    def _keep_best(self) -> None:
+        if self._best is not None:
+            for parameter, value in zip(self._trained, self._best.weights, strict=True):
+                parameter.copy_(value)
 
     def _diverged(self, number: int, rows: list[Row], what: str) -> DivergedError:
         lines = ", ".join(str(row.line) for row in sorted(rows, key=lambda row: row.line))
@@ -152,14 +242,23 @@ class Trainer:
             "or look at those lines."
         )
 
-    def _summary(self, losses: list[float], tokens: int) -> Run:
+    def _summary(self) -> Run:
+        losses, last = [step.loss for step in self.steps], self.steps[-1]
         tail = losses[-max(1, len(losses) // 10) :]
         return Run(
             steps=len(losses),
             epochs=round(len(losses) / self._per_epoch, 3),
-            seconds=self._clock() - self._began,
-            tokens=tokens,
+            seconds=last.seconds,
+            tokens=last.tokens,
             loss=sum(tail) / len(tail),
+            kept_step=self._best.step if self._best else len(losses),
             num_trained=sum(parameter.numel() for parameter in self._trained),
-            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            num_base=self._num_base,
         )
+
+
+def _checkpoint_activations(hat: Hat) -> None:
+    """Have transformers compute activations again. Raises `OptionError` where the method cannot."""
+    if not hat.can_checkpoint:
+        raise OptionError("--gradient-checkpointing cannot be used with a prefix of keys and values: leave it out.")
+    hat.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

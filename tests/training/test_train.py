@@ -4,52 +4,28 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from adapters_store.artifact import Artifact, read_folder
 from adapters_store.methods import compile_patch
 from server.model.batch import Row, Sampling
 from server.model.runner import RunnerConfig, load
-from training import cli, trainer
+from tests.training import conftest
+from tests.training.conftest import TEMPLATE, WORDS
+from training import trainer
 
-WORDS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
 BLOCKS = list(range(8))
-TEMPLATE = "Colour: {prompt}\\nFeel: {completion}"
+LORA = ("--layers", "all", "--r", 4)
 
 
-@pytest.fixture
-def command() -> Callable[..., Any]:
-    """Run `manyhats train` with flags; its result has exit_code and output."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(cli.train)
-
-    def run(*flags: object) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-            return CliRunner().invoke(app, [str(flag) for flag in flags])
-
-    return run
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    file = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"{word} {i}", "completion": feel} for word, feel in WORDS.items() for i in range(10)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-def flags(tiny_base: Path, data: Path, out: Path, *more: object) -> list[object]:
-    common = ["--base", tiny_base, "--data", data, "--eval", data, "--out", out, "--layers", "all", "--r", 4]
-    return [*common, "--template", TEMPLATE, "--batch-size", 10, *more]
+def flags(base: Path, data: Path, out: Path, *more: object) -> list[object]:
+    """Of a small LoRA."""
+    return conftest.flags(base, data, out, *LORA, *more)
 
 
 def assert_parity(artifact: Artifact, base: Path) -> None:

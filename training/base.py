@@ -1,0 +1,72 @@
+"""The base that hats are trained for: its folder, tokenizer and model, loaded frozen and in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters_store import bases
+from adapters_store.artifact import BaseRef
+from adapters_store.describe import describe
+from adapters_store.spec import BaseSpec
+from training.errors import BaseError, OptionError
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base. `name` is as the user wrote it."""
+
+    name: str
+    folder: Path
+    tokenizer: Any
+    model: Any
+
+    @cached_property
+    def spec(self) -> BaseSpec:
+        """Its sites and shapes. Ask before a method changes the model."""
+        return describe(self.model, self.name, self.identity.identity, self.folder)
+
+    @cached_property
+    def identity(self) -> bases.BaseIdentity:
+        """The digests of its architecture and weights."""
+        return bases.base_identity(self.folder)
+
+    @property
+    def ref(self) -> BaseRef:
+        """What a manifest says of it."""
+        return BaseRef(self.name, self.identity.identity, self.identity.weights)
+
+
+def load_base(name: str, device: str, cache: Path | None, say: Callable[[str], None]) -> Base:
+    """Fetch it if need be, and load it. Raises `BaseError`, and `OptionError` for a device that is not there."""
+    try:
+        folder = bases.resolve_base(name, cache or bases.default_cache(), say)
+        tokenizer, model = _load(folder)
+    except bases.BaseError as error:
+        raise BaseError(str(error)) from error
+    try:
+        base = Base(name, folder, tokenizer, model.to(device).eval().requires_grad_(False))
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    base.spec  # noqa: B018 - while the model is as it was loaded
+    return base
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseError(f"The base in {folder} cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise BaseError(f"The tokenizer in {folder} has no end-of-sequence token; an answer could not end.")
+    return tokenizer, model

@@ -1,0 +1,86 @@
+"""The methods that can be trained: each gives a frozen base trainable parameters, and says what is written of them.
+
+One line in `METHODS` registers a method. A method's options are the fields of its dataclass, in the field's words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from training.base import Base
+from training.data import Row
+from training.errors import OptionError
+from training.methods import adalora, bottleneck, lora, prefixes, prompts, relatives, scales, selective
+from training.methods.hat import Hat
+
+
+@dataclass(frozen=True)
+class Method:
+    """`make(options, base, rows)` puts the method on; `lr` is the learning rate that does well by default."""
+
+    options: type[Any]
+    make: Callable[[Any, Base, Sequence[Row]], Hat]
+    lr: float
+    is_uploadable: bool = True
+
+
+LORA, KIN = lora.LoraOptions, lora.KinOptions
+METHODS: Mapping[str, Method] = {
+    "lora": Method(LORA, lora.lora, lr=3e-3),
+    "rslora": Method(KIN, partial(lora.lora, use_rslora=True), lr=1e-3),
+    "dora": Method(LORA, partial(lora.lora, use_dora=True), lr=3e-3),
+    "pissa": Method(KIN, partial(lora.part, init="pissa_niter_16"), lr=1e-3),
+    "olora": Method(KIN, partial(lora.part, init="olora"), lr=1e-3),
+    "adalora": Method(adalora.AdaLoraOptions, adalora.adalora, lr=1e-2),
+    "vera": Method(relatives.VeraOptions, relatives.vera, lr=3e-2),
+    "loha": Method(relatives.LycorisOptions, relatives.loha, lr=3e-3),
+    "lokr": Method(relatives.LycorisOptions, relatives.lokr, lr=3e-3),
+    "miss": Method(relatives.MissOptions, relatives.miss, lr=1e-3),
+    "oft": Method(relatives.OftOptions, relatives.oft, lr=3e-3),
+    "bottleneck": Method(bottleneck.BottleneckOptions, bottleneck.bottleneck, lr=3e-3),
+    "ia3": Method(scales.IA3Options, scales.ia3, lr=1e-2),
+    "prompt_tuning": Method(prompts.PromptOptions, prompts.prompt_tuning, lr=1e-2),
+    "p_tuning": Method(prompts.PTuningOptions, prompts.p_tuning, lr=1e-3),
+    "multitask_prompt_tuning": Method(prompts.MultitaskOptions, prompts.multitask, lr=1e-2),
+    "cpt": Method(prompts.CptOptions, prompts.cpt, lr=1e-2),
+    "prefix_tuning": Method(prefixes.PrefixOptions, prefixes.prefix_tuning, lr=3e-2),
+    "cartridge": Method(prefixes.CartridgeOptions, prefixes.cartridge, lr=3e-2),
+    "bitfit": Method(selective.LayerOptions, selective.bitfit, lr=1e-2),
+    "beft": Method(selective.BiasOptions, selective.beft, lr=1e-2),
+    "ln_tuning": Method(selective.LayerOptions, selective.ln_tuning, lr=1e-2),
+    "trainable_tokens": Method(selective.TokenOptions, selective.trainable_tokens, lr=3e-3),
+    "selective": Method(selective.SelectiveOptions, selective.selective, lr=3e-4),
+    "full": Method(selective.FullOptions, selective.full, lr=1e-4, is_uploadable=False),
+}
+
+
+def method_named(name: str) -> Method:
+    """Raises `OptionError` naming those that there are."""
+    if name not in METHODS:
+        raise OptionError(f"--method {name} is not known: take one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def options_of(name: str, given: Mapping[str, Any]) -> Any:
+    """A method's options with what was given. Raises `OptionError` naming an option that the method does not read."""
+    method = method_named(name)
+    known = [field.name for field in dataclasses.fields(method.options)]
+    for option in given:
+        if option not in known:
+            reads = ", ".join(map(flag, known)) or "none of its own"
+            raise OptionError(f"{flag(option)} is not an option of --method {name}, which reads {reads}.")
+    return method.options(**given)
+
+
+def flag(name: str) -> str:
+    """An option as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def attach(name: str, options: Any, base: Base, rows: Sequence[Row]) -> Hat:
+    """Put a method on a frozen base. Raises `OptionError`."""
+    return METHODS[name].make(options, base, rows)

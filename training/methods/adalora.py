@@ -1,0 +1,96 @@
+"""AdaLoRA (arXiv:2303.10512): a LoRA by singular values, which gives ranks to the sites that need them as it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.base import Base
+from training.data import Row
+from training.errors import OptionError
+from training.methods.hat import PeftHat, put_on
+from training.methods.lora import check_rank, whole
+from training.methods.targets import where
+
+WARM, FINAL = 0.1, 0.3  # shares of the run in which no rank is taken yet, and none any more
+MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT remembers of each value's importance
+
+
+@dataclass(frozen=True)
+class AdaLoraOptions:
+    """`init_r` is each site's rank at the beginning, `target_r` the mean at the end."""
+
+    init_r: int = 12
+    target_r: int = 8
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    layers: str = "last:10"
+
+
+def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """Through PEFT. Raises `OptionError`."""
+    from peft import AdaLoraConfig
+
+    check_rank(options.init_r)
+    check_rank(options.target_r)
+    config = AdaLoraConfig(
+        init_r=options.init_r,
+        target_r=options.target_r,
+        lora_alpha=whole(options.alpha),
+        lora_dropout=options.dropout,
+        total_step=1,  # until the plan is known
+        task_type="CAUSAL_LM",
+        **where(options.target_modules, options.layers, base),
+    )
+    return AdaLoraHat(put_on(base, config))
+
+
+class AdaLoraHat(PeftHat):
+    """Its budget falls with the steps, so it must know how many there are."""
+
+    def begin(self, num_steps: int | None) -> None:
+        """Set PEFT's schedule."""
+        if num_steps is None:
+            raise OptionError("--method adalora plans its ranks by steps: give --steps or --epochs, not time alone.")
+        config = self.peft_config
+        config.total_step = num_steps
+        config.tinit, config.tfinal = int(WARM * num_steps), max(1, int(FINAL * num_steps))
+        config.deltaT = max(1, num_steps // 100)
+
+    def penalty(self) -> Tensor:
+        """How far A and B are from orthogonal, as PEFT weighs it: mean |A A^T - I| and |B^T B - I|."""
+        norms = []
+        for name, p in self.model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                square = p @ p.T if "lora_A" in name else p.T @ p
+                norms.append(torch.norm(square - torch.eye(len(square), device=p.device)))
+        penalty: Tensor = self.peft_config.orth_reg_weight * torch.stack(norms).mean()
+        return penalty
+
+    def after_step(self, number: int) -> None:
+        """Let PEFT weigh and prune."""
+        self.model.base_model.update_and_allocate(number)
+
+    def state(self) -> dict[str, Any]:
+        """The importances, and which values were kept."""
+        allocator = self.model.base_model.rankallocator
+        return {"pattern": self.peft_config.rank_pattern, **{name: dict(getattr(allocator, name)) for name in MEMORY}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.peft_config.rank_pattern = state["pattern"]
+        for name in MEMORY:
+            setattr(self.model.base_model.rankallocator, name, state[name])
+
+    @torch.no_grad()
+    def settle(self, dtype: torch.dtype) -> None:
+        """Values that were not kept are nothing."""
+        if self.peft_config.rank_pattern:
+            allocator = self.model.base_model.rankallocator
+            allocator.mask_using_rank_pattern(self.model.base_model.model, self.peft_config.rank_pattern)
+        super().settle(dtype)

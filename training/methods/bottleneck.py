@@ -1,0 +1,77 @@
+"""Bottleneck adapters: Houlsby (arXiv:1902.00751), Pfeiffer (arXiv:2005.00247), parallel (arXiv:2110.04366)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapters_store.methods.bottleneck import ACTIVATION_NAMES, PLACEMENTS
+from training.base import Base
+from training.data import Row
+from training.errors import OptionError
+from training.methods.hat import PeftHat, put_on
+from training.methods.targets import parse_layers
+
+SCALINGS = ("learned", "channel")
+
+
+@dataclass(frozen=True)
+class BottleneckOptions:
+    """`scaling` is a number, `learned` or `channel`."""
+
+    bottleneck_size: int = 48
+    placement: str = "pfeiffer"
+    non_linearity: str = "relu"
+    scaling: str = "1.0"
+    ln_before: bool = False
+    ln_after: bool = False
+    dropout: float = 0.0
+    layers: str = "last:10"
+
+
+def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """Through the tuner of ours. Raises `OptionError`."""
+    from training.methods.bottleneck_tuner import BottleneckConfig
+
+    _check(options)
+    chosen = parse_layers(options.layers, base.spec.num_layers)
+    config = BottleneckConfig(
+        bottleneck_size=options.bottleneck_size,
+        placement=options.placement,
+        non_linearity=options.non_linearity,
+        scaling=_scaling(options.scaling),
+        ln_before=options.ln_before,
+        ln_after=options.ln_after,
+        dropout=options.dropout,
+        target_modules=_sites(options.placement, chosen, base),
+        layers_to_transform=None if len(chosen) == base.spec.num_layers else chosen,
+        task_type="CAUSAL_LM",
+    )
+    return PeftHat(put_on(base, config))
+
+
+def _check(options: BottleneckOptions) -> None:
+    if options.bottleneck_size < 1:
+        raise OptionError(f"--bottleneck-size must be at least 1, not {options.bottleneck_size}.")
+    if options.placement not in PLACEMENTS:
+        raise OptionError(f"--placement {options.placement} is not known: take one of {', '.join(PLACEMENTS)}.")
+    if options.non_linearity not in ACTIVATION_NAMES:
+        known = ", ".join(ACTIVATION_NAMES)
+        raise OptionError(f"--non-linearity {options.non_linearity} is not known: take one of {known}.")
+
+
+def _scaling(text: str) -> float | str:
+    try:
+        return text if text in SCALINGS else float(text)
+    except ValueError:
+        raise OptionError(f"--scaling {text} is neither a number nor one of {', '.join(SCALINGS)}.") from None
+
+
+def _sites(placement: str, chosen: list[int], base: Base) -> list[str]:
+    """The modules that a placement wraps in the chosen layers."""
+    sites = []
+    for layer in (base.spec.layers[number] for number in chosen):
+        if layer.mlp is None:
+            raise OptionError(f"{layer.layer} of this base has no feed-forward block that is known.")
+        sites += [layer.attention, layer.mlp] if placement == "houlsby" else [layer.mlp]
+    return sites

@@ -1,0 +1,112 @@
+"""A hat in the making: a base with a method's trainable parameters, and what is written of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.base import Base
+from training.errors import OptionError
+
+NAME = "default"  # PEFT's name of the one adapter in a model
+
+
+class Hat:
+    """`model` is called as the base is; those of its parameters that require a gradient are trained.
+
+    A method whose training needs more than gradients overrides `begin`, `penalty`, `after_step`, `state` and `restore`.
+    """
+
+    can_checkpoint = True  # whether activations can be computed again instead of kept
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def begin(self, num_steps: int | None) -> None:
+        """Called once before the first step; None where time alone bounds the run. Raises `OptionError`."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to a step's loss."""
+        return None
+
+    def after_step(self, number: int) -> None:
+        """Called after step `number` (from 0), with the gradients still there."""
+
+    def state(self) -> dict[str, Any]:
+        """What a run that goes on needs beside the trained parameters: tensors, numbers, texts, lists and dicts."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take a `state` back."""
+
+    @torch.no_grad()
+    def settle(self, dtype: torch.dtype) -> None:
+        """Become what is stored: training is over, and every stored number is one of `dtype`."""
+        for tensor in (*self.trained(), *self.tensors().values()):
+            tensor.copy_(tensor.to(dtype).to(tensor.dtype))
+
+    def config(self) -> dict[str, Any]:
+        """What adapter_config.json says."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of adapter_model.safetensors, by name."""
+        raise NotImplementedError
+
+
+class PeftHat(Hat):
+    """A hat that PEFT made: `model` is a PeftModel."""
+
+    @property
+    def peft_config(self) -> Any:
+        """PEFT's config of it."""
+        return self.model.peft_config[NAME]
+
+    def config(self) -> dict[str, Any]:
+        """PEFT's config with sets as sorted lists, so that equal runs write equal bytes."""
+        config = copy.copy(self.peft_config)
+        config.inference_mode = True
+        return json.loads(json.dumps(config.to_dict(), default=sorted))  # type: ignore[no-any-return]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What PEFT would save."""
+        from peft import get_peft_model_state_dict
+
+        with quiet():
+            return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))
+
+
+def put_on(base: Base, config: Any) -> Any:
+    """The PeftModel of a config. Raises `OptionError` with PEFT's reason where it refuses."""
+    from peft import get_peft_model
+
+    with quiet():
+        try:
+            model = get_peft_model(base.model, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise OptionError(f"PEFT refuses the options of {config.peft_type.value.lower()}: {error}") from error
+    settled = model.peft_config[NAME]
+    settled.base_model_name_or_path = base.name  # as the user says it, not a path in a cache
+    for key in ("target_modules", "feedforward_modules", "exclude_modules"):
+        if isinstance(getattr(settled, key, None), set):
+            setattr(settled, key, sorted(getattr(settled, key)))
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without PEFT's warnings, which speak to those who write code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

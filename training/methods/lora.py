@@ -1,0 +1,129 @@
+"""LoRA and its nearest kin: y += s B (A x) at the linears (arXiv:2106.09685), all of them written as PEFT's LoRA.
+
+rsLoRA scales by alpha / sqrt(r) (arXiv:2312.03732), DoRA trains the rows' lengths too (arXiv:2402.09353); PiSSA and
+OLoRA begin with a part of the base's own weights (arXiv:2404.02948, 2406.01775).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.base import Base
+from training.data import Row
+from training.errors import OptionError
+from training.methods.hat import NAME, PeftHat, put_on
+from training.methods.targets import where
+
+A_END, B_END = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """What can be said of LoRA and its kin."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str = "all-linear"
+    layers: str = "last:10"
+
+
+@dataclass(frozen=True)
+class KinOptions:
+    """The same for those whose name already says how they are scaled."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    layers: str = "last:10"
+
+
+def lora(options: LoraOptions | KinOptions, base: Base, _rows: Sequence[Row], **more: Any) -> PeftHat:
+    """`more` are keys of PEFT's LoraConfig."""
+    return PeftHat(put_on(base, lora_config(options, base, **more)))
+
+
+def lora_config(options: LoraOptions | KinOptions, base: Base, **more: Any) -> Any:
+    """PEFT's LoraConfig. Raises `OptionError`."""
+    from peft import LoraConfig
+
+    check_rank(options.r)
+    return LoraConfig(
+        r=options.r,
+        lora_alpha=whole(options.alpha),
+        lora_dropout=options.dropout,
+        task_type="CAUSAL_LM",
+        **where(options.target_modules, options.layers, base),
+        **{"use_rslora": getattr(options, "use_rslora", False), **more},
+    )
+
+
+def check_rank(rank: int) -> None:
+    """Raise `OptionError` for a rank below 1."""
+    if rank < 1:
+        raise OptionError(f"--r must be at least 1, not {rank}.")
+
+
+def whole(number: float) -> float:
+    """A number as PEFT's own configs have it: an int where it is one."""
+    return int(number) if number == int(number) else number
+
+
+class PartHat(PeftHat):
+    """PiSSA and OLoRA, whose initialisation took s B0 A0 off the base's weights.
+
+    It is written as the plain LoRA [A; A0], [B, -B0] of twice the rank, which fits the base as it is.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._begun = {name: tensor.clone() for name, tensor in super().tensors().items()}
+
+    @torch.no_grad()
+    def settle(self, dtype: torch.dtype) -> None:
+        """What rounding changes of B0 A0, the base's weights get back."""
+        for name in [name for name in self._begun if name.endswith(A_END)]:
+            site = name.removesuffix(A_END)
+            layer = self.model.get_submodule(site)
+            before = self._product(site)
+            for end in (A_END, B_END):
+                self._begun[site + end] = self._begun[site + end].to(dtype).float()
+            layer.get_base_layer().weight += layer.scaling[NAME] * (before - self._product(site))
+        for parameter in self.trained():
+            parameter.copy_(parameter.to(dtype).float())
+
+    def _product(self, site: str) -> Tensor:
+        return self._begun[site + B_END] @ self._begun[site + A_END]
+
+    def config(self) -> dict[str, Any]:
+        """That of the plain LoRA: twice the rank at the same scale."""
+        config = super().config()
+        factor = math.sqrt(2) if config["use_rslora"] else 2
+        return {
+            **config,
+            "r": 2 * config["r"],
+            "lora_alpha": factor * config["lora_alpha"],
+            "init_lora_weights": True,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A below A0, and B beside -B0."""
+        return {
+            name: torch.cat([tensor, self._begun[name]])
+            if name.endswith(A_END)
+            else torch.cat([tensor, -self._begun[name]], dim=1)
+            for name, tensor in super().tensors().items()
+        }
+
+
+def part(options: KinOptions, base: Base, _rows: Sequence[Row], init: str) -> PartHat:
+    """A LoRA that begins with a part of the weights; `init` is PEFT's name of the way."""
+    return PartHat(put_on(base, lora_config(options, base, init_lora_weights=init)))

@@ -1,0 +1,97 @@
+"""Given keys and values of virtual tokens: prefix tuning (arXiv:2101.00190) and cartridges (arXiv:2506.06266).
+
+They begin as the keys and values that the base computes for a text, which the untrained prefix then stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from training.base import Base
+from training.data import Row
+from training.errors import OptionError
+from training.methods.hat import NAME, put_on
+from training.methods.prompts import EMBEDDINGS, RANDOM, PromptHat, check_num_tokens, default_text, text_ids
+
+
+@dataclass(frozen=True)
+class PrefixOptions:
+    """`prefix_projection` trains them through an MLP, from random numbers; it is folded when it is written."""
+
+    num_virtual_tokens: int = 20
+    init_text: str = ""
+    prefix_projection: bool = False
+    encoder_hidden_size: int = 256
+
+
+@dataclass(frozen=True)
+class CartridgeOptions:
+    """The first `num_frozen_tokens` stay as they begin."""
+
+    num_virtual_tokens: int = 20
+    init_text: str = ""
+    num_frozen_tokens: int = 1
+
+
+class KVHat(PromptHat):
+    """Its prefix is a cache, which transformers drops where activations are computed again."""
+
+    can_checkpoint = False
+
+
+class CartridgeHat(KVHat):
+    """PEFT keeps its frozen and its trained tokens apart."""
+
+    @torch.no_grad()
+    def settle(self, dtype: torch.dtype) -> None:
+        """Round both."""
+        self.model.prompt_encoder[NAME].load_prompt_embeddings(self.tensors()[EMBEDDINGS].to(dtype).float())
+
+
+def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[Row]) -> KVHat:
+    """Through PEFT. Raises `OptionError`."""
+    from peft import PrefixTuningConfig
+
+    if options.prefix_projection and options.init_text not in ("", RANDOM):
+        raise OptionError("--init-text cannot be had with --prefix-projection: a projection begins at random.")
+    config = PrefixTuningConfig(
+        num_virtual_tokens=options.num_virtual_tokens,
+        prefix_projection=options.prefix_projection,
+        encoder_hidden_size=options.encoder_hidden_size,
+        task_type="CAUSAL_LM",
+    )
+    text = RANDOM if options.prefix_projection else options.init_text
+    return _kv_hat(config, text, base, rows, KVHat)
+
+
+def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[Row]) -> KVHat:
+    """Through PEFT. Raises `OptionError`."""
+    from peft import CartridgeConfig
+
+    if not 0 <= options.num_frozen_tokens < options.num_virtual_tokens:
+        raise OptionError("--num-frozen-tokens must leave a virtual token to be trained.")
+    config = CartridgeConfig(
+        num_virtual_tokens=options.num_virtual_tokens,
+        num_frozen_tokens=options.num_frozen_tokens,
+        task_type="CAUSAL_LM",
+    )
+    return _kv_hat(config, options.init_text, base, rows, CartridgeHat)
+
+
+def _kv_hat(config: Any, text: str, base: Base, rows: Sequence[Row], kind: type[KVHat]) -> KVHat:
+    from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+
+    num_tokens = config.num_virtual_tokens
+    check_num_tokens(num_tokens, base)
+    if text == RANDOM:
+        return kind(put_on(base, config))
+    ids = torch.tensor([text_ids(text or default_text(base, rows), num_tokens, base)], device=base.model.device)
+    with torch.no_grad():
+        cache = base.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    model = put_on(base, config)
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=NAME, past_key_values=cache)
+    return kind(model)

@@ -1,0 +1,164 @@
+"""Selective methods: some of the base's own parameters are trained, the rest is frozen.
+
+Biases (BitFit, arXiv:2106.10199), chosen layers or modules, or all (`full`, for comparison) are written as our own
+SELECTIVE folder; norms (arXiv:2312.11420), rows of the embedding and biases that a base lacks go through PEFT.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from adapters_store.methods.common import PREFIX
+from adapters_store.methods.whole import parameters as parameters_at
+from adapters_store.spec import BaseSpec
+from training.base import Base
+from training.data import Row
+from training.errors import OptionError
+from training.methods.hat import Hat, PeftHat, put_on
+from training.methods.targets import linear_sites, sites_in
+
+SEEN = "seen"  # of --token-indices: those of the training rows
+
+
+class SelectiveHat(Hat):
+    """The base itself, with some of its parameters free."""
+
+    def __init__(self, base: Base, names: Sequence[str]) -> None:
+        super().__init__(base.model)
+        self._base_name, self._names = base.name, sorted(names)
+        for name in self._names:
+            base.model.get_parameter(name).requires_grad_(True)
+
+    def config(self) -> dict[str, Any]:
+        """Every trained parameter by its whole name."""
+        return {
+            "base_model_name_or_path": self._base_name,
+            "parameters": self._names,
+            "peft_type": "SELECTIVE",
+            "task_type": "CAUSAL_LM",
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Their new values."""
+        return {PREFIX + name: self.model.get_parameter(name).detach() for name in self._names}
+
+
+@dataclass(frozen=True)
+class SelectiveOptions:
+    """`parameters` are runs of words out of parameters' names (`bias`, `mlp.down_proj`); empty: all of the layers."""
+
+    parameters: str = ""
+    layers: str = "last:1"
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """In which layers."""
+
+    layers: str = "all"
+
+
+@dataclass(frozen=True)
+class BiasOptions:
+    """The linears that get a bias."""
+
+    target_modules: str = "all-linear"
+    layers: str = "all"
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """`token_indices` are ids and ranges (`5,9-12`), or `seen`: every token of the training rows."""
+
+    token_indices: str = SEEN
+
+
+@dataclass(frozen=True)
+class FullOptions:
+    """Nothing can be said of it."""
+
+
+def selective(options: SelectiveOptions, base: Base, _rows: Sequence[Row]) -> SelectiveHat:
+    """Chosen layers, modules or parameters in full. Raises `OptionError`."""
+    runs = [run.strip() for run in options.parameters.split(",") if run.strip()]
+    known = _parameters(base.spec)
+    for run in runs:
+        if not any(_has(name, run) for name in known):
+            raise OptionError(f"--parameters names {run!r}, which no parameter of {base.name} has in its name.")
+    found = [name for name in known if not runs or any(_has(name, run) for run in runs)]
+    return SelectiveHat(base, _some(sites_in(options.layers, found, base), options.layers))
+
+
+def bitfit(options: LayerOptions, base: Base, rows: Sequence[Row]) -> Hat:
+    """All biases; where the base has none, as llamas, every linear gets one, as BEFT writes it."""
+    biases = [name for name in _parameters(base.spec) if name.endswith(".bias")]
+    if not biases:
+        return beft(BiasOptions(layers=options.layers), base, rows)
+    return SelectiveHat(base, _some(sites_in(options.layers, biases, base), options.layers))
+
+
+def full(_options: FullOptions, base: Base, _rows: Sequence[Row]) -> SelectiveHat:
+    """Every parameter."""
+    return SelectiveHat(base, [name for name, _ in base.model.named_parameters()])
+
+
+def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """Every norm, through PEFT. Raises `OptionError`."""
+    from peft import LNTuningConfig
+
+    norms = _some(sites_in(options.layers, list(base.spec.norms), base), options.layers)
+    return PeftHat(put_on(base, LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM")))
+
+
+def beft(options: BiasOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """A bias for linears that have none, through PEFT. Raises `OptionError`."""
+    from peft import BeftConfig
+
+    sites = linear_sites(options.target_modules, options.layers, base)
+    return PeftHat(put_on(base, BeftConfig(target_modules=sites, task_type="CAUSAL_LM")))
+
+
+def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[Row]) -> PeftHat:
+    """New rows of the embedding, and of a tied head, through PEFT. Raises `OptionError`."""
+    from peft import TrainableTokensConfig
+
+    if options.token_indices == SEEN:
+        ids = sorted({token for row in rows for token in row.ids})
+    else:
+        ids = _token_ids(options.token_indices, base.spec.vocab_size)
+    config = TrainableTokensConfig(token_indices=ids, target_modules=[base.spec.embedding], task_type="CAUSAL_LM")
+    return PeftHat(put_on(base, config))
+
+
+def _token_ids(text: str, vocab_size: int) -> list[int]:
+    ids: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        if match is None:
+            raise OptionError(f"--token-indices {text!r}: write {SEEN}, or ids and ranges like 5,9-12.")
+        ids.update(range(int(match[1]), min(int(match[2] or match[1]), vocab_size) + 1))
+    if not ids or max(ids) >= vocab_size:
+        raise OptionError(f"--token-indices {text!r}: the base has the tokens 0 to {vocab_size - 1}.")
+    return sorted(ids)
+
+
+def _parameters(spec: BaseSpec) -> list[str]:
+    """The parameters that the server can replace, one name each: a tied head's weight is the embedding's."""
+    sites = [*spec.linears, *spec.norms, spec.embedding]
+    known = [f"{site}.{name}" for site in sites for name in parameters_at(spec, site)]
+    return [name for name in known if not (spec.is_tied and name == f"{spec.head}.weight")]
+
+
+def _has(name: str, run: str) -> bool:
+    return f".{run}." in f".{name}."
+
+
+def _some(found: list[str], layers: str) -> list[str]:
+    if not found:
+        raise OptionError(f"--layers {layers!r} leaves nothing to train.")
+    return found

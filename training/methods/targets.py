@@ -1,0 +1,68 @@
+"""Where a method acts: `--target-modules` and `--layers` as PEFT's configs say them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from training.base import Base
+from training.errors import OptionError
+
+ALL_LINEAR = "all-linear"
+
+
+def parse_layers(text: str, num_layers: int) -> list[int]:
+    """The layers that `all`, `last:N` or `0,4-7` name, in order. Raises `OptionError`."""
+    if text == "all":
+        return list(range(num_layers))
+    if match := re.fullmatch(r"last:(\d+)", text):
+        return list(range(max(0, num_layers - int(match[1])), num_layers))
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise OptionError(f"--layers {text!r}: write all, last:N, or numbers and ranges like 0,4-7.")
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not layers or max(layers) >= num_layers:
+        raise OptionError(f"--layers {text!r}: the base has {num_layers} layers, 0 to {num_layers - 1}.")
+    return sorted(layers)
+
+
+def names(text: str) -> list[str]:
+    """Names joined by commas, sorted. Raises `OptionError` where there is none."""
+    found = sorted({name.strip() for name in text.split(",") if name.strip()})
+    if not found:
+        raise OptionError("--target-modules names no module: write all-linear, or names like q_proj,v_proj.")
+    return found
+
+
+def linear_names(text: str, base: Base) -> list[str]:
+    """The last words of linears' names; `all-linear` is written out, as PEFT takes no choice of layers beside it."""
+    if names(text) != [ALL_LINEAR]:
+        return names(text)
+    return sorted({site.rpartition(".")[2] for site in base.spec.linears if site != base.spec.head})
+
+
+def where(target_modules: str, layers: str, base: Base) -> dict[str, Any]:
+    """`target_modules` and `layers_to_transform` of a PEFT config that has both."""
+    chosen = parse_layers(layers, base.spec.num_layers)
+    is_all = len(chosen) == base.spec.num_layers
+    return {"target_modules": linear_names(target_modules, base), "layers_to_transform": None if is_all else chosen}
+
+
+def sites_in(layers: str, sites: list[str], base: Base) -> list[str]:
+    """Those of `sites` that lie in the chosen layers; `all` keeps those in no layer too."""
+    if layers == "all":
+        return sites
+    starts = [f"{base.spec.layers[number].layer}." for number in parse_layers(layers, base.spec.num_layers)]
+    return [site for site in sites if any(site.startswith(start) for start in starts)]
+
+
+def linear_sites(target_modules: str, layers: str, base: Base) -> list[str]:
+    """Whole names of the linears, for PEFT's configs that know no layers. Raises `OptionError` where there is none."""
+    wanted = linear_names(target_modules, base)
+    sites = [site for site in base.spec.linears if any(f".{site}".endswith(f".{name}") for name in wanted)]
+    found = sites_in(layers, sites, base)
+    if not found:
+        raise OptionError(f"--target-modules {target_modules!r} with --layers {layers!r} names no linear of the base.")
+    return found
