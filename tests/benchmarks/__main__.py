@@ -168,8 +168,17 @@ def _ask_peers(
             most = max(one.num_adapters for one, _ in mine)
             with _goes_on(bench, name, progress):
                 _run(bench, name, peers[name], replace(setup, adapters=adapters[:most], scratch=folder), mine, progress)
+            if name in bench.failed:
+                _keep_logs(folder, arguments.out / name)
             shutil.rmtree(folder, ignore_errors=True)
             report.write(bench, arguments.out)
+
+
+def _keep_logs(folder: Path, into: Path) -> None:
+    """What a peer that broke said last."""
+    into.mkdir(parents=True, exist_ok=True)
+    for log in folder.rglob("*.log"):
+        shutil.copy(log, into)
 
 
 def share(peer: Peer, asked: Asked, repeat: int) -> Asked:

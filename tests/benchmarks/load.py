@@ -86,7 +86,9 @@ async def _together(
 
 @asynccontextmanager
 async def _client(url: str) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=0
+    )  # a server may close an idle one at any time
     async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S, limits=limits) as client:
         yield client
 

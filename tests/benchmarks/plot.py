@@ -99,8 +99,10 @@ def _targets(axes: Any, bench: Bench) -> None:
     lengths = [min(_distance(one), MOST_SHOWN) for one in known]
     colors = [REACHED if one.verdict == "yes" else MISSED for one in known]
     bars = axes.barh(range(len(known)), lengths, color=colors, height=0.72)
-    axes.bar_label(bars, [f"{one.shown} ({one.target.to_reach()})" for one in known], fontsize=SMALL - 1, padding=3)
-    axes.axvline(1.0, color="black", linewidth=1.0)
+    axes.axvline(1.0, color="black", linewidth=1.0, zorder=0)
+    labels = [f"{one.shown} ({one.target.to_reach()})" for one in known]
+    clear = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # over the line
+    axes.bar_label(bars, labels, fontsize=SMALL - 1, padding=4, bbox=clear)
     axes.set(title="figures to reach: measured (bound)", xlim=(0, MOST_SHOWN * 1.35), xticks=[0, 1, MOST_SHOWN])
     axes.set_xticklabels(["", "reached", ""])
     axes.set_yticks(range(len(known)), [one.target.title for one in known])
