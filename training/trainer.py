@@ -261,4 +261,4 @@ def _checkpoint_activations(hat: Hat) -> None:
     """Have transformers compute activations again. Raises `OptionError` where the method cannot."""
     if not hat.can_checkpoint:
         raise OptionError("--gradient-checkpointing cannot be used with a prefix of keys and values: leave it out.")
-    hat.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hat.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
