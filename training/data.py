@@ -1,4 +1,4 @@
-"""Data sets in, rows of token ids out: JSONL or CSV, in TRL's forms, cut at the line between prompt and completion.
+"""Data sets in, rows of token ids out: in TRL's forms, cut at the line between prompt and completion.
 
 Forms of a row (https://huggingface.co/docs/trl/dataset_formats):
 
@@ -12,17 +12,15 @@ given and the completion's are generated after them. The completion ends with th
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.errors import DataError
+from training.sources import digest_of, read_rows
 from training.template import Template
 
 _BUCKETED = 32  # batches that are sorted by length together: little padding, and still a shuffle
@@ -39,17 +37,23 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: `prompt` as text that is ready to tokenise, `line` where it begins in its file."""
+    """One row of a data set: `prompt` as text that is ready to tokenise, `line` where it begins in its `file`."""
 
     prompt: str
     completion: str
+    file: Path
     line: int
     is_chat: bool = False
+
+    @property
+    def where(self) -> str:
+        """For sentences."""
+        return f"{self.file} line {self.line}"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of one file, and the sha256 of its bytes."""
+    """The examples of a file or folder, and the sha256 of its bytes."""
 
     path: Path
     examples: tuple[Example, ...]
@@ -74,11 +78,11 @@ class Row:
 
 
 def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
-    """Read a .jsonl or .csv file whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
-    examples = tuple(_example(path, line, row, columns, template, tokenizer) for line, row in _rows(path))
+    """Read a file or folder whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
+    examples = tuple(_example(file, line, row, columns, template, tokenizer) for file, line, row in read_rows(path))
     if not examples:
         raise DataError(f"{path} has no rows.")
-    return Dataset(path, examples, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Dataset(path, examples, digest_of(path))
 
 
 def check_varied(dataset: Dataset) -> None:
@@ -105,7 +109,7 @@ def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[Row]:
     for example in dataset.examples:
         prompt = tokenizer(example.prompt, add_special_tokens=not example.is_chat)["input_ids"]
         completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        where = f"{dataset.path} line {example.line}"
+        where = example.where
         if not prompt:
             raise DataError(f"{where}: the prompt is empty; a model needs at least one token before its answer.")
         if len(prompt) + len(completion) > max_length:
@@ -131,16 +135,16 @@ def batches(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list
 def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, template: Template, tok: Any) -> Example:
     where = f"{path} line {line}"
     if columns.messages in row and columns.prompt not in row:
-        return _chat_example(where, row[columns.messages], line, template, tok)
+        return _chat_example(path, row[columns.messages], line, template, tok)
     prompt = _field(where, row, columns.prompt, "--prompt-column")
     completion = _field(where, row, columns.completion, "--completion-column")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat_example(where, [*prompt, *completion], line, template, tok)
+        return _chat_example(path, [*prompt, *completion], line, template, tok)
     for name, value in ((columns.prompt, prompt), (columns.completion, completion)):
         _check_text(where, name, value)
     if not completion.strip():
         raise DataError(f"{where}: {columns.completion!r} is empty; remove the row or give it an answer.")
-    return Example(template.prompt(prompt), template.completion(completion), line)
+    return Example(template.prompt(prompt), template.completion(completion), path, line)
 
 
 def _check_text(where: str, name: str, value: Any) -> None:
@@ -157,7 +161,8 @@ def _field(where: str, row: dict[str, Any], name: str, flag: str) -> Any:
     return row[name]
 
 
-def _chat_example(where: str, turns: Any, line: int, template: Template, tokenizer: Any) -> Example:
+def _chat_example(path: Path, turns: Any, line: int, template: Template, tokenizer: Any) -> Example:
+    where = f"{path} line {line}"
     if not template.is_plain:
         raise DataError(f"{where} is a list of turns, which the base's chat template renders: leave out --template.")
     if not isinstance(turns, list) or len(turns) < 2 or not all(_is_turn(turn) for turn in turns):
@@ -170,56 +175,8 @@ def _chat_example(where: str, turns: Any, line: int, template: Template, tokeniz
         prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     except Exception as error:
         raise DataError(f"{where}: the base's chat template refuses these turns: {error}.") from error
-    return Example(prompt, turns[-1]["content"], line, is_chat=True)
+    return Example(prompt, turns[-1]["content"], path, line, is_chat=True)
 
 
 def _is_turn(turn: Any) -> bool:
     return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    readers = {".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _jsonl_rows, ".csv": _csv_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path} must be a .jsonl or .csv file.")
-    try:
-        yield from reader(path, _text(path))
-    except csv.Error as error:
-        raise DataError(f"{path} is not CSV: {error}.") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {line} is not UTF-8: {error.reason}.") from error
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, content in enumerate(text.split("\n"), start=1):  # not splitlines(): JSON may hold U+2028
-        if not content.strip():
-            continue
-        try:
-            row = json.loads(content)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path} line {line} is not JSON: {error}. Each line must be one JSON object.") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path} line {line} is not a JSON object but {content.strip()[:40]}.")
-        yield line, row
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header = next(reader, [])
-    line = reader.line_num + 1
-    for cells in reader:
-        if cells and len(cells) != len(header):
-            raise DataError(f"{path} line {line} has {len(cells)} cells, the header has {len(header)}.")
-        if cells:
-            yield line, dict(zip(header, cells, strict=True))
-        line = reader.line_num + 1  # lines may be blank, and a quoted cell may span some

@@ -1,0 +1,150 @@
+"""Files of rows: JSONL, CSV, and the folders of Hugging Face's `datasets`.
+
+A folder is what `save_to_disk` wrote (of a `DatasetDict` the split `train`), or what the hub holds: files of rows, of
+which those of the split `train` are taken where names say splits. Arrow and Parquet files need the package pyarrow.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from training.errors import DataError
+
+Numbered = Iterator[tuple[int, dict[str, Any]]]
+SPLIT = "train"
+
+
+def read_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """Rows with their file and the line (in Arrow and Parquet the row) of it that they begin at. Raises `DataError`."""
+    for file in files_of(path):
+        try:
+            for line, row in READERS[file.suffix.lower()](file):
+                yield file, line, row
+        except csv.Error as error:
+            raise DataError(f"{file} is not CSV: {error}.") from error
+
+
+def digest_of(path: Path) -> str:
+    """sha256 over the bytes of the files."""
+    digest = hashlib.sha256()
+    for file in files_of(path):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or the files of a folder's rows. Raises `DataError`."""
+    if path.is_dir():
+        return _files_in(path)
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path} must be a folder of a data set, or a file that ends with {', '.join(READERS)}.")
+    return [path]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        if SPLIT not in splits:
+            raise DataError(f"{folder} has no split {SPLIT!r}: name the folder of one of {', '.join(splits)}.")
+        return _files_in(folder / SPLIT)
+    if (folder / "state.json").is_file():  # save_to_disk, whose other files are not rows
+        named = json.loads((folder / "state.json").read_text())["_data_files"]
+        return [folder / Path(entry["filename"]).name for entry in named]
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS and file.is_file())
+    files = [file for file in found if file.name not in NO_ROWS]
+    of_split = [file for file in files if file.name.startswith(SPLIT) or file.parent.name == SPLIT]
+    if not files:
+        raise DataError(f"{folder} has no file that ends with {', '.join(READERS)}.")
+    return of_split or files
+
+
+NO_ROWS = {"dataset_info.json", "dataset_infos.json"}
+
+
+def _text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path} line {line} is not UTF-8: {error.reason}.") from error
+
+
+def _jsonl_rows(path: Path) -> Numbered:
+    for line, content in enumerate(_text(path).split("\n"), start=1):  # not splitlines(): JSON may hold U+2028
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path} line {line} is not JSON: {error}. Each line must be one JSON object.") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path} line {line} is not a JSON object but {content.strip()[:40]}.")
+        yield line, row
+
+
+def _csv_rows(path: Path) -> Numbered:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    header = next(reader, [])
+    line = reader.line_num + 1
+    for cells in reader:
+        if cells and len(cells) != len(header):
+            raise DataError(f"{path} line {line} has {len(cells)} cells, the header has {len(header)}.")
+        if cells:
+            yield line, dict(zip(header, cells, strict=True))
+        line = reader.line_num + 1  # lines may be blank, and a quoted cell may span some
+
+
+def _arrow_rows(path: Path) -> Numbered:
+    """`datasets` writes Arrow's stream form; labels that are numbers become the names that its features give them."""
+    try:
+        pa, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(
+            f"{path} needs the package pyarrow: pip install pyarrow, or write the data set as JSONL with to_json()."
+        ) from None
+    try:
+        table = parquet.read_table(path) if path.suffix == ".parquet" else pa.ipc.open_stream(path).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"Cannot read {path}: {str(error).splitlines()[0]}.") from error
+    names = _label_names(table.schema.metadata or {})
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield (
+            number,
+            {key: names[key][value] if _is_label(value, names.get(key)) else value for key, value in row.items()},
+        )
+
+
+def _label_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Column -> names, of the columns that are `ClassLabel`s."""
+    said = json.loads(metadata.get(b"huggingface", b"{}"))
+    features = said.get("info", {}).get("features", {})
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+
+
+def _is_label(value: Any, names: list[str] | None) -> bool:
+    return names is not None and isinstance(value, int) and 0 <= value < len(names)
+
+
+READERS: Mapping[str, Callable[[Path], Numbered]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _jsonl_rows,
+    ".csv": _csv_rows,
+    ".arrow": _arrow_rows,
+    ".parquet": _arrow_rows,
+}
