@@ -14,6 +14,7 @@ def draw(steps: Sequence[Step], title: str) -> bytes:
     """A PNG of the loss and the learning rate by steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,6 +31,7 @@ def draw(steps: Sequence[Step], title: str) -> bytes:
     loss.legend(frameon=False)
     rate.plot(numbers, [step.lr for step in steps], color="C2", **style)
     rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rate.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (loss, rate):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from training.base import Base, load_base
 from training.checkpoint import Checkpoint
 from training.curves import draw
 from training.data import Columns, Dataset, Row, check_varied, hold_out, read_dataset, tokenise
-from training.errors import OptionError
+from training.errors import DivergedError, OptionError
 from training.evaluate import Scores, choices_of, evaluate, parity
 from training.memory import PeakMemory
 from training.methods import METHODS, attach, options_of
@@ -201,7 +201,11 @@ def _train(trainer: Trainer, checkpoint: Checkpoint, job: Job, show: Show, proce
             if processes.is_main and step.number % job.plan.save_steps == 0:
                 checkpoint.save(trainer.state())
 
-        return trainer.run(on_step)
+        try:
+            return trainer.run(on_step)
+        except DivergedError:
+            checkpoint.remove()  # it would diverge again
+            raise
 
 
 def _server_name(method: str, hat: Hat) -> str:

@@ -51,9 +51,9 @@ class Plan:
         return min([*limits, *([] if self.steps is None else [self.steps])], default=None)
 
     def lr_at(self, progress: float) -> float:
-        """The learning rate at a share [0, 1] of the run: up during `warmup`, then linearly down to `floor` of `lr`."""
+        """The rate at a share [0, 1] of the run: from `floor` of `lr` up during `warmup`, then linearly down again."""
         if progress < self.warmup:
-            return self.lr * progress / self.warmup
+            return self.lr * max(progress / self.warmup, self.floor)
         done = (min(progress, 1.0) - self.warmup) / max(1.0 - self.warmup, 1e-9)
         return self.lr * (1.0 - (1.0 - self.floor) * done)
 

@@ -20,6 +20,7 @@ from tests.training.conftest import TEMPLATE, WORDS
 from training import trainer
 
 BLOCKS = list(range(8))
+NUM_PARAMETERS = 94_912  # of the tiny llama
 LORA = ("--layers", "all", "--r", 4)
 
 
@@ -131,6 +132,12 @@ BAD = {
     "one class": ('{"prompt": "a", "completion": "b"}\n' * 3, "nothing to learn"),
     "no rows": ("\n", "no rows"),
     "too long": (json.dumps({"prompt": "a" * 2000, "completion": "b"}) + "\n", "over the limit of 1024"),
+    "not text": ('{"prompt": "a", "completion": 3}\n', "line 1: 'completion' must be text, not 3"),
+    "no answer": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}\n',
+        "line 1: the last",
+    ),
+    "no turns": ('{"messages": "a"}\n', "line 1: turns must be a list"),
     "half a character": ('{"prompt": "\\ud800", "completion": "b"}\n', "line 1: 'prompt' holds half of a character"),
 }
 
@@ -140,7 +147,8 @@ def test_bad_data_is_a_sentence_that_names_the_line(kind: str, tiny_base: Path, 
     """What cannot be trained on is one sentence that names its line, exit code 1, and no artifact."""
     text, sentence = BAD[kind]
     (tmp_path / "data.jsonl").write_text(text)
-    result = command(*flags(tiny_base, tmp_path / "data.jsonl", tmp_path / "out", "--steps", 1))
+    plain = ["--template", ""] if "messages" in text else []
+    result = command(*flags(tiny_base, tmp_path / "data.jsonl", tmp_path / "out", "--steps", 1, *plain))
     assert result.exit_code == 1
     assert sentence in " ".join(result.output.split())
     assert not list(tmp_path.glob("*out*"))
@@ -224,10 +232,54 @@ def test_a_full_disk_leaves_no_half_artifact(
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_full_disk_at_a_checkpoint(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
+    """A disk that is really full (what is written goes to /dev/full) ends the run in a sentence; nothing remains."""
+    (tmp_path / ".out.checkpoint.new").symlink_to("/dev/full")
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 2, "--save-steps", 1))
+    assert result.exit_code == 1 and "the checkpoint cannot be written" in " ".join(result.output.split())
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_diverged_leaves_no_checkpoint(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose loss is no number would only fail again: its checkpoint goes with it."""
+    real, calls = trainer.label_logits, list[int]()
+
+    def third_is_nan(model: Any, batch: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(model, batch) * (torch.nan if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(trainer, "label_logits", third_is_nan)
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 5, "--save-steps", 1))
+    assert result.exit_code == 1 and "step 3" in result.output
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_log_and_curves_lie_beside_the_artifact(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
+    """A line of JSON a step, with the evaluation loss where it was taken, and a picture of both; facts."""
+    result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 6, "--eval-steps", 3))
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert {"loss", "lr", "progress", "seconds", "tokens"} <= lines[0].keys()
+    picture = (tmp_path / "out" / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+    manifest = read_folder(tmp_path / "out").manifest
+    assert manifest is not None
+    facts = manifest.training
+    assert facts["peak_memory_bytes"] >= facts["base_memory_bytes"] > 0
+    assert facts["trained_share"] == pytest.approx(facts["trained_parameters"] / NUM_PARAMETERS, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
         (["--lr", "0"], "--lr must be"),
+        (["--save-steps", "0"], "--save-steps must be"),
+        (["--eval-steps", "0"], "--eval-steps must be"),
+        (["--precision", "int8"], "--precision must be"),
+        (["--bottleneck-size", "8"], "--bottleneck-size is not an option of --method lora, which reads --r, --alpha"),
         (["--method", "nonsense"], "--method nonsense"),
         (["--layers", "9"], "--layers"),
         (["--r", "0"], "--r must be"),
