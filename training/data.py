@@ -77,6 +77,16 @@ class Row:
         return self.ids[self.num_prompt :]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What is trained and scored on."""
+
+    train: Dataset
+    held: Dataset
+    train_rows: list[Row]
+    held_rows: list[Row]
+
+
 def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
     """Read a file or folder whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
     examples = tuple(_example(file, line, row, columns, template, tokenizer) for file, line, row in read_rows(path))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,11 @@ from safetensors.torch import save
 from adapters_store.artifact import FILES, FORMAT_VERSION, Artifact, Manifest, write_folder
 from adapters_store.errors import ArtifactError
 from adapters_store.methods import compile_patch, method_of
+from training import facts
 from training.base import Base, load_base
 from training.checkpoint import Checkpoint
 from training.curves import draw
-from training.data import Columns, Dataset, Row, check_varied, hold_out, read_dataset, tokenise
+from training.data import Columns, Dataset, Rows, check_varied, hold_out, read_dataset, tokenise
 from training.errors import DivergedError, OptionError
 from training.evaluate import Scores, choices_of, evaluate, parity
 from training.memory import PeakMemory
@@ -69,16 +68,6 @@ class Done:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What is trained and scored on."""
-
-    train: Dataset
-    held: Dataset
-    train_rows: list[Row]
-    held_rows: list[Row]
-
-
 def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     """Train, and write the artifact; None for a process that is not the main one.
 
@@ -87,42 +76,56 @@ def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     options = _check(job)
     base = load_base(job.base, processes.device(job.device), job.cache, show.say)
     rows = _rows(job, base)
-    checkpoint = Checkpoint(job.out, _identity(job, options, base, rows))
+    checkpoint = Checkpoint(job.out, facts.identity(job, options, base, rows))
     _check_checkpoint(job, checkpoint, show)
-    choices = choices_of(rows.train_rows, rows.held_rows)
-    before = _score(base.model, rows, choices, show, "scoring the base") if processes.is_main else None
+    before = _score(base.model, rows, show, "scoring the base") if processes.is_main else None
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
-    torch.manual_seed(job.plan.seed)
-    hat = attach(job.method, options, base, rows.train_rows)
-    if METHODS[job.method].is_uploadable:
-        _check_form(hat, base)
+    hat = _attach(job, options, base, rows)
     memory = PeakMemory(base.model.device)
-    trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, _dtype(job.precision, base))
+    dtype = _dtype(job.precision, base)
+    trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype)
     run = _train(trainer, checkpoint, job, show, processes)
-    peak = memory.peak()
-    if before is None:
-        processes.wait()
-        return None
-    hat.settle(DTYPES[job.save_dtype])  # score and prove what is stored, not what was trained
-    after = _score(hat.model, rows, choices, show, "scoring the adapter")
+    done = None
+    if before is not None:
+        training = facts.of_run(job, options, rows, run, (memory.base, memory.peak()), processes.size)
+        done = _finish(job, base, hat, rows, before, training, trainer.steps, run, show)
+        checkpoint.remove()
+    processes.wait()
+    return done
+
+
+def _finish(
+    job: Job,
+    base: Base,
+    hat: Hat,
+    rows: Rows,
+    before: Scores,
+    training: dict[str, Any],
+    steps: Sequence[Step],
+    run: Run,
+    show: Show,
+) -> Done:
+    """Score and prove what is stored, not what was trained, and write it."""
+    hat.settle(DTYPES[job.save_dtype])
+    after = _score(hat.model, rows, show, "scoring the adapter")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         method=_server_name(job.method, hat),
         base=base.ref,
         prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
         parity=parity(hat.model, rows.held_rows, base.tokenizer.eos_token_id),
-        training=_facts(job, options, rows, run, (memory.base, peak), processes),
-        evaluation={
-            "data": rows.held.path.name,
-            "sha256": rows.held.digest,
-            "before": _scores(before),
-            "after": _scores(after),
-        },
+        training=training,
+        evaluation=facts.of_scores(rows, before, after),
     )
-    num_bytes = _write(job, hat, manifest, trainer.steps)
-    checkpoint.remove()
-    processes.wait()
-    return Done(run, before, after, num_bytes)
+    return Done(run, before, after, _write(job, hat, manifest, steps))
+
+
+def _attach(job: Job, options: Any, base: Base, rows: Rows) -> Hat:
+    torch.manual_seed(job.plan.seed)
+    hat = attach(job.method, options, base, rows.train_rows)
+    if METHODS[job.method].is_uploadable:
+        _check_form(hat, base)
+    return hat
 
 
 def _check(job: Job) -> Any:
@@ -168,7 +171,8 @@ def _check_checkpoint(job: Job, checkpoint: Checkpoint, show: Show) -> None:
         )
 
 
-def _score(model: Any, rows: Rows, choices: Any, show: Show, what: str) -> Scores:
+def _score(model: Any, rows: Rows, show: Show, what: str) -> Scores:
+    choices = choices_of(rows.train_rows, rows.held_rows)
     with show.bar(what, len(rows.held_rows)) as more:
         return evaluate(model, rows.held_rows, choices, on_rows=more)
 
@@ -213,58 +217,6 @@ def _server_name(method: str, hat: Hat) -> str:
     if not METHODS[method].is_uploadable:
         return method
     return method_of(Artifact(hat.config(), {}, None, "", 0)).name
-
-
-def _identity(job: Job, options: Any, base: Base, rows: Rows) -> dict[str, Any]:
-    """All that the weights depend on, as JSON has it."""
-    named: dict[str, Any] = {
-        "--method": job.method,
-        **{f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(options).items()},
-        **{f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(job.plan).items()},
-        "--precision": job.precision,
-        "base": base.identity.identity,
-        "--data": rows.train.digest,
-        "--eval": rows.held.digest,
-        "--template": dataclasses.asdict(job.template),
-        "rows": [len(rows.train_rows), sum(len(row.ids) for row in rows.train_rows)],
-    }
-    return json.loads(json.dumps(named))  # type: ignore[no-any-return]
-
-
-def _facts(
-    job: Job, options: Any, rows: Rows, run: Run, memory: tuple[int, int], processes: Processes
-) -> dict[str, Any]:
-    """What people want to know of a run; sizes in bytes, times in seconds."""
-    return {
-        "method": job.method,
-        "data": rows.train.path.name,
-        "data_sha256": rows.train.digest,
-        "num_rows": len(rows.train_rows),
-        "options": dataclasses.asdict(options),
-        "plan": dataclasses.asdict(job.plan),
-        "precision": job.precision,
-        "num_processes": processes.size,
-        "steps": run.steps,
-        "kept_step": run.kept_step,
-        "epochs": run.epochs,
-        "seconds": round(run.seconds, 2),
-        "tokens_per_second": round(run.tokens / max(run.seconds, 1e-9), 1),
-        "loss": round(run.loss, 5),
-        "trained_parameters": run.num_trained,
-        "trained_share": round(run.num_trained / run.num_base, 6),
-        "base_memory_bytes": memory[0],
-        "peak_memory_bytes": memory[1],
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "torch": str(torch.__version__),
-        "machine": platform.machine(),
-    }
-
-
-def _scores(scores: Scores) -> dict[str, Any]:
-    return {
-        name: round(value, 5) if isinstance(value, float) else value
-        for name, value in dataclasses.asdict(scores).items()
-    }
 
 
 def _write(job: Job, hat: Hat, manifest: Manifest, steps: Sequence[Step]) -> int:
