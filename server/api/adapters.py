@@ -101,7 +101,7 @@ def prove(front: Front, folder: Path) -> Proved:
     """Check a PEFT folder for form, finiteness, method, base, shapes and size. Raises `ArtifactError`."""
     ready = front.ready()
     artifact = read_folder(folder)
-    patch = compile_patch(artifact, ready.spec, Room(ready.slot_bytes, ready.item_bytes))
+    patch = compile_patch(artifact, ready.spec, Room(ready.max_adapter_bytes, ready.item_bytes))
     _check_virtual(patch, ready)
     is_named = artifact.manifest is not None
     checks = {

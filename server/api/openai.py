@@ -243,6 +243,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "completion_tokens": answer.num_completion,
         "total_tokens": answer.num_prompt + answer.num_completion,
         "prompt_tokens_details": {"cached_tokens": answer.usage()["cached_tokens"]},
+        "virtual_tokens": answer.usage()["virtual_tokens"],
     }
 
 

@@ -22,7 +22,7 @@ def fake_ready(**fields: Any) -> Ready:
         "spec": replace(BaseSpec("fake", "0" * 64, "FakeForCausalLM", 512, 32, 2, 512, linears), **of_spec),
         "eos_token_ids": [0],
         "max_sequence_tokens": 512,
-        "slot_bytes": 2**20,
+        "max_adapter_bytes": 2**20,
         "item_bytes": ItemBytes(),
         "precision": "fp32",
         "load_seconds": 0.0,

@@ -151,7 +151,7 @@ class Ready(msgspec.Struct, tag=True):
     spec: BaseSpec
     eos_token_ids: list[int]
     max_sequence_tokens: int
-    slot_bytes: int
+    max_adapter_bytes: int  # on the device and in host memory
     item_bytes: ItemBytes
     precision: str
     load_seconds: float

@@ -85,7 +85,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         spec=loaded.spec,
         eos_token_ids=loaded.eos_token_ids,
         max_sequence_tokens=engine.max_sequence_tokens,
-        slot_bytes=config.slot_bytes,
+        max_adapter_bytes=min(config.slot_bytes, config.host_bytes),
         item_bytes=loaded.bank.kept.item_bytes,
         precision=loaded.precision,
         load_seconds=loaded.load_seconds,

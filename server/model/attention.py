@@ -22,7 +22,6 @@ from server.model.kernels import attention
 from server.model.kernels.vector import PANEL
 
 NAME = "manyhats"
-TILE = 16  # most queries a tile: K/V blocks are reused from cache, and two cores still balance over 3 kv heads
 
 
 class UnsupportedBaseError(Exception):
@@ -37,8 +36,8 @@ def whole_panels(size: int) -> int:
 class KVCache:
     """Blocks of keys and values, in one dtype on one device.
 
-    Per layer keys [num_blocks, kv heads, dim, width], whose positions lie side by side, and values [num_blocks, kv heads,
-    block_size, depth]: width and depth are block_size and the values' dim in whole panels.
+    Per layer keys [num_blocks, kv heads, dim, width], whose positions lie side by side, and values [num_blocks,
+    kv heads, block_size, depth]: width and depth are block_size and the values' dim in whole panels.
     """
 
     def __init__(self, shapes: list[KVShape], num_blocks: int, block_size: int, like: Tensor) -> None:
@@ -88,6 +87,10 @@ class PagedBatch:
     tiles: NDArray[np.int64]  # [n, 5] = sequence, kv head, first token, number of tokens, first position
     bounds: NDArray[np.int64]  # [threads + 1] the tiles of each thread
 
+    def arrays(self) -> tuple[NDArray[np.int64], ...]:
+        """What the kernel of attention takes of it."""
+        return self.token_blocks, self.token_offsets, self.block_table, self.tiles, self.bounds
+
 
 def page(rows: list[Row], cache: KVCache, num_kv_heads: int, num_threads: int) -> PagedBatch:
     """Lay the rows of a step out for the attention."""
@@ -109,9 +112,9 @@ def _balance(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Cut the queries into tiles, and deal them to the threads, heaviest first, to the least loaded."""
     tiles = [
-        (sequence, head, first + done, min(TILE, count - done), start + done)
+        (sequence, head, first + done, min(attention.MAX_TOKENS, count - done), start + done)
         for sequence, (first, count, start) in enumerate(spans)
-        for done in range(0, count, TILE)
+        for done in range(0, count, attention.MAX_TOKENS)
         for head in range(num_kv_heads)
     ]
     hands: list[list[tuple[int, ...]]] = [[] for _ in range(num_threads)]
@@ -132,6 +135,10 @@ class Manner:
     window: int = 0
     cap: float = 0.0
 
+    def numbers(self) -> tuple[np.float32, int, np.float32]:
+        """As the kernels take them."""
+        return np.float32(self.scaling), self.window, np.float32(self.cap)
+
 
 def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
     """Store k and v, and attend: qkv [T, heads * d + kv heads * (d + d_v)] -> [T, heads, d_v].
@@ -144,21 +151,13 @@ def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor,
     out = qkv.new_empty(len(qkv), num_heads(qkv, shape), shape.value_dim)
     attention.attend(
         qkv.numpy(),
-        out.shape[1],
-        shape.key_dim,
         cos.numpy(),
         sin.numpy(),
         cache.keys[layer].numpy(),
         cache.values[layer].numpy(),
         cache.block_size,
-        batch.token_blocks,
-        batch.token_offsets,
-        batch.block_table,
-        batch.tiles,
-        batch.bounds,
-        np.float32(manner.scaling),
-        manner.window,
-        np.float32(manner.cap),
+        *batch.arrays(),
+        manner.numbers(),
         out.numpy(),
     )
     return out
@@ -198,7 +197,10 @@ def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, si
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first dimensions of x [T, heads, d], halves against each other (arXiv:2104.09864), by cos, sin [T, turned]."""
+    """Turn the first dimensions of x [T, heads, d] by cos, sin [T, turned], halves against each other (RoPE).
+
+    arXiv:2104.09864.
+    """
     turned, rest = x[..., : cos.shape[1]], x[..., cos.shape[1] :]
     left, right = turned.chunk(2, -1)
     turned = turned * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,12 @@ class SlotBank:
         self.virtual: list[tuple[int, int, int, int]] = []  # slot, first of its embeddings, how many, first token
         self.stream = torch.empty(0)  # of the layer that is being computed, where a branch reads it
         self.max_rank = 1
+        self.is_plain = True  # hats add nothing but branches and biases to linear layers, in this step
+        self._others = [
+            site
+            for site, name in enumerate(self.sites.names)
+            if not self.sites.is_linear[site] and name != spec.embedding
+        ]
         self._groups: dict[tuple[str, ...], Group] = {}
         self._members = self._firsts = np.zeros(0, np.int64)  # sites of all groups, and where each group begins there
         self._has_kernels = kernels.serve(device, kept.others)
@@ -159,7 +166,9 @@ class SlotBank:
         """Tell every group what acts at it in this step."""
         sizes = self.table[:, :, np.unique(self.tokens.slots), SIZE]
         self.max_rank = int(sizes[BRANCH].max(initial=1))
-        acts = np.logical_or.reduceat((sizes != 0).any(-1)[:, self._members], self._firsts, 1)
+        acts = (sizes != 0).any(-1)
+        self.is_plain = not acts[:, self._others].any() and not acts[[SCALE_IN, SCALE_OUT, DELTA]].any()
+        acts = np.logical_or.reduceat(acts[:, self._members], self._firsts, 1)
         for group, mine in zip(self._groups.values(), acts.T.tolist(), strict=True):
             group.acts = tuple(mine)
 
@@ -240,6 +249,12 @@ class SlotBank:
                     alone = wear([(((slot, weight),), span.stop - span.start)])
                     self._deltas(x[span], change, (0, len(ids)), alone, self.table[ROWS, site])
                     y[span, ids] += change
+
+    def worn(self) -> tuple[Any, ...]:
+        """What a plain step's tokens wear, as `kernels.decoder` takes it."""
+        tokens = self.tokens
+        of_bank = self.addresses, self.table[BRANCH], self.table[BIAS], self.max_rank, self._unit
+        return tokens.tiles, tokens.slots, tokens.weights, *of_bank
 
     def _branches(self, group: Group, x: Tensor, y: Tensor, worn: Worn) -> None:
         stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from adapters_store.bases import base_identity
 from adapters_store.describe import describe, linears
@@ -17,13 +18,13 @@ from server.model.attention import KVCache, PagedBatch, Probe, UnsupportedBaseEr
 from server.model.bank import SlotBank
 from server.model.batch import Row
 from server.model.fused import Fuser, Seen
-from server.model.linear import HatLinear, choose_product, has_halves
+from server.model.linear import HatLinear, choose_product, has_halves, rounded
 from server.model.packed import Kept
 from server.model.sites import SiteHooks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
-PROOF_TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}  # of the largest logit's magnitude
+PROOF_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit's magnitude
 
 
 @dataclass
@@ -62,6 +63,8 @@ def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
     """
     model = _load_model(folder, compute_dtype(precision, device), device)
     spec = describe(model, name, base_identity(folder).identity, folder)
+    if torch.device(device).type == "cpu":
+        _round(model, precision)
     try:
         with torch.inference_mode():
             return _instrument(model, spec, precision, device)
@@ -85,6 +88,14 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
+def _round(model: nn.Module, precision: str) -> None:
+    """Give every linear layer the weight that its product keeps, so that the proof is of the arithmetic alone."""
+    for linear in linears(model).values():
+        is_turned = isinstance(linear, Conv1D)
+        kept_of = rounded(linear.weight.detach().T if is_turned else linear.weight.detach(), precision)
+        linear.weight = nn.Parameter(kept_of.T if is_turned else kept_of, requires_grad=False)
+
+
 def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base:
     """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
     proof = Proof(model)
@@ -92,7 +103,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
     model.set_attn_implementation(attention.NAME)
     probe, seen = Probe(), Seen()
     hooks = SiteHooks(model, spec)
-    parts = [site for layer in spec.layers for site in (layer.attention, layer.mlp) if site]
+    parts = [site for layer in spec.layers for site in (layer.layer, layer.attention, layer.mlp) if site]
     with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * PROOF_TOKENS):
         proof.run(model, probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
@@ -105,7 +116,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
         setattr(model.get_submodule(parent), child, HatLinear([linear], pack, bank, [site], linear is head))
-    proof.compare(proof.run(model, paged), spec.architecture, precision)
+    proof.compare(proof.run(model, paged), spec.architecture, compute_dtype(precision, device))
     return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model))
 
 
@@ -154,10 +165,10 @@ class Proof:
         rows = [Row(row.tolist(), 0, [index]) for index, row in enumerate(self.tokens)]
         return page(rows, cache, cache.shapes[0].num_kv_heads, torch.get_num_threads())
 
-    def compare(self, logits: Tensor, architecture: str, precision: str) -> None:
+    def compare(self, logits: Tensor, architecture: str, dtype: torch.dtype) -> None:
         """Raises `UnsupportedBaseError` where the logits are not those of the stock model."""
         gap = ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
-        if not gap <= PROOF_TOLERANCE[precision]:
+        if not gap <= PROOF_TOLERANCE[dtype]:
             raise UnsupportedBaseError(
                 f"{architecture} computes other logits in this server than in transformers "
                 f"(largest relative gap {gap:.2g}): it does something that is not passed to the attention interface"

@@ -1,7 +1,7 @@
 """Parts of a decoder layer that are computed as one: norms, gated feed-forward blocks, attention with its projections.
 
-Architectures that have such a part have it under the same names. A part is replaced only where it gives, for inputs that
-the stock part saw, what the stock part gave; everything else stays as transformers has it.
+Architectures that have such a part have it under the same names. A part is replaced only where it gives, for inputs
+that the stock part saw, what the stock part gave; everything else stays as transformers has it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from transformers.activations import ACT2FN
 from server.model import attention, kernels
 from server.model.attention import Manner, PagedBatch
 from server.model.bank import SlotBank
-from server.model.kernels import layers
+from server.model.kernels import decoder, layers
 from server.model.linear import HatLinear, Packer, pack_torch
 
 TOLERANCE = 1e-5  # of the largest magnitude, where everything is fp32
 COARSE_TOLERANCE = 2e-2
+Maker = Callable[[str, Packer], nn.Module]  # the part for a site, its products packed so
 
 
 class RMSNorm(nn.Module):
@@ -95,11 +96,62 @@ class Attention(nn.Module):
         return self.out(attended.flatten(1)[None]), None
 
 
+class WholeLayer:
+    """The forward of a layer whose parts are fused, h + attention(norm(h)), then h + mlp(norm(h)), as one kernel.
+
+    Where hats do more than add branches and biases to linear layers, the stock forward calls the parts: these use the
+    same kernels, so that the results are the same bits.
+    """
+
+    def __init__(self, layer: Any, bank: SlotBank) -> None:
+        self.stock, self.bank, self.attention = layer.forward, bank, layer.self_attn
+        parts = layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.constants: tuple[Any, ...] = (
+            tuple(norm.weight.numpy() for norm in norms),
+            tuple(np.float32(norm.eps) for norm in norms),
+            tuple(part.product.arrays for part in parts),
+            tuple(part.group.sites for part in parts),
+            tuple(part.group.columns for part in parts),
+            layer.mlp.gate,
+        )
+
+    def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        paged: PagedBatch = kwargs["paged"]
+        if not self.bank.is_plain:
+            return self.stock(hidden_states, **kwargs)  # type: ignore[no-any-return]
+        cache, layer = paged.cache, self.attention.layer_idx
+        shape, turned = cache.shapes[layer], None if self.attention.is_turned else 0
+        out = decoder.decoder_layer(
+            hidden_states[0].numpy(),
+            *self.constants,
+            tuple(turn[0, :, :turned].numpy() for turn in kwargs["position_embeddings"]),
+            (
+                cache.keys[layer].numpy(),
+                cache.values[layer].numpy(),
+                cache.block_size,
+                int(self.attention.qkv.group.columns[1]) // shape.key_dim,
+                shape.value_dim,
+            ),
+            paged.arrays(),
+            self.attention.manner.numbers(),
+            self.bank.worn(),
+            torch.get_num_threads(),
+        )
+        return torch.from_numpy(out)[None]
+
+
+def _is_whole(layer: Any) -> bool:
+    """Whether all parts of a layer are fused, and there are no others."""
+    kinds = {"self_attn": Attention, "mlp": GatedMLP, "input_layernorm": RMSNorm, "post_attention_layernorm": RMSNorm}
+    return {name: type(child) for name, child in layer.named_children()} == kinds and layer.mlp.gate is not None
+
+
 @dataclass
 class Seen:
-    """What modules were called with in one forward of the stock model, and what they answered."""
+    """What modules were called with in one forward of the stock model."""
 
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=dict)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
     @contextmanager
     def watching(self, model: nn.Module, sites: list[str]) -> Iterator[None]:
@@ -114,8 +166,8 @@ class Seen:
                 handle.remove()
 
     def _note(self, site: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.calls[site] = args, kwargs, output
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            self.calls[site] = args, kwargs
 
         return hook
 
@@ -132,40 +184,55 @@ class Fuser:
     paged: PagedBatch
 
     def fuse(self) -> None:
-        """Every part of every layer that can be, and the norms."""
-        for site, norm in self.bank.spec.norms.items():
-            self._replace(site, [lambda stock, _pack, offset=norm.offset: RMSNorm(stock, offset)])
+        """Every norm, and every part of every layer, that can be."""
+        for site in self.bank.spec.norms:
+            self._replace(site, self._norm)
         for layer in self.bank.spec.layers:
             if layer.mlp is not None and _has_linears(self._stock(layer.mlp), "gate_proj", "up_proj", "down_proj"):
-                self._replace(layer.mlp, [lambda stock, pack, at=layer.mlp: GatedMLP(stock, at, self.bank, pack)])
-            stock = self._stock(layer.attention)
-            if _has_linears(stock, "q_proj", "k_proj", "v_proj", "o_proj"):
-                self._replace(layer.attention, [self._attention(layer.attention, turned) for turned in (True, False)])
+                self._replace(layer.mlp, self._mlp)
+            if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
+                self._replace(layer.attention, self._attention(is_turned=True), self._attention(is_turned=False))
+            if kernels.serve(self.bank.device, self.bank.kept.others) and _is_whole(self._stock(layer.layer)):
+                self._join(layer.layer)
 
     def _stock(self, site: str) -> Any:
         return self.model.get_submodule(site)
 
-    def _attention(self, site: str, is_turned: bool) -> Callable[[Any, Packer], nn.Module]:
-        return lambda stock, pack: Attention(
-            stock, site, self.bank, pack, self.manners[int(stock.layer_idx)], is_turned
-        )
+    def _norm(self, site: str, _pack: Packer) -> nn.Module:
+        return RMSNorm(self._stock(site), self.bank.spec.norms[site].offset)
 
-    def _replace(self, site: str, kinds: list[Callable[[Any, Packer], nn.Module]]) -> None:
+    def _mlp(self, site: str, pack: Packer) -> nn.Module:
+        return GatedMLP(self._stock(site), site, self.bank, pack)
+
+    def _attention(self, is_turned: bool) -> Maker:
+        def make(site: str, pack: Packer) -> nn.Module:
+            stock = self._stock(site)
+            return Attention(stock, site, self.bank, pack, self.manners[int(stock.layer_idx)], is_turned)
+
+        return make
+
+    def _replace(self, site: str, *makers: Maker) -> None:
         """By the first kind of part that computes what the stock part does."""
-        stock = self._stock(site)
-        for make in kinds:
-            if site in self.seen.calls and self._is_equal(site, stock, make):
+        for make in makers:
+            if site in self.seen.calls and self._is_equal(site, make):
                 parent, _, child = site.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, make(stock, self.pack))
+                setattr(self.model.get_submodule(parent), child, make(site, self.pack))
                 return
 
-    def _is_equal(self, site: str, stock: nn.Module, make: Callable[[Any, Packer], nn.Module]) -> bool:
-        args, kwargs, _ = self.seen.calls[site]
+    def _join(self, site: str) -> None:
+        """One call for the whole layer, if that computes what the layer's fused parts do."""
+        layer = self._stock(site)
+        whole = WholeLayer(layer, self.bank)
+        if self._is_equal(site, lambda _site, _pack: whole):
+            layer.forward = whole
+
+    def _is_equal(self, site: str, make: Callable[[str, Packer], Callable[..., Any]]) -> bool:
+        args, kwargs = self.seen.calls[site]
         if "paged" in kwargs:
             kwargs = {**kwargs, "paged": self.paged}
-        wanted = _tensor(stock(*args, **kwargs))
+        wanted = _tensor(self._stock(site)(*args, **kwargs))
         try:
-            got = _tensor(make(stock, pack_torch)(*args, **kwargs))
+            got = _tensor(make(site, pack_torch)(*args, **kwargs))
         except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
             return False  # it has the names of such a part, but is another
         tolerance = TOLERANCE if wanted.dtype == torch.float32 else COARSE_TOLERANCE
@@ -180,4 +247,5 @@ def _has_linears(module: Any, *names: str) -> bool:
 
 
 def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor

@@ -1,14 +1,15 @@
 """The base's linear layers: weights packed for the machine, then whatever the batch's hats add.
 
-How a product is computed is chosen in one place, `choose_product`: on CPU by the kernels, with weights in the precision's
-bits and arithmetic in fp32, so that a row's result is the same to the last bit whatever it is computed beside;
-elsewhere by torch's own linear in the precision's type.
+How a product is computed is chosen in one place, `choose_product`: on CPU by the kernels, with weights in the
+precision's bits and arithmetic in fp32, so that a row's result is the same to the last bit whatever it is computed
+beside; elsewhere by torch's own linear in the precision's type.
 """
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import llvmlite.binding
 import numpy as np
@@ -30,6 +31,26 @@ INT8_MAX = 127
 NONE = np.empty(0, np.float32)
 
 
+def rounded(weight: Tensor, precision: str) -> Tensor:
+    """What a product on the CPU keeps of a weight [out, in]. Raises `UnsupportedBaseError` where it does not fit."""
+    if precision == "fp16":
+        largest = weight.abs().max().item()
+        if not largest <= FP16_MAX:
+            raise UnsupportedBaseError(
+                f"a weight of {largest:g} does not fit 16 bits; serve this base with --precision fp32"
+            )
+        return weight.half().float()
+    if precision == "int8":
+        scales = _scales(weight)
+        return (weight / scales).round() * scales
+    return weight
+
+
+def _scales(weight: Tensor) -> Tensor:
+    """[out, 1]: the largest magnitude of each output, over 127."""
+    return weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
+
+
 def pack_torch(weight: Tensor, bias: Tensor | None) -> Product:
     """torch's own linear: any device, any dtype; the slow twin of the others."""
     return lambda x: nn.functional.linear(x, weight, bias)
@@ -41,19 +62,14 @@ def pack_fp32(weight: Tensor, bias: Tensor | None) -> Product:
 
 
 def pack_fp16(weight: Tensor, bias: Tensor | None) -> Product:
-    """The weight in 16 bits. Raises `UnsupportedBaseError` where it does not fit."""
-    largest = weight.abs().max().item()
-    if not largest <= FP16_MAX:
-        raise UnsupportedBaseError(
-            f"a weight of {largest:g} does not fit 16 bits; serve this base with --precision fp32"
-        )
+    """The weight in 16 bits."""
     return _pack(_panels(weight.half()).view(np.uint16), bias, len(weight))
 
 
 def pack_int8(weight: Tensor, bias: Tensor | None) -> Product:
-    """The weight in 8 bits with a scale per output, which is its largest magnitude over 127."""
-    scales = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
-    return _pack(_panels((weight / scales[:, None]).round().to(torch.int8)), bias, len(weight), scales)
+    """The weight in 8 bits with a scale per output."""
+    scales = _scales(weight)
+    return _pack(_panels((weight / scales).round().to(torch.int8)), bias, len(weight), scales[:, 0])
 
 
 def _panels(weight: Tensor) -> NDArray[np.generic]:
@@ -62,6 +78,20 @@ def _panels(weight: Tensor) -> NDArray[np.generic]:
     whole = torch.zeros(-(-size_out // PANEL) * PANEL, size_in, dtype=weight.dtype)
     whole[:size_out] = weight
     return whole.view(-1, PANEL, size_in).transpose(1, 2).contiguous().numpy()
+
+
+@dataclass(frozen=True)
+class PackedProduct:
+    """x [..., in] -> [..., out] by the kernel; `arrays` are what it takes: panels, start, scales, bias."""
+
+    size_out: int
+    arrays: tuple[NDArray[np.generic], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        out = rows.new_empty(len(rows), self.size_out)
+        product(rows.numpy(), *self.arrays, out.numpy(), torch.get_num_threads())
+        return out.view(*x.shape[:-1], self.size_out)
 
 
 def _pack(panels: NDArray[np.generic], bias: Tensor | None, size_out: int, scales: Tensor | None = None) -> Product:
@@ -73,13 +103,7 @@ def _pack(panels: NDArray[np.generic], bias: Tensor | None, size_out: int, scale
     elif bias is not None:
         start[:size_out] = bias.numpy()
 
-    def run(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = rows.new_empty(len(rows), size_out)
-        product(rows.numpy(), panels, start, factors, added, out.numpy(), torch.get_num_threads())
-        return out.view(*x.shape[:-1], size_out)
-
-    return run
+    return PackedProduct(size_out, (panels, start, factors, added))
 
 
 PACKERS: dict[str, Packer] = {"fp32": pack_fp32, "fp16": pack_fp16, "int8": pack_int8}

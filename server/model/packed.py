@@ -1,7 +1,7 @@
 """A patch in the layout of a slot: one flat buffer at true sizes, and a table that says where what lies.
 
-The host copy has the layout of the device's, so that filling a slot is one copy. Matrices may be kept in fewer bits than
-what is computed with; vectors and prefixes never are.
+The host copy has the layout of the device's, so that filling a slot is one copy. Matrices may be kept in fewer bits
+than what is computed with; vectors and prefixes never are.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Kept:
 class Packed:
     """A patch in the slot's layout.
 
-    `entries` has a row for each primitive: kind, site, offset in bytes, size, flags. At a branch's offset lie A [r, in] and
-    B transposed [r, out]; with flags then d [r], u [out], and (gamma, beta) of each norm. Elsewhere lies the primitive's
-    one tensor; of a prefix its embeddings, or layer by layer keys and values.
+    `entries` has a row for each primitive: kind, site, offset in bytes, size, flags. At a branch's offset lie A [r, in]
+    and B transposed [r, out]; with flags then d [r], u [out], and (gamma, beta) of each norm. Elsewhere lies the
+    primitive's one tensor; of a prefix its embeddings, or layer by layer keys and values.
     """
 
     digest: str
@@ -101,7 +101,7 @@ class Packed:
 
 
 def pack(patch: Patch, sites: Sites, kept: Kept) -> Packed:
-    """Lay a patch out, in host memory. Raises `ValueError` for two of a kind at one site, or a value that does not fit."""
+    """Lay a patch out, in host memory. Raises `ValueError` for two of a kind at a site and values that do not fit."""
     entries: dict[tuple[int, int], tuple[int, ...]] = {}
     parts: list[Tensor] = []
     row_ids: dict[int, Tensor] = {}

@@ -14,7 +14,7 @@ Hats = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class Worn:
-    """tiles [n, 4] = (first row, number of rows, first hat, last hat + 1), hats as (slots, weights); bare rows have none."""
+    """tiles [n, 4] = (first row, number of rows, first hat, last hat + 1), but for bare rows; hats: slots, weights."""
 
     num_rows: int
     tiles: NDArray[np.int64]

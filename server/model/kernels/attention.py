@@ -12,10 +12,11 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from server.model.kernels.product import at, multiply_wide
+from server.model.kernels.product import at, multiply
 from server.model.kernels.threads import FASTMATH
 from server.model.kernels.vector import PANEL
 
+MAX_TOKENS = 16  # of a tile: blocks are reused from cache, and two threads still balance over three kv heads
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LOG2_E = np.float32(1.4426950408889634)
 LOWEST_EXPONENT = np.float32(-126.0)
@@ -65,56 +66,64 @@ def _soften(scores, first, last, top_sum, out):
     top_sum[1] = top_sum[1] * shrink + total
 
 
-@njit(cache=True)
-def _attend_tile(
-    queries, group, keys, values, blocks, block_size, position, head, window, softcap, sums, scores, top_sum
-):
-    """Sums [rows, d_v] of queries [rows, d], `group` rows a position from `position` on, over blocks of one kv head.
+@njit(inline="always")
+def _seen(position, base, block_size, window):
+    """The part [first, last) of the block that begins at position `base` that a query at `position` sees."""
+    first = max(0, position - window + 1 - base) if window > 0 else 0
+    return first, min(block_size, position + 1 - base)
 
-    Stale positions of a recycled block are never multiplied, not even by zero: they may hold another's NaN.
+
+@njit(cache=True)
+def _score(queries, keys, softcap, scores):
+    """scores [rows, width] = queries [rows, d] keys [d, width], soft-capped; those of stale positions nobody reads."""
+    (rows, dim), width = queries.shape, keys.shape[1]
+    scores[:] = np.float32(0.0)
+    out = at(scores)
+    multiply(rows, width // PANEL, at(queries), at(keys), out, out, (dim, dim, width, width, width, PANEL, 0), queries)
+    if softcap > 0:
+        for r in range(rows):
+            for p in range(width):
+                scores[r, p] = softcap * np.tanh(scores[r, p] / softcap)
+
+
+@njit(cache=True)
+def _fold(scores, rows, first, last, values, sums):
+    """sums [rows, depth] += scores [rows, first : last] values [first : last, depth]."""
+    width, depth = scores.shape[1], values.shape[1]
+    steps = (last - first, width, depth, depth, depth, PANEL, 0)
+    multiply(
+        rows, depth // PANEL, at(scores) + 4 * first, at(values) + 4 * first * depth, at(sums), at(sums), steps, sums
+    )
+
+
+@njit(cache=True)
+def _attend_tile(queries, group, keys, values, blocks, block_size, position, window, softcap, sums, scores, top_sum):
+    """Sums [rows, depth] of queries [rows, d], `group` rows a position from `position` on, over a sequence's blocks.
+
+    keys, values are those of one kv head. Stale positions of a recycled block are never multiplied, not even by zero:
+    they may hold another's NaN.
     """
-    rows, dim = queries.shape
-    count = rows // group
-    width, depth = keys.shape[3], values.shape[3]
+    count = queries.shape[0] // group
     sums[:] = np.float32(0.0)
     top_sum[:, 0] = NEGATIVE_INFINITY
     top_sum[:, 1] = np.float32(0.0)
-    zeros = np.zeros(width, np.float32)
     lowest = max(0, position - window + 1) if window > 0 else 0
     for b in range(lowest // block_size, (position + count - 1) // block_size + 1):
-        k, v = keys[blocks[b], head], values[blocks[b], head]
-        base = b * block_size
-        multiply_wide(
-            rows, width // PANEL, at(queries), dim, at(k), width, PANEL, dim,
-            at(zeros), 0, at(scores), width, queries,
-        )  # fmt: skip
-        if softcap > 0:
-            for r in range(rows):
-                for p in range(width):
-                    scores[r, p] = softcap * np.tanh(scores[r, p] / softcap)
-        is_whole = True
+        k, v, base = keys[blocks[b]], values[blocks[b]], b * block_size
+        _score(queries, k, softcap, scores)
+        is_whole = True  # all queries see all of the block
         for n in range(count):
-            first = max(0, position + n - window + 1 - base) if window > 0 else 0
-            last = min(block_size, position + n + 1 - base)
-            if first > 0 or last < block_size:
-                is_whole = False
+            first, last = _seen(position + n, base, block_size, window)
+            is_whole = is_whole and first == 0 and last == block_size
             for r in range(n * group, (n + 1) * group if first < last else n * group):
                 _soften(scores[r], first, last, top_sum[r], sums[r])
         if is_whole:
-            multiply_wide(
-                rows, depth // PANEL, at(scores), width, at(v), depth, PANEL, block_size,
-                at(sums), depth, at(sums), depth, queries,
-            )  # fmt: skip
+            _fold(scores, count * group, 0, block_size, v, sums)
             continue
         for n in range(count):
-            first = max(0, position + n - window + 1 - base) if window > 0 else 0
-            last = min(block_size, position + n + 1 - base)
+            first, last = _seen(position + n, base, block_size, window)
             if first < last:
-                out = at(sums) + 4 * n * group * depth
-                multiply_wide(
-                    group, depth // PANEL, at(scores) + 4 * (n * group * width + first), width,
-                    at(v) + 4 * first * depth, depth, PANEL, last - first, out, depth, out, depth, queries,
-                )  # fmt: skip
+                _fold(scores[n * group :], group, first, last, v, sums[n * group :])
 
 
 @njit(fastmath=FASTMATH, cache=True)
@@ -128,52 +137,59 @@ def _rotate(vector, cos, sin, factor, out):
         out[i] = factor * vector[i]
 
 
+@njit(cache=True)
+def _store(qkv, first_key, cos, sin, keys, values, block, offset, num_values, turned):
+    """Write the keys, turned, and the values of one token, qkv [heads * d + kv heads * (d + d_v)]."""
+    num_kv_heads, dim = keys.shape[1], keys.shape[2]
+    first_value = first_key + num_kv_heads * dim
+    for h in range(num_kv_heads):
+        _rotate(qkv[first_key + h * dim : first_key + (h + 1) * dim], cos, sin, np.float32(1.0), turned)
+        for i in range(dim):
+            keys[block, h, i, offset] = turned[i]
+        for i in range(num_values):
+            values[block, h, offset, i] = qkv[first_value + h * num_values + i]
+
+
+@njit(cache=True)
+def _gather(qkv, first, cos, sin, scaling, group, queries):
+    """queries [count * group, d]: those of one kv head's group of count tokens, turned and scaled."""
+    dim = queries.shape[1]
+    for n in range(qkv.shape[0]):
+        for g in range(group):
+            query = qkv[n, first + g * dim : first + (g + 1) * dim]
+            _rotate(query, cos[n], sin[n], scaling, queries[n * group + g])
+
+
 @njit(parallel=True, cache=True)
 def attend(
-    qkv, num_heads, dim, cos, sin, keys, values, block_size, token_blocks, token_offsets, block_table, tiles, bounds,
-    scaling, window, softcap, out,
-):  # fmt: skip
+    qkv, cos, sin, keys, values, block_size, token_blocks, token_offsets, block_table, tiles, bounds, manner, out
+):
     """Store keys and values of a step's tokens, and attend: out [T, heads, d_v].
 
-    qkv [T, heads * d + kv heads * (d + d_v)]: queries, keys, values. cos, sin [T, rotated d] turn queries and keys;
-    [T, 0] turns none. keys [blocks, kv heads, d, width] have positions side by side, values [blocks, kv heads, width,
-    depth]: width and depth are the block's size and d_v, rounded up to whole panels. tiles [n, 5] = (sequence, kv head,
-    first token, number of tokens, first position); thread t takes tiles[bounds[t] : bounds[t + 1]], balanced by the caller.
-    window and softcap 0 are none.
+    qkv [T, heads * d + kv heads * (d + d_v)]: queries, keys, values. cos, sin [T, turned] turn queries and keys; [T, 0]
+    turn none. keys and values are as `KVCache` has them. tiles [n, 5] = (sequence, kv head, first token, number of
+    tokens, first position); thread t takes tiles[bounds[t] : bounds[t + 1]], balanced by the caller. manner =
+    (scaling, window, softcap); window and softcap 0 are none.
     """
-    num_kv_heads = keys.shape[1]
-    group, num_values = num_heads // num_kv_heads, out.shape[2]
-    first_key, first_value = num_heads * dim, (num_heads + num_kv_heads) * dim
+    num_kv_heads, dim, num_values = keys.shape[1], keys.shape[2], out.shape[2]
+    group, (scaling, window, softcap) = out.shape[1] // num_kv_heads, manner
     for t in prange(qkv.shape[0]):
-        block, offset = token_blocks[t], token_offsets[t]
         turned = np.empty(dim, np.float32)
-        for h in range(num_kv_heads):
-            _rotate(qkv[t, first_key + h * dim : first_key + (h + 1) * dim], cos[t], sin[t], np.float32(1.0), turned)
-            for i in range(dim):
-                keys[block, h, i, offset] = turned[i]
-            for i in range(num_values):
-                values[block, h, offset, i] = qkv[t, first_value + h * num_values + i]
+        first_key = group * num_kv_heads * dim
+        _store(qkv[t], first_key, cos[t], sin[t], keys, values, token_blocks[t], token_offsets[t], num_values, turned)
     for thread in prange(bounds.shape[0] - 1):
-        most = 1
-        for index in range(bounds[thread], bounds[thread + 1]):
-            most = max(most, tiles[index, 3] * group)
+        most = MAX_TOKENS * group
         queries, sums = np.empty((most, dim), np.float32), np.empty((most, values.shape[3]), np.float32)
         scores, top_sum = np.empty((most, keys.shape[3]), np.float32), np.empty((most, 2), np.float32)
         for index in range(bounds[thread], bounds[thread + 1]):
             sequence, head, token, count, position = tiles[index]
-            rows = count * group
-            for n in range(count):
-                for g in range(group):
-                    q = (head * group + g) * dim
-                    _rotate(
-                        qkv[token + n, q : q + dim], cos[token + n], sin[token + n], scaling, queries[n * group + g]
-                    )
+            rows, span = count * group, slice(token, token + count)
+            _gather(qkv[span], head * group * dim, cos[span], sin[span], scaling, group, queries)
             _attend_tile(
-                queries[:rows], group, keys, values, block_table[sequence], block_size, position, head, window, softcap,
-                sums[:rows], scores[:rows], top_sum[:rows],
+                queries[:rows], group, keys[:, head], values[:, head], block_table[sequence], block_size, position,
+                window, softcap, sums[:rows], scores[:rows], top_sum[:rows],
             )  # fmt: skip
-            for n in range(count):
-                for g in range(group):
-                    inverse = np.float32(1.0) / top_sum[n * group + g, 1]
-                    for i in range(num_values):
-                        out[token + n, head * group + g, i] = sums[n * group + g, i] * inverse
+            for r in range(rows):
+                inverse = np.float32(1.0) / top_sum[r, 1]
+                for i in range(num_values):
+                    out[token + r // group, head * group + r % group, i] = sums[r, i] * inverse

@@ -2,8 +2,8 @@
 
 A step's rows come in tiles: neighbours that wear the same, so that what is read of a patch serves all of them. A row's
 result depends on its own patches alone (see `vector`). The slow twins in plain torch are the formulas of
-`adapters_store.patch`, as `bank.apply_reference` applies them. `unit` is an empty array of the type that matrices are kept
-in; everything else of a patch is fp32.
+`adapters_store.patch`, as `bank.apply_reference` applies them. `unit` is an empty array of the type that matrices are
+kept in; everything else of a patch is fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray, njit, prange, types
 from numba.extending import intrinsic
 
-from server.model.kernels.product import at, multiply_wide
+from server.model.kernels.product import at, multiply
 from server.model.kernels.threads import FASTMATH
 from server.model.kernels.vector import PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, widened
 
@@ -72,7 +72,7 @@ def _down(rows, x, x_stride, a, k, rank, t, t_stride, unit):
 @njit(cache=True)
 def _up(rows, t, t_stride, b, rank, n, y, y_stride, unit):
     """y [rows, n] += t [rows, rank] B, where B [rank, n]; addresses and strides in items."""
-    multiply_wide(rows, n // PANEL, t, t_stride, b, n, PANEL, rank, y, y_stride, y, y_stride, unit)
+    multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0), unit)
     for r in range(rows if n % PANEL else 0):
         out = carray(_float_pointer(y + 4 * r * y_stride), (n,))
         left = carray(_float_pointer(t + 4 * r * t_stride), (rank,))
@@ -98,6 +98,14 @@ def _activate(t, activation):
             t[j] = np.tanh(v)
 
 
+@njit(cache=True)
+def _layer_norms(h, h_stride, norm, out, out_stride, rows, size):
+    """Rows of out from rows of h, by (gamma, beta) at `norm`."""
+    for r in range(rows):
+        row, normed = _view(h + 4 * r * h_stride, size), _view(out + 4 * r * out_stride, size)
+        _layer_norm(row, _view(norm, size), _view(norm + 4 * size, size), normed)
+
+
 @njit(fastmath=FASTMATH, cache=True)
 def _layer_norm(h, gamma, beta, out):
     """out = gamma (h - mean) / sqrt(variance + eps) + beta; all [size]."""
@@ -114,41 +122,51 @@ def _layer_norm(h, gamma, beta, out):
 
 
 @njit(cache=True)
-def _branch(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, unit):
-    """y += weight N(U act(D M(h) + d) + u) for rows of h and y; laid out as `packed` says; t [rows, rank] is room."""
-    a, b = address, address + rank * size_in * unit.itemsize
-    if flags == 0:  # a LoRA
-        _down(rows, h, h_stride, a, size_in, rank, at(t), t.shape[1], unit)
-        for r in range(rows):
-            for j in range(rank):
-                t[r, j] *= weight
-        _up(rows, at(t), t.shape[1], b, rank, size_out, y, y_stride, unit)
-        return
+def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, weight, t, unit):
+    """y += weight B (A h) for rows of h and y; t [rows, rank] is room."""
+    b = address + rank * size_in * unit.itemsize
+    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], unit)
+    for r in range(rows):
+        for j in range(rank):
+            t[r, j] *= weight
+    _up(rows, at(t), t.shape[1], b, rank, size_out, y, y_stride, unit)
+
+
+@njit(cache=True)
+def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, unit):
+    """y += weight N(U act(D M(h) + d) + u) for rows of h and y; t [rows, rank] is room."""
     d = address + _aligned(rank * (size_in + size_out) * unit.itemsize)
     u = d + 4 * rank
     norms = u + 4 * size_out
     if flags & NORM_BEFORE:
         normed = np.empty((rows, size_in), np.float32)
-        gamma, beta = _view(norms, size_in), _view(norms + 4 * size_in, size_in)
-        for r in range(rows):
-            _layer_norm(_view(h + 4 * r * h_stride, size_in), gamma, beta, normed[r])
+        _layer_norms(h, h_stride, norms, at(normed), size_in, rows, size_in)
         norms += 8 * size_in
-        _down(rows, at(normed), size_in, a, size_in, rank, at(t), t.shape[1], unit)
-    else:
-        _down(rows, h, h_stride, a, size_in, rank, at(t), t.shape[1], unit)
+        h, h_stride = at(normed), size_in
+    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], unit)
     down_bias, change = _view(d, rank), np.empty((rows, size_out), np.float32)
     for r in range(rows):
         for j in range(rank):
             t[r, j] += down_bias[j]
         _activate(t[r, :rank], flags & ACTIVATION)
         change[r] = _view(u, size_out)
-    _up(rows, at(t), t.shape[1], b, rank, size_out, at(change), size_out, unit)
+    up, out = address + rank * size_in * unit.itemsize, at(change)
+    _up(rows, at(t), t.shape[1], up, rank, size_out, out, size_out, unit)
+    if flags & NORM_AFTER:
+        _layer_norms(out, size_out, norms, out, size_out, rows, size_out)
     for r in range(rows):
-        if flags & NORM_AFTER:
-            _layer_norm(change[r], _view(norms, size_out), _view(norms + 4 * size_out, size_out), change[r])
-        out = _view(y + 4 * r * y_stride, size_out)
+        row = _view(y + 4 * r * y_stride, size_out)
         for o in range(size_out):
-            out[o] += weight * change[r, o]
+            row[o] += weight * change[r, o]
+
+
+@njit(cache=True)
+def _add(rows, bias, weight, y, y_stride):
+    """y += weight bias for rows of y."""
+    for r in range(rows):
+        out = _view(y + 4 * r * y_stride, bias.shape[0])
+        for o in range(bias.shape[0]):
+            out[o] += weight * bias[o]
 
 
 @njit(parallel=True, cache=True)
@@ -170,9 +188,7 @@ def branches(x, stream, y, columns, sites, tiles, hat_slots, hat_weights, addres
                 slot, weight = hat_slots[hat], hat_weights[hat]
                 if not is_late and biases[site, slot, SIZE] > 0:
                     bias = _view(addresses[slot] + biases[site, slot, OFFSET], size_out)
-                    for r in range(rows):
-                        for o in range(size_out):
-                            y[first + r, columns[part] + o] += weight * bias[o]
+                    _add(rows, bias, weight, y_at, width)
                 rank, flags = table[site, slot, SIZE], table[site, slot, FLAGS]
                 if rank == 0 or (flags & OF_OUTPUT > 0) != (is_late > 0):
                     continue
@@ -182,12 +198,17 @@ def branches(x, stream, y, columns, sites, tiles, hat_slots, hat_weights, addres
                 elif flags & OF_STREAM:
                     h, h_stride, size_in = at(stream) + 4 * first * stream.shape[1], stream.shape[1], stream.shape[1]
                 address = addresses[slot] + table[site, slot, OFFSET]
-                _branch(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, unit)
+                if flags:
+                    _bottleneck(
+                        rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, unit
+                    )
+                else:
+                    _low_rank(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, weight, t, unit)
 
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True)
 def scale(y, first_column, last_column, tiles, hat_slots, hat_weights, addresses, table):
-    """y [T, size] *= 1 + weight (v - 1) for each of a row's hats, in some columns; table [slots, 3] = (offset, size, 0)."""
+    """y [T, size] *= 1 + weight (v - 1) for each of a row's hats, in some columns; table [slots, 3]: where."""
     for index in prange(tiles.shape[0]):
         tile = tiles[index]
         for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
@@ -202,7 +223,7 @@ def scale(y, first_column, last_column, tiles, hat_slots, hat_weights, addresses
 
 @njit(parallel=True, cache=True)
 def deltas(x, y, first_column, last_column, tiles, hat_slots, hat_weights, addresses, table, unit):
-    """y [T, out] += weight dW x for each of a row's hats, in some columns; dW [out, in] at table [slots, 3] = (offset, size, 0).
+    """y [T, out] += weight dW x for each of a row's hats, in some columns, dW [out, in]; table as for `scale`.
 
     A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
     """

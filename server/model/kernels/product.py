@@ -22,6 +22,7 @@ from server.model.kernels.vector import (
 )
 
 ROWS = 6
+AHEAD = 4096  # bytes: a product that streams its weight from memory is then as fast as from cache (see README, Figures)
 BLOCK = 96  # rows whose x stays in the second cache while all panels go by
 
 
@@ -32,25 +33,37 @@ def at(array):
 
 
 @njit(cache=True)
-def multiply(rows, x, x_stride, w, w_step, k, start, start_stride, out, out_stride, unit):
-    """`tile` of one panel for 1 to 6 rows; addresses and strides in items."""
+def _one_panel(rows, x, w, start, out, steps, unit):
+    """`tile` of one panel for 1 to 6 rows."""
     if rows == 6:
-        tile_6x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+        tile_6x1(x, w, start, out, steps, unit)
     elif rows == 5:
-        tile_5x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+        tile_5x1(x, w, start, out, steps, unit)
     elif rows == 4:
-        tile_4x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+        tile_4x1(x, w, start, out, steps, unit)
     elif rows == 3:
-        tile_3x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+        tile_3x1(x, w, start, out, steps, unit)
     elif rows == 2:
-        tile_2x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+        tile_2x1(x, w, start, out, steps, unit)
     else:
-        tile_1x1(x, x_stride, w, w_step, 0, k, start, start_stride, out, out_stride, unit)
+        tile_1x1(x, w, start, out, steps, unit)
 
 
 @njit(cache=True)
-def multiply_wide(rows, panels, x, x_stride, w, w_step, w_panel, k, start, start_stride, out, out_stride, unit):
-    """`tile` for any number of rows and of panels, which lie w_panel items after each other."""
+def _few_rows(rows, x, w, start, out, steps, unit):
+    """`tile` of 4 panels for 1 row, of 2 for 2 or 3 rows."""
+    if rows == 1:
+        tile_1x4(x, w, start, out, steps, unit)
+    elif rows == 2:
+        tile_2x2(x, w, start, out, steps, unit)
+    else:
+        tile_3x2(x, w, start, out, steps, unit)
+
+
+@njit(cache=True)
+def multiply(rows, panels, x, w, start, out, steps, unit):
+    """`tile` for any number of rows and of panels."""
+    _k, x_stride, start_stride, out_stride, _w_step, w_panel, _ahead = steps
     parts = (rows + ROWS - 1) // ROWS
     for part in range(parts):
         first, few = rows * part // parts, rows * (part + 1) // parts - rows * part // parts
@@ -63,24 +76,11 @@ def multiply_wide(rows, panels, x, x_stride, w, w_step, w_panel, k, start, start
         while panel < panels:
             w_at, move = w + panel * w_panel * unit.itemsize, 4 * panel * PANEL
             if few > 3 or panel + group > panels:
-                multiply(
-                    few, x_at, x_stride, w_at, w_step, k, start_at + move, start_stride, out_at + move, out_stride, unit
-                )
+                _one_panel(few, x_at, w_at, start_at + move, out_at + move, steps, unit)
                 panel += 1
-                continue
-            if few == 1:
-                tile_1x4(
-                    x_at, x_stride, w_at, w_step, w_panel, k, start_at + move, start_stride, out_at + move, out_stride, unit
-                )  # fmt: skip
-            elif few == 2:
-                tile_2x2(
-                    x_at, x_stride, w_at, w_step, w_panel, k, start_at + move, start_stride, out_at + move, out_stride, unit
-                )  # fmt: skip
             else:
-                tile_3x2(
-                    x_at, x_stride, w_at, w_step, w_panel, k, start_at + move, start_stride, out_at + move, out_stride, unit
-                )  # fmt: skip
-            panel += group
+                _few_rows(few, x_at, w_at, start_at + move, out_at + move, steps, unit)
+                panel += group
 
 
 @njit(parallel=True, cache=True)
@@ -91,6 +91,7 @@ def product(x, weight, start, scales, bias, out, threads):
     """
     m, k = x.shape
     n, size = out.shape[1], k * PANEL
+    steps = (k, k, 0, n, PANEL, size, AHEAD)
     for thread in prange(threads):
         low, high = weight.shape[0] * thread // threads, weight.shape[0] * (thread + 1) // threads
         full = min(high, n // PANEL)  # the last panel may be wider than what is left of out
@@ -102,11 +103,11 @@ def product(x, weight, start, scales, bias, out, threads):
             for p in range(low, full, step):
                 w_at = at(weight) + p * size * weight.itemsize
                 move = 4 * p * PANEL
-                multiply_wide(rows, step, x_at, k, w_at, PANEL, size, k, at(start) + move, 0, out_at + move, n, weight)
+                multiply(rows, step, x_at, w_at, at(start) + move, out_at + move, steps, weight)
             if full < high:
                 w_at = at(weight) + full * size * weight.itemsize
                 begin = at(start) + 4 * full * PANEL
-                multiply_wide(rows, 1, x_at, k, w_at, PANEL, size, k, begin, 0, at(rest), PANEL, weight)
+                multiply(rows, 1, x_at, w_at, begin, at(rest), (k, k, 0, PANEL, PANEL, size, AHEAD), weight)
                 out[row : row + rows, full * PANEL :] = rest[:rows, : n - full * PANEL]
             for r in range(row, row + rows if scales.shape[0] else row):
                 for c in range(low * PANEL, min(n, high * PANEL)):

@@ -15,6 +15,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 8
@@ -60,6 +61,14 @@ class _Emit:
         function = known or ir.Function(self.builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
         return self.builder.call(function, [a, b, c])
 
+    def prefetch(self, address: Any) -> None:
+        """Ask for a line of memory that will be read soon."""
+        name, byte, number = "llvm.prefetch.p0", ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
+        to_read, to_keep, data = number(0), number(3), number(1)
+        self.builder.call(function, [self.builder.inttoptr(address, byte), to_read, to_keep, data])
+
     def total(self, vector: Any) -> Any:
         """The sum of a vector's lanes, as a tree."""
         parts = [self.builder.extract_element(vector, ir.IntType(32)(lane)) for lane in range(LANES)]
@@ -93,17 +102,16 @@ def _tile(rows: int, panels: int) -> Any:
     at_vector = [(column * LANES // PANEL, column * LANES % PANEL) for column in range(num_vectors)]
 
     @intrinsic
-    def tile(
-        _typing: Any, x: Any, x_stride: Any, w: Any, w_step: Any, w_panel: Any, k: Any, start: Any, start_stride: Any,
-        out: Any, out_stride: Any, unit: Any,
-    ) -> Any:  # fmt: skip
-        """out[r, c] = start[r, c] + sum over i < k of x[r, i] w[i, c], in order of i; addresses and strides in items.
+    def tile(_typing: Any, x: Any, w: Any, start: Any, out: Any, steps: Any, unit: Any) -> Any:
+        """out[r, c] = start[r, c] + sum over i < k of x[r, i] w[i, c], in order of i. x, w, start, out are addresses.
 
-        Row i of a panel lies w_step items after the row before it, a panel w_panel items after the one before.
+        `steps`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel to
+        panel; and how many bytes ahead w is asked for: one stream of reads alone does not fill the way to memory.
         """
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            x, x_stride, w, w_step, w_panel, k, start, start_stride, out, out_stride, _ = args
+            x, w, start, out, steps, _ = args
+            k, x_stride, start_stride, out_stride, w_step, w_panel, ahead = cgutils.unpack_tuple(builder, steps)
             emit, cells = _Emit(builder, unit), [(row, column) for row in range(rows) for column in range(num_vectors)]
             xs = [emit.at(x, builder.mul(x_stride, _I64(row)), 4) for row in range(rows)]
             panel_of = [emit.at(w, builder.mul(w_panel, _I64(panel)), emit.size) for panel in range(panels)]
@@ -114,6 +122,8 @@ def _tile(rows: int, panels: int) -> Any:
 
             def step(index: Any, sums: list[Any]) -> list[Any]:
                 below = builder.mul(index, w_step)
+                for address in panel_of:
+                    emit.prefetch(builder.add(emit.at(address, below, emit.size), ahead))
                 columns = [emit.widened(emit.at(address, below, emit.size)) for address in ws]
                 scalars = [emit.splat(emit.floats(emit.at(address, index, 4), 1)) for address in xs]
                 return [
@@ -126,7 +136,7 @@ def _tile(rows: int, panels: int) -> Any:
                 emit.store(value, place(out, out_stride, row, column))
             return context.get_dummy_value()
 
-        return types.void(x, x_stride, w, w_step, w_panel, k, start, start_stride, out, out_stride, unit), codegen
+        return types.void(x, w, start, out, steps, unit), codegen
 
     return tile
 
@@ -168,7 +178,7 @@ def _dots(rows: int, columns: int) -> Any:
     return dots
 
 
-# Six rows of one panel are twelve sums in registers; fewer rows take more panels, so that sums do not wait for each other.
+# Six rows of one panel are twelve sums in registers; fewer rows take more panels, so that no sum waits for the last.
 tile_1x4, tile_2x2, tile_3x2 = _tile(1, 4), _tile(2, 2), _tile(3, 2)
 tile_1x1, tile_2x1, tile_3x1, tile_4x1, tile_5x1, tile_6x1 = (_tile(rows, 1) for rows in range(1, 7))
 dots_1x8, dots_1x1, dots_4x2, dots_4x1 = _dots(1, 8), _dots(1, 1), _dots(4, 2), _dots(4, 1)

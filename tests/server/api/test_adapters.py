@@ -262,11 +262,11 @@ async def test_an_adapter_that_no_slot_holds(
 ) -> None:
     """An adapter that is larger than all slots together is 413 and says both sizes."""
     async with open_site(tiny_base, tmp_path / "data") as site:
-        site.engine.ready.slot_bytes = 1000  # type: ignore[union-attr]
+        site.engine.ready.max_adapter_bytes = 1000  # type: ignore[union-attr]
         answer = await site.upload("a", zip_folder(loras[0]))
         assert (answer.status_code, error_of(answer)["code"]) == (413, "artifact_too_large")
         assert "1000" in error_of(answer)["message"] and site.stored() == set()
-        site.engine.ready.slot_bytes = 2**20  # type: ignore[union-attr]
+        site.engine.ready.max_adapter_bytes = 2**20  # type: ignore[union-attr]
 
 
 async def test_what_is_compiled_counts_on_the_device(
@@ -275,9 +275,9 @@ async def test_what_is_compiled_counts_on_the_device(
     """A slot holds what an artifact compiles to, which may be less than what was trained: 4 bytes a number."""
     folder = make_multitask(tmp_path / "hat", tiny_base, 1)
     async with open_site(tiny_base, tmp_path / "data") as site:
-        monkeypatch.setattr(site.front.ready(), "slot_bytes", 20 * 64 * 4 - 1)
+        monkeypatch.setattr(site.front.ready(), "max_adapter_bytes", 20 * 64 * 4 - 1)
         assert (await site.upload("a", zip_folder(folder))).status_code == 413
-        monkeypatch.setattr(site.front.ready(), "slot_bytes", 20 * 64 * 4)
+        monkeypatch.setattr(site.front.ready(), "max_adapter_bytes", 20 * 64 * 4)
         body = (await site.upload("a", zip_folder(folder))).json()
         assert (body["slot_bytes"], body["virtual_tokens"]) == (20 * 64 * 4, 20)
         assert body["num_parameters"] == 20 * 64 + 2 * (20 + 64)

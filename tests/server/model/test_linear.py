@@ -39,7 +39,7 @@ def test_packed_products_equal_torchs(precision: str, size_in: int, size_out: in
 @pytest.mark.parametrize("precision", linear.PACKERS)
 @pytest.mark.parametrize(("size_in", "size_out"), SHAPES)
 def test_rows_are_bit_equal_in_any_batch(precision: str, size_in: int, size_out: int) -> None:
-    """A row's result is the same to the last bit among 1 to 200 rows, at either end of the batch, in every precision."""
+    """A row's result is the same to the last bit among 1 to 200 rows, at either end of them, in every precision."""
     generator = torch.Generator().manual_seed(0)
     run = linear.PACKERS[precision](torch.randn(size_out, size_in, generator=generator), None)
     x = torch.randn(1, 200, size_in, generator=generator)
@@ -59,7 +59,16 @@ def test_what_does_not_fit_16_bits_is_refused() -> None:
     weight = torch.ones(4, 4)
     weight[2, 1] = 70000.0
     with pytest.raises(UnsupportedBaseError, match=r"70000.*fp32"):
-        linear.pack_fp16(weight, None)
+        linear.rounded(weight, "fp16")
+
+
+@pytest.mark.parametrize("precision", linear.PACKERS)
+def test_what_is_kept_is_what_is_computed_with(precision: str) -> None:
+    """`rounded` is the weight of the packed product, and rounding it again changes nothing."""
+    weight = torch.randn(33, 40, generator=torch.Generator().manual_seed(0))
+    kept = linear.rounded(weight, precision)
+    torch.testing.assert_close(linear.PACKERS[precision](weight, None)(torch.eye(40)).T, kept, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(linear.rounded(kept, precision), kept, atol=1e-7, rtol=1e-6)
 
 
 def test_int8_keeps_each_output_to_its_own_scale() -> None:

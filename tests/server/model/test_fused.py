@@ -1,0 +1,106 @@
+"""Parts of layers that are computed as one: which architectures have them, and that they compute the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+from transformers.models.llama import modeling_llama
+
+from server.model import fused
+from server.model.base import load_base
+from server.model.batch import Row, Sampling
+from server.model.fused import Attention, GatedMLP, RMSNorm, WholeLayer
+from server.model.kernels import layers
+from server.model.runner import RunnerConfig, load
+from tests.kit.patches import random_patch
+from tests.kit.tiny import CONFIGS, make_tiny_base
+
+WHOLE = {"llama", "mistral", "qwen2"}  # a layer is one call
+ALIKE = {*WHOLE, "gemma2", "granite"}  # all parts of a layer are fused
+PARTS = {
+    "qwen3": {GatedMLP, RMSNorm},  # norms of queries and keys lie between
+    "gemma3_text": {GatedMLP, RMSNorm},
+    "olmo2": {GatedMLP, RMSNorm},
+    "phi3": {RMSNorm},  # its projections are one already
+    "mixtral": {Attention, RMSNorm},
+    "gpt2": set(),
+    "gpt_neox": set(),
+    "opt": set(),
+    "phi": set(),
+    "starcoder2": {Attention},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_parts_are_replaced_where_they_are_known(model_type: str, tmp_path: Path) -> None:
+    """Llama-like layers are fused whole, others as far as they are alike; the loaded base is proved either way."""
+    base = load_base(make_tiny_base(tmp_path / "base", model_type), model_type, "fp32", "cpu")
+    found = {type(module) for module in base.model.modules()} & {Attention, GatedMLP, RMSNorm}
+    assert found == ({Attention, GatedMLP, RMSNorm} if model_type in ALIKE else PARTS[model_type])
+    joined = [isinstance(base.model.get_submodule(layer.layer).forward, WholeLayer) for layer in base.spec.layers]
+    assert joined == [model_type in WHOLE] * base.spec.num_layers
+
+
+def test_what_only_looks_alike_is_left_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feed-forward block that has the names of a gated one, and computes another thing, stays as it is."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 1.001  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    found = {type(module) for module in load_base(tiny_base, "tiny", "fp32", "cpu").model.modules()}
+    assert GatedMLP not in found and Attention in found
+
+
+@pytest.mark.parametrize("name", layers.GATES)
+def test_gates_equal_torchs(name: str) -> None:
+    """act(g) u is that of transformers' activation, from very small to very large g."""
+    gate = torch.cat([torch.linspace(-90, 90, 501), torch.tensor([0.0, -0.0, 1e-30, -1e4, 1e4])])
+    up = torch.randn(len(gate), generator=torch.Generator().manual_seed(0))
+    out = torch.empty(2, len(gate))
+    layers.gate(torch.cat([gate, up]).repeat(2, 1).numpy(), layers.GATES[name], out.numpy())
+    torch.testing.assert_close(out, (ACT2FN[name](gate) * up).repeat(2, 1), atol=1e-6, rtol=2e-6)
+
+
+def test_a_norms_rows_are_their_own() -> None:
+    """RMS norm equals torch's, and a row of NaN touches no other."""
+    x, weight = torch.randn(5, 33, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 2, 33)
+    x[3] = torch.nan
+    out = torch.empty_like(x)
+    layers.rms_norm(x.numpy(), weight.numpy(), 1e-6, out.numpy())
+    wanted = torch.nn.functional.rms_norm(x, (33,), weight, 1e-6)
+    torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_whole_layers_give_the_same_bits(
+    model_type: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer in one call, which others' hats can prevent, and a layer of parts give the same logits, bit for bit."""
+    folder = make_tiny_base(tmp_path / "base", model_type)
+    loaded = load(RunnerConfig(folder=str(folder), name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
+    bank, whole = loaded.bank, fused.WholeLayer.__call__
+    slot = bank.put(bank.pack(random_patch(loaded.spec, "low_rank", 1)))
+    lengths = (1, 7, 40)
+    rows = [
+        Row(list(range(5, 5 + n)), 0, [3 * at, 3 * at + 1], hats=((slot, 1.0),) if n > 1 else (), sampling=Sampling())
+        for at, n in enumerate(lengths)
+    ]
+    calls = list[int]()
+
+    def count(self: fused.WholeLayer, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        calls.append(self.bank.is_plain)
+        return whole(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(fused.WholeLayer, "__call__", count)
+    loaded.runner.run(rows)
+    in_one_call = loaded.runner.last_logits
+    scaled = bank.put(bank.pack(random_patch(loaded.spec, "scale", 2)))
+    loaded.runner.run([*rows, Row([9], 0, [20], hats=((scaled, 1.0),), sampling=Sampling())])
+    assert calls == [True] * loaded.spec.num_layers + [False] * loaded.spec.num_layers
+    assert torch.equal(in_one_call, loaded.runner.last_logits[: len(rows)])
