@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 LANES = 8
 PANEL = 16  # columns that lie side by side in a packed matrix: two vectors, so that six rows fill the sixteen registers
+SPAN = 256
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 _STORED = {types.float32: (_F32, 4), types.uint16: (ir.HalfType(), 2), types.int8: (ir.IntType(8), 1)}
@@ -103,7 +104,8 @@ def _tile(rows: int, panels: int) -> Any:
 
     @intrinsic
     def tile(_typing: Any, x: Any, w: Any, start: Any, out: Any, steps: Any, unit: Any) -> Any:
-        """out[r, c] = start[r, c] + sum over i < k of x[r, i] w[i, c], in order of i. x, w, start, out are addresses.
+        """out[r, c] = start[r, c] + sum over i < k of x[r, i] w[i, c], in order of i, and in spans whose
+        sums are then added: a long sum in one go loses digits. x, w, start and out are addresses.
 
         `steps`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel to
         panel; and how many bytes ahead w is asked for: one stream of reads alone does not fill the way to memory.
@@ -131,9 +133,22 @@ def _tile(rows: int, panels: int) -> Any:
                     for (row, column), total in zip(cells, sums, strict=True)
                 ]
 
+            def part(first: Any, begun: list[Any]) -> list[Any]:
+                beyond = builder.add(first, _I64(SPAN))
+                last = builder.select(builder.icmp_signed("<", beyond, k), beyond, k)
+                return emit.loop(first, last, 1, begun, step)
+
+            def more(first: Any, _: list[Any]) -> list[Any]:
+                for at, value in zip(places, part(first, zeros), strict=True):
+                    emit.store(builder.fadd(emit.floats(at), value), at)
+                return []
+
+            zeros = [ir.Constant(_VECTOR, [_F32(0.0)] * LANES) for _ in cells]
             begun = [emit.floats(place(start, start_stride, row, column)) for row, column in cells]
-            for (row, column), value in zip(cells, emit.loop(_I64(0), k, 1, begun, step), strict=True):
-                emit.store(value, place(out, out_stride, row, column))
+            places = [place(out, out_stride, row, column) for row, column in cells]
+            for at, value in zip(places, part(_I64(0), begun), strict=True):
+                emit.store(value, at)
+            emit.loop(_I64(SPAN), k, SPAN, [], more)
             return context.get_dummy_value()
 
         return types.void(x, w, start, out, steps, unit), codegen
