@@ -119,8 +119,8 @@ def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, room: Room |
         num_bytes += 0 if room is None else room.item_bytes.of(primitive)
         if room is not None and num_bytes > room.num_bytes:
             raise ArtifactTooLargeError(
-                f"the adapter, compiled for {spec.name}, takes more than {room.num_bytes} bytes, which is all that the "
-                "device's slots can hold"
+                f"the adapter, compiled for {spec.name}, takes more than {room.num_bytes} bytes, which is all that "
+                "this server keeps for adapters"
             )
         made.append(primitive)
     return tuple(made)

@@ -39,7 +39,15 @@ def registry(url: str) -> Iterator[Registry]:
 
 def add(registry: Registry, digest: str, task: str = "t", tenant: str = "default", **more: Any) -> tuple[Version, bool]:
     """Add a version of made-up size."""
-    values = {"method": "lora", "num_parameters": 7, "num_items": 9, "num_matrix_items": 8, "num_virtual": 0, "num_bytes": 99, **more}
+    values = {
+        "method": "lora",
+        "num_parameters": 7,
+        "num_items": 9,
+        "num_matrix_items": 8,
+        "num_virtual": 0,
+        "num_bytes": 99,
+        **more,
+    }
     return registry.add_version(tenant, task, digest=digest, **values)
 
 
@@ -297,7 +305,9 @@ def test_a_database_of_the_first_schema_is_migrated(url: str) -> None:
     assert (old.digest, old.num_parameters, old.num_virtual, old.note) == (D1, 7, 0, "old")
     assert (old.num_items, old.num_matrix_items) == (7, 7)
     new, _ = add(registry, D2, num_parameters=6, num_items=12, num_matrix_items=10, num_virtual=3)
-    assert (new.number, new.num_items, new.num_matrix_items, new.num_virtual) == (2, 12, 10, 3) and registry.resolve("default", "t") == new
+    assert (new.number, new.num_items, new.num_matrix_items, new.num_virtual) == (2, 12, 10, 3) and registry.resolve(
+        "default", "t"
+    ) == new
     registry.close()
 
 
