@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,18 @@ def whole_panels(size: int) -> int:
     return -(-size // PANEL) * PANEL
 
 
+def _empty(sizes: Sequence[tuple[int, ...]], like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """A tensor for each layer, and the stacks that they are of: one, if all are of one size.
+
+    Pages that were never written cost no memory: empty, not zeros.
+    """
+    if len(set(sizes)) == 1:
+        stack = like.new_empty(len(sizes), *sizes[0])
+        return list(stack), [stack]
+    layers = [like.new_empty(size) for size in sizes]
+    return layers, [layer[None] for layer in layers]
+
+
 class KVCache:
     """Blocks of keys and values, in one dtype on one device.
 
@@ -43,16 +56,15 @@ class KVCache:
     def __init__(self, shapes: list[KVShape], num_blocks: int, block_size: int, like: Tensor) -> None:
         self.shapes, self.num_blocks, self.block_size = shapes, num_blocks, block_size
         width = whole_panels(block_size)
-        # Pages that were never written cost no memory: empty, not zeros.
-        self.keys = [like.new_empty(num_blocks, s.num_kv_heads, s.key_dim, width) for s in shapes]
-        self.values = [
-            like.new_empty(num_blocks, s.num_kv_heads, block_size, whole_panels(s.value_dim)) for s in shapes
-        ]
+        self.keys, of_keys = _empty([(num_blocks, s.num_kv_heads, s.key_dim, width) for s in shapes], like)
+        sizes = [(num_blocks, s.num_kv_heads, block_size, whole_panels(s.value_dim)) for s in shapes]
+        self.values, of_values = _empty(sizes, like)
+        self._stacks = [*of_keys, *of_values]  # [layers, num_blocks, ...]
 
     def copy(self, source: int, target: int) -> None:
         """Copy a whole block."""
-        for part in (*self.keys, *self.values):
-            part[target] = part[source]
+        for stack in self._stacks:
+            stack[:, target] = stack[:, source]
 
     def write(self, blocks: list[int], first: int, prefix: PrefixKV, span: slice) -> None:
         """Write a span of a prefix's positions to the positions from `first` of a sequence in `blocks`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,9 @@ def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
         _round(model, precision)
     try:
         with torch.inference_mode():
-            return _instrument(model, spec, precision, device)
+            base = _instrument(model, spec, precision, device)
+            _settle(model)
+            return base
     except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         raise UnsupportedBaseError(
             f"{spec.architecture} cannot be instrumented: {type(error).__name__}: {error}"
@@ -118,6 +122,16 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
         setattr(model.get_submodule(parent), child, HatLinear([linear], pack, bank, [site], linear is head))
     proof.compare(proof.run(model, paged), spec.architecture, compute_dtype(precision, device))
     return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model))
+
+
+def _settle(model: nn.Module) -> None:
+    """Leave nothing mapped of the base's files, which others can change, and give back what packing freed."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
 
 
 def _learned_kv(spec: BaseSpec, probe: Probe) -> list[KVShape]:

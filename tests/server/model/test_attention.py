@@ -84,3 +84,15 @@ def test_every_tile_is_dealt_once() -> None:
         seen = sorted((int(tile[1]), int(tile[2]) + i) for tile in batch.tiles for i in range(tile[3]))
         assert seen == [(head, token) for head in range(2) for token in range(sum(LENGTHS))]
         assert batch.bounds[0] == 0 and batch.bounds[-1] == len(batch.tiles) and len(batch.bounds) == threads + 1
+
+
+@pytest.mark.parametrize("value_dims", [(16, 16), (16, 24)])
+def test_a_block_is_copied_in_all_layers(value_dims: tuple[int, int]) -> None:
+    """Keys and values of a block come along in every layer, whether layers are alike or not, and of no other block."""
+    shapes = [KVShape(2, 16, value_dim) for value_dim in value_dims]
+    cache = KVCache(shapes, 3, BLOCK, torch.empty(0))
+    for number, tensor in enumerate((*cache.keys, *cache.values)):
+        tensor[:] = torch.arange(3.0).view(3, 1, 1, 1) + 10 * number
+    cache.copy(2, 0)
+    for number, tensor in enumerate((*cache.keys, *cache.values)):
+        assert tensor[:, 0, 0, 0].tolist() == [10 * number + 2, 10 * number + 1, 10 * number + 2]
