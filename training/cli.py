@@ -117,6 +117,7 @@ def _run(given: dict[str, Any]) -> None:
     show = Show(Console(stderr=True, quiet=not processes.is_main))
     try:
         _train(given, show, processes)
+        processes.leave()
     except TrainingError as error:
         raise _stop(show.console, str(error)) from error
     except OSError as error:

@@ -6,6 +6,8 @@ is that of one process but for the order of summation.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -67,6 +69,16 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         self._state.wait_for_everyone()
+
+    def leave(self) -> None:
+        """End this process, where there are several and all is done.
+
+        At once: while an interpreter ends, threads of torch's gloo can abort it when a peer has gone just before.
+        """
+        if self.size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def close(self) -> None:
         """Leave the group, where there is one."""
