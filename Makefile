@@ -40,7 +40,8 @@ peer-openvino: $(VENV)/.installed
 LLAMA := llama_cpp_python-0.3.36
 LLAMA_FLAGS := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF \
 	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
-peer-llama: $(VENV)/.installed  # needs cmake and a C++ compiler; about 10 minutes on 2 cores
+# Needs cmake and a C++ compiler; about 10 minutes on 2 cores.
+peer-llama: $(VENV)/.installed
 	rm -rf $(PEERS)/llama && mkdir -p $(PEERS)/llama/source
 	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
 		-d $(PEERS)/llama llama-cpp-python==0.3.36

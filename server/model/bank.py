@@ -72,6 +72,7 @@ class SlotBank:
         self.virtual: list[tuple[int, int, int, int]] = []  # slot, first of its embeddings, how many, first token
         self.stream = torch.empty(0)  # of the layer that is being computed, where a branch reads it
         self.max_rank = 1
+        self._has_branches = False
         self.is_plain = True  # hats add nothing but branches and biases to linear layers, in this step
         self._others = [
             site
@@ -167,6 +168,7 @@ class SlotBank:
         sizes = self.table[:, :, np.unique(self.tokens.slots), SIZE]
         self.max_rank = int(sizes[BRANCH].max(initial=1))
         acts = (sizes != 0).any(-1)
+        self._has_branches = bool(acts[[BRANCH, BIAS]].any())
         self.is_plain = not acts[:, self._others].any() and not acts[[SCALE_IN, SCALE_OUT, DELTA]].any()
         acts = np.logical_or.reduceat(acts[:, self._members], self._firsts, 1)
         for group, mine in zip(self._groups.values(), acts.T.tolist(), strict=True):
@@ -254,7 +256,8 @@ class SlotBank:
         """What a plain step's tokens wear, as `kernels.decoder` takes it."""
         tokens = self.tokens
         of_bank = self.addresses, self.table[BRANCH], self.table[BIAS], self.max_rank, self._unit
-        return tokens.tiles, tokens.slots, tokens.weights, *of_bank
+        tiles = tokens.tiles if self._has_branches else tokens.tiles[:0]  # a soft prompt alone is no work there
+        return tiles, tokens.slots, tokens.weights, *of_bank
 
     def _branches(self, group: Group, x: Tensor, y: Tensor, worn: Worn) -> None:
         stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y
