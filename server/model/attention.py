@@ -20,18 +20,13 @@ from adapters_store.spec import KVShape
 from server.model import kernels
 from server.model.batch import Row
 from server.model.kernels import attention
-from server.model.kernels.vector import PANEL
+from server.model.kernels.vector import whole_panels
 
 NAME = "manyhats"
 
 
 class UnsupportedBaseError(Exception):
     """The base does something that this server cannot do rightly; the sentence says what."""
-
-
-def whole_panels(size: int) -> int:
-    """Rounded up to what the kernels read at once."""
-    return -(-size // PANEL) * PANEL
 
 
 def _empty(sizes: Sequence[tuple[int, ...]], like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -104,7 +99,7 @@ class PagedBatch:
         return self.token_blocks, self.token_offsets, self.block_table, self.tiles, self.bounds
 
 
-def page(rows: list[Row], cache: KVCache, num_kv_heads: int, num_threads: int) -> PagedBatch:
+def page(rows: list[Row], cache: KVCache, num_threads: int) -> PagedBatch:
     """Lay the rows of a step out for the attention."""
     spans, token_blocks, token_offsets, first = [], [], [], 0
     table = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int64)
@@ -115,7 +110,7 @@ def page(rows: list[Row], cache: KVCache, num_kv_heads: int, num_threads: int) -
         token_offsets.append(positions % cache.block_size)
         spans.append((first, len(row.tokens), row.start))
         first += len(row.tokens)
-    tiles, bounds = _balance(spans, num_kv_heads, num_threads)
+    tiles, bounds = _balance(spans, cache.shapes[0].num_kv_heads, num_threads)
     return PagedBatch(cache, spans, table, np.concatenate(token_blocks), np.concatenate(token_offsets), tiles, bounds)
 
 
@@ -160,7 +155,7 @@ def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor,
     cache, shape = batch.cache, batch.cache.shapes[layer]
     if not kernels.serve(qkv.device.type, qkv.dtype):
         return attend_reference(batch, layer, qkv, cos, sin, manner)
-    out = qkv.new_empty(len(qkv), num_heads(qkv, shape), shape.value_dim)
+    out = qkv.new_empty(len(qkv), num_heads(qkv.shape[1], shape), shape.value_dim)
     attention.attend(
         qkv.numpy(),
         cos.numpy(),
@@ -175,15 +170,15 @@ def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor,
     return out
 
 
-def num_heads(qkv: Tensor, shape: KVShape) -> int:
-    """Query heads in qkv."""
-    return (qkv.shape[1] - shape.num_kv_heads * (shape.key_dim + shape.value_dim)) // shape.key_dim
+def num_heads(width: int, shape: KVShape) -> int:
+    """Query heads in qkv [T, width]."""
+    return (width - shape.num_kv_heads * (shape.key_dim + shape.value_dim)) // shape.key_dim
 
 
 def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
     """The slow twin of `attend`, in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
     cache, shape, device = batch.cache, batch.cache.shapes[layer], qkv.device
-    heads = num_heads(qkv, shape)
+    heads = num_heads(qkv.shape[1], shape)
     sizes = [heads * shape.key_dim, shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
     query, key, value = (part.unflatten(1, (n, -1)) for part, n in zip(
         qkv.split(sizes, 1), (heads, shape.num_kv_heads, shape.num_kv_heads), strict=True

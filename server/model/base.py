@@ -177,7 +177,7 @@ class Proof:
     def paged(self, cache: KVCache) -> PagedBatch:
         """Them as a batch, each in a block of its own."""
         rows = [Row(row.tolist(), 0, [index]) for index, row in enumerate(self.tokens)]
-        return page(rows, cache, cache.shapes[0].num_kv_heads, torch.get_num_threads())
+        return page(rows, cache, torch.get_num_threads())
 
     def compare(self, logits: Tensor, architecture: str, dtype: torch.dtype) -> None:
         """Raises `UnsupportedBaseError` where the logits are not those of the stock model."""

@@ -130,7 +130,7 @@ class WholeLayer:
                 cache.keys[layer].numpy(),
                 cache.values[layer].numpy(),
                 cache.block_size,
-                int(self.attention.qkv.group.columns[1]) // shape.key_dim,
+                attention.num_heads(int(self.attention.qkv.group.columns[-1]), shape),
                 shape.value_dim,
             ),
             paged.arrays(),

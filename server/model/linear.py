@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from server.model.attention import UnsupportedBaseError
 from server.model.bank import Group, SlotBank
 from server.model.kernels.product import product
-from server.model.kernels.vector import PANEL
+from server.model.kernels.vector import PANEL, whole_panels
 from server.model.packed import SCALE_IN
 
 Product = Callable[[Tensor], Tensor]  # x [..., in] -> y [..., out], the bias added
@@ -75,7 +75,7 @@ def pack_int8(weight: Tensor, bias: Tensor | None) -> Product:
 def _panels(weight: Tensor) -> NDArray[np.generic]:
     """[out, in] -> [panels, in, 16]: columns side by side, zeros behind the last."""
     size_out, size_in = weight.shape
-    whole = torch.zeros(-(-size_out // PANEL) * PANEL, size_in, dtype=weight.dtype)
+    whole = torch.zeros(whole_panels(size_out), size_in, dtype=weight.dtype)
     whole[:size_out] = weight
     return whole.view(-1, PANEL, size_in).transpose(1, 2).contiguous().numpy()
 

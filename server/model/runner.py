@@ -117,7 +117,7 @@ class PagedRunner:
             end += len(row.tokens)
             if row.sampling:
                 wanted.append(end - 1)
-        paged = page(rows, self.cache, self.base.spec.kv[0].num_kv_heads, self.num_threads)
+        paged = page(rows, self.cache, self.num_threads)
         self.base.bank.dress(rows)
         try:
             return self.base.forward(tokens, positions, torch.tensor(wanted, dtype=torch.long, device=device), paged)

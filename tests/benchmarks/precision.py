@@ -65,7 +65,7 @@ def _log_probs(base: Path, precision: str, windows: list[list[int]]) -> Iterator
     runner = load(RunnerConfig(folder=str(base), name="base", precision=precision)).runner
     blocks = list(range(-(-WINDOW // runner.block_size)))
     for window in windows:
-        paged = page([Row(window, 0, blocks)], runner.cache, runner.base.spec.kv[0].num_kv_heads, runner.num_threads)
+        paged = page([Row(window, 0, blocks)], runner.cache, runner.num_threads)
         positions = torch.arange(len(window))
         yield runner.base.forward(torch.tensor(window), positions, positions, paged).log_softmax(-1)
 

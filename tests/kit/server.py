@@ -58,7 +58,7 @@ def serve(base: Path | str, data: Path, wait_s: float = 120, **options: object) 
     Raises `RuntimeError` with the end of the log where it does not become ready.
     """
     data.mkdir(parents=True, exist_ok=True)
-    port, log = _free_port(), data / "server.log"
+    port, log = free_port(), data / "server.log"
     flags = {"base": base, "data": data, "host": "127.0.0.1", "port": port, **options}
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     began = time.monotonic()
@@ -66,32 +66,40 @@ def serve(base: Path | str, data: Path, wait_s: float = 120, **options: object) 
         process = subprocess.Popen([MANYHATS, "serve", *words], stdout=out, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait(url, process, log, began + wait_s)
+        wait_for(f"{url}/health/ready", process, log, began + wait_s)
         yield Server(url, process, log, time.monotonic() - began)
     finally:
-        _stop(process)
+        stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nobody has just now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path, until: float) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, until: float) -> None:
+    """Until `url` answers 200. Raises `RuntimeError` with the end of the log where the process does not come up."""
     while time.monotonic() < until and process.poll() is None:
         try:
-            if httpx.get(f"{url}/health/ready", timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(url, timeout=5).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.05)
     state = "still starts" if process.returncode is None else f"ended with {process.returncode}"
-    raise RuntimeError(f"the server {state}; its log ends:\n{log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"the server {state}; its log ends:\n{tail(log)}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def tail(log: Path) -> str:
+    """The end of a log."""
+    return log.read_text(errors="replace")[-2000:]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end, and end it."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_WITHIN_S)

@@ -64,35 +64,13 @@ def vera(options: VeraOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
     return PeftHat(put_on(base, VeraConfig(r=options.r, vera_dropout=options.dropout, task_type=TASK_TYPE, **place)))
 
 
-def loha(options: LycorisOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
-    """Hadamard products of low-rank matrices (arXiv:2108.06098)."""
-    from peft import LoHaConfig
+def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[Row], kind: str) -> PeftHat:
+    """Hadamard (LoHa, arXiv:2108.06098) or Kronecker products (LoKr, arXiv:2309.14859); `kind` is PEFT's config."""
+    import peft
 
     check_rank(options.r)
     alpha, place = whole(options.alpha), where(options.target_modules, options.layers, base)
-    config = LoHaConfig(
-        r=options.r,
-        alpha=alpha,
-        module_dropout=options.dropout,
-        task_type=TASK_TYPE,
-        **place,
-    )
-    return PeftHat(put_on(base, config))
-
-
-def lokr(options: LycorisOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
-    """Kronecker products (arXiv:2309.14859)."""
-    from peft import LoKrConfig
-
-    check_rank(options.r)
-    alpha, place = whole(options.alpha), where(options.target_modules, options.layers, base)
-    config = LoKrConfig(
-        r=options.r,
-        alpha=alpha,
-        module_dropout=options.dropout,
-        task_type=TASK_TYPE,
-        **place,
-    )
+    config = getattr(peft, kind)(r=options.r, alpha=alpha, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
     return PeftHat(put_on(base, config))
 
 

@@ -26,6 +26,11 @@ _VECTOR = ir.VectorType(_F32, LANES)
 _STORED = {types.float32: (_F32, 4), types.uint16: (ir.HalfType(), 2), types.int8: (ir.IntType(8), 1)}
 
 
+def whole_panels(size: int) -> int:
+    """A number of columns, rounded up to what the kernels read at once."""
+    return -(-size // PANEL) * PANEL
+
+
 class _Emit:
     """Instructions on memory by address: every offset is in items of `size` bytes."""
 

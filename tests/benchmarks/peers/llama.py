@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tests.benchmarks.dialects import Llama as Dialect
 from tests.benchmarks.peers import ENVIRONMENTS, Setup
-from tests.benchmarks.peers.process import ServerSession, free_port, run_once, running
+from tests.benchmarks.peers.process import ServerSession, run_once, running
+from tests.kit.server import free_port
 
 HOME = ENVIRONMENTS / "llama"
 SERVER = HOME / "build" / "bin" / "llama-server"

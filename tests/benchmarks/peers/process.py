@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,16 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import psutil
 
 from tests.benchmarks.dialects import Dialect
 from tests.benchmarks.load import ask_all
 from tests.benchmarks.results import Run
 from tests.benchmarks.workload import Prompted, Workload
+from tests.kit.server import stop, tail, wait_for
 
 WAIT_S = 300.0
-STOP_WITHIN_S = 20.0
 MIB = 2**20
 
 
@@ -63,18 +61,17 @@ def running(
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | environment)
     try:
-        _wait(url, process, log)
+        _wait(url, process, log, began + WAIT_S)
         yield url, process, time.monotonic() - began
     finally:
-        _stop(process)
+        stop(process)
 
 
-def free_port() -> int:
-    """A loopback port that nobody has just now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, until: float) -> None:
+    try:
+        wait_for(f"{url}/health", process, log, until)
+    except RuntimeError as error:
+        raise PeerError(str(error)) from None
 
 
 def run_once(command: list[str], log: Path) -> None:
@@ -82,30 +79,4 @@ def run_once(command: list[str], log: Path) -> None:
     with log.open("ab") as out:
         done = subprocess.run(command, stdout=out, stderr=out, check=False, timeout=WAIT_S)
     if done.returncode:
-        raise PeerError(f"{Path(command[0]).name} ended with {done.returncode}; its log ends:\n{_end(log)}")
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + WAIT_S
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    state = "still starts" if process.returncode is None else f"ended with {process.returncode}"
-    raise PeerError(f"the server {state}; its log ends:\n{_end(log)}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _end(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:]
+        raise PeerError(f"{Path(command[0]).name} ended with {done.returncode}; its log ends:\n{tail(log)}")

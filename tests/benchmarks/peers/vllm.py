@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from tests.benchmarks.dialects import OpenAI
 from tests.benchmarks.peers import ENVIRONMENTS, Setup
-from tests.benchmarks.peers.process import ServerSession, free_port, running
+from tests.benchmarks.peers.process import ServerSession, running
+from tests.kit.server import free_port
 
 COMMAND = ENVIRONMENTS / "vllm" / "bin" / "vllm"
 CONTEXT, NUM_AT_ONCE, RANK = 1024, 16, 8

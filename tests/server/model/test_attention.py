@@ -31,7 +31,7 @@ def make_turns(num_tokens: int, turned: int) -> tuple[Tensor, Tensor]:
 
 
 def whole(rows: list[Row], cache: KVCache, threads: int = 2) -> PagedBatch:
-    return page(rows, cache, cache.keys[0].shape[1], threads)
+    return page(rows, cache, threads)
 
 
 LENGTHS = (1, 5, 8, 37, 70)
