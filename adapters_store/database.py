@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     Connection,
     Engine,
@@ -77,10 +78,39 @@ usage = Table(
     Column("tenant", String(63), nullable=False),
     Column("task", String(63), nullable=False),
     Column("version", Integer, nullable=False),
-    Column("requests", Integer, nullable=False),
-    Column("prompt_tokens", Integer, nullable=False),
-    Column("completion_tokens", Integer, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
     UniqueConstraint("tenant", "task", "version"),
+)
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", String(63), primary_key=True),
+    Column("limits", JSON, nullable=False),  # {name of a limit: value}, of those that are set
+    Column("created", Float, nullable=False),
+    Column("deleted", Float, nullable=True),  # the row stays, so that a name is never given twice
+)
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(16), primary_key=True),
+    Column("tenant", ForeignKey("tenants.name"), nullable=False, index=True),
+    Column("hash", String(64), nullable=False),  # sha256 of the secret, which is kept nowhere
+    Column("scopes", JSON, nullable=False),
+    Column("note", String(200), nullable=False),
+    Column("created", Float, nullable=False),
+)
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("actor", String(63), nullable=False),
+    Column("tenant", String(63), nullable=False, index=True),
+    Column("action", String(40), nullable=False),
+    Column("what", JSON, nullable=False),
+    Column("request_id", String(64), nullable=True),
 )
 
 
