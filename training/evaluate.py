@@ -94,16 +94,20 @@ def _is_chosen(row: Row, logits: Tensor, choices: Choices) -> bool:
 
 
 @torch.inference_mode()
-def parity(model: Any, rows: Sequence[Row], eos_token_id: int) -> list[ParityCase]:
+def parity(model: Any, held: Sequence[Row], train: Sequence[Row], eos_token_id: int) -> list[ParityCase]:
     """What this very model answers to a few prompts, for a server to prove that it serves the same.
 
-    The prompts are spread over the lengths in `rows`. Each token is computed without a cache. EOS ends a continuation.
+    The prompts differ and are spread over the lengths in `held`, or where those are too few in both sets. Each token is
+    computed without a cache. EOS ends a continuation.
     """
     model.eval()
-    ordered = sorted(rows, key=lambda row: (row.num_prompt, row.ids))
+    prompts = {row.ids[: row.num_prompt] for row in held}
+    if len(prompts) < PARITY_CASES:
+        prompts |= {row.ids[: row.num_prompt] for row in train}
+    ordered = sorted(prompts, key=lambda ids: (len(ids), ids))
     count = min(PARITY_CASES, len(ordered))
     picked = [ordered[i * (len(ordered) - 1) // max(1, count - 1)] for i in range(count)]
-    cases = [ParityCase(list(row.ids[: row.num_prompt]), [], []) for row in picked]
+    cases = [ParityCase(list(ids), [], []) for ids in picked]
     for _ in range(PARITY_TOKENS):
         open_cases = [case for case in cases if eos_token_id not in case.continuation]
         for case, logits in zip(open_cases, _next_logits(model, open_cases), strict=True):

@@ -80,8 +80,8 @@ def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     _check_checkpoint(job, checkpoint, show)
     before = _score(base.model, rows, show, "scoring the base") if processes.is_main else None
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
-    hat = _attach(job, options, base, rows)
     memory = PeakMemory(base.model.device)
+    hat = _attach(job, options, base, rows)
     dtype = _dtype(job.precision, base)
     trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype)
     run = _train(trainer, checkpoint, job, show, processes)
@@ -113,7 +113,7 @@ def _finish(
         method=_server_name(job.method, hat),
         base=base.ref,
         prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
-        parity=parity(hat.model, rows.held_rows, base.tokenizer.eos_token_id),
+        parity=parity(hat.model, rows.held_rows, rows.train_rows, base.tokenizer.eos_token_id),
         training=training,
         evaluation=facts.of_scores(rows, before, after),
     )

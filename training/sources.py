@@ -24,11 +24,8 @@ SPLIT = "train"
 def read_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
     """Rows with their file and the line (in Arrow and Parquet the row) of it that they begin at. Raises `DataError`."""
     for file in files_of(path):
-        try:
-            for line, row in READERS[file.suffix.lower()](file):
-                yield file, line, row
-        except csv.Error as error:
-            raise DataError(f"{file} is not CSV: {error}.") from error
+        for line, row in READERS[file.suffix.lower()](file):
+            yield file, line, row
 
 
 def digest_of(path: Path) -> str:
@@ -50,13 +47,13 @@ def files_of(path: Path) -> list[Path]:
 
 def _files_in(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = _said(folder / "dataset_dict.json", "splits")
         if SPLIT not in splits:
             raise DataError(f"{folder} has no split {SPLIT!r}: name the folder of one of {', '.join(splits)}.")
         return _files_in(folder / SPLIT)
     if (folder / "state.json").is_file():  # save_to_disk, whose other files are not rows
-        named = json.loads((folder / "state.json").read_text())["_data_files"]
-        return [folder / Path(entry["filename"]).name for entry in named]
+        named = _said(folder / "state.json", "_data_files")
+        return [folder / Path(str(entry.get("filename"))).name for entry in named if isinstance(entry, dict)]
     found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS and file.is_file())
     files = [file for file in found if file.name not in NO_ROWS]
     of_split = [file for file in files if file.name.startswith(SPLIT) or file.parent.name == SPLIT]
@@ -66,6 +63,18 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 NO_ROWS = {"dataset_info.json", "dataset_infos.json"}
+
+
+def _said(path: Path, key: str) -> list[Any]:
+    """A list in one of the JSON files that `save_to_disk` writes."""
+    try:
+        said = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    found = said.get(key) if isinstance(said, dict) else None
+    if not isinstance(found, list):
+        raise DataError(f"{path} has no list {key!r}: it is not what save_to_disk wrote.")
+    return found
 
 
 def _text(path: Path) -> str:
@@ -86,7 +95,7 @@ def _jsonl_rows(path: Path) -> Numbered:
             continue
         try:
             row = json.loads(content)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a ValueError, too, for a number of too many digits
             raise DataError(f"{path} line {line} is not JSON: {error}. Each line must be one JSON object.") from error
         if not isinstance(row, dict):
             raise DataError(f"{path} line {line} is not a JSON object but {content.strip()[:40]}.")
@@ -94,15 +103,26 @@ def _jsonl_rows(path: Path) -> Numbered:
 
 
 def _csv_rows(path: Path) -> Numbered:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    header = next(reader, [])
-    line = reader.line_num + 1
-    for cells in reader:
+    records = _csv_records(path)
+    _, header = next(records, (1, []))
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise DataError(f"{path} has two columns {twice[0]!r}: which one counts?")
+    for line, cells in records:
         if cells and len(cells) != len(header):
             raise DataError(f"{path} line {line} has {len(cells)} cells, the header has {len(header)}.")
         if cells:
             yield line, dict(zip(header, cells, strict=True))
-        line = reader.line_num + 1  # lines may be blank, and a quoted cell may span some
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Every record's cells with the line that it begins at: lines may be blank, and a quoted cell may span some."""
+    reader, line = csv.reader(io.StringIO(_text(path), newline=""), strict=True), 1
+    try:
+        for cells in reader:
+            yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path} line {line} is not CSV: {error}.") from error
 
 
 def _arrow_rows(path: Path) -> Numbered:

@@ -73,6 +73,26 @@ def test_what_holds_no_rows(name: str, sentence: str, tmp_path: Path) -> None:
         rows_of(tmp_path / name)
 
 
+BROKEN = {
+    "too many digits": ("rows.jsonl", '{"prompt": "a"}\n{"prompt": ' + "1" * 5000 + "}\n", "line 2 is not JSON"),
+    "a quote inside a cell": ("rows.csv", 'prompt,completion\na,b\n"c"d,e\n', "line 3 is not CSV"),
+    "a cell without an end": ("rows.csv", 'prompt,completion\n\n"a,b\n', "line 3 is not CSV"),
+    "two columns of a name": ("rows.csv", "prompt,text,text\na,b,c\n", "two columns 'text'"),
+    "splits that are no JSON": ("dataset_dict.json", "{", "dataset_dict.json is not JSON"),
+    "no splits": ("dataset_dict.json", "{}", "dataset_dict.json has no list 'splits'"),
+    "no files": ("state.json", "[]", "state.json has no list '_data_files'"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_is_broken_is_named(kind: str, tmp_path: Path) -> None:
+    """A file that is not what its name says is told in a sentence with its line, or what it lacks."""
+    name, text, sentence = BROKEN[kind]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=sentence):
+        rows_of(tmp_path)
+
+
 def test_arrow_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pyarrow is not installed the sentence says how to go on."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)

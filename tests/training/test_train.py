@@ -125,6 +125,20 @@ def test_csv_columns_and_held_out_rows(tiny_base: Path, tmp_path: Path, command:
     assert manifest is not None and manifest.training["num_rows"] == 18
 
 
+def test_few_rows_are_proved_with_prompts_of_both_sets(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any
+) -> None:
+    """Eight different prompts of mixed length prove an artifact, also where one row is scored on."""
+    one = tmp_path / "eval.jsonl"
+    one.write_text('{"prompt": "red 1", "completion": "warm"}\n' * 2)
+    assert command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1), "--eval", one).exit_code == 0
+    manifest = read_folder(tmp_path / "out").manifest
+    assert manifest is not None
+    prompts = [case.prompt_token_ids for case in manifest.parity]
+    assert len({tuple(prompt) for prompt in prompts}) == 8 and len({len(prompt) for prompt in prompts}) > 2
+    assert all(len(case.top) == 20 and 0 < len(case.continuation) <= 16 for case in manifest.parity)
+
+
 BAD = {
     "not json": ('{"prompt": "a", "completion": "b"}\nnonsense\n', "line 2 is not JSON"),
     "missing column": ('{"prompt": "a"}\n', "line 1 has no column 'completion'"),

@@ -103,7 +103,11 @@ def test_bf16_where_it_is_asked_for(tiny_base: Path, data: Path, tmp_path: Path,
     assert losses["auto"] == losses["fp32"] != losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-LAUNCH = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+# Port 0 is a free one: others may launch on this machine, too.
+LAUNCH = (
+    "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--main_process_port 0"
+)
 
 
 def test_accelerate_launch_shares_the_rows(
