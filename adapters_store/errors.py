@@ -7,6 +7,8 @@ ArtifactError (artifact_invalid)
 ├── WrongBaseError (wrong_base)
 └── ArtifactCorruptError (artifact_corrupt)
 AbsentError (not_found)
+NameTakenError (conflict)
+QuotaError (limit_reached)
 """
 
 from __future__ import annotations
@@ -53,6 +55,18 @@ class ArtifactCorruptError(ArtifactError):
 
 
 class AbsentError(Exception):
-    """No such task or version for this tenant."""
+    """No such task or version for this tenant, or no such tenant."""
 
     code = "not_found"
+
+
+class NameTakenError(Exception):
+    """The name is a tenant's, or was."""
+
+    code = "conflict"
+
+
+class QuotaError(Exception):
+    """A tenant has as many adapters, or bytes of them, as it may; no wait would help."""
+
+    code = "limit_reached"

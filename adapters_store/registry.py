@@ -1,4 +1,4 @@
-"""Tenants, tasks, versions, routes and usage, in SQL (SQLite by default).
+"""Tasks, versions, routes and usage, in SQL (SQLite by default).
 
 A task exists while it has a version. Versions are immutable and numbered per task; a number is never given twice. The
 last row of `routes` of a task is its route; the rows before it are its history. All calls are synchronous.
@@ -7,6 +7,7 @@ last row of `routes` of a task is its route; the rows before it are its history.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,11 +16,13 @@ from typing import Any
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Engine, Row, delete, func, insert, select, update
 
+from adapters_store import audit
 from adapters_store.artifact import PromptFormat
 from adapters_store.database import connect, migrate, routes, tasks, transaction, usage, versions
 from adapters_store.errors import AbsentError
+from adapters_store.tenants import DEFAULT_TENANT, check_quota
 
-DEFAULT_TENANT = "default"
+__all__ = ["DEFAULT_TENANT", "Registry", "Task", "Usage", "Version"]
 MAX_NUMBER = 2**63  # of what SQL takes as an integer
 
 
@@ -85,12 +88,14 @@ class Registry:
             self._engine.dispose()
 
     def _read(self) -> AbstractContextManager[Connection]:
-        return transaction(self._opened(), is_write=False)
+        return transaction(self.engine, is_write=False)
 
     def _write(self) -> AbstractContextManager[Connection]:
-        return transaction(self._opened(), is_write=True)
+        return transaction(self.engine, is_write=True)
 
-    def _opened(self) -> Engine:
+    @property
+    def engine(self) -> Engine:
+        """The database, once it is open: `Tenants` works on the same."""
         if self._engine is None:
             raise RuntimeError("the registry is not open")
         return self._engine
@@ -113,13 +118,15 @@ class Registry:
     ) -> tuple[Version, bool]:
         """Add a version, and route to it unless told not to; durable on return.
 
-        The same digest again is the same version, routed to in the same way; then the second item is False.
+        The same digest again is the same version, routed to in the same way; then the second item is False. Raises
+        `QuotaError` where the tenant may have no more.
         """
         with self._write() as connection:
             task_id = self._make_task(connection, tenant, task)
             known = select(versions).where(versions.c.task_id == task_id, versions.c.digest == digest)
             is_new = connection.execute(known).first() is None
             if is_new:
+                check_quota(connection, tenant, num_bytes)
                 values = {
                     "task_id": task_id,
                     "number": self._next_number(connection, task_id),
@@ -135,6 +142,7 @@ class Registry:
                     "created": time.time(),
                 }
                 connection.execute(insert(versions).values(**values))
+                audit.note(connection, tenant, "version.add", task=task, version=values["number"], digest=digest)
             version = _version(task, connection.execute(known).one())
             if activate:
                 self._set_route(connection, task_id, {version.number: 100})
@@ -166,6 +174,7 @@ class Registry:
             gone = connection.execute(select(versions.c.digest).where(versions.c.task_id == task_id)).scalars().all()
             connection.execute(delete(versions).where(versions.c.task_id == task_id))
             connection.execute(delete(routes).where(routes.c.task_id == task_id))
+            audit.note(connection, tenant, "task.delete", task=task, num_versions=len(gone))
             return list(gone)
 
     def delete_version(self, tenant: str, task: str, number: int) -> str:
@@ -175,6 +184,7 @@ class Registry:
             digest = self._find(connection, task_id, task, number).digest
             which = (versions.c.task_id == task_id) & (versions.c.number == number)
             connection.execute(delete(versions).where(which))
+            audit.note(connection, tenant, "version.delete", task=task, version=number, digest=digest)
             route = self._route(connection, task_id)
             self._set_route(connection, task_id, {other: weight for other, weight in route.items() if other != number})
             return digest
@@ -188,21 +198,33 @@ class Registry:
         self, tenant: str, task: str, version: int, *, requests: int, prompt_tokens: int, completion_tokens: int
     ) -> None:
         """Count what a request used; version 0 is the base."""
-        key = (usage.c.tenant == tenant) & (usage.c.task == task) & (usage.c.version == version)
-        counts = {"requests": requests, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        self.add_usages({(tenant, task, version): (requests, prompt_tokens, completion_tokens)})
+
+    def add_usages(self, counts: Mapping[tuple[str, str, int], Sequence[int]]) -> None:
+        """Count what was used: {(tenant, task, version): (requests, prompt tokens, completion tokens)}; all or none."""
         with self._write() as connection:
-            grown = {name: usage.c[name] + count for name, count in counts.items()}
-            if not connection.execute(update(usage).where(key).values(**grown)).rowcount:
-                connection.execute(insert(usage).values(tenant=tenant, task=task, version=version, **counts))
+            for (tenant, task, version), numbers in counts.items():
+                key = (usage.c.tenant == tenant) & (usage.c.task == task) & (usage.c.version == version)
+                more = dict(zip(("requests", "prompt_tokens", "completion_tokens"), numbers, strict=True))
+                grown = {name: usage.c[name] + count for name, count in more.items()}
+                if not connection.execute(update(usage).where(key).values(**grown)).rowcount:
+                    connection.execute(insert(usage).values(tenant=tenant, task=task, version=version, **more))
 
     def usage(self, tenant: str) -> list[Usage]:
         """What a tenant used, by task and version."""
+        return self.usages(tenant).get(tenant, [])
+
+    def usages(self, tenant: str | None = None) -> dict[str, list[Usage]]:
+        """What each tenant used, or the one that is named; those that were deleted, too."""
+        query = select(usage).order_by(usage.c.tenant, usage.c.task, usage.c.version)
         with self._read() as connection:
-            query = select(usage).where(usage.c.tenant == tenant).order_by(usage.c.task, usage.c.version)
-            return [
-                Usage(row.task, row.version, row.requests, row.prompt_tokens, row.completion_tokens)
-                for row in connection.execute(query).all()
+            rows = connection.execute(query if tenant is None else query.where(usage.c.tenant == tenant)).all()
+        return {
+            name: [
+                Usage(row.task, row.version, row.requests, row.prompt_tokens, row.completion_tokens) for row in group
             ]
+            for name, group in groupby(rows, lambda row: row.tenant)
+        }
 
     def _task_id(self, connection: Connection, tenant: str, task: str) -> int:
         has_version = select(versions.c.id).where(versions.c.task_id == tasks.c.id).exists()
@@ -254,6 +276,8 @@ class Registry:
         if weights != self._route(connection, task_id):
             named = {str(number): weight for number, weight in weights.items()}
             connection.execute(insert(routes).values(task_id=task_id, weights=named, created=time.time()))
+            tenant, task = connection.execute(select(tasks.c.tenant, tasks.c.name).where(tasks.c.id == task_id)).one()
+            audit.note(connection, tenant, "route.set", task=task, versions=named)
 
     def _next_number(self, connection: Connection, task_id: int) -> int:
         """A number that this task never had."""
