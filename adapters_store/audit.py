@@ -40,7 +40,7 @@ class Entry:
 
 
 _SERVER = Actor()
-_ACTOR: ContextVar[Actor] = ContextVar("actor", default=_SERVER)  # noqa: B039 - it is frozen
+_ACTOR: ContextVar[Actor] = ContextVar("actor", default=_SERVER)
 
 
 def act_as(name: str, request_id: str | None = None) -> None:
