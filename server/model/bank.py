@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,22 +40,27 @@ from server.model.packed import (
 from server.model.worn import NOTHING, Worn, wear
 
 MIN_SLOTS = 16
-NO_ACTS = (False,) * len(KINDS)
+MAX_ACTS = 256  # sets of slots whose acts are kept
+IDLE = (False,) * len(KINDS)
 UNITS = {torch.float32: np.empty(0, np.float32), torch.float16: np.empty(0, np.uint16)}  # of kernels, see `vector`
 
 
-@dataclass(eq=False)
-class Group:
+class Group(NamedTuple):
     """Sites that share an input and whose outputs lie side by side: site sites[p] has columns[p] to columns[p + 1]."""
 
+    number: int
     sites: NDArray[np.int64]
     columns: NDArray[np.int64]
-    acts: tuple[bool, ...] = NO_ACTS  # whether each kind acts at one of them in this step
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing acts here in this step."""
-        return True not in self.acts
+
+@dataclass(frozen=True)
+class Acts:
+    """What some slots do at all groups: whether each kind acts there, as an array and as tuples."""
+
+    array: NDArray[np.bool_]  # [groups, kinds]
+    of_group: list[tuple[bool, ...]]
+    max_rank: int
+    is_plain: bool
 
 
 class SlotBank:
@@ -71,16 +76,10 @@ class SlotBank:
         self.tokens = self.sampled = NOTHING
         self.virtual: list[tuple[int, int, int, int]] = []  # slot, first of its embeddings, how many, first token
         self.stream = torch.empty(0)  # of the layer that is being computed, where a branch reads it
-        self.max_rank = 1
-        self._has_branches = False
-        self.is_plain = True  # hats add nothing but branches and biases to linear layers, in this step
-        self._others = [
-            site
-            for site, name in enumerate(self.sites.names)
-            if not self.sites.is_linear[site] and name != spec.embedding
-        ]
+        self.inside: set[int] = set()  # sites that layers in one call compute themselves, see `fused`
         self._groups: dict[tuple[str, ...], Group] = {}
         self._members = self._firsts = np.zeros(0, np.int64)  # sites of all groups, and where each group begins there
+        self._acts: dict[tuple[int, ...], Acts] = {}  # by the slots that act
         self._has_kernels = kernels.serve(device, kept.others)
         self._unit = UNITS.get(kept.matrices)
         self.group(spec.embedding)
@@ -90,10 +89,10 @@ class SlotBank:
         if names not in self._groups:
             sites = np.array([self.sites.index[name] for name in names], np.int64)
             columns = np.cumsum([0, *(self.sites.widths[site][1] for site in sites)])
-            self._groups[names] = Group(sites, columns)
+            self._groups[names] = Group(len(self._groups), sites, columns)
             self._members = np.concatenate([group.sites for group in self._groups.values()])
             self._firsts = np.cumsum([0, *(len(group.sites) for group in self._groups.values())])[:-1]
-            self._mark()
+            self._forget()
         return self._groups[names]
 
     def pack(self, patch: Patch) -> Packed:
@@ -115,6 +114,7 @@ class SlotBank:
         self.table[kind, site, slot] = np.stack(entry, 1)
         self.addresses[slot] = buffer.data_ptr()
         self.on_change(packed, 1)
+        self._forget()
         return slot
 
     def drop(self, slot: int) -> None:
@@ -122,6 +122,7 @@ class SlotBank:
         self.on_change(self.slots.pop(slot), -1)
         self.table[:, :, slot] = 0
         self.addresses[slot] = 0
+        self._forget()
 
     def primitive(self, kind: int, site: int, slot: int) -> Primitive | None:
         """What a slot's patch does at a site."""
@@ -163,16 +164,31 @@ class SlotBank:
             self.virtual += self._virtual(row, first)
             first += len(row.tokens)
 
+    def _forget(self) -> None:
+        """A slot or a group came or went: see anew what acts where."""
+        self._acts.clear()
+        self._mark()
+
     def _mark(self) -> None:
-        """Tell every group what acts at it in this step."""
-        sizes = self.table[:, :, np.unique(self.tokens.slots), SIZE]
-        self.max_rank = int(sizes[BRANCH].max(initial=1))
-        acts = (sizes != 0).any(-1)
-        self._has_branches = bool(acts[[BRANCH, BIAS]].any())
-        self.is_plain = not acts[:, self._others].any() and not acts[[SCALE_IN, SCALE_OUT, DELTA]].any()
-        acts = np.logical_or.reduceat(acts[:, self._members], self._firsts, 1)
-        for group, mine in zip(self._groups.values(), acts.T.tolist(), strict=True):
-            group.acts = tuple(mine)
+        """See what acts where in this step. Steps come in runs that wear the same: those are looked up."""
+        slots = tuple(sorted(set(self.tokens.slots.tolist())))
+        if slots not in self._acts:
+            if len(self._acts) >= MAX_ACTS:
+                self._acts.clear()
+            self._acts[slots] = self._find_acts(list(slots))
+        self.now = self._acts[slots]
+        self.acts, self.is_plain = self.now.of_group, self.now.is_plain
+
+    def _find_acts(self, slots: list[int]) -> Acts:
+        sizes = self.table[:, :, slots, SIZE]
+        acts = np.logical_or.reduceat((sizes != 0).any(-1)[:, self._members], self._firsts, 1)
+        is_split = np.diff(self._firsts, append=len(self._members)) > 1  # an input that would be scaled in several ways
+        return Acts(
+            np.ascontiguousarray(acts.T),
+            [tuple(mine) for mine in acts.T.tolist()],
+            int(sizes[BRANCH].max(initial=1)),
+            not (acts[SCALE_IN] & is_split).any(),
+        )
 
     def _virtual(self, row: Row, first: int) -> Iterable[tuple[int, int, int, int]]:
         """The parts of its hats' embeddings that a row's tokens are."""
@@ -186,16 +202,21 @@ class SlotBank:
 
     def enter(self, group: Group, x: Tensor, is_head: bool = False) -> Tensor:
         """The input x [..., in] of a group of one site, scaled where rows' hats do so."""
-        if not group.acts[SCALE_IN]:
+        if not self.acts[group.number][SCALE_IN]:
             return x
         x = x.clone(memory_format=torch.contiguous_format)
         worn = self.sampled if is_head else self.tokens
-        self._scale(SCALE_IN, int(group.sites[0]), x.view(-1, x.shape[-1]), (0, x.shape[-1]), worn)
+        rows = x.view(-1, x.shape[-1])
+        if self._has_kernels:
+            hats.enter(rows.numpy(), tuple(group), self.arrays(worn))
+        else:
+            scale_reference(self, SCALE_IN, int(group.sites[0]), rows, worn)
         return x
 
     def apply(self, group: Group, x: Tensor, y: Tensor, is_head: bool = False) -> None:
         """Change y [..., out] in place by what the rows' hats do at sites whose input is x [..., in]."""
-        if group.is_idle:
+        acts = self.acts[group.number]
+        if acts == IDLE:
             return
         y, worn = y.view(-1, y.shape[-1]), self.sampled if is_head else self.tokens
         if len(y) != worn.num_rows:
@@ -204,21 +225,15 @@ class SlotBank:
         if not self._has_kernels:
             apply_reference(self, group, x, y, worn)
             return
-        for part, site in enumerate(group.sites.tolist()):
-            columns = int(group.columns[part]), int(group.columns[part + 1])
-            if group.acts[SCALE_OUT]:
-                self._scale(SCALE_OUT, site, y, columns, worn)
-            if group.acts[DELTA]:
-                self._deltas(x, y, columns, worn, self.table[DELTA, site])
-            if group.acts[ROWS]:
-                self._head_rows(site, x, y, worn)
-        if group.acts[BRANCH] or group.acts[BIAS]:
-            self._branches(group, x, y, worn)
+        stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y
+        hats.apply(x.numpy(), stream.numpy(), y.numpy(), tuple(group), self.arrays(worn))
+        if acts[ROWS]:
+            self._head_rows(int(group.sites[0]), x, y, worn)
 
     def embed(self, token_ids: Tensor, y: Tensor) -> None:
         """Change the embeddings y [1, T, size] of token_ids [1, T]: changed rows, and those of virtual positions."""
         site = self.sites.index[self.spec.embedding]
-        if self.group(self.spec.embedding).acts[ROWS]:
+        if self.acts[self.group(self.spec.embedding).number][ROWS]:
             for span, worn in self.tokens.segments():
                 for slot, weight in worn:
                     rows = self.primitive(ROWS, site, slot)
@@ -229,18 +244,6 @@ class SlotBank:
             if isinstance(prefix, PrefixEmbeds):
                 y[0, first : first + count] = prefix.embeds[start : start + count]
 
-    def _scale(self, kind: int, site: int, y: Tensor, columns: tuple[int, int], worn: Worn) -> None:
-        if self._has_kernels:
-            table = self.table[kind, site]
-            hats.scale(y.numpy(), *columns, worn.tiles, worn.slots, worn.weights, self.addresses, table)
-        else:
-            scale_reference(self, kind, site, y[:, slice(*columns)], worn)
-
-    def _deltas(self, x: Tensor, y: Tensor, columns: tuple[int, int], worn: Worn, table: NDArray[np.int64]) -> None:
-        hats.deltas(
-            x.numpy(), y.numpy(), *columns, worn.tiles, worn.slots, worn.weights, self.addresses, table, self._unit
-        )
-
     def _head_rows(self, site: int, x: Tensor, y: Tensor, worn: Worn) -> None:
         """The changed rows of the head, by the kernel of deltas over as many outputs as rows."""
         for span, worn_here in worn.segments():
@@ -249,33 +252,14 @@ class SlotBank:
                 if ids is not None:
                     change = y.new_zeros(span.stop - span.start, len(ids))
                     alone = wear([(((slot, weight),), span.stop - span.start)])
-                    self._deltas(x[span], change, (0, len(ids)), alone, self.table[ROWS, site])
+                    where = self.table[ROWS, site]
+                    hats.deltas(x[span].numpy(), change.numpy(), 0, len(ids), where, self.arrays(alone))
                     y[span, ids] += change
 
-    def worn(self) -> tuple[Any, ...]:
-        """What a plain step's tokens wear, as `kernels.decoder` takes it."""
-        tokens = self.tokens
-        of_bank = self.addresses, self.table[BRANCH], self.table[BIAS], self.max_rank, self._unit
-        tiles = tokens.tiles if self._has_branches else tokens.tiles[:0]  # a soft prompt alone is no work there
-        return tiles, tokens.slots, tokens.weights, *of_bank
-
-    def _branches(self, group: Group, x: Tensor, y: Tensor, worn: Worn) -> None:
-        stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y
-        hats.branches(
-            x.numpy(),
-            stream.numpy(),
-            y.numpy(),
-            group.columns,
-            group.sites,
-            worn.tiles,
-            worn.slots,
-            worn.weights,
-            self.addresses,
-            self.table[BRANCH],
-            self.table[BIAS],
-            self.max_rank,
-            self._unit,
-        )
+    def arrays(self, worn: Worn) -> tuple[Any, ...]:
+        """What rows wear, and where it lies, as the kernels take it."""
+        now = self.now
+        return worn.tiles, worn.slots, worn.weights, self.addresses, self.table, now.array, now.max_rank, self._unit
 
 
 def _embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None:

@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+from adapters_store.spec import KVShape
 from server.model import attention, kernels
-from server.model.attention import Manner, PagedBatch
-from server.model.bank import SlotBank
+from server.model.attention import KVCache, Manner, PagedBatch
+from server.model.bank import Group, SlotBank
 from server.model.kernels import decoder, layers
-from server.model.linear import HatLinear, Packer, pack_torch
+from server.model.linear import HatLinear, PackedProduct, Packer, pack_torch
 
 TOLERANCE = 1e-5  # of the largest magnitude, where everything is fp32
 COARSE_TOLERANCE = 2e-2
@@ -31,8 +34,9 @@ Maker = Callable[[str, Packer], nn.Module]  # the part for a site, its products 
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), where some bases keep the weight less one (arXiv:1910.07467)."""
 
-    def __init__(self, norm: Any, offset: float) -> None:
+    def __init__(self, norm: Any, offset: float, group: Group) -> None:
         super().__init__()
+        self.group = group
         self.weight = nn.Parameter(norm.weight.detach() + offset, requires_grad=False)
         self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
@@ -54,6 +58,7 @@ class GatedMLP(nn.Module):
             [mlp.gate_proj, mlp.up_proj], pack, bank, [f"{site}.gate_proj", f"{site}.up_proj"], False
         )
         self.down = HatLinear([mlp.down_proj], pack, bank, [f"{site}.down_proj"], False)
+        self.group = bank.group(site)
         self.act_fn = mlp.act_fn
         self.gate = next((code for name, code in layers.GATES.items() if _is_act(mlp.act_fn, name)), None)
 
@@ -82,6 +87,7 @@ class Attention(nn.Module):
         sites = [f"{site}.q_proj", f"{site}.k_proj", f"{site}.v_proj"]
         self.qkv = HatLinear(projections, pack, bank, sites, False)
         self.out = HatLinear([stock.o_proj], pack, bank, [f"{site}.o_proj"], False)
+        self.group = bank.group(site)
         self.layer_idx, self.manner, self.is_turned = stock.layer_idx, manner, is_turned
 
     def forward(
@@ -96,49 +102,92 @@ class Attention(nn.Module):
         return self.out(attended.flatten(1)[None]), None
 
 
-class WholeLayer:
-    """The forward of a layer whose parts are fused, h + attention(norm(h)), then h + mlp(norm(h)), as one kernel.
+class WholeLayers:
+    """The forward of layers whose parts are fused, h + attention(norm(h)), then h + mlp(norm(h)), as one kernel.
 
-    Where hats do more than add branches and biases to linear layers, the stock forward calls the parts: these use the
-    same kernels, so that the results are the same bits.
+    It is that of the first; the others hand on what it gave. Where hats scale the input of several linear layers
+    differently, the stock forwards call the parts: these use the same kernels, so that the results are the same bits.
     """
 
-    def __init__(self, layer: Any, bank: SlotBank) -> None:
-        self.stock, self.bank, self.attention = layer.forward, bank, layer.self_attn
-        parts = layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down
-        norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.constants: tuple[Any, ...] = (
-            tuple(norm.weight.numpy() for norm in norms),
-            tuple(np.float32(norm.eps) for norm in norms),
-            tuple(part.product.arrays for part in parts),
-            tuple(part.group.sites for part in parts),
-            tuple(part.group.columns for part in parts),
-            layer.mlp.gate,
-        )
+    def __init__(self, layers: list[Any], bank: SlotBank, groups: list[Group]) -> None:
+        self.stock, self.bank = [layer.forward for layer in layers], bank
+        self.layers, self.groups = layers, groups
+        self.unit = layers[0].mlp.down.product.arrays[0][:0, 0, 0]
+        self.records = np.zeros(0, decoder.LAYER)
+        self.cache: KVCache | None = None  # that `records` have addresses of
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        paged: PagedBatch = kwargs["paged"]
         if not self.bank.is_plain:
-            return self.stock(hidden_states, **kwargs)  # type: ignore[no-any-return]
-        cache, layer = paged.cache, self.attention.layer_idx
-        shape, turned = cache.shapes[layer], None if self.attention.is_turned else 0
-        out = decoder.decoder_layer(
+            return self.stock[0](hidden_states, **kwargs)  # type: ignore[no-any-return]
+        paged: PagedBatch = kwargs["paged"]
+        if paged.cache is not self.cache:
+            self.cache, self.records = paged.cache, self._records(paged.cache)
+        turns = [turn[0] for turn in kwargs["position_embeddings"]]
+        out = decoder.decoder_layers(
             hidden_states[0].numpy(),
-            *self.constants,
-            tuple(turn[0, :, :turned].numpy() for turn in kwargs["position_embeddings"]),
-            (
-                cache.keys[layer].numpy(),
-                cache.values[layer].numpy(),
-                cache.block_size,
-                attention.num_heads(int(self.attention.qkv.group.columns[-1]), shape),
-                shape.value_dim,
-            ),
+            self.records,
+            tuple(turn.numpy() for turn in (*turns, turns[0].new_empty(len(turns[0]), 0))),
             paged.arrays(),
-            self.attention.manner.numbers(),
-            self.bank.worn(),
+            self.unit,
+            self.bank.arrays(self.bank.tokens),
             torch.get_num_threads(),
         )
         return torch.from_numpy(out)[None]
+
+    def install(self) -> None:
+        """Compute so from now on."""
+        self.layers[0].forward = self
+        for layer, stock in zip(self.layers[1:], self.stock[1:], strict=True):
+            layer.forward = partial(self._hand_on, stock)
+        self.bank.inside |= {int(own.sites[0]) for own in self.groups}
+
+    def _hand_on(self, stock: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return hidden_states if self.bank.is_plain else stock(hidden_states, **kwargs)
+
+    def _records(self, cache: KVCache) -> NDArray[np.void]:
+        """What the kernel takes of every layer."""
+        records = np.zeros(len(self.layers), decoder.LAYER)
+        for record, layer, own in zip(records, self.layers, self.groups, strict=True):
+            attends, mlp = layer.self_attn, layer.mlp
+            record["input_norm"], record["mlp_norm"] = map(
+                _norm, (layer.input_layernorm, layer.post_attention_layernorm)
+            )
+            record["qkv"], record["out"] = map(_linear, (attends.qkv, attends.out))
+            record["gate_up"], record["down"] = map(_linear, (mlp.gate_up, mlp.down))
+            record["attention"], record["mlp"], record["layer"] = map(_group, (attends.group, mlp.group, own))
+            record["cache"] = _cache(cache, attends.layer_idx)
+            record["manner"] = _manner(attends, cache.shapes[attends.layer_idx])
+            record["activation"] = mlp.gate
+        return records
+
+
+def _group(group: Group) -> tuple[Any, ...]:
+    return group.number, len(group.sites), group.sites.ctypes.data, group.columns.ctypes.data
+
+
+def _norm(norm: RMSNorm) -> tuple[Any, ...]:
+    return norm.weight.data_ptr(), norm.eps, _group(norm.group)
+
+
+def _linear(linear: HatLinear) -> tuple[Any, ...]:
+    product = linear.product
+    if not isinstance(product, PackedProduct):
+        raise TypeError("a layer in one call needs packed weights")
+    weight, start, scales, bias = product.arrays
+    addresses = [array.ctypes.data for array in (start, scales, bias)]
+    sizes = len(weight), weight.shape[1], product.size_out
+    return weight.ctypes.data, *sizes, *addresses, len(scales), _group(linear.group)
+
+
+def _cache(cache: KVCache, layer: int) -> tuple[Any, ...]:
+    keys, values = cache.keys[layer], cache.values[layer]
+    return keys.data_ptr(), values.data_ptr(), tuple(keys.shape), tuple(values.shape), cache.block_size
+
+
+def _manner(attends: Attention, shape: KVShape) -> tuple[Any, ...]:
+    scaling, window, softcap = attends.manner.numbers()
+    heads = attention.num_heads(int(attends.qkv.group.columns[-1]), shape)
+    return scaling, softcap, window, heads, shape.value_dim, attends.is_turned
 
 
 def _is_whole(layer: Any) -> bool:
@@ -192,14 +241,17 @@ class Fuser:
                 self._replace(layer.mlp, self._mlp)
             if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
                 self._replace(layer.attention, self._attention(is_turned=True), self._attention(is_turned=False))
-            if kernels.serve(self.bank.device, self.bank.kept.others) and _is_whole(self._stock(layer.layer)):
-                self._join(layer.layer)
+        sites = [layer.layer for layer in self.bank.spec.layers]
+        if kernels.serve(self.bank.device, self.bank.kept.others) and all(
+            _is_whole(self._stock(site)) for site in sites
+        ):
+            self._join(sites)
 
     def _stock(self, site: str) -> Any:
         return self.model.get_submodule(site)
 
     def _norm(self, site: str, _pack: Packer) -> nn.Module:
-        return RMSNorm(self._stock(site), self.bank.spec.norms[site].offset)
+        return RMSNorm(self._stock(site), self.bank.spec.norms[site].offset, self.bank.group(site))
 
     def _mlp(self, site: str, pack: Packer) -> nn.Module:
         return GatedMLP(self._stock(site), site, self.bank, pack)
@@ -219,20 +271,29 @@ class Fuser:
                 setattr(self.model.get_submodule(parent), child, make(site, self.pack))
                 return
 
-    def _join(self, site: str) -> None:
-        """One call for the whole layer, if that computes what the layer's fused parts do."""
-        layer = self._stock(site)
-        whole = WholeLayer(layer, self.bank)
-        if self._is_equal(site, lambda _site, _pack: whole):
-            layer.forward = whole
+    def _join(self, sites: list[str]) -> None:
+        """One call for all layers, if that computes what the layers' fused parts do."""
+        whole = WholeLayers([self._stock(site) for site in sites], self.bank, [self.bank.group(site) for site in sites])
+        args, kwargs = self._call(sites[0])
+        hidden = args[0]
+        for site, stock in zip(sites, whole.stock, strict=True):
+            hidden = _tensor(stock(hidden, **self._call(site)[1]))
+        if self._gives(lambda: whole(*args, **kwargs), hidden):
+            whole.install()
 
     def _is_equal(self, site: str, make: Callable[[str, Packer], Callable[..., Any]]) -> bool:
-        args, kwargs = self.seen.calls[site]
-        if "paged" in kwargs:
-            kwargs = {**kwargs, "paged": self.paged}
+        args, kwargs = self._call(site)
         wanted = _tensor(self._stock(site)(*args, **kwargs))
+        return self._gives(lambda: make(site, pack_torch)(*args, **kwargs), wanted)
+
+    def _call(self, site: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self.seen.calls[site]
+        return args, {**kwargs, "paged": self.paged} if "paged" in kwargs else kwargs
+
+    def _gives(self, compute: Callable[[], Any], wanted: Tensor) -> bool:
+        """Whether that is computed, but for rounding."""
         try:
-            got = _tensor(make(site, pack_torch)(*args, **kwargs))
+            got = _tensor(compute())
         except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
             return False  # it has the names of such a part, but is another
         tolerance = TOLERANCE if wanted.dtype == torch.float32 else COARSE_TOLERANCE

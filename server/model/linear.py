@@ -148,13 +148,12 @@ class HatLinear(nn.Module):
         self.group, self.parts = bank.group(*sites), [bank.group(site) for site in sites]
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(self.parts) > 1 and self.group.acts[SCALE_IN]:
+        acts = self.bank.acts[self.group.number]
+        if len(self.parts) > 1 and acts[SCALE_IN]:
             return torch.cat([self._alone(x, part, number) for number, part in enumerate(self.parts)], -1)
-        if self.group.acts[SCALE_IN]:
-            x = self.bank.enter(self.group, x, self.is_head)
+        x = self.bank.enter(self.group, x, self.is_head)
         y = self.product(x)
-        if not self.group.is_idle:
-            self.bank.apply(self.group, x, y, self.is_head)
+        self.bank.apply(self.group, x, y, self.is_head)
         return y
 
     def _alone(self, x: Tensor, part: Group, number: int) -> Tensor:

@@ -32,9 +32,8 @@ from adapters_store.patch import (
 from adapters_store.spec import BaseSpec, ItemBytes, KVShape
 from server.model.kernels import hats as codes
 
-# The kinds of the table, in the order in which they act.
-SCALE_IN, SCALE_OUT, DELTA, ROWS, BRANCH, BIAS = KINDS = range(6)
-SIZE = codes.SIZE  # its column that is 0 where nothing acts
+SCALE_IN, SCALE_OUT, DELTA, ROWS, BRANCH, BIAS = KINDS = codes.KINDS
+SIZE = codes.SIZE  # the table's column that is 0 where nothing acts
 CODE_OF = {name: code for code, name in enumerate(ACTIVATIONS)}
 SOURCES = {"input": 0, "output": codes.OF_OUTPUT, "stream": codes.OF_STREAM}
 

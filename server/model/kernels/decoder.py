@@ -1,4 +1,7 @@
-"""A whole Llama-like decoder layer in one call: the same kernels as its parts, without Python between them."""
+"""Llama-like decoder layers in one call: the same kernels as their parts, without Python between them.
+
+Layers are records of sizes and addresses, so that one compiled kernel serves any number of them.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,31 @@ import numpy as np
 from numba import njit, prange
 
 from server.model.kernels.attention import attend
-from server.model.kernels.hats import branches
+from server.model.kernels.hats import apply, enter
 from server.model.kernels.layers import gate, rms_norm
 from server.model.kernels.product import product
+from server.model.kernels.vector import FLOATS, PANEL, view
+
+INTEGERS = np.empty(0, np.int64)
+INT, FLOAT = np.int64, np.float32
+# Sites that share an input: `bank.Group`, with the addresses of its arrays.
+GROUP = np.dtype([("number", INT), ("parts", INT), ("sites", INT), ("columns", INT)])
+NORM = np.dtype([("weight", INT), ("eps", FLOAT), ("group", GROUP)], align=True)
+# `PackedProduct` with the addresses of its arrays; scales and bias have `factors` items.
+LINEAR = np.dtype(
+    [(name, INT) for name in ("weight", "panels", "size_in", "size_out", "start", "scales", "bias", "factors")]
+    + [("group", GROUP)]
+)
+CACHE = np.dtype([("keys", INT), ("values", INT), ("key_shape", INT, 4), ("value_shape", INT, 4), ("block_size", INT)])
+MANNER = np.dtype(
+    [("scaling", FLOAT), ("softcap", FLOAT), ("window", INT), ("heads", INT), ("d_v", INT), ("is_turned", INT)]
+)
+_IN_ORDER = [
+    *(("input_norm", NORM), ("qkv", LINEAR), ("cache", CACHE), ("manner", MANNER), ("out", LINEAR)),
+    *(("attention", GROUP), ("mlp_norm", NORM), ("gate_up", LINEAR), ("activation", INT), ("down", LINEAR)),
+    *(("mlp", GROUP), ("layer", GROUP)),
+]
+LAYER = np.dtype(_IN_ORDER)
 
 
 @njit(parallel=True, cache=True)
@@ -20,39 +45,78 @@ def _add(x, y, out):
 
 
 @njit(cache=True)
-def _linear(x, linear, sites, columns, worn, threads):
-    """What `HatLinear` computes where hats add nothing but branches and biases."""
-    weight, start, scales, bias = linear
-    tiles, slots, weights, addresses, table, biases, max_rank, unit = worn
-    out = np.empty((x.shape[0], columns[-1]), np.float32)
-    product(x, weight, start, scales, bias, out, threads)
-    if tiles.shape[0] > 0:
-        branches(x, x, out, columns, sites, tiles, slots, weights, addresses, table, biases, max_rank, unit)
+def _group(group):
+    """As `apply` takes it."""
+    sites, columns = view(group.sites, (group.parts,), INTEGERS), view(group.columns, (group.parts + 1,), INTEGERS)
+    return group.number, sites, columns
+
+
+@njit(cache=True)
+def _norm(x, norm, worn):
+    """What an `RMSNorm` and its hats compute."""
+    out = np.empty_like(x)
+    rms_norm(x, view(norm.weight, (x.shape[1],), FLOATS), norm.eps, out)
+    apply(x, x, out, _group(norm.group), worn)
     return out
 
 
 @njit(cache=True)
-def decoder_layer(hidden, norms, eps, linears, sites, columns, activation, turns, cache, paged, manner, worn, threads):
-    """hidden [T, size] -> [T, size]: h + attention(norm(h)), then h + mlp(norm(h)).
-
-    linears, sites and columns are of (q k v, o, gate up, down), as `PackedProduct` and `Group` have them. turns = (cos,
-    sin); cache = (keys, values, block_size, heads, d_v) of this layer; paged and manner as `attend` takes them, worn as
-    `branches` does.
-    """
-    cos, sin = turns
-    keys, values, block_size, num_heads, num_values = cache
-    normed = np.empty_like(hidden)
-    rms_norm(hidden, norms[0], eps[0], normed)
-    qkv = _linear(normed, linears[0], sites[0], columns[0], worn, threads)
-    attended = np.empty((hidden.shape[0], num_heads, num_values), np.float32)
-    attend(qkv, cos, sin, keys, values, block_size, *paged, manner, attended)
-    flat = attended.reshape(hidden.shape[0], num_heads * num_values)
-    middle = np.empty_like(hidden)
-    _add(hidden, _linear(flat, linears[1], sites[1], columns[1], worn, threads), middle)
-    rms_norm(middle, norms[1], eps[1], normed)
-    gate_up = _linear(normed, linears[2], sites[2], columns[2], worn, threads)
-    gated = np.empty((hidden.shape[0], gate_up.shape[1] // 2), np.float32)
-    gate(gate_up, activation, gated)
-    out = np.empty_like(hidden)
-    _add(middle, _linear(gated, linears[3], sites[3], columns[3], worn, threads), out)
+def _linear(x, linear, unit, worn, threads):
+    """What a `HatLinear` computes."""
+    out = np.empty((x.shape[0], linear.size_out), np.float32)
+    weight = view(linear.weight, (linear.panels, linear.size_in, PANEL), unit)
+    start = view(linear.start, (linear.panels * PANEL,), FLOATS)
+    scales, bias = view(linear.scales, (linear.factors,), FLOATS), view(linear.bias, (linear.factors,), FLOATS)
+    product(x, weight, start, scales, bias, out, threads)
+    apply(x, x, out, _group(linear.group), worn)
     return out
+
+
+@njit(cache=True)
+def _attend(qkv, manner, cache, turns, paged):
+    """What an `Attention` computes between its products: [T, heads * d_v]."""
+    k, v = cache.key_shape, cache.value_shape
+    keys, values = (
+        view(cache.keys, (k[0], k[1], k[2], k[3]), FLOATS),
+        view(cache.values, (v[0], v[1], v[2], v[3]), FLOATS),
+    )
+    cos, sin = (turns[0], turns[1]) if manner.is_turned else (turns[2], turns[2])
+    out = np.empty((qkv.shape[0], manner.heads, manner.d_v), np.float32)
+    how = manner.scaling, manner.window, manner.softcap
+    attend(qkv, cos, sin, keys, values, cache.block_size, *paged, how, out)
+    return out.reshape(qkv.shape[0], manner.heads * manner.d_v)
+
+
+@njit(cache=True)
+def _layer(hidden, layer, turns, paged, unit, worn, threads):
+    """h + attention(norm(h)), then h + mlp(norm(h))."""
+    normed = _norm(hidden, layer.input_norm, worn)
+    attended = _attend(_linear(normed, layer.qkv, unit, worn, threads), layer.manner, layer.cache, turns, paged)
+    enter(attended, _group(layer.out.group), worn)
+    change = _linear(attended, layer.out, unit, worn, threads)
+    apply(normed, hidden, change, _group(layer.attention), worn)
+    middle = np.empty_like(hidden)
+    _add(hidden, change, middle)
+    normed = _norm(middle, layer.mlp_norm, worn)
+    gate_up = _linear(normed, layer.gate_up, unit, worn, threads)
+    gated = np.empty((hidden.shape[0], gate_up.shape[1] // 2), np.float32)
+    gate(gate_up, layer.activation, gated)
+    enter(gated, _group(layer.down.group), worn)
+    change = _linear(gated, layer.down, unit, worn, threads)
+    apply(normed, middle, change, _group(layer.mlp), worn)
+    out = np.empty_like(hidden)
+    _add(middle, change, out)
+    apply(hidden, middle, out, _group(layer.layer), worn)
+    return out
+
+
+@njit(cache=True)
+def decoder_layers(hidden, layers, turns, paged, unit, worn, threads):
+    """hidden [T, size] -> [T, size], through `layers`, an array of `LAYER`.
+
+    turns = (cos, sin, none), each [T, turned]; `unit` is an empty array of the type of the weights; paged is as
+    `attend` takes it, worn as `apply` does.
+    """
+    for number in range(layers.shape[0]):
+        hidden = _layer(hidden, layers[number], turns, paged, unit, worn, threads)
+    return hidden

@@ -9,18 +9,18 @@ kept in; everything else of a patch is fp32.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import carray, njit, prange, types
-from numba.extending import intrinsic
+from numba import njit, prange
 
 from server.model.kernels.product import at, multiply
 from server.model.kernels.threads import FASTMATH
-from server.model.kernels.vector import PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, widened
+from server.model.kernels.vector import FLOATS, PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, view, widened
 
+# The kinds of primitives, in the order in which they act.
+SCALE_IN, SCALE_OUT, DELTA, ROWS, BRANCH, BIAS = KINDS = range(6)
 SQRT_HALF, SQRT_2_PI, GELU_CUBE = np.float32(0.5**0.5), np.float32((2 / np.pi) ** 0.5), np.float32(0.044715)
-NORM_EPS = np.float32(1e-5)
+NORM_EPS, ONE = np.float32(1e-5), np.float32(1.0)
 OUTPUTS = 32  # of a delta that a thread computes for all rows in turn: 36 KB of SmolLM2's dW, which stay in cache
 # Flags of a branch: its activation's code, then bits. No flag at all is a LoRA.
 ACTIVATION, IS_BIASED, NORM_BEFORE, NORM_AFTER, OF_OUTPUT, OF_STREAM = 15, 16, 32, 64, 128, 256
@@ -28,18 +28,10 @@ OFFSET, SIZE, FLAGS = 0, 1, 2  # columns of a slot's table
 FIRST, COUNT, FIRST_HAT, LAST_HAT = 0, 1, 2, 3  # columns of the tiles
 
 
-@intrinsic
-def _float_pointer(_typing_context: Any, _address: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.int64), codegen
-
-
 @njit(inline="always")
 def _view(address, size):
     """`size` floats at an address."""
-    return carray(_float_pointer(address), (size,))
+    return view(address, (size,), FLOATS)
 
 
 @njit(inline="always")
@@ -74,8 +66,8 @@ def _up(rows, t, t_stride, b, rank, n, y, y_stride, unit):
     """y [rows, n] += t [rows, rank] B, where B [rank, n]; addresses and strides in items."""
     multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0), unit)
     for r in range(rows if n % PANEL else 0):
-        out = carray(_float_pointer(y + 4 * r * y_stride), (n,))
-        left = carray(_float_pointer(t + 4 * r * t_stride), (rank,))
+        out = view(y + 4 * r * y_stride, (n,), FLOATS)
+        left = view(t + 4 * r * t_stride, (rank,), FLOATS)
         for j in range(rank):
             for o in range(n // PANEL * PANEL, n):
                 out[o] += left[j] * widened(b + (j * n + o) * unit.itemsize, unit)
@@ -169,27 +161,44 @@ def _add(rows, bias, weight, y, y_stride):
             out[o] += weight * bias[o]
 
 
-@njit(parallel=True, cache=True)
-def branches(x, stream, y, columns, sites, tiles, hat_slots, hat_weights, addresses, table, biases, max_rank, unit):
-    """What branches and biases of the hats add to y [T, out], from x [T, in], stream [T, in] or y itself.
+@njit(fastmath=FASTMATH, cache=True)
+def _scale(rows, v, weight, y, y_stride):
+    """y *= 1 + weight (v - 1) for rows of y."""
+    for r in range(rows):
+        out = _view(y + 4 * r * y_stride, v.shape[0])
+        for i in range(v.shape[0]):
+            out[i] *= v[i] + (ONE - weight) * (ONE - v[i])
 
-    Site sites[p] has the columns [columns[p], columns[p + 1]) of y. A tile's rows [FIRST, FIRST + COUNT) wear hats
-    [FIRST_HAT, LAST_HAT). table [sites, slots, 3] = (offset in bytes, rank, flags), biases alike (offset, size, 0).
-    Branches of y itself come last, one after another.
-    """
+
+@njit(cache=True)
+def _scales(tile, site, size, y, y_stride, worn):
+    """Scales of the outputs of a site, for a tile's rows of y."""
+    _tiles, slots, weights, addresses, table, _acts, _max_rank, _unit = worn
+    for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+        scale, address = table[SCALE_OUT, site, slots[hat]], addresses[slots[hat]]
+        if scale[SIZE] > 0:
+            _scale(tile[COUNT], _view(address + scale[OFFSET], size), weights[hat], y, y_stride)
+
+
+@njit(parallel=True, cache=True)
+def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
+    """Scales of y, then what branches and biases add to it, those of y itself last, one after another."""
+    tiles, hat_slots, hat_weights, addresses, table, _acts, max_rank, unit = worn
     parts, width = sites.shape[0], y.shape[1]
     for index in prange(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
         site, first, rows, size_out = sites[part], tile[FIRST], tile[COUNT], columns[part + 1] - columns[part]
         y_at = at(y) + 4 * (first * width + columns[part])
         t = np.empty((rows, max_rank), np.float32)
-        for is_late in range(2):
+        if is_scaling:
+            _scales(tile, site, size_out, y_at, width, worn)
+        for is_late in range(2 if is_adding else 0):
             for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
                 slot, weight = hat_slots[hat], hat_weights[hat]
-                if not is_late and biases[site, slot, SIZE] > 0:
-                    bias = _view(addresses[slot] + biases[site, slot, OFFSET], size_out)
+                if not is_late and table[BIAS, site, slot, SIZE] > 0:
+                    bias = _view(addresses[slot] + table[BIAS, site, slot, OFFSET], size_out)
                     _add(rows, bias, weight, y_at, width)
-                rank, flags = table[site, slot, SIZE], table[site, slot, FLAGS]
+                rank, flags = table[BRANCH, site, slot, SIZE], table[BRANCH, site, slot, FLAGS]
                 if rank == 0 or (flags & OF_OUTPUT > 0) != (is_late > 0):
                     continue
                 h, h_stride, size_in = at(x) + 4 * first * x.shape[1], x.shape[1], x.shape[1]
@@ -197,7 +206,7 @@ def branches(x, stream, y, columns, sites, tiles, hat_slots, hat_weights, addres
                     h, h_stride, size_in = y_at, width, size_out
                 elif flags & OF_STREAM:
                     h, h_stride, size_in = at(stream) + 4 * first * stream.shape[1], stream.shape[1], stream.shape[1]
-                address = addresses[slot] + table[site, slot, OFFSET]
+                address = addresses[slot] + table[BRANCH, site, slot, OFFSET]
                 if flags:
                     _bottleneck(
                         rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, unit
@@ -206,27 +215,26 @@ def branches(x, stream, y, columns, sites, tiles, hat_slots, hat_weights, addres
                     _low_rank(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, weight, t, unit)
 
 
-@njit(parallel=True, fastmath=FASTMATH, cache=True)
-def scale(y, first_column, last_column, tiles, hat_slots, hat_weights, addresses, table):
-    """y [T, size] *= 1 + weight (v - 1) for each of a row's hats, in some columns; table [slots, 3]: where."""
+@njit(parallel=True, cache=True)
+def _enter(x, table, worn):
+    """x [T, size] *= 1 + weight (v - 1) for each of a row's hats; table [slots, 3]: where the v lie."""
+    tiles, hat_slots, hat_weights, addresses = worn[0], worn[1], worn[2], worn[3]
     for index in prange(tiles.shape[0]):
         tile = tiles[index]
         for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
-            slot, weight = hat_slots[hat], hat_weights[hat]
+            slot = hat_slots[hat]
             if table[slot, SIZE] > 0:
-                v = _view(addresses[slot] + table[slot, OFFSET], last_column - first_column)
-                for row in range(tile[FIRST], tile[FIRST] + tile[COUNT]):
-                    out = y[row, first_column:last_column]
-                    for i in range(v.shape[0]):
-                        out[i] *= v[i] + (np.float32(1.0) - weight) * (np.float32(1.0) - v[i])
+                v = _view(addresses[slot] + table[slot, OFFSET], x.shape[1])
+                _scale(tile[COUNT], v, hat_weights[hat], at(x) + 4 * tile[FIRST] * x.shape[1], x.shape[1])
 
 
 @njit(parallel=True, cache=True)
-def deltas(x, y, first_column, last_column, tiles, hat_slots, hat_weights, addresses, table, unit):
-    """y [T, out] += weight dW x for each of a row's hats, in some columns, dW [out, in]; table as for `scale`.
+def deltas(x, y, first_column, last_column, table, worn):
+    """y [T, out] += weight dW x for each of a row's hats, in some columns, dW [out, in]; table [slots, 3]: where.
 
     A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
     """
+    tiles, hat_slots, hat_weights, addresses, unit = worn[0], worn[1], worn[2], worn[3], worn[7]
     size_in, size_out = x.shape[1], last_column - first_column
     for part in prange((size_out + OUTPUTS - 1) // OUTPUTS):
         first, last = part * OUTPUTS, min(size_out, (part + 1) * OUTPUTS)
@@ -243,3 +251,33 @@ def deltas(x, y, first_column, last_column, tiles, hat_slots, hat_weights, addre
                     for r in range(rows):
                         for o in range(first, last):
                             y[tile[FIRST] + r, first_column + o] += hat_weights[hat] * t[r, o - first]
+
+
+@njit(cache=True)
+def enter(x, group, worn):
+    """Scale the input x [T, in] of a group of one site in place, where rows' hats do so; arguments as for `apply`."""
+    number, sites, _columns = group
+    if worn[5][number, SCALE_IN]:
+        _enter(x, worn[4][SCALE_IN, sites[0]], worn)
+
+
+@njit(cache=True)
+def apply(x, stream, y, group, worn):
+    """Change y [T, out] in place by what hats do at sites that share the input x [T, in]; some read stream [T, size].
+
+    group = (its number, sites, columns): sites[p] has the columns [columns[p], columns[p + 1]) of y.
+    worn = (tiles, slots, weights, addresses, table, acts, max_rank, unit): a tile's rows [FIRST, FIRST + COUNT) wear
+    hats [FIRST_HAT, LAST_HAT) of (slots, weights); table [kinds, sites, slots, 3] = (offset in bytes, size, flags) from
+    a slot's address; acts [groups, kinds] says what there is to do in this step.
+    """
+    number, sites, columns = group
+    acts, table = worn[5][number], worn[4]
+    is_scaling, is_adding = acts[SCALE_OUT], acts[BRANCH] or acts[BIAS]
+    if acts[DELTA]:
+        if is_scaling:
+            _act(x, stream, y, columns, sites, True, False, worn)
+            is_scaling = False
+        for part in range(sites.shape[0]):
+            deltas(x, y, columns[part], columns[part + 1], table[DELTA, sites[part]], worn)
+    if is_scaling or is_adding:
+        _act(x, stream, y, columns, sites, is_scaling, is_adding, worn)

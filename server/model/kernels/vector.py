@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 8
 PANEL = 16  # columns that lie side by side in a packed matrix: two vectors, so that six rows fill the sixteen registers
 SPAN = 256
+FLOATS = np.empty(0, np.float32)
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
 _STORED = {types.float32: (_F32, 4), types.uint16: (ir.HalfType(), 2), types.int8: (ir.IntType(8), 1)}
@@ -212,3 +214,19 @@ def widened(_typing: Any, address: Any, unit: Any) -> Any:
         return _Emit(builder, unit).widened(args[0], 1)
 
     return types.float32(address, unit), codegen
+
+
+@intrinsic
+def _pointer(_typing: Any, _address: Any, unit: Any) -> Any:
+    """An address as one of `unit`'s items."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(unit.dtype)(types.int64, unit), codegen
+
+
+@njit(inline="always")
+def view(address, shape, unit):
+    """What lies at an address, as an array of this shape and of `unit`'s type."""
+    return carray(_pointer(address, unit), shape)

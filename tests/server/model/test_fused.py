@@ -10,10 +10,12 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
+from adapters_store.patch import Patch, Scale
+from adapters_store.spec import BaseSpec
 from server.model import fused
 from server.model.base import load_base
 from server.model.batch import Row, Sampling
-from server.model.fused import Attention, GatedMLP, RMSNorm, WholeLayer
+from server.model.fused import Attention, GatedMLP, RMSNorm, WholeLayers
 from server.model.kernels import layers
 from server.model.runner import RunnerConfig, load
 from tests.kit.patches import random_patch
@@ -41,8 +43,8 @@ def test_parts_are_replaced_where_they_are_known(model_type: str, tmp_path: Path
     base = load_base(make_tiny_base(tmp_path / "base", model_type), model_type, "fp32", "cpu")
     found = {type(module) for module in base.model.modules()} & {Attention, GatedMLP, RMSNorm}
     assert found == ({Attention, GatedMLP, RMSNorm} if model_type in ALIKE else PARTS[model_type])
-    joined = [isinstance(base.model.get_submodule(layer.layer).forward, WholeLayer) for layer in base.spec.layers]
-    assert joined == [model_type in WHOLE] * base.spec.num_layers
+    first = base.model.get_submodule(base.spec.layers[0].layer)
+    assert isinstance(first.forward, WholeLayers) == (model_type in WHOLE)
 
 
 def test_what_only_looks_alike_is_left_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,31 +78,52 @@ def test_a_norms_rows_are_their_own() -> None:
     torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
+def scales(spec: BaseSpec) -> Patch:
+    """Scales of what linear layers that are alone take in, and of what all of them give."""
+    generator = torch.Generator().manual_seed(0)
+    alone = [site for site in spec.linears if site.endswith(("o_proj", "down_proj"))]
+    factors = [(site, spec.linears[site].in_features, "input") for site in alone]
+    factors += [(site, linear.out_features, "output") for site, linear in spec.linears.items()]
+    made = [Scale(site, 1 + 0.3 * torch.randn(size, generator=generator), on) for site, size, on in factors]  # type: ignore[arg-type]
+    return Patch("scales", "", tuple(made))
+
+
+def split_scale(spec: BaseSpec) -> Patch:
+    """A scale of what one of several layers with a common input takes in."""
+    site = next(site for site in spec.linears if site.endswith("gate_proj"))
+    return Patch("split", "", (Scale(site, torch.full((spec.hidden_size,), 1.5), "input"),))
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_whole_layers_give_the_same_bits(
     model_type: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A layer in one call, which others' hats can prevent, and a layer of parts give the same logits, bit for bit."""
+    """All layers in one call, which a neighbour's hat can prevent, and layers of parts give the same bits, whatever
+    primitives their rows wear."""
     folder = make_tiny_base(tmp_path / "base", model_type)
     loaded = load(RunnerConfig(folder=str(folder), name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
-    bank, whole = loaded.bank, fused.WholeLayer.__call__
-    slot = bank.put(bank.pack(random_patch(loaded.spec, "low_rank", 1)))
-    lengths = (1, 7, 40)
-    rows = [
-        Row(list(range(5, 5 + n)), 0, [3 * at, 3 * at + 1], hats=((slot, 1.0),) if n > 1 else (), sampling=Sampling())
-        for at, n in enumerate(lengths)
-    ]
-    calls = list[int]()
+    bank, spec, whole = loaded.bank, loaded.spec, fused.WholeLayers.__call__
+    kinds = [random_patch(spec, kind, 1) for kind in ("low_rank", "bias", "norm", "delta", "bottleneck", "prefix_kv")]
+    patches = [scales(spec), *kinds]
+    slots = {patch.digest: bank.put(bank.pack(patch)) for patch in patches}
+    rows = []
+    for at, worn in enumerate([[], *([patch] for patch in patches), patches[:5]]):
+        num_virtual = sum(patch.num_virtual for patch in worn)
+        hats = tuple((slots[patch.digest], 1.0 if len(worn) == 1 else 0.5) for patch in worn)
+        tokens = [*range(-1, -1 - num_virtual, -1), *range(5, 6 + 5 * at)]
+        rows.append(Row(tokens, 0, [4 * at + n for n in range(4)], hats, Sampling(), num_virtual=num_virtual))
+    calls = list[bool]()
 
-    def count(self: fused.WholeLayer, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def count(self: fused.WholeLayers, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         calls.append(self.bank.is_plain)
         return whole(self, hidden_states, **kwargs)
 
-    monkeypatch.setattr(fused.WholeLayer, "__call__", count)
+    monkeypatch.setattr(fused.WholeLayers, "__call__", count)
     loaded.runner.run(rows)
     in_one_call = loaded.runner.last_logits
-    scaled = bank.put(bank.pack(random_patch(loaded.spec, "scale", 2)))
-    loaded.runner.run([*rows, Row([9], 0, [20], hats=((scaled, 1.0),), sampling=Sampling())])
-    assert calls == [True] * loaded.spec.num_layers + [False] * loaded.spec.num_layers
+    neighbour = Row([9], 0, [60], hats=((bank.put(bank.pack(split_scale(spec))), 1.0),), sampling=Sampling())
+    loaded.runner.run([*rows, neighbour])
+    assert calls == [True, False]
     assert torch.equal(in_one_call, loaded.runner.last_logits[: len(rows)])
+    assert all((logits - in_one_call[0]).abs().max() > 1e-3 for logits in in_one_call[1:])
