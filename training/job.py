@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +70,45 @@ class Done:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A job that can be trained: what was loaded for it, and the base's scores, which the main process has."""
+
+    job: Job
+    options: Any
+    base: Base
+    rows: Rows
+    checkpoint: Checkpoint
+    before: Scores | None
+    hat: Hat
+    memory: PeakMemory
+    trainer: Trainer
+
+
 def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     """Train, and write the artifact; None for a process that is not the main one.
 
     Raises `TrainingError` with a sentence; then nothing is written at `job.out`.
     """
-    options = _check(job)
+    options = check(job)
     base = load_base(job.base, processes.device(job.device), job.cache, show.say)
+    ready = prepare(job, options, base, show, processes)
+    with show.training() as tell, forgotten_if_diverged(ready):
+        run = ready.trainer.run(on_step(ready, tell, processes))
+    done = finish(ready, run, show, processes)
+    processes.wait()
+    return done
+
+
+def prepare(
+    job: Job,
+    options: Any,
+    base: Base,
+    show: Show,
+    processes: Processes,
+    clock: Callable[[], float] = time.monotonic,
+) -> Ready:
+    """Read its rows, score the base, put the hat on, and go on from a checkpoint if there is one to go on from."""
     rows = _rows(job, base)
     checkpoint = Checkpoint(job.out, facts.identity(job, options, base, rows))
     _check_checkpoint(job, checkpoint, show)
@@ -82,30 +116,41 @@ def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
     memory = PeakMemory(base.model.device)
     hat = _attach(job, options, base, rows)
-    dtype = _dtype(job.precision, base)
-    trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype)
-    run = _train(trainer, checkpoint, job, show, processes)
-    done = None
-    if before is not None:
-        training = facts.of_run(job, options, rows, run, (memory.base, memory.peak()), processes.size)
-        done = _finish(job, base, hat, rows, before, training, trainer.steps, run, show)
-        checkpoint.remove()
-    processes.wait()
-    return done
+    dtype = dtype_of(job.precision, base)
+    trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype, clock)
+    if job.is_resumed and checkpoint.exists():
+        trainer.restore(checkpoint.load())
+        show.say(f"going on after step {len(trainer.steps)}")
+    return Ready(job, options, base, rows, checkpoint, before, hat, memory, trainer)
 
 
-def _finish(
-    job: Job,
-    base: Base,
-    hat: Hat,
-    rows: Rows,
-    before: Scores,
-    training: dict[str, Any],
-    steps: Sequence[Step],
-    run: Run,
-    show: Show,
-) -> Done:
-    """Score and prove what is stored, not what was trained, and write it."""
+def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
+    """What is done after each step: it is told, and now and then the run is kept."""
+
+    def do(step: Step) -> None:
+        tell(step)
+        if processes.is_main and step.number % ready.job.plan.save_steps == 0:
+            ready.checkpoint.save(ready.trainer.state())
+
+    return do
+
+
+@contextmanager
+def forgotten_if_diverged(ready: Ready) -> Iterator[None]:
+    """A run that diverged leaves no checkpoint: it would diverge again."""
+    try:
+        yield
+    except DivergedError:
+        ready.checkpoint.remove()
+        raise
+
+
+def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | None:
+    """Score and prove what is stored, not what was trained, and write it: the main process does."""
+    job, base, hat, rows = ready.job, ready.base, ready.hat, ready.rows
+    if ready.before is None:
+        return None
+    memory = (ready.memory.base, ready.memory.peak())
     hat.settle(DTYPES[job.save_dtype])
     after = _score(hat.model, rows, show, "scoring the adapter")
     manifest = Manifest(
@@ -114,10 +159,12 @@ def _finish(
         base=base.ref,
         prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
         parity=parity(hat.model, rows.held_rows, rows.train_rows, base.tokenizer.eos_token_id),
-        training=training,
-        evaluation=facts.of_scores(rows, before, after),
+        training=facts.of_run(job, ready.options, rows, run, memory, processes.size),
+        evaluation=facts.of_scores(rows, ready.before, after),
     )
-    return Done(run, before, after, _write(job, hat, manifest, steps))
+    num_bytes = _write(job, hat, manifest, ready.trainer.steps)
+    ready.checkpoint.remove()
+    return Done(run, ready.before, after, num_bytes)
 
 
 def _attach(job: Job, options: Any, base: Base, rows: Rows) -> Hat:
@@ -128,7 +175,7 @@ def _attach(job: Job, options: Any, base: Base, rows: Rows) -> Hat:
     return hat
 
 
-def _check(job: Job) -> Any:
+def check(job: Job) -> Any:
     """The method's options. Raises `OptionError`."""
     options = options_of(job.method, job.options)
     check_plan(job.plan)
@@ -186,30 +233,12 @@ def _check_form(hat: Hat, base: Base) -> None:
         raise OptionError(f"The server would not take this adapter: {error}.") from error
 
 
-def _dtype(precision: str, base: Base) -> torch.dtype:
+def dtype_of(precision: str, base: Base) -> torch.dtype:
     """`auto` is bf16 where the device computes in it; on a CPU it is slower than fp32."""
     if precision == "auto":
         has_bf16 = base.model.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bf16 else torch.float32
     return DTYPES[precision]
-
-
-def _train(trainer: Trainer, checkpoint: Checkpoint, job: Job, show: Show, processes: Processes) -> Run:
-    if job.is_resumed and checkpoint.exists():
-        trainer.restore(checkpoint.load())
-        show.say(f"going on after step {len(trainer.steps)}")
-    with show.training() as tell:
-
-        def on_step(step: Step) -> None:
-            tell(step)
-            if processes.is_main and step.number % job.plan.save_steps == 0:
-                checkpoint.save(trainer.state())
-
-        try:
-            return trainer.run(on_step)
-        except DivergedError:
-            checkpoint.remove()  # it would diverge again
-            raise
 
 
 def _server_name(method: str, hat: Hat) -> str:

@@ -30,6 +30,21 @@ EVAL_BATCH = 16
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A step that is to be taken: its number (from 0), rows, learning rate, and the seed of its dropout."""
+
+    number: int
+    rows: list[Row]
+    lr: float
+    seed: int
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that the loss is the mean over."""
+        return sum(len(row.completion) for row in self.rows)
+
+
+@dataclass(frozen=True)
 class Step:
     """One step that was taken. `progress` is the share of the run, `seconds` since it began, `tokens` so far.
 
@@ -70,7 +85,11 @@ class Best:
 
 
 class Trainer:
-    """Trains a hat on `rows`, on the device where it is."""
+    """Trains a hat on `rows`, on the device where it is.
+
+    `run` is the whole of it. Who computes gradients otherwise (`training.jobs`: those of many hats at once) calls
+    `begin`, `next_turn` and `take` by turns until there is no next turn, and then `end`.
+    """
 
     def __init__(
         self,
@@ -93,6 +112,7 @@ class Trainer:
         self._best: Best | None = None
         self._before = 0.0  # seconds of the run before it was broken
         self._began = clock()
+        self._stream: Iterator[list[Row]] = iter(())
         self.steps: list[Step] = []
         hat.begin(self._num_steps)
         if plan.gradient_checkpointing:
@@ -100,18 +120,52 @@ class Trainer:
 
     def run(self, on_step: Callable[[Step], None] = lambda _step: None) -> Run:
         """Train to the first limit of the plan, at least one step. Raises `DivergedError` if the loss is no number."""
+        self.begin()
+        while (turn := self.next_turn()) is not None:
+            torch.manual_seed(turn.seed)
+            on_step(self.take(turn, sum(self._backward(part, turn.num_labels) for part in self.parts(turn))))
+        return self.end()
+
+    def begin(self) -> None:
+        """Start the clock."""
         self._began = self._clock()
+        self._stream = self._rows_from(len(self.steps))
         self._hat.model.train()
-        for number, rows in self._stream(len(self.steps)):
-            progress = self._progress(number)
-            if number and progress >= 1.0:  # the first step is always taken, however short the time
-                break
-            lr = self._plan.lr_at(max(progress, self._progress_of_steps(number + 1)))
-            loss = self._step(number, rows, lr)
-            self.steps.append(self._step_facts(number, rows, loss, lr))
-            on_step(self.steps[-1])
-            if self._is_enough():
-                break
+
+    def next_turn(self) -> Turn | None:
+        """The step to take now; None when the run has reached its end."""
+        number = len(self.steps)
+        progress = self._progress(number)
+        if self._is_enough() or (number and progress >= 1.0):  # the first step is always taken, however short the time
+            return None
+        lr = self._plan.lr_at(max(progress, self._progress_of_steps(number + 1)))
+        return Turn(number, next(self._stream), lr, hash((self._plan.seed, number, self._processes.rank)))
+
+    def parts(self, turn: Turn) -> Iterator[Sequence[Row]]:
+        """What this process takes of a step's rows, in as many parts as gradients are accumulated over."""
+        mine = self._processes.share(turn.rows)
+        size = math.ceil(self._plan.batch_size / self._processes.size)
+        return (mine[i : i + size] for i in range(0, len(mine), size))
+
+    def take(self, turn: Turn, loss: float) -> Step:
+        """Take the step whose gradients are there; `loss` is the mean over its label tokens. Raises `DivergedError`."""
+        (loss,) = self._processes.sum(loss + self._penalise())
+        if not math.isfinite(loss):
+            raise self._diverged(turn, f"The loss became {loss}")
+        self._processes.sum_gradients(self._trained)
+        norm = clip_grad_norm_(self._trained, self._plan.clip).item()
+        if not math.isfinite(norm):
+            raise self._diverged(turn, f"The gradient's norm became {norm}")
+        for group in self._optimizer.param_groups:
+            group["lr"] = turn.lr
+        self._optimizer.step()
+        self._hat.after_step(turn.number)
+        self._optimizer.zero_grad()
+        self.steps.append(self._step_facts(turn, loss))
+        return self.steps[-1]
+
+    def end(self) -> Run:
+        """What the run was. The hat has its last weights, or with early stopping the best."""
         self._hat.model.eval()
         self._keep_best()
         return self._summary()
@@ -137,14 +191,12 @@ class Trainer:
         self.steps = [Step(**step) for step in state["steps"]]
         self._before = self.steps[-1].seconds
 
-    def _stream(self, first: int) -> Iterator[tuple[int, list[Row]]]:
-        """Every step's number and rows, from a number on."""
-        number = first
+    def _rows_from(self, number: int) -> Iterator[list[Row]]:
+        """Every step's rows, from step `number` on."""
+        epoch, place = divmod(number, self._per_epoch)
         while True:
-            epoch, place = divmod(number, self._per_epoch)
-            for rows in batches(self._rows, self._plan.rows_per_step, self._plan.seed, epoch)[place:]:
-                yield number, rows
-                number += 1
+            yield from batches(self._rows, self._plan.rows_per_step, self._plan.seed, epoch)[place:]
+            epoch, place = epoch + 1, 0
 
     def _seconds(self) -> float:
         return self._before + self._clock() - self._began
@@ -158,31 +210,6 @@ class Trainer:
 
     def _progress_of_steps(self, number: int) -> float:
         return number / self._num_steps if self._num_steps else 0.0
-
-    def _step(self, number: int, rows: list[Row], lr: float) -> float:
-        """Take one; the loss is the mean over all label tokens of the step."""
-        torch.manual_seed(hash((self._plan.seed, number, self._processes.rank)))
-        self._optimizer.zero_grad()
-        num_labels = sum(len(row.completion) for row in rows)
-        loss = sum(self._backward(part, num_labels) for part in self._parts(rows))
-        (loss,) = self._processes.sum(loss + self._penalise())
-        if not math.isfinite(loss):
-            raise self._diverged(number, rows, f"The loss became {loss}")
-        self._processes.sum_gradients(self._trained)
-        norm = clip_grad_norm_(self._trained, self._plan.clip).item()
-        if not math.isfinite(norm):
-            raise self._diverged(number, rows, f"The gradient's norm became {norm}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._hat.after_step(number)
-        return loss
-
-    def _parts(self, rows: list[Row]) -> Iterator[Sequence[Row]]:
-        """What this process takes of a step's rows, in as many parts as gradients are accumulated over."""
-        mine = self._processes.share(rows)
-        size = math.ceil(self._plan.batch_size / self._processes.size)
-        return (mine[i : i + size] for i in range(0, len(mine), size))
 
     def _backward(self, rows: Sequence[Row], num_labels: int) -> float:
         loss = self._loss(rows) / num_labels
@@ -203,11 +230,12 @@ class Trainer:
         penalty.backward()
         return penalty.item()
 
-    def _step_facts(self, number: int, rows: list[Row], loss: float, lr: float) -> Step:
-        tokens = sum(len(row.ids) for row in rows) + (self.steps[-1].tokens if self.steps else 0)
-        eval_loss = self._evaluate(number + 1) if self._plan.is_eval(number + 1, self._per_epoch) else None
-        progress = min(self._progress(number + 1), 1.0)
-        return Step(number + 1, loss, lr, progress, self._seconds(), tokens, eval_loss)
+    def _step_facts(self, turn: Turn, loss: float) -> Step:
+        number = turn.number + 1
+        tokens = sum(len(row.ids) for row in turn.rows) + (self.steps[-1].tokens if self.steps else 0)
+        eval_loss = self._evaluate(number) if self._plan.is_eval(number, self._per_epoch) else None
+        progress = min(self._progress(number), 1.0)
+        return Step(number, loss, turn.lr, progress, self._seconds(), tokens, eval_loss)
 
     def _evaluate(self, step: int) -> float:
         """The mean loss on the evaluation rows; the best weights so far are remembered where they may be asked for."""
@@ -235,10 +263,10 @@ class Trainer:
             for parameter, value in zip(self._trained, self._best.weights, strict=True):
                 parameter.copy_(value)
 
-    def _diverged(self, number: int, rows: list[Row], what: str) -> DivergedError:
-        lines = ", ".join(str(row.line) for row in sorted(rows, key=lambda row: row.line))
+    def _diverged(self, turn: Turn, what: str) -> DivergedError:
+        lines = ", ".join(str(row.line) for row in sorted(turn.rows, key=lambda row: row.line))
         return DivergedError(
-            f"{what} at step {number + 1}, in the batch of lines {lines}: lower --lr (now {self._plan.lr:g}), "
+            f"{what} at step {turn.number + 1}, in the batch of lines {lines}: lower --lr (now {self._plan.lr:g}), "
             "or look at those lines."
         )
 
