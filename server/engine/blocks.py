@@ -129,9 +129,8 @@ class BlockPool:
         None, and nothing is changed, where fewer than `num_spare` blocks would be left free.
         """
         found = self.lookup(table, tokens)
-        num_revived = sum(not self._refs[block] for _, block in found.full)
         num_new = self.num_needed(table, len(tokens)) - len(found.full)
-        if self.num_free - num_revived - num_new < num_spare:
+        if self._num_left(found, num_new) < num_spare:
             return None
         for key, block in found.full:
             self._hold(block)
@@ -146,6 +145,14 @@ class BlockPool:
         self._release(tail)
         table.copy = (tail, table.blocks[at])
         return table.num_virtual
+
+    def has_room(self, table: BlockTable, tokens: Sequence[int], num_spare: int) -> bool:
+        """Whether `allocate` would give an empty table blocks and leave so many free."""
+        found = self.lookup(table, tokens)
+        return self._num_left(found, self.num_needed(table, len(tokens)) - len(found.full)) >= num_spare
+
+    def _num_left(self, found: Found, num_new: int) -> int:
+        return self.num_free - sum(not self._refs[block] for _, block in found.full) - num_new
 
     def extend(self, table: BlockTable, num_tokens: int) -> bool:
         """Let the table hold `num_tokens` positions; False, and nothing is changed, where too few blocks are free."""

@@ -129,7 +129,7 @@ class Engine(Generic[P]):
             return EngineFailure("internal", message)
         if submit.sequence_id in self.sequences:
             return EngineFailure("internal", f"a sequence {submit.sequence_id} runs already")
-        if self.scheduler.is_full:
+        if self.scheduler.is_full(submit.namespace):
             most = self.scheduler.limits.max_waiting
             return EngineFailure("overloaded", f"{most} requests wait already; try again in a moment")
         return self.adapters.refusal(tuple(hat.digest for hat in submit.hats))

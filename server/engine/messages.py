@@ -47,7 +47,10 @@ class Hat(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A new sequence. `namespace` keeps KV apart (the tenant); `deadline` is monotonic seconds."""
+    """A new sequence. `namespace` keeps KV apart (the tenant); `deadline` is monotonic seconds.
+
+    `share` weighs the namespace against others; at most `max_running` of its sequences run at once.
+    """
 
     sequence_id: str
     namespace: str
@@ -56,6 +59,8 @@ class Submit(msgspec.Struct, tag=True):
     deadline: float
     arrived: float
     hats: tuple[Hat, ...] = ()
+    share: float = 1.0
+    max_running: int | None = None
 
 
 class Abort(msgspec.Struct, tag=True):

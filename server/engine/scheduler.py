@@ -1,12 +1,17 @@
 """Which sequences compute how many tokens in the next step.
 
 Continuous batching without phases: every running sequence has one remainder. A step takes first the running
-sequences with a remainder of 1, so that decoding never starves, then chunks of the longer remainders, then admits
-waiting sequences while tokens, rows and blocks last. When blocks run out, the last admitted sequence goes back to the
-front of the queue and recomputes later (what it published may still be found).
+sequences with a remainder of 1, so that decoding never starves, then chunks of the longer remainders and admits
+waiting sequences while tokens, rows and blocks last. When blocks run out, a running sequence goes back to the front of
+its namespace's queue and recomputes later (what it published may still be found).
 
-The queue is fair between namespaces: the one that was served the fewest tokens comes first, in order of arrival
-inside it. A sequence whose adapters are not in slots is skipped, never waited for. A skipped one cannot starve: once
+Namespaces (tenants) share what is computed: a virtual token counter (VTC, Sheng et al. 2024) charges each for its
+tokens, divided by its share; prompts go on and are admitted from the namespace with the least, in order of arrival
+inside it. Nobody is held back while nobody else wants the step. While several namespaces are about, a step takes few
+tokens of prompts, so that nobody waits long for another's to be done with; and who is first in line, holds less of the
+rows and blocks than its share and finds none, takes them from who holds more.
+
+A sequence whose adapters are not in slots is skipped, never waited for. A skipped one cannot starve: once
 `max_bypass` others with hats were admitted while it lacked nothing but room in the slots, no other sequence with hats
 is admitted before it. Running sequences end, so slots lose their pins, and its adapters are copied first.
 """
@@ -15,9 +20,9 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
 from server.engine.blocks import BlockPool
@@ -36,14 +41,23 @@ class Adapters(Protocol):
         ...
 
 
+PRESENCE_S = 30.0  # a namespace is about for so long after its last sequence
+MAX_SHARED = 4  # of a step's tokens prompts get one in so many while several namespaces are about
+MIN_QUEUED = 8  # a namespace that has less than one in so many of a full queue's places still gets one
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """A step has at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue."""
+    """A step has at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue.
+
+    While several namespaces are about, a step has at most `max_shared_tokens` tokens of prompts.
+    """
 
     max_batch_tokens: int
     max_running: int
     max_waiting: int
     max_bypass: int = 64
+    max_shared_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.max_running <= self.max_batch_tokens:
@@ -52,15 +66,49 @@ class Limits:
                 "every running sequence needs a token in each step"
             )
 
+    def max_tokens(self, num_decodes: int, num_present: int) -> int:
+        """Most tokens of a step with so many decoding sequences, while so many namespaces are about."""
+        if num_present < 2:
+            return self.max_batch_tokens
+        max_prompts = self.max_shared_tokens or max(1, self.max_batch_tokens // MAX_SHARED)
+        return min(self.max_batch_tokens, num_decodes + max_prompts)
+
 
 @dataclass
 class Plan:
     """One step: (sequence, number of tokens) in rows; `admitted` run for the first time; `num_preempted` went back."""
 
+    max_tokens: int
     rows: list[tuple[Sequence, int]] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     num_preempted: int = 0
     num_tokens: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no token fits any more."""
+        return self.num_tokens >= self.max_tokens
+
+
+@dataclass
+class Line:
+    """One namespace's queue: those that were preempted come first, then in order of arrival."""
+
+    preempted: deque[Sequence] = field(default_factory=deque)
+    arrived: dict[str, Sequence] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.preempted) + len(self.arrived)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return chain(self.preempted, self.arrived.values())
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take one out."""
+        if sequence.is_preempted:
+            self.preempted.remove(sequence)
+        else:
+            del self.arrived[sequence.id]
 
 
 class Scheduler:
@@ -69,69 +117,71 @@ class Scheduler:
     def __init__(self, limits: Limits, pool: BlockPool) -> None:
         self.limits, self.pool = limits, pool
         self.running: list[Sequence] = []  # in order of admission
-        self._preempted: deque[Sequence] = deque()  # they come first, and keep their pins
-        self._queues: dict[str, dict[str, Sequence]] = {}  # namespace -> id -> sequence, in order of arrival
+        self._lines: dict[str, Line] = {}  # of the namespaces that wait
         self._num_active: Counter[str] = Counter()  # sequences that wait or run, by namespace
-        self._served: dict[str, int] = {}  # tokens, by namespace
+        self._num_running: Counter[str] = Counter()
+        self._shares: dict[str, float] = {}  # of the namespaces that are active
+        self._seen: dict[str, float] = {}  # when a namespace was active last
+        self._served: dict[str, float] = {}  # tokens divided by the share, by namespace
+        self._last: str | None = None  # the namespace that was admitted last
         self._num_dressed = 0  # sequences with hats that were admitted, ever
         self._starving: Sequence | None = None
 
     @property
     def num_waiting(self) -> int:
         """Sequences in the queue, preempted ones included."""
-        return len(self._preempted) + sum(map(len, self._queues.values()))
+        return sum(map(len, self._lines.values()))
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the queue takes no more."""
-        return self.num_waiting >= self.limits.max_waiting
+    def is_full(self, namespace: str) -> bool:
+        """Whether the queue takes no more of a namespace.
 
-    def served(self, namespace: str) -> int:
-        """How many tokens the namespace counts as served; newcomers start at the least of those that are active."""
+        Nobody can fill it for others: who has few in it is still let in, until twice as many wait as may.
+        """
+        num_waiting, most = self.num_waiting, self.limits.max_waiting
+        if num_waiting < most or most < MIN_QUEUED:
+            return num_waiting >= most
+        return num_waiting >= 2 * most or len(self._lines.get(namespace, ())) >= most // MIN_QUEUED
+
+    def served(self, namespace: str) -> float:
+        """How many tokens, divided by its share, the namespace counts as served.
+
+        Who comes from nowhere starts at the least of those that wait, so that nobody saves up credit.
+        """
         return self._served.get(namespace, 0)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         namespace = sequence.namespace
-        if not self._num_active[namespace]:  # so that nobody saves up credit by being idle
-            self._served[namespace] = max(self.served(namespace), self._least_served())
+        if not self._is_backlogged(namespace):
+            others = [self._served[other] for other in self._num_active if self._is_backlogged(other)]
+            least = min(others, default=self.served(self._last or namespace))
+            self._served[namespace] = max(self.served(namespace), least)
         self._num_active[namespace] += 1
-        self._queues.setdefault(namespace, {})[sequence.id] = sequence
+        self._shares[namespace] = sequence.share
+        self._seen[namespace] = max(self._seen.get(namespace, sequence.arrived), sequence.arrived)
+        self._lines.setdefault(namespace, Line()).arrived[sequence.id] = sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
+        namespace = sequence.namespace
         if sequence.state is State.RUNNING:
             self.running.remove(sequence)
-        elif sequence.is_preempted:
-            self._preempted.remove(sequence)
+            self._num_running[namespace] -= 1
         else:
             self._unqueue(sequence)
         self.pool.free(sequence.table)
-        sequence.state = State.FINISHED
+        sequence.state, sequence.is_preempted = State.FINISHED, False
         self._starving = None if self._starving is sequence else self._starving
-        self._num_active[sequence.namespace] -= 1
-        if not self._num_active[sequence.namespace]:
-            self._retire(sequence.namespace)
+        self._num_active[namespace] -= 1
+        if not self._num_active[namespace]:
+            self._retire(namespace)
 
     def waiting(self, is_charged: bool = False) -> Iterator[Sequence]:
         """The queue in the order of admission.
 
         The order follows what is charged meanwhile; with `is_charged` as if each one were served as it is passed.
         """
-        yield from tuple(self._preempted)
-        served = dict(self._served)
-        heap = [
-            (self._served[namespace], index, namespace, iter(tuple(queue.values())))
-            for index, (namespace, queue) in enumerate(self._queues.items())
-        ]
-        heapq.heapify(heap)
-        while heap:
-            _, index, namespace, queue = heapq.heappop(heap)
-            if (sequence := next(queue, None)) is not None:
-                yield sequence
-                served[namespace] += sequence.remainder
-                count = served[namespace] if is_charged else self._served[namespace]
-                heapq.heappush(heap, (count, index, namespace, queue))
+        return self._in_turn(self._lines, is_charged)
 
     def wanted(self) -> list[str]:
         """Digests in the order in which slots should be given to them: the starving sequence's, then the queue's."""
@@ -141,53 +191,148 @@ class Scheduler:
 
     def plan(self, adapters: Adapters, now: float) -> Plan:
         """The next step."""
-        plan = Plan()
+        num_preempted = self._favour(adapters, now)
+        num_decodes = sum(sequence.remainder == 1 for sequence in self.running)
+        plan = Plan(self.limits.max_tokens(num_decodes, self._num_present(now)), num_preempted=num_preempted)
         self._plan_decodes(plan)
-        for sequence in self.running:
-            if sequence.remainder > 1:
-                self._take(plan, sequence)
-        self._admit(plan, adapters, now)
+        self._plan_prompts(plan, adapters, now)
         return plan
 
+    def _in_turn(self, lines: Mapping[str, Iterable[Sequence]], is_charged: bool = False) -> Iterator[Sequence]:
+        """The sequences of all namespaces, always the next of the one that counts least.
+
+        Of equals the one with fewer sequences comes first.
+        """
+        passed = dict.fromkeys(lines, 0.0)
+        heap = [
+            (self._served[namespace], self._num_active[namespace], index, namespace, iter(tuple(line)))
+            for index, (namespace, line) in enumerate(lines.items())
+        ]
+        heapq.heapify(heap)
+        while heap:
+            *_, index, namespace, line = heapq.heappop(heap)
+            if (sequence := next(line, None)) is not None:
+                yield sequence
+                passed[namespace] += sequence.remainder / self._shares[namespace] if is_charged else 0
+                count = self._served[namespace] + passed[namespace]
+                heapq.heappush(heap, (count, self._num_active[namespace], index, namespace, line))
+
+    def _num_present(self, now: float) -> int:
+        """How many namespaces have sequences, or had some a moment ago."""
+        self._seen.update(dict.fromkeys(self._num_active, now))
+        for namespace in [name for name, seen in self._seen.items() if now - seen > PRESENCE_S]:
+            del self._seen[namespace]
+        return len(self._seen)
+
+    def _favour(self, adapters: Adapters, now: float) -> int:
+        """Who is first in line, below its share, and finds no row or blocks takes them from who is above its share.
+
+        How many sequences went back for it. The decodes of this step may take a block each before it is admitted.
+        """
+        if len(self._num_active) < 2:
+            return 0
+        first = next((one for one in self.waiting() if self._may_start(one, adapters, now)), None)
+        if first is None or self._holding(first.namespace) >= self._share(first.namespace):
+            return 0
+        num_preempted = 0
+        while self._lacks_room(first) and (victim := self._above_share(first.namespace)) is not None:
+            self._preempt(victim)
+            num_preempted += 1
+        return num_preempted
+
+    def _lacks_room(self, sequence: Sequence) -> bool:
+        num_running = len(self.running)
+        return num_running >= self.limits.max_running or not self.pool.has_room(
+            sequence.table, sequence.tokens, num_spare=2 * num_running
+        )
+
+    def _share(self, namespace: str) -> float:
+        return self._shares[namespace] / sum(self._shares[other] for other in self._num_active)
+
+    def _holding(self, namespace: str, without: Sequence | None = None) -> float:
+        """The part of all rows, or of all blocks, that a namespace holds, whichever is more."""
+        its = [one for one in self.running if one.namespace == namespace and one is not without]
+        num_blocks = sum(len(one.table.blocks) for one in its)
+        return max(len(its) / self.limits.max_running, num_blocks / self.pool.num_blocks)
+
+    def _above_share(self, favoured: str) -> Sequence | None:
+        """The last admitted of the namespace that is furthest above its share, and stays no lower without it."""
+        last = {one.namespace: one for one in self.running if one.namespace != favoured}
+        most = max(last, key=lambda namespace: self._holding(namespace) / self._shares[namespace], default=None)
+        if most is None or self._holding(most, without=last[most]) < self._share(most):
+            return None
+        return last[most]
+
     def _plan_decodes(self, plan: Plan) -> None:
-        for sequence in tuple(self.running):
-            if sequence.state is State.RUNNING and sequence.remainder == 1 and self._grow(plan, sequence):
+        order = self._least_first()
+        for sequence in tuple(order):
+            if sequence.state is State.RUNNING and sequence.remainder == 1 and self._grow(plan, sequence, order):
                 self._take(plan, sequence)
 
-    def _grow(self, plan: Plan, sequence: Sequence) -> bool:
+    def _least_first(self) -> list[Sequence]:
+        """The running sequences in order of admission, but those of namespaces that hold most for their share last."""
+        if len(self._num_active) < 2:
+            return list(self.running)
+        held = {namespace: self._holding(namespace) / self._shares[namespace] for namespace in self._num_active}
+        return sorted(self.running, key=lambda sequence: held[sequence.namespace])
+
+    def _grow(self, plan: Plan, sequence: Sequence, order: list[Sequence]) -> bool:
         """Room for one more position, if need be by preempting; False where the sequence itself had to go.
 
-        The last admitted goes first. It is never planned yet: those before it in `running` are planned before it.
+        The last in the order of planning goes first. It is never planned yet.
         """
         while not self.pool.extend(sequence.table, len(sequence.tokens)):
-            victim = self.running.pop()
-            self.pool.free(victim.table)
-            victim.state, victim.is_preempted, victim.num_computed = State.WAITING, True, 0
-            self._preempted.appendleft(victim)
+            victim = order.pop()
+            self._preempt(victim)
             plan.num_preempted += 1
             if victim is sequence:
                 return False
         return True
 
-    def _admit(self, plan: Plan, adapters: Adapters, now: float) -> None:
-        limits = self.limits
-        for sequence in self.waiting():
-            if plan.num_tokens >= limits.max_batch_tokens or len(self.running) >= limits.max_running:
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._num_running[sequence.namespace] -= 1
+        self.pool.free(sequence.table)
+        sequence.state, sequence.is_preempted, sequence.num_computed = State.WAITING, True, 0
+        self._lines.setdefault(sequence.namespace, Line()).preempted.appendleft(sequence)
+
+    def _plan_prompts(self, plan: Plan, adapters: Adapters, now: float) -> None:
+        """Prompts that are begun and those that wait, namespaces in turn."""
+        begun = self._begun(plan)
+        lines = {name: [*begun.get(name, ()), *self._lines.get(name, ())] for name in {**begun, **self._lines}}
+        for sequence in self._in_turn(lines):
+            if plan.is_full:
                 return
-            if not self._can_wear(sequence, adapters, now) or self._is_prefix_coming(sequence):
+            if sequence.state is State.WAITING and not self._may_start(sequence, adapters, now):
                 continue
-            # one block is left to each running sequence: admission must not cause the next preemption
-            num_cached = self.pool.allocate(sequence.table, sequence.tokens, num_spare=len(self.running))
-            if num_cached is None:
-                return  # it keeps its place: nobody smaller passes it for ever
-            self._start(plan, sequence, num_cached, now)
+            if sequence.state is State.WAITING and not self._admit(plan, sequence, now):
+                break  # it keeps its place: nobody smaller passes it for ever
+            self._take(plan, sequence)
+        for sequence in self._in_turn(self._begun(plan)):
             self._take(plan, sequence)
 
-    def _start(self, plan: Plan, sequence: Sequence, num_cached: int, now: float) -> None:
-        if sequence.is_preempted:
-            self._preempted.remove(sequence)
-        else:
-            self._unqueue(sequence)
+    def _begun(self, plan: Plan) -> dict[str, list[Sequence]]:
+        """The running sequences that the step has not taken yet, by namespace."""
+        planned = {sequence.id for sequence, _ in plan.rows}
+        begun: dict[str, list[Sequence]] = {}
+        for sequence in self.running:
+            if sequence.id not in planned:
+                begun.setdefault(sequence.namespace, []).append(sequence)
+        return begun
+
+    def _admit(self, plan: Plan, sequence: Sequence, now: float) -> bool:
+        """Give it a row and blocks; False where there are none.
+
+        One block is left to each running sequence: admission must not cause the next preemption.
+        """
+        if len(self.running) >= self.limits.max_running:
+            return False
+        num_cached = self.pool.allocate(sequence.table, sequence.tokens, num_spare=len(self.running))
+        if num_cached is None:
+            return False
+        self._unqueue(sequence)
+        self._last = sequence.namespace
+        if not sequence.is_preempted:
             self._num_dressed += bool(sequence.digests)
             self._starving = None if self._starving is sequence else self._starving
             sequence.first_admitted = now
@@ -195,6 +340,13 @@ class Scheduler:
             plan.admitted.append(sequence)
         sequence.state, sequence.is_preempted, sequence.num_computed = State.RUNNING, False, num_cached
         self.running.append(sequence)
+        self._num_running[sequence.namespace] += 1
+        return True
+
+    def _may_start(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
+        most = sequence.max_running
+        has_row = most is None or self._num_running[sequence.namespace] < most
+        return has_row and self._can_wear(sequence, adapters, now) and not self._is_prefix_coming(sequence)
 
     def _can_wear(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
         if not sequence.digests or sequence.is_preempted:
@@ -227,28 +379,31 @@ class Scheduler:
 
     def _take(self, plan: Plan, sequence: Sequence) -> None:
         """Put as much of a remainder into the step as fits, and charge its namespace for what is new."""
-        num_tokens = min(sequence.remainder, self.limits.max_batch_tokens - plan.num_tokens)
+        num_tokens = min(sequence.remainder, plan.max_tokens - plan.num_tokens)
         if num_tokens <= 0:
             return
         plan.rows.append((sequence, num_tokens))
         plan.num_tokens += num_tokens
         num_new = max(0, sequence.num_computed + num_tokens - sequence.num_charged)
         sequence.num_charged += num_new
-        self._served[sequence.namespace] += num_new
+        self._served[sequence.namespace] += num_new / self._shares[sequence.namespace]
 
     def _unqueue(self, sequence: Sequence) -> None:
-        queue = self._queues[sequence.namespace]
-        del queue[sequence.id]
-        if not queue:
-            del self._queues[sequence.namespace]
+        line = self._lines[sequence.namespace]
+        line.remove(sequence)
+        if not line:
+            del self._lines[sequence.namespace]
 
-    def _least_served(self) -> int:
-        return min((self._served[namespace] for namespace, count in self._num_active.items() if count), default=0)
+    def _is_backlogged(self, namespace: str) -> bool:
+        """Whether it waits for more than its next tokens: for rows, or for its prompts."""
+        return namespace in self._lines or any(
+            sequence.remainder > 1 for sequence in self.running if sequence.namespace == namespace
+        )
 
     def _retire(self, namespace: str) -> None:
-        """Keep what an idle namespace owes; forget those that would start at the least served anyway."""
-        del self._num_active[namespace]
-        least = self._least_served()
+        """Keep what an idle namespace owes; forget those that would start no lower anyway."""
+        del self._num_active[namespace], self._num_running[namespace], self._shares[namespace]
+        least = min((self._served[other] for other in self._num_active), default=0)
         for other in [other for other in self._served if other not in self._num_active]:
             if not self._num_active or self._served[other] <= least:
                 del self._served[other]

@@ -36,6 +36,8 @@ class Sequence:
     arrived: float
     table: BlockTable
     digests: tuple[str, ...]
+    share: float = 1.0  # of its namespace, against others
+    max_running: int | None = None  # sequences of its namespace at once
     state: State = State.WAITING
     is_preempted: bool = False
     num_computed: int = 0
@@ -62,6 +64,8 @@ class Sequence:
             arrived=submit.arrived,
             table=BlockTable(root, namespace_salt(submit.namespace), num_virtual),
             digests=tuple(dict.fromkeys(hat.digest for hat in submit.hats)),
+            share=submit.share,
+            max_running=submit.max_running,
         )
 
     @property

@@ -20,14 +20,36 @@ class Wardrobe:
         return set(digests) <= self.slots | self.host
 
 
-def scheduler(num_blocks: int = 100, max_batch_tokens: int = 8, max_running: int = 4, max_bypass: int = 3) -> Scheduler:
-    limits = Limits(max_batch_tokens=max_batch_tokens, max_running=max_running, max_waiting=100, max_bypass=max_bypass)
+def scheduler(
+    num_blocks: int = 100,
+    max_batch_tokens: int = 8,
+    max_running: int = 4,
+    max_bypass: int = 3,
+    max_shared_tokens: int | None = 1000,
+    max_waiting: int = 100,
+) -> Scheduler:
+    limits = Limits(
+        max_batch_tokens=max_batch_tokens,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        max_bypass=max_bypass,
+        max_shared_tokens=max_shared_tokens,
+    )
     return Scheduler(limits, BlockPool(num_blocks, 4, is_cached=False))
 
 
-def add(scheduler: Scheduler, name: str, num_tokens: int, hats: str = "", namespace: str = "t") -> Sequence:
+def add(
+    scheduler: Scheduler,
+    name: str,
+    num_tokens: int,
+    hats: str = "",
+    namespace: str = "t",
+    share: float = 1.0,
+    max_running: int | None = None,
+    arrived: float = 0.0,
+) -> Sequence:
     worn = tuple(Hat(digest) for digest in hats)
-    submit = Submit(name, namespace, [1] * num_tokens, Sampling(), 1e9, 0.0, worn)
+    submit = Submit(name, namespace, [1] * num_tokens, Sampling(), 1e9, arrived, worn, share, max_running)
     sequence = Sequence.of(submit)
     scheduler.add(sequence)
     return sequence
@@ -163,6 +185,7 @@ def test_starving_sequence_holds_newcomers_with_hats_back() -> None:
     planner, wardrobe = scheduler(max_bypass=3), Wardrobe("A", host="B")
     starving = add(planner, "starving", 1, "B")
     bypass(planner, wardrobe, 3)
+    assert step(planner, wardrobe) == []
     add(planner, "held", 1, "A", namespace="another")
     add(planner, "base", 1)
     assert step(planner, wardrobe) == [("base", 1)]
@@ -193,7 +216,7 @@ def test_hold_ends_with_the_starving_sequence() -> None:
 
 
 def test_least_served_namespace_comes_first() -> None:
-    """Admission goes to the namespace with the fewest served tokens, and by arrival inside it."""
+    """Admission goes to the namespace with the fewest served tokens, of equals who asks less; by arrival inside it."""
     planner = scheduler(max_running=1, max_batch_tokens=100)
     for at in range(3):
         add(planner, f"greedy{at}", 10, namespace="greedy")
@@ -203,7 +226,7 @@ def test_least_served_namespace_comes_first() -> None:
     while planner.num_waiting:
         order += [name for name, _ in step(planner)]
         planner.remove(planner.running[0])
-    assert order == ["greedy0", "modest0", "modest1", "greedy1", "modest2", "greedy2"]
+    assert order == ["greedy0", "modest0", "modest1", "modest2", "greedy1", "greedy2"]
 
 
 def test_two_backlogged_namespaces_share_tokens() -> None:
@@ -281,3 +304,114 @@ def test_wanted_is_in_the_order_of_admission() -> None:
     for name, hats, namespace in (("1", "A", "t"), ("2", "B", "t"), ("3", "C", "u"), ("4", "AD", "u")):
         add(planner, name, 10, hats, namespace)
     assert planner.wanted() == ["A", "C", "B", "D"]
+
+
+def test_rows_are_taken_from_who_holds_more_than_its_share() -> None:
+    """Who is first in line and holds less than its share gets a row of one that holds more, until both hold theirs."""
+    planner = scheduler(max_running=4)
+    loud = [add(planner, f"loud{at}", 1, namespace="loud") for at in range(8)]
+    step(planner)
+    assert planner.running == loud[:4]
+    for at in range(3):
+        add(planner, f"modest{at}", 1, namespace="modest")
+        step(planner)
+    assert [sequence.id for sequence in planner.running] == ["loud0", "loud1", "modest0", "modest1"]
+    assert loud[3].is_preempted and loud[3].first_admitted is not None
+    planner.remove(planner.running[0])
+    step(planner)
+    assert [sequence.id for sequence in planner.running] == ["loud1", "modest0", "modest1", "loud2"]
+
+
+def test_blocks_are_taken_from_who_holds_more_than_its_share() -> None:
+    """Where rows are free and blocks are not, sequences of the one that holds most of them go back."""
+    planner = scheduler(num_blocks=16, max_running=8, max_batch_tokens=100)
+    loud = [add(planner, f"loud{at}", 12, namespace="loud") for at in range(5)]
+    step(planner)
+    assert planner.running == loud[:4]
+    add(planner, "modest", 4, namespace="modest")
+    step(planner)
+    assert [sequence.id for sequence in planner.running] == ["loud0", "loud1", "loud2", "modest"]
+
+
+def test_a_share_that_cannot_be_split_is_not_taken() -> None:
+    """One row is not taken to and fro: who would hold less than its share without it keeps it."""
+    planner = scheduler(max_running=1)
+    first = add(planner, "first", 1, namespace="a")
+    step(planner)
+    add(planner, "second", 1, namespace="b")
+    for _ in range(5):
+        assert step(planner) == [("first", 1)]
+    assert not first.is_preempted
+
+
+def test_who_holds_most_gives_up_blocks_first() -> None:
+    """When blocks run out while all decode, the namespace with most of them loses its last, whoever came last."""
+    planner = scheduler(num_blocks=7, max_running=4, max_batch_tokens=100)
+    loud = [add(planner, f"loud{at}", 4, namespace="loud") for at in range(3)]
+    step(planner)
+    modest = add(planner, "modest", 4, namespace="modest")
+    for _ in range(2):
+        step(planner)
+    assert len(planner.running) == 3 and loud[2].is_preempted
+    assert modest in planner.running
+
+
+def test_most_of_one_namespace_run_at_once() -> None:
+    """A namespace has no more running than it may, and others pass it."""
+    planner = scheduler()
+    ours = [add(planner, f"ours{at}", 1, namespace="ours", max_running=2) for at in range(4)]
+    add(planner, "theirs", 1, namespace="theirs")
+    assert sorted(name for name, _ in step(planner)) == ["ours0", "ours1", "theirs"]
+    planner.remove(ours[0])
+    step(planner)
+    assert [sequence.id for sequence in planner.running] == ["theirs", "ours1", "ours2"]
+
+
+def test_steps_are_short_while_several_are_about() -> None:
+    """Prompts get few tokens of a step while another namespace is there, or was half a minute ago; all when not."""
+    planner = scheduler(max_batch_tokens=16, max_shared_tokens=None)
+    other = add(planner, "other", 1, namespace="other")
+    add(planner, "long", 100, namespace="ours")
+    assert step(planner, now=1.0) == [("other", 1), ("long", 3)]
+    planner.remove(other)
+    assert step(planner, now=31.0) == [("long", 4)]
+    assert step(planner, now=31.1) == [("long", 16)]
+
+
+def test_one_cannot_fill_the_queue_for_others() -> None:
+    """A full queue takes no more of who fills it; who has few in it gets in, until twice as many wait as may."""
+    planner = scheduler(max_waiting=16)
+    for at in range(16):
+        assert not planner.is_full("loud")
+        add(planner, f"loud{at}", 1, namespace="loud")
+    assert planner.is_full("loud")
+    for other in range(8):
+        for at in range(2):
+            assert not planner.is_full(f"{other}")
+            add(planner, f"{other}-{at}", 1, namespace=f"{other}")
+        assert planner.is_full(f"{other}")
+    assert planner.num_waiting == 32 and planner.is_full("newcomer")
+
+
+def test_a_larger_share_is_charged_less() -> None:
+    """A namespace of share 3 counts a third of its tokens, and comes first three times as often."""
+    planner = scheduler(max_running=1, max_batch_tokens=100)
+    for at in range(8):
+        add(planner, f"big{at}", 6, namespace="big", share=3.0)
+        add(planner, f"small{at}", 6, namespace="small")
+    order = ""
+    while planner.num_waiting > 4:
+        order += step(planner)[0][0][0]
+        planner.remove(planner.running[0])
+    assert order[:8].count("b") == 6
+
+
+def test_who_asks_little_saves_up_nothing() -> None:
+    """One whose sequence runs on while another is served much starts level with it when it asks for more."""
+    planner = scheduler(max_running=3, max_batch_tokens=100)
+    add(planner, "little", 1, namespace="little")
+    for at in range(3):
+        add(planner, f"much{at}", 90, namespace="much")
+        step(planner)
+    add(planner, "more", 10, namespace="little")
+    assert planner.served("little") >= 180
