@@ -17,6 +17,7 @@ from server.metrics import Metrics
 from server.settings import Settings, variable
 from tests.readme import settings_table
 from training.cli import train
+from training.compare.command import compare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -86,10 +87,14 @@ def test_the_make_targets_exist() -> None:
 
 
 def test_the_flags_in_the_text_exist() -> None:
-    """Every flag of `manyhats train` and `manyhats serve` that README or the Makefile uses is one."""
-    taken = {"train": set(inspect.signature(train).parameters), "serve": set(Settings.model_fields) | {"import"}}
-    commands = re.findall(r"manyhats (train|serve)((?: (?:\\\n)?|\n(?= +--)|[^`\n ]+)+)", README + MAKEFILE)
-    assert {command for command, _ in commands} == {"train", "serve"}
+    """Every flag of `manyhats train`, `compare` and `serve` that README or the Makefile uses is one."""
+    taken = {
+        "train": set(inspect.signature(train).parameters),
+        "compare": set(inspect.signature(compare).parameters),
+        "serve": set(Settings.model_fields) | {"import"},
+    }
+    commands = re.findall(r"manyhats (train|compare|serve)((?: (?:\\\n)?|\n(?= +--)|[^`\n ]+)+)", README + MAKEFILE)
+    assert {command for command, _ in commands} == {*taken}
     for command, words in commands:
         flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", words)} - {"help"}
         assert flags <= taken[command], flags - taken[command]

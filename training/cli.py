@@ -119,9 +119,9 @@ def _run(given: dict[str, Any]) -> None:
         _train(given, show, processes)
         processes.leave()
     except TrainingError as error:
-        raise _stop(show.console, str(error)) from error
+        raise stop(show.console, str(error)) from error
     except OSError as error:
-        raise _stop(show.console, f"{given['out']} cannot be written: {error.strerror or error}") from error
+        raise stop(show.console, f"{given['out']} cannot be written: {error.strerror or error}") from error
     finally:
         processes.close()
 
@@ -130,7 +130,7 @@ def _train(given: dict[str, Any], show: Any, processes: Any) -> None:
     from training.job import run_job
     from training.methods import METHODS
 
-    done = run_job(_job(given), show, processes)
+    done = run_job(job_of(given), show, processes)
     if done is None:
         return
     show.scores(done.before, done.after)
@@ -139,7 +139,8 @@ def _train(given: dict[str, Any], show: Any, processes: Any) -> None:
         show.say(f"{given['method']} is for comparison: what it wrote is a new base, which no server takes as a hat.")
 
 
-def _job(given: dict[str, Any]) -> Any:
+def job_of(given: dict[str, Any]) -> Any:
+    """The job that options of `train`, by name, ask for. Raises `OptionError`."""
     from training.data import Columns
     from training.job import Job
     from training.methods import method_named
@@ -161,6 +162,7 @@ def _job(given: dict[str, Any]) -> Any:
     )
 
 
-def _stop(console: Console, reason: str) -> typer.Exit:
-    console.print(f"[bold red]manyhats train:[/] {escape(reason)}", highlight=False, soft_wrap=True)
+def stop(console: Console, reason: str, command: str = "train") -> typer.Exit:
+    """Say why a command ends."""
+    console.print(f"[bold red]manyhats {command}:[/] {escape(reason)}", highlight=False, soft_wrap=True)
     return typer.Exit(1)

@@ -32,7 +32,7 @@ def digest_of(path: Path) -> str:
     """sha256 over the bytes of the files."""
     digest = hashlib.sha256()
     for file in files_of(path):
-        digest.update(file.read_bytes())
+        digest.update(_bytes(file))
     return digest.hexdigest()
 
 
@@ -77,11 +77,15 @@ def _said(path: Path, key: str) -> list[Any]:
     return found
 
 
-def _text(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def _text(path: Path) -> str:
+    raw = _bytes(path)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,0 +1,97 @@
+"""What is usually claimed for PEFT, held against what was measured: figures, whether they speak for it or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from training.compare.results import FULL, Comparison, Outcome
+from training.compare.scores import forgotten, quality, scores_of
+
+MOST_SHARE = 0.01  # of the base's parameters: what "a small share" may be
+MEGA = 1e6
+MOST_BYTES = 10 * MEGA  # of an artifact: what "megabytes" may be
+NEAR = 0.01  # of quality: what "as well" may be below
+
+Value = Callable[[Outcome], float | None]
+
+
+class Claim(NamedTuple):
+    """A claim, what was found, and `holds`, or which methods do not keep it, or why nothing can be said."""
+
+    claim: str
+    figures: str
+    verdict: str
+
+
+def claims(comparison: Comparison) -> list[Claim]:
+    """All of them."""
+    hats, full = [outcome for outcome in comparison.outcomes if outcome.is_peft], comparison.of(FULL)
+    if not hats:
+        return []
+    return [_share(hats), _bytes(hats, full), _memory(hats, full), _forgetting(hats, full), _quality(hats, full)]
+
+
+def _share(hats: list[Outcome]) -> Claim:
+    figures = _range(hats, lambda one: one.trained_share, lambda value: f"{value:.3%}")
+    bad = [one.method for one in hats if one.trained_share > MOST_SHARE]
+    return Claim(f"a small share of the parameters (at most {MOST_SHARE:.0%})", figures, _verdict(bad))
+
+
+def megabytes(num_bytes: float) -> str:
+    """As people read it."""
+    return f"{num_bytes / MEGA:,.2f} MB" if num_bytes < 100 * MEGA else f"{num_bytes / MEGA:,.0f} MB"
+
+
+def _bytes(hats: list[Outcome], full: Outcome | None) -> Claim:
+    figures = _range(hats, lambda one: one.artifact_bytes, megabytes)
+    beside = f"; full: {megabytes(full.artifact_bytes)}" if full else ""
+    bad = [one.method for one in hats if one.artifact_bytes > MOST_BYTES]
+    return Claim(f"megabytes per task (at most {MOST_BYTES / MEGA:.0f})", figures + beside, _verdict(bad))
+
+
+def _memory(hats: list[Outcome], full: Outcome | None) -> Claim:
+    claim = "less memory to train than full fine-tuning"
+    if full is None:
+        return _without_full(claim)
+    most = full.memory_bytes
+    figures = _range(hats, lambda one: one.memory_bytes / most, lambda value: f"{value:.2f}")
+    bad = [one.method for one in hats if one.memory_bytes >= most]
+    return Claim(claim, f"{figures} of its {megabytes(most)} above the loaded base", _verdict(bad))
+
+
+def _forgetting(hats: list[Outcome], full: Outcome | None) -> Claim:
+    claim = "less forgetting than full fine-tuning"
+    if full is None:
+        return _without_full(claim)
+    bound, known = forgotten(full), [one for one in hats if forgotten(one) is not None]
+    if bound is None or not known:
+        return Claim(claim, "", "not measured")
+    figures = _range(known, forgotten, lambda value: f"{value:+.2%}")
+    bad = [one.method for one in known if (forgotten(one) or 0.0) >= bound]
+    return Claim(claim, f"perplexity of a neutral text: {figures}; full: {bound:+.2%}", _verdict(bad))
+
+
+def _quality(hats: list[Outcome], full: Outcome | None) -> Claim:
+    claim = f"as good as full fine-tuning in the same budget (within {NEAR * 100:.0f} point)"
+    if full is None:
+        return _without_full(claim)
+    score = scores_of(full)[0]
+    figures = _range(hats, quality, score.show)
+    bad = [one.method for one in hats if quality(one) < quality(full) - NEAR]
+    return Claim(claim, f"{score.name}: {figures}; full: {score.show(quality(full))}", _verdict(bad))
+
+
+def _without_full(claim: str) -> Claim:
+    return Claim(claim, "", f"not measured: {FULL} was not trained")
+
+
+def _range(hats: list[Outcome], value: Value, show: Callable[[float], str]) -> str:
+    """From the least to the most, each with its method."""
+    found = sorted((value(one) or 0.0, one.method) for one in hats)
+    shown = [f"{show(figure)} ({method})" for figure, method in (found[0], found[-1])]
+    return " to ".join(shown if len(found) > 1 else shown[:1])
+
+
+def _verdict(bad: list[str]) -> str:
+    return f"not for {', '.join(bad)}" if bad else "holds"

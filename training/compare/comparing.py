@@ -1,0 +1,149 @@
+"""One comparison: each method is trained, all are served, and what is known is written each time."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+from adapters_store.artifact import MANIFEST
+from training.compare import serving
+from training.compare.plot import draw
+from training.compare.results import RESULTS, Comparison, Outcome, begin, outcome_of, write
+from training.compare.runs import MethodError, News, train_apart
+from training.compare.scores import quality, scores_of
+from training.compare.table import markdown
+from training.job import Job
+from training.methods import METHODS
+from training.sources import digest_of
+
+TABLE, PLOT = "compare.md", "compare.png"
+NO_HAT = "it is a new base, and no hat"
+
+
+@dataclass
+class Comparing:
+    """A comparison on its way, and the folder where it is kept."""
+
+    comparison: Comparison
+    jobs: Mapping[str, Job]
+    out: Path
+    console: Console
+
+    @classmethod
+    def begin(
+        cls, jobs: Mapping[str, Job], out: Path, given: dict[str, object], words: Sequence[str], console: Console
+    ) -> Comparing:
+        """In a new folder, or in that of the same comparison. Raises `OptionError` where it is another's."""
+        job = next(iter(jobs.values()))
+        digests = {"the rows of --data": digest_of(job.data), "the rows of --eval": job.eval and digest_of(job.eval)}
+        command = shlex.join(["manyhats", "compare", "--methods", ",".join(jobs), *words, "--out", str(out)])
+        comparison = begin(out, Comparison({**given, **digests}, command, _machine()))
+        out.mkdir(parents=True, exist_ok=True)
+        return cls(comparison, jobs, out, console)
+
+    def run(self) -> None:
+        """All of it. Raises `DataError` or `BaseError` where no method can be trained, `MethodError` where none was."""
+        self._keep()
+        with _bars(self.console) as progress:
+            tasks = {method: progress.add_task(method, total=1.0, facts="", start=False) for method in self.jobs}
+            for method, task in tasks.items():
+                progress.start_task(task)
+                self._train(method, progress, task)
+                progress.stop_task(task)
+                self._keep()
+            if not self.comparison.outcomes:
+                raise MethodError("\n".join(f"{name}: {why}" for name, why in self.comparison.failed.items()))
+            self._serve(progress)
+        self._keep()
+        self.console.print(Markdown(markdown(self.comparison)))
+        self.console.print(f"{self.out}: {RESULTS}, {TABLE} and {PLOT}", highlight=False, markup=False, soft_wrap=True)
+
+    def _train(self, method: str, progress: Progress, task: TaskID) -> None:
+        """One method, unless it is there already."""
+
+        def on_news(news: News) -> None:
+            progress.update(task, completed=news.share, facts=escape(news.text))
+
+        job = self.jobs[method]
+        try:
+            if not (job.out / MANIFEST).is_file():
+                train_apart(job, on_news)
+            outcome = outcome_of(method, job.out)
+        except MethodError as error:
+            self.comparison.failed[method] = str(error)
+            self._fail(progress, task, f"{method} failed: {error}")
+            return
+        self.comparison.outcomes.append(outcome)
+        progress.update(task, completed=1.0, facts=_line(outcome))
+
+    def _serve(self, progress: Progress) -> None:
+        """All that a server takes, on one server. What does not come up is told, and costs nothing that is known."""
+        hats = [one for one in self.comparison.outcomes if METHODS[one.method].is_uploadable]
+        for outcome in self.comparison.outcomes:
+            outcome.not_served = "" if outcome in hats else NO_HAT
+        if not hats:
+            return
+        task = progress.add_task("serving", total=len(hats) * serving.NUM_ROUNDS, facts="starting a server")
+        job = next(iter(self.jobs.values()))
+        try:
+            with serving.serve(job.base, job.device, job.cache) as client:
+                progress.update(task, facts="decoding in turn with the base")
+                folders = {outcome.method: self.jobs[outcome.method].out for outcome in hats}
+                served = serving.measure(client, folders, lambda: progress.advance(task))
+        except serving.ServingError as error:
+            self._fail(progress, task, f"nothing is served: {error}")
+            for outcome in hats:
+                outcome.not_served = str(error).splitlines()[0]
+            return
+        self.comparison.server = served.server
+        for outcome in hats:
+            outcome.serving = served.methods.get(outcome.method)
+            outcome.not_served = served.refused.get(outcome.method, "")
+
+    def _fail(self, progress: Progress, task: TaskID, sentence: str) -> None:
+        progress.update(task, facts="[red]failed[/]")
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def _keep(self) -> None:
+        """Write what is known."""
+        write(self.out / RESULTS, msgspec.json.format(msgspec.json.encode(self.comparison)) + b"\n")
+        write(self.out / TABLE, markdown(self.comparison).encode())
+        if self.comparison.outcomes:
+            write(self.out / PLOT, draw(self.comparison))
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len("prefix_tuning"))),
+        BarColumn(bar_width=16),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
+        console=console,
+    )
+
+
+def _line(outcome: Outcome) -> str:
+    score = scores_of(outcome)[0]
+    return f"{score.name} {score.show(quality(outcome))}, {outcome.steps} steps in {outcome.seconds:.0f} s"
+
+
+def _machine() -> str:
+    """Its cores, and what they are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{os.cpu_count()} cores, {name}"

@@ -1,0 +1,122 @@
+"""A method trained in a process of its own, so that its peak memory is its own; what it tells comes through a pipe."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from rich.console import Console
+
+from training.errors import BaseError, DataError, TrainingError
+from training.job import Job, run_job
+from training.processes import Processes
+from training.show import Show
+from training.trainer import Step
+
+LEAVE_WITHIN_S = 10
+COMMON = (DataError, BaseError)  # what is wrong with data or base is so for every method
+
+
+@dataclass(frozen=True)
+class News:
+    """Where a run is: `share` of what `text` says."""
+
+    text: str
+    share: float
+
+
+class MethodError(TrainingError):
+    """A method that could not be trained; others may be."""
+
+
+class Told(Show):
+    """Tells what it would draw."""
+
+    def __init__(self, tell: Callable[[News], None]) -> None:
+        super().__init__(Console(quiet=True))
+        self._tell = tell
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """News of rows."""
+        done = 0
+
+        def more(count: int) -> None:
+            nonlocal done
+            done += count
+            self._tell(News(what, done / max(total, 1)))
+
+        yield more
+
+    @contextmanager
+    def training(self) -> Iterator[Callable[[Step], None]]:
+        """News of steps."""
+
+        def tell(step: Step) -> None:
+            rate = step.tokens / max(step.seconds, 1e-9)
+            self._tell(News(f"step {step.number}  loss {step.loss:.3f}  {rate:,.0f} tokens/s", step.progress))
+
+        yield tell
+
+
+def train_apart(job: Job, on_news: Callable[[News], None]) -> None:
+    """Train in a new process, and write its artifact.
+
+    Raises `MethodError` with the reason where that fails, `DataError` or `BaseError` where it would for every method.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        failure = _listen(ours, on_news)
+        process.join(LEAVE_WITHIN_S)
+    finally:
+        process.kill()
+        process.join()
+    if failure is not None:
+        raise failure
+    if process.exitcode != 0:
+        raise MethodError(_ended(process.exitcode))
+
+
+def _listen(pipe: Connection, on_news: Callable[[News], None]) -> TrainingError | None:
+    """Until the other end is closed; the failure that it told of."""
+    failure = None
+    while True:
+        try:
+            told = pipe.recv()
+        except EOFError:
+            return failure
+        if isinstance(told, News):
+            on_news(told)
+        else:
+            failure = told
+
+
+def _ended(code: int | None) -> str:
+    if code is not None and code < 0:
+        hint = " (is there too little memory?)" if -code == signal.SIGKILL else ""
+        return f"its process was ended by {signal.Signals(-code).name}{hint}"
+    return f"its process ended with {code}"
+
+
+def _work(job: Job, pipe: Connection) -> None:
+    """The process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the one that started it ends it
+    processes = Processes(is_cpu=job.device == "cpu")
+    try:
+        run_job(job, Told(pipe.send), processes)
+    except COMMON as error:
+        pipe.send(error)
+    except TrainingError as error:
+        pipe.send(MethodError(str(error)))
+    except (OSError, RuntimeError, MemoryError) as error:  # a full disk, too little memory
+        pipe.send(MethodError(f"{type(error).__name__}: {error}".splitlines()[0]))
+    finally:
+        processes.close()

@@ -1,0 +1,51 @@
+"""Which of a manifest's scores says how good answers are: exact match where they are labels, BLEU where not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from training.compare.results import Outcome
+
+NEUTRAL = "neutral_perplexity"
+
+
+class Score(NamedTuple):
+    """One of a manifest's: what people call it, its key, and what is the best that it can be."""
+
+    name: str
+    key: str
+    best: float = 1.0
+
+    def of(self, scores: Mapping[str, Any]) -> float:
+        """From 0 to 1."""
+        return float(scores[self.key]) / self.best
+
+    def show(self, value: float) -> str:
+        """A value from 0 to 1 as the score is usually written."""
+        return f"{value:.1%}" if self.best == 1.0 else f"{value * self.best:.1f}"
+
+
+EXACT, LABELS, BLEU = (
+    Score("exact match", "exact_match"),
+    Score("label accuracy", "choice_match"),
+    Score("BLEU", "bleu", 100),
+)
+
+
+def scores_of(outcome: Outcome) -> list[Score]:
+    """Those that fit the task, the first of which says how good a method is."""
+    if outcome.after.get(LABELS.key) is not None:
+        return [EXACT, LABELS]
+    return [BLEU, EXACT] if outcome.after.get(BLEU.key) is not None else [EXACT]
+
+
+def quality(outcome: Outcome) -> float:
+    """Of the answers with the adapter, from 0 to 1."""
+    return scores_of(outcome)[0].of(outcome.after)
+
+
+def forgotten(outcome: Outcome) -> float | None:
+    """The change of the perplexity of a neutral text, of what it was: 0.1 is a tenth more. None where not taken."""
+    before, after = outcome.before.get(NEUTRAL), outcome.after.get(NEUTRAL)
+    return None if before is None or after is None else after / before - 1.0

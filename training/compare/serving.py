@@ -1,0 +1,183 @@
+"""What each artifact costs on the real engine: a `manyhats serve` of its own, asked over HTTP as any user does."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from adapters_store.artifact import MANIFEST, find_parts, read_manifest
+from training.compare.results import Server, Serving
+from training.errors import TrainingError
+
+NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
+NUM_WARM_UP = 4  # tokens of each request, before what counts
+MOST_PROMPT_TOKENS = 128  # that decoding is measured, and not the reading of prompts
+READY_WITHIN_S, ANSWER_WITHIN_S, STOP_WITHIN_S = 300, 300, 30
+BASE = "base"  # the task that is the base itself
+
+
+class ServingError(TrainingError):
+    """The server did not come up, or refused."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What was measured: of the server itself, of every method, and why methods could not be served."""
+
+    server: Server
+    methods: dict[str, Serving]
+    refused: dict[str, str]
+
+
+@contextmanager
+def serve(base: str, device: str, cache: Path | None) -> Iterator[httpx.Client]:
+    """A server of `base` on a free loopback port, with a data folder that goes with it, and a client of it.
+
+    Raises `ServingError` with the end of its log where it does not become ready.
+    """
+    with tempfile.TemporaryDirectory(prefix="manyhats-compare-") as folder:
+        port = _free_port()
+        flags = {"base": base, "data": folder, "host": "127.0.0.1", "port": port, "device": device}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        words += [] if cache is None else ["--cache", str(cache)]
+        log = Path(folder) / "server.log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+                [sys.executable, "-m", "server", "serve", *words], stdout=out, stderr=subprocess.STDOUT, env=_plain()
+            )
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_WITHIN_S) as client:
+                _wait(client, process, log)
+                yield client
+        finally:
+            _stop(process)
+
+
+def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callable[[], None]) -> Served:
+    """Upload every artifact, and let batches of it and of the base decode in turn, round after round.
+
+    Each batch is held against the mean of the base's before and after it; the median of the rounds counts.
+    """
+    uploaded, refused = _upload_all(client, folders)
+    prompts = _prompts(folders)
+    for task in (BASE, *uploaded):
+        _decode(client, task, prompts, NUM_WARM_UP)
+    rates: dict[str, list[float]] = {task: [] for task in uploaded}
+    shares: dict[str, list[float]] = {task: [] for task in uploaded}
+    bases = [_decode(client, BASE, prompts, NUM_TOKENS)]
+    for task in [*uploaded] * NUM_ROUNDS:
+        rates[task].append(_decode(client, task, prompts, NUM_TOKENS))
+        bases.append(_decode(client, BASE, prompts, NUM_TOKENS))
+        shares[task].append(rates[task][-1] / statistics.mean(bases[-2:]))
+        on_batch()
+    methods = {
+        task: Serving(statistics.median(rates[task]), statistics.median(shares[task]), seconds, said["slot_bytes"])
+        for task, (seconds, said) in uploaded.items()
+    }
+    return Served(Server(len(prompts), NUM_TOKENS, NUM_ROUNDS, statistics.median(bases)), methods, refused)
+
+
+def _upload_all(
+    client: httpx.Client, folders: Mapping[str, Path]
+) -> tuple[dict[str, tuple[float, dict[str, Any]]], dict[str, str]]:
+    """(seconds, the server's answer) of every method, and the server's words on those that it refused."""
+    uploaded, refused = {}, {}
+    for method, folder in folders.items():
+        body = _zip(folder)
+        began = time.monotonic()
+        answer = client.post(
+            "/adapters", params={"task": method}, content=body, headers={"Content-Type": "application/zip"}
+        )
+        if answer.is_success:
+            uploaded[method] = (time.monotonic() - began, answer.json())
+        else:
+            refused[method] = f"the server refused it: {_said(answer)}"
+    return uploaded, refused
+
+
+def _said(answer: httpx.Response) -> str:
+    """The message of an error in the server's form, or what else was answered."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"{answer.status_code} {answer.text[:200]}"
+
+
+def _zip(folder: Path) -> bytes:
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        for name, path in find_parts(folder).items():
+            archive.write(path, name)
+    return body.getvalue()
+
+
+def _prompts(folders: Mapping[str, Path]) -> list[list[int]]:
+    """Prompts of the task: those of an artifact's parity, over and over where they are few."""
+    manifest = read_manifest((next(iter(folders.values())) / MANIFEST).read_bytes())
+    known = [case.prompt_token_ids[-MOST_PROMPT_TOKENS:] for case in manifest.parity]
+    return [known[i % len(known)] for i in range(NUM_REQUESTS)]
+
+
+def _decode(client: httpx.Client, task: str, prompts: list[list[int]], num_tokens: int) -> float:
+    """Tokens/s after the first one, summed over requests that run at once."""
+
+    def ask(prompt: list[int]) -> float:
+        body = {"prompt_token_ids": prompt, "max_tokens": num_tokens, "ignore_eos": True}
+        answer = client.post("/generate", params={"task": task}, json=body)
+        if not answer.is_success:
+            raise ServingError(f"the server did not answer for {task}: {_said(answer)}")
+        timing: dict[str, float] = answer.json()["timing"]
+        return (num_tokens - 1) / max((timing["total_ms"] - timing["ttft_ms"]) / 1000, 1e-9)
+
+    with ThreadPoolExecutor(len(prompts)) as clients:
+        return sum(clients.map(ask, prompts))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _plain() -> dict[str, str]:
+    """The environment without the settings of the user's own server."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MANYHATS_")}
+
+
+def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + READY_WITHIN_S
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            if client.get("/health/ready").status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    state = "is not ready yet" if process.returncode is None else f"ended with {process.returncode}"
+    raise ServingError(f"the server {state}; its log ends: {log.read_text(errors='replace')[-1000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
