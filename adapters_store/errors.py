@@ -5,6 +5,8 @@ ArtifactError (artifact_invalid)
 ├── ArtifactTypeError (artifact_type)
 ├── MethodUnsupportedError (method_unsupported)
 ├── WrongBaseError (wrong_base)
+├── ProbeError (probe_failed)
+├── ParityError (parity_failed)
 └── ArtifactCorruptError (artifact_corrupt)
 AbsentError (not_found)
 NameTakenError (conflict)
@@ -46,6 +48,18 @@ class WrongBaseError(ArtifactError):
     """The artifact was made for another base."""
 
     code = "wrong_base"
+
+
+class ProbeError(ArtifactError):
+    """Worn by the engine, it does not compute."""
+
+    code = "probe_failed"
+
+
+class ParityError(ArtifactError):
+    """Worn by the engine, it does not answer as it did for its trainer."""
+
+    code = "parity_failed"
 
 
 class ArtifactCorruptError(ArtifactError):

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
+
+import torch
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, MethodUnsupportedError, WrongBaseError
@@ -30,7 +33,7 @@ from adapters_store.methods import (
     vera,
 )
 from adapters_store.methods.refused import refusal
-from adapters_store.patch import Patch, Primitive
+from adapters_store.patch import Bottleneck, Delta, LowRank, Patch, Primitive, Rows
 from adapters_store.spec import BaseSpec, ItemBytes
 
 
@@ -89,10 +92,11 @@ def is_kv(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Room:
-    """What a device has for a patch."""
+    """What a device has for a patch: bytes, those of a number, and the largest value that it keeps of a matrix."""
 
     num_bytes: int
     item_bytes: ItemBytes
+    largest_value: float = inf
 
 
 def compile_patch(artifact: Artifact, spec: BaseSpec, room: Room | None = None) -> Patch:
@@ -122,5 +126,25 @@ def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, room: Room |
                 f"the adapter, compiled for {spec.name}, takes more than {room.num_bytes} bytes, which is all that "
                 "this server keeps for adapters"
             )
+        if room is not None and room.largest_value < torch.finfo(torch.float32).max:
+            check_values(primitive, room.largest_value)
         made.append(primitive)
     return tuple(made)
+
+
+def check_values(primitive: Primitive, largest: float) -> None:
+    """Raise `ArtifactError` where a matrix holds a value that the device, which may keep it in 16 bits, cannot."""
+    match primitive:
+        case LowRank(a=a, b=b) | Bottleneck(down=a, up=b):
+            matrices = [a, b]
+        case Delta(dw=matrix) | Rows(de=matrix):
+            matrices = [matrix]
+        case _:
+            return
+    found = max(float(matrix.detach().abs().max()) for matrix in matrices) if all(map(len, matrices)) else 0.0
+    if not found <= largest:
+        raise ArtifactError(
+            f"a value of {found:g} at {primitive.site} is over {largest:g}, the most that this server keeps of a "
+            "matrix; with --precision fp32 it keeps more",
+            primitive.site,
+        )

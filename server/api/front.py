@@ -47,6 +47,7 @@ class Front:
     given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
     leaving: set[str] = field(default_factory=set)  # digests whose artifacts are being deleted
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one upload at a time is worn by the engine
     is_draining: bool = False  # about to end: what runs may finish, nothing new begins
     last_item_bytes: ItemBytes | None = None
     store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together

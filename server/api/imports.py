@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import shutil
@@ -11,8 +10,9 @@ from pathlib import Path
 from adapters_store.artifact import CONFIG, find_parts
 from adapters_store.errors import AbsentError, ArtifactError
 from adapters_store.registry import DEFAULT_TENANT
-from server.api.adapters import FOLDER, keep, prove
+from server.api.adapters import FOLDER, keep
 from server.api.front import Front
+from server.api.proof import prove
 from server.api.wire import BASE, NAME
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,6 @@ async def _import_folder(front: Front, folder: Path) -> None:
             copy.mkdir()
             for name, path in find_parts(folder).items():
                 shutil.copyfile(path, copy / name)
-            proved = await asyncio.to_thread(prove, front, copy)
+            proved = await prove(front, copy)
             await keep(front, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
-        log.info("an adapter was taken in", extra={"task": task, "digest": proved.artifact.digest})
+        log.info("an adapter was taken in", extra={"task": task, "digest": proved.digest})

@@ -30,6 +30,7 @@ from server.engine.messages import (
     Output,
     Ready,
     Residency,
+    Stage,
     StartFailed,
     Stats,
     StepDone,
@@ -86,6 +87,10 @@ class EngineClient(Protocol):
 
     def forget(self, digest: str) -> None:
         """The artifact was deleted: drop what is kept of it once nothing uses it."""
+        ...
+
+    def stage(self, digest: str, folder: str | None) -> None:
+        """Read the artifact from a folder of the staging area; None: from the store, as before."""
         ...
 
     async def residency(self) -> dict[str, str]:
@@ -186,6 +191,11 @@ class ProcessEngineClient:
         """See `EngineClient.forget`."""
         if self._life is not None:
             self._life.write(Forget(digest))
+
+    def stage(self, digest: str, folder: str | None) -> None:
+        """See `EngineClient.stage`."""
+        if self._life is not None:
+            self._life.write(Stage(digest, folder))
 
     async def residency(self) -> dict[str, str]:
         """See `EngineClient.residency`."""

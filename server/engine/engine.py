@@ -27,6 +27,7 @@ INTERNAL = EngineFailure("internal", "the engine failed on this request; its log
 class Engine(Generic[P]):
     """Runs sequences over one runner and one bank. All methods belong to one thread; `load` runs in others.
 
+    `staged` tells `load` what is not in the store yet: digest -> folder.
     A sequence ends in `_finish` and nowhere else: by a finish, a failure, its deadline or an abort.
     """
 
@@ -41,8 +42,9 @@ class Engine(Generic[P]):
         executor: Executor,
         clock: Callable[[], float],
         on_loaded: Callable[[], None] = lambda: None,
+        staged: dict[str, str] | None = None,
     ) -> None:
-        self.runner = runner
+        self.runner, self._staged = runner, {} if staged is None else staged
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
         most = runner.num_blocks * runner.block_size
         self.max_sequence_tokens = min(most, config.max_sequence_tokens or most)
@@ -87,6 +89,14 @@ class Engine(Generic[P]):
     def forget(self, digest: str) -> None:
         """The artifact was deleted: keep nothing of it once nothing uses it."""
         self.adapters.forget(digest)
+
+    def stage(self, digest: str, folder: str | None) -> None:
+        """From now on load an artifact from a folder, also one that failed; None: from the store again."""
+        self._staged.pop(digest, None)
+        if folder is not None:
+            self._staged[digest] = folder
+            if self.adapters.states().get(digest) == "failed":
+                self.adapters.forget(digest)
 
     def step(self) -> StepDone | None:
         """Compute the next tokens of the sequences that can run; None where nothing was computed and nothing ended."""

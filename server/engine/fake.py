@@ -44,7 +44,8 @@ class FakeEngineClient:
     With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
     (at least one) for a request.
     `failure` ends every request instead of its first token; `delay_s` passes before each token. What was asked is
-    kept in `submitted`, `aborted` and `forgotten`.
+    kept in `submitted`, `aborted` and `forgotten`. Probes of uploads are kept in `probed`; they get their forced tokens
+    at once, or `probe_failure`, or never end where `are_probes_stuck`.
     """
 
     def __init__(
@@ -59,6 +60,10 @@ class FakeEngineClient:
         self.stats = Stats()
         self.delay_s = delay_s
         self.failure: EngineFailure | None = None
+        self.probe_failure: EngineFailure | None = None
+        self.are_probes_stuck = False
+        self.probed: list[Submit] = []
+        self.staged: dict[str, str] = {}
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.forgotten: list[str] = []
@@ -89,13 +94,17 @@ class FakeEngineClient:
         """One output a token; closing the iterator early is kept in `aborted`."""
         if self.ready is None:
             raise EngineUnavailable(self.last_error or "the engine is not ready")
+        if submit.is_probe:
+            async for output in self._probe(submit):
+                yield output
+            return
         self.submitted.append(submit)
         self.states |= {hat.digest: "slot" for hat in submit.hats}
         self.stats.num_running += 1
         is_over = False
         try:
             for output in self._outputs(submit):
-                output = await self._unless_dead(output)
+                output = await self._unless_dead(output, self.delay_s)
                 is_over = output.finish_reason is not None or output.failure is not None
                 yield output
                 if is_over:
@@ -110,15 +119,32 @@ class FakeEngineClient:
         self.forgotten.append(digest)
         self.states.pop(digest, None)
 
+    def stage(self, digest: str, folder: str | None) -> None:
+        """Keep the folder in `staged`, until it is None."""
+        self.staged.pop(digest, None)
+        if folder is not None:
+            self.staged[digest] = folder
+
+    async def _probe(self, submit: Submit) -> AsyncIterator[Output]:
+        self.probed.append(submit)
+        if self.are_probes_stuck:
+            try:
+                await self._died.wait()
+            except asyncio.CancelledError:
+                self.aborted.append(submit.sequence_id)
+                raise
+        for output in self._outputs(submit):
+            yield await self._unless_dead(output, 0.0)
+
     async def residency(self) -> dict[str, str]:
         """`states`: every digest that was worn is in a slot; a test may put others there."""
         return dict(self.states)
 
-    async def _unless_dead(self, output: Output) -> Output:
+    async def _unless_dead(self, output: Output, delay_s: float) -> Output:
         died = self._died
-        if self.delay_s:
+        if delay_s:
             try:
-                await asyncio.wait_for(died.wait(), self.delay_s)
+                await asyncio.wait_for(died.wait(), delay_s)
             except TimeoutError:
                 return output
         else:
@@ -129,9 +155,11 @@ class FakeEngineClient:
         return output
 
     def _outputs(self, submit: Submit) -> list[Output]:
-        if self.failure is not None:
-            return [Output(submit.sequence_id, failure=self.failure)]
-        tokens, reason = self._answer(submit)[: submit.sampling.max_tokens], "length"
+        failure = self.probe_failure if submit.is_probe else self.failure
+        if failure is not None:
+            return [Output(submit.sequence_id, failure=failure)]
+        answer = list(submit.sampling.forced) or (self._echo if submit.is_probe else self._answer)(submit)
+        tokens, reason = answer[: submit.sampling.max_tokens], "length"
         eos = self._description.eos_token_ids
         if not submit.sampling.ignore_eos and any(token in eos for token in tokens):
             tokens = tokens[: next(at for at, token in enumerate(tokens) if token in eos) + 1]

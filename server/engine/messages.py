@@ -11,6 +11,8 @@ import msgspec
 from adapters_store.spec import BaseSpec, ItemBytes
 from server.model.batch import Logprobs, Sampling
 
+FP32_MAX = 3.4028234663852886e38
+
 
 class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The first frame that the engine reads: what to load (as `server.model.runner.RunnerConfig`) and its limits.
@@ -50,6 +52,7 @@ class Submit(msgspec.Struct, tag=True):
     """A new sequence. `namespace` keeps KV apart (the tenant); `deadline` is monotonic seconds.
 
     `share` weighs the namespace against others; at most `max_running` of its sequences run at once.
+    A probe of an upload takes but a few tokens of a step that others are in.
     """
 
     sequence_id: str
@@ -61,6 +64,7 @@ class Submit(msgspec.Struct, tag=True):
     hats: tuple[Hat, ...] = ()
     share: float = 1.0
     max_running: int | None = None
+    is_probe: bool = False
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -73,6 +77,13 @@ class Forget(msgspec.Struct, tag=True):
     """The artifact was deleted: drop its host copy and slot as soon as nothing uses them."""
 
     digest: str
+
+
+class Stage(msgspec.Struct, tag=True):
+    """Until it is said again with None, the artifact is read from a folder of the staging area, not from the store."""
+
+    digest: str
+    folder: str | None
 
 
 class AskResidency(msgspec.Struct, tag=True):
@@ -160,6 +171,7 @@ class Ready(msgspec.Struct, tag=True):
     item_bytes: ItemBytes
     precision: str
     load_seconds: float
+    largest_value: float = FP32_MAX  # of a matrix, as slots keep it
 
 
 class StartFailed(msgspec.Struct, tag=True):
@@ -168,5 +180,5 @@ class StartFailed(msgspec.Struct, tag=True):
     message: str
 
 
-ToEngine = Submit | Abort | Forget | AskResidency
+ToEngine = Submit | Abort | Forget | Stage | AskResidency
 FromEngine = StepDone | Residency | Ready | StartFailed

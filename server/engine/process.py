@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -34,6 +35,7 @@ from server.engine.messages import (
     FromEngine,
     Ready,
     Residency,
+    Stage,
     StartFailed,
     StepDone,
     Submit,
@@ -60,16 +62,24 @@ class Signal(Enum):
 
 def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]]:
     """The real engine: base, bank and the store's artifacts. The heavy imports are here, so that fakes need none."""
+    import torch
+
+    from adapters_store.artifact import read_folder
     from adapters_store.blobs import Blobs
+    from adapters_store.errors import ArtifactCorruptError
     from adapters_store.methods import compile_patch
     from server.model.packed import Packed
     from server.model.runner import RunnerConfig, load
 
     loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
-    blobs = Blobs(config.blobs)
+    blobs, staged = Blobs(config.blobs), dict[str, str]()
 
     def load_adapter(digest: str) -> Packed:
-        return loaded.bank.pack(compile_patch(blobs.read(digest), loaded.spec))
+        folder = staged.get(digest)
+        artifact = blobs.read(digest) if folder is None else read_folder(Path(folder))
+        if artifact.digest != digest:
+            raise ArtifactCorruptError(f"the staged artifact {digest[:12]} is not what was checked")
+        return loaded.bank.pack(compile_patch(artifact, loaded.spec))
 
     engine = Engine(
         loaded.runner,
@@ -80,6 +90,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         executor=ThreadPoolExecutor(config.num_loaders, "loader"),
         clock=time.monotonic,
         on_loaded=on_loaded,
+        staged=staged,
     )
     ready = Ready(
         spec=loaded.spec,
@@ -89,6 +100,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         item_bytes=loaded.bank.kept.item_bytes,
         precision=loaded.precision,
         load_seconds=loaded.load_seconds,
+        largest_value=torch.finfo(loaded.bank.kept.matrices).max,
     )
     return ready, engine
 
@@ -194,6 +206,8 @@ class Service:
                 self.engine.abort(message.sequence_id)
             case Forget():
                 self.engine.forget(message.digest)
+            case Stage():
+                self.engine.stage(message.digest, message.folder)
             case AskResidency():
                 self.connection.send(Residency(message.query_id, self.engine.adapters.states()))
             case Signal():

@@ -51,6 +51,7 @@ class Limits:
     """A step has at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue.
 
     While several namespaces are about, a step has at most `max_shared_tokens` tokens of prompts.
+    Of a step that computes others, probes of uploads take at most `max_probe_tokens`.
     """
 
     max_batch_tokens: int
@@ -58,6 +59,7 @@ class Limits:
     max_waiting: int
     max_bypass: int = 64
     max_shared_tokens: int | None = None
+    max_probe_tokens: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.max_running <= self.max_batch_tokens:
@@ -83,6 +85,7 @@ class Plan:
     admitted: list[Sequence] = field(default_factory=list)
     num_preempted: int = 0
     num_tokens: int = 0
+    num_probe_tokens: int = 0
 
     @property
     def is_full(self) -> bool:
@@ -122,6 +125,7 @@ class Scheduler:
         self._num_running: Counter[str] = Counter()
         self._shares: dict[str, float] = {}  # of the namespaces that are active
         self._seen: dict[str, float] = {}  # when a namespace was active last
+        self._passing: set[str] = set()  # namespaces of probes, which are nobody's
         self._served: dict[str, float] = {}  # tokens divided by the share, by namespace
         self._last: str | None = None  # the namespace that was admitted last
         self._num_dressed = 0  # sequences with hats that were admitted, ever
@@ -158,7 +162,10 @@ class Scheduler:
             self._served[namespace] = max(self.served(namespace), least)
         self._num_active[namespace] += 1
         self._shares[namespace] = sequence.share
-        self._seen[namespace] = max(self._seen.get(namespace, sequence.arrived), sequence.arrived)
+        if sequence.is_probe:
+            self._passing.add(namespace)
+        else:
+            self._seen[namespace] = max(self._seen.get(namespace, sequence.arrived), sequence.arrived)
         self._lines.setdefault(namespace, Line()).arrived[sequence.id] = sequence
 
     def remove(self, sequence: Sequence) -> None:
@@ -219,7 +226,7 @@ class Scheduler:
 
     def _num_present(self, now: float) -> int:
         """How many namespaces have sequences, or had some a moment ago."""
-        self._seen.update(dict.fromkeys(self._num_active, now))
+        self._seen.update(dict.fromkeys(self._num_active.keys() - self._passing, now))
         for namespace in [name for name, seen in self._seen.items() if now - seen > PRESENCE_S]:
             del self._seen[namespace]
         return len(self._seen)
@@ -232,7 +239,7 @@ class Scheduler:
         if len(self._num_active) < 2:
             return 0
         first = next((one for one in self.waiting() if self._may_start(one, adapters, now)), None)
-        if first is None or self._holding(first.namespace) >= self._share(first.namespace):
+        if first is None or first.is_probe or self._holding(first.namespace) >= self._share(first.namespace):
             return 0
         num_preempted = 0
         while self._lacks_room(first) and (victim := self._above_share(first.namespace)) is not None:
@@ -379,14 +386,22 @@ class Scheduler:
 
     def _take(self, plan: Plan, sequence: Sequence) -> None:
         """Put as much of a remainder into the step as fits, and charge its namespace for what is new."""
-        num_tokens = min(sequence.remainder, plan.max_tokens - plan.num_tokens)
+        num_tokens = min(sequence.remainder, self._room(plan, sequence))
         if num_tokens <= 0:
             return
         plan.rows.append((sequence, num_tokens))
         plan.num_tokens += num_tokens
+        plan.num_probe_tokens += num_tokens if sequence.is_probe else 0
         num_new = max(0, sequence.num_computed + num_tokens - sequence.num_charged)
         sequence.num_charged += num_new
         self._served[sequence.namespace] += num_new / self._shares[sequence.namespace]
+
+    def _room(self, plan: Plan, sequence: Sequence) -> int:
+        """How many tokens a sequence may have of this step."""
+        room = plan.max_tokens - plan.num_tokens
+        if sequence.is_probe and not all(other.is_probe for other in self.running):
+            room = min(room, self.limits.max_probe_tokens - plan.num_probe_tokens)
+        return room
 
     def _unqueue(self, sequence: Sequence) -> None:
         line = self._lines[sequence.namespace]
@@ -403,6 +418,7 @@ class Scheduler:
     def _retire(self, namespace: str) -> None:
         """Keep what an idle namespace owes; forget those that would start no lower anyway."""
         del self._num_active[namespace], self._num_running[namespace], self._shares[namespace]
+        self._passing.discard(namespace)
         least = min((self._served[other] for other in self._num_active), default=0)
         for other in [other for other in self._served if other not in self._num_active]:
             if not self._num_active or self._served[other] <= least:

@@ -38,6 +38,7 @@ class Sequence:
     digests: tuple[str, ...]
     share: float = 1.0  # of its namespace, against others
     max_running: int | None = None  # sequences of its namespace at once
+    is_probe: bool = False
     state: State = State.WAITING
     is_preempted: bool = False
     num_computed: int = 0
@@ -66,6 +67,7 @@ class Sequence:
             digests=tuple(dict.fromkeys(hat.digest for hat in submit.hats)),
             share=submit.share,
             max_running=submit.max_running,
+            is_probe=submit.is_probe,
         )
 
     @property

@@ -8,7 +8,10 @@ import msgspec
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the tokens of one sequence are chosen; `seed` is always set, by the front if the user gave none."""
+    """How the tokens of one sequence are chosen; `seed` is always set, by the front if the user gave none.
+
+    `forced` is an answer that is given: its tokens are taken whatever the logits say, and only scored.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -22,6 +25,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     seed: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    forced: tuple[int, ...] = ()
 
 
 class Row(msgspec.Struct):

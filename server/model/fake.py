@@ -130,7 +130,9 @@ class FakeRunner:
         digests = {self.bank.slots[slot].digest for slot, _ in row.hats}
         if digests & self.nonfinite_on:
             return Sampled(error="the logits are not finite")
-        num_top, token = row.sampling.logprobs, choose(last, row.sampling, self.vocab_size)
+        num_top, place = row.sampling.logprobs, len(row.history) - row.num_prompt
+        given = row.sampling.forced[place : place + 1]
+        token = given[0] if given else choose(last, row.sampling, self.vocab_size)
         return Sampled(token, None if num_top is None else Logprobs(-0.25, [(token, -0.25)] * num_top))
 
 

@@ -22,15 +22,17 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
 
 
 def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:
-    sampling = row.sampling or Sampling()
+    sampling, place = row.sampling or Sampling(), len(row.history) - row.num_prompt
+    given = sampling.forced[place : place + 1]
+    token = given[0] if given else _choose(logits, row, sampling, best, place)
+    return Sampled(token, None if sampling.logprobs is None else _logprobs(logits, token, sampling.logprobs))
+
+
+def _choose(logits: Tensor, row: Row, sampling: Sampling, best: int, place: int) -> int:
     changed = penalise(logits, row, sampling)
     if sampling.temperature == 0:
-        token = best if changed is logits else int(changed.argmax())
-    else:
-        token = draw(
-            changed / sampling.temperature, sampling, uniform(sampling.seed, len(row.history) - row.num_prompt)
-        )
-    return Sampled(token, None if sampling.logprobs is None else _logprobs(logits, token, sampling.logprobs))
+        return best if changed is logits else int(changed.argmax())
+    return draw(changed / sampling.temperature, sampling, uniform(sampling.seed, place))
 
 
 def uniform(seed: int, position: int) -> float:

@@ -11,11 +11,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from adapters_store.artifact import CONFIG, WEIGHTS
+from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, BaseRef, Manifest, read_folder
+from server.api.parity import TOLERANCES
 from tests.kit.adapters import make_lora, zip_folder
+from tests.kit.parity import parity_of
 from tests.server.api.world import Site, error_of, sent, serve_real, until
 
 pytestmark = pytest.mark.anyio
@@ -188,19 +191,38 @@ async def test_deleted_while_it_runs(real: Site, tiny_base: Path, tmp_path: Path
 
 
 async def test_an_adapter_whose_numbers_overflow(real: Site, loras: list[Path], tmp_path: Path) -> None:
-    """An adapter that makes logits that are no numbers fails its own requests, by its name; nobody else's."""
+    """An adapter that makes logits that are no numbers is refused at the door, by its name; nobody notices."""
     before = await tokens(real, "t1")
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / CONFIG).write_bytes((loras[0] / CONFIG).read_bytes())
     save_file({name: tensor * 1e30 for name, tensor in load_file(loras[0] / WEIGHTS).items()}, bad / WEIGHTS)
-    uploaded = await real.upload("bad", zip_folder(bad))
-    assert uploaded.status_code == 201
-    wrong, right = await asyncio.gather(real.post("/generate?task=bad", {"prompt": "a"}), tokens(real, "t1"))
-    assert (wrong.status_code, error_of(wrong)["code"]) == (500, "nonfinite_logits")
-    assert uploaded.json()["digest"][:12] in error_of(wrong)["message"]
-    assert right == before
-    await real.http.delete("/tasks/bad")
+    stored = real.stored()
+    wrong, right = await asyncio.gather(real.upload("bad", zip_folder(bad)), tokens(real, "t1"))
+    assert (wrong.status_code, error_of(wrong)["code"]) == (422, "probe_failed")
+    assert read_folder(bad).digest[:12] in error_of(wrong)["message"]
+    assert right == before and real.stored() == stored
+    assert read_folder(bad).digest not in await real.front.client.residency()
+
+
+@pytest.mark.parametrize("strength", [1.0, 1.05])
+async def test_parity_decides(real: Site, tiny_base: Path, tmp_path: Path, strength: float) -> None:
+    """What answers as for its trainer is taken, with the figure; 5% more of the same adapter is refused with it."""
+    folder = make_lora(tmp_path / "hat", tiny_base, 91, r=2)
+    parity = parity_of(tiny_base, folder, [[*b"a"], [*b"what is it?"], [*range(60)]])
+    base = BaseRef("tiny", real.front.ready().spec.identity, "b" * 64)
+    manifest = msgspec.json.encode(Manifest(1, "lora", base, parity=parity))
+    save_file({n: t * strength for n, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    (folder / MANIFEST).write_bytes(manifest)
+    answer = await real.upload(f"parity-{strength * 100:.0f}", zip_folder(folder))
+    if strength == 1.0:
+        assert answer.status_code == 201, answer.text
+        check = answer.json()["checks"][-1]
+        assert (check["name"], check["ok"], check["limit"]) == ("parity", True, TOLERANCES["fp32"])
+        assert 0 <= check["figure"] < TOLERANCES["fp32"] / 4
+    else:
+        assert (answer.status_code, error_of(answer)["code"]) == (422, "parity_failed")
+        assert f"{TOLERANCES['fp32']:g} is allowed at fp32" in error_of(answer)["message"]
 
 
 async def test_an_artifact_that_was_damaged(real: Site, tiny_base: Path, tmp_path: Path) -> None:
@@ -211,6 +233,7 @@ async def test_an_artifact_that_was_damaged(real: Site, tiny_base: Path, tmp_pat
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
+    real.front.client.forget(uploaded.json()["digest"])  # the door's probe left it in a slot
     answer = await real.post("/generate?task=hurt", {"prompt": "a"})
     assert (answer.status_code, error_of(answer)["code"]) == (503, "adapter_failed")
     assert await tokens(real, "t2") == before

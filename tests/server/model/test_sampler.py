@@ -125,3 +125,15 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     assert got.logprobs is not None
     assert got.logprobs.chosen == pytest.approx(scores[got.token].item())
     assert [token for token, _ in got.logprobs.top] == scores.topk(3).indices.tolist()
+
+
+def test_a_forced_answer_is_scored() -> None:
+    """A given token is taken in its place, with its own log-probability; behind them the model chooses."""
+    logits = make_logits(3)
+    given = {"forced": (5, 6), "logprobs": 2, "temperature": 0.7}
+    rows = [row([0], **given), row([0, 5], **given), row([0, 5, 6], **{**given, "temperature": 0.0})]
+    first, second, third = sample(logits, rows)
+    assert (first.token, second.token, third.token) == (5, 6, int(logits[2].argmax()))
+    for sampled, place, token in ((first, 0, 5), (second, 1, 6)):
+        assert sampled.logprobs is not None
+        assert sampled.logprobs.chosen == pytest.approx(float(logits[place].log_softmax(-1)[token]))
