@@ -14,7 +14,9 @@ from fastapi import FastAPI
 
 from adapters_store.blobs import Blobs
 from adapters_store.registry import Registry
-from server.api import adapters, generate, health, openai, tasks
+from adapters_store.tenants import Tenants
+from server.api import adapters, generate, health, openai, tasks, tenants
+from server.api.callers import Callers
 from server.api.edge import HANDLERS, RequestLog
 from server.api.front import Front
 from server.api.imports import import_tree
@@ -78,7 +80,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would name whatever host the request did
     )
     app.state.start_failure = None
-    for room in (generate, openai, adapters, tasks, health):
+    for room in (generate, openai, adapters, tasks, tenants, health):
         app.include_router(room.router)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -97,7 +99,10 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     stack.push_async_callback(engine.close)
     _, tokenizer = await _both(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
     metrics = Metrics(lambda: engine.stats, lambda: getattr(engine, "pid", None))
-    front = Front(settings, engine, registry, blobs, tokenizer, metrics)
+    store = Tenants(registry.engine)
+    admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
+    callers = Callers(store, admin_key, settings.host)
+    front = Front(settings, engine, registry, blobs, tokenizer, metrics, store, callers)
     stack.push_async_callback(asyncio.to_thread, front.usage.flush, registry)
     await stack.enter_async_context(_flushing(front))
     if settings.import_ is not None:

@@ -3,12 +3,15 @@
 ServerError
 ├── BadRequestError 400
 ├── UnauthorizedError 401
+├── ForbiddenError 403
 ├── NotFoundError 404
 ├── MethodNotAllowedError 405
+├── ConflictError 409
 ├── TooLargeError 413
 ├── UnsupportedTypeError 415
 ├── InvalidFieldError 422
 ├── ArtifactRefusedError 413 415 422 503, by its code
+├── TenantLimitError 429
 ├── InternalError 500
 ├── EngineFailedError 422 500 503 504, by the engine's code
 ├── UnavailableError 503
@@ -68,6 +71,12 @@ class UnauthorizedError(ServerError):
     status, code = 401, "unauthorized"
 
 
+class ForbiddenError(ServerError):
+    """The key is good, and not for this."""
+
+    status, code = 403, "forbidden"
+
+
 class NotFoundError(ServerError):
     """Absent, or another tenant's."""
 
@@ -78,6 +87,12 @@ class MethodNotAllowedError(ServerError):
     """The route exists, with other methods."""
 
     status, code = 405, "method_not_allowed"
+
+
+class ConflictError(ServerError):
+    """What is there already does not allow it."""
+
+    status, code = 409, "conflict"
 
 
 class TooLargeError(ServerError):
@@ -104,6 +119,12 @@ class ArtifactRefusedError(ServerError):
     def __init__(self, error: ArtifactError) -> None:
         super().__init__(str(error), error.param)
         self.code, self.status = error.code, ARTIFACT_STATUS.get(error.code, 422)
+
+
+class TenantLimitError(ServerError):
+    """A tenant is over one of its limits, which `param` names. Where waiting helps, `retry_after` says how long."""
+
+    status, code = 429, "tenant_limit"
 
 
 class InternalError(ServerError):

@@ -1,12 +1,12 @@
-"""What Prometheus sees: requests and tokens by task, times, and the engine's own state.
+"""What Prometheus sees: requests and tokens by task and by tenant, times, and the engine's own state.
 
-Label values come from resolved tasks alone, and from at most `MAX_TASKS` of them (the rest are `_other`), so that no
-request can make a series.
+Label values come from resolved tasks and tenants alone, and from at most `MAX_TASKS` and `MAX_TENANTS` of them (the
+rest are `_other`), so that no request can make a series.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,7 +16,8 @@ from prometheus_client.registry import Collector
 from server.engine.messages import Stats
 
 MAX_TASKS = 200
-OTHER = "_other"  # no task can be named so
+MAX_TENANTS = 100
+OTHER = "_other"  # no task and no tenant can be named so
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60, 120)
 GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.4, 0.8, 1.5, 3, 6)
 
@@ -27,6 +28,7 @@ class Metrics:
     def __init__(self, stats: Callable[[], Stats], engine_pid: Callable[[], int | None]) -> None:
         self.registry = CollectorRegistry()
         self._tasks: set[str] = set()
+        self._tenants: set[str] = set()
         labels = ["task"]
         self.requests = self._counter("requests", "Requests ended, by status", [*labels, "status"])
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", labels)
@@ -39,20 +41,29 @@ class Metrics:
         self.load = self._histogram("adapter_wait_seconds", "Waiting for an adapter to load", SECONDS)
         self.uploads = self._counter("uploads", "Uploads, by status", ["status"])
         self.responses = self._counter("http_responses", "All answers, refusals too, by route", ["route", "status"])
+        by_tenant = ["tenant"]
+        self.tenant_requests = self._counter("tenant_requests", "Requests ended, by status", [*by_tenant, "status"])
+        self.tenant_tokens = self._counter("tenant_tokens", "Tokens, of prompts and of answers", [*by_tenant, "kind"])
+        self.tenant_refusals = self._counter("tenant_refusals", "Requests over a limit", [*by_tenant, "limit"])
+        text = "From arrival to the first token, by tenant"
+        self.tenant_ttft = self._histogram("tenant_time_to_first_token_seconds", text, SECONDS, by_tenant)
         self.registry.register(EngineCollector(stats, engine_pid))
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(f"manyhats_{name}", text, labels, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"manyhats_{name}", text, ["task"], buckets=buckets, registry=self.registry)
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ("task",)
+    ) -> Histogram:
+        return Histogram(f"manyhats_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     def label(self, task: str) -> str:
         """The label value of a resolved task."""
-        if task not in self._tasks and len(self._tasks) >= MAX_TASKS:
-            return OTHER
-        self._tasks.add(task)
-        return task
+        return _bounded(task, self._tasks, MAX_TASKS)
+
+    def tenant_label(self, tenant: str) -> str:
+        """The label value of a tenant that is there."""
+        return _bounded(tenant, self._tenants, MAX_TENANTS)
 
     def render(self) -> bytes:
         """Prometheus's text format."""
@@ -79,6 +90,13 @@ class EngineCollector(Collector):
             if process == "front" or pid is not None:
                 memory.add_metric([process], _resident(pid))
         yield memory
+
+
+def _bounded(name: str, known: set[str], most: int) -> str:
+    if name not in known and len(known) >= most:
+        return OTHER
+    known.add(name)
+    return name
 
 
 def _say(name: str) -> str:

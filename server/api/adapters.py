@@ -15,7 +15,8 @@ from adapters_store.errors import ArtifactError
 from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
 from adapters_store.registry import Version
 from server.api.body import body_parts
-from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
+from server.api.callers import DEPLOY
+from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
 from server.api.proof import Proved, prove
 from server.api.show import identity
 from server.api.wire import BASE, NAME
@@ -27,7 +28,7 @@ from server.errors import (
     UnsupportedTypeError,
 )
 
-router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
+router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)])
 TURN_WITHIN_S = 60.0
 FOLDER = "folder"  # of staging: where a body is unpacked
 

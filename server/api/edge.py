@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters_store.errors import QuotaError
 from server.api.generation import ClientGoneError
 from server.errors import (
     STORAGE_FAULTS,
@@ -25,6 +26,7 @@ from server.errors import (
     NotFoundError,
     ServerError,
     StorageError,
+    TenantLimitError,
 )
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,9 @@ def _told(state: dict[str, Any]) -> dict[str, Any]:
 async def _server_error(request: Request, error: Exception) -> Response:
     known = error if isinstance(error, ServerError) else InternalError(SEE_LOG)
     request.state.error = known.code
+    if isinstance(known, TenantLimitError):
+        metrics, tenant = request.app.state.front.metrics, request.scope["state"].get("tenant", "")
+        metrics.tenant_refusals.labels(metrics.tenant_label(tenant), known.param or "storage").inc()
     headers = {} if known.retry_after is None else {"Retry-After": str(known.retry_after)}
     if known.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -117,6 +122,10 @@ async def _validation(request: Request, error: Exception) -> Response:
     return await _server_error(request, InvalidFieldError(f"{field}: {first['msg']}", field))
 
 
+async def _quota(request: Request, error: Exception) -> Response:
+    return await _server_error(request, TenantLimitError(str(error)))
+
+
 HANDLERS = {
     ServerError: _server_error,
     ClientGoneError: _client_gone,
@@ -124,4 +133,5 @@ HANDLERS = {
     HTTPException: _http_exception,
     RequestValidationError: _validation,
     OSError: _system,
+    QuotaError: _quota,
 }

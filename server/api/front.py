@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 
+from adapters_store.audit import act_as
 from adapters_store.blobs import Blobs
 from adapters_store.errors import AbsentError
-from adapters_store.registry import DEFAULT_TENANT, Registry, Version
+from adapters_store.registry import Registry, Version
 from adapters_store.spec import ItemBytes
+from adapters_store.tenants import Tenants
+from server.api.callers import Caller, Callers
+from server.api.limits import Meters
 from server.api.text import Tokenizer
+from server.api.usage import UsageBuffer
 from server.engine.client import EngineClient
 from server.engine.messages import Ready
-from server.errors import DrainingError, InvalidFieldError, NotFoundError, UnauthorizedError, UnavailableError
+from server.errors import DrainingError, ForbiddenError, InvalidFieldError, NotFoundError, UnavailableError
 from server.metrics import Metrics
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-USAGE_EVERY_S = 1.0
 MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in memory whole
 
 
@@ -42,8 +44,11 @@ class Front:
     blobs: Blobs
     tokenizer: Tokenizer
     metrics: Metrics
+    tenants: Tenants
+    callers: Callers
+    meters: Meters = field(default_factory=Meters)
     in_use: InUse = field(default_factory=lambda: InUse())
-    usage: UsageBuffer = field(default_factory=lambda: UsageBuffer())
+    usage: UsageBuffer = field(default_factory=UsageBuffer)
     given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
     leaving: set[str] = field(default_factory=set)  # digests whose artifacts are being deleted
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
@@ -141,66 +146,53 @@ class InUse:
         return digest in self._counts
 
 
-class UsageBuffer:
-    """Usage on its way to the registry: counted at once, written once a second in a thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: dict[tuple[str, str, int], list[int]] = {}
-
-    def add(self, tenant: str, task: str, version: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count a request."""
-        with self._lock:
-            counts = self._counts.setdefault((tenant, task, version), [0, 0, 0])
-            for index, number in enumerate((1, prompt_tokens, completion_tokens)):
-                counts[index] += number
-
-    def flush(self, registry: Registry) -> None:
-        """Write what was counted; kept for the next time if the registry fails."""
-        with self._lock:
-            taken, self._counts = self._counts, {}
-        for (tenant, task, version), (requests, prompt, completion) in taken.items():
-            try:
-                registry.add_usage(
-                    tenant, task, version, requests=requests, prompt_tokens=prompt, completion_tokens=completion
-                )
-            except Exception:
-                log.exception("usage could not be written; it is kept")
-                with self._lock:
-                    counts = self._counts.setdefault((tenant, task, version), [0, 0, 0])
-                    for index, number in enumerate((requests, prompt, completion)):
-                        counts[index] += number
-
-    async def keep_flushing(self, registry: Registry) -> None:
-        """Flush once a second until cancelled."""
-        while True:
-            await asyncio.sleep(USAGE_EVERY_S)
-            await asyncio.to_thread(self.flush, registry)
-
-
 def front_of(request: Request) -> Front:
     """The front that the application was made with."""
     front: Front = request.app.state.front
     return front
 
 
-async def admit(request: Request) -> None:
-    """What every route but health depends on: sets the tenant of the key before anything else is looked at.
+async def identify(request: Request) -> None:
+    """What every route but health depends on: sets who calls, and for which tenant, before anything else is looked at.
 
-    Raises `UnauthorizedError`, `NotFoundError` for a tenant that is absent, or `DrainingError` but to who only looks.
+    Raises `ForbiddenError`, `UnauthorizedError`, `NotFoundError` for a tenant that is absent, or `DrainingError` but to
+    who only looks.
     """
-    key = front_of(request).settings.admin_key
-    if key is not None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        wanted = key.get_secret_value().encode()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), wanted):
-            raise UnauthorizedError("send the key of this server as `Authorization: Bearer KEY`")
-    tenant = request.headers.get("x-tenant", DEFAULT_TENANT)
-    if tenant != DEFAULT_TENANT:
-        raise NotFoundError(f"there is no tenant {tenant[:63]}", "X-Tenant")
-    if front_of(request).is_draining and request.method != "GET":
+    front, headers = front_of(request), request.headers
+    front.callers.check_origin(headers.get("host"), headers.get("origin"))
+    caller = await front.callers.identify(headers.get("authorization", ""), headers.get("x-tenant"))
+    act_as(caller.name, request.state.request_id)
+    if front.is_draining and request.method != "GET":
         raise DrainingError("the server is stopping: ask again in a moment", retry_after=5)
-    request.state.tenant = tenant
+    request.state.caller, request.state.tenant = caller, caller.tenant
+
+
+async def admit(request: Request) -> None:
+    """What every route of a tenant's own things depends on: as `identify`, and a request of the tenant is counted.
+
+    Raises what `identify` raises, and `TenantLimitError`.
+    """
+    await identify(request)
+    caller = caller_of(request)
+    front_of(request).meters.count_request(caller.tenant, caller.limits)
+
+
+def may(scope: str, looking: bool = False) -> Callable[[Request], Coroutine[Any, Any, None]]:
+    """A dependency behind `admit` or `identify`: the key has this scope. With `looking` GET needs none."""
+
+    async def check(request: Request) -> None:
+        caller = caller_of(request)
+        if scope not in caller.scopes and not (looking and request.method == "GET"):
+            has = ", ".join(sorted(caller.scopes))
+            raise ForbiddenError(f"this needs a key with the scope {scope}; this key has: {has}")
+
+    return check
+
+
+async def only_operator(request: Request) -> None:
+    """A dependency behind `identify`: the admin key, or no key where none is asked for. Raises `ForbiddenError`."""
+    if not caller_of(request).is_operator:
+        raise ForbiddenError("this needs the server's admin key")
 
 
 async def refuse_unknown_query(request: Request) -> None:
@@ -222,3 +214,9 @@ def tenant_of(request: Request) -> str:
     """Who asks, as `admit` found it."""
     tenant: str = request.state.tenant
     return tenant
+
+
+def caller_of(request: Request) -> Caller:
+    """Who calls, as `identify` found it."""
+    caller: Caller = request.state.caller
+    return caller

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.body import read_json
-from server.api.front import Front, admit, front_of, refuse_unknown_query, tenant_of
+from server.api.callers import GENERATE
+from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
 from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
 from server.api.prepare import (
     Worn,
@@ -27,7 +28,7 @@ from server.api.wire import GenerateRequest, openapi_body
 from server.errors import BadRequestError
 from server.model.batch import Logprobs
 
-router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
+router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)])
 
 
 @router.post("/generate", openapi_extra=openapi_body(GenerateRequest))

@@ -7,14 +7,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import Request
 
-from server.api.front import Front
+from adapters_store.tenants import Limits
+from server.api.front import Front, caller_of
 from server.api.prepare import Worn
 from server.api.text import TextStream
+from server.api.usage import Bill
 from server.engine.client import EngineUnavailable
 from server.engine.messages import EngineFailure, Hat, Output, Submit, Timing
 from server.errors import EngineFailedError, ServerError, UnavailableError
@@ -39,6 +41,12 @@ class Job:
     stop: list[str] = field(default_factory=list)
     timeout_s: float = 120.0
     arrived: float = field(default_factory=time.monotonic)
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the prompts, and the most that the answers can have."""
+        return sum(map(len, self.prompts)) + self.num_choices * self.sampling.max_tokens
 
     @property
     def num_choices(self) -> int:
@@ -79,7 +87,21 @@ class Answer:
     virtual: dict[int, int] = field(default_factory=dict)  # prompt -> virtual tokens before it
     timing: Timing = field(default_factory=Timing)
     total_ms: float = 0.0
+    num_begun: int = 0  # choices that have a token
     ended: int = 0
+    is_free: bool = False  # refused before any work: nobody pays
+    is_over: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompts and of the answers."""
+        return self.num_prompt + self.num_completion
+
+    def used(self) -> tuple[int, int, int]:
+        """What is to be paid so far: requests, prompt tokens, completion tokens."""
+        if self.is_free or not (self.is_over or self.num_completion):
+            return 0, 0, 0
+        return int(self.is_over), self.num_prompt, self.num_completion
 
     def usage(self) -> dict[str, int]:
         """The contract's `usage`."""
@@ -99,7 +121,7 @@ class Answer:
 def start(request: Request, front: Front, job: Job) -> tuple[Answer, AsyncIterator[Piece]]:
     """The answer's books, and its pieces as they come, of all choices. The request's log line gets the books too."""
     answer = request.state.answer = Answer(sum(map(len, job.prompts)))
-    return answer, _pieces(front, job, answer)
+    return answer, _pieces(front, replace(job, limits=caller_of(request).limits), answer)
 
 
 async def collect(pieces: AsyncIterator[Piece], job: Job) -> list[Piece]:
@@ -113,24 +135,30 @@ async def collect(pieces: AsyncIterator[Piece], job: Job) -> list[Piece]:
 
 async def _pieces(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece]:
     """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
-    status = "cancelled"
-    try:
-        with front.in_use.hold(job.worn.digests):
-            await front.check_kept(job.worn.tenant, [version for version, _ in job.worn.hats])
-            async with aclosing(_merged(front, job, answer)) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    yield piece
-        status = "200"
-    except ServerError as error:
-        status = str(error.status)
-        raise
-    except Exception:
-        status = "500"
-        raise
-    finally:
-        answer.total_ms = (time.monotonic() - job.arrived) * 1000
-        _close_books(front, job, answer, status)
-        await front.bury(job.worn.digests)
+    status, worn = "cancelled", job.worn
+    places = [(worn.tenant, one.task, one.number) for one, _ in worn.hats] or [(worn.tenant, worn.task, 0)]
+    with front.usage.running(Bill(places, answer.used)):
+        try:
+            with (
+                front.in_use.hold(worn.digests),
+                front.meters.generating(worn.tenant, job.limits, job.num_choices, job.most_tokens, answer),
+            ):
+                await front.check_kept(worn.tenant, [version for version, _ in worn.hats])
+                async with aclosing(_merged(front, job, answer)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        yield piece
+            status = "200"
+        except ServerError as error:
+            status = str(error.status)
+            raise
+        except Exception:
+            status = "500"
+            raise
+        finally:
+            answer.total_ms = (time.monotonic() - job.arrived) * 1000
+            _close_books(front, job, answer, status)
+            await front.bury(worn.digests)
+    await front.usage.settle(front.registry)  # what is answered whole is paid for, also if the next moment is the last
 
 
 async def _merged(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece]:
@@ -201,6 +229,8 @@ def _submit(job: Job, prompt: int, number: int) -> Submit:
         deadline=job.arrived + job.timeout_s,
         arrived=job.arrived,
         hats=tuple(Hat(version.digest, weight, version.num_virtual) for version, weight in job.worn.hats),
+        share=job.limits.share,
+        max_running=job.limits.max_running,
     )
 
 
@@ -226,6 +256,7 @@ def _piece(index: int, output: Output, text: TextStream) -> Piece:
 
 
 def _count(answer: Answer, prompt: int, output: Output, piece: Piece) -> None:
+    answer.num_begun += output.timing is not None  # the engine's first output has it
     answer.num_completion += len(piece.token_ids)
     answer.cached[prompt] = min(answer.cached.get(prompt, output.cached_tokens), output.cached_tokens)
     answer.virtual[prompt] = output.virtual_tokens
@@ -235,21 +266,25 @@ def _count(answer: Answer, prompt: int, output: Output, piece: Piece) -> None:
 
 def _close_books(front: Front, job: Job, answer: Answer, status: str) -> None:
     metrics, worn = front.metrics, job.worn
-    label = metrics.label(worn.label)
+    label, tenant = metrics.label(worn.label), metrics.tenant_label(worn.tenant)
     metrics.requests.labels(label, status).inc()
+    metrics.tenant_requests.labels(tenant, status).inc()
+    answer.is_over = True
     if status == "200":
         metrics.latency.labels(label).observe(answer.total_ms / 1000)
         metrics.ttft.labels(label).observe(answer.timing.ttft_ms / 1000)
+        metrics.tenant_ttft.labels(tenant).observe(answer.timing.ttft_ms / 1000)
         metrics.queued.labels(label).observe(answer.timing.queued_ms / 1000)
         metrics.load.labels(label).observe(answer.timing.load_ms / 1000)
     elif status != "cancelled" and not answer.num_completion:
-        return  # refused before any work: nobody pays
+        answer.is_free = True
+        return
     counts = answer.usage()
     metrics.prompt_tokens.labels(label).inc(counts["prompt_tokens"])
     metrics.completion_tokens.labels(label).inc(counts["completion_tokens"])
     metrics.cached_tokens.labels(label).inc(counts["cached_tokens"])
-    for name, number in [(v.task, v.number) for v, _ in worn.hats] or [(worn.task, 0)]:
-        front.usage.add(worn.tenant, name, number, answer.num_prompt, answer.num_completion)
+    metrics.tenant_tokens.labels(tenant, "prompt").inc(counts["prompt_tokens"])
+    metrics.tenant_tokens.labels(tenant, "completion").inc(counts["completion_tokens"])
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

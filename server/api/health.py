@@ -7,7 +7,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from server.api.front import admit, front_of
+from server.api.front import front_of, identify, only_operator
 
 router = APIRouter()
 
@@ -30,19 +30,19 @@ async def ready(request: Request) -> Response:
     return JSONResponse(body | {"load_seconds": round(client.ready.load_seconds, 3)})
 
 
-@router.get("/metrics", dependencies=[Depends(admit)])
+@router.get("/metrics", dependencies=[Depends(identify), Depends(only_operator)])
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""
     return Response(front_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/openapi.json", dependencies=[Depends(admit)])
+@router.get("/openapi.json", dependencies=[Depends(identify)])
 async def document(request: Request) -> Response:
     """This document."""
     return JSONResponse(request.app.openapi())
 
 
-@router.get("/docs", dependencies=[Depends(admit)])
+@router.get("/docs", dependencies=[Depends(identify)])
 async def docs() -> Response:
     """The document, to read and try in a browser."""
     return get_swagger_ui_html(openapi_url="openapi.json", title="manyhats")

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.registry import Task
 from server.api.body import read_json
-from server.api.front import Front, admit, front_of, tenant_of
+from server.api.callers import GENERATE
+from server.api.front import Front, admit, front_of, may, tenant_of
 from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
 from server.api.prepare import check_length, encode_chat, encode_prompts, to_sampling, wear
 from server.api.stream import EventStream
@@ -32,7 +33,7 @@ from server.api.wire import (
 )
 from server.errors import InvalidFieldError
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(admit)])
+router = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(may(GENERATE, looking=True))])
 
 
 def without_nulls(data: Any) -> Any:

@@ -13,12 +13,13 @@ from adapters_store.errors import ArtifactError
 from adapters_store.intake import ZIP_TYPE, pack_zip
 from adapters_store.registry import Task, Usage, Version
 from adapters_store.spec import ItemBytes
-from server.api.front import admit, front_of, refuse_unknown_query, tenant_of
+from server.api.callers import DEPLOY
+from server.api.front import admit, front_of, may, refuse_unknown_query, tenant_of
 from server.api.show import identity
 from server.api.wire import BASE
 from server.errors import ArtifactRefusedError, InvalidFieldError
 
-router = APIRouter(dependencies=[Depends(admit), Depends(refuse_unknown_query)])
+router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)])
 
 
 @router.get("/tasks")
@@ -60,7 +61,7 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/tasks/{task}/versions/{number}/artifact")
+@router.get("/tasks/{task}/versions/{number}/artifact", dependencies=[Depends(may(DEPLOY))])
 async def get_artifact(request: Request, task: str, number: int) -> Response:
     """The PEFT folder back, as a zip."""
     front, tenant = front_of(request), tenant_of(request)

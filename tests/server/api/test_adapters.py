@@ -111,7 +111,7 @@ async def test_restart(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips
         assert site.stored() == {kept}
         assert (await site.ask("a", prompt="x"))["adapter"]["digest"] == kept
         version = (await site.http.get("/tasks/a")).json()["versions"][0]
-        assert version["use"] == {"requests": 1, "prompt_tokens": 1, "completion_tokens": 2}
+        assert version["use"] == {"requests": 2, "prompt_tokens": 2, "completion_tokens": 4}
 
 
 def edited(folder: Path, into: Path, change: Change) -> bytes:

@@ -35,7 +35,9 @@ async def test_a_body_that_says_it_is_too_long(anyio_backend: str, tiny_base: Pa
     async with serve_site(tiny_base, tmp_path, max_body_bytes=1000, max_upload_bytes=1000) as site:
         for path in ("/generate?task=base", "/adapters?task=a"):
             reader, writer = await asyncio.open_connection("127.0.0.1", site.http.base_url.port)
-            head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/zip\r\nContent-Length: 1001\r\n\r\n"
+            head = (
+                f"POST {path} HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/zip\r\nContent-Length: 1001\r\n\r\n"
+            )
             writer.write(head.encode())
             assert b"413" in await asyncio.wait_for(reader.readline(), 5)
             writer.close()
@@ -47,7 +49,8 @@ async def test_an_upload_without_an_engine(anyio_backend: str, tiny_base: Path, 
         site.engine.die()
         reader, writer = await asyncio.open_connection("127.0.0.1", site.http.base_url.port)
         writer.write(
-            b"POST /adapters?task=a HTTP/1.1\r\nHost: a\r\nContent-Type: application/zip\r\nContent-Length: 99\r\n\r\n"
+            b"POST /adapters?task=a HTTP/1.1\r\nHost: [::1]\r\n"
+            b"Content-Type: application/zip\r\nContent-Length: 99\r\n\r\n"
         )
         assert b"503" in await asyncio.wait_for(reader.readline(), 5)
         writer.close()

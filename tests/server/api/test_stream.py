@@ -273,8 +273,8 @@ async def test_events_are_closed_though_never_sent() -> None:
 
 
 HEADS = [
-    b"POST /generate?task=base HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n",
-    b"POST /adapters?task=a HTTP/1.1\r\nContent-Type: application/zip\r\nHost: a\r\nContent-Length: 1000\r\n\r\n",
+    b"POST /generate?task=base HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 1000\r\n\r\n",
+    b"POST /adapters?task=a HTTP/1.1\r\nContent-Type: application/zip\r\nHost: [::1]\r\nContent-Length: 1000\r\n\r\n",
 ]
 Leave = Callable[[Site, dict[str, Any]], Awaitable[None]]
 

@@ -124,7 +124,7 @@ async def open_site(base: Path, data: Path, engine: EngineClient | None = None, 
     app = create_app(settings_of(base, data, **settings), base, fake)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             yield Site(app, fake, data, http)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,215 @@
+"""Tenants, their keys and limits, what they used, and the log of changes: for the admin, and a tenant's own admins."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from adapters_store.errors import AbsentError, NameTakenError
+from adapters_store.tenants import DEFAULT_TENANT, Key, Limits, Tenant
+from server.api.body import Model, read_json
+from server.api.callers import ADMIN
+from server.api.front import Front, caller_of, front_of, identify, may, only_operator, refuse_unknown_query
+from server.api.wire import NAME, Strict, openapi_body
+from server.errors import ConflictError, ForbiddenError, NotFoundError
+
+router = APIRouter(dependencies=[Depends(identify), Depends(may(ADMIN)), Depends(refuse_unknown_query)])
+OPERATOR = [Depends(only_operator)]
+MAX_PAGE = 1000
+
+TenantQuery = Annotated[str | None, Query(pattern=NAME)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Rate = Annotated[int, Field(ge=1, le=2**53)]
+
+
+class LimitsBody(Strict):
+    """A tenant's limits, all of them: what is not given is without a limit."""
+
+    requests_per_minute: Rate | None = None
+    tokens_per_minute: Rate | None = None
+    max_running: Rate | None = None
+    max_queued: Rate | None = None
+    max_adapters: Count | None = None
+    max_bytes: Count | None = None
+    share: float = Field(1.0, ge=0.001, le=1000)
+
+    def limits(self) -> Limits:
+        """As the registry has them."""
+        return Limits(**self.model_dump())
+
+
+class TenantBody(Strict):
+    """A new tenant."""
+
+    name: str = Field(pattern=NAME)
+    limits: LimitsBody = Field(default_factory=lambda: LimitsBody(share=1.0))
+
+
+class KeyBody(Strict):
+    """A new key."""
+
+    scopes: Annotated[list[Literal["generate", "deploy", "admin"]], Field(min_length=1, max_length=3)]
+    note: str = Field("", max_length=200)
+
+
+@router.post("/tenants", status_code=201, dependencies=OPERATOR, openapi_extra=openapi_body(TenantBody))
+async def add_tenant(request: Request) -> Response:
+    """A new tenant. A name is given once: that of a tenant which was deleted is refused, too."""
+    front = _with_keys(request)
+    asked = await _body(request, TenantBody)
+    try:
+        tenant = await _changed(front, front.tenants.add, asked.name, asked.limits.limits())
+    except NameTakenError as error:
+        raise ConflictError(str(error), "name") from None
+    return JSONResponse(_tenant(tenant), 201)
+
+
+@router.get("/tenants")
+async def list_tenants(request: Request) -> Response:
+    """All tenants, with their limits and what they hold; to a tenant's key its own alone."""
+    front, caller = front_of(request), caller_of(request)
+    if caller.is_operator:
+        found = await asyncio.to_thread(front.tenants.all)
+    else:
+        found = [await _absent_is_404(front.tenants.get, caller.tenant)]
+    return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
+
+
+@router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR)
+async def delete_tenant(request: Request, tenant: str) -> Response:
+    """Gone with its keys, tasks and versions, for new requests at once; running ones finish. Its usage stays."""
+    front = front_of(request)
+    if tenant == DEFAULT_TENANT:
+        raise ConflictError(f"the tenant {DEFAULT_TENANT} is always there", "tenant")
+    await front.give_up(await _changed(front, front.tenants.delete, tenant))
+    return Response(status_code=204)
+
+
+@router.put("/tenants/{tenant}/limits", dependencies=OPERATOR, openapi_extra=openapi_body(LimitsBody))
+async def set_limits(request: Request, tenant: str) -> Response:
+    """Other limits in place of those before, for new requests at once."""
+    front = front_of(request)
+    asked = await _body(request, LimitsBody)
+    return JSONResponse(_tenant(await _changed(front, front.tenants.set_limits, tenant, asked.limits())))
+
+
+@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=openapi_body(KeyBody))
+async def add_key(request: Request, tenant: str) -> Response:
+    """A new key. `key` is shown here and never again."""
+    front = _with_keys(request)
+    _own(request, tenant)
+    asked = await _body(request, KeyBody)
+    key, sent = await _changed(front, front.tenants.add_key, tenant, list(asked.scopes), asked.note)
+    return JSONResponse(_key(key) | {"key": sent}, 201)
+
+
+@router.get("/tenants/{tenant}/keys")
+async def list_keys(request: Request, tenant: str) -> Response:
+    """A tenant's keys, without their secrets."""
+    _own(request, tenant)
+    found = await _absent_is_404(front_of(request).tenants.keys, tenant)
+    return JSONResponse({"keys": [_key(key) for key in found]})
+
+
+@router.post("/tenants/{tenant}/keys/{key_id}/rotate")
+async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
+    """Another secret for a key, shown here and never again; the old one is no key any more."""
+    front = front_of(request)
+    _own(request, tenant)
+    key, sent = await _changed(front, front.tenants.rotate_key, tenant, key_id)
+    return JSONResponse(_key(key) | {"key": sent})
+
+
+@router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
+async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
+    """No key any more, within a second; requests that run with it finish."""
+    front = front_of(request)
+    _own(request, tenant)
+    await _changed(front, front.tenants.revoke_key, tenant, key_id)
+    return Response(status_code=204)
+
+
+@router.get("/usage")
+async def usage(request: Request, tenant: TenantQuery = None) -> Response:
+    """What tenants used, by task and version (0: the base); to a tenant's key its own."""
+    front = front_of(request)
+    chosen = _chosen(request, tenant)
+    await front.usage.settle(front.registry)
+    found = await asyncio.to_thread(front.registry.usages, chosen)
+    rows = [{"tenant": name} | msgspec.to_builtins(one) for name, many in found.items() for one in many]
+    return JSONResponse({"usage": rows})
+
+
+@router.get("/audit")
+async def audit(
+    request: Request,
+    tenant: TenantQuery = None,
+    before: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+) -> Response:
+    """Every change, the newest first: who, what, when, in which request; `before` is a `number`, for the next page."""
+    front = front_of(request)
+    chosen = _chosen(request, tenant)
+    found = await asyncio.to_thread(front.tenants.changes, chosen, before, limit)
+    return JSONResponse({"changes": [msgspec.to_builtins(entry) for entry in found]})
+
+
+async def _body(request: Request, model: type[Model]) -> Model:
+    settings = front_of(request).settings
+    return await read_json(request, model, settings.max_body_bytes, settings.body_timeout_s)
+
+
+async def _changed(front: Front, call: Any, *arguments: object) -> Any:
+    """The result of a change, which is true for the next request."""
+    try:
+        return await _absent_is_404(call, *arguments)
+    finally:
+        front.callers.forget()
+
+
+async def _absent_is_404(call: Any, *arguments: object) -> Any:
+    try:
+        return await asyncio.to_thread(call, *arguments)
+    except AbsentError as error:
+        raise NotFoundError(str(error), "tenant") from None
+
+
+def _with_keys(request: Request) -> Front:
+    """Raise `ForbiddenError` where no key is asked for: others would be let in without one as well."""
+    front = front_of(request)
+    if not front.callers.asks_for_keys:
+        raise ForbiddenError(
+            f"this server asks for no key and has the one tenant {DEFAULT_TENANT}: start it with MANYHATS_ADMIN_KEY"
+        )
+    return front
+
+
+def _own(request: Request, tenant: str) -> None:
+    """To a tenant's key every other tenant is absent. Raises `NotFoundError`."""
+    caller = caller_of(request)
+    if not caller.is_operator and tenant != caller.tenant:
+        raise NotFoundError(f"there is no tenant {tenant[:63]}", "tenant")
+
+
+def _chosen(request: Request, tenant: str | None) -> str | None:
+    """The tenant that is asked about; None is all of them, which the operator alone may see. Raises `NotFoundError`."""
+    caller = caller_of(request)
+    if not caller.is_operator:
+        _own(request, tenant or caller.tenant)
+        return caller.tenant
+    return tenant or (caller.tenant if "x-tenant" in request.headers else None)
+
+
+def _tenant(tenant: Tenant) -> dict[str, Any]:
+    limits = {name: getattr(tenant.limits, name) for name in Limits.__struct_fields__}
+    holds = {"num_adapters": tenant.num_adapters, "bytes": tenant.num_bytes}
+    return {"name": tenant.name, "created": tenant.created, "limits": limits, **holds}
+
+
+def _key(key: Key) -> dict[str, Any]:
+    return {"id": key.id, "tenant": key.tenant, "scopes": list(key.scopes), "note": key.note, "created": key.created}
