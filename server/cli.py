@@ -22,7 +22,7 @@ from adapters_store.bases import BaseError, resolve_base
 from adapters_store.registry import DEFAULT_TENANT
 from server import listen, logs
 from server.api.front import Front
-from server.settings import PREFIX, Settings, SettingsError, check_environment, variable
+from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ BANKING77 = '{"messages": [{"role": "user", "content": "My card still has not ar
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """The flag of a setting: text as it is typed; `Settings` itself reads and checks it."""
     option = typer.Option(
-        f"--{name.rstrip('_').replace('_', '-')}",
+        " / ".join(flags_of(name, field)),
         help=f"{field.description} [{variable(name)}]",
         show_default=str(_default(field)),
     )

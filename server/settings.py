@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import ByteSize, Field, SecretStr, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters_store.bases import SMOLLM2, default_cache
@@ -89,3 +90,9 @@ def check_environment(environment: dict[str, str] | None = None) -> None:
 def variable(field: str) -> str:
     """The environment variable of a field."""
     return PREFIX + field.rstrip("_").upper()
+
+
+def flags_of(name: str, field: FieldInfo) -> list[str]:
+    """The flags of `manyhats serve` that set a field: what can be on or off has one for each."""
+    word = name.rstrip("_").replace("_", "-")
+    return [f"--{word}", f"--no-{word}"] if field.annotation is bool else [f"--{word}"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from server.settings import Settings, variable
+from server.settings import Settings, flags_of, variable
 
 README = Path(__file__).parent.parent / "README.md"
 VARYING = {"cache": "`~/.cache/manyhats`", "num_threads": "the cores"}
@@ -15,7 +15,7 @@ def settings_table() -> str:
     """A Markdown table: flag, default, meaning."""
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        flag = "(variable only)" if name == "admin_key" else f"`--{name.rstrip('_').replace('_', '-')}`"
+        flag = "(variable only)" if name == "admin_key" else " ".join(f"`{flag}`" for flag in flags_of(name, field))
         default = field.get_default(call_default_factory=True)
         shown = default.human_readable() if hasattr(default, "human_readable") else default
         said = VARYING.get(name, "-" if shown is None else f"`{shown}`")

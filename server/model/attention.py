@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from adapters_store.patch import PrefixKV
 from adapters_store.spec import KVShape
-from server.model import kernels
+from server.model import kernels, padded
 from server.model.batch import Row
+from server.model.copies import Copies
 from server.model.kernels import attention
 from server.model.kernels.vector import whole_panels
 
 NAME = "manyhats"
+NO_TILES = np.zeros((0, 5), np.int64), np.zeros(1, np.int64)
 
 
 class UnsupportedBaseError(Exception):
@@ -50,6 +52,7 @@ class KVCache:
 
     def __init__(self, shapes: list[KVShape], num_blocks: int, block_size: int, like: Tensor) -> None:
         self.shapes, self.num_blocks, self.block_size = shapes, num_blocks, block_size
+        self.copies = Copies(str(like.device))
         width = whole_panels(block_size)
         self.keys, of_keys = _empty([(num_blocks, s.num_kv_heads, s.key_dim, width) for s in shapes], like)
         sizes = [(num_blocks, s.num_kv_heads, block_size, whole_panels(s.value_dim)) for s in shapes]
@@ -63,8 +66,10 @@ class KVCache:
 
     def write(self, blocks: list[int], first: int, prefix: PrefixKV, span: slice) -> None:
         """Write a span of a prefix's positions to the positions from `first` of a sequence in `blocks`."""
-        positions = torch.arange(first, first + span.stop - span.start)
-        block, offset = torch.tensor(blocks)[positions // self.block_size], positions % self.block_size
+        positions = np.arange(first, first + span.stop - span.start)
+        block, offset = self.copies.send(
+            np.array(blocks, np.int64)[positions // self.block_size], positions % self.block_size
+        )
         for layer, (key, value) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
             self.store(layer, block, offset, key[span], value[span])
 
@@ -93,6 +98,7 @@ class PagedBatch:
     token_offsets: NDArray[np.int64]  # [T] and the place in it
     tiles: NDArray[np.int64]  # [n, 5] = sequence, kv head, first token, number of tokens, first position
     bounds: NDArray[np.int64]  # [threads + 1] the tiles of each thread
+    padded: padded.Padded | None = None  # the same for devices without our kernels
 
     def arrays(self) -> tuple[NDArray[np.int64], ...]:
         """What the kernel of attention takes of it."""
@@ -110,8 +116,11 @@ def page(rows: list[Row], cache: KVCache, num_threads: int) -> PagedBatch:
         token_offsets.append(positions % cache.block_size)
         spans.append((first, len(row.tokens), row.start))
         first += len(row.tokens)
-    tiles, bounds = _balance(spans, cache.shapes[0].num_kv_heads, num_threads)
-    return PagedBatch(cache, spans, table, np.concatenate(token_blocks), np.concatenate(token_offsets), tiles, bounds)
+    of_tokens = np.concatenate(token_blocks), np.concatenate(token_offsets)
+    if not kernels.serve(cache.keys[0].device.type, cache.keys[0].dtype):
+        laid_out = padded.lay_out(spans, table, *of_tokens, cache.block_size, cache.copies)
+        return PagedBatch(cache, spans, table, *of_tokens, *NO_TILES, laid_out)
+    return PagedBatch(cache, spans, table, *of_tokens, *_balance(spans, cache.shapes[0].num_kv_heads, num_threads))
 
 
 def _balance(
@@ -154,7 +163,7 @@ def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor,
     """
     cache, shape = batch.cache, batch.cache.shapes[layer]
     if not kernels.serve(qkv.device.type, qkv.dtype):
-        return attend_reference(batch, layer, qkv, cos, sin, manner)
+        return _attend_torch(batch, layer, qkv, cos, sin, manner)
     out = qkv.new_empty(len(qkv), num_heads(qkv.shape[1], shape), shape.value_dim)
     attention.attend(
         qkv.numpy(),
@@ -175,15 +184,32 @@ def num_heads(width: int, shape: KVShape) -> int:
     return (width - shape.num_kv_heads * (shape.key_dim + shape.value_dim)) // shape.key_dim
 
 
-def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
-    """The slow twin of `attend`, in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
-    cache, shape, device = batch.cache, batch.cache.shapes[layer], qkv.device
+def _split(qkv: Tensor, shape: KVShape, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [T, heads, d], key [T, kv heads, d] and value [T, kv heads, d_v], the first two turned."""
     heads = num_heads(qkv.shape[1], shape)
     sizes = [heads * shape.key_dim, shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
     query, key, value = (part.unflatten(1, (n, -1)) for part, n in zip(
         qkv.split(sizes, 1), (heads, shape.num_kv_heads, shape.num_kv_heads), strict=True
     ))  # fmt: skip
-    query, key = rotate_reference(query, cos, sin), rotate_reference(key, cos, sin)
+    return rotate_reference(query, cos, sin), rotate_reference(key, cos, sin), value
+
+
+def _attend_torch(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
+    """In torch ops over padded sequences, on devices that have no kernel of ours."""
+    cache, laid_out = batch.cache, batch.padded
+    if laid_out is None:
+        raise TypeError("a batch of another device")
+    parts = _split(qkv, cache.shapes[layer], cos, sin)
+    cache.store(layer, laid_out.token_blocks, laid_out.token_offsets, *parts[1:])
+    of_layer = cache.keys[layer], cache.values[layer], cache.block_size
+    return padded.attend(laid_out, parts, *of_layer, manner.scaling, manner.window, manner.cap)
+
+
+def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
+    """The slow twin of `attend`, in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
+    cache, shape, device = batch.cache, batch.cache.shapes[layer], qkv.device
+    query, key, value = _split(qkv, shape, cos, sin)
+    heads = query.shape[1]
     blocks = torch.from_numpy(batch.token_blocks).to(device)
     cache.store(layer, blocks, torch.from_numpy(batch.token_offsets).to(device), key, value)
     out = []

@@ -20,6 +20,7 @@ from adapters_store.patch import Bias, Bottleneck, Delta, LowRank, Patch, Prefix
 from adapters_store.spec import BaseSpec
 from server.model import kernels
 from server.model.batch import Row
+from server.model.copies import Copies
 from server.model.kernels import hats
 from server.model.packed import (
     BIAS,
@@ -37,6 +38,7 @@ from server.model.packed import (
     prefix_of,
     view,
 )
+from server.model.stacked import Stacked
 from server.model.worn import NOTHING, Worn, wear
 
 MIN_SLOTS = 16
@@ -82,6 +84,9 @@ class SlotBank:
         self._acts: dict[tuple[int, ...], Acts] = {}  # by the slots that act
         self._has_kernels = kernels.serve(device, kept.others)
         self._unit = UNITS.get(kept.matrices)
+        self.copies = Copies(device)
+        by_segment = partial(scale_reference, self), partial(update_reference, self)
+        self._stacked = Stacked(self.primitive, kept.others, self.copies, *by_segment)
         self.group(spec.embedding)
 
     def group(self, *names: str) -> Group:
@@ -98,7 +103,8 @@ class SlotBank:
     def pack(self, patch: Patch) -> Packed:
         """Lay a patch out for a slot; any thread. Raises `ValueError` where a value does not fit."""
         packed = pack(patch, self.sites, self.kept)
-        return packed if self.device == "cpu" else replace(packed, buffer=packed.buffer.pin_memory())
+        row_ids = {site: self.copies.pin(ids) for site, ids in packed.row_ids.items()}
+        return replace(packed, buffer=self.copies.pin(packed.buffer), row_ids=row_ids)
 
     def put(self, packed: Packed) -> int:
         """Copy into a free slot and return its number; between steps only."""
@@ -106,13 +112,11 @@ class SlotBank:
         if slot >= len(self.addresses):
             self.table = np.concatenate([self.table, np.zeros_like(self.table)], 2)
             self.addresses = np.concatenate([self.addresses, np.zeros_like(self.addresses)])
-        buffer = torch.empty_like(packed.buffer, device=self.device)
-        buffer.copy_(packed.buffer, non_blocking=True)
-        row_ids = {site: ids.to(self.device) for site, ids in packed.row_ids.items()}
-        self.slots[slot] = replace(packed, buffer=buffer, row_ids=row_ids)
+        buffer, *ids = self.copies.start(slot, [packed.buffer, *packed.row_ids.values()])
+        self.slots[slot] = replace(packed, buffer=buffer, row_ids=dict(zip(packed.row_ids, ids, strict=True)))
         kind, site, *entry = packed.entries.T
         self.table[kind, site, slot] = np.stack(entry, 1)
-        self.addresses[slot] = buffer.data_ptr()
+        self.addresses[slot] = buffer.data_ptr() if self._has_kernels else 0
         self.on_change(packed, 1)
         self._forget()
         return slot
@@ -120,6 +124,7 @@ class SlotBank:
     def drop(self, slot: int) -> None:
         """Free a slot; between steps only."""
         self.on_change(self.slots.pop(slot), -1)
+        self.copies.forget(slot)
         self.table[:, :, slot] = 0
         self.addresses[slot] = 0
         self._forget()
@@ -152,6 +157,7 @@ class SlotBank:
 
     def prefix(self, slot: int) -> Prefix | None:
         """The virtual positions of a slot's patch."""
+        self.copies.wait(slot)
         return prefix_of(self.slots[slot], self.spec.embedding_size, self.spec.kv)
 
     def dress(self, rows: list[Row]) -> None:
@@ -159,6 +165,10 @@ class SlotBank:
         self.tokens = wear((row.hats, len(row.tokens)) for row in rows)
         self.sampled = wear((row.hats, 1) for row in rows if row.sampling)
         self._mark()
+        for slot in self.tokens.slots.tolist():
+            self.copies.wait(slot)
+        if rows and not self._has_kernels:
+            self._stacked.dress(self.tokens, self.sampled)
         self.virtual, first = [], 0
         for row in rows:
             self.virtual += self._virtual(row, first)
@@ -167,6 +177,7 @@ class SlotBank:
     def _forget(self) -> None:
         """A slot or a group came or went: see anew what acts where."""
         self._acts.clear()
+        self._stacked.forget()
         self._mark()
 
     def _mark(self) -> None:
@@ -210,7 +221,7 @@ class SlotBank:
         if self._has_kernels:
             hats.enter(rows.numpy(), tuple(group), self.arrays(worn))
         else:
-            scale_reference(self, SCALE_IN, int(group.sites[0]), rows, worn)
+            self._stacked.scale(SCALE_IN, int(group.sites[0]), rows, worn, is_head)
         return x
 
     def apply(self, group: Group, x: Tensor, y: Tensor, is_head: bool = False) -> None:
@@ -223,7 +234,7 @@ class SlotBank:
             worn = worn.repeated(len(y) // worn.num_rows)
         x = x.reshape(-1, x.shape[-1]).contiguous()
         if not self._has_kernels:
-            apply_reference(self, group, x, y, worn)
+            self._stacked.apply(group, x, y, worn, is_head)
             return
         stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y
         hats.apply(x.numpy(), stream.numpy(), y.numpy(), tuple(group), self.arrays(worn))
@@ -267,7 +278,7 @@ def _embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None
     token_ids = token_ids.to(rows.ids.dtype)
     place = torch.searchsorted(rows.ids, token_ids).clamp(max=len(rows.ids) - 1)
     changed = rows.ids[place] == token_ids
-    y[changed] += weight * rows.de[place[changed]]
+    y.copy_(torch.where(changed[:, None], y + weight * rows.de[place], y))  # by `y[changed]` a GPU would be waited for
 
 
 def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, worn: Worn) -> None:
@@ -285,13 +296,19 @@ def apply_reference(bank: SlotBank, group: Group, x: Tensor, y: Tensor, worn: Wo
         mine = y[:, group.columns[part] : group.columns[part + 1]]
         scale_reference(bank, SCALE_OUT, site, mine, worn)
         for span, worn_here in worn.segments():
-            _update_reference(bank, site, x[span], mine[span], span, worn_here)
+            update_reference(bank, site, x[span], mine[span], span, worn_here)
 
 
-def _update_reference(
-    bank: SlotBank, site: int, x: Tensor, y: Tensor, span: slice, worn: list[tuple[int, float]]
+def update_reference(
+    bank: SlotBank,
+    site: int,
+    x: Tensor,
+    y: Tensor,
+    span: slice,
+    worn: list[tuple[int, float]],
+    but: tuple[type[Primitive], ...] = (),
 ) -> None:
-    """Every update of rows that wear the same, those of the output last."""
+    """Every update of rows that wear the same, those of the output last, `but` some that are made elsewhere."""
     late: list[tuple[Bottleneck, float]] = []
     for slot, weight in worn:
         for kind in (DELTA, ROWS, BIAS, BRANCH):
@@ -303,7 +320,7 @@ def _update_reference(
                 y += weight * primitive.update(stream)
             elif isinstance(primitive, Rows):
                 y[:, primitive.ids] += weight * (x @ primitive.de.T)
-            elif primitive is not None and not isinstance(primitive, Scale | PrefixEmbeds):
+            elif primitive is not None and not isinstance(primitive, (Scale, PrefixEmbeds, *but)):
                 y += weight * primitive.update(x)  # type: ignore[union-attr]
     for bottleneck, weight in late:
         y += weight * bottleneck.update(y)

@@ -26,7 +26,7 @@ from server.model.sites import SiteHooks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
-PROOF_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest logit's magnitude
+PROOF_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest logit's magnitude
 
 
 @dataclass
@@ -127,7 +127,8 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
 def _settle(model: nn.Module) -> None:
     """Leave nothing mapped of the base's files, which others can change, and give back what packing freed."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
     if trim is not None:

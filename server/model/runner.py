@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,17 +110,18 @@ class PagedRunner:
         return row
 
     def _forward(self, rows: list[Row]) -> Tensor:
-        device = self.base.device
-        tokens = torch.tensor([max(token, 0) for row in rows for token in row.tokens], device=device)
-        positions = torch.tensor([row.start + i for row in rows for i in range(len(row.tokens))], device=device)
+        tokens = [max(token, 0) for row in rows for token in row.tokens]
+        positions = [row.start + i for row in rows for i in range(len(row.tokens))]
         wanted, end = [], 0
         for row in rows:
             end += len(row.tokens)
             if row.sampling:
                 wanted.append(end - 1)
+        numbers = (np.array(each, np.int64) for each in (tokens, positions, wanted))
+        token_ids, position_ids, indices = self.base.bank.copies.send(*numbers)
         paged = page(rows, self.cache, self.num_threads)
         self.base.bank.dress(rows)
         try:
-            return self.base.forward(tokens, positions, torch.tensor(wanted, dtype=torch.long, device=device), paged)
+            return self.base.forward(token_ids, position_ids, indices, paged)
         finally:
             self.base.bank.dress([])

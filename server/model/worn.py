@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,11 @@ class Worn:
         return replace(self, num_rows=times * self.num_rows, tiles=tiles)
 
     def segments(self) -> Iterator[tuple[slice, list[tuple[int, float]]]]:
-        """The rows of each tile, and the hats that they wear."""
-        for first, count, first_hat, last_hat in self.tiles.tolist():
-            hats = slice(first_hat, last_hat)
+        """All neighbouring rows that wear the same, and the hats that they wear."""
+        for (first_hat, last_hat), run in groupby(self.tiles.tolist(), lambda tile: tile[2:]):
+            tiles, hats = list(run), slice(first_hat, last_hat)
             worn = zip(self.slots[hats].tolist(), self.weights[hats].tolist(), strict=True)
-            yield slice(first, first + count), list(worn)
+            yield slice(tiles[0][0], tiles[-1][0] + tiles[-1][1]), list(worn)
 
 
 def wear(rows: Iterable[tuple[Hats, int]]) -> Worn:

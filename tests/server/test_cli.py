@@ -103,6 +103,18 @@ def test_what_cannot_be_meant(run: Run, words: list[str], environment: dict[str,
     assert "Traceback" not in shown.err and "guess-me" not in shown.err
 
 
+@pytest.mark.parametrize("name", [name for name, field in Settings.model_fields.items() if field.annotation is bool])
+def test_what_is_on_can_be_turned_off(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that is on or off has a flag for each; without either, the variable decides."""
+    seen, word = [], name.replace("_", "-")
+    monkeypatch.setattr("server.cli.Settings", lambda **flags: seen.append(flags) or Settings(**flags))
+    monkeypatch.setattr("server.cli.resolve_base", lambda *_: pytest.exit("no base is needed"))
+    for words in ([f"--no-{word}"], [f"--{word}"], []):
+        with contextlib.suppress(pytest.exit.Exception):
+            run("serve", *words, "--port", "0")
+    assert [flags.get(name) for flags in seen] == [False, True, None]
+
+
 def test_a_flag_that_is_none(run: Run) -> None:
     """An unknown flag is refused with code 2."""
     assert run("serve", "--prot", "1").code == 2

@@ -1,0 +1,222 @@
+"""The branch for devices without kernels of ours, which CUDA takes: torch ops alone.
+
+No GPU is needed: its numbers are computed on CPU tensors, and what a GPU would wait for raises on fake tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from server.model import base, kernels, runner
+from server.model.attention import KVCache, Manner, attend, attend_reference, page
+from server.model.bank import SlotBank
+from server.model.batch import Row, Sampling
+from server.model.fused import Fuser
+from server.model.linear import pack_torch
+from server.model.packed import Kept, Sites, pack
+from server.model.runner import Loaded, RunnerConfig, load
+from tests.kit.patches import KINDS, random_patch
+from tests.kit.tiny import make_tiny_base
+from tests.server.model import test_attention
+from tests.server.model.test_primitives import BLOCK, Worn, compare
+
+TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3"]
+
+
+@contextmanager
+def as_on_gpu(dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """What is loaded on the CPU takes the branch of a GPU, in this type."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "serve", lambda _device, _dtype: False)
+        patch.setattr(base, "choose_product", lambda _precision, _device: pack_torch)
+        patch.setattr(base, "kept", lambda _precision, _device: Kept(dtype, dtype))
+        for module in (base, runner):
+            patch.setattr(module, "compute_dtype", lambda _precision, _device: dtype)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def on_gpu() -> Iterator[None]:
+    """In this file everything runs so."""
+    with as_on_gpu():
+        yield
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Per type of model and of number: the loaded runner, and the stock model."""
+
+    @cache
+    def get(model_type: str, dtype: torch.dtype = torch.float32) -> tuple[Loaded, Any]:
+        folder = make_tiny_base(tmp_path_factory.mktemp("bases") / model_type, model_type)
+        with as_on_gpu(dtype):
+            loaded = load(config_of(folder))
+        return loaded, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    return get
+
+
+def config_of(folder: Path, device: str = "cpu", precision: str = "fp32") -> RunnerConfig:
+    return RunnerConfig(
+        folder=str(folder),
+        name="tiny",
+        precision=precision,
+        device=device,
+        num_threads=1,
+        kv_cache_bytes=2**24,
+        block_size=BLOCK,
+    )
+
+
+def mixed(spec: Any, seed: int) -> list[Worn]:
+    """The base, each kind alone, several with weights, and prefixes behind one another."""
+    draw = random.Random(seed)
+    one_each: list[Worn] = [[(random_patch(spec, kind, seed), 1.0)] for kind in KINDS]
+    weighted = ["low_rank", "scale", "bias", "norm", "delta", "rows", "bottleneck"]
+    several: list[Worn] = [
+        [(random_patch(spec, kind, at), draw.choice([1.0, 0.5, -0.3, 0.0])) for kind in draw.sample(weighted, 3)]
+        for at in range(3)
+    ]
+    prefixed: list[Worn] = [
+        [(random_patch(spec, name, 7), 1.0) for name in names]
+        for names in (["prefix_kv", "prefix_embeds"], ["prefix_embeds", "low_rank"], ["bottleneck", "prefix_kv"])
+    ]
+    wearers: list[Worn] = [[], *one_each, *several, *prefixed, []]
+    draw.shuffle(wearers)
+    return wearers
+
+
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (11, 0.0), (0, 2.0), (5, 3.0), (1, 0.0)])
+@pytest.mark.parametrize(("value_dim", "turned"), [(16, 0), (24, 16)])
+def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, turned: int) -> None:
+    """Padded groups give what one sequence after the other gives: chunks and single tokens, windows and soft caps, in
+    blocks where what is stale is not a number."""
+    starts, counts = (0, 0, 0, 30, 12, 3), (1, 37, 70, 1, 1, 5)
+    rows = [
+        Row([0] * n, start, list(range(9 * at, 9 * at + 9)))
+        for at, (start, n) in enumerate(zip(starts, counts, strict=True))
+    ]
+    qkv, turns = test_attention.make_qkv(sum(counts), value_dim=value_dim), test_attention.make_turns(115, turned)
+    caches: list[KVCache] = []
+    for _ in range(2):
+        made = test_attention.make_cache(54, value_dim=value_dim)
+        generator = torch.Generator().manual_seed(0)
+        for row in rows:
+            places = torch.arange(row.start)
+            blocks = torch.tensor(row.blocks)[places // test_attention.BLOCK]
+            past = torch.randn(row.start, 2, 16 + value_dim, generator=generator)
+            made.store(0, blocks, places % test_attention.BLOCK, past[..., :16], past[..., 16:])
+        caches.append(made)
+    manner = Manner(0.3, window, cap)
+    got = attend(page(rows, caches[0], 1), 0, qkv, *turns, manner)
+    wanted = attend_reference(page(rows, caches[1], 1), 0, qkv, *turns, manner)
+    torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("model_type", TYPES)
+def test_all_primitives_mixed_and_composed(model_type: str, seed: int, bases: Any) -> None:
+    """Rows of every kind, several hats a row with weights, prefixes after one another, in chunks: each its own."""
+    loaded, stock = bases(model_type)
+    gaps = compare((loaded, stock), mixed(loaded.spec, seed), seed, chunk=[7, 1000][seed])
+    assert max(gaps) < 1e-3, gaps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_primitive_in_many_rows(kind: str, bases: Any) -> None:
+    """Rows that wear one hat each, more than a tile of neighbours, are the stock model's with the same formulas."""
+    base_ = bases("qwen3")
+    patches = [random_patch(base_[0].spec, kind, seed) for seed in range(2)]
+    wearers: list[Worn] = [[(patches[0], 1.0)], [(patches[0], 1.0)], [], [(patches[1], 0.5)]]
+    assert max(compare(base_, wearers, seed=5)) < 1e-3
+
+
+def test_a_strangers_overflow_is_not_mine(bases: Any) -> None:
+    """A hat whose values overflow makes its own row fail, and changes no other."""
+    loaded, _ = bases("llama")
+    bank, good, bad = loaded.bank, *(random_patch(loaded.spec, "low_rank", seed) for seed in (1, 2))
+    for primitive in bad.primitives:
+        primitive.a.fill_(3e38)  # type: ignore[union-attr]
+    slots = [bank.put(bank.pack(patch)) for patch in (good, bad)]
+    rows = [Row([5, 6, 7], 0, [at], hats, Sampling()) for at, hats in enumerate([((slots[0], 1.0),), ()])]
+    loaded.runner.run(rows)
+    before = loaded.runner.last_logits
+    mine, none, its = loaded.runner.run([*rows, Row([5, 6, 7], 0, [2], ((slots[1], 1.0),), Sampling())])
+    assert mine and none and its and its.error and not mine.error and not none.error
+    torch.testing.assert_close(loaded.runner.last_logits[:2], before)
+    for slot in slots:
+        bank.drop(slot)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])  # random gemmas are too steep for bf16
+def test_half_precision_is_proved_and_near(model_type: str, dtype: torch.dtype, bases: Any) -> None:
+    """Activations, KV and hats in 16 bits pass the proof of their type, and mixed batches are near fp32's answers."""
+    loaded, stock = bases(model_type, dtype)
+    assert loaded.runner.cache.keys[0].dtype == dtype
+    wearers: list[Worn] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
+    gaps = compare((loaded, stock), wearers, 3)
+    assert max(gaps) < 3 * base.PROOF_TOLERANCE[dtype], gaps
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_nothing_waits_for_the_device(
+    model_type: str, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading and steps of a device without kernels, from prompts to decoding, with all primitives: on fake tensors
+    every shape and type fits, everything is on the device, and nothing reads it but the sampling."""
+    spec = bases(model_type)[0].spec
+    monkeypatch.setattr(base, "describe", lambda *_: spec)
+    monkeypatch.setattr(runner, "sample", lambda logits, rows: [torch.empty(logits.shape)] * len(rows))
+    monkeypatch.setattr(base.Proof, "compare", lambda _self, logits, *_: logits)
+    proof = [Row([5] * base.PROOF_TOKENS, 0, [at]) for at in range(2)]
+    monkeypatch.setattr(base.Proof, "paged", lambda _self, cache: page(proof, cache, 1))
+    monkeypatch.setattr(Fuser, "_gives", lambda _self, compute, wanted: _tensor(compute()).shape == wanted.shape)
+    monkeypatch.setattr(base, "_load_model", fake_model)
+    monkeypatch.setattr(SlotBank, "warm_up", lambda _self: None)  # it packs, which is the host's
+    wearers = mixed(spec, 0)
+    patches = {patch.digest: patch for worn in wearers for patch, _ in worn}
+    packed = [pack(patch, Sites(spec), Kept(torch.bfloat16, torch.bfloat16)) for patch in patches.values()]
+    with as_on_gpu(torch.bfloat16), FakeTensorMode(allow_non_fake_inputs=True):
+        loaded = load(config_of(Path(spec.folder), "meta", "bf16"))
+        slots = {one.digest: loaded.bank.put(one) for one in packed}
+        rows = []
+        for at, worn in enumerate(wearers):
+            num_virtual = sum(patch.num_virtual for patch, _ in worn)
+            tokens = [*range(-1, -1 - num_virtual, -1), *range(5, 12 + at)]
+            hats = tuple((slots[patch.digest], weight) for patch, weight in worn)
+            blocks = list(range(12 * at, 12 * at + 12))
+            rows.append(Row(tokens, 0, blocks, hats, Sampling(), num_virtual=num_virtual))
+        loaded.runner.run(rows)
+        check_logits(loaded, len(rows))
+        for at, row in enumerate(rows[3:], 3):
+            rows[at] = Row([7], len(row.tokens), row.blocks, row.hats, Sampling(), num_virtual=row.num_virtual)
+        loaded.runner.run(rows)
+        check_logits(loaded, len(rows))
+
+
+def _tensor(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def fake_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    with torch.device(device):
+        config = AutoConfig.from_pretrained(folder)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+
+
+def check_logits(loaded: Loaded, num_rows: int) -> None:
+    logits = loaded.runner.last_logits
+    assert isinstance(logits, FakeTensor) and logits.device.type == "meta"
+    assert (tuple(logits.shape), logits.dtype) == ((num_rows, loaded.spec.vocab_size), torch.float32)
+    assert loaded.runner.cache.keys[0].dtype == torch.bfloat16
