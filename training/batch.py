@@ -41,13 +41,13 @@ def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
 
 def label_logits(model: Any, batch: Batch) -> Tensor:
     """Logits [num_labels, vocabulary]: the head, costly in a small base, sees the label positions alone."""
-    with _cut_before_head(model, batch.labels):
+    with cut_before_head(model, batch.labels):
         logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
     return logits.float()
 
 
 @contextmanager
-def _cut_before_head(model: Any, labels: Tensor) -> Iterator[None]:
+def cut_before_head(model: Any, labels: Tensor) -> Iterator[None]:
     """Hidden states [rows, virtual + length, d] become [num_labels, d] on their way into the head.
 
     A hook, and not `model.model`: it holds for every architecture, and what comes after the head (caps, scales) stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +10,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from training.errors import TrainingError
+from training.errors import OptionError, TrainingError, sentence
 
 Option = typer.Option
+NEEDED = ("data", "out")  # of every job
+BESIDE_JOBS = ("jobs", "resume")  # what is said beside --jobs, and not in its file
 PANEL = "Options of methods (one that the chosen method does not read is refused)"
 
 
@@ -51,8 +54,10 @@ OF_METHODS = (
 
 
 def train(
-    data: Annotated[Path, Option(help="JSONL, CSV or a data set folder: prompt + completion, or messages")],
-    out: Annotated[Path, Option(help="folder of the artifact")],
+    data: Annotated[
+        Path | None, Option(help="JSONL, CSV or a data set folder: prompt + completion, or messages")
+    ] = None,
+    out: Annotated[Path | None, Option(help="folder of the artifact")] = None,
     method: Annotated[str, Option(help="what to train: lora, bottleneck, prompt_tuning, ia3, bitfit, …")] = "lora",
     base: Annotated[str, Option(help="smollm2-135m, a Hugging Face folder, or a hub id")] = "smollm2-135m",
     eval: Annotated[Path | None, Option(help="rows to score on (else a tenth of --data is held out)")] = None,
@@ -78,6 +83,9 @@ def train(
     save_dtype: Annotated[str, Option(help="fp32, fp16 or bf16: of the stored weights")] = "fp32",
     device: Annotated[str, Option(help="cpu or cuda")] = "cpu",
     cache: Annotated[Path | None, Option(help="folder of converted bases")] = None,
+    jobs: Annotated[
+        Path | None, Option(help="a YAML file of many jobs, by the names of these flags, that train in one batch")
+    ] = None,
     r: Annotated[int | None, _of_method("rank")] = None,
     alpha: Annotated[float | None, _of_method("what the update is scaled by, over the rank")] = None,
     dropout: Annotated[float | None, _of_method("dropout in training")] = None,
@@ -116,27 +124,54 @@ def _run(given: dict[str, Any]) -> None:
     processes = Processes(is_cpu=given["device"] == "cpu")
     show = Show(Console(stderr=True, quiet=not processes.is_main))
     try:
-        _train(given, show, processes)
+        num_broken = _train_many(given, show, processes) if given["jobs"] else _train_one(given, show, processes)
         processes.leave()
-    except TrainingError as error:
-        raise stop(show.console, str(error)) from error
-    except OSError as error:
-        raise stop(show.console, f"{given['out']} cannot be written: {error.strerror or error}") from error
+    except (TrainingError, OSError) as error:
+        raise stop(show.console, sentence(error, given["out"] or given["jobs"])) from error
     finally:
         processes.close()
+    if num_broken:
+        raise typer.Exit(1)
 
 
-def _train(given: dict[str, Any], show: Any, processes: Any) -> None:
+def _train_one(given: dict[str, Any], show: Any, processes: Any) -> int:
     from training.job import run_job
+
+    for name in NEEDED:
+        if given[name] is None:
+            raise OptionError(f"--{name} is missing: name it, or a file of many jobs with --jobs.")
+    job = job_of(given)
+    done = run_job(job, show, processes)
+    if done is not None:
+        _tell(job, done, show)
+    return 0
+
+
+def _train_many(given: dict[str, Any], show: Any, processes: Any) -> int:
+    """How many of --jobs broke."""
+    from training.jobs.file import read_jobs
+    from training.jobs.run import Named, run_jobs
+
+    for name, parameter in inspect.signature(train).parameters.items():
+        if name not in BESIDE_JOBS and given[name] != parameter.default:
+            flag = name.replace("_", "-")
+            raise OptionError(f"--{flag} cannot stand beside --jobs: write `{name}` into {given['jobs']}.")
+    named = []
+    for number, entry in enumerate(read_jobs(given["jobs"], train, without=("jobs",), needed=NEEDED), start=1):
+        try:
+            named.append(Named(number, job_of({**entry, "resume": entry["resume"] or given["resume"]})))
+        except OptionError as error:
+            raise OptionError(f"job {number} ({entry['out']}): {error}") from error
+    return run_jobs(named, show, processes, lambda job, done: _tell(job, done, show))
+
+
+def _tell(job: Any, done: Any, show: Any) -> None:
     from training.methods import METHODS
 
-    done = run_job(job_of(given), show, processes)
-    if done is None:
-        return
     show.scores(done.before, done.after)
-    show.say(f"{given['out']}: {done.num_bytes:,} bytes, {done.run.steps} steps in {done.run.seconds:.0f} s")
-    if not METHODS[given["method"]].is_uploadable:
-        show.say(f"{given['method']} is for comparison: what it wrote is a new base, which no server takes as a hat.")
+    show.say(f"{job.out}: {done.num_bytes:,} bytes, {done.run.steps} steps in {done.run.seconds:.0f} s")
+    if not METHODS[job.method].is_uploadable:
+        show.say(f"{job.method} is for comparison: what it wrote is a new base, which no server takes as a hat.")
 
 
 def job_of(given: dict[str, Any]) -> Any:

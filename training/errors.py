@@ -9,6 +9,8 @@ TrainingError
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class TrainingError(Exception):
     """One sentence that names the offending thing and says what to do next."""
@@ -28,3 +30,10 @@ class OptionError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss became NaN or infinite; the sentence names the step and the lines of its batch."""
+
+
+def sentence(error: TrainingError | OSError, out: Path) -> str:
+    """What the command says of it, where `out` was to be written."""
+    if isinstance(error, OSError):
+        return f"{out} cannot be written: {error.strerror or error}"
+    return str(error)

@@ -83,6 +83,7 @@ class Ready:
     hat: Hat
     memory: PeakMemory
     trainer: Trainer
+    num_jobs: int
 
 
 def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
@@ -93,7 +94,7 @@ def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     options = check(job)
     base = load_base(job.base, processes.device(job.device), job.cache, show.say)
     ready = prepare(job, options, base, show, processes)
-    with show.training() as tell, forgotten_if_diverged(ready):
+    with show.training("training") as (tell,), forgotten_if_diverged(ready):
         run = ready.trainer.run(on_step(ready, tell, processes))
     done = finish(ready, run, show, processes)
     processes.wait()
@@ -107,8 +108,12 @@ def prepare(
     show: Show,
     processes: Processes,
     clock: Callable[[], float] = time.monotonic,
+    num_jobs: int = 1,
 ) -> Ready:
-    """Read its rows, score the base, put the hat on, and go on from a checkpoint if there is one to go on from."""
+    """Read its rows, score the base, put the hat on, and go on from a checkpoint if there is one to go on from.
+
+    `num_jobs` train together in this process.
+    """
     rows = _rows(job, base)
     checkpoint = Checkpoint(job.out, facts.identity(job, options, base, rows))
     _check_checkpoint(job, checkpoint, show)
@@ -121,7 +126,7 @@ def prepare(
     if job.is_resumed and checkpoint.exists():
         trainer.restore(checkpoint.load())
         show.say(f"going on after step {len(trainer.steps)}")
-    return Ready(job, options, base, rows, checkpoint, before, hat, memory, trainer)
+    return Ready(job, options, base, rows, checkpoint, before, hat, memory, trainer, num_jobs)
 
 
 def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
@@ -151,6 +156,7 @@ def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | N
     if ready.before is None:
         return None
     memory = (ready.memory.base, ready.memory.peak())
+    training = facts.of_run(job, ready.options, rows, run, memory, processes.size)
     hat.settle(DTYPES[job.save_dtype])
     after = _score(hat.model, rows, show, "scoring the adapter")
     manifest = Manifest(
@@ -159,7 +165,7 @@ def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | N
         base=base.ref,
         prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
         parity=parity(hat.model, rows.held_rows, rows.train_rows, base.tokenizer.eos_token_id),
-        training=facts.of_run(job, ready.options, rows, run, memory, processes.size),
+        training={**training, "num_jobs": ready.num_jobs},
         evaluation=facts.of_scores(rows, ready.before, after),
     )
     num_bytes = _write(job, hat, manifest, ready.trainer.steps)

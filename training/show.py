@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from training.evaluate import Scores
@@ -33,17 +43,15 @@ class Show:
             yield lambda count: progress.advance(task, count)
 
     @contextmanager
-    def training(self) -> Iterator[Callable[[Step], None]]:
-        """A bar over the share of the run that is done."""
+    def training(self, *names: str) -> Iterator[list[Callable[[Step], None]]]:
+        """A bar for each run, over the share of it that is done."""
         with self._progress() as progress:
-            task = progress.add_task("training", total=PER_MILLE, facts="")
+            tasks = [progress.add_task(escape(name), total=PER_MILLE, facts="") for name in names]
+            yield [partial(_tell, progress, task) for task in tasks]
 
-            def tell(step: Step) -> None:
-                rate = step.tokens / max(step.seconds, 1e-9)
-                facts = f"step {step.number}  loss {step.loss:.3f}  {rate:,.0f} tokens/s"
-                progress.update(task, completed=round(PER_MILLE * step.progress), facts=facts)
-
-            yield tell
+    def fail(self, what: str, reason: str) -> None:
+        """Why it ended."""
+        self.console.print(f"[bold red]{escape(what)}:[/] {escape(reason)}", highlight=False, soft_wrap=True)
 
     def scores(self, before: Scores, after: Scores) -> None:
         """The base beside the adapter."""
@@ -64,3 +72,9 @@ class Show:
             TextColumn("{task.fields[facts]}"),
             console=self.console,
         )
+
+
+def _tell(progress: Progress, task: TaskID, step: Step) -> None:
+    rate = step.tokens / max(step.seconds, 1e-9)
+    facts = f"step {step.number}  loss {step.loss:.3f}  {rate:,.0f} tokens/s"
+    progress.update(task, completed=round(PER_MILLE * step.progress), facts=facts)

@@ -31,10 +31,14 @@ EVAL_BATCH = 16
 
 @dataclass(frozen=True)
 class Turn:
-    """A step that is to be taken: its number (from 0), rows, learning rate, and the seed of its dropout."""
+    """A step that is to be taken: its number (from 0), rows, learning rate, and the seed of its dropout.
+
+    `parts` are this process's rows, in as many parts as gradients are accumulated over.
+    """
 
     number: int
     rows: list[Row]
+    parts: list[Sequence[Row]]
     lr: float
     seed: int
 
@@ -123,7 +127,7 @@ class Trainer:
         self.begin()
         while (turn := self.next_turn()) is not None:
             torch.manual_seed(turn.seed)
-            on_step(self.take(turn, sum(self._backward(part, turn.num_labels) for part in self.parts(turn))))
+            on_step(self.take(turn, sum(self._backward(part, turn.num_labels) for part in turn.parts)))
         return self.end()
 
     def begin(self) -> None:
@@ -139,13 +143,8 @@ class Trainer:
         if self._is_enough() or (number and progress >= 1.0):  # the first step is always taken, however short the time
             return None
         lr = self._plan.lr_at(max(progress, self._progress_of_steps(number + 1)))
-        return Turn(number, next(self._stream), lr, hash((self._plan.seed, number, self._processes.rank)))
-
-    def parts(self, turn: Turn) -> Iterator[Sequence[Row]]:
-        """What this process takes of a step's rows, in as many parts as gradients are accumulated over."""
-        mine = self._processes.share(turn.rows)
-        size = math.ceil(self._plan.batch_size / self._processes.size)
-        return (mine[i : i + size] for i in range(0, len(mine), size))
+        rows = next(self._stream)
+        return Turn(number, rows, self._parts(rows), lr, hash((self._plan.seed, number, self._processes.rank)))
 
     def take(self, turn: Turn, loss: float) -> Step:
         """Take the step whose gradients are there; `loss` is the mean over its label tokens. Raises `DivergedError`."""
@@ -210,6 +209,11 @@ class Trainer:
 
     def _progress_of_steps(self, number: int) -> float:
         return number / self._num_steps if self._num_steps else 0.0
+
+    def _parts(self, rows: list[Row]) -> list[Sequence[Row]]:
+        mine = self._processes.share(rows)
+        size = math.ceil(self._plan.batch_size / self._processes.size)
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
 
     def _backward(self, rows: Sequence[Row], num_labels: int) -> float:
         loss = self._loss(rows) / num_labels

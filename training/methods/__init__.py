@@ -20,28 +20,32 @@ from training.methods.hat import Hat
 
 @dataclass(frozen=True)
 class Method:
-    """`make(options, base, rows)` puts the method on; `lr` is the learning rate that does well by default."""
+    """`make(options, base, rows)` puts the method on; `lr` is the learning rate that does well by default.
+
+    It `can_share` a pass with other hats where its layers only add to what the base's modules answer to their input.
+    """
 
     options: type[Any]
     make: Callable[[Any, Base, Sequence[Row]], Hat]
     lr: float
     is_uploadable: bool = True
+    can_share: bool = False
 
 
 LORA, KIN = lora.LoraOptions, lora.KinOptions
 METHODS: Mapping[str, Method] = {
-    "lora": Method(LORA, lora.lora, lr=3e-3),
-    "rslora": Method(KIN, partial(lora.lora, use_rslora=True), lr=1e-3),
-    "dora": Method(LORA, partial(lora.lora, use_dora=True), lr=3e-3),
+    "lora": Method(LORA, lora.lora, lr=3e-3, can_share=True),
+    "rslora": Method(KIN, partial(lora.lora, use_rslora=True), lr=1e-3, can_share=True),
+    "dora": Method(LORA, partial(lora.lora, use_dora=True), lr=3e-3, can_share=True),
     "pissa": Method(KIN, partial(lora.part, init="pissa_niter_16"), lr=1e-3),
     "olora": Method(KIN, partial(lora.part, init="olora"), lr=1e-3),
-    "adalora": Method(adalora.AdaLoraOptions, adalora.adalora, lr=1e-2),
-    "vera": Method(relatives.VeraOptions, relatives.vera, lr=1e-1),
-    "loha": Method(relatives.LycorisOptions, partial(relatives.lycoris, kind="LoHaConfig"), lr=3e-2),
-    "lokr": Method(relatives.LycorisOptions, partial(relatives.lycoris, kind="LoKrConfig"), lr=3e-2),
-    "miss": Method(relatives.MissOptions, relatives.miss, lr=1e-3),
+    "adalora": Method(adalora.AdaLoraOptions, adalora.adalora, lr=1e-2, can_share=True),
+    "vera": Method(relatives.VeraOptions, relatives.vera, lr=1e-1, can_share=True),
+    "loha": Method(relatives.LycorisOptions, partial(relatives.lycoris, kind="LoHaConfig"), lr=3e-2, can_share=True),
+    "lokr": Method(relatives.LycorisOptions, partial(relatives.lycoris, kind="LoKrConfig"), lr=3e-2, can_share=True),
+    "miss": Method(relatives.MissOptions, relatives.miss, lr=1e-3, can_share=True),
     "oft": Method(relatives.OftOptions, relatives.oft, lr=3e-3),
-    "bottleneck": Method(bottleneck.BottleneckOptions, bottleneck.bottleneck, lr=3e-3),
+    "bottleneck": Method(bottleneck.BottleneckOptions, bottleneck.bottleneck, lr=3e-3, can_share=True),
     "ia3": Method(scales.IA3Options, scales.ia3, lr=5e-2),
     "prompt_tuning": Method(prompts.PromptOptions, prompts.prompt_tuning, lr=1e-2),
     "p_tuning": Method(prompts.PTuningOptions, prompts.p_tuning, lr=1e-3),
@@ -50,7 +54,7 @@ METHODS: Mapping[str, Method] = {
     "prefix_tuning": Method(prefixes.PrefixOptions, prefixes.prefix_tuning, lr=3e-2),
     "cartridge": Method(prefixes.CartridgeOptions, prefixes.cartridge, lr=3e-2),
     "bitfit": Method(selective.LayerOptions, selective.bitfit, lr=1e-2),
-    "beft": Method(selective.BiasOptions, selective.beft, lr=1e-2),
+    "beft": Method(selective.BiasOptions, selective.beft, lr=1e-2, can_share=True),
     "ln_tuning": Method(selective.LayerOptions, selective.ln_tuning, lr=1e-2),
     "trainable_tokens": Method(selective.TokenOptions, selective.trainable_tokens, lr=3e-3),
     "selective": Method(selective.SelectiveOptions, selective.selective, lr=3e-4),

@@ -1,0 +1,1 @@
+"""Many jobs at once over one resident base: `manyhats train --jobs`."""
