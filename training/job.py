@@ -94,7 +94,7 @@ def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     options = check(job)
     base = load_base(job.base, processes.device(job.device), job.cache, show.say)
     ready = prepare(job, options, base, show, processes)
-    with show.training("training") as (tell,), forgotten_if_diverged(ready):
+    with show.training() as tell, forgotten_if_diverged(ready):
         run = ready.trainer.run(on_step(ready, tell, processes))
     done = finish(ready, run, show, processes)
     processes.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,8 +43,14 @@ class Show:
             yield lambda count: progress.advance(task, count)
 
     @contextmanager
-    def training(self, *names: str) -> Iterator[list[Callable[[Step], None]]]:
-        """A bar for each run, over the share of it that is done."""
+    def training(self) -> Iterator[Callable[[Step], None]]:
+        """A bar over the share of the run that is done."""
+        with self.trainings(["training"]) as (tell,):
+            yield tell
+
+    @contextmanager
+    def trainings(self, names: Sequence[str]) -> Iterator[list[Callable[[Step], None]]]:
+        """A bar for each of the runs that go on at once."""
         with self._progress() as progress:
             tasks = [progress.add_task(escape(name), total=PER_MILLE, facts="") for name in names]
             yield [partial(_tell, progress, task) for task in tasks]

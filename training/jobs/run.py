@@ -97,7 +97,7 @@ class _Crew:
     def run(self, jobs: Sequence[Named], options: Sequence[Any]) -> int:
         prepared = [self._prepare(named, own, len(jobs)) for named, own in zip(jobs, options, strict=True)]
         readies = [(named, ready) for named, ready in zip(jobs, prepared, strict=True) if ready is not None]
-        with self._show.training(*(named.label for named, _ in readies)) as tells:
+        with self._show.trainings([named.label for named, _ in readies]) as tells:
             members = [
                 Member(named, ready, Wearer(ready.hat), on_step(ready, tell, self._processes))
                 for (named, ready), tell in zip(readies, tells, strict=True)
