@@ -40,7 +40,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to bind")
     admin_key: SecretStr | None = Field(None, description="when set, every route but health asks for a key")
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="of the base's weights")
-    device: str = Field("cpu", description="where the base lives: cpu, cuda")
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the base lives: cpu, cuda (not run on a GPU yet)"
+    )
     num_threads: int = Field(default_factory=_num_cores, ge=1, description="threads of the engine")
     kv_cache_bytes: ByteSize = Field(ByteSize(768 * 2**20), description="for the KV cache")
     block_size: int = Field(32, ge=4, le=256, multiple_of=4, description="positions a KV block")

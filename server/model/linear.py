@@ -115,7 +115,9 @@ def has_halves() -> bool:
 
 
 def choose_precision(precision: str, device: str) -> str:
-    """What `auto` means here; a precision that this device has no good product for is refused."""
+    """What `auto` means here; a device that is not here, or that has no good product for a precision, is refused."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedBaseError(f"device {device} is not here: torch {torch.__version__} finds no GPU; use cpu")
     on_cpu = torch.device(device).type == "cpu"
     if precision == "auto":
         return ("fp16" if has_halves() else "fp32") if on_cpu else "bf16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from server.model.batch import Row, Sampled
 from server.model.kernels.threads import set_num_threads
 from server.model.linear import choose_precision
 from server.model.sampler import sample
+
+log = logging.getLogger(__name__)
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +56,8 @@ def load(config: RunnerConfig) -> Loaded:
     began = time.monotonic()
     set_num_threads(config.num_threads)
     precision = choose_precision(config.precision, config.device)
+    if torch.device(config.device).type == "cuda":
+        log.warning("the GPU path was not run on a GPU yet: compare its answers with a CPU's before you rely on them")
     base = load_base(Path(config.folder), config.name, precision, config.device)
     base.bank.warm_up()
     runner = PagedRunner(base, config)

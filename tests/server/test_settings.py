@@ -90,6 +90,8 @@ def test_the_key_is_never_shown() -> None:
     [
         ("port", "65536"),
         ("port", "x"),
+        ("device", "gpu"),
+        ("device", "meta"),
         ("precision", "fp8"),
         ("max_running", "0"),
         ("block_size", "33"),

@@ -73,7 +73,7 @@ def run_all(loaded: Loaded, wearers: list[Worn], prompts: list[list[int]], chunk
                 whose += [index] if is_last else []
         loaded.runner.run(rows)
         for index, row in zip(whose, loaded.runner.last_logits, strict=True) if whose else ():
-            logits[index] = row.clone()
+            logits[index] = row.to("cpu", copy=True)
     for slot in slots.values():
         bank.drop(slot)
     return logits

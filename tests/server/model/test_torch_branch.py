@@ -5,6 +5,7 @@ No GPU is needed: its numbers are computed on CPU tensors, and what a GPU would 
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.model import base, kernels, runner
-from server.model.attention import KVCache, Manner, attend, attend_reference, page
+from server.model.attention import KVCache, Manner, UnsupportedBaseError, attend, attend_reference, page
 from server.model.bank import SlotBank
 from server.model.batch import Row, Sampling
 from server.model.fused import Fuser
@@ -46,9 +47,9 @@ def as_on_gpu(dtype: torch.dtype = torch.float32) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def on_gpu() -> Iterator[None]:
-    """In this file everything runs so."""
-    with as_on_gpu():
+def on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In this file everything runs so, but for what has a GPU."""
+    with contextlib.nullcontext() if request.node.get_closest_marker("cuda") else as_on_gpu():
         yield
 
 
@@ -213,6 +214,27 @@ def fake_model(folder: Path, dtype: torch.dtype, device: str) -> Any:
     with torch.device(device):
         config = AutoConfig.from_pretrained(folder)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    """Without a GPU `--device cuda` is refused with that reason, before anything is loaded."""
+    with pytest.raises(UnsupportedBaseError, match=r"cuda is not here.*no GPU"):
+        load(config_of(tmp_path, "cuda", "auto"))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, or a torch without CUDA")
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-3), ("bf16", 0.3)])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3"])
+def test_on_a_gpu(model_type: str, precision: str, most: float, tmp_path: Path) -> None:
+    """On a GPU mixed batches of all primitives, in chunks, are near the stock model's fp32 logits on a CPU."""
+    folder = make_tiny_base(tmp_path / "base", model_type)
+    loaded = load(config_of(folder, "cuda", precision))
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wearers: list[Worn] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
+    gaps = compare((loaded, stock), wearers, 3, chunk=16)
+    assert max(gaps) < most, gaps
 
 
 def check_logits(loaded: Loaded, num_rows: int) -> None:
