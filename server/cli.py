@@ -35,6 +35,9 @@ def main() -> None:
     chosen = [wanted[word] for word in sys.argv[1:2] if word in wanted] or list(wanted.values())
     for entry in chosen:  # only what is run is imported: training's libraries take seconds
         command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+            continue
         app.command(entry.name, **getattr(command, "options", {}))(command)
     app()
 
