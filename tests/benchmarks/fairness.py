@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.fairness`: two tenants on a real server, how they share it, and what one feels of another.
+"""`python -m tests.benchmarks.fairness`: two tenants on a real server, how they share it, what one feels of the other.
 
 Both figures are counted by the clients: tokens of whole answers and their prompts, and waits for a first token.
 """
