@@ -19,6 +19,7 @@ from adapters_store.methods import compile_patch
 from adapters_store.methods.applied import idle_tensors, tracked
 from adapters_store.patch import Patch
 from server.api import parity, proof
+from server.api.imports import import_tree
 from server.engine.messages import EngineFailure
 from server.model.batch import Logprobs
 from tests.adapters_store.forge import spec_of, toy_artifact
@@ -216,3 +217,16 @@ def test_what_16_bits_cannot_hold(
     else:
         with pytest.raises(ArtifactError, match=r"70000 at model\.layers\.0\..*q_proj is over 65504"):
             proof.check_folder(ready, tmp_path / "big")
+
+
+async def test_an_import_goes_through_the_same_door(
+    site: Site, loras: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that is imported is probed as an upload is: one off its parity is one line, the others come in."""
+    with_parity(site, loras[0], tmp_path / "tree" / "off", [echoed(5, 1.0)])
+    shutil.copytree(loras[1], tmp_path / "tree" / "good")
+    await import_tree(site.front, tmp_path / "tree")
+    (line,) = [record for record in caplog.records if record.message == "an adapter was not taken in"]
+    assert "parity: 1 of 1 prompts" in line.reason  # type: ignore[attr-defined]
+    assert site.stored() == {read_folder(loras[1]).digest} and len(site.engine.probed) == 16
+    assert [task["task"] for task in (await site.http.get("/tasks")).json()["tasks"]] == ["base", "good"]
