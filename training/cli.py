@@ -64,6 +64,9 @@ def train(
     max_seconds: Annotated[float | None, Option(help="stop after so many seconds")] = None,
     epochs: Annotated[float | None, Option(help="stop after so many passes (3 if no limit is given)")] = None,
     steps: Annotated[int | None, Option(help="stop after so many steps")] = None,
+    num_answers: Annotated[
+        int, Option(help="prompts that answers are written to, for ROUGE-L and BLEU, where answers are no labels")
+    ] = 64,
     seed: Annotated[int, Option(help="the same seed, the same weights")] = 0,
     batch_size: Annotated[int, Option(help="rows at a time, over all processes")] = 8,
     gradient_accumulation_steps: Annotated[int, Option(help="how many times, before a step is taken")] = 1,

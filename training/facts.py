@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 import time
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training.base import Base
-from training.data import Rows
+from training.data import Columns, Dataset, Rows
 from training.evaluate import Scores
 from training.methods import flag
 from training.trainer import Run
@@ -62,14 +63,26 @@ def of_run(job: Job, options: Any, rows: Rows, run: Run, memory: tuple[int, int]
     }
 
 
-def of_scores(rows: Rows, before: Scores, after: Scores) -> dict[str, Any]:
-    """The base beside the adapter, and on what."""
+def of_scores(rows: Rows, columns: Columns, before: Scores, after: Scores) -> dict[str, Any]:
+    """The base beside the adapter, and on what.
+
+    `forgetting` is the share by which the perplexity of a neutral text rises with the adapter on.
+    """
     return {
         "data": rows.held.path.name,
         "sha256": rows.held.digest,
+        "split_sha256": split_digest(rows.held, columns),
         "before": _rounded(before),
         "after": _rounded(after),
+        "forgetting": round(after.neutral_perplexity / before.neutral_perplexity - 1, 5),
     }
+
+
+def split_digest(dataset: Dataset, columns: Columns) -> str:
+    """sha256 of what scores are comparable on: the bytes of the files, which lines of them, and which columns."""
+    lines = [example.line for example in dataset.examples]
+    said = json.dumps([dataset.digest, lines, dataclasses.asdict(columns)])
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _rounded(scores: Scores) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from training.checkpoint import Checkpoint
 from training.curves import draw
 from training.data import Columns, Dataset, Rows, check_varied, hold_out, read_dataset, tokenise
 from training.errors import DivergedError, OptionError
-from training.evaluate import Scores, choices_of, evaluate, parity
+from training.evaluate import Scores, Suite, evaluate, parity, suite_of
 from training.memory import PeakMemory
 from training.methods import METHODS, attach, options_of
 from training.methods.hat import Hat
@@ -57,6 +57,7 @@ class Job:
     save_dtype: str = "fp32"
     device: str = "cpu"
     cache: Path | None = None
+    num_answers: int = 64
     is_resumed: bool = False
 
 
@@ -78,6 +79,7 @@ class Ready:
     options: Any
     base: Base
     rows: Rows
+    suite: Suite
     checkpoint: Checkpoint
     before: Scores | None
     hat: Hat
@@ -117,7 +119,8 @@ def prepare(
     rows = _rows(job, base)
     checkpoint = Checkpoint(job.out, facts.identity(job, options, base, rows))
     _check_checkpoint(job, checkpoint, show)
-    before = _score(base.model, rows, show, "scoring the base") if processes.is_main else None
+    suite = suite_of(rows, base, job.num_answers)
+    before = score(base.model, suite, show, "scoring the base") if processes.is_main else None
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
     memory = PeakMemory(base.model.device)
     hat = _attach(job, options, base, rows)
@@ -126,7 +129,7 @@ def prepare(
     if job.is_resumed and checkpoint.exists():
         trainer.restore(checkpoint.load())
         show.say(f"going on after step {len(trainer.steps)}")
-    return Ready(job, options, base, rows, checkpoint, before, hat, memory, trainer, num_jobs)
+    return Ready(job, options, base, rows, suite, checkpoint, before, hat, memory, trainer, num_jobs)
 
 
 def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
@@ -158,7 +161,7 @@ def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | N
     memory = (ready.memory.base, ready.memory.peak())
     training = facts.of_run(job, ready.options, rows, run, memory, processes.size)
     hat.settle(DTYPES[job.save_dtype])
-    after = _score(hat.model, rows, show, "scoring the adapter")
+    after = score(hat.model, ready.suite, show, "scoring the adapter")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         method=_server_name(job.method, hat),
@@ -166,7 +169,7 @@ def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | N
         prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
         parity=parity(hat.model, rows.held_rows, rows.train_rows, base.tokenizer.eos_token_id),
         training={**training, "num_jobs": ready.num_jobs},
-        evaluation=facts.of_scores(rows, ready.before, after),
+        evaluation=facts.of_scores(rows, job.columns, ready.before, after),
     )
     num_bytes = _write(job, hat, manifest, ready.trainer.steps)
     ready.checkpoint.remove()
@@ -224,10 +227,10 @@ def _check_checkpoint(job: Job, checkpoint: Checkpoint, show: Show) -> None:
         )
 
 
-def _score(model: Any, rows: Rows, show: Show, what: str) -> Scores:
-    choices = choices_of(rows.train_rows, rows.held_rows)
-    with show.bar(what, len(rows.held_rows)) as more:
-        return evaluate(model, rows.held_rows, choices, on_rows=more)
+def score(model: Any, suite: Suite, show: Show, what: str) -> Scores:
+    """Behind a bar."""
+    with show.bar(what, suite.size) as more:
+        return evaluate(model, suite, more)
 
 
 def _check_form(hat: Hat, base: Base) -> None:

@@ -23,6 +23,14 @@ from training.evaluate import Scores
 from training.trainer import Step
 
 PER_MILLE = 1000
+SHOWN = {  # fields of `Scores` -> how a table says them
+    "exact_match": ("exact match", "{:.1%}"),
+    "label_accuracy": ("accuracy by the labels' logits", "{:.1%}"),
+    "perplexity": ("perplexity of the answer", "{:.2f}"),
+    "rouge_l": ("ROUGE-L", "{:.3f}"),
+    "bleu": ("BLEU", "{:.1f}"),
+    "neutral_perplexity": ("perplexity of a neutral text", "{:.2f}"),
+}
 
 
 class Show:
@@ -62,10 +70,10 @@ class Show:
     def scores(self, before: Scores, after: Scores) -> None:
         """The base beside the adapter."""
         table = Table("", "base", "adapter")
-        table.add_row("exact match", f"{before.exact_match:.1%}", f"{after.exact_match:.1%}")
-        if before.choice_match is not None and after.choice_match is not None:
-            table.add_row("best label's logits", f"{before.choice_match:.1%}", f"{after.choice_match:.1%}")
-        table.add_row("perplexity of the answer", f"{before.perplexity:.2f}", f"{after.perplexity:.2f}")
+        for name, (title, form) in SHOWN.items():
+            values = getattr(before, name), getattr(after, name)
+            if None not in values:
+                table.add_row(title, *map(form.format, values))
         self.console.print(table)
 
     def _progress(self) -> Progress:
