@@ -25,7 +25,7 @@ from training.batch import label_logits, make_batch
 from training.data import Row, Rows
 from training.texts import bleu, rouge_l
 
-NEUTRAL = Path(__file__).with_name("neutral.txt")
+NEUTRAL = Path(__file__).parent / "neutral" / "text.txt"
 NEUTRAL_WINDOW, NEUTRAL_BATCH = 256, 4  # tokens, and windows at a time: every position of them needs the head
 EVAL_BATCH = 16
 MAX_CHOICES = 256  # distinct completions up to which a data set is taken for a choice among labels

@@ -37,7 +37,7 @@ RAN = {"lora": 0.02, "ia3": 0.9, "full": 0.4}  # made-up: how much more perplexe
 def outcome(method: str, **facts: Any) -> Outcome:
     """One as it might come out of ten intents."""
     is_full = method == "full"
-    scores = {"exact_match": 0.98, "choice_match": 0.99, NEUTRAL: 20 * (1 + RAN[method])}
+    scores = {"exact_match": 0.98, "label_accuracy": 0.99, NEUTRAL: 20 * (1 + RAN[method])}
     return Outcome(
         **{
             "method": method,
@@ -48,7 +48,7 @@ def outcome(method: str, **facts: Any) -> Outcome:
             "steps": 100,
             "seconds": 60.0,
             "tokens_per_second": 200.0,
-            "before": {"exact_match": 0.0, "choice_match": 0.5, NEUTRAL: 20.0},
+            "before": {"exact_match": 0.0, "label_accuracy": 0.5, NEUTRAL: 20.0},
             "after": scores,
             "serving": None if is_full else Serving(210.0, 0.91, 0.095, 1_650_000),
             "not_served": "it is a new base" if is_full else "",
@@ -87,7 +87,7 @@ def test_claims_that_do_not_hold() -> None:
         trained_share=0.011,
         artifact_bytes=11_000_000,
         memory_bytes=2_400_000_000,
-        after={"exact_match": 0.9, "choice_match": 0.9, NEUTRAL: 38.0},
+        after={"exact_match": 0.9, "label_accuracy": 0.9, NEUTRAL: 38.0},
     )
     found = claims(comparison(outcome("lora"), bad, outcome("full")))
     assert {claim.verdict for claim in found} == {"not for ia3"}
@@ -105,7 +105,7 @@ def test_claims_about_full_fine_tuning_need_it() -> None:
 
 def test_free_answers_are_held_by_bleu() -> None:
     """Where answers are no labels, BLEU says how good they are."""
-    scores = {"exact_match": 0.1, "choice_match": None, "bleu": 54.8, NEUTRAL: 21.0}
+    scores = {"exact_match": 0.1, "label_accuracy": None, "bleu": 54.8, NEUTRAL: 21.0}
     free = [outcome(name, after=scores, before={**scores, "bleu": 3.1, NEUTRAL: 20.0}) for name in ("lora", "full")]
     assert claims(comparison(*free))[-1] == Claim(
         "as good as full fine-tuning in the same budget (within 1 point)", "BLEU: 54.8 (lora); full: 54.8", "holds"

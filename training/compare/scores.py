@@ -28,7 +28,7 @@ class Score(NamedTuple):
 
 EXACT, LABELS, BLEU = (
     Score("exact match", "exact_match"),
-    Score("label accuracy", "choice_match"),
+    Score("label accuracy", "label_accuracy"),
     Score("BLEU", "bleu", 100),
 )
 
