@@ -294,15 +294,20 @@ def job_of(base: Path, data: Path, out: Path) -> Job:
 def test_each_batch_is_held_against_the_base_beside_it(
     trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    """A machine that grows slower does not change the share; what is refused has the server's words."""
-    run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", "lora,ia3")
+    """A machine that grows slower does not change the share; what cannot be served has the server's words."""
+    methods = ("lora", "ia3", "bitfit")
+    run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", ",".join(methods))
     batches = list[str]()
 
     def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health/ready":
+            return httpx.Response(200)
         task = request.url.params["task"]
         if request.url.path == "/adapters":
-            said = {"slot_bytes": 7} if task == "lora" else {"error": {"message": "another base"}}
-            return httpx.Response(201 if task == "lora" else 422, json=said)
+            said = {"error": {"message": "another base"}} if task == "ia3" else {"slot_bytes": 7}
+            return httpx.Response(422 if task == "ia3" else 201, json=said)
+        if task == "bitfit":
+            return httpx.Response(503, json={"error": {"message": "the engine died"}})
         batches.append(task)
         slower = 1.0 + len(batches) // serving.NUM_REQUESTS / 10
         return httpx.Response(
@@ -310,8 +315,11 @@ def test_each_batch_is_held_against_the_base_beside_it(
         )
 
     with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://test") as client:
-        found = serving.measure(client, {name: tmp_path / "out" / name for name in ("lora", "ia3")}, lambda: None)
-    assert found.refused == {"ia3": "the server refused it: another base"}
+        found = serving.measure(client, {name: tmp_path / "out" / name for name in methods}, lambda: None)
+    assert found.refused == {
+        "ia3": "the server refused it: another base",
+        "bitfit": "the server did not answer for bitfit: the engine died",
+    }
     assert found.methods["lora"].share_of_base == pytest.approx(0.5, rel=0.05) and found.methods["lora"].slot_bytes == 7
     order = [batches[i] for i in range(0, len(batches), serving.NUM_REQUESTS)]
     assert order == ["base", "lora", "base", *["lora", "base"] * serving.NUM_ROUNDS]

@@ -28,7 +28,7 @@ from training.errors import TrainingError
 NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
 NUM_WARM_UP = 4  # tokens of each request, before what counts
 MOST_PROMPT_TOKENS = 128  # that decoding is measured, and not the reading of prompts
-READY_WITHIN_S, ANSWER_WITHIN_S, STOP_WITHIN_S = 300, 300, 30
+READY_WITHIN_S, ANSWER_WITHIN_S, STOP_WITHIN_S = 900, 300, 30  # the first start compiles kernels
 BASE = "base"  # the task that is the base itself
 
 
@@ -76,8 +76,14 @@ def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callabl
     """
     uploaded, refused = _upload_all(client, folders)
     prompts = _prompts(folders)
-    for task in (BASE, *uploaded):
-        _decode(client, task, prompts, NUM_WARM_UP)
+    _decode(client, BASE, prompts, NUM_WARM_UP)
+    for task in [*uploaded]:
+        try:
+            _decode(client, task, prompts, NUM_WARM_UP)
+        except ServingError as error:  # this one's alone: the others are served
+            refused[task] = str(error)
+            del uploaded[task]
+            _await_ready(client, lambda: True)
     rates: dict[str, list[float]] = {task: [] for task in uploaded}
     shares: dict[str, list[float]] = {task: [] for task in uploaded}
     bases = [_decode(client, BASE, prompts, NUM_TOKENS)]
@@ -162,16 +168,22 @@ def _plain() -> dict[str, str]:
 
 
 def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    if not _await_ready(client, lambda: process.poll() is None):
+        state = "is not ready yet" if process.returncode is None else f"ended with {process.returncode}"
+        raise ServingError(f"the server {state}; its log ends: {log.read_text(errors='replace')[-1000:]}")
+
+
+def _await_ready(client: httpx.Client, may_come: Callable[[], bool]) -> bool:
+    """Whether it became ready in time, and while it may."""
     until = time.monotonic() + READY_WITHIN_S
-    while process.poll() is None and time.monotonic() < until:
+    while may_come() and time.monotonic() < until:
         try:
             if client.get("/health/ready").status_code == httpx.codes.OK:
-                return
+                return True
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    state = "is not ready yet" if process.returncode is None else f"ended with {process.returncode}"
-    raise ServingError(f"the server {state}; its log ends: {log.read_text(errors='replace')[-1000:]}")
+    return False
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
