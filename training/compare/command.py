@@ -21,6 +21,7 @@ SHARED = (
     "max_seconds",
     "epochs",
     "steps",
+    "num_answers",
     "seed",
     "batch_size",
     "gradient_accumulation_steps",
