@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Connection,
     Engine,
@@ -25,6 +26,7 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    false,
 )
 from sqlalchemy.exc import DBAPIError
 
@@ -42,6 +44,7 @@ tasks = Table(
     Column("tenant", String(63), nullable=False),
     Column("name", String(63), nullable=False),
     Column("next_number", Integer, nullable=False),
+    Column("is_pinned", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("tenant", "name"),
 )
 versions = Table(
@@ -52,11 +55,11 @@ versions = Table(
     Column("number", Integer, nullable=False),
     Column("digest", String(64), nullable=False, index=True),
     Column("method", String(40), nullable=False),
-    Column("num_parameters", Integer, nullable=False),
-    Column("num_items", Integer, nullable=False),
-    Column("num_matrix_items", Integer, nullable=False),
+    Column("num_parameters", BigInteger, nullable=False),
+    Column("num_items", BigInteger, nullable=False),
+    Column("num_matrix_items", BigInteger, nullable=False),
     Column("num_virtual", Integer, nullable=False),
-    Column("num_bytes", Integer, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
     Column("prompt_format", JSON, nullable=True),
     Column("note", String(1000), nullable=False),
     Column("created", Float, nullable=False),
@@ -69,8 +72,18 @@ routes = Table(
     Column("id", Integer, primary_key=True),
     Column("task_id", ForeignKey("tasks.id"), nullable=False, index=True),
     Column("weights", JSON, nullable=False),  # {version number as text: weight}
+    Column("sticky", String(10), nullable=True),
     Column("created", Float, nullable=False),
 )
+removed = Table(  # digests of versions that were deleted, so that no start takes them in again
+    "removed",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("task_id", ForeignKey("tasks.id"), nullable=False, index=True),
+    Column("digest", String(64), nullable=False),
+    UniqueConstraint("task_id", "digest"),
+)
+identity = Table("identity", metadata, Column("id", String(32), primary_key=True))  # one row: which registry this is
 usage = Table(
     "usage",
     metadata,

@@ -10,6 +10,7 @@ ArtifactError (artifact_invalid)
 └── ArtifactCorruptError (artifact_corrupt)
 AbsentError (not_found)
 NameTakenError (conflict)
+NoEarlierRouteError (conflict)
 QuotaError (limit_reached)
 """
 
@@ -76,6 +77,12 @@ class AbsentError(Exception):
 
 class NameTakenError(Exception):
     """The name is a tenant's, or was."""
+
+    code = "conflict"
+
+
+class NoEarlierRouteError(Exception):
+    """A task never had another route that it could go back to."""
 
     code = "conflict"
 

@@ -1,13 +1,14 @@
 """Tasks, versions, routes and usage, in SQL (SQLite by default).
 
-A task exists while it has a version. Versions are immutable and numbered per task; a number is never given twice. The
-last row of `routes` of a task is its route; the rows before it are its history. All calls are synchronous.
+A task exists while it has a version. Versions are immutable and numbered per task; a number is never given twice. All
+calls are synchronous.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,8 +19,19 @@ from sqlalchemy import ColumnElement, Connection, Engine, Row, delete, func, ins
 
 from adapters_store import audit
 from adapters_store.artifact import PromptFormat
-from adapters_store.database import connect, migrate, routes, tasks, transaction, usage, versions
+from adapters_store.database import (
+    connect,
+    identity,
+    migrate,
+    removed,
+    routes,
+    tasks,
+    transaction,
+    usage,
+    versions,
+)
 from adapters_store.errors import AbsentError
+from adapters_store.routes import WHOLE, Route, current_route, roll_back, route_of, set_route
 from adapters_store.tenants import DEFAULT_TENANT, check_quota
 
 __all__ = ["DEFAULT_TENANT", "Registry", "Task", "Usage", "Version"]
@@ -50,11 +62,12 @@ class Version:
 
 @dataclass(frozen=True)
 class Task:
-    """A tenant's name, its versions in order, and its route {version: weight}."""
+    """A tenant's name, its versions in order, its route, and whether what is routed to stays on the device."""
 
     name: str
     versions: tuple[Version, ...]
-    route: dict[int, float]
+    route: Route
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,17 +156,49 @@ class Registry:
                 }
                 connection.execute(insert(versions).values(**values))
                 audit.note(connection, tenant, "version.add", task=task, version=values["number"], digest=digest)
+            connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == digest))
             version = _version(task, connection.execute(known).one())
             if activate:
-                self._set_route(connection, task_id, {version.number: 100})
+                set_route(connection, task_id, Route({version.number: WHOLE}))
             return version, is_new
 
-    def resolve(self, tenant: str, task: str, version: int | None = None) -> Version:
-        """The version that a request for a task gets now. Raises `AbsentError`."""
+    def resolve(self, tenant: str, task: str, version: int | None = None, user: str | None = None) -> Version:
+        """The version that a request for a task gets now; `user` is whom a sticky route keeps with its version.
+
+        Raises `AbsentError`.
+        """
         with self._read() as connection:
             task_id = self._task_id(connection, tenant, task)
-            number = version if version is not None else self._routed(connection, task_id, task)
+            route = Route({version: WHOLE}) if version is not None else current_route(connection, task_id)
+            number = route.choose(route.place(tenant, task, user))
+            if number is None:
+                raise AbsentError(f"task {task} has no version in its route: name a version, or route to one")
             return self._find(connection, task_id, task, number)
+
+    def set_route(self, tenant: str, task: str, route: Route) -> None:
+        """Route a task's requests; durable on return. Raises `AbsentError`, for a version that is not there, too."""
+        with self._write() as connection:
+            set_route(connection, self._task_id(connection, tenant, task), route)
+
+    def roll_back(self, tenant: str, task: str) -> Route:
+        """Return to the route before this one. Raises `AbsentError` or `NoEarlierRouteError`."""
+        with self._write() as connection:
+            return roll_back(connection, self._task_id(connection, tenant, task))
+
+    def set_pinned(self, tenant: str, task: str, is_pinned: bool) -> None:
+        """Keep what a task routes to on the device, or not. Raises `AbsentError`."""
+        with self._write() as connection:
+            task_id = self._task_id(connection, tenant, task)
+            which = (tasks.c.id == task_id) & (tasks.c.is_pinned != is_pinned)
+            if connection.execute(update(tasks).where(which).values(is_pinned=is_pinned)).rowcount:
+                audit.note(connection, tenant, "task.pin", task=task, pinned=is_pinned)
+
+    def pinned_digests(self) -> list[str]:
+        """The digests that pinned tasks of all tenants route to, the newest version first."""
+        with self._read() as connection:
+            pinned = self._tasks(connection, tasks.c.is_pinned)
+        found = [version for task in pinned for version in task.versions if version.number in task.route.weights]
+        return list(dict.fromkeys(v.digest for v in sorted(found, key=lambda v: v.created, reverse=True)))
 
     def task(self, tenant: str, task: str) -> Task:
         """A task with its versions and route. Raises `AbsentError`."""
@@ -172,8 +217,10 @@ class Registry:
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
             gone = connection.execute(select(versions.c.digest).where(versions.c.task_id == task_id)).scalars().all()
+            self._remember(connection, task_id, gone)
             connection.execute(delete(versions).where(versions.c.task_id == task_id))
             connection.execute(delete(routes).where(routes.c.task_id == task_id))
+            connection.execute(update(tasks).where(tasks.c.id == task_id).values(is_pinned=False))
             audit.note(connection, tenant, "task.delete", task=task, num_versions=len(gone))
             return list(gone)
 
@@ -182,12 +229,29 @@ class Registry:
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
             digest = self._find(connection, task_id, task, number).digest
+            route = current_route(connection, task_id)
+            set_route(connection, task_id, route.without({number}))
+            self._remember(connection, task_id, [digest])
             which = (versions.c.task_id == task_id) & (versions.c.number == number)
             connection.execute(delete(versions).where(which))
             audit.note(connection, tenant, "version.delete", task=task, version=number, digest=digest)
-            route = self._route(connection, task_id)
-            self._set_route(connection, task_id, {other: weight for other, weight in route.items() if other != number})
             return digest
+
+    def was_removed(self, tenant: str, task: str, digest: str) -> bool:
+        """Whether a version of these bytes was deleted, and not uploaded since."""
+        query = select(removed.c.id).join(tasks, removed.c.task_id == tasks.c.id)
+        with self._read() as connection:
+            found = query.where(tasks.c.tenant == tenant, tasks.c.name == task, removed.c.digest == digest)
+            return connection.execute(found).first() is not None
+
+    def identity(self) -> str:
+        """Which registry this is: a word that is drawn once, and that a store of artifacts belongs to."""
+        with self._write() as connection:
+            found = connection.execute(select(identity.c.id)).scalar()
+            if found is None:
+                found = uuid.uuid4().hex
+                connection.execute(insert(identity).values(id=found))
+            return str(found)
 
     def digests(self) -> set[str]:
         """Every digest that some version refers to."""
@@ -250,44 +314,27 @@ class Registry:
 
     def _tasks(self, connection: Connection, which: ColumnElement[bool]) -> list[Task]:
         """Tasks with their versions and routes, in two queries however many there are."""
-        of_tasks = select(tasks.c.name, versions).join(versions, versions.c.task_id == tasks.c.id).where(which)
-        rows = connection.execute(of_tasks.order_by(tasks.c.name, versions.c.number)).all()
+        columns = (tasks.c.name, tasks.c.is_pinned, versions)
+        of_tasks = select(*columns).join(versions, versions.c.task_id == tasks.c.id).where(which)
+        rows = connection.execute(of_tasks.order_by(tasks.c.tenant, tasks.c.name, versions.c.number)).all()
         last = select(func.max(routes.c.id)).join(tasks, routes.c.task_id == tasks.c.id).where(which)
         newest = select(routes).where(routes.c.id.in_(last.group_by(routes.c.task_id)))
-        weights = {row.task_id: _weights(row.weights) for row in connection.execute(newest).all()}
+        found = {row.task_id: route_of(row) for row in connection.execute(newest).all()}
         return [
-            Task(name, tuple(_version(name, row) for row in group), weights.get(task_id, {}))
-            for (name, task_id), group in groupby(rows, lambda row: (row.name, row.task_id))
+            Task(name, tuple(_version(name, row) for row in group), found.get(task_id, Route()), is_pinned)
+            for (name, is_pinned, task_id), group in groupby(rows, lambda row: (row.name, row.is_pinned, row.task_id))
         ]
 
-    def _route(self, connection: Connection, task_id: int) -> dict[int, float]:
-        last = select(routes.c.weights).where(routes.c.task_id == task_id).order_by(routes.c.id.desc()).limit(1)
-        return _weights(connection.execute(last).scalar())
-
-    def _routed(self, connection: Connection, task_id: int, task: str) -> int:
-        """The version of a task's route that weighs most, the newest of equals."""
-        route = self._route(connection, task_id)
-        if not route:
-            raise AbsentError(f"task {task} has no version in its route: name a version, or route to one")
-        return max(route, key=lambda number: (route[number], number))
-
-    def _set_route(self, connection: Connection, task_id: int, weights: dict[int, float]) -> None:
-        """Route from now on; a route that is the same is not a new one, so that a rollback goes to another."""
-        if weights != self._route(connection, task_id):
-            named = {str(number): weight for number, weight in weights.items()}
-            connection.execute(insert(routes).values(task_id=task_id, weights=named, created=time.time()))
-            tenant, task = connection.execute(select(tasks.c.tenant, tasks.c.name).where(tasks.c.id == task_id)).one()
-            audit.note(connection, tenant, "route.set", task=task, versions=named)
+    def _remember(self, connection: Connection, task_id: int, digests: Iterable[str]) -> None:
+        """Deleted versions, so that an import does not bring them back."""
+        for digest in digests:
+            connection.execute(insert(removed).values(task_id=task_id, digest=digest))
 
     def _next_number(self, connection: Connection, task_id: int) -> int:
         """A number that this task never had."""
         number = connection.execute(select(tasks.c.next_number).where(tasks.c.id == task_id)).scalar_one()
         connection.execute(update(tasks).where(tasks.c.id == task_id).values(next_number=number + 1))
         return int(number)
-
-
-def _weights(stored: dict[str, float] | None) -> dict[int, float]:
-    return {int(number): weight for number, weight in (stored or {}).items()}
 
 
 def _version(task: str, row: Row[Any]) -> Version:

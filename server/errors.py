@@ -5,6 +5,7 @@ ServerError
 ├── UnauthorizedError 401
 ├── ForbiddenError 403
 ├── NotFoundError 404
+│   └── VersionGoneError 404
 ├── MethodNotAllowedError 405
 ├── ConflictError 409
 ├── TooLargeError 413
@@ -39,6 +40,7 @@ ENGINE_STATUS = {
     "overloaded": 503,
     "engine_restarting": 503,
     "adapter_failed": 503,
+    "artifact_corrupt": 503,
 }
 
 
@@ -81,6 +83,10 @@ class NotFoundError(ServerError):
     """Absent, or another tenant's."""
 
     status, code = 404, "not_found"
+
+
+class VersionGoneError(NotFoundError):
+    """The version that a request was resolved to was deleted before it began: its route may name another by now."""
 
 
 class MethodNotAllowedError(ServerError):

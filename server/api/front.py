@@ -25,12 +25,20 @@ from server.api.text import Tokenizer
 from server.api.usage import UsageBuffer
 from server.engine.client import EngineClient
 from server.engine.messages import Ready
-from server.errors import DrainingError, ForbiddenError, InvalidFieldError, NotFoundError, UnavailableError
+from server.errors import (
+    DrainingError,
+    ForbiddenError,
+    InvalidFieldError,
+    NotFoundError,
+    UnavailableError,
+    VersionGoneError,
+)
 from server.metrics import Metrics
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_GONE = 4096  # far more than go between a request's resolution and its start
 MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in memory whole
 
 
@@ -50,7 +58,7 @@ class Front:
     in_use: InUse = field(default_factory=lambda: InUse())
     usage: UsageBuffer = field(default_factory=UsageBuffer)
     given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
-    leaving: set[str] = field(default_factory=set)  # digests whose artifacts are being deleted
+    gone: dict[str, None] = field(default_factory=dict)  # the last digests whose artifacts were deleted, or will be
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one upload at a time is worn by the engine
     is_draining: bool = False  # about to end: what runs may finish, nothing new begins
@@ -69,12 +77,9 @@ class Front:
             self.last_item_bytes = self.client.ready.item_bytes
         return self.last_item_bytes
 
-    async def resolve(self, tenant: str, task: str, version: int | None) -> Version:
-        """The version that a task gets now. Raises `NotFoundError`."""
-        try:
-            return await asyncio.to_thread(self.registry.resolve, tenant, task, version)
-        except AbsentError as error:
-            raise NotFoundError(str(error), "task") from None
+    async def resolve(self, tenant: str, task: str, version: int | None, user: str | None = None) -> Version:
+        """The version that a request for a task gets now. Raises `NotFoundError`."""
+        return await self.absent_is_404(self.registry.resolve, tenant, task, version, user)
 
     async def absent_is_404(self, call: Callable[..., T], *args: object) -> T:
         """Run a call of the registry in a thread; what is absent is 404."""
@@ -84,13 +89,20 @@ class Front:
             raise NotFoundError(str(error), "task") from None
 
     async def check_kept(self, tenant: str, versions: Iterable[Version]) -> None:
-        """Raise `NotFoundError` for a version that was deleted after it was resolved and before it was held.
+        """Raise `VersionGoneError` for a version that was deleted after it was resolved and before it was held.
 
         Once this has passed, a held artifact stays. One that is lost in another way is for the engine to report.
         """
         for version in versions:
-            if version.digest in self.leaving or not self.blobs.path(version.digest).is_dir():
-                await self.resolve(tenant, version.task, version.number)
+            if version.digest in self.gone:
+                try:
+                    await self.resolve(tenant, version.task, version.number)
+                except NotFoundError as error:
+                    raise VersionGoneError(str(error), error.param) from None
+
+    async def keep_pinned(self) -> None:
+        """Tell the engine what pinned tasks route to: after every change of a route, a pin or a version."""
+        self.client.keep(await asyncio.to_thread(self.registry.pinned_digests))
 
     async def give_up(self, digests: list[str]) -> None:
         """Versions were deleted, or never made: their artifacts go as soon as nothing needs them."""
@@ -117,12 +129,11 @@ class Front:
     async def _delete(self, digest: str, is_referenced: bool) -> None:
         if is_referenced:
             return
-        self.leaving.add(digest)
-        try:
-            self.client.forget(digest)
-            await asyncio.to_thread(self.blobs.delete, digest)
-        finally:
-            self.leaving.discard(digest)
+        self.gone[digest] = None
+        if len(self.gone) > MAX_GONE:
+            del self.gone[next(iter(self.gone))]
+        self.client.forget(digest)
+        await asyncio.to_thread(self.blobs.delete, digest)
 
 
 class InUse:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from server.api.body import read_json
 from server.api.callers import GENERATE
 from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
-from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
+from server.api.generation import Answer, Job, Piece, collect, start, unless_gone, unless_moved
 from server.api.prepare import (
     Worn,
     check_length,
@@ -37,6 +37,10 @@ async def generate(request: Request, task: str | None = None) -> Response:
     front, tenant = front_of(request), tenant_of(request)
     settings = front.settings
     asked = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.body_timeout_s)
+    return await unless_moved(lambda: _respond(request, front, tenant, task, asked))
+
+
+async def _respond(request: Request, front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> Response:
     worn = await _worn(front, tenant, task, asked)
     request.state.task = worn.task
     prompts = await _prompts(front, asked, worn)
@@ -51,10 +55,10 @@ async def generate(request: Request, task: str | None = None) -> Response:
 
 async def _worn(front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> Worn:
     if asked.adapters is None:
-        return await wear(front, tenant, task_of(task), asked.version)
+        return await wear(front, tenant, task_of(task), asked.version, asked.user)
     if task is not None or asked.version is not None:
         raise BadRequestError("give either ?task= (with version), or adapters, not both", "adapters")
-    return await wear_many(front, tenant, asked.adapters)
+    return await wear_many(front, tenant, asked.adapters, asked.user)
 
 
 async def _prompts(front: Front, asked: GenerateRequest, worn: Worn) -> list[list[int]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -19,9 +20,10 @@ from server.api.text import TextStream
 from server.api.usage import Bill
 from server.engine.client import EngineUnavailable
 from server.engine.messages import EngineFailure, Hat, Output, Submit, Timing
-from server.errors import EngineFailedError, ServerError, UnavailableError
+from server.errors import EngineFailedError, ServerError, UnavailableError, VersionGoneError
 from server.model.batch import Logprobs, Sampling
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 GRACE_S = 5.0  # the engine ends what is late; the front does where the engine is stuck
 
@@ -133,9 +135,22 @@ async def collect(pieces: AsyncIterator[Piece], job: Job) -> list[Piece]:
     return choices
 
 
+async def unless_moved(answer: Callable[[], Awaitable[T]]) -> T:
+    """An answer; where its version is deleted before it begins, that of the route as it is now.
+
+    A version that was named is absent the second time.
+    """
+    while True:
+        try:
+            return await answer()
+        except VersionGoneError as error:
+            log.info("a request is routed anew", extra={"reason": str(error)})
+
+
 async def _pieces(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece]:
     """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
-    status, worn = "cancelled", job.worn
+    worn = job.worn
+    status: str | None = "cancelled"
     places = [(worn.tenant, one.task, one.number) for one, _ in worn.hats] or [(worn.tenant, worn.task, 0)]
     with front.usage.running(Bill(places, answer.used)):
         try:
@@ -148,6 +163,9 @@ async def _pieces(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece
                     async for piece in pieces:
                         yield piece
             status = "200"
+        except VersionGoneError:
+            status = None  # nothing has begun, and it is tried again
+            raise
         except ServerError as error:
             status = str(error.status)
             raise
@@ -156,7 +174,8 @@ async def _pieces(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece
             raise
         finally:
             answer.total_ms = (time.monotonic() - job.arrived) * 1000
-            _close_books(front, job, answer, status)
+            if status is not None:
+                _close_books(front, job, answer, status)
             await front.bury(worn.digests)
     await front.usage.settle(front.registry)  # what is answered whole is paid for, also if the next moment is the last
 

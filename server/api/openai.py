@@ -16,7 +16,7 @@ from adapters_store.registry import Task
 from server.api.body import read_json
 from server.api.callers import GENERATE
 from server.api.front import Front, admit, front_of, may, tenant_of
-from server.api.generation import Answer, Job, Piece, collect, start, unless_gone
+from server.api.generation import Answer, Job, Piece, collect, start, unless_gone, unless_moved
 from server.api.prepare import check_length, encode_chat, encode_prompts, to_sampling, wear
 from server.api.stream import EventStream
 from server.api.text import REPLACEMENT
@@ -29,6 +29,7 @@ from server.api.wire import (
     Stop,
     Strict,
     TokenIds,
+    User,
     openapi_body,
 )
 from server.errors import InvalidFieldError
@@ -56,7 +57,7 @@ class OpenAIFields(SamplingFields):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=512)
+    user: User | None = None
     timeout_s: float = Field(120.0, gt=0, le=3600)
 
     @model_validator(mode="before")
@@ -146,7 +147,11 @@ async def completions(request: Request) -> Response:
     """OpenAI's completions."""
     front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
     asked = await read_json(request, CompletionRequest, settings.max_body_bytes, settings.body_timeout_s)
-    worn = await wear(front, tenant, asked.model)
+    return await unless_moved(lambda: _complete(request, front, tenant, asked))
+
+
+async def _complete(request: Request, front: Front, tenant: str, asked: CompletionRequest) -> Response:
+    worn = await wear(front, tenant, asked.model, user=asked.user)
     request.state.task = worn.task
     prompts = await _prompts(front, asked)
     check_length(front, worn, prompts, asked.max_tokens)
@@ -166,7 +171,11 @@ async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions."""
     front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
     asked = await read_json(request, ChatRequest, settings.max_body_bytes, settings.body_timeout_s)
-    worn = await wear(front, tenant, asked.model)
+    return await unless_moved(lambda: _chat(request, front, tenant, asked))
+
+
+async def _chat(request: Request, front: Front, tenant: str, asked: ChatRequest) -> Response:
+    worn = await wear(front, tenant, asked.model, user=asked.user)
     request.state.task = worn.task
     prompts = [await encode_chat(front, [message.plain() for message in asked.messages], worn)]
     max_tokens = asked.max_completion_tokens or asked.max_tokens

@@ -63,7 +63,7 @@ def task_of(task: str | None) -> str:
     return task
 
 
-async def wear(front: Front, tenant: str, task: str, version: int | None = None) -> Worn:
+async def wear(front: Front, tenant: str, task: str, version: int | None = None, user: str | None = None) -> Worn:
     """Resolve a task's name to a version. `base` is the base, and asked for by that name alone."""
     if task == BASE:
         if version is not None:
@@ -71,17 +71,17 @@ async def wear(front: Front, tenant: str, task: str, version: int | None = None)
         return Worn(tenant, BASE)
     if len(task) > MAX_NAME:
         raise NotFoundError(f"there is no task {task[:MAX_NAME]}", "task")
-    return Worn(tenant, task, ((await front.resolve(tenant, task, version), 1.0),))
+    return Worn(tenant, task, ((await front.resolve(tenant, task, version, user), 1.0),))
 
 
-async def wear_many(front: Front, tenant: str, tasks: list[WeightedTask]) -> Worn:
+async def wear_many(front: Front, tenant: str, tasks: list[WeightedTask], user: str | None = None) -> Worn:
     """Resolve several hats that one request wears at once, unmerged."""
     if any(hat.task == BASE for hat in tasks):
         raise InvalidFieldError("the base is always worn; list only adapters' tasks", "adapters")
     names = [hat.task for hat in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InvalidFieldError(f"the task {twice} is listed twice: a request wears a task once", "adapters")
-    hats = [(await front.resolve(tenant, hat.task, None), hat.weight) for hat in tasks]
+    hats = [(await front.resolve(tenant, hat.task, None, user), hat.weight) for hat in tasks]
     _check_prefixes(hats)
     return Worn(tenant, "+".join(names), tuple(hats))
 

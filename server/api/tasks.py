@@ -1,4 +1,4 @@
-"""Tasks and their versions: what there is, where it is, and away with it."""
+"""Tasks and their versions: what there is, where it is, who gets it, and away with it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.blobs import Blobs
-from adapters_store.errors import ArtifactError
+from adapters_store.errors import ArtifactError, NoEarlierRouteError
 from adapters_store.intake import ZIP_TYPE, pack_zip
 from adapters_store.registry import Task, Usage, Version
+from adapters_store.routes import Route
 from adapters_store.spec import ItemBytes
+from server.api.body import read_json
 from server.api.callers import DEPLOY
-from server.api.front import admit, front_of, may, refuse_unknown_query, tenant_of
+from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
 from server.api.show import identity
-from server.api.wire import BASE
-from server.errors import ArtifactRefusedError, InvalidFieldError
+from server.api.wire import BASE, PinRequest, RouteRequest, openapi_body
+from server.errors import ArtifactRefusedError, ConflictError, InvalidFieldError
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)])
 
@@ -36,19 +38,66 @@ async def list_tasks(request: Request) -> Response:
 async def get_task(request: Request, task: str) -> Response:
     """One task: versions, route, residency, use."""
     front, tenant = front_of(request), tenant_of(request)
-    used = await asyncio.to_thread(front.registry.usage, tenant)
     if task == BASE:
-        return JSONResponse(_base(used))
+        return JSONResponse(_base(await asyncio.to_thread(front.registry.usage, tenant)))
+    return JSONResponse(await _shown(front, tenant, task))
+
+
+async def _shown(front: Front, tenant: str, task: str) -> dict[str, Any]:
     found = await front.absent_is_404(front.registry.task, tenant, task)
-    return JSONResponse(_task(found, await front.client.residency(), used, front.item_bytes()))
+    used = await asyncio.to_thread(front.registry.usage, tenant)
+    return _task(found, await front.client.residency(), used, front.item_bytes())
+
+
+@router.put("/tasks/{task}/route", openapi_extra=openapi_body(RouteRequest))
+async def put_route(request: Request, task: str) -> Response:
+    """Share requests out among versions by weight, from the next request on; running ones are not touched.
+
+    With `sticky: "user"`, requests of the same `user` get the same version.
+    """
+    front, tenant = front_of(request), tenant_of(request)
+    _refuse_base(task, "routed")
+    asked = await read_json(request, RouteRequest, front.settings.max_body_bytes, front.settings.body_timeout_s)
+    route = Route({int(number): weight for number, weight in asked.versions.items()}, asked.sticky)
+    await front.absent_is_404(front.registry.set_route, tenant, task, route)
+    return await _changed(front, tenant, task)
+
+
+@router.post("/tasks/{task}/rollback")
+async def roll_back(request: Request, task: str) -> Response:
+    """The route before this one, less versions that were deleted since; asked again, the one before that."""
+    front, tenant = front_of(request), tenant_of(request)
+    _refuse_base(task, "routed")
+    try:
+        await front.absent_is_404(front.registry.roll_back, tenant, task)
+    except NoEarlierRouteError as error:
+        raise ConflictError(str(error), "task") from None
+    return await _changed(front, tenant, task)
+
+
+@router.put("/tasks/{task}/pin", openapi_extra=openapi_body(PinRequest))
+async def put_pin(request: Request, task: str) -> Response:
+    """Keep what the task routes to on the device, or not."""
+    front, tenant = front_of(request), tenant_of(request)
+    _refuse_base(task, "pinned: it is always there")
+    asked = await read_json(request, PinRequest, front.settings.max_body_bytes, front.settings.body_timeout_s)
+    await front.absent_is_404(front.registry.set_pinned, tenant, task, asked.pinned)
+    return await _changed(front, tenant, task)
+
+
+async def _changed(front: Front, tenant: str, task: str) -> Response:
+    await front.keep_pinned()
+    return JSONResponse(await _shown(front, tenant, task))
 
 
 @router.delete("/tasks/{task}", status_code=204)
 async def delete_task(request: Request, task: str) -> Response:
     """Gone for new requests at once; running ones finish with what they began with."""
     front, tenant = front_of(request), tenant_of(request)
-    _refuse_base(task)
-    await front.give_up(await front.absent_is_404(front.registry.delete_task, tenant, task))
+    _refuse_base(task, "deleted")
+    digests = await front.absent_is_404(front.registry.delete_task, tenant, task)
+    await front.keep_pinned()
+    await front.give_up(digests)
     return Response(status_code=204)
 
 
@@ -56,8 +105,10 @@ async def delete_task(request: Request, task: str) -> Response:
 async def delete_version(request: Request, task: str, number: int) -> Response:
     """Gone for new requests at once, also from the route."""
     front, tenant = front_of(request), tenant_of(request)
-    _refuse_base(task)
-    await front.give_up([await front.absent_is_404(front.registry.delete_version, tenant, task, number)])
+    _refuse_base(task, "deleted")
+    digest = await front.absent_is_404(front.registry.delete_version, tenant, task, number)
+    await front.keep_pinned()
+    await front.give_up([digest])
     return Response(status_code=204)
 
 
@@ -85,20 +136,28 @@ def _zip(blobs: Blobs, digest: str) -> bytes:
         return (folder / "artifact.zip").read_bytes()
 
 
-def _refuse_base(task: str) -> None:
+def _refuse_base(task: str, what: str) -> None:
     if task == BASE:
-        raise InvalidFieldError("the base cannot be deleted", "task")
+        raise InvalidFieldError(f"the base cannot be {what}", "task")
 
 
 def _base(used: list[Usage]) -> dict[str, Any]:
-    return {"task": BASE, "versions": [], "route": {"versions": {}}, "use": _use(used, BASE, 0)}
+    return {"task": BASE, "versions": [], "route": _route(Route()), "use": _use(used, BASE, 0)}
 
 
 def _task(task: Task, where: dict[str, str], used: list[Usage], item_bytes: ItemBytes | None) -> dict[str, Any]:
     return {
         "task": task.name,
         "versions": [_version(version, where, used, item_bytes) for version in task.versions],
-        "route": {"versions": {str(number): weight for number, weight in task.route.items()}},
+        "route": _route(task.route),
+        "pinned": task.is_pinned,
+    }
+
+
+def _route(route: Route) -> dict[str, Any]:
+    return {
+        "versions": {str(number): weight for number, weight in sorted(route.weights.items())},
+        "sticky": route.sticky,
     }
 
 

@@ -12,6 +12,7 @@ NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
 MAX_PROMPTS = 64
 MAX_TURNS = 4096
+MAX_ROUTED = 64  # versions of a route
 
 TaskName = Annotated[str, Field(pattern=NAME)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
@@ -21,6 +22,7 @@ LogitBias = Annotated[
     Field(max_length=1024),  # it is applied anew at each step
 ]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+User = Annotated[str, Field(max_length=512)]  # whom a sticky route keeps with a version; nothing else is made of it
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -71,6 +73,7 @@ class GenerateRequest(SamplingFields):
     logprobs: int | None = Field(None, ge=0, le=5)
     adapters: Annotated[list[WeightedTask], Field(min_length=1, max_length=8)] | None = None
     version: int | None = Field(None, ge=1)
+    user: User | None = None
     stream: bool = False
     timeout_s: float = Field(120.0, gt=0, le=3600)
 
@@ -88,6 +91,22 @@ class GenerateRequest(SamplingFields):
             said = " and ".join(given) if given else "none of them"
             raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")
         return self
+
+
+class RouteRequest(Strict):
+    """The body of PUT /tasks/{task}/route: {version number as text: weight}, of any sum."""
+
+    versions: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,17}$")], Annotated[float, Field(gt=0, le=1e6)]],
+        Field(min_length=1, max_length=MAX_ROUTED),
+    ]
+    sticky: Literal["user"] | None = None
+
+
+class PinRequest(Strict):
+    """The body of PUT /tasks/{task}/pin."""
+
+    pinned: bool
 
 
 def openapi_body(model: type[BaseModel]) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""Where every adapter is: absent -> loading -> host -> slot, or failed.
+"""Where every adapter is: absent -> loading -> host -> slot, or failed, or quarantined.
 
 Threads load artifacts into host memory; the copy into a slot happens between steps, in `advance`, bounded by bytes per
 step. Both levels are LRU under byte budgets at true sizes. A slot that a sequence wears is pinned and stays. Where
-room is short, what is wanted earlier beats what is wanted later: so the first in line always gets on.
+room is short, what is wanted earlier beats what is wanted later: so the first in line always gets on. Kept adapters
+(pinned tasks') are wanted last of all, always, and go only where what somebody waits for would not fit beside them.
+
+A load that fails is tried again later each time; after `MAX_FAILURES` in a row, and at once where the stored bytes are
+not those that were put there, the adapter is quarantined.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from server.engine.messages import EngineFailure
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+MAX_FAILURES = 5  # in a row
+QUARANTINE_S = 600.0  # a store that was away may be back by then; corrupt bytes wait to be uploaded again
+CORRUPT = "artifact_corrupt"
 
 P_contra = TypeVar("P_contra", bound=Packed, contravariant=True)
 
@@ -62,6 +69,7 @@ class Entry(Generic[P]):
     is_forgotten: bool = False
     failure: EngineFailure | None = None
     num_failures: int = 0
+    is_quarantined: bool = False
     retry_at: float = 0.0
 
     @property
@@ -71,6 +79,7 @@ class Entry(Generic[P]):
             "slot": self.slot is not None,
             "host": self.packed is not None,
             "loading": self.is_loading,
+            "quarantined": self.is_quarantined,
             "failed": self.failure is not None,
         }
         return next((state for state, is_so in states.items() if is_so), None)
@@ -98,6 +107,12 @@ class AdapterManager(Generic[P]):
         self._bank, self._clock = bank, clock
         self._loads = Loads(load, executor, clock, on_loaded)
         self._entries: dict[str, Entry[P]] = {}
+        self._kept: dict[str, None] = {}  # in the order in which they get room
+
+    @property
+    def num_quarantined(self) -> int:
+        """Adapters whose loads failed too often, or whose bytes are corrupt."""
+        return sum(entry.is_quarantined for entry in self._entries.values())
 
     @property
     def num_pins(self) -> int:
@@ -105,7 +120,7 @@ class AdapterManager(Generic[P]):
         return sum(entry.num_pins for entry in self._entries.values())
 
     def states(self) -> dict[str, str]:
-        """Where each known digest is: `loading`, `host`, `slot` or `failed`."""
+        """Where each known digest is: `loading`, `host`, `slot`, `failed` or `quarantined`."""
         return {digest: state for digest, entry in self._entries.items() if (state := entry.state)}
 
     def are_in_slots(self, digests: tuple[str, ...]) -> bool:
@@ -126,11 +141,9 @@ class AdapterManager(Generic[P]):
     def refusal(self, digests: tuple[str, ...]) -> EngineFailure | None:
         """Why a sequence cannot wear these: a load failed and its back-off lasts, or they do not fit together."""
         entries = [self._entries[digest] for digest in digests if digest in self._entries]
-        now = self._clock()
         for entry in entries:
-            if entry.failure is not None and now < entry.retry_at:
+            if self._is_failed(entry):
                 return entry.failure
-            entry.failure = None
         num_bytes = sum(entry.num_bytes or 0 for entry in entries)
         if num_bytes > self.budgets.slot_bytes:
             return self._too_large("the adapters of this request", num_bytes, self.budgets.slot_bytes)
@@ -165,9 +178,25 @@ class AdapterManager(Generic[P]):
         entry = self._entries.get(digest)
         if entry is None:
             return
-        entry.is_forgotten, entry.failure = True, None
+        entry.is_forgotten = True
+        self._absolve(entry)
         if not entry.num_users:
             self._drop(digest)
+            self._prune(digest)
+
+    def keep(self, digests: Iterable[str]) -> None:
+        """Keep these in slots while nobody asks for them, too, the first before the others; no others are kept."""
+        before, self._kept = self._kept, dict.fromkeys(digests)
+        for digest in self._kept:
+            self._entries.setdefault(digest, Entry())
+        for digest in before:
+            self._prune(digest)
+
+    def renew(self, digest: str) -> None:
+        """The artifact was uploaded again: what failed before may be tried again at once."""
+        entry = self._entries.get(digest)
+        if entry is not None:
+            self._absolve(entry)
             self._prune(digest)
 
     def advance(self, wanted: list[str], max_copies: int) -> bool:
@@ -176,6 +205,7 @@ class AdapterManager(Generic[P]):
         At most `max_copies` copies are made, one of them whatever its size. True where a load ended, well or not: then
         what `refusal` says of waiting sequences may have changed.
         """
+        wanted = list(dict.fromkeys([*wanted, *self._kept]))
         order = {digest: place for place, digest in enumerate(wanted)}
         arrivals = list(self._loads.arrivals())
         for arrival in arrivals:
@@ -209,13 +239,15 @@ class AdapterManager(Generic[P]):
         if entry.is_forgotten and not entry.num_users:
             log.info("an adapter was deleted while it loaded", extra={"digest": digest})
         elif arrival.packed is None:
-            self._fail(digest, EngineFailure("adapter_failed", sentence(digest, arrival.error)))
+            code = CORRUPT if getattr(arrival.error, "code", "") == CORRUPT else "adapter_failed"
+            self._fail(digest, EngineFailure(code, sentence(digest, arrival.error)))
         elif arrival.packed.num_bytes > most:
             failure = self._too_large(f"adapter {digest[:12]}", arrival.packed.num_bytes, most)
             self._fail(digest, failure, is_final=True)
         else:
             self.loads_total += 1
-            entry.num_failures, entry.num_bytes = 0, arrival.packed.num_bytes
+            self._absolve(entry)
+            entry.num_bytes = arrival.packed.num_bytes
             self._keep_in_host(digest, arrival.packed, order)
         self._prune(digest)
 
@@ -226,24 +258,34 @@ class AdapterManager(Generic[P]):
             self.host.put(digest, packed.num_bytes)
 
     def _make_host_room(self, digest: str, num_bytes: float, order: Mapping[str, int]) -> bool:
-        victims = self.host.victims(num_bytes, order, self._is_kept_in_host(digest, order))
+        victims = self._host_victims(digest, num_bytes, order)
         for victim in victims or ():
             self._evict_from_host(victim)
         return victims is not None
 
-    def _is_kept_in_host(self, digest: str, order: Mapping[str, int]) -> Callable[[str], bool]:
-        place = order.get(digest, inf)
-        return lambda other: order.get(other, inf) < place and self._entries[other].slot is None
+    def _host_victims(self, digest: str, num_bytes: float, order: Mapping[str, int]) -> list[str] | None:
+        """Who is in a slot does not need its place here."""
+        place, is_spared = order.get(digest, inf), self._spare(self.host, num_bytes)
+        return self.host.victims(
+            num_bytes,
+            order,
+            lambda other: self._entries[other].slot is None and (is_spared(other) or order.get(other, inf) < place),
+        )
+
+    def _spare(self, level: Level, num_bytes: float) -> Callable[[str], bool]:
+        """Whether one is kept; nobody is, where `num_bytes` would not fit beside all that are."""
+        kept = {other: level.sizes[other] for other in self._kept if other in level.sizes}
+        return kept.__contains__ if num_bytes + sum(kept.values()) <= level.max_bytes else lambda _other: False
 
     def _start_loads(self, wanted: list[str], order: Mapping[str, int]) -> None:
         """In order, up to `max_loading`, and only what will find room in host memory as far as its size is known."""
         reserved = sum(entry.num_bytes or 0 for entry in self._entries.values() if entry.is_loading)
         for digest in wanted:
             entry = self._entries[digest]
-            if entry.state is not None:
+            if self._is_failed(entry) or entry.state is not None:
                 continue
             num_bytes = reserved + (entry.num_bytes or 1)
-            is_hopeless = self.host.victims(num_bytes, order, self._is_kept_in_host(digest, order)) is None
+            is_hopeless = self._host_victims(digest, num_bytes, order) is None
             if is_hopeless or self._loads.num_running >= self.budgets.max_loading:
                 return
             reserved = num_bytes
@@ -267,8 +309,11 @@ class AdapterManager(Generic[P]):
         return has_failed
 
     def _make_slot_room(self, num_bytes: int, order: Mapping[str, int], place: int) -> bool:
+        is_spared = self._spare(self.slots, num_bytes)
         victims = self.slots.victims(
-            num_bytes, order, lambda other: bool(self._entries[other].num_pins) or order.get(other, inf) < place
+            num_bytes,
+            order,
+            lambda other: bool(self._entries[other].num_pins) or is_spared(other) or order.get(other, inf) < place,
         )
         for victim in victims or ():
             self.evictions_total += 1
@@ -293,9 +338,23 @@ class AdapterManager(Generic[P]):
         entry = self._entries[digest]
         self.load_failures_total += 1
         entry.failure = failure
-        entry.retry_at = inf if is_final else self._clock() + min(FIRST_RETRY_S * 2**entry.num_failures, MAX_RETRY_S)
         entry.num_failures += 1
-        log.warning("adapter failed", extra={"digest": digest, "reason": failure.message})
+        entry.is_quarantined = failure.code == CORRUPT or (not is_final and entry.num_failures >= MAX_FAILURES)
+        wait = min(FIRST_RETRY_S * 2 ** (entry.num_failures - 1), MAX_RETRY_S)
+        wait = QUARANTINE_S if entry.is_quarantined else wait
+        entry.retry_at = inf if is_final or failure.code == CORRUPT else self._clock() + wait
+        what = "adapter quarantined" if entry.is_quarantined else "adapter failed"
+        log.warning(what, extra={"digest": digest, "reason": failure.message, "num_failures": entry.num_failures})
+
+    def _is_failed(self, entry: Entry[P]) -> bool:
+        """Whether its last load failed and its back-off lasts."""
+        if entry.failure is not None and self._clock() >= entry.retry_at:
+            entry.failure, entry.is_quarantined = None, False  # one more try; how often it failed is not forgotten
+        return entry.failure is not None
+
+    @staticmethod
+    def _absolve(entry: Entry[P]) -> None:
+        entry.failure, entry.num_failures, entry.is_quarantined = None, 0, False
 
     @staticmethod
     def _too_large(what: str, num_bytes: int, most: int) -> EngineFailure:
@@ -325,7 +384,8 @@ class AdapterManager(Generic[P]):
         entry.slot = None
 
     def _prune(self, digest: str) -> None:
-        """Forget what nothing is known of and nobody uses."""
+        """Forget what nothing is known of and nobody uses; what failed is known as long as that counts."""
         entry = self._entries[digest]
-        if not entry.num_users and entry.state is None:
+        is_known = entry.state is not None or entry.num_failures > 0
+        if not entry.num_users and not is_known and digest not in self._kept:
             del self._entries[digest]

@@ -27,8 +27,10 @@ from server.engine.messages import (
     EngineFailure,
     Forget,
     FromEngine,
+    Keep,
     Output,
     Ready,
+    Renew,
     Residency,
     Stage,
     StartFailed,
@@ -93,8 +95,16 @@ class EngineClient(Protocol):
         """Read the artifact from a folder of the staging area; None: from the store, as before."""
         ...
 
+    def keep(self, digests: list[str]) -> None:
+        """These stay in slots while nobody asks for them, too, the first before the others; no others do."""
+        ...
+
+    def renew(self, digest: str) -> None:
+        """The artifact was uploaded again: what failed before may be tried again at once."""
+        ...
+
     async def residency(self) -> dict[str, str]:
-        """Where each digest is: `loading`, `host`, `slot` or `failed`; empty without an engine."""
+        """Where each digest is: `loading`, `host`, `slot`, `failed` or `quarantined`; empty without an engine."""
         ...
 
 
@@ -144,6 +154,7 @@ class ProcessEngineClient:
         self._life: _Life | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._kept: list[str] = []
         self._query_ids = itertools.count()
         self._queries: dict[int, asyncio.Future[dict[str, str]]] = {}
         self._reapers: set[asyncio.Task[None]] = set()
@@ -196,6 +207,18 @@ class ProcessEngineClient:
         """See `EngineClient.stage`."""
         if self._life is not None:
             self._life.write(Stage(digest, folder))
+
+    def keep(self, digests: list[str]) -> None:
+        """See `EngineClient.keep`; a new engine is told, too."""
+        if digests != self._kept:
+            self._kept = digests
+            if self.ready is not None and self._life is not None:
+                self._life.write(Keep(digests))
+
+    def renew(self, digest: str) -> None:
+        """See `EngineClient.renew`."""
+        if self._life is not None:
+            self._life.write(Renew(digest))
 
     async def residency(self) -> dict[str, str]:
         """See `EngineClient.residency`."""
@@ -279,6 +302,8 @@ class ProcessEngineClient:
             await self._end(life)
             raise
         self._life, self.ready, self.last_error = life, message, None
+        if self._kept:
+            life.write(Keep(self._kept))
         return life
 
     async def _first_message(self, life: _Life) -> FromEngine | None:

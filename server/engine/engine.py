@@ -95,8 +95,15 @@ class Engine(Generic[P]):
         self._staged.pop(digest, None)
         if folder is not None:
             self._staged[digest] = folder
-            if self.adapters.states().get(digest) == "failed":
-                self.adapters.forget(digest)
+            self.adapters.renew(digest)
+
+    def keep(self, digests: list[str]) -> None:
+        """Keep these in slots while nobody asks for them, too; no others are kept."""
+        self.adapters.keep(digests)
+
+    def renew(self, digest: str) -> None:
+        """The artifact was uploaded again: what failed before may be tried again at once."""
+        self.adapters.renew(digest)
 
     def step(self) -> StepDone | None:
         """Compute the next tokens of the sequences that can run; None where nothing was computed and nothing ended."""
@@ -118,7 +125,7 @@ class Engine(Generic[P]):
         stats.num_blocks_used, stats.num_blocks_cached = pool.num_blocks - pool.num_free, pool.num_cached
         stats.slot_bytes_used, stats.num_slots = adapters.slots.used, len(adapters.slots.sizes)
         stats.host_bytes_used, stats.num_host = adapters.host.used, len(adapters.host.sizes)
-        stats.num_pins = adapters.num_pins
+        stats.num_pins, stats.num_quarantined = adapters.num_pins, adapters.num_quarantined
         stats.loads_total, stats.load_seconds_total = adapters.loads_total, adapters.load_seconds_total
         stats.load_failures_total, stats.evictions_total = adapters.load_failures_total, adapters.evictions_total
         return copy(stats)  # another thread encodes it

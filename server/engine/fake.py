@@ -44,8 +44,8 @@ class FakeEngineClient:
     With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
     (at least one) for a request.
     `failure` ends every request instead of its first token; `delay_s` passes before each token. What was asked is
-    kept in `submitted`, `aborted` and `forgotten`. Probes of uploads are kept in `probed`; they get their forced tokens
-    at once, or `probe_failure`, or never end where `are_probes_stuck`.
+    kept in `submitted`, `aborted`, `forgotten`, `kept` and `renewed`. Probes of uploads are kept in `probed`; they get
+    their forced tokens at once, or `probe_failure`, or never end where `are_probes_stuck`.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class FakeEngineClient:
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.forgotten: list[str] = []
+        self.kept: list[str] = []
+        self.renewed: list[str] = []
         self.states: dict[str, str] = {}
         self._description = ready or fake_ready()
         self._answer = answer or self._echo
@@ -135,6 +137,14 @@ class FakeEngineClient:
                 raise
         for output in self._outputs(submit):
             yield await self._unless_dead(output, 0.0)
+
+    def keep(self, digests: list[str]) -> None:
+        """Keep the digests in `kept`."""
+        self.kept = digests
+
+    def renew(self, digest: str) -> None:
+        """Keep the digest in `renewed`."""
+        self.renewed.append(digest)
 
     async def residency(self) -> dict[str, str]:
         """`states`: every digest that was worn is in a slot; a test may put others there."""

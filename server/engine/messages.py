@@ -86,6 +86,18 @@ class Stage(msgspec.Struct, tag=True):
     folder: str | None
 
 
+class Keep(msgspec.Struct, tag=True):
+    """From now on these stay in slots while nobody asks for them, too, the first before the others; no others do."""
+
+    digests: list[str]
+
+
+class Renew(msgspec.Struct, tag=True):
+    """The artifact was uploaded again: what failed before may be tried again at once."""
+
+    digest: str
+
+
 class AskResidency(msgspec.Struct, tag=True):
     """Answered by `Residency` with the same `query_id`."""
 
@@ -133,6 +145,7 @@ class Stats(msgspec.Struct):
     num_slots: int = 0
     num_host: int = 0
     num_pins: int = 0
+    num_quarantined: int = 0
     steps_total: int = 0
     step_seconds_total: float = 0.0
     rows_total: int = 0
@@ -155,7 +168,7 @@ class StepDone(msgspec.Struct, tag=True):
 
 
 class Residency(msgspec.Struct, tag=True):
-    """Where each known digest is: `loading`, `host`, `slot` or `failed`; absent digests are not listed."""
+    """Where each known digest is: `loading`, `host`, `slot`, `failed`, `quarantined`; absent ones are not listed."""
 
     query_id: int
     states: dict[str, str]
@@ -180,5 +193,5 @@ class StartFailed(msgspec.Struct, tag=True):
     message: str
 
 
-ToEngine = Submit | Abort | Forget | Stage | AskResidency
+ToEngine = Submit | Abort | Forget | Stage | Keep | Renew | AskResidency
 FromEngine = StepDone | Residency | Ready | StartFailed

@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,9 @@ from server.engine.messages import (
     EngineConfig,
     Forget,
     FromEngine,
+    Keep,
     Ready,
+    Renew,
     Residency,
     Stage,
     StartFailed,
@@ -68,6 +69,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     from adapters_store.blobs import Blobs
     from adapters_store.errors import ArtifactCorruptError
     from adapters_store.methods import compile_patch
+    from server.model.loaders import make_loaders
     from server.model.packed import Packed
     from server.model.runner import RunnerConfig, load
 
@@ -87,7 +89,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         load_adapter,
         msgspec.structs.replace(config, max_sequence_tokens=loaded.max_sequence_tokens),
         eos_token_ids=loaded.eos_token_ids,
-        executor=ThreadPoolExecutor(config.num_loaders, "loader"),
+        executor=make_loaders(config.num_loaders),
         clock=time.monotonic,
         on_loaded=on_loaded,
         staged=staged,
@@ -208,6 +210,10 @@ class Service:
                 self.engine.forget(message.digest)
             case Stage():
                 self.engine.stage(message.digest, message.folder)
+            case Keep():
+                self.engine.keep(message.digests)
+            case Renew():
+                self.engine.renew(message.digest)
             case AskResidency():
                 self.connection.send(Residency(message.query_id, self.engine.adapters.states()))
             case Signal():

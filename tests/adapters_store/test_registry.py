@@ -60,7 +60,7 @@ def test_versions_are_numbered_and_routed_to(registry: Registry) -> None:
     assert registry.resolve("default", "t", 1) == first
     task = registry.task("default", "t")
     assert [version.number for version in task.versions] == [1, 2]
-    assert task.route == {2: 100}
+    assert task.route.weights == {2: 100}
 
 
 def test_the_same_bytes_again_are_the_same_version(registry: Registry) -> None:
@@ -117,7 +117,7 @@ def test_deleting_the_routed_version_routes_to_none(registry: Registry) -> None:
     add(registry, D1)
     add(registry, D2)
     registry.delete_version("default", "t", 2)
-    assert registry.task("default", "t").route == {}
+    assert registry.task("default", "t").route.weights == {}
     with pytest.raises(AbsentError, match="no version in its route"):
         registry.resolve("default", "t")
     assert registry.resolve("default", "t", 1).digest == D1
@@ -128,7 +128,7 @@ def test_deleting_another_version_leaves_the_route(registry: Registry) -> None:
     add(registry, D1)
     add(registry, D2)
     registry.delete_version("default", "t", 1)
-    assert registry.task("default", "t").route == {2: 100}
+    assert registry.task("default", "t").route.weights == {2: 100}
 
 
 def test_a_task_without_versions_is_absent(registry: Registry) -> None:
@@ -216,7 +216,7 @@ def test_a_failed_upload_leaves_nothing(registry: Registry, monkeypatch: pytest.
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(registry, "_set_route", fail)
+    monkeypatch.setattr("adapters_store.registry.set_route", fail)
     with pytest.raises(OSError, match="No space"):
         add(registry, D1)
     monkeypatch.undo()

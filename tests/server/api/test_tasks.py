@@ -29,8 +29,8 @@ async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
     site.front.usage.flush(site.front.registry)
     site.engine.states[first["digest"]] = "host"
     task = (await site.http.get("/tasks/a")).json()
-    assert set(task) == {"task", "versions", "route"}
-    assert task["route"] == {"versions": {"2": 100}}
+    assert set(task) == {"task", "versions", "route", "pinned"}
+    assert task["route"] == {"versions": {"2": 100}, "sticky": None}
     sizes = {"num_parameters", "bytes", "slot_bytes", "virtual_tokens"}
     kept = {"version", "digest", "method", "note", "created", "residency", "use", *sizes}
     assert all(set(version) == kept for version in task["versions"])
@@ -42,7 +42,7 @@ async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
     assert [found["task"] for found in tasks] == ["base", "a", "b"]
     assert tasks[0]["use"] == {"requests": 1, "prompt_tokens": 2, "completion_tokens": 2}
     assert tasks[1] == task
-    assert (tasks[2]["route"], tasks[2]["versions"][0]["residency"]) == ({"versions": {}}, "disk")
+    assert (tasks[2]["route"], tasks[2]["versions"][0]["residency"]) == ({"versions": {}, "sticky": None}, "disk")
     assert (await site.http.get("/tasks/base")).json() == tasks[0]
 
 
@@ -73,7 +73,7 @@ async def test_delete_a_version(site: Site, zips: list[bytes]) -> None:
     digests = [(await site.upload("a", body)).json()["digest"] for body in zips[:2]]
     assert (await site.http.delete("/tasks/a/versions/2")).status_code == 204
     assert site.stored() == {digests[0]}
-    assert (await site.http.get("/tasks/a")).json()["route"] == {"versions": {}}
+    assert (await site.http.get("/tasks/a")).json()["route"]["versions"] == {}
     assert (await site.post("/generate?task=a", {"prompt": "x"})).status_code == 404
     assert (await site.ask("a", prompt="x", version=1))["adapter"]["digest"] == digests[0]
     assert (await site.http.delete("/tasks/a/versions/2")).status_code == 404
@@ -253,7 +253,6 @@ async def test_a_deletion_that_the_disk_refuses(
     monkeypatch.setattr(site.front.blobs, "delete", broken)
     assert (await site.http.delete("/tasks/a")).status_code == 204
     assert "the next start will" in caplog.text
-    assert not site.front.leaving
 
 
 async def test_deletions_and_requests_at_once(
