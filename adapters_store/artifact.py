@@ -130,12 +130,23 @@ def find_parts(folder: Path) -> dict[str, Path]:
 
 def read_folder(folder: Path) -> Artifact:
     """Read a PEFT folder. Raises `ArtifactError` naming what is wrong in it."""
-    files = {name: _read_file(path) for name, path in find_parts(folder).items()}
+    files = read_files(folder)
     if WEIGHTS not in files:
         hint = next((hint for pickle, hint in PICKLES.items() if (folder / pickle).exists()), "")
         raise ArtifactError(f"there is no {WEIGHTS}{hint}", WEIGHTS)
-    if CONFIG not in files:
-        raise ArtifactError(f"there is no {CONFIG}", CONFIG)
+    return artifact_of(files)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that make the artifact, by their name in `FILES`. Raises `ArtifactError`."""
+    return {name: _read_file(path) for name, path in find_parts(folder).items()}
+
+
+def artifact_of(files: dict[str, bytes]) -> Artifact:
+    """The artifact that files by their name in `FILES` are. Raises `ArtifactError` naming what is wrong in them."""
+    for name in (WEIGHTS, CONFIG):
+        if name not in files:
+            raise ArtifactError(f"there is no {name}", name)
     config = _read_json(CONFIG, files[CONFIG])
     manifest = read_manifest(files[MANIFEST]) if MANIFEST in files else None
     num_bytes = sum(map(len, files.values()))

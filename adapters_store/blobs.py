@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapters_store.artifact import Artifact, fsync, read_folder, sync_folder
-from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError
+from adapters_store.artifact import CONFIG, WEIGHTS, Artifact, artifact_of, digest_of, fsync, read_files, sync_folder
+from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError, StoreError
 
 STAGING = "staging"
+OWNER = "owner"  # a file that names the registry whose artifacts these are
 
 
 class Blobs:
     """A directory of artifacts, `<digest[:2]>/<digest>/`, and beside them a private `staging` area.
+
+    Files are read whole and verified, never mapped: a file that others cut short would end the process.
 
     Every write may raise OSError (a full disk). What that leaves, as all that no version refers to, `sweep` takes.
     """
@@ -40,7 +43,7 @@ class Blobs:
         A digest that is there already is left as it is, unless it is corrupt: then the new bytes take its place.
         """
         target = self.path(digest)
-        if not self._is_whole(digest):
+        if not self.is_whole(digest):
             self.delete(digest)
             sync_folder(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +55,8 @@ class Blobs:
         for parent in (target.parent, self.root, self.root.parent):  # also for one that was moved but not yet durable
             fsync(parent)
 
-    def _is_whole(self, digest: str) -> bool:
+    def is_whole(self, digest: str) -> bool:
+        """Whether an artifact is there as it was put there."""
         try:
             self.read(digest)
         except (AbsentError, ArtifactCorruptError):
@@ -66,14 +70,58 @@ class Blobs:
     def read(self, digest: str) -> Artifact:
         """Read an artifact and verify its digest. Raises `AbsentError`, or `ArtifactCorruptError`."""
         try:
-            artifact = read_folder(self.path(digest))
-        except (ArtifactError, FileNotFoundError) as error:
-            if not self.path(digest).is_dir():  # also where it was deleted while it was read
-                raise AbsentError(f"no artifact {digest[:12]} in the store") from None
+            return artifact_of(self.files(digest))
+        except ArtifactError as error:
+            if isinstance(error, ArtifactCorruptError):
+                raise
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {error}") from error
-        if artifact.digest != digest:
+
+    def files(self, digest: str) -> dict[str, bytes]:
+        """The files of an artifact by name, verified. Raises `AbsentError`, or `ArtifactCorruptError`."""
+        try:
+            found = self._read(digest)
+        except ArtifactError as error:
+            raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {error}") from error
+        missing = next((name for name in (WEIGHTS, CONFIG) if name not in found), None)
+        if missing is not None:
+            raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: there is no {missing}")
+        if digest_of(found) != digest:
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: its digest does not match")
-        return artifact
+        return found
+
+    def _read(self, digest: str) -> dict[str, bytes]:
+        """The files as they are. Raises `AbsentError`, or `ArtifactError`."""
+        try:
+            files = read_files(self.path(digest))
+        except FileNotFoundError:
+            files = {}
+        if not files and not self.path(digest).is_dir():  # also where it was deleted while it was read
+            raise AbsentError(f"no artifact {digest[:12]} in the store")
+        return files
+
+    def claim(self, owner: str) -> bool:
+        """At start: whether these are this registry's artifacts already; from now on they are.
+
+        Raises `StoreError` where they are another's: it would take them for its own that nobody refers to.
+        """
+        found = self._owner()
+        if found is None:
+            self._own(owner)
+        elif found != owner:
+            raise StoreError("this store of artifacts belongs to another registry: give each registry one of its own")
+        return found is not None
+
+    def _owner(self) -> str | None:
+        file = self.root / OWNER
+        return file.read_text() if file.exists() else None
+
+    def _own(self, owner: str) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self.staging() as folder:
+            (folder / OWNER).write_text(owner)
+            fsync(folder / OWNER)
+            (folder / OWNER).rename(self.root / OWNER)
+        fsync(self.root)
 
     def delete(self, digest: str) -> None:
         """Remove an artifact: first out of its place, so that it is never there in part."""

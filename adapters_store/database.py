@@ -1,4 +1,7 @@
-"""The registry's tables, and a connection to them: migrated to the newest schema, durable, one writer at a time."""
+"""The registry's tables, and a connection to them: migrated to the newest schema, durable, one writer at a time.
+
+SQLite by default; PostgreSQL by its URL.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,16 @@ from sqlalchemy import (
     create_engine,
     event,
     false,
+    func,
+    make_url,
+    select,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
+from adapters_store.errors import RegistryDownError, StoreError
+
+SQLITE, POSTGRESQL = "sqlite", "postgresql"
+WRITERS_TURN, SERVERS_TURN = 0x6D616E79, 0x68617473  # advisory locks, of one database each
 DISK_FAULTS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
@@ -128,11 +138,26 @@ audit = Table(
 
 
 def connect(url: str) -> Engine:
-    """An engine for a database URL. With SQLite its write transactions begin by taking the one writer's turn."""
-    engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
+    """An engine for a database URL. Its write transactions begin by taking the one writer's turn.
+
+    Raises `StoreError` for a URL that is none of ours, or whose driver is not installed.
+    """
+    try:
+        parsed = make_url(url.replace("postgres://", "postgresql://", 1))
+        if parsed.get_backend_name() not in (SQLITE, POSTGRESQL):
+            raise StoreError(f"the registry is kept in SQLite or PostgreSQL, not in {parsed.get_backend_name()}")
+        if parsed.drivername == POSTGRESQL:
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        engine = create_engine(parsed, pool_pre_ping=parsed.get_backend_name() == POSTGRESQL)
+    except ArgumentError:
+        raise StoreError("the registry's URL is none: sqlite:///FILE or postgresql://USER@HOST/DATABASE") from None
+    except ImportError:
+        raise StoreError("the driver of PostgreSQL is not installed: pip install 'manyhats[postgres]'") from None
+    if engine.dialect.name == SQLITE:
         event.listen(engine, "connect", _tune_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+    else:
+        event.listen(engine, "begin", _begin_postgresql)
     return engine
 
 
@@ -140,16 +165,39 @@ def connect(url: str) -> Engine:
 def transaction(engine: Engine, is_write: bool) -> Iterator[Connection]:
     """A transaction: all that is read in it is of one moment, all that is written is durable when the block ends.
 
-    Nobody writes beside a writer. Raises `OSError` where SQLite could not read or write its file.
+    Nobody writes beside a writer. Raises `OSError` where SQLite could not read or write its file, and
+    `RegistryDownError` where PostgreSQL does not answer.
     """
+    options: dict[str, Any] = {"is_write": is_write}
+    if engine.dialect.name == POSTGRESQL:  # a writer reads after its turn has come what others wrote before
+        options["isolation_level"] = "READ COMMITTED" if is_write else "REPEATABLE READ"
     try:
-        with engine.connect().execution_options(is_write=is_write) as connection, connection.begin():
+        with engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
     except DBAPIError as error:
+        if engine.dialect.name == POSTGRESQL and isinstance(error, OperationalError):
+            raise RegistryDownError("the registry's database does not answer; try again in a moment") from error
         fault = DISK_FAULTS.get(getattr(error.orig, "sqlite_errorcode", 0) & 0xFF)
         if fault is None:
             raise
         raise OSError(fault, os.strerror(fault)) from error
+
+
+def hold(engine: Engine) -> Connection | None:
+    """Be the one server of a PostgreSQL database until the connection is closed. Raises `StoreError` where another is.
+
+    None: of SQLite, whose folder the server holds.
+    """
+    if engine.dialect.name != POSTGRESQL:
+        return None
+    try:
+        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    except OperationalError as error:
+        raise StoreError(f"the registry's database cannot be reached: {str(error.orig).splitlines()[0]}") from None
+    if not connection.execute(select(func.pg_try_advisory_lock(SERVERS_TURN))).scalar():
+        connection.close()
+        raise StoreError("another server uses the registry's database; give this one its own")
+    return connection
 
 
 def migrate(connection: Connection) -> None:
@@ -174,3 +222,9 @@ def _begin_sqlite(connection: Connection) -> None:
     """A writer takes its turn at once: one that began as a reader would fail if another wrote meanwhile."""
     is_write = connection.get_execution_options().get("is_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    """A writer waits for its turn before it reads anything; it ends with the transaction."""
+    if connection.get_execution_options().get("is_write", False):
+        connection.execute(select(func.pg_advisory_xact_lock(WRITERS_TURN)))

@@ -11,6 +11,8 @@ ArtifactError (artifact_invalid)
 AbsentError (not_found)
 NameTakenError (conflict)
 NoEarlierRouteError (conflict)
+StoreError
+RegistryDownError
 QuotaError (limit_reached)
 """
 
@@ -91,3 +93,11 @@ class QuotaError(Exception):
     """A tenant has as many adapters, or bytes of them, as it may; no wait would help."""
 
     code = "limit_reached"
+
+
+class StoreError(Exception):
+    """The store of artifacts or the registry cannot be used as it was named; the message is for the operator."""
+
+
+class RegistryDownError(Exception):
+    """The registry's database does not answer just now."""

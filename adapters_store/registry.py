@@ -21,6 +21,7 @@ from adapters_store import audit
 from adapters_store.artifact import PromptFormat
 from adapters_store.database import (
     connect,
+    hold,
     identity,
     migrate,
     removed,
@@ -30,7 +31,7 @@ from adapters_store.database import (
     usage,
     versions,
 )
-from adapters_store.errors import AbsentError
+from adapters_store.errors import AbsentError, StoreError
 from adapters_store.routes import WHOLE, Route, current_route, roll_back, route_of, set_route
 from adapters_store.tenants import DEFAULT_TENANT, check_quota
 
@@ -87,16 +88,24 @@ class Registry:
     def __init__(self, url: str) -> None:
         self.url = url
         self._engine: Engine | None = None
+        self._held: Connection | None = None
 
     def open(self) -> Registry:
-        """Connect and migrate to the newest schema."""
+        """Connect and migrate to the newest schema. Raises `StoreError` where the database cannot be used."""
         self._engine = connect(self.url)
+        try:
+            self._held = hold(self._engine)
+        except StoreError:
+            self._engine.dispose()
+            raise
         with self._write() as connection:
             migrate(connection)
         return self
 
     def close(self) -> None:
         """Give the connections back."""
+        if self._held is not None:
+            self._held.close()
         if self._engine is not None:
             self._engine.dispose()
 

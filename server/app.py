@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 
 from adapters_store.blobs import Blobs
+from adapters_store.bucket import open_blobs
 from adapters_store.registry import Registry
 from adapters_store.tenants import Tenants
 from server.api import adapters, generate, health, openai, tasks, tenants
@@ -37,6 +38,7 @@ def engine_config(settings: Settings, base_folder: Path) -> EngineConfig:
         folder=str(base_folder),
         name=settings.base,
         blobs=str(settings.data / "artifacts"),
+        store=settings.store,
         precision=settings.precision,
         device=settings.device,
         num_threads=settings.num_threads,
@@ -92,10 +94,10 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     """Start every room; `stack` ends them in the opposite order, also where a later one cannot start."""
     settings.data.mkdir(parents=True, exist_ok=True)
     stack.enter_context(alone_in(settings.data))
-    registry = Registry(f"sqlite:///{settings.data / 'registry.db'}").open()
+    registry = Registry(settings.registry or f"sqlite:///{settings.data / 'registry.db'}")
     stack.callback(registry.close)
-    blobs = Blobs(settings.data / "artifacts")
-    blobs.sweep(registry.digests())
+    await asyncio.to_thread(registry.open)
+    blobs = await asyncio.to_thread(_open_store, settings, registry)
     stack.push_async_callback(engine.close)
     _, tokenizer = await _both(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
     metrics = Metrics(lambda: engine.stats, lambda: getattr(engine, "pid", None))
@@ -107,7 +109,16 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     await stack.enter_async_context(_flushing(front))
     if settings.import_ is not None:
         await import_tree(front, settings.import_)
+    await front.keep_pinned()
     return front
+
+
+def _open_store(settings: Settings, registry: Registry) -> Blobs:
+    """The artifacts of this registry: what it does not refer to goes, unless they have only just become its own."""
+    blobs = open_blobs(settings.store, settings.data / "artifacts")
+    if blobs.claim(registry.identity()):
+        blobs.sweep(registry.digests())
+    return blobs
 
 
 async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:

@@ -16,7 +16,8 @@ ServerError
 ├── InternalError 500
 ├── EngineFailedError 422 500 503 504, by the engine's code
 ├── UnavailableError 503
-│   └── DrainingError 503
+│   ├── DrainingError 503
+│   └── RegistryUnavailableError 503
 └── StorageError 507
 
 On the wire: {"error": {"type", "code", "message", "param", "request_id"}}.
@@ -156,6 +157,12 @@ class DrainingError(UnavailableError):
     """The server is about to end: what runs may finish, nothing new begins."""
 
     code = "draining"
+
+
+class RegistryUnavailableError(UnavailableError):
+    """The registry's database does not answer."""
+
+    code = "registry_unavailable"
 
 
 class StorageError(ServerError):

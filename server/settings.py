@@ -32,6 +32,12 @@ class Settings(BaseSettings):
 
     base: str = Field(SMOLLM2, description="the base: smollm2-135m, a Hugging Face folder, or a hub id")
     data: Path = Field(Path("var"), description="folder of artifacts and registry")
+    store: str | None = Field(
+        None, description="folder or fsspec URL of artifacts (s3://bucket/prefix); DATA/artifacts if not given"
+    )
+    registry: str | None = Field(
+        None, description="database URL of the registry (postgresql://…); SQLite in DATA if not given"
+    )
     cache: Path = Field(default_factory=default_cache, description="folder of converted bases")
     import_: Path | None = Field(
         None, validation_alias="MANYHATS_IMPORT", description="folder of PEFT folders to take in at start, a task each"

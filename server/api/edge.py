@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters_store.errors import QuotaError
+from adapters_store.errors import QuotaError, RegistryDownError
 from server.api.generation import ClientGoneError
 from server.errors import (
     STORAGE_FAULTS,
@@ -24,6 +24,7 @@ from server.errors import (
     InvalidFieldError,
     MethodNotAllowedError,
     NotFoundError,
+    RegistryUnavailableError,
     ServerError,
     StorageError,
     TenantLimitError,
@@ -116,6 +117,10 @@ async def _system(request: Request, error: Exception) -> Response:
     return await _server_error(request, known)
 
 
+async def _registry_down(request: Request, error: Exception) -> Response:
+    return await _server_error(request, RegistryUnavailableError(str(error), retry_after=2))
+
+
 async def _validation(request: Request, error: Exception) -> Response:
     first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": str(error)}
     field = str(first["loc"][-1])[:200]
@@ -134,4 +139,5 @@ HANDLERS = {
     RequestValidationError: _validation,
     OSError: _system,
     QuotaError: _quota,
+    RegistryDownError: _registry_down,
 }

@@ -130,9 +130,11 @@ async def get_artifact(request: Request, task: str, number: int) -> Response:
 
 
 def _zip(blobs: Blobs, digest: str) -> bytes:
-    blobs.read(digest)  # verifies it
+    files = blobs.files(digest)
     with blobs.staging() as folder:
-        pack_zip(blobs.path(digest), folder / "artifact.zip")
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        pack_zip(folder, folder / "artifact.zip")
         return (folder / "artifact.zip").read_bytes()
 
 

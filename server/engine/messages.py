@@ -17,13 +17,15 @@ FP32_MAX = 3.4028234663852886e38
 class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """The first frame that the engine reads: what to load (as `server.model.runner.RunnerConfig`) and its limits.
 
-    `blobs` is the folder of the artifacts. `slot_bytes` and `host_bytes` bound the packed adapters at each level;
-    `copy_bytes_per_step` bounds what is copied into slots between two steps (one copy always goes).
+    `store` is where the artifacts are, a folder or URL; None: the folder `blobs`, where uploads are staged in any case.
+    `slot_bytes` and `host_bytes` bound the packed adapters at each level; `copy_bytes_per_step` bounds what is copied
+    into slots between two steps (one copy always goes).
     """
 
     folder: str
     name: str
     blobs: str
+    store: str | None = None
     precision: str = "auto"
     device: str = "cpu"
     num_threads: int = 2

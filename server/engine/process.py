@@ -66,7 +66,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     import torch
 
     from adapters_store.artifact import read_folder
-    from adapters_store.blobs import Blobs
+    from adapters_store.bucket import open_blobs
     from adapters_store.errors import ArtifactCorruptError
     from adapters_store.methods import compile_patch
     from server.model.loaders import make_loaders
@@ -74,7 +74,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     from server.model.runner import RunnerConfig, load
 
     loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
-    blobs, staged = Blobs(config.blobs), dict[str, str]()
+    blobs, staged = open_blobs(config.store, Path(config.blobs)), dict[str, str]()
 
     def load_adapter(digest: str) -> Packed:
         folder = staged.get(digest)
