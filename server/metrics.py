@@ -1,11 +1,13 @@
 """What Prometheus sees: requests and tokens by task and by tenant, times, and the engine's own state.
 
 Label values come from resolved tasks and tenants alone, and from at most `MAX_TASKS` and `MAX_TENANTS` of them (the
-rest are `_other`), so that no request can make a series.
+rest are `_other`), so that no request can make a series. Versions come without end: the `MAX_VERSIONS` that were used
+last have series of their own.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import psutil
@@ -17,6 +19,7 @@ from server.engine.messages import Stats
 
 MAX_TASKS = 200
 MAX_TENANTS = 100
+MAX_VERSIONS = 200
 OTHER = "_other"  # no task and no tenant can be named so
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60, 120)
 GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.4, 0.8, 1.5, 3, 6)
@@ -29,7 +32,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._tasks: set[str] = set()
         self._tenants: set[str] = set()
-        labels = ["task"]
+        self._versions: OrderedDict[tuple[str, str], None] = OrderedDict()
+        labels, version = ["task"], ["task", "version"]
         self.requests = self._counter("requests", "Requests ended, by status", [*labels, "status"])
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", labels)
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers", labels)
@@ -39,6 +43,12 @@ class Metrics:
         self.gap = self._histogram("inter_token_seconds", "Between two tokens of a sequence", GAP_SECONDS)
         self.queued = self._histogram("queue_seconds", "Waiting to run, loading excluded", SECONDS)
         self.load = self._histogram("adapter_wait_seconds", "Waiting for an adapter to load", SECONDS)
+        self.version_requests = self._counter("version_requests", "Requests ended, by version", [*version, "status"])
+        self.version_tokens = self._counter("version_completion_tokens", "Tokens of answers, by version", version)
+        self.version_latency = self._histogram("version_request_seconds", "Until the end, by version", SECONDS, version)
+        self.version_ttft = self._histogram(
+            "version_time_to_first_token_seconds", "Until the first token, by version", SECONDS, version
+        )
         self.uploads = self._counter("uploads", "Uploads, by status", ["status"])
         self.responses = self._counter("http_responses", "All answers, refusals too, by route", ["route", "status"])
         by_tenant = ["tenant"]
@@ -64,6 +74,19 @@ class Metrics:
     def tenant_label(self, tenant: str) -> str:
         """The label value of a tenant that is there."""
         return _bounded(tenant, self._tenants, MAX_TENANTS)
+
+    def version_label(self, task: str, number: int) -> tuple[str, str]:
+        """The label values of a version of a resolved task; for a new one the least recently used loses its series."""
+        key = self.label(task), str(number)
+        if key[0] == OTHER:
+            key = OTHER, ""
+        self._versions[key] = None
+        self._versions.move_to_end(key)
+        if len(self._versions) > MAX_VERSIONS:
+            gone = dict(zip(("task", "version"), self._versions.popitem(last=False)[0], strict=True))
+            for metric in (self.version_requests, self.version_tokens, self.version_latency, self.version_ttft):
+                metric.remove_by_labels(gone)
+        return key
 
     def render(self) -> bytes:
         """Prometheus's text format."""

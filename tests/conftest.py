@@ -11,6 +11,18 @@ import pytest
 from tests.kit.tiny import make_tiny_base
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the tests of adapters that come and go take; the laws ask for 60."""
+    parser.addoption("--churn-seconds", type=float, default=4.0, help="of each test that churns (4; the laws: 60)")
+
+
+@pytest.fixture
+def churn_seconds(request: pytest.FixtureRequest) -> float:
+    """Seconds of churn."""
+    seconds: float = request.config.getoption("--churn-seconds")
+    return seconds
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random llama with the byte tokenizer. Do not write into it."""

@@ -113,9 +113,12 @@ async def keep(
     try:
         async with front.store_lock:
             await asyncio.to_thread(front.blobs.put, folder, proved.digest)
-            return await asyncio.to_thread(
+            version, is_new = await asyncio.to_thread(
                 lambda: front.registry.add_version(tenant, task, note=note, activate=activate, **proved.values())
             )
+            front.client.renew(proved.digest)
     except Exception:
         await front.give_up([proved.digest])
         raise
+    await front.keep_pinned()
+    return version, is_new

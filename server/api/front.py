@@ -34,6 +34,7 @@ from server.errors import (
     VersionGoneError,
 )
 from server.metrics import Metrics
+from server.recent import Recent
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Front:
     meters: Meters = field(default_factory=Meters)
     in_use: InUse = field(default_factory=lambda: InUse())
     usage: UsageBuffer = field(default_factory=UsageBuffer)
+    recent: Recent = field(default_factory=Recent)
     given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
     gone: dict[str, None] = field(default_factory=dict)  # the last digests whose artifacts were deleted, or will be
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))

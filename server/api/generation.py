@@ -22,6 +22,7 @@ from server.engine.client import EngineUnavailable
 from server.engine.messages import EngineFailure, Hat, Output, Submit, Timing
 from server.errors import EngineFailedError, ServerError, UnavailableError, VersionGoneError
 from server.model.batch import Logprobs, Sampling
+from server.recent import Outcome
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -289,6 +290,7 @@ def _close_books(front: Front, job: Job, answer: Answer, status: str) -> None:
     metrics.requests.labels(label, status).inc()
     metrics.tenant_requests.labels(tenant, status).inc()
     answer.is_over = True
+    _judge_version(front, job, answer, status)
     if status == "200":
         metrics.latency.labels(label).observe(answer.total_ms / 1000)
         metrics.ttft.labels(label).observe(answer.timing.ttft_ms / 1000)
@@ -304,6 +306,23 @@ def _close_books(front: Front, job: Job, answer: Answer, status: str) -> None:
     metrics.cached_tokens.labels(label).inc(counts["cached_tokens"])
     metrics.tenant_tokens.labels(tenant, "prompt").inc(counts["prompt_tokens"])
     metrics.tenant_tokens.labels(tenant, "completion").inc(counts["completion_tokens"])
+
+
+def _judge_version(front: Front, job: Job, answer: Answer, status: str) -> None:
+    """What a canary is judged by: requests that wear it alone. Who left early says nothing of it but that."""
+    metrics, worn = front.metrics, job.worn
+    if len(worn.hats) != 1:
+        return
+    version = worn.hats[0][0]
+    labels = metrics.version_label(version.task, version.number)
+    metrics.version_requests.labels(*labels, status).inc()
+    if status == "200":
+        metrics.version_tokens.labels(*labels).inc(answer.num_completion)
+        metrics.version_latency.labels(*labels).observe(answer.total_ms / 1000)
+        metrics.version_ttft.labels(*labels).observe(answer.timing.ttft_ms / 1000)
+    if status != "cancelled":
+        outcome = Outcome(status, answer.timing.ttft_ms, answer.total_ms, answer.num_completion)
+        front.recent.add((worn.tenant, version.task, version.number), outcome)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

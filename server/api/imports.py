@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from adapters_store.artifact import CONFIG, find_parts
+from adapters_store.artifact import CONFIG, find_parts, read_folder
 from adapters_store.errors import AbsentError, ArtifactError
 from adapters_store.registry import DEFAULT_TENANT
 from server.api.adapters import FOLDER, keep
@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 
 async def import_tree(front: Front, tree: Path) -> None:
-    """Every folder with an adapter_config.json that is no task yet becomes one; the same checks as an upload's."""
+    """Every folder with an adapter_config.json that is no task yet becomes one; the same checks as an upload's.
+
+    What was deleted stays deleted: bytes that a task had and lost come back by an upload alone.
+    """
     if not tree.is_dir():
         raise NotADirectoryError(f"{tree} is no folder: --import takes a folder of PEFT folders")
     for config in sorted(tree.glob(f"*/{CONFIG}")):
@@ -41,6 +44,10 @@ async def _import_folder(front: Front, folder: Path) -> None:
             copy.mkdir()
             for name, path in find_parts(folder).items():
                 shutil.copyfile(path, copy / name)
+            digest = read_folder(copy).digest
+            if front.registry.was_removed(DEFAULT_TENANT, task, digest):
+                log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
+                return
             proved = await prove(front, copy)
             await keep(front, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
         log.info("an adapter was taken in", extra={"task": task, "digest": proved.digest})

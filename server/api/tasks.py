@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -13,7 +14,6 @@ from adapters_store.errors import ArtifactError, NoEarlierRouteError
 from adapters_store.intake import ZIP_TYPE, pack_zip
 from adapters_store.registry import Task, Usage, Version
 from adapters_store.routes import Route
-from adapters_store.spec import ItemBytes
 from server.api.body import read_json
 from server.api.callers import DEPLOY
 from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
@@ -29,9 +29,8 @@ async def list_tasks(request: Request) -> Response:
     """All tasks of the tenant, and the base."""
     front, tenant = front_of(request), tenant_of(request)
     found = await asyncio.to_thread(front.registry.tasks, tenant)
-    used = await asyncio.to_thread(front.registry.usage, tenant)
-    where = await front.client.residency()
-    return JSONResponse({"tasks": [_base(used), *(_task(task, where, used, front.item_bytes()) for task in found)]})
+    look = await _look(front, tenant)
+    return JSONResponse({"tasks": [_base(look.used), *(_task(task, look) for task in found)]})
 
 
 @router.get("/tasks/{task}")
@@ -45,8 +44,7 @@ async def get_task(request: Request, task: str) -> Response:
 
 async def _shown(front: Front, tenant: str, task: str) -> dict[str, Any]:
     found = await front.absent_is_404(front.registry.task, tenant, task)
-    used = await asyncio.to_thread(front.registry.usage, tenant)
-    return _task(found, await front.client.residency(), used, front.item_bytes())
+    return _task(found, await _look(front, tenant))
 
 
 @router.put("/tasks/{task}/route", openapi_extra=openapi_body(RouteRequest))
@@ -147,10 +145,25 @@ def _base(used: list[Usage]) -> dict[str, Any]:
     return {"task": BASE, "versions": [], "route": _route(Route()), "use": _use(used, BASE, 0)}
 
 
-def _task(task: Task, where: dict[str, str], used: list[Usage], item_bytes: ItemBytes | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Look:
+    """What is known of a tenant's versions beside the registry: where each digest is, and what it was used for."""
+
+    front: Front
+    tenant: str
+    used: list[Usage]
+    where: dict[str, str]
+
+
+async def _look(front: Front, tenant: str) -> Look:
+    used = await asyncio.to_thread(front.registry.usage, tenant)
+    return Look(front, tenant, used, await front.client.residency())
+
+
+def _task(task: Task, look: Look) -> dict[str, Any]:
     return {
         "task": task.name,
-        "versions": [_version(version, where, used, item_bytes) for version in task.versions],
+        "versions": [_version(version, look) for version in task.versions],
         "route": _route(task.route),
         "pinned": task.is_pinned,
     }
@@ -163,15 +176,14 @@ def _route(route: Route) -> dict[str, Any]:
     }
 
 
-def _version(
-    version: Version, where: dict[str, str], used: list[Usage], item_bytes: ItemBytes | None
-) -> dict[str, Any]:
+def _version(version: Version, look: Look) -> dict[str, Any]:
     return {
-        **identity(version, item_bytes),
+        **identity(version, look.front.item_bytes()),
         "note": version.note,
         "created": version.created,
-        "residency": where.get(version.digest, "disk"),
-        "use": _use(used, version.task, version.number),
+        "residency": look.where.get(version.digest, "disk"),
+        "use": _use(look.used, version.task, version.number),
+        "recent": look.front.recent.summary((look.tenant, version.task, version.number)),
     }
 
 

@@ -25,7 +25,7 @@ def make_loaders(num_threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()
         torch.set_num_threads(1)
         with contextlib.suppress(OSError):  # of this thread alone, on Linux
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICENESS, os.nice(0)))
 
     executor = ThreadPoolExecutor(num_threads, "loader", begin)
     for _ in range(num_threads):  # each waits for all, so that each has a thread of its own

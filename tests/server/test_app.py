@@ -142,13 +142,13 @@ async def test_import(
 
 
 async def test_import_again(anyio_backend: str, tiny_base: Path, tmp_path: Path, tree: Path, zips: list[bytes]) -> None:
-    """At the next start only what is not there yet is taken in: a task keeps its versions and route."""
+    """At the next start only what was never there is taken in: a task keeps its versions, or stays deleted."""
     async with open_site(tiny_base, tmp_path / "data", import_=tree) as site:
         await site.upload("first", zips[2])
         await site.http.delete("/tasks/second")
     async with open_site(tiny_base, tmp_path / "data", import_=tree) as site:
         assert (await site.ask("first", prompt="a"))["adapter"]["version"] == 2
-        assert (await site.ask("second", prompt="a"))["adapter"]["version"] == 2
+        assert (await site.http.get("/tasks/second")).status_code == 404
 
 
 async def test_import_of_what_adapterhub_saved(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:

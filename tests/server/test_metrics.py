@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.messages import EngineFailure, Stats
-from server.metrics import MAX_TASKS, Metrics
+from server.metrics import MAX_TASKS, MAX_VERSIONS, Metrics
 from tests.server.api.world import Site, open_site
 
 
@@ -155,3 +155,16 @@ async def test_usage_survives_a_registry_that_fails(
     async with open_site(tiny_base, tmp_path) as site:
         (usage,) = site.front.registry.usage("default")
         assert (usage.requests, usage.prompt_tokens, usage.completion_tokens) == (2, 5, 7)
+
+
+def test_series_of_versions_are_bounded() -> None:
+    """Versions come without end: the ones that were used last have series, and those of older ones go."""
+    metrics = Metrics(Stats, lambda: None)
+    for number in range(1, MAX_VERSIONS + 11):
+        labels = metrics.version_label("a", number)
+        metrics.version_requests.labels(*labels, "200").inc()
+        metrics.version_ttft.labels(*labels).observe(0.1)
+    seen = metrics.render().decode()
+    assert seen.count("manyhats_version_requests_total{") == MAX_VERSIONS
+    assert seen.count("manyhats_version_time_to_first_token_seconds_count{") == MAX_VERSIONS
+    assert 'version="10"' not in seen and 'version="11"' in seen

@@ -32,7 +32,7 @@ async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
     assert set(task) == {"task", "versions", "route", "pinned"}
     assert task["route"] == {"versions": {"2": 100}, "sticky": None}
     sizes = {"num_parameters", "bytes", "slot_bytes", "virtual_tokens"}
-    kept = {"version", "digest", "method", "note", "created", "residency", "use", *sizes}
+    kept = {"version", "digest", "method", "note", "created", "residency", "use", "recent", *sizes}
     assert all(set(version) == kept for version in task["versions"])
     assert all(version["slot_bytes"] == 4 * version["num_parameters"] for version in task["versions"])
     assert [version["digest"] for version in task["versions"]] == [first["digest"], second["digest"]]

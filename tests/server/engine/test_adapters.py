@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from server.engine.adapters import AdapterManager, Budgets
+from adapters_store.errors import ArtifactCorruptError
+from server.engine.adapters import MAX_FAILURES, QUARANTINE_S, AdapterManager, Budgets
 from server.engine.blocks import InvariantError
 from server.model.fake import FakeBank, FakePacked
 from tests.server.engine.world import Clock, LateExecutor, Loader
@@ -321,3 +322,110 @@ def test_loads_run_in_other_threads_and_wake_the_engine() -> None:
         assert manager.advance(["a"], 1)
     assert manager.are_in_slots(("a",))
     assert seen[0].startswith("loader")
+
+
+def test_kept_ones_are_brought_and_stay() -> None:
+    """Kept adapters come into slots with nobody asking, stay while others come and go, and go when kept no more."""
+    room = Room()
+    room.manager.keep("ab")
+    room.advance("")
+    room.executor.run_all()
+    room.advance("")
+    assert room.slots == "ab"
+    room.bring("cdefg")
+    assert room.slots == "abg"
+    room.manager.keep("b")
+    room.bring("hi")
+    assert "b" in room.slots and "a" not in room.slots
+
+
+def test_kept_ones_are_wanted_last() -> None:
+    """What a sequence waits for comes before what is only kept."""
+    room = Room(slot_bytes=10)
+    room.manager.keep("a")
+    room.use("b")
+    room.advance("b")
+    room.executor.run_all()
+    room.advance("b")
+    assert room.slots == "b"
+    room.pin("b")
+    room.advance("")
+    assert room.slots == "b", "it is worn"
+    room.release("b")
+    room.release("b", is_pinned=False)
+    room.users["b"] = room.pins["b"] = 0
+
+
+def test_kept_ones_starve_nobody() -> None:
+    """Where kept adapters fill the slots, what a sequence waits for still gets room: the last kept one goes for it."""
+    room = Room()
+    room.manager.keep("abcd")
+    for _ in range(3):
+        room.advance("")
+        room.executor.run_all()
+    assert room.slots == "abc"
+    room.use("e")
+    for _ in range(3):
+        room.advance("e")
+        room.executor.run_all()
+    assert room.slots == "abe"
+    room.release("e", is_pinned=False)
+    room.advance("")
+    assert room.slots == "abc"
+
+
+def test_repeated_failure_is_quarantined() -> None:
+    """After the fifth failure in a row an adapter is quarantined: tried again much later, or when it is renewed."""
+    room = Room()
+    room.loader.errors["a"] = OSError(5, "Input/output error")
+    for number in range(1, MAX_FAILURES + 1):
+        assert room.manager.refusal(("a",)) is None
+        room.bring("a")
+        assert room.manager.states() == {"a": "quarantined" if number == MAX_FAILURES else "failed"}
+        room.clock.now += 60
+    assert room.manager.num_quarantined == 1 and len(room.loader.loaded) == MAX_FAILURES
+    room.clock.now += QUARANTINE_S - 61
+    assert room.manager.refusal(("a",))
+    room.clock.now += 1
+    assert room.manager.refusal(("a",)) is None
+    room.bring("a")
+    assert room.manager.states() == {"a": "quarantined"}
+    del room.loader.errors["a"]
+    room.manager.renew("a")
+    assert room.manager.states() == {}
+    room.bring("a")
+    assert room.slots == "a" and room.manager.num_quarantined == 0
+
+
+def test_corrupt_bytes_are_quarantined_at_once() -> None:
+    """Bytes that are not those that were put there are tried again only when they are uploaded again."""
+    room = Room()
+    room.loader.errors["a"] = ArtifactCorruptError("its digest does not match")
+    room.bring("a")
+    room.clock.now += 1e9
+    failure = room.manager.refusal(("a",))
+    assert failure and failure.code == "artifact_corrupt" and "digest does not match" in failure.message
+    assert room.manager.states() == {"a": "quarantined"}
+    room.bring("b")
+    assert room.slots == "b", "others are served"
+    del room.loader.errors["a"]
+    room.manager.renew("a")
+    room.bring("a")
+    assert room.slots == "ab"
+
+
+def test_a_kept_one_that_fails_is_tried_again() -> None:
+    """Nobody has to ask for it."""
+    room = Room()
+    room.loader.errors["a"] = OSError(5, "Input/output error")
+    room.manager.keep("a")
+    room.advance("")
+    room.executor.run_all()
+    room.advance("")
+    assert room.manager.states() == {"a": "failed"}
+    del room.loader.errors["a"]
+    room.clock.now += 1
+    room.advance("")
+    room.executor.run_all()
+    room.advance("")
+    assert room.slots == "a"

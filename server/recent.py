@@ -1,0 +1,55 @@
+"""How the last requests of each version went, so that a canary can be judged beside what it is to replace."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from statistics import quantiles
+from typing import Any
+
+MAX_VERSIONS = 1000  # the least recently used are forgotten
+MAX_REQUESTS = 200  # of a version
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request that was not cancelled: its status, and milliseconds where it was answered."""
+
+    status: str
+    ttft_ms: float = 0.0
+    total_ms: float = 0.0
+    num_tokens: int = 0
+
+
+class Recent:
+    """The last outcomes by (tenant, task, version); since this server started."""
+
+    def __init__(self) -> None:
+        self._outcomes: OrderedDict[tuple[str, str, int], deque[Outcome]] = OrderedDict()
+
+    def add(self, key: tuple[str, str, int], outcome: Outcome) -> None:
+        """Note how a request of a version ended."""
+        self._outcomes.setdefault(key, deque(maxlen=MAX_REQUESTS)).append(outcome)
+        self._outcomes.move_to_end(key)
+        if len(self._outcomes) > MAX_VERSIONS:
+            self._outcomes.popitem(last=False)
+
+    def summary(self, key: tuple[str, str, int]) -> dict[str, Any]:
+        """How many requests, how many failed, and times of those that did not: medians, and 95th percentiles."""
+        outcomes = self._outcomes.get(key, deque[Outcome]())
+        good = [outcome for outcome in outcomes if outcome.status == "200"]
+        return {
+            "requests": len(outcomes),
+            "failed": len(outcomes) - len(good),
+            "ttft_ms": _spread([outcome.ttft_ms for outcome in good]),
+            "latency_ms": _spread([outcome.total_ms for outcome in good]),
+            "tokens": sum(outcome.num_tokens for outcome in good),
+        }
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    """None for nothing."""
+    if not values:
+        return None
+    cuts = quantiles(values, n=20, method="inclusive") if len(values) > 1 else values * 19
+    return {"p50": round(cuts[9], 3), "p95": round(cuts[18], 3)}
