@@ -1,10 +1,11 @@
 """`manyhats bench`, `make bench`: ask every workload of every peer, every method of our own server, and report.
 
 Peers run one after the other, `--repeats` times round, so that slow drift of the machine falls on all of them; some are
-asked some workloads in the first round only. Then our own server alone is asked for each method and for soft prompts.
-On 2 cores all of it takes about 50 minutes with PEFT, OpenVINO and llama-server: in each of 3 rounds 5 for our server,
-1.5 with its prefix cache off, 2.5 for PEFT (and 4 once), 2 each for OpenVINO and llama-server; the methods 6; vLLM, if
-it is there, 10 more. What is measured is written after every step. A peer that breaks is named, and the others go on.
+asked some workloads in the first round only. Then our own server alone is asked for each method, for soft prompts, and
+while adapters come and go. On 2 cores all of it takes about 55 minutes with PEFT, OpenVINO and llama-server: in each of
+3 rounds 5 for our server, 1.5 with its prefix cache off, 2.5 for PEFT (and 4 once), 2 each for OpenVINO and
+llama-server; the methods 6, adapters that come and go 5; vLLM, if it is there, 10 more. What is measured is written
+after every step. A peer that breaks is named, and the others go on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from adapters_store.bases import resolve_base
-from tests.benchmarks import families, machine, report, soft_prompts, workload
+from tests.benchmarks import churn, families, machine, report, soft_prompts, workload
 from tests.benchmarks.artifacts import MAKERS, moved
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.peers import Peer, Setup, all_peers
@@ -36,7 +37,8 @@ from tests.kit.adapters import make_lora
 Asked = list[tuple[Workload, list[Prompted]]]
 STRENGTH = 0.2  # of the random adapters: the answers stay sane
 NUM_MADE = 32  # adapters; more are made of these, which is faster
-OURS = ("families", "soft-prompts")  # parts that only our own server is asked
+CHURN = "churn"
+OURS = ("families", "soft-prompts", CHURN)  # parts that only our own server is asked
 
 
 def main() -> None:
@@ -59,7 +61,12 @@ def main() -> None:
         if chosen:
             asked = [(one, workload.prompted(one, corpus)) for one in chosen]
             _ask_peers(bench, arguments, peers, setup, asked, progress)
-        if any(part in OURS for part in arguments.only):
+        if CHURN in arguments.only:
+            with _goes_on(bench, CHURN, progress):
+                steps = churn.run(setup, corpus, arguments.churn_seconds, bench.churn)
+                for _ in progress.track(steps, len(churn.STEPS), description=CHURN):
+                    report.write(bench, arguments.out)
+        if any(part in OURS and part != CHURN for part in arguments.only):
             with _goes_on(bench, "families", progress):
                 _ask_ourselves(bench, arguments, setup, corpus, progress)
     report.write(bench, arguments.out)
@@ -99,6 +106,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=2, help="batches of each method; medians are reported (2)")
     parser.add_argument("--soft-repeats", type=int, default=20, help="first tokens of each soft prompt (20)")
+    parser.add_argument("--churn-seconds", type=float, default=60.0, help="of each of 4 steps of adapters that go (60)")
     parser.add_argument("--base", default="smollm2-135m", help="a name, a folder or a hub id (smollm2-135m)")
     parser.add_argument("--precision", default="auto", help="of our own server (auto)")
     parser.add_argument("--num-threads", type=int, default=2, help="of each peer (2)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from tests.benchmarks.churn import Churn
 from tests.benchmarks.machine import Machine
 from tests.benchmarks.results import Figures, Run, figures
 from tests.benchmarks.shares import Families
@@ -23,6 +24,7 @@ class Bench(msgspec.Struct):
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}  # peers, and parts of our own, that broke: how
     families: Families = msgspec.field(default_factory=Families)
+    churn: Churn = msgspec.field(default_factory=Churn)
 
     def figures(self) -> dict[tuple[str, str], Figures]:
         """Medians by (peer, workload)."""

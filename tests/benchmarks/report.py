@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tests.benchmarks.bench import Bench
+from tests.benchmarks.churn import Churn
 from tests.benchmarks.peers import ME, UNCACHED
 from tests.benchmarks.plot import plot
 from tests.benchmarks.results import PERCENTILES, Figures
@@ -99,6 +100,7 @@ def markdown(bench: Bench) -> str:
         ),
         _table(["ratio of output tokens/s", ""], ratio_rows),
         *_families(bench.families),
+        _churn(bench.churn),
         _table(["peer", "fact", ""], fact_rows),
         "\n".join([*skipped, *failed]),
     ]
@@ -116,6 +118,12 @@ def _row(bench: Bench, peer: str, workload: str, one: Figures) -> list[str]:
         "-" if one.memory_mib is None else f"{one.memory_mib:,.0f}",
         f"{1e3 * one.counted['stall_seconds']:,.0f}" if "stall_seconds" in one.counted else "-",
     ]
+
+
+def _churn(churn: Churn) -> str:
+    """What was measured of adapters that come and go."""
+    values = [(name.replace("_", " "), getattr(churn, name)) for name in Churn.__struct_fields__]
+    return _table(["adapters that come and go", ""], [[name, f"{value:,.1f}"] for name, value in values if value])
 
 
 def _families(families: Families) -> list[str]:

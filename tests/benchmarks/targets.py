@@ -91,6 +91,31 @@ def fact(name: str, times: float = 1.0) -> Measure:
     return measure
 
 
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value is not None and other else None
+
+
+def _swaps_cost(bench: Bench) -> float | None:
+    return _ratio(bench.churn.swapping_p95_ms, bench.churn.before_p95_ms)
+
+
+def _swaps_faults(bench: Bench) -> float | None:
+    return bench.churn.num_faults if bench.churn.num_swaps else None
+
+
+def _cliff_gap(bench: Bench) -> float | None:
+    return _ratio(bench.churn.cold_gap_p99_ms, bench.churn.warm_gap_p99_ms)
+
+
+def _cliff_ttft(bench: Bench) -> float | None:
+    churn = bench.churn
+    return churn.warm_ttft_p95_ms and _ratio(churn.cold_ttft_p95_ms, churn.warm_ttft_p95_ms + 2 * churn.load_ms)
+
+
+def _stall(bench: Bench) -> float | None:
+    return _ratio(bench.churn.stall_ms, bench.churn.num_loads)
+
+
 def _mine(workload: str) -> tuple[str, str]:
     return ME, workload
 
@@ -115,6 +140,11 @@ TARGETS = [
     Target("decode kept: all methods mixed", 0.85, SHARE, kept(MIXED)),
     Target("W5 against the same without the prefix cache", 3, X, against(_speed, _mine("W5"), (UNCACHED, "W5"))),
     Target("W6 p99 inter-token against W3's", 1.3, X, against(_gap_p99, _mine("W6"), _mine("W3")), is_most=True),
+    Target("200 version swaps a minute: p95 latency against before", 1.5, X, _swaps_cost, is_most=True),
+    Target("200 version swaps a minute: refused, or of an older version", 0, "{:.0f}", _swaps_faults, is_most=True),
+    Target("4x as many adapters as slots: p99 gap of streams against all fit", 1.3, X, _cliff_gap, is_most=True),
+    Target("4x: TTFT p95 of cold against warm p95 + 2 loads", 1.0, X, _cliff_ttft, is_most=True),
+    Target("4x: stall for each load", 0.1, "{:.3f} ms", _stall, is_most=True),
     Target(
         "memory above the base's weights, at start",
         1.0,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,21 @@ class Churn:
     golden: Golden
     hats: dict[str, Hat]
     draw: random.Random
+    until: float  # monotonic seconds
     needles: list[tuple[str, dict[str, Any], list[int]]] = field(default_factory=list)  # digest, request, tokens
     wrong: list[Any] = field(default_factory=list)
     num_right: int = 0
     num_changes: int = 0
 
-    async def change(self, until: float) -> None:
+    def goes_on(self) -> bool:
+        """Until its time is over, and on a busy machine until something has happened."""
+        few = min(self.num_right, len(self.needles), self.num_changes // 3) < 15
+        return not self.wrong and (few or time.monotonic() < self.until)
+
+    async def change(self) -> None:
         """One change after another, each at its time whether the one before has been answered or not."""
-        loop, going = asyncio.get_running_loop(), set[asyncio.Task[None]]()
-        while loop.time() < until:
+        going = set[asyncio.Task[None]]()
+        while self.goes_on():
             going.add(task := asyncio.create_task(self._change_once()))
             task.add_done_callback(going.discard)
             await asyncio.sleep(EVERY_S)
@@ -80,9 +87,9 @@ class Churn:
         if answer.status_code not in (200, 201, 204, 404, 409):
             self.wrong.append((kind, answer.status_code, answer.text))
 
-    async def ask(self, until: float) -> None:
+    async def ask(self) -> None:
         """One request after another: what is golden is held against its golden answer, what is not is kept."""
-        while asyncio.get_running_loop().time() < until:
+        while self.goes_on():
             task, index = f"t{self.draw.randrange(NUM_TASKS)}", self.draw.randrange(len(self.golden.prompts))
             prompt = self.golden.prompts[index]
             body: dict[str, Any] = {"prompt_token_ids": prompt, "max_tokens": cases.FAMILY_TOKENS, "ignore_eos": True}
@@ -144,15 +151,13 @@ async def test_golden_and_needle_while_adapters_churn(
     async with serve_real(biased_base, tmp_path / "data", **SMALL, max_waiting=200) as site:
         for number, hat in enumerate(hats.values()):
             assert (await site.upload(f"t{number % NUM_TASKS}", hat.body)).status_code == 201
-        churn = Churn(site, golden, hats, random.Random(0))
-        until = asyncio.get_running_loop().time() + churn_seconds
-        await asyncio.gather(churn.change(until), *(churn.ask(until) for _ in range(NUM_CLIENTS)))
+        churn = Churn(site, golden, hats, random.Random(0), time.monotonic() + churn_seconds)
+        await asyncio.gather(churn.change(), *(churn.ask() for _ in range(NUM_CLIENTS)))
         await check_needles(churn)
         stats = site.front.client.stats
         print(f"{churn.num_changes} changes, {churn.num_right} golden, {len(churn.needles)} needles, {stats}")
         assert not churn.wrong, churn.wrong[:5]
-        assert churn.num_right > 10 and len(churn.needles) > 10 and churn.num_changes > 20
-        assert stats.evictions_total > 10 and stats.loads_total > len(hats)
+        assert stats.evictions_total > 10 and stats.loads_total > 10, "slots were not reused"
         assert site.front.client.num_starts == 1  # type: ignore[attr-defined]
 
 
