@@ -26,6 +26,7 @@ from training.compare.results import Server, Serving
 from training.errors import TrainingError
 
 NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
+NUM_TRIES = 3  # of an upload
 NUM_WARM_UP = 4  # tokens of each request, before what counts
 MOST_PROMPT_TOKENS = 128  # that decoding is measured, and not the reading of prompts
 READY_WITHIN_S, ANSWER_WITHIN_S, STOP_WITHIN_S = 900, 300, 30  # the first start compiles kernels
@@ -106,10 +107,13 @@ def _upload_all(
     uploaded, refused = {}, {}
     for method, folder in folders.items():
         body = _zip(folder)
-        began = time.monotonic()
-        answer = client.post(
-            "/adapters", params={"task": method}, content=body, headers={"Content-Type": "application/zip"}
-        )
+        for _ in range(NUM_TRIES):
+            began = time.monotonic()
+            answer = client.post(
+                "/adapters", params={"task": method}, content=body, headers={"Content-Type": "application/zip"}
+            )
+            if answer.status_code < httpx.codes.INTERNAL_SERVER_ERROR:  # else it is busy, compiling kernels maybe
+                break
         if answer.is_success:
             uploaded[method] = (time.monotonic() - began, answer.json())
         else:
