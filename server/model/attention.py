@@ -78,6 +78,11 @@ class KVCache:
         self.keys[layer][block, :, :, offset] = key.to(self.keys[layer].dtype)
         self.values[layer][block, :, offset, : value.shape[-1]] = value.to(self.values[layer].dtype)
 
+    def arrays(self, layer: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """A layer's keys and values as the kernels take them; halves by their bits, see `vector`."""
+        keys, values = self.keys[layer].numpy(), self.values[layer].numpy()
+        return (keys.view(np.uint16), values.view(np.uint16)) if keys.dtype == np.float16 else (keys, values)
+
     @staticmethod
     def block_bytes(shapes: list[KVShape], block_size: int, item_bytes: int) -> int:
         """Bytes that one block takes over all layers."""
@@ -169,8 +174,7 @@ def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor,
         qkv.numpy(),
         cos.numpy(),
         sin.numpy(),
-        cache.keys[layer].numpy(),
-        cache.values[layer].numpy(),
+        *cache.arrays(layer),
         cache.block_size,
         *batch.arrays(),
         manner.numbers(),
@@ -218,6 +222,7 @@ def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, si
         table = torch.from_numpy(batch.block_table[sequence, : -(-length // cache.block_size)]).to(device)
         k = cache.keys[layer][table, :, :, : cache.block_size].permute(0, 3, 1, 2).flatten(0, 1)[:length]
         v = cache.values[layer][table, :, :, : shape.value_dim].transpose(1, 2).flatten(0, 1)[:length]
+        k, v = k.to(query.dtype), v.to(query.dtype)
         k, v = (part.repeat_interleave(heads // shape.num_kv_heads, 1) for part in (k, v))
         scores = torch.einsum("qhd,khd->hqk", query[first : first + count], k).float() * manner.scaling
         if manner.cap:

@@ -26,7 +26,13 @@ from server.model.sites import SiteHooks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
-PROOF_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest logit's magnitude
+# Of the largest logit's magnitude, by what keys and values are kept in and what is computed in.
+PROOF_TOLERANCE = {
+    Kept(torch.float32, torch.float32): 1e-3,
+    Kept(torch.float16, torch.float32): 5e-3,
+    Kept(torch.float16, torch.float16): 5e-2,
+    Kept(torch.bfloat16, torch.bfloat16): 1e-1,
+}
 
 
 @dataclass
@@ -52,7 +58,7 @@ def compute_dtype(precision: str, device: str) -> torch.dtype:
 
 
 def kept(precision: str, device: str) -> Kept:
-    """What slots keep adapters in: on CPU matrices in 16 bits, but where the base is exact."""
+    """What slots and the KV cache keep: on CPU matrices, keys and values in 16 bits, but where the base is exact."""
     is_halved = torch.device(device).type == "cpu" and precision != "fp32" and has_halves()
     dtype = compute_dtype(precision, device)
     return Kept(torch.float16 if is_halved else dtype, dtype)
@@ -114,13 +120,13 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
     bank = SlotBank(spec, device, kept(precision, device))
     hooks.serve(bank)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
-    cache = KVCache(spec.kv, 2, PROOF_TOKENS, torch.empty(0, dtype=compute_dtype(precision, device), device=device))
+    cache = KVCache(spec.kv, 2, PROOF_TOKENS, torch.empty(0, dtype=bank.kept.matrices, device=device))
     paged = proof.paged(cache)
     Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
         setattr(model.get_submodule(parent), child, HatLinear([linear], pack, bank, [site], linear is head))
-    proof.compare(proof.run(model, paged), spec.architecture, compute_dtype(precision, device))
+    proof.compare(proof.run(model, paged), spec.architecture, bank.kept)
     return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model))
 
 
@@ -180,10 +186,10 @@ class Proof:
         rows = [Row(row.tolist(), 0, [index]) for index, row in enumerate(self.tokens)]
         return page(rows, cache, torch.get_num_threads())
 
-    def compare(self, logits: Tensor, architecture: str, dtype: torch.dtype) -> None:
+    def compare(self, logits: Tensor, architecture: str, kept: Kept) -> None:
         """Raises `UnsupportedBaseError` where the logits are not those of the stock model."""
         gap = ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
-        if not gap <= PROOF_TOLERANCE[dtype]:
+        if not gap <= PROOF_TOLERANCE[kept]:
             raise UnsupportedBaseError(
                 f"{architecture} computes other logits in this server than in transformers "
                 f"(largest relative gap {gap:.2g}): it does something that is not passed to the attention interface"

@@ -26,7 +26,8 @@ from server.model.bank import Group, SlotBank
 from server.model.kernels import decoder, layers
 from server.model.linear import HatLinear, PackedProduct, Packer, pack_torch
 
-TOLERANCE = 1e-5  # of the largest magnitude, where everything is fp32
+# Of the largest magnitude, by what keys and values are kept in; what is computed in decides where they are coarse.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4}
 COARSE_TOLERANCE = 2e-2
 Maker = Callable[[str, Packer], nn.Module]  # the part for a site, its products packed so
 
@@ -128,7 +129,7 @@ class WholeLayers:
             self.records,
             tuple(turn.numpy() for turn in (*turns, turns[0].new_empty(len(turns[0]), 0))),
             paged.arrays(),
-            self.unit,
+            (self.unit, paged.cache.arrays(0)[0][:0, 0, 0, 0]),
             self.bank.arrays(self.bank.tokens),
             torch.get_num_threads(),
         )
@@ -296,7 +297,8 @@ class Fuser:
             got = _tensor(compute())
         except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
             return False  # it has the names of such a part, but is another
-        tolerance = TOLERANCE if wanted.dtype == torch.float32 else COARSE_TOLERANCE
+        is_exact = wanted.dtype == torch.float32
+        tolerance = TOLERANCE[self.bank.kept.matrices] if is_exact else COARSE_TOLERANCE
         return got.shape == wanted.shape and bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 

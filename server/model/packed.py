@@ -61,7 +61,10 @@ class Sites:
 
 @dataclass(frozen=True)
 class Kept:
-    """The types that a slot keeps matrices and everything else in; what is read of it is of the latter."""
+    """The types that a slot keeps matrices and everything else in; what is read of it is of the latter.
+
+    The KV cache is kept as matrices are.
+    """
 
     matrices: torch.dtype
     others: torch.dtype

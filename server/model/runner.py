@@ -16,7 +16,7 @@ from adapters_store.patch import PrefixKV
 from adapters_store.spec import BaseSpec
 from server.model.attention import KVCache, UnsupportedBaseError, page
 from server.model.bank import SlotBank
-from server.model.base import Base, compute_dtype, load_base
+from server.model.base import Base, load_base
 from server.model.batch import Row, Sampled
 from server.model.kernels.threads import set_num_threads
 from server.model.linear import choose_precision
@@ -73,7 +73,7 @@ class PagedRunner:
 
     def __init__(self, base: Base, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
-        like = torch.empty(0, dtype=compute_dtype(base.precision, base.device), device=base.device)
+        like = torch.empty(0, dtype=base.bank.kept.matrices, device=base.device)
         per_block = KVCache.block_bytes(base.spec.kv, config.block_size, like.element_size())
         self.num_blocks = config.kv_cache_bytes // per_block
         if self.num_blocks < 2:

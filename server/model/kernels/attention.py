@@ -14,7 +14,7 @@ from numba.extending import intrinsic
 
 from server.model.kernels.product import at, multiply
 from server.model.kernels.threads import FASTMATH
-from server.model.kernels.vector import PANEL
+from server.model.kernels.vector import PANEL, narrowed
 
 MAX_TOKENS = 16  # of a tile: blocks are reused from cache, and two threads still balance over three kv heads
 NEGATIVE_INFINITY = np.float32(-np.inf)
@@ -74,12 +74,12 @@ def _seen(position, base, block_size, window):
 
 
 @njit(cache=True)
-def _score(queries, keys, softcap, scores):
+def _score(queries, keys, ahead, softcap, scores):
     """scores [rows, width] = queries [rows, d] keys [d, width], soft-capped; those of stale positions nobody reads."""
     (rows, dim), width = queries.shape, keys.shape[1]
     scores[:] = np.float32(0.0)
     out = at(scores)
-    multiply(rows, width // PANEL, at(queries), at(keys), out, out, (dim, dim, width, width, width, PANEL, 0), queries)
+    multiply(rows, width // PANEL, at(queries), at(keys), out, out, (dim, dim, width, width, width, PANEL, ahead), keys)
     if softcap > 0:
         for r in range(rows):
             for p in range(width):
@@ -87,30 +87,35 @@ def _score(queries, keys, softcap, scores):
 
 
 @njit(cache=True)
-def _fold(scores, rows, first, last, values, sums):
+def _fold(scores, rows, first, last, values, ahead, sums):
     """sums [rows, depth] += scores [rows, first : last] values [first : last, depth]."""
     width, depth = scores.shape[1], values.shape[1]
-    steps = (last - first, width, depth, depth, depth, PANEL, 0)
-    multiply(
-        rows, depth // PANEL, at(scores) + 4 * first, at(values) + 4 * first * depth, at(sums), at(sums), steps, sums
-    )
+    steps, out = (last - first, width, depth, depth, depth, PANEL, ahead), at(sums)
+    begin = at(values) + first * depth * values.itemsize
+    multiply(rows, depth // PANEL, at(scores) + 4 * first, begin, out, out, steps, values)
 
 
 @njit(cache=True)
-def _attend_tile(queries, group, keys, values, blocks, block_size, position, window, softcap, sums, scores, top_sum):
+def _attend_tile(
+    queries, group, keys, values, blocks, block_size, position, window, softcap, sums, scores, top_sum, after
+):
     """Sums [rows, depth] of queries [rows, d], `group` rows a position from `position` on, over a sequence's blocks.
 
-    keys, values are those of one kv head. Stale positions of a recycled block are never multiplied, not even by zero:
-    they may hold another's NaN.
+    keys, values are those of one kv head. While a block is read the next one is asked for, and at last what lies at the
+    addresses `after`: blocks lie apart, and no machine foresees where. Stale positions of a recycled block are never
+    multiplied, not even by zero: they may hold another's NaN.
     """
     count = queries.shape[0] // group
     sums[:] = np.float32(0.0)
     top_sum[:, 0] = NEGATIVE_INFINITY
     top_sum[:, 1] = np.float32(0.0)
     lowest = max(0, position - window + 1) if window > 0 else 0
-    for b in range(lowest // block_size, (position + count - 1) // block_size + 1):
+    last_block = (position + count - 1) // block_size
+    for b in range(lowest // block_size, last_block + 1):
         k, v, base = keys[blocks[b]], values[blocks[b]], b * block_size
-        _score(queries, k, softcap, scores)
+        is_last = b == last_block
+        _score(queries, k, (after[0] if is_last else at(keys[blocks[b + 1]])) - at(k), softcap, scores)
+        ahead = (after[1] if is_last else at(values[blocks[b + 1]])) - at(v)
         is_whole = True  # all queries see all of the block
         for n in range(count):
             first, last = _seen(position + n, base, block_size, window)
@@ -118,12 +123,12 @@ def _attend_tile(queries, group, keys, values, blocks, block_size, position, win
             for r in range(n * group, (n + 1) * group if first < last else n * group):
                 _soften(scores[r], first, last, top_sum[r], sums[r])
         if is_whole:
-            _fold(scores, count * group, 0, block_size, v, sums)
+            _fold(scores, count * group, 0, block_size, v, ahead, sums)
             continue
         for n in range(count):
             first, last = _seen(position + n, base, block_size, window)
             if first < last:
-                _fold(scores[n * group :], group, first, last, v, sums[n * group :])
+                _fold(scores[n * group :], group, first, last, v, ahead, sums[n * group :])
 
 
 @njit(fastmath=FASTMATH, cache=True)
@@ -145,9 +150,9 @@ def _store(qkv, first_key, cos, sin, keys, values, block, offset, num_values, tu
     for h in range(num_kv_heads):
         _rotate(qkv[first_key + h * dim : first_key + (h + 1) * dim], cos, sin, np.float32(1.0), turned)
         for i in range(dim):
-            keys[block, h, i, offset] = turned[i]
+            keys[block, h, i, offset] = narrowed(turned[i], keys)
         for i in range(num_values):
-            values[block, h, offset, i] = qkv[first_value + h * num_values + i]
+            values[block, h, offset, i] = narrowed(qkv[first_value + h * num_values + i], values)
 
 
 @njit(cache=True)
@@ -167,9 +172,9 @@ def attend(
     """Store keys and values of a step's tokens, and attend: out [T, heads, d_v].
 
     qkv [T, heads * d + kv heads * (d + d_v)]: queries, keys, values. cos, sin [T, turned] turn queries and keys; [T, 0]
-    turn none. keys and values are as `KVCache` has them. tiles [n, 5] = (sequence, kv head, first token, number of
-    tokens, first position); thread t takes tiles[bounds[t] : bounds[t + 1]], balanced by the caller. manner =
-    (scaling, window, softcap); window and softcap 0 are none.
+    turn none. keys and values are as `KVCache` has them, in 32 or 16 bits. tiles [n, 5] = (sequence, kv head, first
+    token, number of tokens, first position); thread t takes tiles[bounds[t] : bounds[t + 1]], balanced by the caller.
+    manner = (scaling, window, softcap); window and softcap 0 are none.
     """
     num_kv_heads, dim, num_values = keys.shape[1], keys.shape[2], out.shape[2]
     group, (scaling, window, softcap) = out.shape[1] // num_kv_heads, manner
@@ -183,11 +188,14 @@ def attend(
         scores, top_sum = np.empty((most, keys.shape[3]), np.float32), np.empty((most, 2), np.float32)
         for index in range(bounds[thread], bounds[thread + 1]):
             sequence, head, token, count, position = tiles[index]
+            following = tiles[min(index + 1, bounds[thread + 1] - 1)]
+            block = block_table[following[0], 0]
+            after = at(keys[block, following[1]]), at(values[block, following[1]])
             rows, span = count * group, slice(token, token + count)
             _gather(qkv[span], head * group * dim, cos[span], sin[span], scaling, group, queries)
             _attend_tile(
                 queries[:rows], group, keys[:, head], values[:, head], block_table[sequence], block_size, position,
-                window, softcap, sums[:rows], scores[:rows], top_sum[:rows],
+                window, softcap, sums[:rows], scores[:rows], top_sum[:rows], after,
             )  # fmt: skip
             for r in range(rows):
                 inverse = np.float32(1.0) / top_sum[r, 1]

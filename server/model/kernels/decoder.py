@@ -73,12 +73,12 @@ def _linear(x, linear, unit, worn, threads):
 
 
 @njit(cache=True)
-def _attend(qkv, manner, cache, turns, paged):
+def _attend(qkv, manner, cache, turns, paged, unit):
     """What an `Attention` computes between its products: [T, heads * d_v]."""
     k, v = cache.key_shape, cache.value_shape
     keys, values = (
-        view(cache.keys, (k[0], k[1], k[2], k[3]), FLOATS),
-        view(cache.values, (v[0], v[1], v[2], v[3]), FLOATS),
+        view(cache.keys, (k[0], k[1], k[2], k[3]), unit),
+        view(cache.values, (v[0], v[1], v[2], v[3]), unit),
     )
     cos, sin = (turns[0], turns[1]) if manner.is_turned else (turns[2], turns[2])
     out = np.empty((qkv.shape[0], manner.heads, manner.d_v), np.float32)
@@ -88,10 +88,13 @@ def _attend(qkv, manner, cache, turns, paged):
 
 
 @njit(cache=True)
-def _layer(hidden, layer, turns, paged, unit, worn, threads):
+def _layer(hidden, layer, turns, paged, units, worn, threads):
     """h + attention(norm(h)), then h + mlp(norm(h))."""
+    unit, unit_of_cache = units
     normed = _norm(hidden, layer.input_norm, worn)
-    attended = _attend(_linear(normed, layer.qkv, unit, worn, threads), layer.manner, layer.cache, turns, paged)
+    attended = _attend(
+        _linear(normed, layer.qkv, unit, worn, threads), layer.manner, layer.cache, turns, paged, unit_of_cache
+    )
     enter(attended, _group(layer.out.group), worn)
     change = _linear(attended, layer.out, unit, worn, threads)
     apply(normed, hidden, change, _group(layer.attention), worn)
@@ -111,12 +114,12 @@ def _layer(hidden, layer, turns, paged, unit, worn, threads):
 
 
 @njit(cache=True)
-def decoder_layers(hidden, layers, turns, paged, unit, worn, threads):
+def decoder_layers(hidden, layers, turns, paged, units, worn, threads):
     """hidden [T, size] -> [T, size], through `layers`, an array of `LAYER`.
 
-    turns = (cos, sin, none), each [T, turned]; `unit` is an empty array of the type of the weights; paged is as
-    `attend` takes it, worn as `apply` does.
+    turns = (cos, sin, none), each [T, turned]; units are empty arrays of the types of weights and of the cache;
+    paged is as `attend` takes it, worn as `apply` does.
     """
     for number in range(layers.shape[0]):
-        hidden = _layer(hidden, layers[number], turns, paged, unit, worn, threads)
+        hidden = _layer(hidden, layers[number], turns, paged, units, worn, threads)
     return hidden

@@ -207,6 +207,18 @@ dots_1x8, dots_1x1, dots_4x2, dots_4x1 = _dots(1, 8), _dots(1, 1), _dots(4, 2), 
 
 
 @intrinsic
+def narrowed(_typing: Any, _value: Any, unit: Any) -> Any:
+    """A float as one of `unit`'s items, 32 or 16 bits; one that is too large for 16 is infinite."""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if unit.dtype == types.float32:
+            return args[0]
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return unit.dtype(types.float32, unit), codegen
+
+
+@intrinsic
 def widened(_typing: Any, address: Any, unit: Any) -> Any:
     """One item of a matrix as fp32."""
 
