@@ -43,6 +43,7 @@ LLAMA_FLAGS := -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSS
 # Needs cmake and a C++ compiler; about 10 minutes on 2 cores.
 peer-llama: $(VENV)/.installed
 	rm -rf $(PEERS)/llama && mkdir -p $(PEERS)/llama/source
+	$(BIN)/python $(PEER_PIP) 'sentencepiece~=0.2'  # that its converter imports
 	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
 		-d $(PEERS)/llama llama-cpp-python==0.3.36
 	tar xzf $(PEERS)/llama/$(LLAMA).tar.gz --strip-components=1 -C $(PEERS)/llama/source

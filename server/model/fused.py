@@ -232,14 +232,15 @@ class Fuser:
     manners: dict[int, Manner]
     seen: Seen
     paged: PagedBatch
+    _proved: dict[str, bool] = field(default_factory=dict)
 
     def fuse(self) -> None:
         """Every norm, and every part of every layer, that can be."""
         for site in self.bank.spec.norms:
-            self._replace(site, self._norm)
+            self._replace_alike(site, self._norm)
         for layer in self.bank.spec.layers:
             if layer.mlp is not None and _has_linears(self._stock(layer.mlp), "gate_proj", "up_proj", "down_proj"):
-                self._replace(layer.mlp, self._mlp)
+                self._replace_alike(layer.mlp, self._mlp)
             if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
                 self._replace(layer.attention, self._attention(is_turned=True), self._attention(is_turned=False))
         sites = [layer.layer for layer in self.bank.spec.layers]
@@ -266,11 +267,24 @@ class Fuser:
 
     def _replace(self, site: str, *makers: Maker) -> None:
         """By the first kind of part that computes what the stock part does."""
-        for make in makers:
-            if site in self.seen.calls and self._is_equal(site, make):
-                parent, _, child = site.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, make(site, self.pack))
-                return
+        make = next((make for make in makers if site in self.seen.calls and self._is_equal(site, make)), None)
+        if make is not None:
+            self._set(site, make)
+
+    def _replace_alike(self, site: str, make: Maker) -> None:
+        """As `_replace`, for parts that are what they print: one proves those like it.
+
+        Attention is none of them, for layers may turn their queries or not; and all are proved together in the end.
+        """
+        kind = repr(self._stock(site))
+        if kind not in self._proved and site in self.seen.calls:
+            self._proved[kind] = self._is_equal(site, make)
+        if self._proved.get(kind):
+            self._set(site, make)
+
+    def _set(self, site: str, make: Maker) -> None:
+        parent, _, child = site.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, make(site, self.pack))
 
     def _join(self, sites: list[str]) -> None:
         """One call for all layers, if that computes what the layers' fused parts do."""
