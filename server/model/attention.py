@@ -22,6 +22,7 @@ from server.model.batch import Row
 from server.model.copies import Copies
 from server.model.kernels import attention
 from server.model.kernels.vector import whole_panels
+from server.model.packed import Kept
 
 NAME = "manyhats"
 NO_TILES = np.zeros((0, 5), np.int64), np.zeros(1, np.int64)
@@ -44,15 +45,18 @@ def _empty(sizes: Sequence[tuple[int, ...]], like: Tensor) -> tuple[list[Tensor]
 
 
 class KVCache:
-    """Blocks of keys and values, in one dtype on one device.
+    """Blocks of keys and values on one device, in the type that a bank keeps matrices in.
 
     Per layer keys [num_blocks, kv heads, dim, width], whose positions lie side by side, and values [num_blocks,
     kv heads, block_size, depth]: width and depth are block_size and the values' dim in whole panels.
     """
 
-    def __init__(self, shapes: list[KVShape], num_blocks: int, block_size: int, like: Tensor) -> None:
+    def __init__(
+        self, shapes: list[KVShape], num_blocks: int, block_size: int, kept: Kept, device: str = "cpu"
+    ) -> None:
         self.shapes, self.num_blocks, self.block_size = shapes, num_blocks, block_size
-        self.copies = Copies(str(like.device))
+        self.has_kernels = kernels.serve(device, kept.others)
+        self.copies, like = Copies(device), torch.empty(0, dtype=kept.matrices, device=device)
         width = whole_panels(block_size)
         self.keys, of_keys = _empty([(num_blocks, s.num_kv_heads, s.key_dim, width) for s in shapes], like)
         sizes = [(num_blocks, s.num_kv_heads, block_size, whole_panels(s.value_dim)) for s in shapes]
@@ -122,7 +126,7 @@ def page(rows: list[Row], cache: KVCache, num_threads: int) -> PagedBatch:
         spans.append((first, len(row.tokens), row.start))
         first += len(row.tokens)
     of_tokens = np.concatenate(token_blocks), np.concatenate(token_offsets)
-    if not kernels.serve(cache.keys[0].device.type, cache.keys[0].dtype):
+    if not cache.has_kernels:
         laid_out = padded.lay_out(spans, table, *of_tokens, cache.block_size, cache.copies)
         return PagedBatch(cache, spans, table, *of_tokens, *NO_TILES, laid_out)
     return PagedBatch(cache, spans, table, *of_tokens, *_balance(spans, cache.shapes[0].num_kv_heads, num_threads))

@@ -120,7 +120,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
     bank = SlotBank(spec, device, kept(precision, device))
     hooks.serve(bank)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
-    cache = KVCache(spec.kv, 2, PROOF_TOKENS, torch.empty(0, dtype=bank.kept.matrices, device=device))
+    cache = KVCache(spec.kv, 2, PROOF_TOKENS, bank.kept, device)
     paged = proof.paged(cache)
     Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():

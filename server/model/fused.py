@@ -38,12 +38,12 @@ class RMSNorm(nn.Module):
     def __init__(self, norm: Any, offset: float, group: Group) -> None:
         super().__init__()
         self.group = group
-        self.weight = nn.Parameter(norm.weight.detach() + offset, requires_grad=False)
+        self.weight = nn.Parameter(norm.weight.detach().float() + offset, requires_grad=False)
         self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
         if not kernels.serve(x.device.type, x.dtype):
-            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return functional.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = torch.empty_like(rows)
         layers.rms_norm(rows.numpy(), self.weight.numpy(), np.float32(self.eps), out.numpy())

@@ -73,12 +73,12 @@ class PagedRunner:
 
     def __init__(self, base: Base, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
-        like = torch.empty(0, dtype=base.bank.kept.matrices, device=base.device)
-        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, like.element_size())
+        kept = base.bank.kept
+        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, kept.matrices.itemsize)
         self.num_blocks = config.kv_cache_bytes // per_block
         if self.num_blocks < 2:
             raise UnsupportedBaseError(f"a KV cache of {config.kv_cache_bytes} bytes holds no 2 blocks of {per_block}")
-        self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, like)
+        self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, kept, base.device)
         self.last_logits = torch.empty(0, base.spec.vocab_size)
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@ from torch import Tensor
 from adapters_store.spec import KVShape
 from server.model.attention import KVCache, Manner, PagedBatch, attend, attend_reference, page
 from server.model.batch import Row
+from server.model.packed import Kept
 
 BLOCK = 8
 
@@ -16,7 +17,7 @@ BLOCK = 8
 def make_cache(
     num_blocks: int = 24, kv_heads: int = 2, dim: int = 16, value_dim: int = 16, dtype: torch.dtype = torch.float32
 ) -> KVCache:
-    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, BLOCK, torch.empty(0, dtype=dtype))
+    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, BLOCK, Kept(dtype, torch.float32))
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # what is stale must never be read
     return cache
@@ -99,7 +100,7 @@ def test_every_tile_is_dealt_once() -> None:
 def test_a_block_is_copied_in_all_layers(value_dims: tuple[int, int]) -> None:
     """Keys and values of a block come along in every layer, whether layers are alike or not, and of no other block."""
     shapes = [KVShape(2, 16, value_dim) for value_dim in value_dims]
-    cache = KVCache(shapes, 3, BLOCK, torch.empty(0))
+    cache = KVCache(shapes, 3, BLOCK, Kept(torch.float32, torch.float32))
     for number, tensor in enumerate((*cache.keys, *cache.values)):
         tensor[:] = torch.arange(3.0).view(3, 1, 1, 1) + 10 * number
     cache.copy(2, 0)
