@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from training.errors import OptionError, TrainingError, sentence
+from training.errors import OptionError, PushError, TrainingError, sentence
 
 Option = typer.Option
+API_KEY = "TRAIN_API_KEY"  # no MANYHATS_ variable: those are the server's settings alone
 NEEDED = ("data", "out")  # of every job
+OF_PUSH = ("push", "task", "note", "force", "api_key")  # of one run
 BESIDE_JOBS = ("jobs", "resume")  # what is said beside --jobs, and not in its file
 PANEL = "Options of methods (one that the chosen method does not read is refused)"
 
@@ -89,6 +91,11 @@ def train(
     jobs: Annotated[
         Path | None, Option(help="a YAML file of many jobs, by the names of these flags, that train in one batch")
     ] = None,
+    push: Annotated[str | None, Option(help="URL of a server to upload to; activated where it is better")] = None,
+    task: Annotated[str | None, Option(help="the task to push to (else the name of --out)")] = None,
+    note: Annotated[str, Option(help="a note on the pushed version")] = "",
+    force: Annotated[bool, Option(help="activate what is pushed, better or not")] = False,
+    api_key: Annotated[str | None, Option(help="the server's key", envvar=API_KEY)] = None,
     r: Annotated[int | None, _of_method("rank")] = None,
     alpha: Annotated[float | None, _of_method("what the update is scaled by, over the rank")] = None,
     dropout: Annotated[float | None, _of_method("dropout in training")] = None,
@@ -143,11 +150,56 @@ def _train_one(given: dict[str, Any], show: Any, processes: Any) -> int:
     for name in NEEDED:
         if given[name] is None:
             raise OptionError(f"--{name} is missing: name it, or a file of many jobs with --jobs.")
-    job = job_of(given)
+    job, target = job_of(given), _target_of(given)
     done = run_job(job, show, processes)
     if done is not None:
         _tell(job, done, show)
+        if target is not None:
+            show.say(_pushed(target, job.out, given["force"]))
     return 0
+
+
+def _target_of(given: dict[str, Any]) -> Any:
+    """Where to push to, or None. The server is asked at once, so that a long run does not end before a closed door."""
+    from training.methods import METHODS
+    from training.push import Target
+
+    if given["push"] is None:
+        return None
+    if given["method"] in METHODS and not METHODS[given["method"]].is_uploadable:
+        raise OptionError(f"--push cannot be used with --method {given['method']}, which no server takes as a hat.")
+    target = Target(given["push"], given["task"] or given["out"].name, given["api_key"], given["note"])
+    target.served()
+    return target
+
+
+def _pushed(target: Any, out: Path, is_forced: bool) -> str:
+    from training.push import push_if_better
+
+    try:
+        return push_if_better(target, out, is_forced)
+    except PushError as error:
+        again = f"manyhats push {out} --task {target.task} --url {target.url}"
+        raise PushError(f"{error} The artifact is in {out}; push it with: {again}") from error
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="a PEFT folder")],
+    task: Annotated[str, Option(help="the task that it becomes a version of")],
+    url: Annotated[str, Option(help="the server")] = "http://127.0.0.1:8000",
+    note: Annotated[str, Option(help="a note on the version")] = "",
+    activate: Annotated[bool, Option(help="route the task's requests to it")] = True,
+    api_key: Annotated[str | None, Option(help="the server's key", envvar=API_KEY)] = None,
+) -> None:
+    """Upload a PEFT folder to a server as a version of a task."""
+    from training.push import Target, push_folder
+
+    console = Console(stderr=True)
+    try:
+        said = push_folder(Target(url, task, api_key, note), folder, activate)
+    except TrainingError as error:
+        raise stop(console, str(error), "push") from error
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 def _train_many(given: dict[str, Any], show: Any, processes: Any) -> int:
@@ -158,9 +210,11 @@ def _train_many(given: dict[str, Any], show: Any, processes: Any) -> int:
     for name, parameter in inspect.signature(train).parameters.items():
         if name not in BESIDE_JOBS and given[name] != parameter.default:
             flag = name.replace("_", "-")
+            if name in OF_PUSH:
+                raise OptionError(f"--{flag} cannot stand beside --jobs: `manyhats push` takes each artifact.")
             raise OptionError(f"--{flag} cannot stand beside --jobs: write `{name}` into {given['jobs']}.")
     named = []
-    for number, entry in enumerate(read_jobs(given["jobs"], train, without=("jobs",), needed=NEEDED), start=1):
+    for number, entry in enumerate(read_jobs(given["jobs"], train, without=("jobs", *OF_PUSH), needed=NEEDED), start=1):
         try:
             named.append(Named(number, job_of({**entry, "resume": entry["resume"] or given["resume"]})))
         except OptionError as error:

@@ -4,7 +4,8 @@ TrainingError
 ├── DataError       a data set's file, line or column
 ├── BaseError       the base cannot be loaded
 ├── OptionError     an option's value
-└── DivergedError   the loss is not a number
+├── DivergedError   the loss is not a number
+└── PushError       a server that is not reached, or refuses
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class OptionError(TrainingError):
 
 class DivergedError(TrainingError):
     """The loss became NaN or infinite; the sentence names the step and the lines of its batch."""
+
+
+class PushError(TrainingError):
+    """A server was not reached or refuses; the sentence has its own words."""
 
 
 def sentence(error: TrainingError | OSError, out: Path) -> str:

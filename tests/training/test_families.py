@@ -1,4 +1,4 @@
-"""Train, upload, generate: every method of `manyhats train`, over the real engine on a tiny random base."""
+"""Train, push, generate: every method of `manyhats train`, over the real engine on a tiny random base."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.kit.tiny import EOS
 from tests.server.api.world import Site, error_of, serve_real
 from tests.training.conftest import flags
 from training.methods import METHODS
+from training.push import Target, push_folder
 
 pytestmark = pytest.mark.anyio
 # Other options than the defaults, for a base of two layers, and how often a step is taken.
@@ -73,15 +74,16 @@ async def trained(
     command: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Trained]:
-    """Every method is trained for a few steps, and uploaded as the task of its name."""
+    """Every method is trained for a few steps, and pushed as the task of its name."""
     folder = tmp_path_factory.mktemp("trained")
     for task, chosen in TASKS.items():
         result = command(*flags(biased_base, data, folder / task, "--steps", STEPS, "--lr", 0.03, *chosen))
         assert result.exit_code == 0, f"{task}: {result.output}"
     async with serve_real(biased_base, folder / "served") as site:
         for task in UPLOADED:
-            uploaded = await site.upload(task, zip_folder(folder / task))
-            assert uploaded.status_code == 201, f"{task}: {uploaded.text}"
+            target = Target(str(site.http.base_url), task)
+            said = await asyncio.to_thread(push_folder, target, folder / task)
+            assert f"{task} has it as version 1, and serves version 1." in said
         yield Trained(site, {task: folder / task for task in TASKS})
 
 

@@ -1,0 +1,161 @@
+"""Pushing: over HTTP to a server, activated where it is better than what is served; a refusal loses nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from adapters_store.artifact import MANIFEST
+from tests.training.conftest import flags
+from training import cli
+from training import push as pushing
+
+URL = "http://server"
+
+
+class Served:
+    """What a server answers, and what it was sent; versions are the bodies, the last activated one is routed."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.route: dict[str, int] = {}
+        self.queries: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.refusal: str | None = None
+        self.is_down = False
+
+    def request(self, method: str, url: str, **request: Any) -> httpx.Response:
+        """As `httpx.request`."""
+        self.keys.add(request["headers"].get("Authorization"))
+        if self.is_down:
+            raise httpx.ConnectError("Connection refused")
+        if method == "POST":
+            return self._take(request["params"], request["content"])
+        if url.endswith("/artifact"):
+            return httpx.Response(200, content=self.bodies[int(url.split("/")[-2]) - 1])
+        return httpx.Response(200 if self.bodies else 404, json={"route": {"versions": self.route}})
+
+    def _take(self, query: dict[str, Any], body: bytes) -> httpx.Response:
+        if self.refusal:
+            return httpx.Response(422, json={"error": {"message": self.refusal}})
+        self.queries.append(query)
+        self.bodies.append(body)
+        if query["activate"] == "true":
+            self.route = {str(len(self.bodies)): 100}
+        return httpx.Response(201, json={"version": len(self.bodies)})
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+    """A server in the place of the network."""
+    found = Served()
+    monkeypatch.setattr(pushing.httpx, "request", found.request)
+    return found
+
+
+def push(*words: object) -> Any:
+    """Run `manyhats push`."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(cli.push)
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, data: Path, command: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learned. Do not write into it."""
+    out = tmp_path_factory.mktemp("push") / "hat"
+    result = command(*flags(tiny_base, data, out, "--layers", "all", "--steps", 40, "--lr", 0.02))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def said(result: Any) -> str:
+    return " ".join(result.output.split())
+
+
+def with_scores(folder: Path, out: Path, **changed: Any) -> Path:
+    """A copy whose manifest says other scores."""
+    out.mkdir()
+    for file in folder.iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["evaluation"]["after"].update(changed)
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return out
+
+
+def test_a_new_task_is_activated_where_it_beats_the_base(trained: Path, tmp_path: Path, served: Served) -> None:
+    """Better than the base: routed to; as bad as the base: kept, and said why."""
+    target = pushing.Target(URL, "hat", "secret", "mine")
+    bad = with_scores(trained, tmp_path / "bad", exact_match=0.0)
+    assert "Not activated: exact match is 0.000, that of the base 0.000" in pushing.push_if_better(target, bad, False)
+    assert served.route == {}
+    found = pushing.push_if_better(target, trained, False)
+    assert "as version 2, and serves version 2. Activated" in found
+    assert served.queries[1] == {"task": "hat", "note": "mine", "activate": "true"}
+    assert served.keys == {"Bearer secret"}
+    assert MANIFEST in zipfile.ZipFile(io.BytesIO(served.bodies[1])).namelist()
+
+
+def test_what_is_served_must_be_beaten_on_the_same_rows(trained: Path, tmp_path: Path, served: Served) -> None:
+    """A served version with scores on the same rows is compared; one without is left unless --force says so."""
+    target = pushing.Target(URL, "hat")
+    pushing.push_if_better(target, with_scores(trained, tmp_path / "good", exact_match=0.5), False)
+    worse = with_scores(trained, tmp_path / "worse", exact_match=0.4)
+    assert "serves version 1. Not activated: exact match is 0.400" in pushing.push_if_better(target, worse, False)
+    assert "serves version 3. Activated: --force" in pushing.push_if_better(target, worse, True)
+    other = with_scores(trained, tmp_path / "other")
+    text = (other / MANIFEST).read_text()
+    split = json.loads(text)["evaluation"]["split_sha256"]
+    (other / MANIFEST).write_text(text.replace(split, "0" * 64))
+    assert "was not scored on these rows" in pushing.push_if_better(target, other, False)
+
+
+def test_train_pushes(tiny_base: Path, data: Path, tmp_path: Path, command: Any, served: Served) -> None:
+    """--push uploads to the task of --task, or of the folder's name, and says what is served."""
+    result = command(
+        *flags(tiny_base, data, tmp_path / "hat", "--steps", 1, "--layers", "all", "--push", URL, "--force")
+    )
+    assert result.exit_code == 0 and "hat has it as version 1, and serves version 1." in said(result)
+
+
+def test_a_closed_door_is_told_before_the_run(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any, served: Served
+) -> None:
+    """A server that is not there ends the command before anything is trained."""
+    served.is_down = True
+    result = command(*flags(tiny_base, data, tmp_path / "hat", "--steps", 1, "--push", URL))
+    assert result.exit_code == 1 and f"{URL} cannot be reached" in said(result)
+    assert not (tmp_path / "hat").exists()
+
+
+def test_a_refusal_leaves_the_artifact(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Any, served: Served
+) -> None:
+    """After a run, the server's own sentence is shown, and where the artifact is, and how to push it again."""
+    served.refusal = "no room"
+    chosen = flags(tiny_base, data, tmp_path / "hat", "--steps", 1, "--layers", "all", "--push", URL, "--task", "t")
+    result = command(*chosen, "--force")
+    assert result.exit_code == 1 and "refuses: no room" in said(result)
+    assert f"manyhats push {tmp_path / 'hat'} --task t --url {URL}" in said(result)
+    assert (tmp_path / "hat" / MANIFEST).is_file()
+    assert "full" in said(command(*flags(tiny_base, data, tmp_path / "x", "--push", URL, "--method", "full")))
+
+
+def test_any_folder_can_be_pushed(trained: Path, tmp_path: Path, served: Served) -> None:
+    """Also one without a manifest, which is activated unless told otherwise; what is no artifact is refused here."""
+    plain = with_scores(trained, tmp_path / "plain")
+    (plain / MANIFEST).unlink()
+    assert "serves version 1." in said(push(plain, "--task", "t", "--url", URL))
+    assert "serves version 1." in said(push(plain, "--task", "t", "--url", URL, "--no-activate"))
+    result = push(tmp_path, "--task", "t", "--url", URL)
+    assert result.exit_code == 1 and "is no artifact: there is no adapter_model" in said(result)
