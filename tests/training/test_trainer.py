@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from adapters_store.artifact import WEIGHTS, read_folder
 from tests.training.conftest import flags
@@ -49,9 +50,18 @@ def test_accumulated_parts_are_one_batch(tiny_base: Path) -> None:
     assert_near(parts.tensors(), whole.tensors(), within=1e-4)
 
 
-def test_activations_that_are_computed_again_change_nothing(tiny_base: Path) -> None:
-    """--gradient-checkpointing trains the same weights."""
-    kept, again = run_of(tiny_base)[0], run_of(tiny_base, gradient_checkpointing=True)[0]
+def test_activations_that_are_computed_again_change_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--gradient-checkpointing computes the feed-forward blocks twice, and trains the same weights."""
+    real, calls = LlamaMLP.forward, list[int]()
+
+    def counted(self: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return real(self, hidden)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    kept, num_kept = run_of(tiny_base)[0], len(calls)
+    again = run_of(tiny_base, gradient_checkpointing=True)[0]
+    assert len(calls) - num_kept == 2 * num_kept
     assert_near(again.tensors(), kept.tensors(), within=1e-6)
 
 
