@@ -23,35 +23,12 @@ from server.api.front import Front
 from server.api.imports import import_tree
 from server.api.text import Tokenizer
 from server.engine.client import EngineClient, ProcessEngineClient
-from server.engine.messages import EngineConfig
 from server.metrics import Metrics
 from server.settings import Settings
 
 OnReady = Callable[[Front], None]
 T = TypeVar("T")
 U = TypeVar("U")
-
-
-def engine_config(settings: Settings, base_folder: Path) -> EngineConfig:
-    """What the engine is told."""
-    return EngineConfig(
-        folder=str(base_folder),
-        name=settings.base,
-        blobs=str(settings.data / "artifacts"),
-        store=settings.store,
-        precision=settings.precision,
-        device=settings.device,
-        num_threads=settings.num_threads,
-        kv_cache_bytes=int(settings.kv_cache_bytes),
-        block_size=settings.block_size,
-        max_sequence_tokens=settings.max_sequence_tokens,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-        slot_bytes=int(settings.slot_bytes),
-        host_bytes=int(settings.host_bytes),
-        is_prefix_cached=settings.prefix_cache,
-    )
 
 
 def create_app(
@@ -61,7 +38,7 @@ def create_app(
 
     Where it cannot start, `state.start_failure` is a sentence for the operator.
     """
-    engine = client or ProcessEngineClient(engine_config(settings, base_folder))
+    engine = client or ProcessEngineClient(settings.engine_config(base_folder))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from socket import socket
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -19,10 +23,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from adapters_store.bases import BaseError, resolve_base
-from adapters_store.registry import DEFAULT_TENANT
 from server import listen, logs
-from server.api.front import Front
+from server.engine.client import ProcessEngineClient
 from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
+
+if TYPE_CHECKING:
+    from server.api.front import Front
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +78,29 @@ def serve(**flags: Any) -> None:
                 folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
         except (BaseError, OSError) as error:
             raise _stop(console, str(error)) from error
-        from server.app import create_app  # after the flags are known to be good
+        failures = list[str]()
+        greet = lambda front: _greet(front, url, console, time.monotonic() - began)  # noqa: E731
+        listen.run(_serve(settings, folder, sockets, greet, failures), sockets)
+    if failures:
+        raise _stop(console, failures[0])
 
-        app = create_app(settings, folder, on_ready=lambda front: _greet(front, url, console, time.monotonic() - began))
-        listen.run(app, settings, sockets)
-    if app.state.start_failure is not None:
-        raise _stop(console, app.state.start_failure)
+
+async def _serve(
+    settings: Settings, folder: Path, sockets: list[socket], on_ready: Callable[[Front], None], failures: list[str]
+) -> None:
+    """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal."""
+    engine = ProcessEngineClient(settings.engine_config(folder))
+    starting = asyncio.create_task(engine.start())
+    try:
+        front = await asyncio.to_thread(import_module, "server.app")
+        app = front.create_app(settings, folder, engine, on_ready)
+        with contextlib.suppress(SystemExit):  # it could not start
+            await listen.Server(app, settings).serve(sockets)
+        if app.state.start_failure is not None:
+            failures.append(app.state.start_failure)
+    finally:
+        await engine.close()
+        await asyncio.gather(starting, return_exceptions=True)
 
 
 def _settings(flags: dict[str, Any], console: Console) -> Settings:
@@ -99,6 +122,8 @@ def _stop(console: Console, reason: str, what: str = "cannot start:") -> typer.E
 
 def _greet(front: Front, url: str, console: Console, seconds: float) -> None:
     """Say where it serves, and a curl that works when pasted."""
+    from adapters_store.registry import DEFAULT_TENANT  # by now it is here
+
     settings, ready = front.settings, front.ready()
     tasks = [task.name for task in front.registry.tasks(DEFAULT_TENANT)]
     key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""

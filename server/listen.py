@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
 import socket
 import time
 from asyncio import BaseTransport, TimerHandle
+from collections.abc import Coroutine
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.front import Front
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.api.front import Front  # it brings torch: a second, in which the engine starts already
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +144,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(app: FastAPI, settings: Settings, sockets: list[socket.socket]) -> None:
-    """Serve until a signal, or return at once where the application cannot start."""
-    with contextlib.ExitStack() as stack, contextlib.suppress(SystemExit):
+def run(serve: Coroutine[Any, Any, None], sockets: list[socket.socket]) -> None:
+    """Run what serves, in uvicorn's kind of loop; then close the sockets."""
+    with contextlib.ExitStack() as stack:
         for listener in sockets:
             stack.enter_context(listener)
-        Server(app, settings).run(sockets)
+        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+            runner.run(serve)
 
 
 def address_of(host: str, sockets: list[socket.socket]) -> str:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters_store.bases import SMOLLM2, default_cache
+from server.engine.messages import EngineConfig
 
 PREFIX = "MANYHATS_"
 
@@ -75,6 +76,27 @@ class Settings(BaseSettings):
         if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 16:
             raise ValueError(f"{PREFIX}ADMIN_KEY is shorter than 16 characters")
         return self
+
+    def engine_config(self, base_folder: Path) -> EngineConfig:
+        """What the engine is told."""
+        return EngineConfig(
+            folder=str(base_folder),
+            name=self.base,
+            blobs=str(self.data / "artifacts"),
+            store=self.store,
+            precision=self.precision,
+            device=self.device,
+            num_threads=self.num_threads,
+            kv_cache_bytes=int(self.kv_cache_bytes),
+            block_size=self.block_size,
+            max_sequence_tokens=self.max_sequence_tokens,
+            max_batch_tokens=self.max_batch_tokens,
+            max_running=self.max_running,
+            max_waiting=self.max_waiting,
+            slot_bytes=int(self.slot_bytes),
+            host_bytes=int(self.host_bytes),
+            is_prefix_cached=self.prefix_cache,
+        )
 
 
 def is_loopback(host: str) -> bool:

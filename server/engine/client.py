@@ -152,6 +152,7 @@ class ProcessEngineClient:
         self._command = tuple(command)
         self._patience = patience or Patience()
         self._life: _Life | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._queues: dict[str, asyncio.Queue[Output]] = {}
         self._kept: list[str] = []
@@ -165,12 +166,23 @@ class ProcessEngineClient:
         return None if self._life is None else self._life.process.pid
 
     async def start(self) -> None:
-        """Start the first engine and the task that keeps one alive. Raises `EngineStartError`."""
+        """Start the first engine and the task that keeps one alive, or wait for such a start that goes on already.
+
+        Raises `EngineStartError`.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start(), name="engine start")
+        await self._starting
+
+    async def _start(self) -> None:
         life = await self._begin()
         self._keeper = asyncio.create_task(self._keep(life), name="engine keeper")
 
     async def close(self) -> None:
         """End the engine and its keeper; nothing of them is left."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.cancel()

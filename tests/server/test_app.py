@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from adapters_store.artifact import CONFIG, WEIGHTS
-from server.app import create_app, engine_config
+from server.app import create_app
 from server.engine.client import EngineStartError, ProcessEngineClient
 from server.engine.fake import FakeEngineClient
 from tests.golden.make_adapterhub import HERE
@@ -99,7 +99,7 @@ async def test_the_engine_is_told_the_settings(tiny_base: Path, tmp_path: Path) 
     values = {"precision": "bf16", "device": "cuda", "num_threads": 3, "kv_cache_bytes": 2**20, "block_size": 16}
     values |= {"max_sequence_tokens": 9, "max_batch_tokens": 16, "max_running": 5, "max_waiting": 6}
     values |= {"slot_bytes": 7, "host_bytes": 8}
-    config = engine_config(settings_of(tiny_base, tmp_path, prefix_cache=False, **values), tiny_base)
+    config = settings_of(tiny_base, tmp_path, prefix_cache=False, **values).engine_config(tiny_base)
     assert {name: getattr(config, name) for name in values} == values
     assert (config.folder, config.name, config.is_prefix_cached) == (str(tiny_base), str(tiny_base), False)
     assert config.blobs == str(tmp_path / "artifacts")

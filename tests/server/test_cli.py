@@ -124,7 +124,7 @@ def test_a_server_that_cannot_start_ends_with_1(
     run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a room cannot start, the command ends with code 1 and the reason."""
-    monkeypatch.setattr("server.app.ProcessEngineClient", lambda _config: FakeEngineClient(ready_of(tiny_base)))
+    monkeypatch.setattr("server.cli.ProcessEngineClient", lambda _config: FakeEngineClient(ready_of(tiny_base)))
     words = ["--base", str(tiny_base), "--data", str(tmp_path), "--import", str(tmp_path / "none")]
     shown = run("serve", *words, "--port", "0")
     assert shown.code == 1

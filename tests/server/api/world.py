@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters_store.bases import base_identity
 from adapters_store.describe import describe
 from server.api.front import Front
-from server.app import create_app, engine_config
+from server.app import create_app
 from server.engine.client import EngineClient, Patience, ProcessEngineClient
 from server.engine.fake import FakeEngineClient, fake_ready
 from server.engine.messages import Ready
@@ -156,7 +156,7 @@ async def serve_site(
 async def serve_real(base: Path, data: Path, **settings: Any) -> AsyncIterator[Site]:
     """A server that listens on loopback, over the real engine in a process of its own."""
     limits = {**REAL_LIMITS, **settings}
-    config = engine_config(settings_of(base, data, **limits), base)
+    config = settings_of(base, data, **limits).engine_config(base)
     client = ProcessEngineClient(config, patience=Patience(first_retry=0.05))
     async with serve_site(base, data, client, **limits) as site:
         yield site
