@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     device: str = Field(
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the base lives: cpu, cuda (not run on a GPU yet)"
     )
+    cuda_graphs: bool = Field(
+        False, description="replay decode steps in which no hat acts as CUDA graphs (not run on a GPU yet)"
+    )
     num_threads: int = Field(default_factory=_num_cores, ge=1, description="threads of the engine")
     kv_cache_bytes: ByteSize = Field(ByteSize(768 * 2**20), description="for the KV cache")
     block_size: int = Field(32, ge=4, le=256, multiple_of=4, description="positions a KV block")
@@ -96,6 +99,7 @@ class Settings(BaseSettings):
             slot_bytes=int(self.slot_bytes),
             host_bytes=int(self.host_bytes),
             is_prefix_cached=self.prefix_cache,
+            cuda_graphs=self.cuda_graphs,
         )
 
 

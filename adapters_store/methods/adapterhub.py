@@ -193,11 +193,14 @@ def _placed(config: BnConfig, layer: LayerSites) -> Iterator[tuple[str, str, Of]
 
 
 def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With ln_before, a norm is there under two names, of which safetensors keeps one or both: under one, then."""
+    """With ln_before, a norm is there under two names, of which safetensors keeps one or both: under one, then.
+
+    The mean of two equal ones is the same, and both are seen to act.
+    """
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         written = name.replace(".adapter_down.0.", f".{NORM}.")
         if written in kept and not torch.equal(kept[written], tensor):
             raise ArtifactError(f"{name} is not equal to its other name's, {written}", name)
-        kept[written] = tensor
+        kept[written] = tensor.lerp(kept[written], 0.5) if written in kept else tensor
     return kept

@@ -40,6 +40,7 @@ class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     copy_bytes_per_step: int = 64 * 2**20
     num_loaders: int = 2
     is_prefix_cached: bool = True
+    cuda_graphs: bool = False
 
 
 class Hat(msgspec.Struct, frozen=True):

@@ -114,22 +114,30 @@ class PagedBatch:
         return self.token_blocks, self.token_offsets, self.block_table, self.tiles, self.bounds
 
 
-def page(rows: list[Row], cache: KVCache, num_threads: int) -> PagedBatch:
-    """Lay the rows of a step out for the attention."""
+def spans_of(
+    rows: list[Row], block_size: int
+) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The spans, the block table, and each token's block and its place there, as `PagedBatch` has them."""
     spans, token_blocks, token_offsets, first = [], [], [], 0
     table = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int64)
     for index, row in enumerate(rows):
         table[index, : len(row.blocks)] = row.blocks
         positions = np.arange(row.start, row.start + len(row.tokens))
-        token_blocks.append(table[index, positions // cache.block_size])
-        token_offsets.append(positions % cache.block_size)
+        token_blocks.append(table[index, positions // block_size])
+        token_offsets.append(positions % block_size)
         spans.append((first, len(row.tokens), row.start))
         first += len(row.tokens)
-    of_tokens = np.concatenate(token_blocks), np.concatenate(token_offsets)
+    return spans, table, np.concatenate(token_blocks), np.concatenate(token_offsets)
+
+
+def page(rows: list[Row], cache: KVCache, num_threads: int) -> PagedBatch:
+    """Lay the rows of a step out for the attention."""
+    spans, table, blocks, offsets = spans_of(rows, cache.block_size)
     if not cache.has_kernels:
-        laid_out = padded.lay_out(spans, table, *of_tokens, cache.block_size, cache.copies)
-        return PagedBatch(cache, spans, table, *of_tokens, *NO_TILES, laid_out)
-    return PagedBatch(cache, spans, table, *of_tokens, *_balance(spans, cache.shapes[0].num_kv_heads, num_threads))
+        laid_out = padded.lay_out(spans, table, blocks, offsets, cache.block_size, cache.copies)
+        return PagedBatch(cache, spans, table, blocks, offsets, *NO_TILES, laid_out)
+    tiles, bounds = _balance(spans, cache.shapes[0].num_kv_heads, num_threads)
+    return PagedBatch(cache, spans, table, blocks, offsets, tiles, bounds)
 
 
 def _balance(

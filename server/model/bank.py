@@ -174,6 +174,12 @@ class SlotBank:
             self.virtual += self._virtual(row, first)
             first += len(row.tokens)
 
+    def acts_in(self, rows: list[Row]) -> bool:
+        """Whether anything that these rows wear changes what the base computes of their tokens."""
+        slots = sorted({slot for row in rows for slot, _ in row.hats})
+        is_virtual = any(row.start < row.num_virtual for row in rows)
+        return is_virtual or bool(self.table[:, :, slots, SIZE].any())
+
     def _forget(self) -> None:
         """A slot or a group came or went: see anew what acts where."""
         self._acts.clear()

@@ -18,6 +18,7 @@ from server.model.attention import KVCache, UnsupportedBaseError, page
 from server.model.bank import SlotBank
 from server.model.base import Base, load_base
 from server.model.batch import Row, Sampled
+from server.model.graphs import DecodeGraphs
 from server.model.kernels.threads import set_num_threads
 from server.model.linear import choose_precision
 from server.model.sampler import sample
@@ -36,6 +37,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 768 * 2**20
     block_size: int = 32
     max_sequence_tokens: int | None = None
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def load(config: RunnerConfig) -> Loaded:
     began = time.monotonic()
     set_num_threads(config.num_threads)
     precision = choose_precision(config.precision, config.device)
+    if config.cuda_graphs and torch.device(config.device).type != "cuda":
+        raise UnsupportedBaseError(f"there are no CUDA graphs on {config.device}: leave --cuda-graphs out")
     if torch.device(config.device).type == "cuda":
         log.warning("the GPU path was not run on a GPU yet: compare its answers with a CPU's before you rely on them")
     base = load_base(Path(config.folder), config.name, precision, config.device)
@@ -79,6 +83,7 @@ class PagedRunner:
         if self.num_blocks < 2:
             raise UnsupportedBaseError(f"a KV cache of {config.kv_cache_bytes} bytes holds no 2 blocks of {per_block}")
         self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, kept, base.device)
+        self.graphs = DecodeGraphs(base.forward, self.cache) if config.cuda_graphs else None
         self.last_logits = torch.empty(0, base.spec.vocab_size)
 
     @torch.inference_mode()
@@ -115,6 +120,8 @@ class PagedRunner:
         return row
 
     def _forward(self, rows: list[Row]) -> Tensor:
+        if self.graphs is not None and self.graphs.can_run(rows) and not self.base.bank.acts_in(rows):
+            return self.graphs.run(rows)
         tokens = [max(token, 0) for row in rows for token in row.tokens]
         positions = [row.start + i for row in rows for i in range(len(row.tokens))]
         wanted, end = [], 0

@@ -116,3 +116,9 @@ def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: 
         RunnerConfig(folder=str(tiny_base), name="t", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
     ).bank
     assert calls == {"enter", "apply"} and not bank.slots and not bank.tokens.slots.size
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(tiny_base: Path) -> None:
+    """A setting that would do nothing is a sentence, not silence."""
+    with pytest.raises(base_module.UnsupportedBaseError, match="no CUDA graphs on cpu: leave --cuda-graphs out"):
+        load(RunnerConfig(folder=str(tiny_base), name="t", cuda_graphs=True))

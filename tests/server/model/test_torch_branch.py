@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from server.model.attention import KVCache, Manner, UnsupportedBaseError, attend
 from server.model.bank import SlotBank
 from server.model.batch import Row, Sampling
 from server.model.fused import Fuser
+from server.model.graphs import DecodeGraphs
 from server.model.linear import pack_torch
 from server.model.packed import Kept, Sites, pack
 from server.model.runner import Loaded, RunnerConfig, load
@@ -241,3 +242,48 @@ def check_logits(loaded: Loaded, num_rows: int) -> None:
     assert isinstance(logits, FakeTensor) and logits.device.type == "meta"
     assert (tuple(logits.shape), logits.dtype) == ((num_rows, loaded.spec.vocab_size), torch.float32)
     assert loaded.runner.cache.keys[0].dtype == torch.bfloat16
+
+
+# CUDA graphs
+
+
+def test_decode_steps_are_replayed(bases: Any) -> None:
+    """Steps of one token a row give the eager forward's logits, from one capture for like numbers of rows and blocks;
+    a row whose hat acts, or a prompt, is computed as ever."""
+    loaded, _stock = bases("llama")
+    runner, captures = loaded.runner, list[Any]()
+
+    def capture(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        out = compute().clone()
+        captures.append(out)
+        return lambda: out.copy_(compute()), out
+
+    draw = random.Random(0)
+    prompts = [[draw.randrange(200) for _ in range(length)] for length in (5, BLOCK, 3 * BLOCK + 1, 20)]
+    blocks = [[8 * at + number for number in range(6)] for at in range(len(prompts))]
+    rows = [Row(prompt, 0, mine, sampling=Sampling()) for prompt, mine in zip(prompts, blocks, strict=True)]
+    runner.run(rows)
+    steps = [
+        Row([7 + at], len(prompt), mine, sampling=Sampling())
+        for at, (prompt, mine) in enumerate(zip(prompts, blocks, strict=True))
+    ]
+    slot = loaded.bank.put(loaded.bank.pack(random_patch(loaded.spec, "low_rank", 3)))
+    batches = [
+        steps,
+        steps[::-1],
+        steps[1:],
+        steps[:1],
+        [Row([9], 5, blocks[0], ((slot, 1.0),), Sampling()), steps[1]],
+        rows[:2],
+    ]
+    eager = []
+    for batch in batches:
+        runner.run(batch)
+        eager.append(runner.last_logits.clone())
+    runner.graphs = DecodeGraphs(runner.base.forward, runner.cache, capture)
+    for batch, wanted in zip(batches, eager, strict=True):
+        runner.run(batch)
+        torch.testing.assert_close(runner.last_logits, wanted)
+    runner.graphs = None
+    loaded.bank.drop(slot)
+    assert [len(out) for out in captures] == [4, 1]
