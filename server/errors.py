@@ -17,6 +17,7 @@ ServerError
 ├── EngineFailedError 422 500 503 504, by the engine's code
 ├── UnavailableError 503
 │   ├── DrainingError 503
+│   ├── ProbeLateError 503
 │   └── RegistryUnavailableError 503
 └── StorageError 507
 
@@ -157,6 +158,12 @@ class DrainingError(UnavailableError):
     """The server is about to end: what runs may finish, nothing new begins."""
 
     code = "draining"
+
+
+class ProbeLateError(UnavailableError):
+    """The engine had no time for a probe."""
+
+    code = "overloaded"
 
 
 class RegistryUnavailableError(UnavailableError):

@@ -27,7 +27,7 @@ from server.api import parity
 from server.api.front import Front
 from server.engine.client import EngineUnavailable
 from server.engine.messages import EngineFailure, Hat, Ready, Submit
-from server.errors import EngineFailedError, ServerError, UnavailableError
+from server.errors import EngineFailedError, ProbeLateError, ServerError, UnavailableError
 from server.model.batch import Logprobs, Sampling
 
 MIN_ROOM = 2  # positions that a prefix must leave: one for a prompt, one for an answer
@@ -60,12 +60,6 @@ class Proved:
     def values(self) -> dict[str, Any]:
         """What the registry keeps of a version."""
         return {name: value for name, value in vars(self).items() if name != "checks"}
-
-
-class ProbeLateError(UnavailableError):
-    """The engine had no time for a probe."""
-
-    code = "overloaded"
 
 
 async def prove(front: Front, folder: Path) -> Proved:

@@ -116,16 +116,16 @@ def has_halves() -> bool:
 
 def choose_precision(precision: str, device: str) -> str:
     """What `auto` means here; a device that is not here, or that has no good product for a precision, is refused."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedBaseError(f"device {device} is not here: torch {torch.__version__} finds no GPU; use cpu")
     on_cpu = torch.device(device).type == "cpu"
-    if precision == "auto":
-        return ("fp16" if has_halves() else "fp32") if on_cpu else "bf16"
     usable = [name for name in PACKERS if name != "fp16" or has_halves()] if on_cpu else ["fp32", "bf16", "fp16"]
-    if precision not in usable:
+    if precision not in ("auto", *usable):
         raise UnsupportedBaseError(
             f"precision {precision} is not served on {device}; choose auto or {', '.join(usable)}"
         )
+    if not on_cpu and not torch.cuda.is_available():
+        raise UnsupportedBaseError(f"device {device} is not here: torch {torch.__version__} finds no GPU; use cpu")
+    if precision == "auto":
+        return ("fp16" if has_halves() else "fp32") if on_cpu else "bf16"
     return precision
 
 

@@ -24,6 +24,9 @@ def test_every_setting_is_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     values: dict[str, tuple[str, Any]] = {
         "base": ("x", "x"),
         "data": (str(tmp_path), tmp_path),
+        "store": ("s3://bucket/prefix", "s3://bucket/prefix"),
+        "registry": ("postgresql://host/name", "postgresql://host/name"),
+        "cuda_graphs": ("true", True),
         "cache": (str(tmp_path), tmp_path),
         "import_": (str(tmp_path), tmp_path),
         "host": ("::1", "::1"),

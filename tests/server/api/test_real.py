@@ -235,7 +235,7 @@ async def test_an_artifact_that_was_damaged(real: Site, tiny_base: Path, tmp_pat
     path.write_bytes(data)
     real.front.client.forget(uploaded.json()["digest"])  # the door's probe left it in a slot
     answer = await real.post("/generate?task=hurt", {"prompt": "a"})
-    assert (answer.status_code, error_of(answer)["code"]) == (503, "adapter_failed")
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "artifact_corrupt")
     assert await tokens(real, "t2") == before
     await real.http.delete("/tasks/hurt")
 

@@ -411,7 +411,7 @@ CHANGES: dict[tuple[str, str], tuple[str, object]] = {
     ("POST", "/adapters"): ("version.add", b""),
     ("PUT", "/tasks/{task}/route"): ("route.set", {"versions": {"1": 1}}),
     ("POST", "/tasks/{task}/rollback"): ("route.rollback", None),
-    ("PUT", "/tasks/{task}/pin"): ("pin.set", {"pinned": True}),
+    ("PUT", "/tasks/{task}/pin"): ("task.pin", {"pinned": True}),
     ("DELETE", "/tasks/{task}/versions/{number}"): ("version.delete", None),
     ("DELETE", "/tasks/{task}"): ("task.delete", None),
     ("DELETE", "/tenants/{tenant}"): ("tenant.delete", None),

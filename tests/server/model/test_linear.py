@@ -80,10 +80,11 @@ def test_int8_keeps_each_output_to_its_own_scale() -> None:
     assert ((got - weight).abs() <= 0.5001 * step).all() and not got[7].any()
 
 
-def test_precisions_that_are_not_served_are_refused_by_name() -> None:
+def test_precisions_that_are_not_served_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 is not served on CPU, nor int8 elsewhere, and they say so; auto is the best that the machine has."""
     for precision, device in (("bf16", "cpu"), ("int8", "cuda"), ("int4", "cpu")):
         with pytest.raises(UnsupportedBaseError, match=precision):
             linear.choose_precision(precision, device)
     assert linear.choose_precision("auto", "cpu") == ("fp16" if linear.has_halves() else "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert linear.choose_precision("auto", "cuda") == "bf16"
