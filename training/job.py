@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from training.curves import draw
 from training.data import Columns, Dataset, Rows, check_varied, hold_out, read_dataset, tokenise
 from training.errors import DivergedError, OptionError
 from training.evaluate import Scores, Suite, evaluate, parity, suite_of
+from training.log import LOG, LiveLog, lines
 from training.memory import PeakMemory
 from training.methods import METHODS, attach, options_of
 from training.methods.hat import Hat
@@ -33,7 +32,7 @@ from training.show import Show
 from training.template import Template
 from training.trainer import Run, Step, Trainer
 
-LOG, CURVES = "train.jsonl", "curves.png"
+CURVES = "curves.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("auto", "fp32", "bf16")
 NUDGE = 1e-3  # what a hat is changed by to see whether the server would take it
@@ -81,6 +80,7 @@ class Ready:
     rows: Rows
     suite: Suite
     checkpoint: Checkpoint
+    log: LiveLog
     before: Scores | None
     hat: Hat
     memory: PeakMemory
@@ -96,7 +96,7 @@ def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
     options = check(job)
     base = load_base(job.base, processes.device(job.device), job.cache, show.say)
     ready = prepare(job, options, base, show, processes)
-    with show.training() as tell, forgotten_if_diverged(ready):
+    with show.training() as tell, forgotten_if_failed(ready):
         run = ready.trainer.run(on_step(ready, tell, processes))
     done = finish(ready, run, show, processes)
     processes.wait()
@@ -129,14 +129,19 @@ def prepare(
     if job.is_resumed and checkpoint.exists():
         trainer.restore(checkpoint.load())
         show.say(f"going on after step {len(trainer.steps)}")
-    return Ready(job, options, base, rows, suite, checkpoint, before, hat, memory, trainer, num_jobs)
+    log = LiveLog(job.out)
+    if processes.is_main:
+        log.begin(trainer.steps)
+    return Ready(job, options, base, rows, suite, checkpoint, log, before, hat, memory, trainer, num_jobs)
 
 
 def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
-    """What is done after each step: it is told, and now and then the run is kept."""
+    """What is done after each step: it is told and logged, and now and then the run is kept."""
 
     def do(step: Step) -> None:
         tell(step)
+        if processes.is_main:
+            ready.log.add(step)
         if processes.is_main and step.number % ready.job.plan.save_steps == 0:
             ready.checkpoint.save(ready.trainer.state())
 
@@ -144,12 +149,14 @@ def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) ->
 
 
 @contextmanager
-def forgotten_if_diverged(ready: Ready) -> Iterator[None]:
-    """A run that diverged leaves no checkpoint: it would diverge again."""
+def forgotten_if_failed(ready: Ready) -> Iterator[None]:
+    """A run that failed leaves no log, and one that diverged no checkpoint: it would diverge again."""
     try:
         yield
-    except DivergedError:
-        ready.checkpoint.remove()
+    except Exception as error:
+        ready.log.remove()
+        if isinstance(error, DivergedError):
+            ready.checkpoint.remove()
         raise
 
 
@@ -158,6 +165,7 @@ def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | N
     job, base, hat, rows = ready.job, ready.base, ready.hat, ready.rows
     if ready.before is None:
         return None
+    ready.log.remove()
     memory = (ready.memory.base, ready.memory.peak())
     training = facts.of_run(job, ready.options, rows, run, memory, processes.size)
     hat.settle(DTYPES[job.save_dtype])
@@ -262,11 +270,6 @@ def _write(job: Job, hat: Hat, manifest: Manifest, steps: Sequence[Step]) -> int
     tensors = hat.tensors()
     stored = {name: tensors[name].detach().to("cpu", DTYPES[job.save_dtype]).contiguous() for name in sorted(tensors)}
     weights = save(stored, metadata={"format": "pt"})
-    log = "".join(json.dumps(_log_line(step)) + "\n" for step in steps)
     curves = draw(steps, f"{job.method} on {job.data.name}")
-    write_folder(job.out, hat.config(), weights, manifest, {LOG: log.encode(), CURVES: curves})
+    write_folder(job.out, hat.config(), weights, manifest, {LOG: lines(steps).encode(), CURVES: curves})
     return len(weights)
-
-
-def _log_line(step: Step) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(step).items() if value is not None}

@@ -75,13 +75,15 @@ def test_kill_9_and_resume(tiny_base: Path, data: Path, tmp_path: Path, command:
     assert command(*flags(tiny_base, data, wanted, *more)).exit_code == 0
     checkpoint = _kill_after_checkpoint(flags(tiny_base, data, out, *more), out)
     assert not out.exists()
+    log = out.with_name(f".{out.name}.train.jsonl")
+    assert [json.loads(line)["number"] for line in log.read_text().splitlines()][:20] == list(range(1, 21))
     refused = command(*flags(tiny_base, data, out, *more))
     assert refused.exit_code == 1 and "--resume" in refused.output
     other = command(*flags(tiny_base, data, out, *more, "--seed", 1, "--resume"))
     assert other.exit_code == 1 and "--seed was 0" in " ".join(other.output.split())
     result = command(*flags(tiny_base, data, out, *more, "--resume"))
     assert result.exit_code == 0 and "going on after step" in result.output, result.output
-    assert not checkpoint.exists()
+    assert not checkpoint.exists() and not log.exists()
     ours, theirs = (load_file(folder / WEIGHTS) for folder in (out, wanted))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     numbers = [json.loads(line)["number"] for line in (out / "train.jsonl").read_text().splitlines()]

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from training.base import Base, load_base
 from training.errors import OptionError, TrainingError, sentence
-from training.job import Done, Job, Ready, check, dtype_of, finish, forgotten_if_diverged, on_step, prepare
+from training.job import Done, Job, Ready, check, dtype_of, finish, forgotten_if_failed, on_step, prepare
 from training.jobs.batch import SharedBase, Wearer, twin
 from training.methods import METHODS, flag
 from training.processes import Processes
@@ -132,7 +132,7 @@ class _Crew:
         """Whether it could be taken."""
 
         def take() -> bool:
-            with forgotten_if_diverged(member.ready):
+            with forgotten_if_failed(member.ready):
                 member.after_step(member.ready.trainer.take(turn, loss))
             return True
 
