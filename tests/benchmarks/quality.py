@@ -55,7 +55,13 @@ def line(aim: Aim, manifest: dict[str, Any]) -> str:
     scores, seconds = manifest["evaluation"], manifest["training"]["seconds"]
     before, after = scores["before"], scores["after"]
     reached = "yes" if after["exact_match"] >= aim.to_reach else "**no**"
-    shares = [before["exact_match"], before["label_accuracy"], after["exact_match"], after["label_accuracy"], aim.to_reach]
+    shares = [
+        before["exact_match"],
+        before["label_accuracy"],
+        after["exact_match"],
+        after["label_accuracy"],
+        aim.to_reach,
+    ]
     cells = [aim.task, aim.method, f"{seconds:.0f} s", *(f"{share:.1%}" for share in shares), reached]
     return f"| {' | '.join(cells)} |"
 
