@@ -122,7 +122,7 @@ def choose_precision(precision: str, device: str) -> str:
         raise UnsupportedBaseError(
             f"precision {precision} is not served on {device}; choose auto or {', '.join(usable)}"
         )
-    if not on_cpu and not torch.cuda.is_available():
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedBaseError(f"device {device} is not here: torch {torch.__version__} finds no GPU; use cpu")
     if precision == "auto":
         return ("fp16" if has_halves() else "fp32") if on_cpu else "bf16"

@@ -103,6 +103,12 @@ def test_claims_about_full_fine_tuning_need_it() -> None:
     assert claims(comparison(outcome("full"))) == []
 
 
+def test_a_base_that_takes_no_memory_of_note() -> None:
+    """Where full fine-tuning added no page that could be seen, no share of it is claimed."""
+    found = verdicts(outcome("lora", memory_bytes=0), outcome("full", memory_bytes=0))
+    assert found["less memory to train than full fine-tuning"] == "not measured"
+
+
 def test_free_answers_are_held_by_bleu() -> None:
     """Where answers are no labels, BLEU says how good they are."""
     scores = {"exact_match": 0.1, "label_accuracy": None, "bleu": 54.8, NEUTRAL: 21.0}

@@ -55,6 +55,8 @@ def _memory(hats: list[Outcome], full: Outcome | None) -> Claim:
     if full is None:
         return _without_full(claim)
     most = full.memory_bytes
+    if not most:  # a base so small that no page was added
+        return Claim(claim, "full fine-tuning took no memory that could be measured", "not measured")
     figures = _range(hats, lambda one: one.memory_bytes / most, lambda value: f"{value:.2f}")
     bad = [one.method for one in hats if one.memory_bytes >= most]
     return Claim(claim, f"{figures} of its {megabytes(most)} above the loaded base", _verdict(bad))
