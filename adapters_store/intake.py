@@ -13,9 +13,10 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, find_parts, part_of
+from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, part_of
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ArtifactTypeError
 from adapters_store.tensors import MAX_HEADER_BYTES, read_header
 
@@ -47,11 +48,13 @@ def unpack_upload(body: Path, content_type: str, into: Path, max_bytes: int) -> 
         raise ArtifactTypeError(f"content type {content_type[:80]!r} is neither {ZIP_TYPE} nor {SAFETENSORS_TYPE}")
 
 
-def pack_zip(folder: Path, out: Path) -> None:
-    """Zip a PEFT folder; the same folder gives the same bytes."""
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for name, path in find_parts(folder).items():
-            archive.writestr(zipfile.ZipInfo(name, EPOCH), path.read_bytes())
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    """The files of an artifact as a zip; the same files give the same bytes."""
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
+    return body.getvalue()
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:

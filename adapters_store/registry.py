@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
@@ -35,20 +35,18 @@ from adapters_store.errors import AbsentError, StoreError
 from adapters_store.routes import WHOLE, Route, current_route, roll_back, route_of, set_route
 from adapters_store.tenants import DEFAULT_TENANT, check_quota
 
-__all__ = ["DEFAULT_TENANT", "Registry", "Task", "Usage", "Version"]
+__all__ = ["DEFAULT_TENANT", "Facts", "Registry", "Task", "Usage", "Version"]
 MAX_NUMBER = 2**63  # of what SQL takes as an integer
 
 
-@dataclass(frozen=True)
-class Version:
-    """One immutable version of a task.
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is kept of an artifact beside its bytes.
 
     `num_parameters` were trained, `num_items` numbers take its place on the device, of which `num_matrix_items` are of
     matrices; `num_virtual` tokens of its prefix come before a prompt; `num_bytes` are those of its files.
     """
 
-    task: str
-    number: int
     digest: str
     method: str
     num_parameters: int
@@ -56,7 +54,15 @@ class Version:
     num_matrix_items: int
     num_virtual: int
     num_bytes: int
-    prompt_format: PromptFormat | None
+    prompt_format: PromptFormat | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version(Facts):
+    """One immutable version of a task."""
+
+    task: str
+    number: int
     note: str
     created: float
 
@@ -126,15 +132,8 @@ class Registry:
         self,
         tenant: str,
         task: str,
+        facts: Facts,
         *,
-        digest: str,
-        method: str,
-        num_parameters: int,
-        num_items: int,
-        num_matrix_items: int,
-        num_virtual: int,
-        num_bytes: int,
-        prompt_format: PromptFormat | None = None,
         note: str = "",
         activate: bool = True,
     ) -> tuple[Version, bool]:
@@ -145,27 +144,15 @@ class Registry:
         """
         with self._write() as connection:
             task_id = self._make_task(connection, tenant, task)
-            known = select(versions).where(versions.c.task_id == task_id, versions.c.digest == digest)
+            known = select(versions).where(versions.c.task_id == task_id, versions.c.digest == facts.digest)
             is_new = connection.execute(known).first() is None
             if is_new:
-                check_quota(connection, tenant, num_bytes)
-                values = {
-                    "task_id": task_id,
-                    "number": self._next_number(connection, task_id),
-                    "digest": digest,
-                    "method": method,
-                    "num_parameters": num_parameters,
-                    "num_items": num_items,
-                    "num_matrix_items": num_matrix_items,
-                    "num_virtual": num_virtual,
-                    "num_bytes": num_bytes,
-                    "prompt_format": None if prompt_format is None else msgspec.to_builtins(prompt_format),
-                    "note": note,
-                    "created": time.time(),
-                }
-                connection.execute(insert(versions).values(**values))
-                audit.note(connection, tenant, "version.add", task=task, version=values["number"], digest=digest)
-            connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == digest))
+                check_quota(connection, tenant, facts.num_bytes)
+                number = self._next_number(connection, task_id)
+                values = {"task_id": task_id, "number": number, "note": note, "created": time.time()}
+                connection.execute(insert(versions).values(**values, **msgspec.to_builtins(facts)))
+                audit.note(connection, tenant, "version.add", task=task, version=number, digest=facts.digest)
+            connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == facts.digest))
             version = _version(task, connection.execute(known).one())
             if activate:
                 set_route(connection, task_id, Route({version.number: WHOLE}))
@@ -347,17 +334,5 @@ class Registry:
 
 
 def _version(task: str, row: Row[Any]) -> Version:
-    return Version(
-        task=task,
-        number=row.number,
-        digest=row.digest,
-        method=row.method,
-        num_parameters=row.num_parameters,
-        num_items=row.num_items,
-        num_matrix_items=row.num_matrix_items,
-        num_virtual=row.num_virtual,
-        num_bytes=row.num_bytes,
-        prompt_format=None if row.prompt_format is None else msgspec.convert(row.prompt_format, PromptFormat),
-        note=row.note,
-        created=row.created,
-    )
+    known = {field.name: getattr(row, field.name) for field in fields(Version) if field.name != "task"}
+    return msgspec.convert({"task": task, **known}, Version)

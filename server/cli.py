@@ -78,17 +78,19 @@ def serve(**flags: Any) -> None:
                 folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
         except (BaseError, OSError) as error:
             raise _stop(console, str(error)) from error
-        failures = list[str]()
-        greet = lambda front: _greet(front, url, console, time.monotonic() - began)  # noqa: E731
-        listen.run(_serve(settings, folder, sockets, greet, failures), sockets)
-    if failures:
-        raise _stop(console, failures[0])
+        serving = _serve(settings, folder, sockets, lambda front: _greet(front, url, console, time.monotonic() - began))
+        failure = listen.run(serving, sockets)
+    if failure is not None:
+        raise _stop(console, failure)
 
 
 async def _serve(
-    settings: Settings, folder: Path, sockets: list[socket], on_ready: Callable[[Front], None], failures: list[str]
-) -> None:
-    """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal."""
+    settings: Settings, folder: Path, sockets: list[socket], on_ready: Callable[[Front], None]
+) -> str | None:
+    """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal.
+
+    Why it could not start, in a sentence for the operator; None where it did.
+    """
     engine = ProcessEngineClient(settings.engine_config(folder))
     starting = asyncio.create_task(engine.start())
     try:
@@ -96,8 +98,8 @@ async def _serve(
         app = front.create_app(settings, folder, engine, on_ready)
         with contextlib.suppress(SystemExit):  # it could not start
             await listen.Server(app, settings).serve(sockets)
-        if app.state.start_failure is not None:
-            failures.append(app.state.start_failure)
+        failure: str | None = app.state.start_failure
+        return failure
     finally:
         await engine.close()
         await asyncio.gather(starting, return_exceptions=True)

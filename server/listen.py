@@ -11,7 +11,7 @@ import time
 from asyncio import BaseTransport, TimerHandle
 from collections.abc import Coroutine
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from server.api.front import Front  # it brings torch: a second, in which the engine starts already
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 HEADER_TIMEOUT_S = 20.0  # from a connection's first moment, or a request's first byte, to the end of its headers
 FAREWELL_S = 5.0  # what is cut off gets its error in this time
@@ -144,13 +145,13 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(serve: Coroutine[Any, Any, None], sockets: list[socket.socket]) -> None:
-    """Run what serves, in uvicorn's kind of loop; then close the sockets."""
+def run(serve: Coroutine[Any, Any, T], sockets: list[socket.socket]) -> T:
+    """What serving comes to, in uvicorn's kind of loop; then the sockets are closed."""
     with contextlib.ExitStack() as stack:
         for listener in sockets:
             stack.enter_context(listener)
         with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
-            runner.run(serve)
+            return runner.run(serve)
 
 
 def address_of(host: str, sockets: list[socket.socket]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-TIMEOUT_S = 30.0
+from server.remote import URL, ask, sentences
+
+MAX_WIDTH = 1000
 COLUMNS = ("task", "version", "route", "method", "where", "MiB", "requests", "tokens", "of the last", "failed")
 TIMES = ("TTFT ms p50", "p95", "all ms p50", "p95")
 
@@ -20,33 +21,15 @@ ApiKey = Annotated[str | None, typer.Option(help="a key of the tenant, where the
 
 def tasks(
     task: Annotated[str | None, typer.Argument(help="one task; all, if not given")] = None,
-    url: Url = "http://127.0.0.1:8000",
+    url: Url = URL,
     api_key: ApiKey = None,
 ) -> None:
     """Show tasks: their versions, what each gets of the requests, where it is, and how its last requests went."""
-    console = Console()
-    try:
-        found = ask(url, api_key, task)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        reason = f"[bold red]manyhats tasks:[/] {escape(str(error))}"
-        Console(stderr=True).print(reason, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    console.print(table(found))
-
-
-def ask(url: str, api_key: str | None, task: str | None = None) -> list[dict[str, Any]]:
-    """The tasks of a server. Raises `ValueError` with its own sentence where it refuses, or `httpx.HTTPError`."""
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    path = "/tasks" if task is None else f"/tasks/{task}"
-    answer = httpx.get(f"{url.rstrip('/')}{path}", headers=headers, timeout=TIMEOUT_S)
-    try:
-        said = answer.json()
-    except ValueError:
-        raise ValueError(f"{url} answered {answer.status_code}, and not as manyhats does") from None
-    if not answer.is_success:
-        raise ValueError(f"{answer.status_code}: {said['error']['message']}")
-    found: list[dict[str, Any]] = said["tasks"] if task is None else [said]
-    return found
+    with sentences("tasks"):
+        said = ask(url, api_key, "GET", "/tasks" if task is None else f"/tasks/{task}")
+        shown = table(said["tasks"] if task is None else [said])
+        whole = Console(width=MAX_WIDTH).measure(shown).maximum
+        Console(width=max(Console().width, whole)).print(shown)  # a line too long beats columns cut short
 
 
 def table(found: list[dict[str, Any]]) -> Table:

@@ -130,8 +130,6 @@ def prepare(
         trainer.restore(checkpoint.load())
         show.say(f"going on after step {len(trainer.steps)}")
     log = LiveLog(job.out)
-    if processes.is_main:
-        log.begin(trainer.steps)
     return Ready(job, options, base, rows, suite, checkpoint, log, before, hat, memory, trainer, num_jobs)
 
 
@@ -140,9 +138,10 @@ def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) ->
 
     def do(step: Step) -> None:
         tell(step)
-        if processes.is_main:
-            ready.log.add(step)
-        if processes.is_main and step.number % ready.job.plan.save_steps == 0:
+        if not processes.is_main:
+            return
+        ready.log.follow(ready.trainer.steps)
+        if step.number % ready.job.plan.save_steps == 0:
             ready.checkpoint.save(ready.trainer.state())
 
     return do

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from training.trainer import Step
@@ -12,7 +12,7 @@ from training.trainer import Step
 LOG = "train.jsonl"
 
 
-def lines(steps: Iterable[Step]) -> str:
+def lines(steps: Sequence[Step]) -> str:
     """A line a step, without what was not taken."""
     return "".join(
         json.dumps({name: value for name, value in dataclasses.asdict(step).items() if value is not None}) + "\n"
@@ -25,15 +25,13 @@ class LiveLog:
 
     def __init__(self, out: Path) -> None:
         self.path = out.with_name(f".{out.name}.{LOG}")
+        self._num_steps = 0  # that are in the file; what another run left there is not
 
-    def begin(self, steps: Iterable[Step]) -> None:
-        """Write it anew, with the steps of a run that goes on."""
-        self.path.write_text(lines(steps))
-
-    def add(self, step: Step) -> None:
-        """Add a step; it is in the file at once."""
-        with self.path.open("a") as file:
-            file.write(lines([step]))
+    def follow(self, steps: Sequence[Step]) -> None:
+        """Add the steps that are not there yet; they are in the file at once."""
+        with self.path.open("a" if self._num_steps else "w") as file:
+            file.write(lines(steps[self._num_steps :]))
+        self._num_steps = len(steps)
 
     def remove(self) -> None:
         """The artifact has it now, or there is none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Any
 
 import httpx
 
-from adapters_store.artifact import MANIFEST, Manifest, read_folder, read_manifest
+from adapters_store.artifact import MANIFEST, Manifest, read_files, read_folder, read_manifest
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import ZIP_TYPE, pack_zip
+from adapters_store.intake import ZIP_TYPE, zipped
 from training.errors import PushError
 
 TIMEOUT_S = 300.0  # an upload is proved before it is answered
@@ -44,12 +43,9 @@ class Target:
 
     def upload(self, folder: Path, is_activated: bool) -> dict[str, Any]:
         """What the server says of the new version."""
-        with tempfile.TemporaryDirectory() as scratch:
-            body = Path(scratch) / "body.zip"
-            pack_zip(folder, body)
-            query = {"task": self.task, "note": self.note, "activate": str(is_activated).lower()}
-            headers = {"Content-Type": ZIP_TYPE}
-            answer = self._ask("POST", "/adapters", params=query, content=body.read_bytes(), headers=headers)
+        query = {"task": self.task, "note": self.note, "activate": str(is_activated).lower()}
+        headers = {"Content-Type": ZIP_TYPE}
+        answer = self._ask("POST", "/adapters", params=query, content=zipped(read_files(folder)), headers=headers)
         said: dict[str, Any] = answer.json()
         return said
 
@@ -63,14 +59,15 @@ class Target:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise PushError(f"{self.url} cannot be reached: {error}") from error
         if answer.is_error and not (may_be_absent and answer.status_code == ABSENT):
-            raise PushError(f"{self.url} refuses: {_said(answer)}")
+            raise PushError(f"{self.url} refuses: {said(answer)}")
         return answer
 
 
-def _said(answer: httpx.Response) -> str:
+def said(answer: httpx.Response) -> str:
+    """The message of an error in the server's form, or that it is in none."""
     try:
         return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError):
         return f"it answers {answer.status_code}, and not as manyhats does"
 
 

@@ -110,15 +110,14 @@ async def keep(
     front: Front, tenant: str, task: str, folder: Path, proved: Proved, activate: bool, note: str
 ) -> tuple[Version, bool]:
     """Store and register; durable on return. Where that fails, nothing is kept."""
+    facts, add = proved.facts, front.registry.add_version
     try:
         async with front.store_lock:
-            await asyncio.to_thread(front.blobs.put, folder, proved.digest)
-            version, is_new = await asyncio.to_thread(
-                lambda: front.registry.add_version(tenant, task, note=note, activate=activate, **proved.values())
-            )
-            front.client.renew(proved.digest)
+            await asyncio.to_thread(front.blobs.put, folder, facts.digest)
+            version, is_new = await asyncio.to_thread(add, tenant, task, facts, note=note, activate=activate)
+            front.client.renew(facts.digest)
     except Exception:
-        await front.give_up([proved.digest])
+        await front.give_up([facts.digest])
         raise
     await front.keep_pinned()
     return version, is_new

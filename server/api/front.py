@@ -19,6 +19,7 @@ from adapters_store.errors import AbsentError
 from adapters_store.registry import Registry, Version
 from adapters_store.spec import ItemBytes
 from adapters_store.tenants import Tenants
+from server.api.body import Model, read_json
 from server.api.callers import Caller, Callers
 from server.api.limits import Meters
 from server.api.text import Tokenizer
@@ -83,12 +84,16 @@ class Front:
         """The version that a request for a task gets now. Raises `NotFoundError`."""
         return await self.absent_is_404(self.registry.resolve, tenant, task, version, user)
 
-    async def absent_is_404(self, call: Callable[..., T], *args: object) -> T:
-        """Run a call of the registry in a thread; what is absent is 404."""
+    async def absent_is_404(self, call: Callable[..., T], *args: object, param: str = "task") -> T:
+        """Run a call of the registry in a thread; what is absent is 404, of `param`."""
         try:
             return await asyncio.to_thread(call, *args)
         except AbsentError as error:
-            raise NotFoundError(str(error), "task") from None
+            raise NotFoundError(str(error), param) from None
+
+    async def body(self, request: Request, model: type[Model]) -> Model:
+        """A request's JSON, within the settings' bounds. Raises what `read_json` raises."""
+        return await read_json(request, model, self.settings.max_body_bytes, self.settings.body_timeout_s)
 
     async def check_kept(self, tenant: str, versions: Iterable[Version]) -> None:
         """Raise `VersionGoneError` for a version that was deleted after it was resolved and before it was held.

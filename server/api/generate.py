@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.body import read_json
 from server.api.callers import GENERATE
 from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
 from server.api.generation import Answer, Job, Piece, collect, start, unless_gone, unless_moved
@@ -35,8 +34,7 @@ router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends
 async def generate(request: Request, task: str | None = None) -> Response:
     """Answer with a task's adapter; see the HTTP contract for the body."""
     front, tenant = front_of(request), tenant_of(request)
-    settings = front.settings
-    asked = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.body_timeout_s)
+    asked = await front.body(request, GenerateRequest)
     return await unless_moved(lambda: _respond(request, front, tenant, task, asked))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import shutil
@@ -45,9 +46,9 @@ async def _import_folder(front: Front, folder: Path) -> None:
             for name, path in find_parts(folder).items():
                 shutil.copyfile(path, copy / name)
             digest = read_folder(copy).digest
-            if front.registry.was_removed(DEFAULT_TENANT, task, digest):
+            if await asyncio.to_thread(front.registry.was_removed, DEFAULT_TENANT, task, digest):
                 log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
                 return
             proved = await prove(front, copy)
             await keep(front, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
-        log.info("an adapter was taken in", extra={"task": task, "digest": proved.digest})
+        log.info("an adapter was taken in", extra={"task": task, "digest": proved.facts.digest})

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.registry import Task
-from server.api.body import read_json
 from server.api.callers import GENERATE
 from server.api.front import Front, admit, front_of, may, tenant_of
 from server.api.generation import Answer, Job, Piece, collect, start, unless_gone, unless_moved
@@ -145,8 +144,8 @@ def _model(tenant: str, task: Task | None = None) -> dict[str, Any]:
 @router.post("/completions", openapi_extra=openapi_body(CompletionRequest))
 async def completions(request: Request) -> Response:
     """OpenAI's completions."""
-    front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
-    asked = await read_json(request, CompletionRequest, settings.max_body_bytes, settings.body_timeout_s)
+    front, tenant = front_of(request), tenant_of(request)
+    asked = await front.body(request, CompletionRequest)
     return await unless_moved(lambda: _complete(request, front, tenant, asked))
 
 
@@ -169,8 +168,8 @@ async def _complete(request: Request, front: Front, tenant: str, asked: Completi
 @router.post("/chat/completions", openapi_extra=openapi_body(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions."""
-    front, tenant, settings = front_of(request), tenant_of(request), front_of(request).settings
-    asked = await read_json(request, ChatRequest, settings.max_body_bytes, settings.body_timeout_s)
+    front, tenant = front_of(request), tenant_of(request)
+    asked = await front.body(request, ChatRequest)
     return await unless_moved(lambda: _chat(request, front, tenant, asked))
 
 

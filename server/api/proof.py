@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from adapters_store.artifact import Artifact, ParityCase, PromptFormat, read_folder
+from adapters_store.artifact import Artifact, ParityCase, read_folder
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ParityError, ProbeError
 from adapters_store.methods import Room, compile_patch
 from adapters_store.methods.applied import idle_tensors, tracked
 from adapters_store.patch import Patch
+from adapters_store.registry import Facts
 from server.api import parity
 from server.api.front import Front
 from server.engine.client import EngineUnavailable
@@ -45,21 +46,10 @@ Answer = list[Logprobs]  # of a prompt, by the tokens after it
 
 @dataclass(frozen=True)
 class Proved:
-    """An artifact that passed every check: what is kept of it beside its bytes, and each check with its figure."""
+    """An artifact that passed every check, each with its figure."""
 
-    digest: str
-    method: str
-    num_parameters: int
-    num_items: int
-    num_matrix_items: int
-    num_virtual: int
-    num_bytes: int
-    prompt_format: PromptFormat | None
+    facts: Facts
     checks: list[Check]
-
-    def values(self) -> dict[str, Any]:
-        """What the registry keeps of a version."""
-        return {name: value for name, value in vars(self).items() if name != "checks"}
 
 
 async def prove(front: Front, folder: Path) -> Proved:
@@ -78,17 +68,17 @@ async def prove(front: Front, folder: Path) -> Proved:
         raise
     finally:
         await front.bury([digest])
-    return Proved(
-        digest,
-        patch.method,
-        patch.num_parameters,
-        patch.num_items,
-        patch.num_matrix_items,
-        patch.num_virtual,
-        artifact.num_bytes,
-        artifact.manifest.prompt_format if artifact.manifest else None,
-        checks,
+    facts = Facts(
+        digest=digest,
+        method=patch.method,
+        num_parameters=patch.num_parameters,
+        num_items=patch.num_items,
+        num_matrix_items=patch.num_matrix_items,
+        num_virtual=patch.num_virtual,
+        num_bytes=artifact.num_bytes,
+        prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
     )
+    return Proved(facts, checks)
 
 
 def check_folder(ready: Ready, folder: Path) -> tuple[Artifact, Patch, list[Check]]:

@@ -11,10 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.blobs import Blobs
 from adapters_store.errors import ArtifactError, NoEarlierRouteError
-from adapters_store.intake import ZIP_TYPE, pack_zip
+from adapters_store.intake import ZIP_TYPE, zipped
 from adapters_store.registry import Task, Usage, Version
 from adapters_store.routes import Route
-from server.api.body import read_json
 from server.api.callers import DEPLOY
 from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
 from server.api.show import identity
@@ -55,7 +54,7 @@ async def put_route(request: Request, task: str) -> Response:
     """
     front, tenant = front_of(request), tenant_of(request)
     _refuse_base(task, "routed")
-    asked = await read_json(request, RouteRequest, front.settings.max_body_bytes, front.settings.body_timeout_s)
+    asked = await front.body(request, RouteRequest)
     route = Route({int(number): weight for number, weight in asked.versions.items()}, asked.sticky)
     await front.absent_is_404(front.registry.set_route, tenant, task, route)
     return await _changed(front, tenant, task)
@@ -78,7 +77,7 @@ async def put_pin(request: Request, task: str) -> Response:
     """Keep what the task routes to on the device, or not."""
     front, tenant = front_of(request), tenant_of(request)
     _refuse_base(task, "pinned: it is always there")
-    asked = await read_json(request, PinRequest, front.settings.max_body_bytes, front.settings.body_timeout_s)
+    asked = await front.body(request, PinRequest)
     await front.absent_is_404(front.registry.set_pinned, tenant, task, asked.pinned)
     return await _changed(front, tenant, task)
 
@@ -128,12 +127,7 @@ async def get_artifact(request: Request, task: str, number: int) -> Response:
 
 
 def _zip(blobs: Blobs, digest: str) -> bytes:
-    files = blobs.files(digest)
-    with blobs.staging() as folder:
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-        pack_zip(folder, folder / "artifact.zip")
-        return (folder / "artifact.zip").read_bytes()
+    return zipped(blobs.files(digest))
 
 
 def _refuse_base(task: str, what: str) -> None:

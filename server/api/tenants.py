@@ -10,9 +10,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from adapters_store.errors import AbsentError, NameTakenError
+from adapters_store.errors import NameTakenError
 from adapters_store.tenants import DEFAULT_TENANT, Key, Limits, Tenant
-from server.api.body import Model, read_json
 from server.api.callers import ADMIN
 from server.api.front import Front, caller_of, front_of, identify, may, only_operator, refuse_unknown_query
 from server.api.wire import NAME, Strict, openapi_body
@@ -61,7 +60,7 @@ class KeyBody(Strict):
 async def add_tenant(request: Request) -> Response:
     """A new tenant. A name is given once: that of a tenant which was deleted is refused, too."""
     front = _with_keys(request)
-    asked = await _body(request, TenantBody)
+    asked = await front.body(request, TenantBody)
     try:
         tenant = await _changed(front, front.tenants.add, asked.name, asked.limits.limits())
     except NameTakenError as error:
@@ -76,7 +75,7 @@ async def list_tenants(request: Request) -> Response:
     if caller.is_operator:
         found = await asyncio.to_thread(front.tenants.all)
     else:
-        found = [await _absent_is_404(front.tenants.get, caller.tenant)]
+        found = [await front.absent_is_404(front.tenants.get, caller.tenant, param="tenant")]
     return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
 
 
@@ -94,7 +93,7 @@ async def delete_tenant(request: Request, tenant: str) -> Response:
 async def set_limits(request: Request, tenant: str) -> Response:
     """Other limits in place of those before, for new requests at once."""
     front = front_of(request)
-    asked = await _body(request, LimitsBody)
+    asked = await front.body(request, LimitsBody)
     return JSONResponse(_tenant(await _changed(front, front.tenants.set_limits, tenant, asked.limits())))
 
 
@@ -103,7 +102,7 @@ async def add_key(request: Request, tenant: str) -> Response:
     """A new key. `key` is shown here and never again."""
     front = _with_keys(request)
     _own(request, tenant)
-    asked = await _body(request, KeyBody)
+    asked = await front.body(request, KeyBody)
     key, sent = await _changed(front, front.tenants.add_key, tenant, list(asked.scopes), asked.note)
     return JSONResponse(_key(key) | {"key": sent}, 201)
 
@@ -111,8 +110,9 @@ async def add_key(request: Request, tenant: str) -> Response:
 @router.get("/tenants/{tenant}/keys")
 async def list_keys(request: Request, tenant: str) -> Response:
     """A tenant's keys, without their secrets."""
+    front = front_of(request)
     _own(request, tenant)
-    found = await _absent_is_404(front_of(request).tenants.keys, tenant)
+    found = await front.absent_is_404(front.tenants.keys, tenant, param="tenant")
     return JSONResponse({"keys": [_key(key) for key in found]})
 
 
@@ -159,24 +159,12 @@ async def audit(
     return JSONResponse({"changes": [msgspec.to_builtins(entry) for entry in found]})
 
 
-async def _body(request: Request, model: type[Model]) -> Model:
-    settings = front_of(request).settings
-    return await read_json(request, model, settings.max_body_bytes, settings.body_timeout_s)
-
-
 async def _changed(front: Front, call: Any, *arguments: object) -> Any:
     """The result of a change, which is true for the next request."""
     try:
-        return await _absent_is_404(call, *arguments)
+        return await front.absent_is_404(call, *arguments, param="tenant")
     finally:
         front.callers.forget()
-
-
-async def _absent_is_404(call: Any, *arguments: object) -> Any:
-    try:
-        return await asyncio.to_thread(call, *arguments)
-    except AbsentError as error:
-        raise NotFoundError(str(error), "tenant") from None
 
 
 def _with_keys(request: Request) -> Front:

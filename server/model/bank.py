@@ -176,9 +176,9 @@ class SlotBank:
 
     def acts_in(self, rows: list[Row]) -> bool:
         """Whether anything that these rows wear changes what the base computes of their tokens."""
-        slots = sorted({slot for row in rows for slot, _ in row.hats})
-        is_virtual = any(row.start < row.num_virtual for row in rows)
-        return is_virtual or bool(self.table[:, :, slots, SIZE].any())
+        if any(row.start < row.num_virtual for row in rows):
+            return True
+        return bool(self._acts_of(slot for row in rows for slot, _ in row.hats).array.any())
 
     def _forget(self) -> None:
         """A slot or a group came or went: see anew what acts where."""
@@ -188,13 +188,25 @@ class SlotBank:
 
     def _mark(self) -> None:
         """See what acts where in this step. Steps come in runs that wear the same: those are looked up."""
-        slots = tuple(sorted(set(self.tokens.slots.tolist())))
+        self.now = self._acts_of(self.tokens.slots.tolist())
+
+    @property
+    def acts(self) -> list[tuple[bool, ...]]:
+        """By the number of a group: whether each kind acts there in this step."""
+        return self.now.of_group
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no hat scales one of several layers' common input in this step."""
+        return self.now.is_plain
+
+    def _acts_of(self, worn: Iterable[int]) -> Acts:
+        slots = tuple(sorted(set(worn)))
         if slots not in self._acts:
             if len(self._acts) >= MAX_ACTS:
                 self._acts.clear()
             self._acts[slots] = self._find_acts(list(slots))
-        self.now = self._acts[slots]
-        self.acts, self.is_plain = self.now.of_group, self.now.is_plain
+        return self._acts[slots]
 
     def _find_acts(self, slots: list[int]) -> Acts:
         sizes = self.table[:, :, slots, SIZE]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from adapters_store.artifact import ALIASES, CONFIG, REFUSED, WEIGHTS, Artifact, read_folder
+from adapters_store.artifact import ALIASES, CONFIG, REFUSED, WEIGHTS, Artifact, read_files, read_folder
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import ZIP_TYPE, pack_zip, unpack_upload
+from adapters_store.intake import ZIP_TYPE, unpack_upload, zipped
 from adapters_store.methods import compile_patch, method_of
 from adapters_store.methods.adapterhub import SERVED_VALUES, SILENT, SILENT_OUTSIDE, BnConfig, SavedConfig
 from adapters_store.patch import Bottleneck
@@ -275,7 +275,7 @@ def test_an_upload_of_adapterhubs_folder_becomes_one_of_pefts_names(tmp_path: Pa
     folder = unpacked(tmp_path, {f"hat/{name}": data for name, data in {**MEMBERS, "head_config.json": b"{}"}.items()})
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS}
     assert read_folder(folder).digest == golden().digest
-    pack_zip(HERE / "llama" / "houlsby", tmp_path / "packed.zip")
+    (tmp_path / "packed.zip").write_bytes(zipped(read_files(HERE / "llama" / "houlsby")))
     (tmp_path / "again").mkdir()
     unpack_upload(tmp_path / "packed.zip", ZIP_TYPE, tmp_path / "again", 2**20)
     assert read_folder(tmp_path / "again").digest == golden().digest

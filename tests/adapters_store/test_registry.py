@@ -20,7 +20,7 @@ from adapters_store import database
 from adapters_store.artifact import Around, PromptFormat
 from adapters_store.database import connect, metadata, transaction
 from adapters_store.errors import AbsentError
-from adapters_store.registry import Registry, Usage, Version
+from adapters_store.registry import Facts, Registry, Usage, Version
 
 D1, D2, D3 = "1" * 64, "2" * 64, "3" * 64
 
@@ -48,7 +48,8 @@ def add(registry: Registry, digest: str, task: str = "t", tenant: str = "default
         "num_bytes": 99,
         **more,
     }
-    return registry.add_version(tenant, task, digest=digest, **values)
+    how = {name: values.pop(name) for name in ("note", "activate") if name in values}
+    return registry.add_version(tenant, task, Facts(digest=digest, **values), **how)
 
 
 def test_versions_are_numbered_and_routed_to(registry: Registry) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from adapters_store.audit import act_as, acting
 from adapters_store.errors import AbsentError, NameTakenError, QuotaError
-from adapters_store.registry import Registry
+from adapters_store.registry import Facts, Registry
 from adapters_store.tenants import DEFAULT_TENANT, Limits, Tenants, hash_of, split_key
 
 D1, D2, D3 = "1" * 64, "2" * 64, "3" * 64
@@ -31,7 +31,7 @@ def tenants(registry: Registry) -> Tenants:
 
 def upload(registry: Registry, tenant: str, digest: str, num_bytes: int = 10, task: str = "t") -> None:
     sizes = dict.fromkeys(("num_parameters", "num_items", "num_matrix_items", "num_virtual"), 1)
-    registry.add_version(tenant, task, digest=digest, method="lora", num_bytes=num_bytes, **sizes)
+    registry.add_version(tenant, task, Facts(digest=digest, method="lora", num_bytes=num_bytes, **sizes))
 
 
 def actions(tenants: Tenants, tenant: str | None = None) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,11 @@ from typing import Any
 
 import httpx
 import psutil
+
+from training.compare import serving
+from training.compare.serving import free_port
+
+__all__ = ["MANYHATS", "Server", "free_port", "serve", "stop", "tail", "wait_for"]
 
 MANYHATS = Path(sys.executable).parent / "manyhats"
 STOP_WITHIN_S = 20
@@ -72,14 +75,6 @@ def serve(base: Path | str, data: Path, wait_s: float = 120, **options: object) 
         stop(process)
 
 
-def free_port() -> int:
-    """A loopback port that nobody has just now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, until: float) -> None:
     """Until `url` answers 200. Raises `RuntimeError` with the end of the log where the process does not come up."""
     while time.monotonic() < until and process.poll() is None:
@@ -100,9 +95,4 @@ def tail(log: Path) -> str:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask a process to end, and end it."""
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_WITHIN_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    serving.stop(process, STOP_WITHIN_S)

@@ -19,11 +19,11 @@ from tests.server.api.world import Site, serve_site
 KEY = "correct-horse-battery"
 
 
-def run(*words: str) -> tuple[int, str]:
+def run(*words: str, columns: int = 200) -> tuple[int, str]:
     """The exit code and all that the command says."""
     app = Typer()
     app.command()(tasks)
-    result = CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, list(words), env={"COLUMNS": str(columns)})
     return result.exit_code, result.output
 
 
@@ -45,6 +45,8 @@ async def test_a_canary_is_shown(anyio_backend: str, tiny_base: Path, tmp_path: 
         assert second[:5] == ["a (pinned)", "2", "5%, by user", "lora", "slot"]
         assert first[1:3] == ["1", "95%"] or first[1:3] == ["1", "95%, by user"]
         assert (first[8], first[9], second[8], second[9]) == ("3", "0", "1", "1")
+        _, narrow = await asyncio.to_thread(lambda: run("a", "--url", url, "--api-key", KEY, columns=80))
+        assert [row[:10] for row in rows(narrow)] == [row[:10] for row in (second, first)]
         assert all(cell.isdigit() for cell in first[10:]) and second[10:] == ["-"] * 4
         code, said = await asyncio.to_thread(run, "--url", url, "--api-key", KEY)
         assert code == 0 and [row[0] for row in rows(said)] == ["base", "a (pinned)", "a (pinned)"]

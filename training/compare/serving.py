@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import socket
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,9 +19,11 @@ from typing import Any
 
 import httpx
 
-from adapters_store.artifact import MANIFEST, find_parts, read_manifest
+from adapters_store.artifact import MANIFEST, read_files, read_manifest
+from adapters_store.intake import ZIP_TYPE, zipped
 from training.compare.results import Server, Serving
 from training.errors import TrainingError
+from training.push import said
 
 NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
 NUM_TRIES = 3  # of an upload
@@ -53,7 +53,7 @@ def serve(base: str, device: str, cache: Path | None) -> Iterator[httpx.Client]:
     Raises `ServingError` with the end of its log where it does not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="manyhats-compare-") as folder:
-        port = _free_port()
+        port = free_port()
         flags = {"base": base, "data": folder, "host": "127.0.0.1", "port": port, "device": device}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         words += [] if cache is None else ["--cache", str(cache)]
@@ -67,7 +67,7 @@ def serve(base: str, device: str, cache: Path | None) -> Iterator[httpx.Client]:
                 _wait(client, process, log)
                 yield client
         finally:
-            _stop(process)
+            stop(process, STOP_WITHIN_S)
 
 
 def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callable[[], None]) -> Served:
@@ -106,35 +106,17 @@ def _upload_all(
     """(seconds, the server's answer) of every method, and the server's words on those that it refused."""
     uploaded, refused = {}, {}
     for method, folder in folders.items():
-        body = _zip(folder)
+        body = zipped(read_files(folder))
         for _ in range(NUM_TRIES):
             began = time.monotonic()
-            answer = client.post(
-                "/adapters", params={"task": method}, content=body, headers={"Content-Type": "application/zip"}
-            )
+            answer = client.post("/adapters", params={"task": method}, content=body, headers={"Content-Type": ZIP_TYPE})
             if answer.status_code < httpx.codes.INTERNAL_SERVER_ERROR:  # else it is busy, compiling kernels maybe
                 break
         if answer.is_success:
             uploaded[method] = (time.monotonic() - began, answer.json())
         else:
-            refused[method] = f"the server refused it: {_said(answer)}"
+            refused[method] = f"the server refused it: {said(answer)}"
     return uploaded, refused
-
-
-def _said(answer: httpx.Response) -> str:
-    """The message of an error in the server's form, or what else was answered."""
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"{answer.status_code} {answer.text[:200]}"
-
-
-def _zip(folder: Path) -> bytes:
-    body = io.BytesIO()
-    with zipfile.ZipFile(body, "w") as archive:
-        for name, path in find_parts(folder).items():
-            archive.write(path, name)
-    return body.getvalue()
 
 
 def _prompts(folders: Mapping[str, Path]) -> list[list[int]]:
@@ -151,7 +133,7 @@ def _decode(client: httpx.Client, task: str, prompts: list[list[int]], num_token
         body = {"prompt_token_ids": prompt, "max_tokens": num_tokens, "ignore_eos": True}
         answer = client.post("/generate", params={"task": task}, json=body)
         if not answer.is_success:
-            raise ServingError(f"the server did not answer for {task}: {_said(answer)}")
+            raise ServingError(f"the server did not answer for {task}: {said(answer)}")
         timing: dict[str, float] = answer.json()["timing"]
         return (num_tokens - 1) / max((timing["total_ms"] - timing["ttft_ms"]) / 1000, 1e-9)
 
@@ -159,7 +141,8 @@ def _decode(client: httpx.Client, task: str, prompts: list[list[int]], num_token
         return sum(clients.map(ask, prompts))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A loopback port that nobody has just now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -190,10 +173,11 @@ def _await_ready(client: httpx.Client, may_come: Callable[[], bool]) -> bool:
     return False
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], within_s: float) -> None:
+    """Ask a process to end, and end it."""
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(STOP_WITHIN_S)
+        process.wait(within_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -171,11 +171,11 @@ def _scale(rows, v, weight, y, y_stride):
 
 
 @njit(cache=True)
-def _scales(tile, site, size, y, y_stride, worn):
-    """Scales of the outputs of a site, for a tile's rows of y."""
+def _scales(tile, kind, site, size, y, y_stride, worn):
+    """Scales of the inputs or outputs of a site, for a tile's rows of y."""
     _tiles, slots, weights, addresses, table, _acts, _max_rank, _unit = worn
     for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
-        scale, address = table[SCALE_OUT, site, slots[hat]], addresses[slots[hat]]
+        scale, address = table[kind, site, slots[hat]], addresses[slots[hat]]
         if scale[SIZE] > 0:
             _scale(tile[COUNT], _view(address + scale[OFFSET], size), weights[hat], y, y_stride)
 
@@ -191,7 +191,7 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
         y_at = at(y) + 4 * (first * width + columns[part])
         t = np.empty((rows, max_rank), np.float32)
         if is_scaling:
-            _scales(tile, site, size_out, y_at, width, worn)
+            _scales(tile, SCALE_OUT, site, size_out, y_at, width, worn)
         for is_late in range(2 if is_adding else 0):
             for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
                 slot, weight = hat_slots[hat], hat_weights[hat]
@@ -216,16 +216,11 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
 
 
 @njit(parallel=True, cache=True)
-def _enter(x, table, worn):
-    """x [T, size] *= 1 + weight (v - 1) for each of a row's hats; table [slots, 3]: where the v lie."""
-    tiles, hat_slots, hat_weights, addresses = worn[0], worn[1], worn[2], worn[3]
+def _enter(x, site, worn):
+    """x [T, size] *= 1 + weight (v - 1) for each of a row's hats."""
+    tiles, size = worn[0], x.shape[1]
     for index in prange(tiles.shape[0]):
-        tile = tiles[index]
-        for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
-            slot = hat_slots[hat]
-            if table[slot, SIZE] > 0:
-                v = _view(addresses[slot] + table[slot, OFFSET], x.shape[1])
-                _scale(tile[COUNT], v, hat_weights[hat], at(x) + 4 * tile[FIRST] * x.shape[1], x.shape[1])
+        _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, worn)
 
 
 @njit(parallel=True, cache=True)
@@ -258,7 +253,7 @@ def enter(x, group, worn):
     """Scale the input x [T, in] of a group of one site in place, where rows' hats do so; arguments as for `apply`."""
     number, sites, _columns = group
     if worn[5][number, SCALE_IN]:
-        _enter(x, worn[4][SCALE_IN, sites[0]], worn)
+        _enter(x, sites[0], worn)
 
 
 @njit(cache=True)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from adapters_store.artifact import read_folder
 from adapters_store.methods import compile_patch
 from adapters_store.patch import Patch
+from adapters_store.spec import BaseSpec
 from server.model.batch import Row, Sampling
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit import reference
@@ -104,12 +105,8 @@ def test_each_primitive_on_each_type(model_type: str, kind: str, bases: Any) -> 
     assert max(gaps) < 1e-3, gaps
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen3"])
-def test_all_primitives_mixed_and_composed(model_type: str, seed: int, bases: Any) -> None:
-    """Rows of every kind, several hats a row with weights, prefixes after one another, in chunks: each its own."""
-    base, draw = bases(model_type), random.Random(seed)
-    spec = base[0].spec
+def mixed(spec: BaseSpec, seed: int, draw: random.Random) -> list[Worn]:
+    """The base, each kind alone, several with weights, and prefixes behind one another, in any order."""
     one_each: list[Worn] = [[(random_patch(spec, kind, seed), 1.0)] for kind in KINDS]
     weighted = ["low_rank", "scale", "bias", "norm", "delta", "rows", "bottleneck"]
     several: list[Worn] = [
@@ -122,7 +119,15 @@ def test_all_primitives_mixed_and_composed(model_type: str, seed: int, bases: An
     ]
     wearers: list[Worn] = [[], *one_each, *several, *prefixed, []]
     draw.shuffle(wearers)
-    gaps = compare(base, wearers, seed, chunk=draw.choice([7, 16, 1000]))
+    return wearers
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen3"])
+def test_all_primitives_mixed_and_composed(model_type: str, seed: int, bases: Any) -> None:
+    """Rows of every kind, several hats a row with weights, prefixes after one another, in chunks: each its own."""
+    base, draw = bases(model_type), random.Random(seed)
+    gaps = compare(base, mixed(base[0].spec, seed, draw), seed, chunk=draw.choice([7, 16, 1000]))
     assert max(gaps) < 1e-3, gaps
 
 

@@ -30,7 +30,7 @@ from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.patches import KINDS, random_patch
 from tests.kit.tiny import make_tiny_base
 from tests.server.model import test_attention
-from tests.server.model.test_primitives import BLOCK, Worn, compare
+from tests.server.model.test_primitives import BLOCK, Worn, compare, mixed
 
 TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3"]
 
@@ -79,24 +79,6 @@ def config_of(folder: Path, device: str = "cpu", precision: str = "fp32") -> Run
     )
 
 
-def mixed(spec: Any, seed: int) -> list[Worn]:
-    """The base, each kind alone, several with weights, and prefixes behind one another."""
-    draw = random.Random(seed)
-    one_each: list[Worn] = [[(random_patch(spec, kind, seed), 1.0)] for kind in KINDS]
-    weighted = ["low_rank", "scale", "bias", "norm", "delta", "rows", "bottleneck"]
-    several: list[Worn] = [
-        [(random_patch(spec, kind, at), draw.choice([1.0, 0.5, -0.3, 0.0])) for kind in draw.sample(weighted, 3)]
-        for at in range(3)
-    ]
-    prefixed: list[Worn] = [
-        [(random_patch(spec, name, 7), 1.0) for name in names]
-        for names in (["prefix_kv", "prefix_embeds"], ["prefix_embeds", "low_rank"], ["bottleneck", "prefix_kv"])
-    ]
-    wearers: list[Worn] = [[], *one_each, *several, *prefixed, []]
-    draw.shuffle(wearers)
-    return wearers
-
-
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (11, 0.0), (0, 2.0), (5, 3.0), (1, 0.0)])
 @pytest.mark.parametrize(("value_dim", "turned"), [(16, 0), (24, 16)])
 def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, turned: int) -> None:
@@ -129,7 +111,7 @@ def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, turn
 def test_all_primitives_mixed_and_composed(model_type: str, seed: int, bases: Any) -> None:
     """Rows of every kind, several hats a row with weights, prefixes after one another, in chunks: each its own."""
     loaded, stock = bases(model_type)
-    gaps = compare((loaded, stock), mixed(loaded.spec, seed), seed, chunk=[7, 1000][seed])
+    gaps = compare((loaded, stock), mixed(loaded.spec, seed, random.Random(seed)), seed, chunk=[7, 1000][seed])
     assert max(gaps) < 1e-3, gaps
 
 
@@ -185,7 +167,7 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(Fuser, "_gives", lambda _self, compute, wanted: _tensor(compute()).shape == wanted.shape)
     monkeypatch.setattr(base, "_load_model", fake_model)
     monkeypatch.setattr(SlotBank, "warm_up", lambda _self: None)  # it packs, which is the host's
-    wearers = mixed(spec, 0)
+    wearers = mixed(spec, 0, random.Random(0))
     patches = {patch.digest: patch for worn in wearers for patch, _ in worn}
     packed = [pack(patch, Sites(spec), Kept(torch.bfloat16, torch.bfloat16)) for patch in patches.values()]
     with as_on_gpu(torch.bfloat16), FakeTensorMode(allow_non_fake_inputs=True):
