@@ -98,10 +98,20 @@ def _is_better(target: Target, folder: Path) -> tuple[bool, str]:
     if served is None:
         return _compare(ours["after"], ours["before"], "the base")
     number, theirs = served
-    if theirs is None or theirs.evaluation.get("split_sha256") != ours["split_sha256"]:
-        why = f"version {number}, which is served, was not scored on these rows; activate it with --force"
-        return False, why
+    if theirs is None or not theirs.evaluation:
+        return False, f"version {number}, which is served, has no scores; activate this one with --force"
+    if theirs.evaluation.get("split_sha256") != ours["split_sha256"]:
+        scored = f"version {number}, which is served, was scored on {_split(theirs.evaluation)}"
+        return False, f"{scored}, and this one on {_split(ours)}; activate it with --force"
     return _compare(ours["after"], theirs.evaluation["after"], f"version {number}")
+
+
+def _split(evaluation: Mapping[str, Any]) -> str:
+    """What was scored, as a sentence names it; the manifest may be anyone's."""
+    digest, scores = evaluation.get("split_sha256"), evaluation.get("after")
+    num_rows = scores.get("num_rows", "unknown") if isinstance(scores, Mapping) else "unknown"
+    name = f"{num_rows} rows of {evaluation.get('data', 'a file without a name')}"
+    return f"{name} (split {str(digest)[:12]})" if digest else f"{name} (of no known split)"
 
 
 def _compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> tuple[bool, str]:

@@ -113,11 +113,37 @@ def test_what_is_served_must_be_beaten_on_the_same_rows(trained: Path, tmp_path:
     worse = with_scores(trained, tmp_path / "worse", exact_match=0.4)
     assert "serves version 1. Not activated: exact match is 0.400" in pushing.push_if_better(target, worse, False)
     assert "serves version 3. Activated: --force" in pushing.push_if_better(target, worse, True)
-    other = with_scores(trained, tmp_path / "other")
-    text = (other / MANIFEST).read_text()
-    split = json.loads(text)["evaluation"]["split_sha256"]
-    (other / MANIFEST).write_text(text.replace(split, "0" * 64))
-    assert "was not scored on these rows" in pushing.push_if_better(target, other, False)
+
+
+def test_scores_of_other_rows_are_not_compared(trained: Path, tmp_path: Path, served: Served) -> None:
+    """A better score on other rows activates nothing: the sentence names both splits, and --force."""
+    target = pushing.Target(URL, "hat")
+    split = json.loads((trained / MANIFEST).read_text())["evaluation"]["split_sha256"]
+    pushing.push_if_better(target, with_scores(trained, tmp_path / "served", exact_match=0.1), False)
+    better = with_scores(trained, tmp_path / "better", exact_match=1.0)
+    text = (better / MANIFEST).read_text()
+    (better / MANIFEST).write_text(text.replace(split, "0" * 64).replace('"data.jsonl"', '"other.jsonl"'))
+    found = pushing.push_if_better(target, better, False)
+    first, second = f"40 rows of data.jsonl (split {split[:12]})", "40 rows of other.jsonl (split 000000000000)"
+    assert "serves version 1. Not activated: version 1, which is served, was scored on " in found
+    assert f"{first}, and this one on " in found and f"{second}; activate it with --force." in found
+    assert served.queries[-1]["activate"] == "false"
+    assert "serves version 3. Activated: --force" in pushing.push_if_better(target, better, True)
+
+
+def test_a_served_version_without_scores_stays(trained: Path, tmp_path: Path, served: Served) -> None:
+    """Nobody knows whether it is worse: it is said that it has no scores, or none of a known split."""
+    target = pushing.Target(URL, "hat")
+    plain = with_scores(trained, tmp_path / "plain")
+    (plain / MANIFEST).unlink()
+    pushing.push_folder(target, plain)
+    assert "version 1, which is served, has no scores; activate" in pushing.push_if_better(target, trained, False)
+    old = with_scores(trained, tmp_path / "old")
+    manifest = json.loads((old / MANIFEST).read_text())
+    del manifest["evaluation"]["split_sha256"]
+    (old / MANIFEST).write_text(json.dumps(manifest))
+    pushing.push_folder(target, old)
+    assert "(of no known split), and this one on" in pushing.push_if_better(target, trained, False)
 
 
 def test_train_pushes(tiny_base: Path, data: Path, tmp_path: Path, command: Any, served: Served) -> None:
