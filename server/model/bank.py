@@ -62,7 +62,6 @@ class Acts:
     array: NDArray[np.bool_]  # [groups, kinds]
     of_group: list[tuple[bool, ...]]
     max_rank: int
-    is_plain: bool
 
 
 class SlotBank:
@@ -195,11 +194,6 @@ class SlotBank:
         """By the number of a group: whether each kind acts there in this step."""
         return self.now.of_group
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether no hat scales one of several layers' common input in this step."""
-        return self.now.is_plain
-
     def _acts_of(self, worn: Iterable[int]) -> Acts:
         slots = tuple(sorted(set(worn)))
         if slots not in self._acts:
@@ -211,12 +205,10 @@ class SlotBank:
     def _find_acts(self, slots: list[int]) -> Acts:
         sizes = self.table[:, :, slots, SIZE]
         acts = np.logical_or.reduceat((sizes != 0).any(-1)[:, self._members], self._firsts, 1)
-        is_split = np.diff(self._firsts, append=len(self._members)) > 1  # an input that would be scaled in several ways
         return Acts(
             np.ascontiguousarray(acts.T),
             [tuple(mine) for mine in acts.T.tolist()],
             int(sizes[BRANCH].max(initial=1)),
-            not (acts[SCALE_IN] & is_split).any(),
         )
 
     def _virtual(self, row: Row, first: int) -> Iterable[tuple[int, int, int, int]]:
@@ -237,7 +229,7 @@ class SlotBank:
         worn = self.sampled if is_head else self.tokens
         rows = x.view(-1, x.shape[-1])
         if self._has_kernels:
-            hats.enter(rows.numpy(), tuple(group), self.arrays(worn))
+            hats.enter(rows.numpy(), int(group.sites[0]), self.arrays(worn))
         else:
             self._stacked.scale(SCALE_IN, int(group.sites[0]), rows, worn, is_head)
         return x

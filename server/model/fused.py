@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,8 +105,8 @@ class Attention(nn.Module):
 class WholeLayers:
     """The forward of layers whose parts are fused, h + attention(norm(h)), then h + mlp(norm(h)), as one kernel.
 
-    It is that of the first; the others hand on what it gave. Where hats scale the input of several linear layers
-    differently, the stock forwards call the parts: these use the same kernels, so that the results are the same bits.
+    It is that of the first; the others hand on what it gave. The stock forwards call the parts, which use the same
+    kernels, so that the results are the same bits.
     """
 
     def __init__(self, layers: list[Any], bank: SlotBank, groups: list[Group]) -> None:
@@ -118,8 +117,6 @@ class WholeLayers:
         self.cache: KVCache | None = None  # that `records` have addresses of
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        if not self.bank.is_plain:
-            return self.stock[0](hidden_states, **kwargs)  # type: ignore[no-any-return]
         paged: PagedBatch = kwargs["paged"]
         if paged.cache is not self.cache:
             self.cache, self.records = paged.cache, self._records(paged.cache)
@@ -138,12 +135,9 @@ class WholeLayers:
     def install(self) -> None:
         """Compute so from now on."""
         self.layers[0].forward = self
-        for layer, stock in zip(self.layers[1:], self.stock[1:], strict=True):
-            layer.forward = partial(self._hand_on, stock)
+        for layer in self.layers[1:]:
+            layer.forward = _hand_on
         self.bank.inside |= {int(own.sites[0]) for own in self.groups}
-
-    def _hand_on(self, stock: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return hidden_states if self.bank.is_plain else stock(hidden_states, **kwargs)
 
     def _records(self, cache: KVCache) -> NDArray[np.void]:
         """What the kernel takes of every layer."""
@@ -160,6 +154,10 @@ class WholeLayers:
             record["manner"] = _manner(attends, cache.shapes[attends.layer_idx])
             record["activation"] = mlp.gate
         return records
+
+
+def _hand_on(hidden_states: Tensor, **_other: Any) -> Tensor:
+    return hidden_states
 
 
 def _group(group: Group) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,16 +11,24 @@ from torch import Tensor
 from server.model.batch import Logprobs, Row, Sampled, Sampling
 
 NUM_CANDIDATES = 1024  # a sort of the whole vocabulary costs ten times a top-k of this size
+BLOCK = 256
 
 
 def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
     """One token per row from logits [R, vocabulary] in fp32; a row with no finite maximum is an error of that row."""
-    best = logits.argmax(-1).tolist()
+    best = _argmax(logits).tolist()
     finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
     return [
         _sample_row(logits[index], row, best[index]) if ok else Sampled(error="the logits are not finite")
         for index, (row, ok) in enumerate(zip(rows, finite.tolist(), strict=True))
     ]
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """[R, vocabulary] -> [R], the first of equals; torch's own argmax takes ten times as long as its amax."""
+    blocks = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], BLOCK)))
+    best = blocks.amax(-1).argmax(-1)
+    return best * blocks.shape[-1] + blocks[torch.arange(len(best), device=best.device), best].argmax(-1)
 
 
 def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:

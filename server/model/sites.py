@@ -81,7 +81,7 @@ class SiteHooks:
         group, is_heads_first = self.bank.group(name), name in self.heads_first
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.bank.is_plain and site in self.bank.inside:
+            if site in self.bank.inside:
                 return output
             y = output[0] if isinstance(output, tuple) else output
             x = args[0] if args else kwargs["hidden_states"]

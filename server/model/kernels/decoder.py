@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from server.model.kernels.attention import attend
-from server.model.kernels.hats import apply, enter
+from server.model.kernels.hats import SCALE_IN, apply, enter
 from server.model.kernels.layers import gate, rms_norm
 from server.model.kernels.product import product
 from server.model.kernels.vector import FLOATS, PANEL, view
@@ -61,14 +61,40 @@ def _norm(x, norm, worn):
 
 
 @njit(cache=True)
+def _product(x, linear, first, last, unit, threads):
+    """Panels [first, last) of W x + b."""
+    begin = first * PANEL
+    out = np.empty((x.shape[0], min(last * PANEL, linear.size_out) - begin), np.float32)
+    weight = view(linear.weight, (linear.panels, linear.size_in, PANEL), unit)[first:last]
+    start = view(linear.start, (linear.panels * PANEL,), FLOATS)[begin:]
+    scales, bias = view(linear.scales, (linear.factors,), FLOATS), view(linear.bias, (linear.factors,), FLOATS)
+    product(x, weight, start, scales[begin:], bias[begin:], out, threads)
+    return out
+
+
+@njit(cache=True)
 def _linear(x, linear, unit, worn, threads):
     """What a `HatLinear` computes."""
+    number, sites, columns = _group(linear.group)
+    if worn[5][number, SCALE_IN]:
+        return _site_by_site(x, linear, unit, worn, threads)
+    out = _product(x, linear, 0, linear.panels, unit, threads)
+    apply(x, x, out, (number, sites, columns), worn)
+    return out
+
+
+@njit(cache=True)
+def _site_by_site(x, linear, unit, worn, threads):
+    """`_linear` where hats scale the input of each site in a way of its own."""
+    number, sites, columns = _group(linear.group)
     out = np.empty((x.shape[0], linear.size_out), np.float32)
-    weight = view(linear.weight, (linear.panels, linear.size_in, PANEL), unit)
-    start = view(linear.start, (linear.panels * PANEL,), FLOATS)
-    scales, bias = view(linear.scales, (linear.factors,), FLOATS), view(linear.bias, (linear.factors,), FLOATS)
-    product(x, weight, start, scales, bias, out, threads)
-    apply(x, x, out, _group(linear.group), worn)
+    for part in range(sites.shape[0]):
+        mine, first, last = x.copy(), columns[part], columns[part + 1]
+        enter(mine, sites[part], worn)
+        panel = first // PANEL
+        panels = _product(mine, linear, panel, (last + PANEL - 1) // PANEL, unit, threads)
+        out[:, first:last] = panels[:, first - panel * PANEL : last - panel * PANEL]
+        apply(mine, mine, out, (number, sites[part : part + 1], columns[part : part + 2]), worn)
     return out
 
 
@@ -95,7 +121,6 @@ def _layer(hidden, layer, turns, paged, units, worn, threads):
     attended = _attend(
         _linear(normed, layer.qkv, unit, worn, threads), layer.manner, layer.cache, turns, paged, unit_of_cache
     )
-    enter(attended, _group(layer.out.group), worn)
     change = _linear(attended, layer.out, unit, worn, threads)
     apply(normed, hidden, change, _group(layer.attention), worn)
     middle = np.empty_like(hidden)
@@ -104,7 +129,6 @@ def _layer(hidden, layer, turns, paged, units, worn, threads):
     gate_up = _linear(normed, layer.gate_up, unit, worn, threads)
     gated = np.empty((hidden.shape[0], gate_up.shape[1] // 2), np.float32)
     gate(gate_up, layer.activation, gated)
-    enter(gated, _group(layer.down.group), worn)
     change = _linear(gated, layer.down, unit, worn, threads)
     apply(normed, middle, change, _group(layer.mlp), worn)
     out = np.empty_like(hidden)

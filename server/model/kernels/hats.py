@@ -216,8 +216,8 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
 
 
 @njit(parallel=True, cache=True)
-def _enter(x, site, worn):
-    """x [T, size] *= 1 + weight (v - 1) for each of a row's hats."""
+def enter(x, site, worn):
+    """Scale the input x [T, in] of a site in place, x *= 1 + weight (v - 1) for each of a row's hats; see `apply`."""
     tiles, size = worn[0], x.shape[1]
     for index in prange(tiles.shape[0]):
         _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, worn)
@@ -246,14 +246,6 @@ def deltas(x, y, first_column, last_column, table, worn):
                     for r in range(rows):
                         for o in range(first, last):
                             y[tile[FIRST] + r, first_column + o] += hat_weights[hat] * t[r, o - first]
-
-
-@njit(cache=True)
-def enter(x, group, worn):
-    """Scale the input x [T, in] of a group of one site in place, where rows' hats do so; arguments as for `apply`."""
-    number, sites, _columns = group
-    if worn[5][number, SCALE_IN]:
-        _enter(x, sites[0], worn)
 
 
 @njit(cache=True)

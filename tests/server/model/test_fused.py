@@ -17,7 +17,7 @@ from server.model.base import load_base
 from server.model.batch import Row, Sampling
 from server.model.fused import Attention, GatedMLP, RMSNorm, WholeLayers
 from server.model.kernels import layers
-from server.model.runner import RunnerConfig, load
+from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.patches import random_patch
 from tests.kit.tiny import CONFIGS, make_tiny_base
 
@@ -79,31 +79,21 @@ def test_a_norms_rows_are_their_own() -> None:
 
 
 def scales(spec: BaseSpec) -> Patch:
-    """Scales of what linear layers that are alone take in, and of what all of them give."""
+    """Scales of what all linear layers take in, each in a way of its own, and of what they give."""
     generator = torch.Generator().manual_seed(0)
-    alone = [site for site in spec.linears if site.endswith(("o_proj", "down_proj"))]
-    factors = [(site, spec.linears[site].in_features, "input") for site in alone]
+    factors = [(site, linear.in_features, "input") for site, linear in spec.linears.items()]
     factors += [(site, linear.out_features, "output") for site, linear in spec.linears.items()]
     made = [Scale(site, 1 + 0.3 * torch.randn(size, generator=generator), on) for site, size, on in factors]  # type: ignore[arg-type]
     return Patch("scales", "", tuple(made))
 
 
-def split_scale(spec: BaseSpec) -> Patch:
-    """A scale of what one of several layers with a common input takes in."""
-    site = next(site for site in spec.linears if site.endswith("gate_proj"))
-    return Patch("split", "", (Scale(site, torch.full((spec.hidden_size,), 1.5), "input"),))
-
-
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_whole_layers_give_the_same_bits(
-    model_type: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All layers in one call, which a neighbour's hat can prevent, and layers of parts give the same bits, whatever
-    primitives their rows wear."""
+def test_whole_layers_give_the_same_bits(model_type: str, precision: str, tmp_path: Path) -> None:
+    """All layers in one call and layers of parts give the same bits, whatever primitives their rows wear."""
     folder = make_tiny_base(tmp_path / "base", model_type)
     loaded = load(RunnerConfig(folder=str(folder), name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
-    bank, spec, whole = loaded.bank, loaded.spec, fused.WholeLayers.__call__
+    bank, spec = loaded.bank, loaded.spec
     kinds = [random_patch(spec, kind, 1) for kind in ("low_rank", "bias", "norm", "delta", "bottleneck", "prefix_kv")]
     patches = [scales(spec), *kinds]
     slots = {patch.digest: bank.put(bank.pack(patch)) for patch in patches}
@@ -113,17 +103,20 @@ def test_whole_layers_give_the_same_bits(
         hats = tuple((slots[patch.digest], 1.0 if len(worn) == 1 else 0.5) for patch in worn)
         tokens = [*range(-1, -1 - num_virtual, -1), *range(5, 6 + 5 * at)]
         rows.append(Row(tokens, 0, [4 * at + n for n in range(4)], hats, Sampling(), num_virtual=num_virtual))
-    calls = list[bool]()
-
-    def count(self: fused.WholeLayers, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        calls.append(self.bank.is_plain)
-        return whole(self, hidden_states, **kwargs)
-
-    monkeypatch.setattr(fused.WholeLayers, "__call__", count)
     loaded.runner.run(rows)
     in_one_call = loaded.runner.last_logits
-    neighbour = Row([9], 0, [60], hats=((bank.put(bank.pack(split_scale(spec))), 1.0),), sampling=Sampling())
-    loaded.runner.run([*rows, neighbour])
-    assert calls == [True, False]
-    assert torch.equal(in_one_call, loaded.runner.last_logits[: len(rows)])
+    unjoin(loaded)
+    loaded.runner.run(rows)
+    assert torch.equal(in_one_call, loaded.runner.last_logits)
     assert all((logits - in_one_call[0]).abs().max() > 1e-3 for logits in in_one_call[1:])
+
+
+def unjoin(loaded: Loaded) -> None:
+    """Let each layer call its parts."""
+    model = loaded.runner.base.model
+    layers = [model.get_submodule(layer.layer) for layer in loaded.spec.layers]
+    whole = layers[0].forward
+    assert isinstance(whole, fused.WholeLayers)
+    for layer, stock in zip(layers, whole.stock, strict=True):
+        layer.forward = stock
+    loaded.bank.inside.clear()

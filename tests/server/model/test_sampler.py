@@ -106,6 +106,15 @@ def test_ties_break_by_token_id() -> None:
     assert drawn == {1, 2}
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 1024, 4000, 50257])
+def test_the_best_token_is_torchs_argmax(size: int) -> None:
+    """Greedy takes the first of the largest logits, whatever the vocabulary's size, and of no rows nothing."""
+    logits = make_logits(64, size).round()  # many ties
+    got = [each.token for each in sample(logits, [row()] * 64)]
+    assert got == [int((each == each.max()).nonzero()[0]) for each in logits]
+    assert sample(logits[:0], []) == []
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     """Logits with a NaN or an infinity are an error of their own row; the others get their tokens."""
