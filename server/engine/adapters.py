@@ -103,7 +103,7 @@ class AdapterManager(Generic[P]):
         self.budgets = budgets
         self.host, self.slots = Level(budgets.host_bytes), Level(budgets.slot_bytes)
         self.loads_total = self.load_failures_total = self.evictions_total = 0
-        self.load_seconds_total = self.copy_seconds_total = 0.0
+        self.load_seconds_total = 0.0
         self._bank, self._clock = bank, clock
         self._loads = Loads(load, executor, clock, on_loaded)
         self._entries: dict[str, Entry[P]] = {}
@@ -322,13 +322,11 @@ class AdapterManager(Generic[P]):
         return victims is not None
 
     def _put(self, digest: str, packed: P) -> bool:
-        began = self._clock()
         try:
             slot = self._bank.put(packed)
         except Exception as error:  # noqa: BLE001 - a device without memory must not end the engine
             self._fail(digest, EngineFailure("adapter_failed", sentence(digest, error)))
             return False
-        self.copy_seconds_total += self._clock() - began
         self._entries[digest].slot = slot
         self.slots.put(digest, packed.num_bytes)
         return True

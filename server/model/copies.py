@@ -1,8 +1,9 @@
 """Copies from the host to the device: what no step waits for, and what every step brings along.
 
 On CUDA a slot is filled from pinned memory on a side stream, so that neither the engine's thread nor the steps that
-run meanwhile wait; the first step that wears the slot makes its own stream wait for the copy's event. On a CPU a copy
-is a copy. This is the one place that knows streams and pinned memory. Not run on a GPU yet.
+run meanwhile wait; the first step that wears the slot makes its own stream wait for the copy's event. On a CPU the
+host's memory is the device's: nothing is copied, the slot reads what was loaded. This is the one place that knows
+streams and pinned memory. Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ class Copies:
     def start(self, key: Hashable, host: Iterable[Tensor]) -> list[Tensor]:
         """Begin to copy pinned tensors; nothing may read what is returned before `wait` was called with this key.
 
+        A CPU gets the tensors themselves: nobody may write into them any more.
+
         Memory is of the current stream: the copy waits for what still reads what lay there before, and the memory is
         not given to others before the copy has ended, even where nobody ever waited.
         """
         parts = list(host)
-        copied = [torch.empty_like(part, device=self.device) for part in parts]
         if self._stream is None:
-            for target, part in zip(copied, parts, strict=True):
-                target.copy_(part)
-            return copied
+            return [part.to(self.device) for part in parts]
+        copied = [torch.empty_like(part, device=self.device) for part in parts]
         self._stream.wait_stream(self.cuda.current_stream(self.device))
         with self.cuda.stream(self._stream):
             for target, part in zip(copied, parts, strict=True):

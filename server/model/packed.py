@@ -1,7 +1,7 @@
 """A patch in the layout of a slot: one flat buffer at true sizes, and a table that says where what lies.
 
-The host copy has the layout of the device's, so that filling a slot is one copy. Matrices may be kept in fewer bits
-than what is computed with; vectors and prefixes never are.
+The host copy has the layout of the device's, so that filling a slot is one copy, and on a CPU none. Matrices
+may be kept in fewer bits than what is computed with; vectors and prefixes never are.
 """
 
 from __future__ import annotations
