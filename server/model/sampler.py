@@ -27,8 +27,9 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
 def _argmax(logits: Tensor) -> Tensor:
     """[R, vocabulary] -> [R], the first of equals; torch's own argmax takes ten times as long as its amax."""
     blocks = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], BLOCK)))
-    best = blocks.amax(-1).argmax(-1)
-    return best * blocks.shape[-1] + blocks[torch.arange(len(best), device=best.device), best].argmax(-1)
+    best: Tensor = blocks.amax(-1).argmax(-1)
+    of_best = blocks[torch.arange(len(best), device=best.device), best]
+    return best * blocks.shape[-1] + of_best.argmax(-1)
 
 
 def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:
