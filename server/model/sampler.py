@@ -29,7 +29,8 @@ def _argmax(logits: Tensor) -> Tensor:
     blocks = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], BLOCK)))
     best: Tensor = blocks.amax(-1).argmax(-1)
     of_best = blocks[torch.arange(len(best), device=best.device), best]
-    return best * blocks.shape[-1] + of_best.argmax(-1)
+    place: Tensor = best * blocks.shape[-1] + of_best.argmax(-1)
+    return place
 
 
 def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:
