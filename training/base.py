@@ -36,6 +36,11 @@ class Base:
         """The digests of its architecture and weights."""
         return bases.base_identity(self.folder)
 
+    def touch(self) -> None:
+        """Read every weight: those of a mapped file are in memory only then, and would be taken for training's own."""
+        for parameter in self.model.parameters():
+            parameter.sum()
+
     @property
     def ref(self) -> BaseRef:
         """What a manifest says of it."""

@@ -35,6 +35,7 @@ from training.trainer import Run, Step, Trainer
 CURVES = "curves.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("auto", "fp32", "bf16")
+BASE = "scoring the base"
 NUDGE = 1e-3  # what a hat is changed by to see whether the server would take it
 
 
@@ -88,14 +89,14 @@ class Ready:
     num_jobs: int
 
 
-def run_job(job: Job, show: Show, processes: Processes) -> Done | None:
-    """Train, and write the artifact; None for a process that is not the main one.
+def run_job(job: Job, show: Show, processes: Processes, before: Scores | None = None) -> Done | None:
+    """Train, and write the artifact; None for a process that is not the main one. `before` are the base's known scores.
 
     Raises `TrainingError` with a sentence; then nothing is written at `job.out`.
     """
     options = check(job)
     base = load_base(job.base, processes.device(job.device), job.cache, show.say)
-    ready = prepare(job, options, base, show, processes)
+    ready = prepare(job, options, base, show, processes, before=before)
     with show.training() as tell, forgotten_if_failed(ready):
         run = ready.trainer.run(on_step(ready, tell, processes))
     done = finish(ready, run, show, processes)
@@ -111,16 +112,19 @@ def prepare(
     processes: Processes,
     clock: Callable[[], float] = time.monotonic,
     num_jobs: int = 1,
+    before: Scores | None = None,
 ) -> Ready:
     """Read its rows, score the base, put the hat on, and go on from a checkpoint if there is one to go on from.
 
-    `num_jobs` train together in this process.
+    `num_jobs` train together in this process; `before` are the base's scores where they are known.
     """
     rows = _rows(job, base)
     checkpoint = Checkpoint(job.out, facts.identity(job, options, base, rows))
     _check_checkpoint(job, checkpoint, show)
     suite = suite_of(rows, base, job.num_answers)
-    before = score(base.model, suite, show, "scoring the base") if processes.is_main else None
+    if before is None and processes.is_main:
+        before = score(base.model, suite, show, BASE)
+    base.touch()
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
     memory = PeakMemory(base.model.device)
     hat = _attach(job, options, base, rows)
@@ -131,6 +135,12 @@ def prepare(
         show.say(f"going on after step {len(trainer.steps)}")
     log = LiveLog(job.out)
     return Ready(job, options, base, rows, suite, checkpoint, log, before, hat, memory, trainer, num_jobs)
+
+
+def score_base(job: Job, show: Show, processes: Processes) -> Scores:
+    """What every job on these rows and this base has as its `before`. Raises `TrainingError`."""
+    base = load_base(job.base, processes.device(job.device), job.cache, show.say)
+    return score(base.model, suite_of(_rows(job, base), base, job.num_answers), show, BASE)
 
 
 def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:

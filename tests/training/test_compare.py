@@ -27,10 +27,12 @@ from training.compare.scores import NEUTRAL
 from training.compare.table import markdown
 from training.data import Columns
 from training.errors import DataError
+from training.evaluate import Scores
 from training.job import Job
 from training.plan import Plan
 from training.template import Template
 
+SCORES = Scores(40, 0.0, 0.5, 900.0, 0, None, None, 20.0)
 RAN = {"lora": 0.02, "ia3": 0.9, "full": 0.4}  # made-up: how much more perplexed by a neutral text
 
 
@@ -190,11 +192,17 @@ def test_methods_are_trained_apart_and_served(tiny_base: Path, data: Path, tmp_p
 
 
 @pytest.fixture
-def trained(tiny_base: Path, data: Path, tmp_path: Path, command: Callable[..., Any], monkeypatch: Any) -> list[Job]:
+def scored() -> list[Job]:
+    """The jobs whose base was scored."""
+    return []
+
+
+@pytest.fixture
+def trained(tiny_base: Path, command: Callable[..., Any], monkeypatch: Any, scored: list[Job]) -> list[Job]:
     """The jobs that were trained, in this process; no server is started."""
     jobs = list[Job]()
 
-    def train_here(job: Job, on_news: Callable[[News], None]) -> None:
+    def train_here(job: Job, _before: Scores, on_news: Callable[[News], None]) -> None:
         jobs.append(job)
         on_news(News("step 1", 1.0))
         words = [
@@ -217,6 +225,7 @@ def trained(tiny_base: Path, data: Path, tmp_path: Path, command: Callable[..., 
         yield
 
     monkeypatch.setattr(comparing, "train_apart", train_here)
+    monkeypatch.setattr(comparing, "score_apart", lambda job, _on_news: (scored.append(job), SCORES)[1])
     monkeypatch.setattr(serving, "serve", no_server)
     return jobs
 
@@ -240,6 +249,15 @@ def test_what_is_there_is_not_trained_again(trained: list[Job], tiny_base: Path,
     assert trained[-1].is_resumed
 
 
+def test_the_base_is_scored_once(
+    trained: list[Job], scored: list[Job], tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """For all methods, and not again where the comparison goes on."""
+    for methods in ("lora,full", "lora,full,ia3"):
+        assert run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", methods).exit_code == 0
+    assert [job.method for job in trained] == ["lora", "full", "ia3"] and [job.method for job in scored] == ["lora"]
+
+
 def test_another_comparison_is_refused(trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path) -> None:
     """A folder of other options, of other rows, or of other things is left alone; the sentence names what differs."""
     out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
@@ -260,10 +278,10 @@ def test_one_that_fails_does_not_stop_the_others(
     """A line with the reason; where none could be trained, the command fails with all of the reasons."""
     real = comparing.train_apart
 
-    def fail(job: Job, on_news: Callable[[News], None]) -> None:
+    def fail(job: Job, before: Scores, on_news: Callable[[News], None]) -> None:
         if job.method != "ia3":
             raise MethodError("its process was ended by SIGKILL")
-        real(job, on_news)
+        real(job, before, on_news)
 
     monkeypatch.setattr(comparing, "train_apart", fail)
     result = run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", "lora,ia3")
@@ -342,6 +360,21 @@ class Ear:
         self.heard.append(thing)
 
 
+def test_a_run_takes_the_scores_that_it_is_given(
+    tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process without them scores the base and tells; one with them trains, and writes them as they are."""
+    job, first, second = job_of(tiny_base, data, tmp_path / "out"), Ear(), Ear()
+    monkeypatch.setattr(runs.signal, "signal", lambda *_args: None)
+    runs._work(job, None, first)  # type: ignore[arg-type]
+    told = first.heard[-1]
+    assert isinstance(told, Scores) and told.num_rows == 40 and not job.out.exists()
+    runs._work(job, SCORES, second)  # type: ignore[arg-type]
+    evaluation = json.loads((job.out / MANIFEST).read_text())["evaluation"]
+    assert evaluation["before"] == dataclasses.asdict(SCORES)
+    assert "scoring the base" not in {news.text for news in second.heard if isinstance(news, News)}
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "error"),
     [
@@ -361,7 +394,7 @@ def test_what_is_wrong_with_rows_is_wrong_for_every_method(
     file, ear = tmp_path / "rows.jsonl", Ear()
     file.write_text(rows)
     monkeypatch.setattr(runs.signal, "signal", lambda *_args: None)
-    runs._work(dataclasses.replace(job_of(tiny_base, file, tmp_path / "out"), options=options), ear)  # type: ignore[arg-type]
+    runs._work(dataclasses.replace(job_of(tiny_base, file, tmp_path / "out"), options=options), SCORES, ear)  # type: ignore[arg-type]
     assert type(ear.heard[-1]) is error
     assert not (tmp_path / "out").exists()
 
@@ -374,4 +407,4 @@ def test_a_process_that_is_killed_is_told(tiny_base: Path, data: Path, tmp_path:
         process.kill()
 
     with pytest.raises(MethodError, match="ended by SIGKILL"):
-        train_apart(job_of(tiny_base, data, tmp_path / "out"), kill)
+        train_apart(job_of(tiny_base, data, tmp_path / "out"), SCORES, kill)

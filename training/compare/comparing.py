@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from adapters_store.artifact import MANIFEST
 from training.compare import serving
 from training.compare.plot import draw
 from training.compare.results import RESULTS, Comparison, Outcome, begin, outcome_of, write
-from training.compare.runs import MethodError, News, train_apart
+from training.compare.runs import MethodError, News, score_apart, train_apart
 from training.compare.scores import quality, scores_of
 from training.compare.table import markdown
 from training.job import Job
@@ -56,6 +56,7 @@ class Comparing:
         """All of it. Raises `DataError` or `BaseError` where no method can be trained, `MethodError` where none was."""
         self._keep()
         with _bars(self.console) as progress:
+            self._score_base(progress)
             tasks = {method: progress.add_task(method, total=1.0, facts="", start=False) for method in self.jobs}
             for method, task in tasks.items():
                 progress.start_task(task)
@@ -69,16 +70,21 @@ class Comparing:
         self.console.print(Markdown(markdown(self.comparison)))
         self.console.print(f"{self.out}: {RESULTS}, {TABLE} and {PLOT}", highlight=False, markup=False, soft_wrap=True)
 
+    def _score_base(self, progress: Progress) -> None:
+        """Once for all methods, unless it was done or none is left to train."""
+        missing = [job for job in self.jobs.values() if not _is_done(job)]
+        if self.comparison.before is None and missing:
+            task = progress.add_task("the base", total=1.0, facts="")
+            self.comparison.before = score_apart(missing[0], _tell(progress, task))
+            progress.update(task, completed=1.0, facts="scored")
+            self._keep()
+
     def _train(self, method: str, progress: Progress, task: TaskID) -> None:
         """One method, unless it is there already."""
-
-        def on_news(news: News) -> None:
-            progress.update(task, completed=news.share, facts=escape(news.text))
-
         job = self.jobs[method]
         try:
-            if not (job.out / MANIFEST).is_file():
-                train_apart(job, on_news)
+            if self.comparison.before is not None and not _is_done(job):
+                train_apart(job, self.comparison.before, _tell(progress, task))
             outcome = outcome_of(method, job.out)
         except MethodError as error:
             self.comparison.failed[method] = str(error)
@@ -121,6 +127,15 @@ class Comparing:
         write(self.out / TABLE, markdown(self.comparison).encode())
         if self.comparison.outcomes:
             write(self.out / PLOT, draw(self.comparison))
+
+
+def _is_done(job: Job) -> bool:
+    return (job.out / MANIFEST).is_file()
+
+
+def _tell(progress: Progress, task: TaskID) -> Callable[[News], None]:
+    """Show news of a run in its line."""
+    return lambda news: progress.update(task, completed=news.share, facts=escape(news.text))
 
 
 def _bars(console: Console) -> Progress:

@@ -9,6 +9,7 @@ import msgspec
 
 from adapters_store.artifact import MANIFEST, find_parts, read_manifest
 from training.errors import OptionError
+from training.evaluate import Scores
 
 RESULTS = "compare.json"
 FULL = "full"
@@ -58,7 +59,10 @@ class Server(msgspec.Struct):
 
 
 class Comparison(msgspec.Struct):
-    """All of it. `given` is all that every method's run depends on, `failed` has reasons by method."""
+    """All of it. `given` is all that every method's run depends on, `failed` has reasons by method.
+
+    `before` are the base's scores, which are taken once.
+    """
 
     given: dict[str, Any]
     command: str = ""
@@ -66,6 +70,7 @@ class Comparison(msgspec.Struct):
     outcomes: list[Outcome] = []
     failed: dict[str, str] = {}
     server: Server | None = None
+    before: Scores | None = None
 
     def of(self, method: str) -> Outcome | None:
         """What came out of a method, if anything did."""
@@ -98,14 +103,15 @@ def begin(out: Path, wanted: Comparison) -> Comparison:
             raise OptionError(f"--out {out} exists and is no comparison: name a new folder.")
         return wanted
     try:
-        given = msgspec.json.decode(file.read_bytes(), type=Comparison).given
+        known = msgspec.json.decode(file.read_bytes(), type=Comparison)
     except msgspec.DecodeError as error:
         raise OptionError(f"{file} cannot be read ({error}): name a new folder.") from error
-    if differing := [name for name in wanted.given if given.get(name) != wanted.given[name]]:
+    if differing := [name for name in wanted.given if known.given.get(name) != wanted.given[name]]:
         raise OptionError(
-            f"--out {out} is of another comparison: {differing[0]} was {given.get(differing[0])!r}. "
+            f"--out {out} is of another comparison: {differing[0]} was {known.given.get(differing[0])!r}. "
             "Give the same options, or name a new folder."
         )
+    wanted.before = known.before
     return wanted
 
 

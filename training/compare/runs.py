@@ -1,4 +1,7 @@
-"""A method trained in a process of its own, so that its peak memory is its own; what it tells comes through a pipe."""
+"""The base scored and methods trained, each in a process of its own, whose peak memory is its own.
+
+What it tells comes through a pipe.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from multiprocessing.connection import Connection
 from rich.console import Console
 
 from training.errors import BaseError, DataError, TrainingError
-from training.job import Job, run_job
+from training.evaluate import Scores
+from training.job import Job, run_job, score_base
 from training.processes import Processes
 from training.show import Show
 from training.trainer import Step
@@ -63,40 +67,54 @@ class Told(Show):
         yield tell
 
 
-def train_apart(job: Job, on_news: Callable[[News], None]) -> None:
-    """Train in a new process, and write its artifact.
+def score_apart(job: Job, on_news: Callable[[News], None]) -> Scores:
+    """The base's scores on a job's rows, from a new process. Raises as `train_apart`."""
+    found = _apart(job, None, on_news)
+    if found is None:
+        raise MethodError(f"{job.base} was not scored")
+    return found
+
+
+def train_apart(job: Job, before: Scores, on_news: Callable[[News], None]) -> None:
+    """Train in a new process, and write its artifact; `before` are the base's scores.
 
     Raises `MethodError` with the reason where that fails, `DataError` or `BaseError` where it would for every method.
     """
+    _apart(job, before, on_news)
+
+
+def _apart(job: Job, before: Scores | None, on_news: Callable[[News], None]) -> Scores | None:
+    """The scores that the process told, if it told any."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, theirs), daemon=True)
+    process = context.Process(target=_work, args=(job, before, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        failure = _listen(ours, on_news)
+        found = _listen(ours, on_news)
         process.join(LEAVE_WITHIN_S)
     finally:
         process.kill()
         process.join()
-    if failure is not None:
-        raise failure
+    if isinstance(found, TrainingError):
+        raise found
     if process.exitcode != 0:
         raise MethodError(_ended(process.exitcode))
+    return found
 
 
-def _listen(pipe: Connection, on_news: Callable[[News], None]) -> TrainingError | None:
-    """Until the other end is closed; the failure that it told of."""
-    failure = None
+def _listen(pipe: Connection, on_news: Callable[[News], None]) -> TrainingError | Scores | None:
+    """Until the other end is closed; the failure or the scores that it told of."""
+    found = None
     while True:
         try:
             told = pipe.recv()
         except EOFError:
-            return failure
+            return found
         if isinstance(told, News):
             on_news(told)
         else:
-            failure = told
+            found = told
 
 
 def _ended(code: int | None) -> str:
@@ -106,12 +124,15 @@ def _ended(code: int | None) -> str:
     return f"its process ended with {code}"
 
 
-def _work(job: Job, pipe: Connection) -> None:
-    """The process."""
+def _work(job: Job, before: Scores | None, pipe: Connection) -> None:
+    """The process: it trains where the base was scored, and else scores that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the one that started it ends it
     processes = Processes(is_cpu=job.device == "cpu")
     try:
-        run_job(job, Told(pipe.send), processes)
+        if before is None:
+            pipe.send(score_base(job, Told(pipe.send), processes))
+        else:
+            run_job(job, Told(pipe.send), processes, before)
     except COMMON as error:
         pipe.send(error)
     except TrainingError as error:
