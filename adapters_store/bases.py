@@ -195,6 +195,12 @@ def base_identity(folder: Path) -> BaseIdentity:
     return BaseIdentity(folder, _digest([_computing(config), shapes, tokenizer]))
 
 
+def stamp_of(folder: Path) -> list[tuple[str, int, int]]:
+    """(name, size, time of the last change) of a base's files: what tells at once that it may be another now."""
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+
+
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 

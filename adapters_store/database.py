@@ -73,6 +73,7 @@ versions = Table(
     Column("prompt_format", JSON, nullable=True),
     Column("note", String(1000), nullable=False),
     Column("created", Float, nullable=False),
+    Column("proved", String(64), nullable=True),  # what its bytes passed the proof under, a base and a software
     UniqueConstraint("task_id", "number"),
     UniqueConstraint("task_id", "digest"),
 )

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Engine, Row, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, Row, Update, delete, func, insert, select, update
 
 from adapters_store import audit
 from adapters_store.artifact import PromptFormat
@@ -136,8 +136,9 @@ class Registry:
         *,
         note: str = "",
         activate: bool = True,
+        proved: str | None = None,
     ) -> tuple[Version, bool]:
-        """Add a version, and route to it unless told not to; durable on return.
+        """Add a version, and route to it unless told not to; durable on return. `proved` is as for `set_proved`.
 
         The same digest again is the same version, routed to in the same way; then the second item is False. Raises
         `QuotaError` where the tenant may have no more.
@@ -154,6 +155,8 @@ class Registry:
                 audit.note(connection, tenant, "version.add", task=task, version=number, digest=facts.digest)
             connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == facts.digest))
             version = _version(task, connection.execute(known).one())
+            if proved is not None:
+                connection.execute(_proved(facts.digest, proved))
             if activate:
                 set_route(connection, task_id, Route({version.number: WHOLE}))
             return version, is_new
@@ -249,6 +252,18 @@ class Registry:
                 connection.execute(insert(identity).values(id=found))
             return str(found)
 
+    def set_proved(self, digest: str, under: str) -> None:
+        """Bytes passed the proof `under` a base and a software: so did every version of them."""
+        with self._write() as connection:
+            connection.execute(_proved(digest, under))
+
+    def unproved(self, under: str) -> list[str]:
+        """The digests of versions that were proved under something else, or never; the newest first."""
+        query = select(versions.c.digest).where(func.coalesce(versions.c.proved, "") != under)
+        with self._read() as connection:
+            found = connection.execute(query.order_by(versions.c.created.desc())).scalars()
+            return list(dict.fromkeys(found))
+
     def digests(self) -> set[str]:
         """Every digest that some version refers to."""
         with self._read() as connection:
@@ -331,6 +346,10 @@ class Registry:
         number = connection.execute(select(tasks.c.next_number).where(tasks.c.id == task_id)).scalar_one()
         connection.execute(update(tasks).where(tasks.c.id == task_id).values(next_number=number + 1))
         return int(number)
+
+
+def _proved(digest: str, under: str) -> Update:
+    return update(versions).where(versions.c.digest == digest).values(proved=under)
 
 
 def _version(task: str, row: Row[Any]) -> Version:

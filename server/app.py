@@ -21,6 +21,8 @@ from server.api.callers import Callers
 from server.api.edge import HANDLERS, RequestLog
 from server.api.front import Front
 from server.api.imports import import_tree
+from server.api.proof import ground_of
+from server.api.stored import find_unproved, prove_all
 from server.api.text import Tokenizer
 from server.engine.client import EngineClient, ProcessEngineClient
 from server.metrics import Metrics
@@ -81,12 +83,15 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     store = Tenants(registry.engine)
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
     callers = Callers(store, admin_key, settings.host)
-    front = Front(settings, engine, registry, blobs, tokenizer, metrics, store, callers)
+    ground = ground_of(base_folder, settings.precision, settings.device)
+    front = Front(settings, engine, registry, blobs, tokenizer, metrics, store, callers, ground=ground)
     stack.push_async_callback(asyncio.to_thread, front.usage.flush, registry)
-    await stack.enter_async_context(_flushing(front))
+    await find_unproved(front)
+    await stack.enter_async_context(_beside(front.usage.keep_flushing(front.registry)))
     if settings.import_ is not None:
         await import_tree(front, settings.import_)
     await front.keep_pinned()
+    await stack.enter_async_context(_beside(prove_all(front)))
     return front
 
 
@@ -109,14 +114,15 @@ async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> t
 
 
 @asynccontextmanager
-async def _flushing(front: Front) -> AsyncIterator[None]:
-    flusher = asyncio.create_task(front.usage.keep_flushing(front.registry))
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """While the block runs so does the work; at its end it is called off."""
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
-        flusher.cancel()
+        task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await flusher
+            await task
 
 
 @contextmanager

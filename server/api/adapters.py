@@ -114,7 +114,10 @@ async def keep(
     try:
         async with front.store_lock:
             await asyncio.to_thread(front.blobs.put, folder, facts.digest)
-            version, is_new = await asyncio.to_thread(add, tenant, task, facts, note=note, activate=activate)
+            version, is_new = await asyncio.to_thread(
+                add, tenant, task, facts, note=note, activate=activate, proved=front.ground
+            )
+            front.unproved.pop(facts.digest, None)
             front.client.renew(facts.digest)
     except Exception:
         await front.give_up([facts.digest])

@@ -25,7 +25,7 @@ from server.api.limits import Meters
 from server.api.text import Tokenizer
 from server.api.usage import UsageBuffer
 from server.engine.client import EngineClient
-from server.engine.messages import Ready
+from server.engine.messages import EngineFailure, Ready
 from server.errors import (
     DrainingError,
     ForbiddenError,
@@ -63,7 +63,10 @@ class Front:
     given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
     gone: dict[str, None] = field(default_factory=dict)  # the last digests whose artifacts were deleted, or will be
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
-    probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one upload at a time is worn by the engine
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one artifact at a time is worn by the engine
+    proving: asyncio.Lock = field(default_factory=asyncio.Lock)  # one of the store's at a time is put to the proof
+    ground: str = ""  # what a proof holds for: see `ground_of`
+    unproved: dict[str, EngineFailure | None] = field(default_factory=dict)  # stored digests; why one may not be worn
     is_draining: bool = False  # about to end: what runs may finish, nothing new begins
     last_item_bytes: ItemBytes | None = None
     store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together

@@ -16,6 +16,7 @@ from fastapi import Request
 from adapters_store.tenants import Limits
 from server.api.front import Front, caller_of
 from server.api.prepare import Worn
+from server.api.stored import check_proved
 from server.api.text import TextStream
 from server.api.usage import Bill
 from server.engine.client import EngineUnavailable
@@ -207,6 +208,8 @@ async def _feed(
 ) -> None:
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
+            for digest in job.worn.digests:
+                await check_proved(front, digest)
             await _run_choice(front, job, answer, prompt, number, queue)
     except TimeoutError:
         failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")

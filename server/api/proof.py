@@ -8,17 +8,20 @@ logits and the continuation must be those of the trainer.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adapters_store.artifact import Artifact, ParityCase, read_folder
+from adapters_store.bases import stamp_of
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ParityError, ProbeError
 from adapters_store.methods import Room, compile_patch
 from adapters_store.methods.applied import idle_tensors, tracked
@@ -38,6 +41,7 @@ MAX_AT_ONCE = 4  # probes in the engine's batch
 MAX_PARITY_TOKENS = 1024  # a longer prompt would take the engine too long
 NUM_TOP = 100  # of the engine's best tokens, to find the trainer's 20 among
 PROBE_WITHIN_S = 30.0
+CHECKS = 1  # grows with every check that is new or stricter: what is stored must pass it, too
 NAMESPACE = "_probe"  # no tenant can be named so
 
 Check = dict[str, Any]
@@ -61,8 +65,8 @@ async def prove(front: Front, folder: Path) -> Proved:
     digest = artifact.digest
     try:
         async with front.probing:
-            with front.in_use.hold([digest]):
-                checks = checks + await _probe(front, folder, artifact, patch)
+            with front.in_use.hold([digest]), _staged(front, digest, folder):
+                checks = checks + await _probe(front, artifact, patch)
     except BaseException:
         await front.give_up([digest])
         raise
@@ -81,9 +85,36 @@ async def prove(front: Front, folder: Path) -> Proved:
     return Proved(facts, checks)
 
 
+async def prove_stored(front: Front, digest: str) -> None:
+    """Put what lies in the store to the same proof. Raises what `prove` raises, and what `Blobs.read` does."""
+    artifact = await asyncio.to_thread(front.blobs.read, digest)
+    _, patch, _ = await asyncio.to_thread(_check_artifact, front.ready(), artifact)
+    async with front.probing:
+        await _probe(front, artifact, patch)
+
+
+def ground_of(base: Path, precision: str, device: str) -> str:
+    """What a proof holds for: this base as it lies there, how it is computed, and these checks."""
+    said = [version("manyhats"), CHECKS, precision, device, stamp_of(base)]
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+@contextmanager
+def _staged(front: Front, digest: str, folder: Path) -> Iterator[None]:
+    """While the block runs the engine reads the artifact from the staging area."""
+    front.client.stage(digest, str(folder))
+    try:
+        yield
+    finally:
+        front.client.stage(digest, None)
+
+
 def check_folder(ready: Ready, folder: Path) -> tuple[Artifact, Patch, list[Check]]:
     """What the bytes of a PEFT folder alone can tell. Raises `ArtifactError`."""
-    artifact = read_folder(folder)
+    return _check_artifact(ready, read_folder(folder))
+
+
+def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, list[Check]]:
     followed = tracked(artifact)
     with torch.enable_grad():
         patch = compile_patch(
@@ -120,13 +151,12 @@ def _check_virtual(patch: Patch, ready: Ready) -> None:
         )
 
 
-async def _probe(front: Front, folder: Path, artifact: Artifact, patch: Patch) -> list[Check]:
-    """Let the engine wear the staged artifact. Raises `ProbeError`, `ParityError`, or `ServerError`."""
+async def _probe(front: Front, artifact: Artifact, patch: Patch) -> list[Check]:
+    """Let the engine wear an artifact, staged or stored. Raises `ProbeError`, `ParityError`, or `ServerError`."""
     ready, hat = front.ready(), Hat(artifact.digest, 1.0, patch.num_virtual)
     cases = parity_cases(artifact, ready, patch.num_virtual)
     prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
     deadline = time.monotonic() + PROBE_WITHIN_S
-    front.client.stage(artifact.digest, str(folder))
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + PROBE_WITHIN_S):
             answers = await _ask_all(front, hat, prompts, deadline)
@@ -134,8 +164,6 @@ async def _probe(front: Front, folder: Path, artifact: Artifact, patch: Patch) -
         raise _late() from None
     except EngineUnavailable as error:
         raise UnavailableError(str(error), retry_after=2) from None
-    finally:
-        front.client.stage(artifact.digest, None)
     lengths = sorted(len(case.prompt_token_ids) for case in prompts)
     said = f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: all logits are finite"
     return [_check("probe", len(prompts), said), *compare(cases, answers, ready, artifact)]

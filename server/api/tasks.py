@@ -175,7 +175,9 @@ def _version(version: Version, look: Look) -> dict[str, Any]:
         **identity(version, look.front.item_bytes()),
         "note": version.note,
         "created": version.created,
-        "residency": look.where.get(version.digest, "disk"),
+        "residency": "quarantined"
+        if look.front.unproved.get(version.digest)
+        else look.where.get(version.digest, "disk"),
         "use": _use(look.used, version.task, version.number),
         "recent": look.front.recent.summary((look.tenant, version.task, version.number)),
     }

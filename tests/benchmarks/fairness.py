@@ -137,7 +137,13 @@ async def _client(
     """Ask, take the answer, think, ask again. What is on its way when the time ends is broken off."""
     while time.perf_counter() < until:
         prompt = [draw.randrange(*TOKENS) for _ in range(draw.randrange(*shape.prompt))]
-        body = {"prompt_token_ids": prompt, "max_tokens": shape.answer, "ignore_eos": True, "stream": True}
+        body = {
+            "prompt_token_ids": prompt,
+            "max_tokens": shape.answer,
+            "ignore_eos": True,
+            "stream": True,
+            "timeout_s": MOST_S,
+        }
         began, is_first = time.perf_counter(), True
         options: Any = {"params": {"task": "base"}, "json": body, "headers": {"Authorization": f"Bearer {key}"}}
         async with client.stream("POST", "/generate", **options) as response:

@@ -55,7 +55,7 @@ class Server:
 
 
 @contextmanager
-def serve(base: Path | str, data: Path, wait_s: float = 120, **options: object) -> Iterator[Server]:
+def serve(base: Path | str, data: Path, wait_s: float = 600, **options: object) -> Iterator[Server]:
     """Run `manyhats serve` on a free loopback port; `options` are its flags (`max_running=8` is `--max-running 8`).
 
     Raises `RuntimeError` with the end of the log where it does not become ready.
