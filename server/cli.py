@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import logging
 import subprocess
@@ -78,8 +79,17 @@ def serve(**flags: Any) -> None:
                 folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
         except (BaseError, OSError) as error:
             raise _stop(console, str(error)) from error
-        serving = _serve(settings, folder, sockets, lambda front: _greet(front, url, console, time.monotonic() - began))
-        failure = listen.run(serving, sockets)
+
+        def on_ready(front: Front) -> None:
+            gc.freeze()
+            gc.enable()
+            _greet(front, url, console, time.monotonic() - began)
+
+        gc.disable()  # what is imported stays: to search it over and over takes time
+        try:
+            failure = listen.run(_serve(settings, folder, sockets, on_ready), sockets)
+        finally:
+            gc.enable()
     if failure is not None:
         raise _stop(console, failure)
 
