@@ -7,6 +7,7 @@ of its free answers, and with the best of the labels by its logits. About a quar
 from __future__ import annotations
 
 import argparse
+import csv
 import subprocess
 import sys
 import tempfile
@@ -39,9 +40,20 @@ AIMS = [
 ]
 
 
-def train(aim: Aim, out: Path, seconds: float) -> dict[str, Any]:
+def some_rows(file: Path, count: int | None, out: Path) -> Path:
+    """`count` rows of a CSV file, spread over it, as a file of their own; all of them: the file itself."""
+    if count is None:
+        return file
+    with file.open(newline="") as rows, out.open("w", newline="") as few:
+        head, *body = csv.reader(rows)
+        csv.writer(few).writerows([head, *(body[i * len(body) // count] for i in range(min(count, len(body))))])
+    return out
+
+
+def train(aim: Aim, out: Path, seconds: float, num_rows: int | None) -> dict[str, Any]:
     """The manifest of one run of the command, with the method's defaults."""
-    words = ["--method", aim.method, "--data", DATA / aim.task / "train.csv", "--eval", DATA / aim.task / "test.csv"]
+    test = some_rows(DATA / aim.task / "test.csv", num_rows, out.with_suffix(".csv"))
+    words = ["--method", aim.method, "--data", DATA / aim.task / "train.csv", "--eval", test]
     column, template = TASKS[aim.task]
     words += ["--prompt-column", "text", "--completion-column", column, "--template", template]
     words += ["--max-seconds", seconds, "--out", out]
@@ -62,12 +74,19 @@ def line(aim: Aim, manifest: dict[str, Any]) -> str:
         after["label_accuracy"],
         aim.to_reach,
     ]
-    cells = [aim.task, aim.method, f"{seconds:.0f} s", *(f"{share:.1%}" for share in shares), reached]
+    cells = [
+        aim.task,
+        aim.method,
+        f"{seconds:.0f} s",
+        str(after["num_rows"]),
+        *(f"{share:.1%}" for share in shares),
+        reached,
+    ]
     return f"| {' | '.join(cells)} |"
 
 
-HEAD = """| task | method | trained | base: free | base: label | exact match | label | to reach | reached |
-|---|---|---|---|---|---|---|---|---|"""
+HEAD = """| task | method | trained | rows | base: free | base: label | exact match | label | to reach | reached |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -75,11 +94,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of quality.md and quality.json")
     parser.add_argument("--share", type=float, default=1.0, help="of each one's seconds, to try it (1)")
+    parser.add_argument("--rows", type=int, help="how many test rows, to try it (all 400)")
+    parser.add_argument("--methods", help="only these, joined by commas, to try it (all)")
     arguments = parser.parse_args()
+    known = {aim.method for aim in AIMS}
+    chosen = known if arguments.methods is None else set(arguments.methods.split(","))
+    if unknown := chosen - known:
+        parser.error(f"--methods names {min(unknown)}: there are {', '.join(sorted(known))}")
     manifests, lines = [], [HEAD]
     with tempfile.TemporaryDirectory() as scratch:
-        for number, aim in enumerate(AIMS):
-            manifests.append(train(aim, Path(scratch) / str(number), aim.max_seconds * arguments.share))
+        for number, aim in enumerate(aim for aim in AIMS if aim.method in chosen):
+            seconds, out = aim.max_seconds * arguments.share, Path(scratch) / str(number)
+            manifests.append(train(aim, out, seconds, arguments.rows))
             lines.append(line(aim, manifests[-1]))
             print(lines[-1], flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
