@@ -18,7 +18,9 @@ from server.model.runner import RunnerConfig, load
 from tests.training import conftest
 from tests.training.conftest import TEMPLATE, WORDS
 from training import trainer
+from training.sources import digest_of
 
+EXAMPLES = Path(__file__).parents[2] / "adapters_store" / "examples"
 BLOCKS = list(range(8))
 NUM_PARAMETERS = 94_912  # of the tiny llama
 LORA = ("--layers", "all", "--r", 4)
@@ -35,20 +37,22 @@ def assert_parity(artifact: Artifact, base: Path) -> None:
     config = RunnerConfig(folder=str(base), name="base", precision="fp32", num_threads=1, kv_cache_bytes=2**24)
     loaded = load(config)
     assert artifact.manifest.base.identity == loaded.spec.identity
-    slot = loaded.bank.put(loaded.bank.pack(compile_patch(artifact, loaded.spec)))
+    patch = compile_patch(artifact, loaded.spec)
+    slot, virtual = loaded.bank.put(loaded.bank.pack(patch)), list(range(-1, -1 - patch.num_virtual, -1))
     for case in artifact.manifest.parity:
         tokens = list(case.prompt_token_ids)
         for i, expected in enumerate(case.continuation):
             [sampled] = loaded.runner.run(
                 [
                     Row(
-                        tokens,
+                        [*virtual, *tokens],
                         0,
                         BLOCKS,
                         hats=((slot, 1.0),),
                         sampling=Sampling(),
                         history=tokens,
                         num_prompt=len(tokens),
+                        num_virtual=len(virtual),
                     )
                 ]
             )
@@ -311,10 +315,35 @@ def test_bad_options_are_named(
     assert sentence in " ".join(result.output.split())
 
 
-def test_the_shipped_example_is_sound(real_base: Path) -> None:
-    """The example fits the real base, is small, beats the base on 400 rows, and its parity is the server's own."""
-    folder = Path(__file__).parents[2] / "adapters_store" / "examples" / "banking77"
-    artifact = read_folder(folder)
+@pytest.mark.parametrize(
+    ("name", "kind", "task", "num_rows", "score", "at_least"),
+    [
+        ("sentiment", "prompt_tuning", "vader", 400, "exact_match", 0.75),
+    ],
+)
+def test_a_shipped_example_is_sound(
+    name: str, kind: str, task: str, num_rows: int, score: str, at_least: float, real_base: Path
+) -> None:
+    """It fits the real base, is small, comes of the rows beside it, beats the base, and its parity is the server's."""
+    artifact, data = read_folder(EXAMPLES / name), EXAMPLES / "data" / task
+    assert artifact.manifest is not None and artifact.manifest.method == kind
+    assert sum(file.stat().st_size for file in (EXAMPLES / name).iterdir()) < 6_000_000
+    training, scores = artifact.manifest.training, artifact.manifest.evaluation
+    assert training["data_sha256"] == digest_of(data / "train.csv") and scores["sha256"] == digest_of(data / "test.csv")
+    before, after = scores["before"], scores["after"]
+    assert before["num_rows"] == after["num_rows"] == num_rows and after["num_answers"] == (64 if task == "e2e" else 0)
+    assert after[score] >= at_least and after["perplexity"] < before["perplexity"] and "forgetting" in scores
+    keys = ("bleu", "rouge_l") if task == "e2e" else ("exact_match", "label_accuracy")
+    assert all(after[key] > before[key] + 0.05 for key in keys)
+    command = (EXAMPLES / "README.md").read_text().split(f"--out adapters_store/examples/{name}")[0].split("```")[-1]
+    plan = training["plan"]
+    assert f"--steps {plan['steps']} --seed {plan['seed']}" in command and f"data/{task}/train.csv" in command
+    assert_parity(artifact, real_base)
+
+
+def test_the_first_shipped_example_is_sound(real_base: Path) -> None:
+    """Its manifest is of an earlier version; it fits the real base, is small, and beats the base on 400 rows."""
+    artifact = read_folder(EXAMPLES / "banking77")
     assert artifact.manifest is not None and artifact.num_bytes < 6_000_000
     assert_parity(artifact, real_base)
     scores = artifact.manifest.evaluation
