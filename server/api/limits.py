@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from adapters_store.tenants import Limits
-from server.errors import BadRequestError, TenantLimitError
+from server.errors import BadRequestError, ServerError, TenantLimitError
 
 MINUTE = 60
 FIRST_PACE_S = 1.0  # between two first tokens of a tenant, before any was seen
@@ -108,18 +108,25 @@ class Meters:
     ) -> Iterator[None]:
         """While the block runs a request is answered; it counts as `most_tokens` until it is known how many it took.
 
+        One that fails before its first token, or is routed anew, took none.
+
         Raises `TenantLimitError`, or `BadRequestError` where no wait would help.
         """
         tally, began = self._tally(tenant), self._clock()
         self._check_queue(tenant, tally, limits, num_choices)
         second = self._take_tokens(tenant, tally, limits, most_tokens, began)
         tally.open[id(progress)] = num_choices, progress
+        is_free = False
         try:
             yield
+        except ServerError:
+            is_free = not progress.num_begun
+            raise
         finally:
             del tally.open[id(progress)]
             if second is not None:
-                tally.tokens.give_back(most_tokens - progress.num_tokens, second)
+                num_tokens = 0 if is_free else progress.num_tokens
+                tally.tokens.give_back(most_tokens - num_tokens, second)
             if progress.num_begun:
                 newest = (self._clock() - began) / progress.num_begun
                 tally.pace_s += PACE_WEIGHT * (newest - tally.pace_s)

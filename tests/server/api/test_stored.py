@@ -1,4 +1,4 @@
-"""The same checks on every door, and for what is in the store at start and was proved under something else, or never."""
+"""The same checks on every door, and for what is in the store at start and was proved under another base, or never."""
 
 from __future__ import annotations
 

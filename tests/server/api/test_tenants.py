@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from adapters_store.tenants import Limits
+from server.engine.messages import EngineFailure
+from server.errors import VersionGoneError
 from tests.server.api.world import Site, error_of, open_site, until
 
 pytestmark = pytest.mark.anyio
@@ -320,6 +322,35 @@ async def test_tokens_a_minute(city: City) -> None:
     assert (await city.generate(key, max_tokens=36)).status_code == 429
     clock.now += 1.5
     assert (await city.generate(key, max_tokens=36)).status_code == 200
+
+
+async def test_what_is_routed_anew_is_charged_once(
+    city: City, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose version went while it waited, or whose engine died before its first token, takes nothing then:
+    however often it is tried, it counts once in requests, tokens and usage."""
+    key = await city.tenant("a", tokens_per_minute=50, requests_per_minute=4)
+    assert (await city.ask(key, "POST", "/adapters?task=hat", zips[0])).status_code == 201
+    site, check = city.site, city.site.front.check_kept
+    gone = [VersionGoneError("it went", "task")] * 3
+
+    async def vanish(*what: Any) -> None:
+        if gone:
+            raise gone.pop()
+        await check(*what)
+
+    monkeypatch.setattr(site.front, "check_kept", vanish)
+    body = {"prompt": "ab" * 10, "max_tokens": 5, "ignore_eos": True}
+    assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200 and not gone
+    tally = site.front.meters._tally("a")
+    assert (tally.tokens._sum, tally.requests._sum) == (25, 2)
+    site.engine.failure = EngineFailure("engine_restarting", "send it again")
+    assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 503
+    assert (tally.tokens._sum, tally.requests._sum) == (25, 3)
+    site.engine.failure = None
+    assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200
+    (used,) = site.front.registry.usage("a")
+    assert (tally.tokens._sum, used.requests, used.prompt_tokens, used.completion_tokens) == (50, 2, 40, 10)
 
 
 async def test_the_queue_of_a_tenant(city: City) -> None:
