@@ -17,7 +17,7 @@ def draw(steps: Sequence[Step], title: str) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     numbers = [step.number for step in steps]
     style = {"marker": "."} if len(steps) == 1 else {}
@@ -35,7 +35,7 @@ def draw(steps: Sequence[Step], title: str) -> bytes:
     for axes in (loss, rate):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    canvas.print_png(buffer, metadata={"Software": None})  # `savefig` draws it twice
     return buffer.getvalue()
 
 
