@@ -61,7 +61,7 @@ def _decode(model: Any, prompts: Sequence[Prompt], eos_token_id: int, max_tokens
     is_prompt = (places < lengths).long()
     with cut_before_head(model, places == lengths - 1):
         output = model(input_ids=ids, attention_mask=is_prompt, use_cache=True)
-    cache, logits = output.past_key_values, output.logits
+    cache, logits = output.past_key_values, output.logits[: len(prompts)]
     num_virtual = cache.get_seq_length() - ids.shape[1]
     attention = torch.cat([is_prompt.new_ones(len(prompts), num_virtual), is_prompt], dim=1)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # virtual tokens are in the cache

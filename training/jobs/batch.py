@@ -146,7 +146,8 @@ class SharedBase:
             logits: Tensor = self._model(
                 input_ids=ids, position_ids=positions.to(ids.device), use_cache=False, segments=segments
             ).logits
-        return logits.float().split([len(one.targets) for one in batches])  # type: ignore[no-any-return]
+        sizes = [len(one.targets) for one in batches]
+        return logits[: sum(sizes)].float().split(sizes)  # type: ignore[no-any-return]
 
 
 def _check(base: Base) -> None:
@@ -184,7 +185,10 @@ def _answer(site: str, segments: Sequence[Segment], shapes: Sequence[Shape]) -> 
             segment.wearer.answer(site, own, own_y) if site in segment.wearer.layers else own_y
             for segment, own_y, *own in zip(segments, _cut(y, shapes), *own_inputs, strict=True)
         ]
-        joined = _join(answers, shapes).view_as(y)
+        joined = _join(answers, shapes)
+        if len(shapes[0]) == 1:  # the head, where there can be rows behind those of the labels
+            joined = torch.cat([joined, y[len(joined) :]])
+        joined = joined.view_as(y)
         return (joined, *output[1:]) if isinstance(output, tuple) else joined
 
     return answer
@@ -234,8 +238,8 @@ def _labels(segment: Segment) -> Shape:
 
 def _cut(tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """[1, positions, …] as [rows, length, …] of each segment, and the head's [num_labels, …] as each segment's."""
-    flat = tensor if len(shapes[0]) == 1 else tensor.squeeze(0)
-    parts = torch.unsafe_split_with_sizes(flat, [math.prod(shape) for shape in shapes])  # a tuner may write into them
+    flat, sizes = tensor if len(shapes[0]) == 1 else tensor.squeeze(0), [math.prod(shape) for shape in shapes]
+    parts = torch.unsafe_split_with_sizes(flat[: sum(sizes)], sizes)  # a tuner may write into them
     return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
