@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import inspect
 import logging
 import subprocess
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from adapters_store.bases import BaseError, resolve_base
-from server import listen, logs
+from server import listen, logs, memory
 from server.engine.client import ProcessEngineClient
 from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
 
@@ -79,17 +78,14 @@ def serve(**flags: Any) -> None:
                 folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
         except (BaseError, OSError) as error:
             raise _stop(console, str(error)) from error
+        is_loading = stack.enter_context(contextlib.ExitStack())
+        is_loading.enter_context(memory.loading())
 
         def on_ready(front: Front) -> None:
-            gc.freeze()
-            gc.enable()
+            is_loading.close()
             _greet(front, url, console, time.monotonic() - began)
 
-        gc.disable()  # what is imported stays: to search it over and over takes time
-        try:
-            failure = listen.run(_serve(settings, folder, sockets, on_ready), sockets)
-        finally:
-            gc.enable()
+        failure = listen.run(_serve(settings, folder, sockets, on_ready), sockets)
     if failure is not None:
         raise _stop(console, failure)
 

@@ -8,7 +8,6 @@ thread. It reads no environment, and it ends when the socket closes: there are n
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import queue
@@ -24,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from server import logs
+from server import logs, memory
 from server.engine import frames
 from server.engine.engine import Engine
 from server.engine.messages import (
@@ -227,17 +226,14 @@ def serve(descriptor: int, build: Build) -> int:
     config = connection.start()
     if config is None:
         return 0
-    gc.disable()  # what is imported and loaded stays: to search it over and over takes a second
     try:
-        ready, engine = build(config, connection.wake)
+        with memory.loading():
+            ready, engine = build(config, connection.wake)
     except Exception as error:
         log.exception("the engine could not start")
         connection.send(StartFailed(str(error) or type(error).__name__))
         connection.close()
         return 1
-    finally:
-        gc.freeze()
-        gc.enable()
     connection.send(ready)
     log.info("the engine is ready", extra={"base": ready.spec.name, "load_seconds": round(ready.load_seconds, 3)})
     Service(engine, connection).run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters_store.bases import base_identity
 from adapters_store.describe import describe, linears
 from adapters_store.spec import BaseSpec, KVShape
+from server import memory
 from server.model import attention
 from server.model.attention import KVCache, PagedBatch, Probe, UnsupportedBaseError, page
 from server.model.bank import SlotBank
@@ -136,9 +136,7 @@ def _settle(model: nn.Module) -> None:
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
-    if trim is not None:
-        trim(0)
+    memory.trim()
 
 
 def _learned_kv(spec: BaseSpec, probe: Probe) -> list[KVShape]:
