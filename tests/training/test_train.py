@@ -319,6 +319,7 @@ def test_bad_options_are_named(
     ("name", "kind", "task", "num_rows", "score", "at_least"),
     [
         ("sentiment", "prompt_tuning", "vader", 400, "exact_match", 0.75),
+        ("restaurants", "beft", "e2e", 449, "bleu", 30.0),
     ],
 )
 def test_a_shipped_example_is_sound(
