@@ -1,4 +1,7 @@
-"""What strangers send is refused by its reason, cheaply, and touches nothing; what is taken computes finite numbers."""
+"""What strangers send is refused by its reason, cheaply, and touches nothing; what is taken computes finite numbers.
+
+`NUM_MUTATIONS=20000 pytest tests/kit/test_hostile.py -k mutated` mutates as often as the law asks.
+"""
 
 from __future__ import annotations
 
