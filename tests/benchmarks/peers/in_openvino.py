@@ -42,7 +42,8 @@ class Model:
         plan = genai.SchedulerConfig()
         plan.cache_size, plan.max_num_batched_tokens = CACHE_GIB, MAX_BATCH_TOKENS
         plan.enable_prefix_caching = False
-        options = {"INFERENCE_NUM_THREADS": self.job["num_threads"]}
+        # By default a CPU that multiplies bf16 does so; all others here compute in fp32.
+        options = {"INFERENCE_NUM_THREADS": self.job["num_threads"], "INFERENCE_PRECISION_HINT": "f32"}
         if has_room:
             options["adapters"] = genai.AdapterConfig(self.adapters)
         return genai.ContinuousBatchingPipeline(self.job["model"], plan, "CPU", options)

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parent / "in_openvino.py"  # runs there, where nothing o
 class OpenVino:
     """See the module."""
 
-    title = "OpenVINO GenAI, fp16 weights, grouped by adapter"
+    title = "OpenVINO GenAI, fp16 weights, fp32 arithmetic, grouped by adapter"
     workloads, once = ("W1", "W3", "W4"), ("W2",)
 
     def missing(self) -> str | None:
