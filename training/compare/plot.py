@@ -48,7 +48,13 @@ def _panels(outcomes: Sequence[Outcome]) -> list[Panel]:
         Panel("peak memory above the base, MB", lambda one: one.memory_bytes / MEGA, lambda value: f"{value:,.0f}"),
         Panel("training tokens/s", lambda one: one.tokens_per_second, lambda value: f"{value:,.0f}"),
         Panel(f"{score.name} after the same budget", quality, score.show, score.of(first.before)),
-        Panel("forgetting: perplexity of a neutral text", forgotten, lambda value: f"{value:+.1%}", 0.0),
+        Panel(
+            "forgetting: perplexity of a neutral text",
+            lambda one: None if (change := forgotten(one)) is None else 1 + change,
+            lambda value: f"{value - 1:+.0%}",
+            1.0,
+            is_log=True,
+        ),
         Panel(
             "decode speed when served, of the base's",
             lambda one: one.serving.share_of_base if one.serving else None,
@@ -62,7 +68,9 @@ def _panel(axes: Any, panel: Panel, outcomes: Sequence[Outcome]) -> None:
     """Bars from top to bottom, `-` where there is no value, a dashed line where the base is."""
     values = [panel.value(outcome) for outcome in outcomes]
     colors = [HAT if outcome.is_peft else FULL for outcome in outcomes]
-    bars = axes.barh(range(len(outcomes)), [value or 0.0 for value in values], color=colors, height=0.72)
+    begin = panel.base or 0.0 if panel.is_log else 0.0  # how many times the base's, and not how far from nothing
+    lengths = [0.0 if value is None else value - begin for value in values]
+    bars = axes.barh(range(len(outcomes)), lengths, left=begin, color=colors, height=0.72)
     labels = ["-" if value is None else panel.show(value) for value in values]
     clear = {"facecolor": "white", "linewidth": 0, "pad": 0.5}  # over the line
     axes.bar_label(bars, labels, fontsize=8, padding=3, bbox=clear)
@@ -82,7 +90,8 @@ def _scale(axes: Any, panel: Panel, values: list[float]) -> None:
     """With room for the labels; the bars carry their figures, so that only a logarithmic axis needs marks."""
     if panel.is_log and values:
         axes.set_xscale("log")
-        axes.set_xlim(min(values) / 2, max(values) * 10)
+        ends = [*values, panel.base or values[0]]
+        axes.set_xlim(min(ends) / 2, max(ends) * 10)
         return
     ends = [0.0, panel.base or 0.0, *values]
     room = 0.3 * (max(ends) - min(ends)) or 1.0
