@@ -75,6 +75,7 @@ class Choices:
     """The known completions as a prefix tree: which tokens may follow a beginning of one."""
 
     def __init__(self, completions: Sequence[tuple[int, ...]]) -> None:
+        self.completions = frozenset(completions)
         following: dict[tuple[int, ...], set[int]] = {}
         for completion in completions:
             for i, token in enumerate(completion):
@@ -82,6 +83,12 @@ class Choices:
         self._next: dict[tuple[int, ...], Tensor] = {
             prefix: torch.tensor(sorted(tokens)) for prefix, tokens in following.items()
         }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Choices) and other.completions == self.completions
+
+    def __hash__(self) -> int:
+        return hash(self.completions)
 
     def best(self, logits: Tensor, prefix: tuple[int, ...]) -> int:
         """The token with the best of `logits` [vocabulary] among those that may follow `prefix`; -1 if none may."""

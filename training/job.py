@@ -96,7 +96,7 @@ def run_job(job: Job, show: Show, processes: Processes, before: Scores | None = 
     """
     options = check(job)
     base = load_base(job.base, processes.device(job.device), job.cache, show.say)
-    ready = prepare(job, options, base, show, processes, before=before)
+    ready = prepare(job, options, base, show, processes, scores_of=None if before is None else lambda _suite: before)
     with show.training() as tell, forgotten_if_failed(ready):
         run = ready.trainer.run(on_step(ready, tell, processes))
     done = finish(ready, run, show, processes)
@@ -112,18 +112,18 @@ def prepare(
     processes: Processes,
     clock: Callable[[], float] = time.monotonic,
     num_jobs: int = 1,
-    before: Scores | None = None,
+    scores_of: Callable[[Suite], Scores] | None = None,
 ) -> Ready:
     """Read its rows, score the base, put the hat on, and go on from a checkpoint if there is one to go on from.
 
-    `num_jobs` train together in this process; `before` are the base's scores where they are known.
+    `num_jobs` train together in this process; `scores_of` knows the base's scores, or takes them.
     """
     rows = _rows(job, base)
     checkpoint = Checkpoint(job.out, facts.identity(job, options, base, rows))
     _check_checkpoint(job, checkpoint, show)
-    suite = suite_of(rows, base, job.num_answers)
-    if before is None and processes.is_main:
-        before = score(base.model, suite, show, BASE)
+    suite, before = suite_of(rows, base, job.num_answers), None
+    if processes.is_main:
+        before = score(base.model, suite, show, BASE) if scores_of is None else scores_of(suite)
     base.touch()
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
     memory = PeakMemory(base.model.device)

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 STATS_EVERY_S = 1.0
 WAIT_FOR_ADAPTERS_S = 0.05  # deadlines are looked at so often where everything waits for adapters
 SPIN_COUNT = "20000"
+SWITCH_S = 5e-4
 LEAVE_WITHIN_S = 5.0  # after the front has gone, whatever the main thread is doing
 
 OnLoaded = Callable[[], None]
@@ -251,6 +252,8 @@ def main(arguments: list[str] | None = None, build: Build = build) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     # Weights and KV in pages of 2 MiB, where Linux has them on request: a step of one row is 10% faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A loader that got the interpreter between two kernels gives it back so soon; by default it keeps it for 5 ms.
+    sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
     return serve(descriptor, build)
 

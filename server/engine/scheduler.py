@@ -149,7 +149,8 @@ class Scheduler:
     def served(self, namespace: str) -> float:
         """How many tokens, divided by its share, the namespace counts as served.
 
-        Who comes from nowhere starts at the least of those that wait, so that nobody saves up credit.
+        Who comes from nowhere starts a step's tokens below the least of those that wait: a short prompt is computed at
+        once, and nobody saves up more.
         """
         return self._served.get(namespace, 0)
 
@@ -159,7 +160,7 @@ class Scheduler:
         if not self._is_backlogged(namespace):
             others = [self._served[other] for other in self._num_active if self._is_backlogged(other)]
             least = min(others, default=self.served(self._last or namespace))
-            self._served[namespace] = max(self.served(namespace), least)
+            self._served[namespace] = max(self.served(namespace), least - self.limits.max_batch_tokens)
         self._num_active[namespace] += 1
         self._shares[namespace] = sequence.share
         if sequence.is_probe:
@@ -416,10 +417,10 @@ class Scheduler:
         )
 
     def _retire(self, namespace: str) -> None:
-        """Keep what an idle namespace owes; forget those that would start no lower anyway."""
+        """Keep what an idle namespace was served; forget those that would start no lower anyway."""
         del self._num_active[namespace], self._num_running[namespace], self._shares[namespace]
         self._passing.discard(namespace)
-        least = min((self._served[other] for other in self._num_active), default=0)
+        least = min((self._served[other] for other in self._num_active), default=0) - self.limits.max_batch_tokens
         for other in [other for other in self._served if other not in self._num_active]:
             if not self._num_active or self._served[other] <= least:
                 del self._served[other]

@@ -137,6 +137,25 @@ def test_a_job_that_is_done_leaves_the_batch(
     assert done == [("1", 1), ("3", 3), ("4", 4)]
 
 
+def test_the_base_is_scored_once_for_jobs_that_are_scored_on_the_same(
+    tiny_base: Path, data: Path, tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other rows to score, or other labels to choose among, and it is scored anew."""
+    scored = list[int]()
+    real = run.score
+    monkeypatch.setattr(run, "score", lambda model, suite, *more: scored.append(1) or real(model, suite, *more))
+    held, three_labels = tmp_path / "held.jsonl", tmp_path / "three.jsonl"
+    held.write_text('{"prompt": "red 1", "completion": "warm"}\n')
+    three_labels.write_text(data.read_text() + '{"prompt": "pink", "completion": "hot"}\n')
+    more: list[dict[str, Any]] = [{}, {"seed": 2, "r": 2}, {"eval": str(held)}, {"data": str(three_labels)}, {}]
+    jobs = [{**job, "steps": 1, "out": str(tmp_path / str(i))} for i, job in enumerate(more)]
+    result = command("--jobs", write(tmp_path / "jobs.yaml", shared(tiny_base, data), jobs))
+    assert result.exit_code == 0, result.output
+    assert len(scored) == 3
+    before = [manifest(Path(job["out"])).evaluation["before"] for job in jobs]
+    assert before[0] == before[1] == before[4] != before[2]
+
+
 def test_a_job_that_breaks_ends_alone(
     tiny_base: Path, data: Path, tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

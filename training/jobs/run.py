@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from training.base import Base, load_base
 from training.errors import OptionError, TrainingError, sentence
-from training.job import Done, Job, Ready, check, dtype_of, finish, forgotten_if_failed, on_step, prepare
+from training.evaluate import Scores, Suite
+from training.job import BASE, Done, Job, Ready, check, dtype_of, finish, forgotten_if_failed, on_step, prepare, score
 from training.jobs.batch import SharedBase, Wearer, twin
 from training.methods import METHODS, flag
 from training.processes import Processes
@@ -93,6 +94,7 @@ class _Crew:
         self._base, self._shared, self._show = base, shared, show
         self._processes, self._done = processes, done
         self._clock, self._num_broken = Stopwatch(), 0
+        self._scores: list[tuple[Suite, Scores]] = []  # of the base
 
     def run(self, jobs: Sequence[Named], options: Sequence[Any]) -> int:
         prepared = [self._prepare(named, own, len(jobs)) for named, own in zip(jobs, options, strict=True)]
@@ -123,10 +125,16 @@ class _Crew:
         return [member for member, turn in going.items() if self._take(member, turn, losses[member.wearer])]
 
     def _prepare(self, named: Named, options: Any, num_jobs: int) -> Ready | None:
-        clock = self._clock
-        return self._alone(
-            named, lambda: prepare(named.job, options, twin(self._base), self._show, self._processes, clock, num_jobs)
-        )
+        how = self._show, self._processes, self._clock, num_jobs, self._scores_of
+        return self._alone(named, lambda: prepare(named.job, options, twin(self._base), *how))
+
+    def _scores_of(self, suite: Suite) -> Scores:
+        """The base's, taken once for jobs that are scored on the same."""
+        known = next((scores for other, scores in self._scores if other == suite), None)
+        if known is None:
+            known = score(self._base.model, suite, self._show, BASE)
+            self._scores.append((suite, known))
+        return known
 
     def _take(self, member: Member, turn: Turn, loss: float) -> bool:
         """Whether it could be taken."""
