@@ -20,10 +20,10 @@ from safetensors.torch import save
 
 from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, read_folder
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload, with_metadata
+from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
 from adapters_store.methods import Room, compile_patch
 from adapters_store.patch import Patch
-from adapters_store.spec import ItemBytes
+from adapters_store.spec import BaseSpec, ItemBytes
 from tests.adapters_store.forge import entry, raw, sound_members, toy_config, toy_spec, toy_tensors, zip_of
 from tests.kit.watch import Touched, watched
 
@@ -165,13 +165,13 @@ def hostile() -> Mapping[str, Body]:
     return made
 
 
-def take_in(body: Body, room: Path) -> Patch:
-    """All that an upload goes through but the engine, in an empty folder. Raises `ArtifactError`."""
+def take_in(body: Body, room: Path, spec: BaseSpec | None = None) -> Patch:
+    """All that an upload to a base (a toy) goes through but the engine, in an empty folder. Raises `ArtifactError`."""
     folder = room / "folder"
     folder.mkdir()
     (room / "body").write_bytes(body[0])
     unpack_upload(room / "body", body[1], folder, MAX_BYTES)
-    return compile_patch(read_folder(folder), toy_spec(), Room(2**28, ItemBytes(), 65504.0))
+    return compile_patch(read_folder(folder), spec or toy_spec(), Room(2**28, ItemBytes(), 65504.0))
 
 
 def refusal(body: Body, root: Path, has_memory: bool = False) -> tuple[ArtifactError | None, Touched]:
@@ -207,11 +207,6 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
         if len(out) < 9:
             return bytes(out)
     return bytes(out)
-
-
-def sound_file() -> bytes:
-    """The single-file form of a sound artifact: its header, config and numbers are all there to be changed."""
-    return with_metadata(save(toy_tensors()), toy_config())
 
 
 def main() -> int:

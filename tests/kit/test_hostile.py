@@ -15,10 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapters_store.artifact import CONFIG, WEIGHTS
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import SAFETENSORS_TYPE
-from adapters_store.patch import Bottleneck, LowRank
+from adapters_store.intake import SAFETENSORS_TYPE, with_metadata
+from server.model.batch import Row, Sampling
+from server.model.runner import Loaded, RunnerConfig, load
 from tests.adapters_store.forge import toy_config
+from tests.kit.adapters import make_lora
 from tests.kit.hostile import (
     HARMLESS,
     MAX_CPU_SECONDS,
@@ -27,7 +30,6 @@ from tests.kit.hostile import (
     hostile,
     mutated,
     refusal,
-    sound_file,
     take_in,
     zipped,
 )
@@ -79,17 +81,35 @@ def test_words_are_data(tmp_path: Path, name: str) -> None:
     assert touched.cpu_seconds < MAX_CPU_SECONDS
 
 
+@pytest.fixture(scope="module")
+def served(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, bytes]:
+    """A base that is ready to run, and a sound LoRA for it as one file."""
+    folder = make_lora(tmp_path_factory.mktemp("sound") / "lora", tiny_base, r=2, target_modules=["q_proj", "k_proj"])
+    config = json.loads((folder / CONFIG).read_text())
+    loaded = load(RunnerConfig(folder=str(tiny_base), name="t", precision="fp16", num_threads=1, kv_cache_bytes=2**20))
+    return loaded, with_metadata((folder / WEIGHTS).read_bytes(), config)
+
+
 @settings(max_examples=NUM_MUTATIONS, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 2**63))
-def test_a_mutated_artifact_is_refused_or_finite(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    """Whatever is changed in a sound file: a refusal with a sentence, or a patch whose answers are finite."""
-    draw, room = random.Random(seed), tmp_path_factory.mktemp("room")
+def test_a_mutated_artifact_is_refused_or_finite(
+    served: tuple[Loaded, bytes], tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    """Whatever is changed in a sound file: a refusal with a sentence, at intake or of the row that wears it, or finite
+    logits; and the row beside it is what it is alone."""
+    (loaded, sound), draw, room = served, random.Random(seed), tmp_path_factory.mktemp("room")
+    bare = Row([5, 6, 7], 0, [0], sampling=Sampling())
+    loaded.runner.run([bare])
+    alone = loaded.runner.last_logits[0].clone()
     try:
-        patch = take_in((mutated(sound_file(), draw), SAFETENSORS_TYPE), room)
+        slot = loaded.bank.put(loaded.bank.pack(take_in((mutated(sound, draw), SAFETENSORS_TYPE), room, loaded.spec)))
     except ArtifactError as error:
         assert 10 < len(str(error)) < 500
         return
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    for primitive in patch.primitives:
-        assert isinstance(primitive, LowRank | Bottleneck)
-        assert bool(torch.isfinite(primitive.update(x)).all())
+    try:
+        _, worn = loaded.runner.run([bare, Row([5, 6, 7], 0, [1], ((slot, 1.0),), Sampling())])
+        assert worn is not None
+        assert worn.error == "the logits are not finite" or bool(torch.isfinite(loaded.runner.last_logits[1]).all())
+        assert torch.equal(loaded.runner.last_logits[0], alone)
+    finally:
+        loaded.bank.drop(slot)
