@@ -152,7 +152,7 @@ def test_the_plot_has_a_panel_for_each_trade_off(monkeypatch: pytest.MonkeyPatch
         "peak memory above the base, MB": ["720", "2,400"],
         "training tokens/s": ["200", "200"],
         "exact match after the same budget": ["98.0%", "98.0%"],
-        "forgetting: perplexity of a neutral text": ["+2.0%", "+40.0%"],
+        "forgetting: perplexity of a neutral text": ["+2%", "+40%"],
         "decode speed when served, of the base's": ["91%", "-"],
     }
 

@@ -80,7 +80,7 @@ async def test_a_disk_that_fails(
         with monkeypatch.context() as patch:
             for thing, name in ((site.front.registry, "delete_task"), (site.front.registry, "delete_version")):
                 patch.setattr(thing, name, broken)
-            patch.setattr(site.front.blobs, "staging", broken)
+            patch.setattr(site.front.blobs, "files", broken)
             for verb, path in asked:
                 answer = await site.http.request(verb, path)
                 assert answer.status_code == status, path

@@ -253,11 +253,13 @@ def test_idle_namespaces_save_up_a_steps_tokens_at_most() -> None:
     add(planner, "b", 1, namespace="new")
     assert (planner.served("old"), planner.served("new")) == (80, 40)
     again = add(planner, "c", 30, namespace="again")
-    step(planner)
-    assert planner.served("again") == 30
+    for _ in range(8):
+        step(planner)
+    served = planner.served("again")
+    assert planner.served("new") - 40 < served < planner.served("new")
     planner.remove(again)
     add(planner, "d", 1, namespace="again")
-    assert planner.served("again") == 30
+    assert planner.served("again") == served
 
 
 def test_namespaces_are_forgotten() -> None:
