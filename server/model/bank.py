@@ -97,6 +97,7 @@ class SlotBank:
             self._members = np.concatenate([group.sites for group in self._groups.values()])
             self._firsts = np.cumsum([0, *(len(group.sites) for group in self._groups.values())])[:-1]
             self._forget()
+            self._mark()
         return self._groups[names]
 
     def pack(self, patch: Patch) -> Packed:
@@ -180,10 +181,9 @@ class SlotBank:
         return bool(self._acts_of(slot for row in rows for slot, _ in row.hats).array.any())
 
     def _forget(self) -> None:
-        """A slot or a group came or went: see anew what acts where."""
+        """A slot or a group came or went: whoever dresses next sees anew what acts where."""
         self._acts.clear()
         self._stacked.forget()
-        self._mark()
 
     def _mark(self) -> None:
         """See what acts where in this step. Steps come in runs that wear the same: those are looked up."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,6 +29,11 @@ class SiteHooks:
         """Hand over to this bank from now on."""
         self.bank = bank
         self._counts = [0] * len(bank.sites)  # slots that act at each site
+        self._hooked = {  # linears are ours, and the embedding has its hook from the start
+            site
+            for site, name in enumerate(bank.sites.names)
+            if not bank.sites.is_linear[site] and name != self.spec.embedding
+        }
         bank.on_change = self._change
         embedding = self.model.get_submodule(self.spec.embedding)
         embedding.register_forward_hook(lambda _module, args, output: bank.embed(args[0], output))
@@ -56,16 +60,13 @@ class SiteHooks:
 
     def _change(self, packed: Packed, change: int) -> None:
         """A slot came (1) or goes (-1)."""
-        for site in np.unique(packed.entries[:, 1]).tolist():
-            name = self.bank.sites.names[site]
-            if self.bank.sites.is_linear[site] or name == self.bank.spec.embedding:
-                continue
+        for site in self._hooked.intersection(packed.entries[:, 1].tolist()):
             self._counts[site] += change
             if self._counts[site] == 0:
                 for handle in self._handles.pop(site):
                     handle.remove()
             elif site not in self._handles:
-                self._handles[site] = self._install(site, name)
+                self._handles[site] = self._install(site, self.bank.sites.names[site])
 
     def _install(self, site: int, name: str) -> list[RemovableHandle]:
         handles = [self.model.get_submodule(name).register_forward_hook(self._leave(site), with_kwargs=True)]
