@@ -226,13 +226,14 @@ def test_loading_stalls_nobody() -> None:
     assert world.is_right(loading)
 
 
-def test_copies_between_steps_count_as_stall() -> None:
-    """What a copy takes beyond a millisecond while others run is stall time; while nobody runs it is not."""
+@pytest.mark.parametrize(("seconds", "stall"), [(0.004, 0.0), (0.5, 0.5)])
+def test_copies_between_steps_count_as_stall(seconds: float, stall: float) -> None:
+    """A copy that takes longer than 5 ms while others run is stall time; while nobody runs it is not."""
     world = World()
     put = world.bank.put
 
     def slow(packed: object) -> int:
-        world.clock.now += 0.5
+        world.clock.now += seconds
         return put(packed)  # type: ignore[arg-type]
 
     world.bank.put = slow  # type: ignore[method-assign, assignment]
@@ -243,7 +244,7 @@ def test_copies_between_steps_count_as_stall() -> None:
     assert world.engine.stats().stall_seconds_total == 0
     world.submit(PROMPT, 2, max_tokens=2)
     world.run()
-    assert world.engine.stats().stall_seconds_total == pytest.approx(0.499)
+    assert world.engine.stats().stall_seconds_total == pytest.approx(stall)
 
 
 def test_adapter_that_fails_to_load_fails_those_who_wait() -> None:
