@@ -19,7 +19,7 @@ class Dialect:
     error = IncompleteAnswerError
 
     def request(self, request: Prompted, task: str, limit_s: float) -> dict[str, Any]:
-        """Arguments of `httpx.AsyncClient.stream` but the method."""
+        """Arguments of `aiohttp.ClientSession.post`."""
         raise NotImplementedError
 
     def size(self, event: Event) -> int:
