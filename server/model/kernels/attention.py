@@ -14,9 +14,10 @@ from numba.extending import intrinsic
 
 from server.model.kernels.product import at, multiply
 from server.model.kernels.threads import FASTMATH
-from server.model.kernels.vector import PANEL, narrowed
+from server.model.kernels.vector import FLOATS, PANEL, largest, narrowed, view
 
 MAX_TOKENS = 16  # of a tile: blocks are reused from cache, and two threads still balance over three kv heads
+SPAN = 256  # positions whose scores are softened at once
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LOG2_E = np.float32(1.4426950408889634)
 LOWEST_EXPONENT = np.float32(-126.0)
@@ -47,88 +48,90 @@ def exp_of_negative(x):
 
 
 @njit(fastmath=FASTMATH, cache=True)
-def _soften(scores, first, last, top_sum, out):
-    """One step of online softmax over scores [first, last): they become exponentials, and out is rescaled.
+def _soften(scores, count, top_sum, out, depth):
+    """One step of online softmax over `count` scores: they become exponentials, and out [depth] is rescaled.
 
-    top_sum = (largest score, sum of exponentials) so far.
+    All are addresses; top_sum = (largest score, sum of exponentials) so far.
     """
-    top = top_sum[0]
-    for p in range(first, last):
-        top = max(top, scores[p])
-    shrink = exp_of_negative(top_sum[0] - top) if top_sum[1] > 0 else np.float32(0.0)
+    row, state, sums = view(scores, (count,), FLOATS), view(top_sum, (2,), FLOATS), view(out, (depth,), FLOATS)
+    top = max(state[0], largest(scores, count))
+    shrink = exp_of_negative(state[0] - top) if state[1] > 0 else np.float32(0.0)
     total = np.float32(0.0)
-    for p in range(first, last):
-        scores[p] = exp_of_negative(scores[p] - top)
-        total += scores[p]
-    for i in range(out.shape[0]):
-        out[i] *= shrink
-    top_sum[0] = top
-    top_sum[1] = top_sum[1] * shrink + total
+    for p in range(count):
+        row[p] = exp_of_negative(row[p] - top)
+        total += row[p]
+    for i in range(depth):
+        sums[i] *= shrink
+    state[0], state[1] = top, state[1] * shrink + total
 
 
 @njit(inline="always")
-def _seen(position, base, block_size, window):
-    """The part [first, last) of the block that begins at position `base` that a query at `position` sees."""
+def _seen(position, base, size, window):
+    """The part [first, last) of the `size` positions from `base` on that a query at `position` sees."""
     first = max(0, position - window + 1 - base) if window > 0 else 0
-    return first, min(block_size, position + 1 - base)
+    return first, min(size, position + 1 - base)
 
 
 @njit(cache=True)
-def _score(queries, keys, ahead, softcap, scores):
-    """scores [rows, width] = queries [rows, d] keys [d, width], soft-capped; those of stale positions nobody reads."""
-    (rows, dim), width = queries.shape, keys.shape[1]
-    scores[:] = np.float32(0.0)
-    out = at(scores)
-    multiply(rows, width // PANEL, at(queries), at(keys), out, out, (dim, dim, width, width, width, PANEL, ahead), keys)
-    if softcap > 0:
-        for r in range(rows):
-            for p in range(width):
-                scores[r, p] = softcap * np.tanh(scores[r, p] / softcap)
-
-
-@njit(cache=True)
-def _fold(scores, rows, first, last, values, ahead, sums):
-    """sums [rows, depth] += scores [rows, first : last] values [first : last, depth]."""
-    width, depth = scores.shape[1], values.shape[1]
-    steps, out = (last - first, width, depth, depth, depth, PANEL, ahead), at(sums)
-    begin = at(values) + first * depth * values.itemsize
-    multiply(rows, depth // PANEL, at(scores) + 4 * first, begin, out, out, steps, values)
+def _cap(scores, softcap):
+    """Scores, soft-capped; those of stale positions nobody reads."""
+    for r in range(scores.shape[0]):
+        for p in range(scores.shape[1]):
+            scores[r, p] = softcap * np.tanh(scores[r, p] / softcap)
 
 
 @njit(cache=True)
 def _attend_tile(
-    queries, group, keys, values, blocks, block_size, position, window, softcap, sums, scores, top_sum, after
+    queries, group, keys, values, head, blocks, block_size, position, manner, zeros, sums, scores, top_sum, after
 ):
     """Sums [rows, depth] of queries [rows, d], `group` rows a position from `position` on, over a sequence's blocks.
 
-    keys, values are those of one kv head. While a block is read the next one is asked for, and at last what lies at the
-    addresses `after`: blocks lie apart, and no machine foresees where. Stale positions of a recycled block are never
-    multiplied, not even by zero: they may hold another's NaN.
+    The scores of as many blocks as there is room for are softened at once; which blocks those are depends on their
+    places in the sequence alone. While a block is read the next one is asked for, and at last what lies at the address
+    `after`: blocks lie apart, and no machine foresees where. Stale positions of a recycled block are never multiplied,
+    not even by zero: they may hold another's NaN.
     """
-    count = queries.shape[0] // group
+    (_scaling, window, softcap), rows = manner, queries.shape[0]
+    (_, num_heads, dim, width), depth, stride = keys.shape, values.shape[3], scores.shape[1]
+    k_size, v_size = dim * width * keys.itemsize, block_size * depth * values.itemsize
+    k_begin, v_begin = at(keys) + head * k_size, at(values) + head * v_size
+    queries_at, zeros_at, sums_at, scores_at, top_sum_at = at(queries), at(zeros), at(sums), at(scores), at(top_sum)
+    count, per_span = rows // group, stride // width
     sums[:] = np.float32(0.0)
     top_sum[:, 0] = NEGATIVE_INFINITY
     top_sum[:, 1] = np.float32(0.0)
     lowest = max(0, position - window + 1) if window > 0 else 0
-    last_block = (position + count - 1) // block_size
-    for b in range(lowest // block_size, last_block + 1):
-        k, v, base = keys[blocks[b]], values[blocks[b]], b * block_size
-        is_last = b == last_block
-        _score(queries, k, (after[0] if is_last else at(keys[blocks[b + 1]])) - at(k), softcap, scores)
-        ahead = (after[1] if is_last else at(values[blocks[b + 1]])) - at(v)
-        is_whole = True  # all queries see all of the block
-        for n in range(count):
-            first, last = _seen(position + n, base, block_size, window)
-            is_whole = is_whole and first == 0 and last == block_size
-            for r in range(n * group, (n + 1) * group if first < last else n * group):
-                _soften(scores[r], first, last, top_sum[r], sums[r])
-        if is_whole:
-            _fold(scores, count * group, 0, block_size, v, ahead, sums)
-            continue
-        for n in range(count):
-            first, last = _seen(position + n, base, block_size, window)
+    end = (position + count - 1) // block_size + 1
+    for begin in range(lowest // block_size // per_span * per_span, end, per_span):
+        low, high = max(begin, lowest // block_size), min(begin + per_span, end)
+        v_here = v_begin + blocks[low] * num_heads * v_size
+        for b in range(low, high):
+            here = k_begin + blocks[b] * num_heads * k_size
+            ahead = (k_begin + blocks[b + 1] * num_heads * k_size if b + 1 < high else v_here) - here
+            steps, out = (dim, dim, 0, stride, width, PANEL, ahead), scores_at + 4 * (b - begin) * width
+            multiply(rows, width // PANEL, queries_at, here, zeros_at, out, steps, keys)
+        if softcap > 0:
+            _cap(scores[:rows], softcap)
+        for r in range(rows):
+            first, last = _seen(position + r // group, begin * block_size, per_span * block_size, window)
             if first < last:
-                _fold(scores[n * group :], group, first, last, v, ahead, sums[n * group :])
+                row = scores_at + 4 * (r * stride + first)
+                _soften(row, last - first, top_sum_at + 8 * r, sums_at + 4 * r * depth, depth)
+        for b in range(low, high):
+            here, base = v_here, b * block_size
+            if b + 1 < high:
+                v_here = v_begin + blocks[b + 1] * num_heads * v_size
+            else:
+                v_here = k_begin + blocks[b + 1] * num_heads * k_size if b + 1 < end else after
+            is_whole = _seen(position, base, block_size, 0)[1] == block_size  # by all queries
+            is_whole = is_whole and _seen(position + count - 1, base, block_size, window)[0] == 0
+            for n in range(1 if is_whole else count):
+                first, last = (0, block_size) if is_whole else _seen(position + n, base, block_size, window)
+                if first < last:
+                    weights = scores_at + 4 * (n * group * stride + (b - begin) * width + first)
+                    out, begun = sums_at + 4 * n * group * depth, here + first * depth * values.itemsize
+                    steps = (last - first, stride, depth, depth, depth, PANEL, v_here - here)
+                    multiply(rows if is_whole else group, depth // PANEL, weights, begun, out, out, steps, values)
 
 
 @njit(fastmath=FASTMATH, cache=True)
@@ -177,25 +180,29 @@ def attend(
     manner = (scaling, window, softcap); window and softcap 0 are none.
     """
     num_kv_heads, dim, num_values = keys.shape[1], keys.shape[2], out.shape[2]
-    group, (scaling, window, softcap) = out.shape[1] // num_kv_heads, manner
+    group, scaling = out.shape[1] // num_kv_heads, manner[0]
     for t in prange(qkv.shape[0]):
         turned = np.empty(dim, np.float32)
         first_key = group * num_kv_heads * dim
         _store(qkv[t], first_key, cos[t], sin[t], keys, values, token_blocks[t], token_offsets[t], num_values, turned)
+    most, width = MAX_TOKENS * group, keys.shape[3]
+    room = max(width, SPAN // width * width) if width == block_size else width
     for thread in prange(bounds.shape[0] - 1):
-        most = MAX_TOKENS * group
         queries, sums = np.empty((most, dim), np.float32), np.empty((most, values.shape[3]), np.float32)
-        scores, top_sum = np.empty((most, keys.shape[3]), np.float32), np.empty((most, 2), np.float32)
+        scores, top_sum, zeros = (
+            np.empty((most, room), np.float32),
+            np.empty((most, 2), np.float32),
+            np.zeros(width, np.float32),
+        )
         for index in range(bounds[thread], bounds[thread + 1]):
             sequence, head, token, count, position = tiles[index]
             following = tiles[min(index + 1, bounds[thread + 1] - 1)]
-            block = block_table[following[0], 0]
-            after = at(keys[block, following[1]]), at(values[block, following[1]])
+            after = at(keys[block_table[following[0], 0], following[1]])
             rows, span = count * group, slice(token, token + count)
             _gather(qkv[span], head * group * dim, cos[span], sin[span], scaling, group, queries)
             _attend_tile(
-                queries[:rows], group, keys[:, head], values[:, head], block_table[sequence], block_size, position,
-                window, softcap, sums[:rows], scores[:rows], top_sum[:rows], after,
+                queries[:rows], group, keys, values, head, block_table[sequence], block_size, position,
+                manner, zeros, sums[:rows], scores, top_sum[:rows], after,
             )  # fmt: skip
             for r in range(rows):
                 inverse = np.float32(1.0) / top_sum[r, 1]

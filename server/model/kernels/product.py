@@ -62,9 +62,13 @@ def _few_rows(rows, x, w, start, out, steps, unit):
 
 @njit(cache=True)
 def multiply(rows, panels, x, w, start, out, steps, unit):
-    """`tile` for any number of rows and of panels."""
-    _k, x_stride, start_stride, out_stride, _w_step, w_panel, _ahead = steps
+    """`tile` for any number of rows and of panels; the last of `steps` says where that lies which is read next.
+
+    Six rows at a time: each of these parts asks for its share of what is next, so that the reading is spread evenly.
+    """
+    k, x_stride, start_stride, out_stride, w_step, w_panel, ahead = steps
     parts = (rows + ROWS - 1) // ROWS
+    pace = (w_step * unit.itemsize + parts - 1) // max(1, parts)
     for part in range(parts):
         first, few = rows * part // parts, rows * (part + 1) // parts - rows * part // parts
         x_at, start_at, out_at = (
@@ -72,14 +76,15 @@ def multiply(rows, panels, x, w, start, out, steps, unit):
             start + 4 * first * start_stride,
             out + 4 * first * out_stride,
         )
+        mine = k, x_stride, start_stride, out_stride, w_step, w_panel, ahead + part * k * pace, pace
         panel, group = 0, 4 if few == 1 else 2
         while panel < panels:
             w_at, move = w + panel * w_panel * unit.itemsize, 4 * panel * PANEL
             if few > 3 or panel + group > panels:
-                _one_panel(few, x_at, w_at, start_at + move, out_at + move, steps, unit)
+                _one_panel(few, x_at, w_at, start_at + move, out_at + move, mine, unit)
                 panel += 1
             else:
-                _few_rows(few, x_at, w_at, start_at + move, out_at + move, steps, unit)
+                _few_rows(few, x_at, w_at, start_at + move, out_at + move, mine, unit)
                 panel += group
 
 
@@ -91,7 +96,8 @@ def product(x, weight, start, scales, bias, out, threads):
     """
     m, k = x.shape
     n, size = out.shape[1], k * PANEL
-    steps = (k, k, 0, n, PANEL, size, AHEAD)
+    ahead = AHEAD if m <= ROWS else size * weight.itemsize
+    steps = (k, k, 0, n, PANEL, size, ahead)
     for thread in prange(threads):
         low, high = weight.shape[0] * thread // threads, weight.shape[0] * (thread + 1) // threads
         full = min(high, n // PANEL)  # the last panel may be wider than what is left of out
@@ -107,7 +113,7 @@ def product(x, weight, start, scales, bias, out, threads):
             if full < high:
                 w_at = at(weight) + full * size * weight.itemsize
                 begin = at(start) + 4 * full * PANEL
-                multiply(rows, 1, x_at, w_at, begin, at(rest), (k, k, 0, PANEL, PANEL, size, AHEAD), weight)
+                multiply(rows, 1, x_at, w_at, begin, at(rest), (k, k, 0, PANEL, PANEL, size, ahead), weight)
                 out[row : row + rows, full * PANEL :] = rest[:rows, : n - full * PANEL]
             for r in range(row, row + rows if scales.shape[0] else row):
                 for c in range(low * PANEL, min(n, high * PANEL)):

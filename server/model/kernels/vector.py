@@ -11,6 +11,8 @@ which only the type is used: float32, uint16 (the bits of an IEEE half; Numba's 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,9 @@ _STORED = {types.float32: (_F32, 4), types.uint16: (ir.HalfType(), 2), types.int
 def whole_panels(size: int) -> int:
     """A number of columns, rounded up to what the kernels read at once."""
     return -(-size // PANEL) * PANEL
+
+
+Read = Callable[[], Any]  # emits what reads a vector
 
 
 class _Emit:
@@ -63,6 +68,10 @@ class _Emit:
         zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
         return self.builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), zeros)
 
+    def splat_at(self, address: Any) -> Any:
+        """The float at an address in all lanes."""
+        return self.splat(self.floats(address, 1))
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         name = f"llvm.fma.v{LANES}f32" if a.type == _VECTOR else "llvm.fma.f32"
         known = self.builder.module.globals.get(name)
@@ -84,6 +93,23 @@ class _Emit:
             half = len(parts) // 2
             parts = [self.builder.fadd(parts[at], parts[at + half]) for at in range(half)]
         return parts[0]
+
+    def products(self, lefts: Sequence[Read], rights: Sequence[Read], sums: list[Any]) -> list[Any]:
+        """Each sum, row by row, and the product of its left and its right.
+
+        The fewer of both are held, the others are read one by one: all at once they would not fit the registers.
+        """
+        changed, are_lefts_held = [*sums], len(lefts) <= len(rights)
+        held = [read() for read in (lefts if are_lefts_held else rights)]
+        for number, read in enumerate(rights if are_lefts_held else lefts):
+            value = read()
+            for place, other in enumerate(held):
+                left, right, row, column = (
+                    (other, value, place, number) if are_lefts_held else (value, other, number, place)
+                )
+                cell = row * len(rights) + column
+                changed[cell] = self.fma(left, right, sums[cell])
+        return changed
 
     def loop(self, first: Any, last: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
         """for i in range(first, last, step): carried = body(i, carried)."""
@@ -115,12 +141,13 @@ def _tile(rows: int, panels: int) -> Any:
         sums are then added: a long sum in one go loses digits. x, w, start and out are addresses.
 
         `steps`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel to
-        panel; and how many bytes ahead w is asked for: one stream of reads alone does not fill the way to memory.
+        panel. And in bytes: how far from a panel memory is asked for that is read later, and its steps: one stream of
+        reads alone does not fill the way to memory.
         """
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             x, w, start, out, steps, _ = args
-            k, x_stride, start_stride, out_stride, w_step, w_panel, ahead = cgutils.unpack_tuple(builder, steps)
+            k, x_stride, start_stride, out_stride, w_step, w_panel, ahead, pace = cgutils.unpack_tuple(builder, steps)
             emit, cells = _Emit(builder, unit), [(row, column) for row in range(rows) for column in range(num_vectors)]
             xs = [emit.at(x, builder.mul(x_stride, _I64(row)), 4) for row in range(rows)]
             panel_of = [emit.at(w, builder.mul(w_panel, _I64(panel)), emit.size) for panel in range(panels)]
@@ -130,15 +157,12 @@ def _tile(rows: int, panels: int) -> Any:
                 return emit.at(base, builder.add(builder.mul(stride, _I64(row)), _I64(column * LANES)), 4)
 
             def step(index: Any, sums: list[Any]) -> list[Any]:
-                below = builder.mul(index, w_step)
+                below, later = builder.mul(index, w_step), builder.add(ahead, builder.mul(index, pace))
                 for address in panel_of:
-                    emit.prefetch(builder.add(emit.at(address, below, emit.size), ahead))
-                columns = [emit.widened(emit.at(address, below, emit.size)) for address in ws]
-                scalars = [emit.splat(emit.floats(emit.at(address, index, 4), 1)) for address in xs]
-                return [
-                    emit.fma(scalars[row], columns[column], total)
-                    for (row, column), total in zip(cells, sums, strict=True)
-                ]
+                    emit.prefetch(builder.add(address, later))
+                lefts = [partial(emit.splat_at, emit.at(address, index, 4)) for address in xs]
+                rights = [partial(emit.widened, emit.at(address, below, emit.size)) for address in ws]
+                return emit.products(lefts, rights, sums)
 
             def part(first: Any, begun: list[Any]) -> list[Any]:
                 beyond = builder.add(first, _I64(SPAN))
@@ -204,6 +228,28 @@ def _dots(rows: int, columns: int) -> Any:
 tile_1x4, tile_2x2, tile_3x2 = _tile(1, 4), _tile(2, 2), _tile(3, 2)
 tile_1x1, tile_2x1, tile_3x1, tile_4x1, tile_5x1, tile_6x1 = (_tile(rows, 1) for rows in range(1, 7))
 dots_1x8, dots_1x1, dots_4x2, dots_4x1 = _dots(1, 8), _dots(1, 1), _dots(4, 2), _dots(4, 1)
+
+
+@intrinsic
+def largest(_typing: Any, _address: Any, _count: Any) -> Any:
+    """The largest of `count` floats at an address; a NaN is passed over. (No compiler makes vectors of that loop.)"""
+
+    def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        emit, (address, count) = _Emit(builder, types.Array(types.float32, 1, "C")), args
+        lowest = _F32(float("-inf"))
+
+        def larger(a: Any, b: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        def step(lanes: int) -> Any:
+            return lambda index, tops: [larger(emit.floats(emit.at(address, index, 4), lanes), tops[0])]
+
+        whole = builder.and_(count, _I64(-LANES))
+        tops = emit.loop(_I64(0), whole, LANES, [ir.Constant(_VECTOR, [lowest] * LANES)], step(LANES))
+        lanes = [builder.extract_element(tops[0], ir.IntType(32)(lane)) for lane in range(LANES)]
+        return emit.loop(whole, count, 1, [reduce(larger, lanes)], step(1))[0]
+
+    return types.float32(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -12,12 +12,18 @@ from server.model.batch import Row
 from server.model.packed import Kept
 
 BLOCK = 8
+WHOLE = 16  # a block whose positions fill panels: the scores of many are softened at once
 
 
 def make_cache(
-    num_blocks: int = 24, kv_heads: int = 2, dim: int = 16, value_dim: int = 16, dtype: torch.dtype = torch.float32
+    num_blocks: int = 24,
+    kv_heads: int = 2,
+    dim: int = 16,
+    value_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    block: int = BLOCK,
 ) -> KVCache:
-    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, BLOCK, Kept(dtype, torch.float32))
+    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, block, Kept(dtype, torch.float32))
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # what is stale must never be read
     return cache
@@ -37,21 +43,25 @@ def whole(rows: list[Row], cache: KVCache, threads: int = 2) -> PagedBatch:
     return page(rows, cache, threads)
 
 
-LENGTHS = (1, 5, 8, 37, 70)
-ROWS = [Row([0] * n, 0, list(range(at * 9, at * 9 + 9))) for at, n in enumerate(LENGTHS)]
+LENGTHS = (1, 5, 8, 37, 70, 530)
+ROWS = [Row([0] * n, 0, list(range(at * 9, at * 9 + -(-n // BLOCK)))) for at, n in enumerate(LENGTHS)]
+NUM_BLOCKS = 5 * 9 + 67
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (11, 0.0), (0, 2.0), (5, 3.0), (1, 0.0)])
 @pytest.mark.parametrize(("value_dim", "turned"), [(16, 0), (24, 16), (32, 8)])
+@pytest.mark.parametrize("block", [BLOCK, WHOLE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_equals_its_twin(window: int, cap: float, value_dim: int, turned: int, dtype: torch.dtype) -> None:
+def test_kernel_equals_its_twin(
+    window: int, cap: float, value_dim: int, turned: int, dtype: torch.dtype, block: int
+) -> None:
     """The kernel computes what plain torch computes: all lengths, windows, soft caps, widths and turns in one batch.
 
     Also where keys and values are kept in 16 bits: they are rounded alike, but for ties of what was turned.
     """
     qkv, turns = make_qkv(sum(LENGTHS), value_dim=value_dim), make_turns(sum(LENGTHS), turned)
-    fast = make_cache(46, value_dim=value_dim, dtype=dtype)
-    slow = make_cache(46, value_dim=value_dim, dtype=dtype)
+    fast = make_cache(NUM_BLOCKS, value_dim=value_dim, dtype=dtype, block=block)
+    slow = make_cache(NUM_BLOCKS, value_dim=value_dim, dtype=dtype, block=block)
     got = attend(whole(ROWS, fast), 0, qkv, *turns, Manner(0.3, window, cap))
     wanted = attend_reference(whole(ROWS, slow), 0, qkv, *turns, Manner(0.3, window, cap))
     is_exact = dtype == torch.float32
@@ -62,15 +72,16 @@ def test_kernel_equals_its_twin(window: int, cap: float, value_dim: int, turned:
 
 
 @pytest.mark.parametrize("window", [0, 11])
+@pytest.mark.parametrize("block", [BLOCK, WHOLE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int, dtype: torch.dtype) -> None:
+def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int, dtype: torch.dtype, block: int) -> None:
     """A token's attention is the same to the last bit alone, among others, and in prompt chunks of any size."""
     qkv, (cos, sin), manner = make_qkv(sum(LENGTHS)), make_turns(sum(LENGTHS), 16), Manner(0.3, window)
-    together = attend(whole(ROWS, make_cache(46, dtype=dtype)), 0, qkv, cos, sin, manner)
+    together = attend(whole(ROWS, make_cache(NUM_BLOCKS, dtype=dtype, block=block)), 0, qkv, cos, sin, manner)
     first = 0
     for row, length in zip(ROWS, LENGTHS, strict=True):
-        for size in (1, 3, 64):
-            cache, parts = make_cache(46, dtype=dtype), []
+        for size in (1, 3, 64) if length < 100 else (17, 256):
+            cache, parts = make_cache(NUM_BLOCKS, dtype=dtype, block=block), []
             for start in range(0, length, size):
                 chunk = slice(first + start, first + min(start + size, length))
                 alone = Row([0] * (chunk.stop - chunk.start), start, row.blocks)
@@ -90,7 +101,7 @@ def test_scattered_blocks_do_not_matter() -> None:
 def test_every_tile_is_dealt_once() -> None:
     """Whatever the number of threads, each query of each kv head is computed exactly once."""
     for threads in (1, 2, 3, 7):
-        batch = whole(ROWS, make_cache(46), threads)
+        batch = whole(ROWS, make_cache(NUM_BLOCKS), threads)
         seen = sorted((int(tile[1]), int(tile[2]) + i) for tile in batch.tiles for i in range(tile[3]))
         assert seen == [(head, token) for head in range(2) for token in range(sum(LENGTHS))]
         assert batch.bounds[0] == 0 and batch.bounds[-1] == len(batch.tiles) and len(batch.bounds) == threads + 1
