@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ from server.model import attention
 from server.model.attention import KVCache, PagedBatch, Probe, UnsupportedBaseError, page
 from server.model.bank import SlotBank
 from server.model.batch import Row
-from server.model.fused import Fuser, Seen
+from server.model.fused import Direct, Fuser, Seen
 from server.model.linear import HatLinear, choose_product, has_halves, rounded
 from server.model.packed import Kept
 from server.model.sites import SiteHooks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
+Forward = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # as `forward`, of one model
 # Of the largest logit's magnitude, by what keys and values are kept in and what is computed in.
 PROOF_TOLERANCE = {
     Kept(torch.float32, torch.float32): 1e-3,
@@ -46,10 +49,7 @@ class Base:
     precision: str
     device: str
     eos_token_ids: list[int]
-
-    def forward(self, token_ids: Tensor, position_ids: Tensor, wanted: Tensor, paged: Any) -> Tensor:
-        """token_ids [T], position_ids [T], wanted [R] indices of T -> logits [R, vocabulary] in fp32."""
-        return forward(self.model, token_ids, position_ids, wanted, paged)
+    forward: Forward
 
 
 def compute_dtype(precision: str, device: str) -> torch.dtype:
@@ -115,19 +115,24 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
     hooks = SiteHooks(model, spec)
     parts = [site for layer in spec.layers for site in (layer.layer, layer.attention, layer.mlp) if site]
     with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * PROOF_TOKENS):
-        proof.run(model, probe)
+        proof.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
     bank = SlotBank(spec, device, kept(precision, device))
     hooks.serve(bank)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
     cache = KVCache(spec.kv, 2, PROOF_TOKENS, bank.kept, device)
     paged = proof.paged(cache)
-    Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
+    whole = Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
         setattr(model.get_submodule(parent), child, HatLinear([linear], pack, bank, [site], linear is head))
-    proof.compare(proof.run(model, paged), spec.architecture, bank.kept)
-    return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model))
+    compute: Forward = partial(forward, model)
+    logits = proof.run(compute, paged)
+    proof.compare(logits, spec.architecture, bank.kept)
+    if whole is not None:
+        direct = Direct(model, whole)
+        compute = direct if torch.equal(proof.run(direct, paged), logits) else compute
+    return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model), compute)
 
 
 def _settle(model: nn.Module) -> None:
@@ -173,11 +178,11 @@ class Proof:
         self.tokens = torch.randint(0, vocab_size, (2, PROOF_TOKENS), generator=generator).to(model.device)
         self.logits = torch.cat([model(input_ids=row[None], use_cache=False).logits[0].float() for row in self.tokens])
 
-    def run(self, model: Any, paged: Any) -> Tensor:
+    def run(self, compute: Forward, paged: Any) -> Tensor:
         """Both sequences in one batch: the logits of every token."""
         device = self.tokens.device
         positions = torch.arange(PROOF_TOKENS, device=device).repeat(2)
-        return forward(model, self.tokens.flatten(), positions, torch.arange(2 * PROOF_TOKENS, device=device), paged)
+        return compute(self.tokens.flatten(), positions, torch.arange(2 * PROOF_TOKENS, device=device), paged)
 
     def paged(self, cache: KVCache) -> PagedBatch:
         """Them as a batch, each in a block of its own."""

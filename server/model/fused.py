@@ -156,6 +156,26 @@ class WholeLayers:
         return records
 
 
+class Direct:
+    """The forward of a model whose layers are one call, without what transformers does between its parts.
+
+    That is 1.2 ms a step of SmolLM2, of which a step of one row is 12. `forward` of `base` is the slow twin.
+    """
+
+    def __init__(self, model: Any, layers: WholeLayers) -> None:
+        decoder = model.get_decoder()
+        self.embed, self.turn, self.layers = model.get_input_embeddings(), decoder.rotary_emb, layers
+        self.norm, self.head = decoder.norm, model.get_output_embeddings()
+
+    def __call__(self, token_ids: Tensor, position_ids: Tensor, wanted: Tensor, paged: PagedBatch) -> Tensor:
+        """token_ids [T], position_ids [T], wanted [R] indices of T -> logits [R, vocabulary] in fp32."""
+        hidden = self.embed(token_ids[None])
+        turns = self.turn(hidden, position_ids[None])
+        hidden = self.norm(self.layers(hidden, position_embeddings=turns, paged=paged))
+        logits: Tensor = self.head(hidden[:, wanted])[0].float()
+        return logits
+
+
 def _hand_on(hidden_states: Tensor, **_other: Any) -> Tensor:
     return hidden_states
 
@@ -232,8 +252,8 @@ class Fuser:
     paged: PagedBatch
     _proved: dict[str, bool] = field(default_factory=dict)
 
-    def fuse(self) -> None:
-        """Every norm, and every part of every layer, that can be."""
+    def fuse(self) -> WholeLayers | None:
+        """Every norm, and every part of every layer, that can be; all layers as one call, where they are."""
         for site in self.bank.spec.norms:
             self._replace_alike(site, self._norm)
         for layer in self.bank.spec.layers:
@@ -245,7 +265,8 @@ class Fuser:
         if kernels.serve(self.bank.device, self.bank.kept.others) and all(
             _is_whole(self._stock(site)) for site in sites
         ):
-            self._join(sites)
+            return self._join(sites)
+        return None
 
     def _stock(self, site: str) -> Any:
         return self.model.get_submodule(site)
@@ -284,15 +305,17 @@ class Fuser:
         parent, _, child = site.rpartition(".")
         setattr(self.model.get_submodule(parent), child, make(site, self.pack))
 
-    def _join(self, sites: list[str]) -> None:
+    def _join(self, sites: list[str]) -> WholeLayers | None:
         """One call for all layers, if that computes what the layers' fused parts do."""
         whole = WholeLayers([self._stock(site) for site in sites], self.bank, [self.bank.group(site) for site in sites])
         args, kwargs = self._call(sites[0])
         hidden = args[0]
         for site, stock in zip(sites, whole.stock, strict=True):
             hidden = _tensor(stock(hidden, **self._call(site)[1]))
-        if self._gives(lambda: whole(*args, **kwargs), hidden):
-            whole.install()
+        if not self._gives(lambda: whole(*args, **kwargs), hidden):
+            return None
+        whole.install()
+        return whole
 
     def _is_equal(self, site: str, make: Callable[[str, Packer], Callable[..., Any]]) -> bool:
         args, kwargs = self._call(site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers.models.llama import modeling_llama
 from adapters_store.patch import Patch, Scale
 from adapters_store.spec import BaseSpec
 from server.model import fused
-from server.model.base import load_base
+from server.model.base import forward, load_base
 from server.model.batch import Row, Sampling
-from server.model.fused import Attention, GatedMLP, RMSNorm, WholeLayers
+from server.model.fused import Attention, Direct, GatedMLP, RMSNorm, WholeLayers
 from server.model.kernels import layers
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.patches import random_patch
@@ -44,7 +45,7 @@ def test_parts_are_replaced_where_they_are_known(model_type: str, tmp_path: Path
     found = {type(module) for module in base.model.modules()} & {Attention, GatedMLP, RMSNorm}
     assert found == ({Attention, GatedMLP, RMSNorm} if model_type in ALIKE else PARTS[model_type])
     first = base.model.get_submodule(base.spec.layers[0].layer)
-    assert isinstance(first.forward, WholeLayers) == (model_type in WHOLE)
+    assert isinstance(first.forward, WholeLayers) == isinstance(base.forward, Direct) == (model_type in WHOLE)
 
 
 def test_what_only_looks_alike_is_left_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def scales(spec: BaseSpec) -> Patch:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_whole_layers_give_the_same_bits(model_type: str, precision: str, tmp_path: Path) -> None:
-    """All layers in one call and layers of parts give the same bits, whatever primitives their rows wear."""
+    """All layers in one call and layers of parts that transformers calls give the same bits, whatever rows wear."""
     folder = make_tiny_base(tmp_path / "base", model_type)
     loaded = load(RunnerConfig(folder=str(folder), name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
     bank, spec = loaded.bank, loaded.spec
@@ -112,8 +113,9 @@ def test_whole_layers_give_the_same_bits(model_type: str, precision: str, tmp_pa
 
 
 def unjoin(loaded: Loaded) -> None:
-    """Let each layer call its parts."""
+    """Let transformers' forward call each layer, and that its parts."""
     model = loaded.runner.base.model
+    loaded.runner.base.forward = partial(forward, model)
     layers = [model.get_submodule(layer.layer) for layer in loaded.spec.layers]
     whole = layers[0].forward
     assert isinstance(whole, fused.WholeLayers)
