@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.peers import Setup
+from tests.benchmarks.peers import Setup, all_peers
 from tests.benchmarks.peers.peft import Peft
 from tests.benchmarks.peers.worker import WorkerError, worker
 from tests.benchmarks.workload import Prompted, Workload
 from tests.kit.adapters import make_lora
+
+MAKEFILE = Path(__file__).parents[2] / "Makefile"
 
 
 def test_peft_answers_mixed_batches_in_full(tiny_base: Path, tmp_path: Path) -> None:
@@ -26,7 +28,17 @@ def test_peft_answers_mixed_batches_in_full(tiny_base: Path, tmp_path: Path) -> 
         run = session.run(one, requests, lambda: done.append(None))
     assert len(done) == len(run.timings) == 5
     assert sorted(timing.num_tokens for timing in run.timings) == [2, 3, 4, 5, 6]
-    assert session.facts["rss_mib"] > 0
+    assert session.facts["pss_mib"] > 0
+
+
+def test_a_peer_that_is_not_installed_says_by_which_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no peer was installed, ours and PEFT are here, and each other one names the command of the Makefile."""
+    monkeypatch.chdir(tmp_path)
+    missing = {name: peer.missing() for name, peer in all_peers().items()}
+    assert [name for name, reason in missing.items() if reason is None] == ["manyhats", "manyhats-uncached", "peft"]
+    for name in ("openvino", "llama", "vllm"):
+        assert f"`make peer-{name}`" in str(missing[name])
+        assert f"\npeer-{name}:" in MAKEFILE.read_text()
 
 
 def test_a_worker_that_dies_says_why(tmp_path: Path) -> None:
