@@ -91,7 +91,8 @@ def markdown(bench: Bench) -> str:
         f"{machine.cpu}, {machine.num_threads} threads of {machine.num_cpus} CPUs; "
         f"{limits} (fp32, of this run); load before: {machine.load_before:.2f}. "
         f"Base {bench.base}, our precision {bench.precision}. "
-        f"Medians over the repeats; times in ms as {' / '.join(TABLE_PERCENTILES)}; MiB of memory after the workload; "
+        f"Medians over the repeats; times in ms as {' / '.join(TABLE_PERCENTILES)}; "
+        "MiB of memory after the workload, shared pages counted once; "
         "stall: how long steps waited for adapters, where that was longer than 5 ms, all in all.",
         _table(["figure", "to reach", "measured", "reached"], target_rows),
         _table(

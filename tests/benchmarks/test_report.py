@@ -37,6 +37,26 @@ def test_figures_are_medians_over_runs() -> None:
     assert one.latency_ms["p50"] == 2500.0
 
 
+def test_every_workload_is_reported_with_its_spread(tmp_path: Path) -> None:
+    """Mean, p50, p95 and p99 of first tokens, of gaps and of latencies, memory, stall and the share of the machine's
+    limit are in the tables and in the JSON."""
+    timings = [Timing(5, 10, 0.0, 0.3 * n, 0.1 * n, [0.001 * n]) for n in range(1, 101)]
+    counted = {"stall_seconds": 0.25}
+    runs = [Run("manyhats", "W3", 20.0, timings, 1234.0, counted), run("peft", "W3", 40.0, first=None)]
+    titles, peers = {"W3": "mixed"}, {"manyhats": "manyhats", "peft": "PEFT"}
+    report.write(Bench(MACHINE, "smollm2-135m", "auto", titles, {"W3": 100.0}, peers, runs), tmp_path)
+    spreads = "5,050 / 5,050 / 9,505 / 9,901 | 50 / 50 / 95 / 99 | 15,150 / 15,150 / 28,515 / 29,703"
+    text = (tmp_path / "bench.md").read_text()
+    assert "times in ms as mean / p50 / p95 / p99" in text and "100 GFLOP/s, 10.0 GB/s" in text
+    assert f"| W3: mixed | manyhats | 50.0 | 50% | {spreads} | 1,234 | 250 |" in text
+    assert "| W3: mixed | PEFT | 0.5 | 0% | - | - | 20,500 / 20,500 / 38,050 / 39,610 | - | - |" in text
+    one = json.loads((tmp_path / "bench.json").read_text())["summary"]["figures"]["manyhats W3"]
+    assert one["ttft_ms"] == pytest.approx({"mean": 5050, "p50": 5050, "p95": 9505, "p99": 9901})
+    assert one["inter_token_ms"] == pytest.approx({"mean": 50.5, "p50": 50.5, "p95": 95.05, "p99": 99.01})
+    assert one["latency_ms"] == pytest.approx({"mean": 15150, "p50": 15150, "p95": 28515, "p99": 29703})
+    assert (one["output_tokens_per_s"], one["memory_mib"], one["counted"]) == (50.0, 1234.0, counted)
+
+
 def test_the_files_hold_ratios_and_skipped_peers(tmp_path: Path) -> None:
     """The three files are written; ratios are of what was measured; a skipped peer is named with its reason."""
     bench = Bench(

@@ -15,14 +15,15 @@ from server.model.runner import Loaded
 from tests.laws.conftest import BLOCK_SIZE
 from tests.laws.world import Asked, World, load_tiny
 
-NUM_REQUESTS = 32  # a world, so that each has 31 others; 7 worlds are 224 needles
+NUM_REQUESTS = 32  # a world, so that each has 31 others; 9 worlds are 288 needles
+WORLDS = [*((seed, "fp32") for seed in range(7)), (8, "fp16"), (10, "int8")]  # the last two share prefixes
 Hats = tuple[tuple[str, float], ...]
 
 
 @pytest.fixture(scope="module")
-def tight(biased_base: Path) -> Callable[[int], Loaded]:
-    """The base with few blocks."""
-    return cache(lambda num_blocks: load_tiny(biased_base, num_blocks, BLOCK_SIZE))
+def tight(biased_base: Path) -> Callable[..., Loaded]:
+    """The base with few blocks, of weights in so many bits."""
+    return cache(lambda num_blocks, precision="fp32": load_tiny(biased_base, num_blocks, BLOCK_SIZE, precision))
 
 
 def random_hats(world: World, draw: random.Random) -> Hats:
@@ -61,11 +62,11 @@ def random_request(world: World, draw: random.Random, earlier: list[Asked]) -> A
     return Asked(hats, prompt, sampling, arrives, tenant=draw.choice("tu"))
 
 
-@pytest.mark.parametrize("seed", range(7))
-def test_the_needle(seed: int, families: World, tight: Callable[[int], Loaded]) -> None:
+@pytest.mark.parametrize(("seed", "precision"), WORLDS)
+def test_the_needle(seed: int, precision: str, families: World, tight: Callable[..., Loaded]) -> None:
     """All families under chunks, preemption, few slots, two tenants, the prefix cache on or off: 0 mismatches."""
     draw, asked = random.Random(seed), list[Asked]()
-    world = families.on(tight(draw.choice([24, 32, 100])))
+    world = families.on(tight(draw.choice([24, 32, 100]), precision))
     for _ in range(NUM_REQUESTS):
         asked.append(random_request(world, draw, asked))
     most = max(world.num_bytes(*{name for name, _ in one.hats}) for one in asked)
@@ -82,7 +83,7 @@ def test_the_needle(seed: int, families: World, tight: Callable[[int], Loaded]) 
     assert not wrong, wrong
 
 
-def test_preempted_and_evicted_answers_are_right(families: World, tight: Callable[[int], Loaded]) -> None:
+def test_preempted_and_evicted_answers_are_right(families: World, tight: Callable[..., Loaded]) -> None:
     """Where blocks and slots are so few that sequences are preempted and adapters evicted, nothing is mixed up."""
     draw, world = random.Random(0), families.on(tight(24))
     prompts = [tuple(draw.randrange(256) for _ in range(60)) for _ in range(3)]

@@ -15,20 +15,21 @@ from adapters_store.methods import compile_patch
 from adapters_store.patch import Patch
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Hat, Submit
+from server.model.base import kept
 from server.model.batch import Sampling
 from server.model.packed import Packed
 from server.model.runner import Loaded, RunnerConfig, load
 
-BYTES_A_POSITION = 2 * 2 * 2 * 16 * 4  # layers, keys and values, kv heads, width of a head, fp32
+NUMBERS_A_POSITION = 2 * 2 * 2 * 16  # layers, keys and values, kv heads, width of a head
 
 
-def load_tiny(base: Path, num_blocks: int, block_size: int) -> Loaded:
-    """A tiny llama or qwen2 in fp32 with so many blocks of KV cache."""
-    kv_cache_bytes = num_blocks * block_size * BYTES_A_POSITION
+def load_tiny(base: Path, num_blocks: int, block_size: int, precision: str = "fp32") -> Loaded:
+    """A tiny llama or qwen2 with so many blocks of KV cache."""
+    kv_cache_bytes = num_blocks * block_size * NUMBERS_A_POSITION * kept(precision, "cpu").matrices.itemsize
     config = RunnerConfig(
         folder=str(base),
         name="tiny",
-        precision="fp32",
+        precision=precision,
         num_threads=1,
         kv_cache_bytes=kv_cache_bytes,
         block_size=block_size,

@@ -140,8 +140,8 @@ def run(model: Model, job: Item) -> Item:
     ask = stepped if len(worn) == 1 else grouped
     began = time.perf_counter()
     timings = ask(model, requests, num, began, lambda done: say({"done": done}))
-    seconds, rss = time.perf_counter() - began, psutil.Process().memory_info().rss
-    return {"seconds": seconds, "timings": timings, "rss_mib": rss / 2**20}
+    seconds, pss = time.perf_counter() - began, psutil.Process().memory_full_info().pss
+    return {"seconds": seconds, "timings": timings, "pss_mib": pss / 2**20}
 
 
 def say(message: Item) -> None:

@@ -74,7 +74,7 @@ class Uncached(Manyhats):
 
     title = "manyhats, prefix cache off"
     workloads, once = ("W5",), ()
-    name, environment = UNCACHED, {"MANYHATS_PREFIX_CACHE": "false"}  # no flag turns it off
+    name, environment = UNCACHED, {"MANYHATS_PREFIX_CACHE": "false"}  # its flag takes no value
 
 
 class ManyhatsSession:

@@ -73,4 +73,4 @@ class OpenVinoSession:
             {"concurrency": workload.concurrency, "requests": msgspec.to_builtins(requests)}, on_done
         )
         timings = msgspec.convert(result["timings"], list[Timing])
-        return Run("openvino", workload.name, result["seconds"], timings, result["rss_mib"])
+        return Run("openvino", workload.name, result["seconds"], timings, result["pss_mib"])

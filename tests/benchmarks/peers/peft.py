@@ -51,9 +51,9 @@ class PeftSession:
         """See `Session.run`."""
         job = {"concurrency": workload.concurrency, "requests": msgspec.to_builtins(requests)}
         result = self._process.ask(job, on_done)
-        self.facts["rss_mib"] = result["rss_mib"]
+        self.facts["pss_mib"] = result["pss_mib"]
         timings = msgspec.convert(result["timings"], list[Timing])
-        return Run("peft", workload.name, result["seconds"], timings, result["rss_mib"])
+        return Run("peft", workload.name, result["seconds"], timings, result["pss_mib"])
 
 
 def main() -> None:
@@ -97,8 +97,8 @@ def run(model: Any, job: dict[str, Any]) -> dict[str, Any]:
         ended = time.perf_counter() - began
         timings += [Timing(len(request.prompt), request.max_tokens, started, ended) for request in batch]
         say({"done": len(batch)})
-    seconds, rss = time.perf_counter() - began, psutil.Process().memory_info().rss
-    return {"seconds": seconds, "timings": msgspec.to_builtins(timings), "rss_mib": rss / 2**20}
+    seconds, pss = time.perf_counter() - began, psutil.Process().memory_full_info().pss
+    return {"seconds": seconds, "timings": msgspec.to_builtins(timings), "pss_mib": pss / 2**20}
 
 
 def generate(model: Any, batch: list[Prompted]) -> None:

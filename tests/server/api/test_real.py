@@ -22,6 +22,7 @@ from tests.kit.parity import parity_of
 from tests.server.api.world import Site, error_of, sent, serve_real, until
 
 pytestmark = pytest.mark.anyio
+BLOCK_SIZE = 32  # the setting's default
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,50 @@ async def test_several_hats(real: Site, loras: list[Path]) -> None:
     assert await worn(("t0", 0.5), ("t0-again", 0.5)) == alone
     assert await worn(("t0", 1.0), ("t1", 1.0)) not in (base, alone)
     await real.http.delete("/tasks/t0-again")
+
+
+async def test_beginnings_that_were_asked_before_are_told(real: Site) -> None:
+    """A plain prompt, chat turns, token ids and OpenAI's completions, of the base and of a task, find whole blocks of
+    what was asked before under the same hat; `usage` and the metrics say how many of their tokens that were."""
+    blocks = BLOCK_SIZE * 2
+    before, counted = await counters(real), 0
+    for task in ("base", "t0"):
+        text = "".join(f"{number} and so on, " for number in range(20))[: blocks + 5]
+        asked: list[dict[str, Any]] = [{"prompt": text}, {"messages": [{"role": "user", "content": text}]}]
+        asked.append({"prompt_token_ids": [*text.encode()][::-1]})
+        for body in asked:
+            found = [(await real.ask(task, max_tokens=1, **body))["usage"]["cached_tokens"] for _ in range(2)]
+            assert found == [0, blocks], (task, body)
+        answer = await real.post("/v1/completions", {"model": task, "prompt": text, "max_tokens": 1})
+        assert answer.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": blocks}
+        several = await real.ask(task, prompt=[text, text[::-1], text[:blocks]], max_tokens=1)
+        assert several["usage"]["cached_tokens"] == blocks + blocks + blocks - BLOCK_SIZE  # the last token is computed
+        counted += 4 * blocks + 3 * blocks - BLOCK_SIZE
+    grown = {name: value - before[name] for name, value in (await counters(real)).items()}
+    assert grown["manyhats_cached_prompt_tokens_total"] == counted
+    await until(lambda: real.front.client.stats.cache_hit_tokens_total >= counted)
+    grown = {name: value - before[name] for name, value in (await counters(real)).items()}
+    assert grown["manyhats_engine_cache_hit_tokens_total"] == counted
+    assert grown["manyhats_engine_cache_query_tokens_total"] == grown["manyhats_prompt_tokens_total"] > counted
+
+
+async def counters(site: Site) -> dict[str, float]:
+    """The counters of tokens of prompts, summed over tasks."""
+    names = ("prompt_tokens", "cached_prompt_tokens", "engine_cache_hit_tokens", "engine_cache_query_tokens")
+    sums = {f"manyhats_{name}_total": 0.0 for name in names}
+    for line in (await site.http.get("/metrics")).text.splitlines():
+        name, value = line.rsplit(" ", 1)
+        if name.partition("{")[0] in sums:
+            sums[name.partition("{")[0]] += float(value)
+    return sums
+
+
+async def test_without_the_prefix_cache_nothing_is_shared(tiny_base: Path, tmp_path: Path) -> None:
+    """With the cache off an equal prompt is computed anew, and answered alike."""
+    async with serve_real(tiny_base, tmp_path, prefix_cache=False) as site:
+        answers = [await site.ask(prompt="abc" * BLOCK_SIZE, max_tokens=8) for _ in range(2)]
+        assert [answer["usage"]["cached_tokens"] for answer in answers] == [0, 0]
+        assert answers[0]["choices"] == answers[1]["choices"]
 
 
 EXTREMES: list[dict[str, Any]] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from adapters_store.patch import LowRank, Patch
 from adapters_store.spec import BaseSpec, LinearSite
 from server.model.bank import SlotBank, apply_reference
 from server.model.batch import Row, Sampling
+from server.model.copies import Copies
 from server.model.packed import Kept
 from server.model.worn import MAX_ROWS, NOTHING, wear
 
@@ -90,6 +93,42 @@ def test_rows_are_bit_equal_alone_and_in_a_batch() -> None:
         alone = torch.zeros(1, 1, 24)
         bank.apply(bank.group("a"), x[:, index : index + 1].contiguous(), alone, False)
         assert torch.equal(alone[0, 0], together[0, index])
+
+
+class WrittenDown(Copies):
+    """Copies to a CPU, and what was asked of them."""
+
+    def __init__(self, asked: list[tuple[str, object]]) -> None:
+        super().__init__("cpu")
+        self.asked = asked
+
+    def pin(self, host: Tensor) -> Tensor:
+        self.asked.append(("pin", None))
+        return super().pin(host)
+
+    def start(self, key: Hashable, host: Iterable[Tensor]) -> list[Tensor]:
+        self.asked.append(("start", key))
+        return super().start(key, host)
+
+    def wait(self, key: Hashable) -> None:
+        self.asked.append(("wait", key))
+
+    def forget(self, key: Hashable) -> None:
+        self.asked.append(("forget", key))
+
+
+def test_a_copy_is_waited_for_by_who_wears_it() -> None:
+    """What is packed is pinned, a slot is filled without a wait, and only a step that wears it, or reads its prefix,
+    waits for it; who frees it does not."""
+    bank, asked = SlotBank(SPEC, "cpu", EXACT), list[tuple[str, object]]()
+    bank.copies = WrittenDown(asked)
+    slots = [bank.put(bank.pack(make_patch(number, 4))) for number in range(2)]
+    assert asked == [("pin", None), ("start", 0), ("pin", None), ("start", 1)]
+    asked.clear()
+    bank.dress(rows([(), ((slots[1], 1.0),)]))
+    bank.prefix(slots[0])
+    bank.drop(slots[0])
+    assert asked == [("wait", 1), ("wait", 0), ("forget", 0)]
 
 
 def test_the_head_sees_the_sampled_rows_alone() -> None:

@@ -82,7 +82,7 @@ def test_a_cache_that_cannot_be_is_refused(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("precision", PACKERS)
 def test_logits_alone_in_chunks_and_in_a_batch(tiny_base: Path, precision: str) -> None:
-    """In fp32 logits are bit-equal alone, in chunks and in any batch; with 16-bit weights the best token is equal."""
+    """Logits are bit-equal alone, in chunks and in any batch, whether weights have 32, 16 or 8 bits."""
     runner = load(
         RunnerConfig(folder=str(tiny_base), name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22)
     ).runner

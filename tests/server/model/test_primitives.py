@@ -16,6 +16,8 @@ from adapters_store.methods import compile_patch
 from adapters_store.patch import Patch
 from adapters_store.spec import BaseSpec
 from server.model.batch import Row, Sampling
+from server.model.kernels.threads import set_num_threads
+from server.model.linear import PACKERS
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit import reference
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
@@ -41,9 +43,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def load_one(folder: Path) -> Loaded:
+def load_one(folder: Path, precision: str = "fp32", num_threads: int = 1, kv_cache_bytes: int = 2**24) -> Loaded:
     config = RunnerConfig(
-        folder=str(folder), name="tiny", precision="fp32", num_threads=1, kv_cache_bytes=2**24, block_size=BLOCK
+        folder=str(folder),
+        name="tiny",
+        precision=precision,
+        num_threads=num_threads,
+        kv_cache_bytes=kv_cache_bytes,
+        block_size=BLOCK,
     )
     return load(config)
 
@@ -143,10 +150,13 @@ def test_a_step_that_only_writes_a_prefix(bases: Any) -> None:
     loaded.bank.drop(slot)
 
 
-@pytest.fixture(scope="module")
-def dressed(biased_base: Path, artifact: Callable[[str, int], Path]) -> tuple[Loaded, dict[str, Worn]]:
-    """The biased base, and the base alone, each family, and hats of several families with weights, by name."""
-    loaded = load_one(biased_base)
+@pytest.fixture(scope="module", params=PACKERS)
+def dressed(
+    request: pytest.FixtureRequest, biased_base: Path, artifact: Callable[[str, int], Path]
+) -> tuple[Loaded, dict[str, Worn]]:
+    """The biased base in each precision, and the base alone, each family, and hats of several families with weights,
+    by name."""
+    loaded = load_one(biased_base, request.param, num_threads=2)
     patches = {
         family: compile_patch(read_folder(artifact(family, 0)), loaded.spec)
         for family in [*FAMILIES, *FAMILIES_OF_BIASED]
@@ -173,14 +183,37 @@ def alone(dressed: tuple[Loaded, dict[str, Worn]], prompts: list[list[int]]) -> 
     return [run_all(loaded, [worn], [prompt], 1000)[0] for worn, prompt in zip(wearers.values(), prompts, strict=True)]
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 50, 1000])
+@pytest.mark.parametrize(("chunk", "num_threads"), [(1, 1), (7, 2), (16, 2), (50, 1), (1000, 2)])
 def test_a_row_does_not_depend_on_the_batch(
-    chunk: int, dressed: tuple[Loaded, dict[str, Worn]], prompts: list[list[int]], alone: list[torch.Tensor]
+    chunk: int,
+    num_threads: int,
+    dressed: tuple[Loaded, dict[str, Worn]],
+    prompts: list[list[int]],
+    alone: list[torch.Tensor],
 ) -> None:
-    """Logits of every family, and of several at once, are equal bit for bit alone and in a batch of all, in chunks."""
+    """In every precision logits of every family, and of several at once, are equal bit for bit alone and in a batch of
+    all, in chunks, by one thread or two."""
     loaded, wearers = dressed
+    set_num_threads(num_threads)
     order = random.Random(chunk).sample(range(len(alone)), len(alone))
     names = [list(wearers)[at] for at in order]
     together = run_all(loaded, [wearers[name] for name in names], [prompts[at] for at in order], chunk)
     wrong = [name for name, at, got in zip(names, order, together, strict=True) if not torch.equal(got, alone[at])]
     assert not wrong
+
+
+@pytest.mark.real_base
+@pytest.mark.parametrize("precision", PACKERS)
+def test_a_row_of_the_real_base_does_not_either(precision: str, real_base: Path) -> None:
+    """At SmolLM2's sizes, too, in every precision: each kind of primitive and none, alone by one thread and in one
+    batch by two, gives the same bits."""
+    loaded = load_one(real_base, precision, num_threads=2, kv_cache_bytes=2**27)
+    kinds: list[Worn] = [[(random_patch(loaded.spec, kind, 1), 1.0)] for kind in ("low_rank", "scale", "bottleneck")]
+    wearers, draw = [[], *kinds, [*kinds[0], (kinds[2][0][0], 0.5)], []], random.Random(0)
+    prompts = [[draw.randrange(40_000) for _ in range(draw.choice([1, 5, 40]))] for _ in wearers]
+    set_num_threads(1)
+    alone = [run_all(loaded, [worn], [prompt], 1000)[0] for worn, prompt in zip(wearers, prompts, strict=True)]
+    set_num_threads(2)
+    for chunk in (16, 1000):
+        together = run_all(loaded, wearers, prompts, chunk)
+        assert [at for at, got in enumerate(together) if not torch.equal(got, alone[at])] == []

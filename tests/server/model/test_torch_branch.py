@@ -156,8 +156,9 @@ def test_half_precision_is_proved_and_near(model_type: str, dtype: torch.dtype, 
 def test_nothing_waits_for_the_device(
     model_type: str, bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading and steps of a device without kernels, from prompts to decoding, with all primitives: on fake tensors
-    every shape and type fits, everything is on the device, and nothing reads it but the sampling."""
+    """Loading and steps of a device without kernels, from prompts to decoding, with all primitives, and the decode
+    steps that CUDA graphs record: on fake tensors every shape and type fits, everything is on the device, and nothing
+    reads it but the sampling."""
     spec = bases(model_type)[0].spec
     monkeypatch.setattr(base, "describe", lambda *_: spec)
     monkeypatch.setattr(runner, "sample", lambda logits, rows: [torch.empty(logits.shape)] * len(rows))
@@ -186,6 +187,23 @@ def test_nothing_waits_for_the_device(
             rows[at] = Row([7], len(row.tokens), row.blocks, row.hats, Sampling(), num_virtual=row.num_virtual)
         loaded.runner.run(rows)
         check_logits(loaded, len(rows))
+        captures = list[torch.Tensor]()
+        loaded.runner.graphs = DecodeGraphs(loaded.runner.base.forward, loaded.runner.cache, recorded_in(captures))
+        for num_rows in (3, 4):
+            loaded.runner.run([Row([7], 9 + at, [at, 20 + at], sampling=Sampling()) for at in range(num_rows)])
+            check_logits(loaded, num_rows)
+        assert len(captures) == 1, "what a graph records needs the device's answer"
+
+
+def recorded_in(captures: list[torch.Tensor]) -> Any:
+    """In place of CUDA's capture: each replay computes anew into the place of the first result."""
+
+    def capture(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        out = compute().clone()
+        captures.append(out)
+        return lambda: out.copy_(compute()), out
+
+    return capture
 
 
 def _tensor(output: Any) -> Any:
@@ -203,6 +221,14 @@ def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
     """Without a GPU `--device cuda` is refused with that reason, before anything is loaded."""
     with pytest.raises(UnsupportedBaseError, match=r"cuda is not here.*no GPU"):
         load(config_of(tmp_path, "cuda", "auto"))
+
+
+def test_a_gpu_is_said_to_be_untried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever starts on a GPU reads in the log, before anything is loaded, that nobody has run it there yet."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UnsupportedBaseError, match="cannot be loaded"):
+        load(config_of(Path("/nowhere"), "cuda", "auto"))
+    assert "the GPU path was not run on a GPU yet" in caplog.text
 
 
 @pytest.mark.cuda
@@ -233,13 +259,7 @@ def test_decode_steps_are_replayed(bases: Any) -> None:
     """Steps of one token a row give the eager forward's logits, from one capture for like numbers of rows and blocks;
     a row whose hat acts, or a prompt, is computed as ever."""
     loaded, _stock = bases("llama")
-    runner, captures = loaded.runner, list[Any]()
-
-    def capture(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
-        out = compute().clone()
-        captures.append(out)
-        return lambda: out.copy_(compute()), out
-
+    runner, captures = loaded.runner, list[torch.Tensor]()
     draw = random.Random(0)
     prompts = [[draw.randrange(200) for _ in range(length)] for length in (5, BLOCK, 3 * BLOCK + 1, 20)]
     blocks = [[8 * at + number for number in range(6)] for at in range(len(prompts))]
@@ -262,7 +282,7 @@ def test_decode_steps_are_replayed(bases: Any) -> None:
     for batch in batches:
         runner.run(batch)
         eager.append(runner.last_logits.clone())
-    runner.graphs = DecodeGraphs(runner.base.forward, runner.cache, capture)
+    runner.graphs = DecodeGraphs(runner.base.forward, runner.cache, recorded_in(captures))
     for batch, wanted in zip(batches, eager, strict=True):
         runner.run(batch)
         torch.testing.assert_close(runner.last_logits, wanted)
