@@ -11,7 +11,7 @@ import pytest
 from adapters_store.artifact import WEIGHTS
 from adapters_store.blobs import STAGING, Blobs
 from adapters_store.errors import AbsentError, ArtifactCorruptError
-from tests.adapters_store.forge import digest_of, toy_folder
+from tests.kit.forge import digest_of, toy_folder
 
 
 @pytest.fixture
