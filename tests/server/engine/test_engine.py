@@ -212,6 +212,20 @@ def test_preempted_sequences_keep_their_pins() -> None:
     assert world.engine.stats().num_running == 1
 
 
+def test_an_adapter_loads_while_its_sequence_still_queues() -> None:
+    """What is submitted behind full rows is loaded at once: when its turn comes its adapter is there."""
+    world = World(max_running=1)
+    world.submit(PROMPT, max_tokens=9, ignore_eos=True)
+    world.step()
+    queued = world.submit(PROMPT, 1, max_tokens=2)
+    world.step()
+    world.executor.run_all()
+    world.step()
+    assert world.engine.adapters.states() == {digest_of(1): "host"} and world.engine.stats().num_waiting == 1
+    world.run(is_loading=False)
+    assert world.is_right(queued)
+
+
 def test_loading_stalls_nobody() -> None:
     """While an adapter loads, everyone else's steps go on, and the stall time stays zero."""
     world = World()
