@@ -21,14 +21,15 @@ log = logging.getLogger(__name__)
 
 Result = Sampled | EngineFailure | None  # of one row
 
-NO_STALL_S = 5e-3  # a load's books and slots are 0.5 ms of computing; on 2 full cores planning alone takes up to 4 ms
+NO_STALL_S = 2e-3  # the books and slots of a load and of what goes for it are 0.5 ms of computing; planning takes 0.1
 INTERNAL = EngineFailure("internal", "the engine failed on this request; its log says why")
 
 
 class Engine(Generic[P]):
     """Runs sequences over one runner and one bank. All methods belong to one thread; `load` runs in others.
 
-    `staged` tells `load` what is not in the store yet: digest -> folder.
+    `staged` tells `load` what is not in the store yet: digest -> folder. `own_clock` stands still while the thread has
+    no core (`own_time`); by default it is `clock`.
     A sequence ends in `_finish` and nowhere else: by a finish, a failure, its deadline or an abort.
     """
 
@@ -44,6 +45,7 @@ class Engine(Generic[P]):
         clock: Callable[[], float],
         on_loaded: Callable[[], None] = lambda: None,
         staged: dict[str, str] | None = None,
+        own_clock: Callable[[], float] | None = None,
     ) -> None:
         self.runner, self._staged = runner, {} if staged is None else staged
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
@@ -63,7 +65,7 @@ class Engine(Generic[P]):
         )
         self.adapters = AdapterManager(bank, load, budgets, executor, clock, on_loaded)
         self.sequences: dict[str, Sequence] = {}
-        self._clock, self._eos = clock, frozenset(eos_token_ids)
+        self._clock, self._own_clock, self._eos = clock, own_clock or clock, frozenset(eos_token_ids)
         self._outputs: list[Output] = []  # of the step that goes on, or before the next one
         self._stats = Stats(num_blocks=runner.num_blocks)
 
@@ -171,14 +173,15 @@ class Engine(Generic[P]):
     def _advance_adapters(self) -> None:
         """Copies are bounded by the rows that are free: nobody else could wear what is copied.
 
-        Where sequences run these wait meanwhile: what takes longer than planning may is a stall, all of it.
+        Where sequences run these wait meanwhile. All of it is counted, and what takes longer than books may is a stall.
         """
-        scheduler, adapters, began = self.scheduler, self.adapters, self._clock()
+        scheduler, adapters, began = self.scheduler, self.adapters, self._own_clock()
         num_free_rows = scheduler.limits.max_running - len(scheduler.running)
         has_news = adapters.advance(scheduler.wanted(), num_free_rows)
-        seconds = self._clock() - began
-        if scheduler.running and seconds > NO_STALL_S:
-            self._stats.stall_seconds_total += seconds
+        if scheduler.running:
+            seconds = self._own_clock() - began
+            self._stats.adapter_seconds_total += seconds
+            self._stats.stall_seconds_total += seconds if seconds > NO_STALL_S else 0.0
         for sequence in list(scheduler.waiting()) if has_news else ():
             if failure := adapters.refusal(sequence.digests):
                 self._fail(sequence, failure)

@@ -153,6 +153,7 @@ class Stats(msgspec.Struct):
     step_seconds_total: float = 0.0
     rows_total: int = 0
     tokens_total: int = 0
+    adapter_seconds_total: float = 0.0
     stall_seconds_total: float = 0.0
     loads_total: int = 0
     load_seconds_total: float = 0.0

@@ -42,6 +42,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
+from server.engine.own_time import own_time
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         clock=time.monotonic,
         on_loaded=on_loaded,
         staged=staged,
+        own_clock=own_time(),
     )
     ready = Ready(
         spec=loaded.spec,

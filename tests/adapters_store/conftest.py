@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
+from tests.kit.forge import spec_of
 from tests.kit.tiny import make_tiny_base
 
 

@@ -16,8 +16,8 @@ from adapters_store.errors import ArtifactError
 from adapters_store.methods import compile_patch
 from adapters_store.methods.adalora import SERVED_VALUES, SILENT, AdaLoraConfig
 from adapters_store.patch import LowRank
-from tests.adapters_store.forge import spec_of
 from tests.kit.families import loras
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
 
 TinyOf = Callable[[str], Path]

@@ -20,9 +20,9 @@ from adapters_store.methods import compile_patch, method_of
 from adapters_store.methods.adapterhub import SERVED_VALUES, SILENT, SILENT_OUTSIDE, BnConfig, SavedConfig
 from adapters_store.patch import Bottleneck
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of, toy_artifact, zip_of
 from tests.golden.make_adapterhub import ANSWERS, CASES, HERE, base_digest
 from tests.kit import reference
+from tests.kit.forge import spec_of, toy_artifact, zip_of
 from tests.kit.like_peft import changed
 from tests.kit.tiny import make_tiny_base
 

@@ -27,8 +27,8 @@ from adapters_store.artifact import (
     write_folder,
 )
 from adapters_store.errors import ArtifactError
-from tests.adapters_store.forge import digest_of, toy_config, toy_folder, toy_manifest, toy_tensors
 from tests.kit.adapters import make_lora
+from tests.kit.forge import digest_of, toy_config, toy_folder, toy_manifest, toy_tensors
 
 FULL = {
     "prompt_format": PromptFormat(

@@ -19,9 +19,9 @@ from adapters_store.intake import ZIP_TYPE, unpack_upload
 from adapters_store.methods import METHODS, compile_patch
 from adapters_store.patch import Patch
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of, zip_of
 from tests.golden.make_adapterhub import HERE as ADAPTERHUB
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
+from tests.kit.forge import spec_of, zip_of
 
 Tensors = dict[str, Tensor]
 NAMES = [*FAMILIES, *FAMILIES_OF_BIASED]

@@ -15,9 +15,9 @@ from adapters_store.errors import ArtifactError
 from adapters_store.methods import compile_patch
 from adapters_store.methods.beft import SERVED_VALUES, SILENT, BeftConfig
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_beft, noise
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.beft_bias"  # of [1, 64]

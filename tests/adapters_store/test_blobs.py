@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters_store.artifact import WEIGHTS
 from adapters_store.blobs import STAGING, Blobs
 from adapters_store.errors import AbsentError, ArtifactCorruptError
-from tests.adapters_store.forge import digest_of, toy_folder
+from tests.kit.forge import digest_of, toy_folder
 
 
 @pytest.fixture
@@ -128,6 +129,20 @@ def test_a_flipped_bit_is_corrupt(blobs: Blobs, place: int) -> None:
     with pytest.raises(ArtifactCorruptError, match=f"stored artifact {digest[:12]} is corrupt") as caught:
         blobs.read(digest)
     assert caught.value.code == "artifact_corrupt"
+
+
+def test_what_was_read_is_no_map_of_the_file(blobs: Blobs) -> None:
+    """A stored file that is written over and cut short in its place changes nothing of what was read, and maps none."""
+    digest = keep(blobs)
+    read = blobs.read(digest)
+    before = {name: tensor.clone() for name, tensor in read.tensors.items()}
+    assert str(blobs.root) not in Path("/proc/self/maps").read_text()
+    with (blobs.path(digest) / WEIGHTS).open("r+b") as file:
+        file.write(bytes(file.seek(0, os.SEEK_END)))
+        file.truncate(8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read.tensors.items())
+    with pytest.raises(ArtifactCorruptError):
+        blobs.read(digest)
 
 
 def test_a_lost_file_is_corrupt(blobs: Blobs) -> None:

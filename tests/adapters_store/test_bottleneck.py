@@ -18,10 +18,10 @@ from adapters_store.methods import compile_patch
 from adapters_store.methods.bottleneck import ACTIVATION_NAMES, PLACEMENTS
 from adapters_store.patch import ACTIVATIONS, Bottleneck
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit import reference
 from tests.kit.families import FAMILIES
 from tests.kit.families.bottleneck import adapted, make_bottleneck
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, changed
 
 MLP = "base_model.model.model.layers.0.mlp.bottleneck_"

@@ -16,9 +16,9 @@ from adapters_store.methods import compile_patch
 from adapters_store.methods.cpt import SILENT
 from adapters_store.methods.prompt_tuning import EMBEDDINGS, SERVED_VALUES, VirtualTokens
 from adapters_store.patch import PrefixEmbeds
-from tests.adapters_store.forge import toy_artifact
 from tests.adapters_store.test_prompt_tuning import SIZE, T, prompt_spec
 from tests.kit.families.prompts import FIRST_ID, make_cpt
+from tests.kit.forge import toy_artifact
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged
 
 TinyOf = Callable[[str], Path]

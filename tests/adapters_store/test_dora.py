@@ -15,8 +15,8 @@ from adapters_store.errors import ArtifactError
 from adapters_store.methods import compile_patch
 from adapters_store.patch import Bias, LowRank, Scale
 from adapters_store.weights import base_weight
-from tests.adapters_store.forge import spec_of
 from tests.kit.families import loras
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import assert_answers_as_peft, changed
 
 TinyOf = Callable[[str], Path]

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from adapters_store.artifact import CONFIG, FILES, MANIFEST, WEIGHTS, read_files, read_folder
 from adapters_store.errors import ArtifactError
 from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload, with_metadata, zipped
-from tests.adapters_store.forge import (
+from tests.kit.forge import (
     digest_of,
     sound_members,
     toy_config,

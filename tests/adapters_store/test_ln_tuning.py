@@ -16,8 +16,8 @@ from adapters_store.artifact import Artifact, read_folder
 from adapters_store.errors import ArtifactError
 from adapters_store.methods import common, compile_patch
 from adapters_store.methods.ln_tuning import LNTuningConfig
-from tests.adapters_store.forge import spec_of
 from tests.kit.families.selective import make_ln_tuning
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import assert_answers_as_peft
 
 TinyOf = Callable[[str], Path]

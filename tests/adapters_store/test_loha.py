@@ -17,9 +17,9 @@ from adapters_store.methods.loha import LohaConfig
 from adapters_store.methods.lycoris import SERVED_VALUES, SILENT
 from adapters_store.patch import Delta, LowRank
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_loha, spread_loha
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
 
 SITE = "base_model.model.model.layers.{}.self_attn.{}.hada_{}"

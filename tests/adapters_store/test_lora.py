@@ -26,7 +26,8 @@ from adapters_store.methods import common, compile_patch
 from adapters_store.methods.common import Targets, by_pattern, named_sites
 from adapters_store.methods.lora import SERVED_VALUES, SILENT, LoraConfig
 from adapters_store.spec import BaseSpec, LinearSite
-from tests.adapters_store.forge import (
+from tests.kit.adapters import make_lora
+from tests.kit.forge import (
     SITE,
     a_name,
     spec_of,
@@ -35,7 +36,6 @@ from tests.adapters_store.forge import (
     toy_spec,
     toy_tensors,
 )
-from tests.kit.adapters import make_lora
 from tests.kit.tiny import make_tiny_base
 
 CASES: dict[str, dict[str, Any]] = {

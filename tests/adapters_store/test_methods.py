@@ -19,7 +19,7 @@ from adapters_store.methods import METHODS, Method, Room, compile_patch, method_
 from adapters_store.methods.refused import CONVERTIBLE, INCONVERTIBLE
 from adapters_store.patch import Primitive
 from adapters_store.spec import BaseSpec, ItemBytes
-from tests.adapters_store.forge import (
+from tests.kit.forge import (
     OTHER_IDENTITY,
     WEIGHTS_DIGEST,
     toy_artifact,

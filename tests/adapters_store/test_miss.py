@@ -16,9 +16,9 @@ from adapters_store.methods import compile_patch
 from adapters_store.methods.miss import SERVED_VALUES, SILENT, MissConfig
 from adapters_store.patch import Delta, LowRank
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_miss, scaled
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.miss_block"  # of [4, 64]

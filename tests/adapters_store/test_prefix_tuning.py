@@ -20,9 +20,9 @@ from adapters_store.methods.prefix_tuning import CARTRIDGE_SILENT, PREFIX_SILENT
 from adapters_store.methods.prompt_tuning import EMBEDDINGS, SERVED_VALUES
 from adapters_store.patch import PrefixKV
 from adapters_store.spec import BaseSpec, KVShape
-from tests.adapters_store.forge import spec_of, toy_artifact, toy_spec
 from tests.kit import reference
 from tests.kit.families.prompts import make_cartridge, make_prefix_tuning
+from tests.kit.forge import spec_of, toy_artifact, toy_spec
 from tests.kit.like_peft import TOKENS, assert_answers_as_peft, assert_every_key_is_judged
 
 TinyOf = Callable[[str], Path]

@@ -29,11 +29,11 @@ from adapters_store.methods.prompt_tuning import (
 )
 from adapters_store.patch import Patch, PrefixEmbeds
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of, toy_artifact, toy_spec
 from tests.kit import reference
 from tests.kit.adapters import make_peft
 from tests.kit.families import FAMILIES
 from tests.kit.families.prompts import make_multitask, make_p_tuning, make_prompt_tuning
+from tests.kit.forge import spec_of, toy_artifact, toy_spec
 from tests.kit.like_peft import TOKENS, assert_answers_as_peft, assert_every_key_is_judged
 from tests.kit.tiny import CONFIGS, make_tiny_base
 

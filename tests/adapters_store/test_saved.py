@@ -14,9 +14,9 @@ from adapters_store.artifact import Artifact, read_folder
 from adapters_store.errors import ArtifactError
 from adapters_store.methods import compile_patch
 from adapters_store.patch import Bias, Delta, LowRank, Rows, Scale
-from tests.adapters_store.forge import spec_of
 from tests.kit.adapters import make_peft
 from tests.kit.families import FAMILIES, loras
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, assert_answers_as_peft, changed
 
 TinyOf = Callable[[str], Path]

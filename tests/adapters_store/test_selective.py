@@ -15,9 +15,9 @@ from adapters_store.artifact import Artifact, read_folder
 from adapters_store.errors import ArtifactError
 from adapters_store.methods import compile_patch
 from adapters_store.patch import Bias, Delta, Patch, Rows, Scale
-from tests.adapters_store.forge import spec_of
 from tests.kit import reference
 from tests.kit.families.selective import make_bitfit, make_selective, make_selective_layer, trained
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS
 
 TinyOf = Callable[[str], Path]

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from adapters_store.errors import ArtifactError
 from adapters_store.tensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS, read_tensors
-from tests.adapters_store.forge import entry, raw
+from tests.kit.forge import entry, raw
 
 F32 = bytes(8)  # two zeros
 ONE = {"a": entry([2], 0, 8)}

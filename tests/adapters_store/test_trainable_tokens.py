@@ -18,8 +18,8 @@ from adapters_store.methods import common, compile_patch
 from adapters_store.methods.trainable_tokens import SILENT, TrainableTokensConfig
 from adapters_store.patch import Rows
 from adapters_store.spec import BaseSpec
-from tests.adapters_store.forge import spec_of
 from tests.kit.families.selective import make_trainable_tokens
+from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, assert_answers_as_peft
 
 TinyOf = Callable[[str], Path]

@@ -14,7 +14,7 @@ from adapters_store.methods.whole import parameters, whole, whole_linear
 from adapters_store.patch import Bias, Delta, Rows, Scale
 from adapters_store.spec import BaseSpec
 from adapters_store.weights import base_weight
-from tests.adapters_store.forge import spec_of
+from tests.kit.forge import spec_of
 
 TinyOf = Callable[[str], Path]
 NORM = "model.norm"

@@ -31,7 +31,10 @@ STEPS = ("swaps: before", "swaps: under swaps", "slots: all fit", "slots: 4x as 
 
 
 class Churn(msgspec.Struct):
-    """What was measured; milliseconds. `cold` are requests that waited for an adapter, `load_ms` is of one load."""
+    """What was measured; milliseconds. `cold` are requests that waited for an adapter, `load_ms` is of one load.
+
+    `adapter_ms` is what adapters took of all steps of the last part, `stall_ms` what was a stall of that.
+    """
 
     before_p95_ms: float | None = None
     swapping_p95_ms: float | None = None
@@ -45,6 +48,7 @@ class Churn(msgspec.Struct):
     num_cold: int = 0
     num_loads: int = 0
     load_ms: float = 0.0
+    adapter_ms: float = 0.0
     stall_ms: float = 0.0
 
 
@@ -158,6 +162,7 @@ async def _slots(server: Server, prompts: list[list[int]], num_adapters: int, se
     into.cold_gap_p99_ms, into.cold_ttft_p95_ms = _percentile(gaps, 99), _percentile(cold, 95)
     into.num_cold, into.num_loads = len(cold), int(after["loads"] - before["loads"])
     into.load_ms = 1e3 * (after["load_seconds"] - before["load_seconds"]) / max(1, into.num_loads)
+    into.adapter_ms = 1e3 * (after["adapter_seconds"] - before["adapter_seconds"])
     into.stall_ms = 1e3 * (after["stall_seconds"] - before["stall_seconds"])
 
 
@@ -201,7 +206,8 @@ async def _counters(client: httpx.AsyncClient) -> dict[str, float]:
     await asyncio.sleep(1.5)
     text = (await client.get("/metrics")).raise_for_status().text
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-    return {name: float(lines[f"manyhats_engine_{name}_total"]) for name in ("loads", "load_seconds", "stall_seconds")}
+    names = ("loads", "load_seconds", "adapter_seconds", "stall_seconds")
+    return {name: float(lines[f"manyhats_engine_{name}_total"]) for name in names}
 
 
 def _percentile(values: list[float], percent: int) -> float | None:

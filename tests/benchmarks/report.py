@@ -93,7 +93,7 @@ def markdown(bench: Bench) -> str:
         f"Base {bench.base}, our precision {bench.precision}. "
         f"Medians over the repeats; times in ms as {' / '.join(TABLE_PERCENTILES)}; "
         "MiB of memory after the workload, shared pages counted once; "
-        "stall: how long steps waited for adapters, where that was longer than 5 ms, all in all.",
+        "stall: how long adapters held steps up, where that was longer than 2 ms, all in all.",
         _table(["figure", "to reach", "measured", "reached"], target_rows),
         _table(
             ["workload", "peer", "output tok/s", "of the limit", "TTFT", "inter-token", "latency", "MiB", "stall ms"],

@@ -8,9 +8,9 @@ import pytest
 
 from adapters_store.artifact import read_folder
 from adapters_store.methods import compile_patch
-from tests.adapters_store.forge import spec_of
 from tests.benchmarks.artifacts import NUM_MADE, artifacts
 from tests.kit.adapters import tensors_digest
+from tests.kit.forge import spec_of
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix-tuning"])

@@ -24,7 +24,7 @@ from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
 from adapters_store.methods import Room, compile_patch
 from adapters_store.patch import Patch
 from adapters_store.spec import BaseSpec, ItemBytes
-from tests.adapters_store.forge import entry, raw, sound_members, toy_config, toy_spec, toy_tensors, zip_of
+from tests.kit.forge import entry, raw, sound_members, toy_config, toy_spec, toy_tensors, zip_of
 from tests.kit.watch import Touched, watched
 
 MAX_BYTES = 64 * 2**20

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from adapters_store.artifact import Artifact, read_folder
 from adapters_store.methods import common, compile_patch
 from adapters_store.patch import Patch
-from tests.adapters_store.forge import spec_of
 from tests.kit import reference
+from tests.kit.forge import spec_of
 
 TOKENS = torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(1)).tolist()
 

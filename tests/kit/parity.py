@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from adapters_store.artifact import ParityCase, read_folder
 from adapters_store.methods import compile_patch
-from tests.adapters_store.forge import spec_of
 from tests.kit import reference
+from tests.kit.forge import spec_of
 
 NUM_TOP, NUM_TOKENS = 20, 6
 

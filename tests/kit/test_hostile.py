@@ -20,8 +20,8 @@ from adapters_store.errors import ArtifactError
 from adapters_store.intake import SAFETENSORS_TYPE, with_metadata
 from server.model.batch import Row, Sampling
 from server.model.runner import Loaded, RunnerConfig, load
-from tests.adapters_store.forge import toy_config
 from tests.kit.adapters import make_lora
+from tests.kit.forge import toy_config
 from tests.kit.hostile import (
     HARMLESS,
     MAX_CPU_SECONDS,

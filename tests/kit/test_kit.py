@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.kit.adapters import make_lora, tensors_digest, zip_folder
 from tests.kit.server import serve
+from tests.kit.services import postgresql
 from tests.kit.tiny import EOS, make_tiny_base
 
 
@@ -45,4 +46,12 @@ def test_an_adapter_changes_the_answer_and_keeps_it_sane(tiny_base: Path, tmp_pa
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     """A server that ends at its start is an error with the end of its log."""
     with pytest.raises(RuntimeError, match=r"no config\.json"), serve(tmp_path, tmp_path / "data"):
+        pass
+
+
+def test_without_postgresql_a_test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no PostgreSQL a test of it is skipped, and the word says what is missing and how it comes."""
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    monkeypatch.setattr(Path, "glob", lambda _folder, _pattern: iter(()))
+    with pytest.raises(pytest.skip.Exception, match=r"not installed \(apt-get install postgresql\)"), postgresql():
         pass

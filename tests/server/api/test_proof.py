@@ -22,9 +22,9 @@ from server.api import parity, proof
 from server.api.imports import import_tree
 from server.engine.messages import EngineFailure
 from server.model.batch import Logprobs
-from tests.adapters_store.forge import spec_of, toy_artifact
 from tests.kit.adapters import zip_folder
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
+from tests.kit.forge import spec_of, toy_artifact
 from tests.server.api.world import Site, error_of, ready_of
 
 pytestmark = pytest.mark.anyio

@@ -1,0 +1,71 @@
+"""The clock by which stalls are told from time in which others had the cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from server.engine import own_time
+
+needs_turns = pytest.mark.skipif(
+    not own_time.TURNS.exists(), reason="this system does not say when a thread had no core"
+)
+BUSY = "import os\nos.sched_setaffinity(0, {%d})\nprint(flush=True)\nwhile True: pass"
+
+
+@contextmanager
+def busy(core: int) -> Iterator[None]:
+    """A process that wants all of a core."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY % core], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout and process.stdout.readline()
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@needs_turns
+def test_it_stands_still_without_a_core() -> None:
+    """Beside a busy process on the same core it counts what the thread computes, and not what passes."""
+    found: list[float] = []
+    core = min(os.sched_getaffinity(0))
+
+    def compute() -> None:
+        os.sched_setaffinity(0, {core})  # of this thread alone
+        clock = own_time.own_time()
+        began = clock(), time.monotonic(), time.thread_time()
+        while time.thread_time() - began[2] < 0.2:
+            pass
+        found.extend([clock() - began[0], time.monotonic() - began[1]])
+
+    with busy(core):
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join()
+    own, passed = found
+    assert own == pytest.approx(0.2, abs=0.02) and passed > 1.4 * own, found
+
+
+@needs_turns
+def test_it_goes_on_while_the_thread_waits() -> None:
+    """Waiting for a lock or a time is the thread's own time."""
+    clock = own_time.own_time()
+    assert clock is not time.monotonic
+    began = clock()
+    threading.Event().wait(0.05)
+    assert clock() - began > 0.045
+
+
+def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the system's word it is the monotonic clock: a stall is never hidden."""
+    monkeypatch.setattr(own_time, "TURNS", Path("/nowhere"))
+    assert own_time.own_time() is time.monotonic
