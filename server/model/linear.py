@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.model.attention import UnsupportedBaseError
 from server.model.bank import Group, SlotBank
-from server.model.kernels.product import product
+from server.model.kernels.product import NO_ERRANDS, product
 from server.model.kernels.vector import PANEL, whole_panels
 from server.model.packed import SCALE_IN
 
@@ -90,7 +90,7 @@ class PackedProduct:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = rows.new_empty(len(rows), self.size_out)
-        product(rows.numpy(), *self.arrays, out.numpy(), torch.get_num_threads())
+        product(rows.numpy(), *self.arrays, out.numpy(), torch.get_num_threads(), NO_ERRANDS)
         return out.view(*x.shape[:-1], self.size_out)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from server.model.kernels.attention import attend
-from server.model.kernels.hats import SCALE_IN, apply, enter
+from server.model.kernels.hats import BRANCH, SCALE_IN, apply, enter, errands
 from server.model.kernels.layers import gate, rms_norm
 from server.model.kernels.product import product
 from server.model.kernels.vector import FLOATS, PANEL, view
@@ -61,25 +61,27 @@ def _norm(x, norm, worn):
 
 
 @njit(cache=True)
-def _product(x, linear, first, last, unit, threads):
-    """Panels [first, last) of W x + b."""
+def _product(x, linear, first, last, unit, threads, wanted):
+    """Panels [first, last) of W x + b; `wanted` is read afterwards."""
     begin = first * PANEL
     out = np.empty((x.shape[0], min(last * PANEL, linear.size_out) - begin), np.float32)
     weight = view(linear.weight, (linear.panels, linear.size_in, PANEL), unit)[first:last]
     start = view(linear.start, (linear.panels * PANEL,), FLOATS)[begin:]
     scales, bias = view(linear.scales, (linear.factors,), FLOATS), view(linear.bias, (linear.factors,), FLOATS)
-    product(x, weight, start, scales[begin:], bias[begin:], out, threads)
+    product(x, weight, start, scales[begin:], bias[begin:], out, threads, wanted)
     return out
 
 
 @njit(cache=True)
 def _linear(x, linear, unit, worn, threads):
     """What a `HatLinear` computes."""
-    number, sites, columns = _group(linear.group)
-    if worn[5][number, SCALE_IN]:
+    group = _group(linear.group)
+    acts = worn[5][group[0]]
+    if acts[SCALE_IN]:
         return _site_by_site(x, linear, unit, worn, threads)
-    out = _product(x, linear, 0, linear.panels, unit, threads)
-    apply(x, x, out, (number, sites, columns), worn)
+    wanted = errands(x.shape[1], group, worn) if acts[BRANCH] else np.empty((0, 2), np.int64)
+    out = _product(x, linear, 0, linear.panels, unit, threads, wanted)
+    apply(x, x, out, group, worn)
     return out
 
 
@@ -87,12 +89,12 @@ def _linear(x, linear, unit, worn, threads):
 def _site_by_site(x, linear, unit, worn, threads):
     """`_linear` where hats scale the input of each site in a way of its own."""
     number, sites, columns = _group(linear.group)
-    out = np.empty((x.shape[0], linear.size_out), np.float32)
+    out, nothing = np.empty((x.shape[0], linear.size_out), np.float32), np.empty((0, 2), np.int64)
     for part in range(sites.shape[0]):
         mine, first, last = x.copy(), columns[part], columns[part + 1]
         enter(mine, sites[part], worn)
         panel = first // PANEL
-        panels = _product(mine, linear, panel, (last + PANEL - 1) // PANEL, unit, threads)
+        panels = _product(mine, linear, panel, (last + PANEL - 1) // PANEL, unit, threads, nothing)
         out[:, first:last] = panels[:, first - panel * PANEL : last - panel * PANEL]
         apply(mine, mine, out, (number, sites[part : part + 1], columns[part : part + 2]), worn)
     return out

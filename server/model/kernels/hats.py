@@ -64,7 +64,7 @@ def _down(rows, x, x_stride, a, k, rank, t, t_stride, unit):
 @njit(cache=True)
 def _up(rows, t, t_stride, b, rank, n, y, y_stride, unit):
     """y [rows, n] += t [rows, rank] B, where B [rank, n]; addresses and strides in items."""
-    multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0), unit)
+    multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0, 0, 0), unit)
     for r in range(rows if n % PANEL else 0):
         out = view(y + 4 * r * y_stride, (n,), FLOATS)
         left = view(t + 4 * r * t_stride, (rank,), FLOATS)
@@ -213,6 +213,22 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
                     )
                 else:
                     _low_rank(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, weight, t, unit)
+
+
+@njit(cache=True)
+def errands(size_in, group, worn):
+    """What branches of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
+    (_, sites, columns), (tiles, slots, _, addresses, table, _, _, unit) = group, worn
+    parts = sites.shape[0]
+    out, count = np.empty((parts * (tiles[:, LAST_HAT] - tiles[:, FIRST_HAT]).sum(), 2), np.int64), 0
+    for index in range(tiles.shape[0] * parts):
+        tile, part = tiles[index // parts], index % parts
+        for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+            branch, size_out = table[BRANCH, sites[part], slots[hat]], columns[part + 1] - columns[part]
+            out[count, 0] = addresses[slots[hat]] + branch[OFFSET]
+            out[count, 1] = branch[SIZE] * (size_in + size_out) * unit.itemsize
+            count += 1
+    return out
 
 
 @njit(parallel=True, cache=True)

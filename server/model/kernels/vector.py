@@ -27,6 +27,7 @@ SPAN = 256
 FLOATS = np.empty(0, np.float32)
 _I64, _F32 = ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
+_FLOAT_ARRAY = types.Array(types.float32, 1, "C")
 _STORED = {types.float32: (_F32, 4), types.uint16: (ir.HalfType(), 2), types.int8: (ir.IntType(8), 1)}
 
 
@@ -203,12 +204,9 @@ def _dots(rows: int, columns: int) -> Any:
 
             def step(lanes: int) -> Any:
                 def inner(index: Any, sums: list[Any]) -> list[Any]:
-                    left = [emit.floats(emit.at(address, index, 4), lanes) for address in xs]
-                    right = [emit.widened(emit.at(address, index, emit.size), lanes) for address in matrix]
-                    return [
-                        emit.fma(left[row], right[column], total)
-                        for (row, column), total in zip(cells, sums, strict=True)
-                    ]
+                    lefts = [partial(emit.floats, emit.at(address, index, 4), lanes) for address in xs]
+                    rights = [partial(emit.widened, emit.at(address, index, emit.size), lanes) for address in matrix]
+                    return emit.products(lefts, rights, sums)
 
                 return inner
 
@@ -235,7 +233,7 @@ def largest(_typing: Any, _address: Any, _count: Any) -> Any:
     """The largest of `count` floats at an address; a NaN is passed over. (No compiler makes vectors of that loop.)"""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        emit, (address, count) = _Emit(builder, types.Array(types.float32, 1, "C")), args
+        emit, (address, count) = _Emit(builder, _FLOAT_ARRAY), args
         lowest = _F32(float("-inf"))
 
         def larger(a: Any, b: Any) -> Any:

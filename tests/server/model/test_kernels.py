@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from server.model import kernels
-from server.model.kernels.product import product
+from server.model.kernels.product import NO_ERRANDS, product
 
 
 def test_compiled_code_is_kept_by_the_digest_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +28,6 @@ def test_long_sums_keep_their_digits() -> None:
     k, generator = 40_000, np.random.default_rng(0)
     x, w = generator.random((1, k), np.float32), generator.random((1, k, 16), np.float32)
     out, empty = np.empty((1, 16), np.float32), np.empty(0, np.float32)
-    product(x, w, np.zeros(16, np.float32), empty, empty, out, 1)
+    product(x, w, np.zeros(16, np.float32), empty, empty, out, 1, NO_ERRANDS)
     wanted = x.astype(np.float64) @ w[0].astype(np.float64)
     assert (np.abs(out - wanted) <= 1e-6 * wanted).all()
