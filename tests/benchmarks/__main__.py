@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -49,7 +50,7 @@ def main() -> None:
     chosen = choose(arguments.only, arguments.num_requests)
     corpus = AutoTokenizer.from_pretrained(base)(workload.CORPUS.read_text(), verbose=False).input_ids
     peers = {name: peer for name, peer in all_peers().items() if name in (arguments.peers or [name])}
-    bench = _begin(arguments, base, peers, chosen)
+    bench = _begin(arguments, peers, chosen)
     with (
         tempfile.TemporaryDirectory(prefix="manyhats-bench-") as scratch,
         Progress(
@@ -126,15 +127,12 @@ def choose(parts: list[str], num_requests: int | None) -> list[Workload]:
     return sorted(chosen, key=lambda one: one.num_adapters)
 
 
-def _begin(arguments: argparse.Namespace, base: Path, peers: dict[str, Peer], chosen: list[Workload]) -> Bench:
-    measured = machine.measure(arguments.num_threads)
-    limits = {one.name: machine.limit_tokens_per_s(measured, base, one) for one in chosen}
+def _begin(arguments: argparse.Namespace, peers: dict[str, Peer], chosen: list[Workload]) -> Bench:
     return Bench(
-        measured,
+        machine.measure(arguments.num_threads),
         arguments.base,
         arguments.precision,
         {one.name: one.title for one in chosen},
-        {name: limit for name, limit in limits.items() if limit is not None},
         {name: peer.title for name, peer in peers.items()},
         skipped={name: reason for name, peer in peers.items() if (reason := peer.missing()) is not None},
     )
@@ -210,7 +208,7 @@ def _make_adapters(setup: Setup, chosen: list[Workload], progress: Progress) -> 
 
 
 def _run(bench: Bench, name: str, peer: Peer, setup: Setup, asked: Asked, progress: Progress) -> None:
-    """One round of one peer."""
+    """One round of one peer. The machine's limit is measured before each workload: a shared machine's drifts."""
     starting = progress.add_task(f"{name}: starting", total=None)
     try:
         with peer.start(setup) as session:
@@ -218,7 +216,9 @@ def _run(bench: Bench, name: str, peer: Peer, setup: Setup, asked: Asked, progre
             bench.facts.setdefault(name, []).append(session.facts)
             for one, requests in asked:
                 task = progress.add_task(f"{name} {one.name}", total=len(requests))
-                bench.runs.append(session.run(one, requests, _advance(progress, task)))
+                limit = machine.limit_tokens_per_s(machine.measure(setup.num_threads), setup.base, one)
+                run = session.run(one, requests, _advance(progress, task))
+                bench.runs.append(structs.replace(run, limit_per_s=limit))
     finally:
         if starting in progress.task_ids:
             progress.remove_task(starting)

@@ -11,13 +11,15 @@ from tests.benchmarks.shares import Families
 
 
 class Bench(msgspec.Struct):
-    """One run of the bench. `facts[peer]` has one entry a repeat; `skipped` peers have their reason."""
+    """One run of the bench. `machine` is as it was at the start.
+
+    `facts[peer]` has one entry a repeat; `skipped` peers have their reason.
+    """
 
     machine: Machine
     base: str
     precision: str
     titles: dict[str, str]  # of the workloads
-    limits: dict[str, float]  # output tokens/s that the machine could reach, by workload
     peers: dict[str, str]  # their titles
     runs: list[Run] = []
     facts: dict[str, list[dict[str, float]]] = {}

@@ -89,7 +89,8 @@ def markdown(bench: Bench) -> str:
     parts = [
         "# Bench",
         f"{machine.cpu}, {machine.num_threads} threads of {machine.num_cpus} CPUs; "
-        f"{limits} (fp32, of this run); load before: {machine.load_before:.2f}. "
+        f"{limits} (fp32, at the start; a workload's limit is by those right before it); "
+        f"load before: {machine.load_before:.2f}. "
         f"Base {bench.base}, our precision {bench.precision}. "
         f"Medians over the repeats; times in ms as {' / '.join(TABLE_PERCENTILES)}; "
         "MiB of memory after the workload, shared pages counted once; "
@@ -114,7 +115,7 @@ def _row(bench: Bench, peer: str, workload: str, one: Figures) -> list[str]:
         f"{workload}: {bench.titles[workload]}",
         bench.peers[peer],
         f"{one.output_tokens_per_s:.1f}",
-        f"{one.output_tokens_per_s / bench.limits[workload]:.0%}" if workload in bench.limits else "-",
+        "-" if one.of_limit is None else f"{one.of_limit:.0%}",
         *(" / ".join(f"{spread[p]:,.0f}" for p in TABLE_PERCENTILES) if spread else "-" for spread in spreads),
         "-" if one.memory_mib is None else f"{one.memory_mib:,.0f}",
         f"{1e3 * one.counted['stall_seconds']:,.0f}" if "stall_seconds" in one.counted else "-",

@@ -29,7 +29,8 @@ class Timing(msgspec.Struct):
 class Run(msgspec.Struct):
     """One workload on one peer, once: every request was answered in full.
 
-    `memory_mib` is the peer's memory right after it; `counted` is what the server's own counters rose by meanwhile.
+    `memory_mib` is the peer's memory right after it; `counted` is what the server's own counters rose by meanwhile;
+    `limit_per_s` the output tokens/s that the machine could have reached, by what was measured of it right before.
     """
 
     peer: str
@@ -39,6 +40,7 @@ class Run(msgspec.Struct):
     memory_mib: float | None = None
     counted: dict[str, float] = {}
     offered_per_s: float | None = None  # requests, of an open loop
+    limit_per_s: float | None = None
 
 
 class Figures(msgspec.Struct):
@@ -53,6 +55,7 @@ class Figures(msgspec.Struct):
     stream_tokens_per_s: float | None = None  # of one stream after its first piece
     memory_mib: float | None = None
     counted: dict[str, float] = {}
+    of_limit: float | None = None  # the share of what the machine could have reached
 
 
 def figures(runs: list[Run]) -> Figures:
@@ -68,6 +71,7 @@ def figures(runs: list[Run]) -> Figures:
         _median(one.stream_tokens_per_s for one in each),
         _median(one.memory_mib for one in each),
         _medians(one.counted for one in each),
+        _median(one.of_limit for one in each),
     )
 
 
@@ -84,6 +88,7 @@ def _of_one(run: Run) -> Figures:
         _stream_rate(run.timings),
         run.memory_mib,
         run.counted,
+        None if run.limit_per_s is None else num_output / run.seconds / run.limit_per_s,
     )
 
 

@@ -65,8 +65,8 @@ def of_the_limit(workload: str) -> Measure:
     """The share of the machine's own limit that our server reaches."""
 
     def measure(bench: Bench) -> float | None:
-        one, limit = bench.figures().get((ME, workload)), bench.limits.get(workload)
-        return one.output_tokens_per_s / limit if one and limit else None
+        one = bench.figures().get((ME, workload))
+        return one.of_limit if one else None
 
     return measure
 

@@ -57,7 +57,7 @@ def test_without_a_clone_it_refuses(run: Run, monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_peer_that_breaks_is_named() -> None:
     """What broke is noted with its reason, out of every group of tasks, and nothing is raised."""
-    bench = Bench(Machine("a CPU", 2, 2, 0.1, 100.0, 10.0, {}), "base", "auto", {}, {}, {})
+    bench = Bench(Machine("a CPU", 2, 2, 0.1, 100.0, 10.0, {}), "base", "auto", {}, {})
     with _goes_on(bench, "llama", _Silent()):  # type: ignore[arg-type]
         raise ExceptionGroup("tasks", [OSError("no such server")])
     assert bench.failed == {"llama": "OSError: no such server"}

@@ -22,9 +22,8 @@ MACHINE = Machine("a CPU", 2, 2, 0.1, 100.0, 10.0, {})
 def run(peer: str, workload: str, seconds: float, first: float | None = 0.5) -> Run:
     """Two requests of 10 tokens each."""
     gaps = [0.1, 0.2] if first else []
-    return Run(
-        peer, workload, seconds, [Timing(5, 10, 0.0, seconds, first, gaps), Timing(5, 10, 0.0, 1.0, first, gaps)]
-    )
+    timings = [Timing(5, 10, 0.0, seconds, first, gaps), Timing(5, 10, 0.0, 1.0, first, gaps)]
+    return Run(peer, workload, seconds, timings, limit_per_s=100.0)
 
 
 def test_figures_are_medians_over_runs() -> None:
@@ -42,9 +41,9 @@ def test_every_workload_is_reported_with_its_spread(tmp_path: Path) -> None:
     limit are in the tables and in the JSON."""
     timings = [Timing(5, 10, 0.0, 0.3 * n, 0.1 * n, [0.001 * n]) for n in range(1, 101)]
     counted = {"stall_seconds": 0.25}
-    runs = [Run("manyhats", "W3", 20.0, timings, 1234.0, counted), run("peft", "W3", 40.0, first=None)]
+    runs = [Run("manyhats", "W3", 20.0, timings, 1234.0, counted, None, 100.0), run("peft", "W3", 40.0, first=None)]
     titles, peers = {"W3": "mixed"}, {"manyhats": "manyhats", "peft": "PEFT"}
-    report.write(Bench(MACHINE, "smollm2-135m", "auto", titles, {"W3": 100.0}, peers, runs), tmp_path)
+    report.write(Bench(MACHINE, "smollm2-135m", "auto", titles, peers, runs), tmp_path)
     spreads = "5,050 / 5,050 / 9,505 / 9,901 | 50 / 50 / 95 / 99 | 15,150 / 15,150 / 28,515 / 29,703"
     text = (tmp_path / "bench.md").read_text()
     assert "times in ms as mean / p50 / p95 / p99" in text and "100 GFLOP/s, 10.0 GB/s" in text
@@ -64,7 +63,6 @@ def test_the_files_hold_ratios_and_skipped_peers(tmp_path: Path) -> None:
         "smollm2-135m",
         "auto",
         {"W3": "mixed", "W4": "base"},
-        {"W3": 100.0, "W4": 100.0},
         {"manyhats": "manyhats", "peft": "PEFT", "openvino": "OpenVINO"},
         [run("manyhats", "W3", 2.0), run("manyhats", "W4", 1.0), run("peft", "W3", 8.0, first=None)],
         {"manyhats": [{"start_to_ready_s": 3.0}, {"start_to_ready_s": 5.0}]},
@@ -85,7 +83,7 @@ def test_the_files_hold_ratios_and_skipped_peers(tmp_path: Path) -> None:
 
 def test_the_families_are_tables_and_a_panel(tmp_path: Path) -> None:
     """A bench of the families alone: shares with their spread, waits with their ratio, and one panel, without runs."""
-    bench = Bench(MACHINE, "smollm2-135m", "auto", {}, {}, {})
+    bench = Bench(MACHINE, "smollm2-135m", "auto", {}, {})
     rates = [("base", 100.0), ("lora", 90.0), ("base", 100.0), ("lora", 60.0), ("base", 100.0)]
     bench.families = Families(
         16, 32, 64, {"lora": Worn(16, 3 * 2**20)}, [Decode(*one) for one in rates], [Wait("p", 100, 32, [20.0], [21.0])]
@@ -103,7 +101,7 @@ def test_the_legend_covers_no_bar() -> None:
     """The legend of the throughputs lies apart from every bar, however many peers there are."""
     peers = {f"peer-{number}": f"a peer with a long name, number {number}" for number in range(4)}
     runs = [run(peer, workload, 1.0) for peer in peers for workload in ("W1", "W2", "W3", "W4")]
-    figure = figure_of(Bench(MACHINE, "smollm2-135m", "auto", {}, {}, peers, runs))
+    figure = figure_of(Bench(MACHINE, "smollm2-135m", "auto", {}, peers, runs))
     figure.draw_without_rendering()
     axes = figure.axes[0]
     legend: Any = axes.get_legend()

@@ -22,7 +22,7 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.golden import cases
-from tests.golden.compare import NUM_LOGITS, Adapter, Answer, Golden
+from tests.golden.compare import NUM_LOGITS, Adapter, Answer, Golden, sketch
 from tests.kit.adapters import tensors_digest
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED, bottleneck, selective
 from tests.kit.tiny import make_tiny_base
@@ -90,7 +90,7 @@ def make(base: Path, adapters: dict[str, Any], strength: float, texts: list[str]
         for name, folder in {"base": None, **folders}.items():
             model = load(base) if folder is None else oracle(base, folder, adapters[name].get("family", ""))
             answers[name] = [answer(model, prompt, num_tokens) for prompt in track(prompts, name)]
-        made = {name: Adapter(adapters[name], tensors_digest(folder)) for name, folder in folders.items()}
+        made = {name: Adapter(adapters[name], sketch(folder)) for name, folder in folders.items()}
     made_with = {package: version(package) for package in PACKAGES}
     return Golden(made_with, tensors_digest(base), strength, prompts, made, answers)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from tests.golden.compare import Answer, Verdict, compare
+from tests.golden.compare import Answer, Verdict, compare, sketch
 
 GOLDEN = Answer([5, 6, 7, 8], [1.0, 0.0005, 1.0, 1.0], [2, 0], [3.5, 1.0])
 
@@ -46,3 +51,25 @@ def test_excuses_are_limited() -> None:
         Verdict(num_positions=100, num_excused=2).check()
     with pytest.raises(AssertionError, match="nothing"):
         Verdict().check()
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        (lambda t: t, True),
+        (lambda t: t * (1 + 3e-7 * torch.randn_like(t)), True),  # another CPU's rounding
+        (lambda t: t.flip(0), False),
+        (lambda t: t * (1 + 1e-3 * torch.randn_like(t)), False),
+        (lambda t: t.half(), False),
+        (lambda t: t.T.contiguous(), False),
+    ],
+)
+def test_drift_is_told_from_rounding(change: Callable[[Tensor], Tensor], is_same: bool, tmp_path: Path) -> None:
+    """A sketch is of the same tensors whatever a CPU's last bits are, and of no others."""
+    torch.manual_seed(0)
+    tensors, sketches = {"a": torch.randn(40, 30), "b": torch.randn(7, 7)}, []
+    for name, made in (("one", tensors), ("other", {**tensors, "a": change(tensors["a"])})):
+        (tmp_path / name).mkdir()
+        save_file(made, tmp_path / name / "adapter_model.safetensors")
+        sketches.append(sketch(tmp_path / name))
+    assert sketches[0].is_of(sketches[1]) is is_same

@@ -13,7 +13,8 @@ from adapters_store.spec import BaseSpec, LinearSite
 from server.model.bank import SlotBank, apply_reference
 from server.model.batch import Row, Sampling
 from server.model.copies import Copies
-from server.model.packed import Kept
+from server.model.kernels.hats import errands
+from server.model.packed import BRANCH, Kept
 from server.model.worn import MAX_ROWS, NOTHING, wear
 
 SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
@@ -63,6 +64,24 @@ HATS: list[tuple[tuple[int, float], ...]] = [
     ((4, 1.0),),
     ((5, 1.0),),
 ]
+
+
+@pytest.mark.parametrize("kept", [EXACT, HALVED])
+def test_what_branches_read_is_known_before(kept: Kept) -> None:
+    """While the base's product computes, just the matrices of the hats of the step are asked for, in their order."""
+    bank = SlotBank(SPEC, "cpu", kept)
+    slots = [bank.put(bank.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
+    hats = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
+    bank.dress(rows(hats))
+    found = errands(SITES["a"][0], tuple(bank.group("a", "head")), bank.arrays(bank.tokens))
+    wanted = []
+    for site, slot in (("a", 1), ("head", 1), ("a", 0), ("a", 1), ("head", 0), ("head", 1)):
+        matrices = bank.primitive(BRANCH, bank.sites.index[site], slots[slot])
+        assert isinstance(matrices, LowRank)
+        offset = bank.table[BRANCH, bank.sites.index[site], slots[slot], 0]
+        num_bytes = kept.matrices.itemsize * (matrices.a.numel() + matrices.b.numel())
+        wanted.append([bank.slots[slots[slot]].buffer.data_ptr() + offset, num_bytes])
+    assert found.tolist() == wanted
 
 
 @pytest.mark.parametrize("site", ["a", "b"])

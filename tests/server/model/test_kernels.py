@@ -31,3 +31,19 @@ def test_long_sums_keep_their_digits() -> None:
     product(x, w, np.zeros(16, np.float32), empty, empty, out, 1, NO_ERRANDS)
     wanted = x.astype(np.float64) @ w[0].astype(np.float64)
     assert (np.abs(out - wanted) <= 1e-6 * wanted).all()
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 16, 100])
+def test_what_is_asked_for_changes_no_bit(rows: int) -> None:
+    """A product gives the same while it asks for what is read afterwards: many, few, large, and nothing of it."""
+    k, panels, generator = 40, 5, np.random.default_rng(0)
+    x, w = generator.random((rows, k), np.float32), generator.random((panels, k, 16), np.float32)
+    later, empty = np.zeros(2**16, np.uint8), np.empty(0, np.float32)
+    found = []
+    for sizes in ([], [64], [1, 0, 5000, 3], [100] * 99):
+        errands = np.array([(later.ctypes.data, size) for size in sizes], np.int64).reshape(-1, 2)
+        out = np.empty((rows, 16 * panels), np.float32)
+        product(x, w, np.zeros(16 * panels, np.float32), empty, empty, out, 2, errands)
+        found.append(out)
+    np.testing.assert_allclose(found[0], np.einsum("rk,pkc->rpc", x, w).reshape(rows, -1), rtol=1e-5)
+    assert all((out == found[0]).all() for out in found)
