@@ -159,7 +159,7 @@ class WholeLayers:
 class Direct:
     """The forward of a model whose layers are one call, without what transformers does between its parts.
 
-    That is 1.2 ms a step of SmolLM2, of which a step of one row is 12. `forward` of `base` is the slow twin.
+    Around layers and head that took 1.6 of 14 ms of a step of one row of SmolLM2. `base.forward` is the slow twin.
     """
 
     def __init__(self, model: Any, layers: WholeLayers) -> None:

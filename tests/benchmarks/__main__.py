@@ -2,10 +2,9 @@
 
 Peers run one after the other, `--repeats` times round, so that slow drift of the machine falls on all of them; some are
 asked some workloads in the first round only. Then our own server alone is asked for each method, for soft prompts, and
-while adapters come and go. On 2 cores all of it takes about 55 minutes with PEFT, OpenVINO and llama-server: in each of
-3 rounds 5 for our server, 1.5 with its prefix cache off, 2.5 for PEFT (and 4 once), 2 each for OpenVINO and
-llama-server; the methods 6, adapters that come and go 5; vLLM, if it is there, 10 more. What is measured is written
-after every step. A peer that breaks is named, and the others go on.
+while adapters come and go. On 2 cores all of it takes over an hour with PEFT, OpenVINO and llama-server: of each of
+3 rounds our server has 6 minutes, PEFT, OpenVINO and llama-server 2 to 4 each, and more in the first; vLLM, if it is
+there, 10 more. What is measured is written after every step. A peer that breaks is named, and the others go on.
 """
 
 from __future__ import annotations
