@@ -71,7 +71,7 @@ def test_kernel_equals_its_twin(
         torch.testing.assert_close(mine, twin, equal_nan=True, atol=gap, rtol=gap)
 
 
-@pytest.mark.parametrize("window", [0, 11])
+@pytest.mark.parametrize("window", [0, 11, 300])
 @pytest.mark.parametrize("block", [BLOCK, WHOLE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int, dtype: torch.dtype, block: int) -> None:
