@@ -14,13 +14,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.settings import Settings
 
-if TYPE_CHECKING:
-    from server.api.front import Front  # it brings torch: a second, in which the engine starts already
+if TYPE_CHECKING:  # the engine starts before these are imported: they bring torch, which takes a second
+    from fastapi import FastAPI
+
+    from server.api.front import Front
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -20,6 +20,11 @@ def loading() -> Iterator[None]:
         trim()
 
 
+def keep_imports() -> None:
+    """Leave what is there by now out of the search that loading ends with."""
+    gc.freeze()
+
+
 def trim() -> None:
     """Give what was freed back to the system, where the allocator (glibc's) keeps it."""
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)

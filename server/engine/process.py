@@ -75,6 +75,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     from server.model.packed import Packed
     from server.model.runner import RunnerConfig, load
 
+    memory.keep_imports()
     loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
     blobs, staged = open_blobs(config.store, Path(config.blobs)), dict[str, str]()
 

@@ -28,6 +28,7 @@ from server.model.sites import SiteHooks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PROOF_TOKENS = 24
+ROUNDED_ROWS = 128
 Forward = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # as `forward`, of one model
 # Of the largest logit's magnitude, by what keys and values are kept in and what is computed in.
 PROOF_TOLERANCE = {
@@ -99,11 +100,17 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def _round(model: nn.Module, precision: str) -> None:
-    """Give every linear layer the weight that its product keeps, so that the proof is of the arithmetic alone."""
+    """Give every linear layer the weight that its product keeps, so that the proof is of the arithmetic alone.
+
+    It goes by some rows at a time, which stay in the CPU's cache. A tied embedding stays as it was.
+    """
     for linear in linears(model).values():
-        is_turned = isinstance(linear, Conv1D)
-        kept_of = rounded(linear.weight.detach().T if is_turned else linear.weight.detach(), precision)
-        linear.weight = nn.Parameter(kept_of.T if is_turned else kept_of, requires_grad=False)
+        weight, is_turned = linear.weight.detach(), isinstance(linear, Conv1D)
+        kept_of = torch.empty_like(weight)
+        parts = (each.split(ROUNDED_ROWS, dim=int(is_turned)) for each in (weight, kept_of))
+        for part, target in zip(*parts, strict=True):
+            target.copy_(rounded(part.T, precision).T if is_turned else rounded(part, precision))
+        linear.weight = nn.Parameter(kept_of, requires_grad=False)
 
 
 def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ OURS = ("families", "soft-prompts", CHURN)  # parts that only our own server is 
 def main() -> None:
     """Run the bench and print its tables."""
     arguments, console = _arguments(), Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # on the way out the servers are stopped
     logging.disable_progress_bar()  # transformers': ours is there
     base = resolve_base(arguments.base, progress=console.print)
     chosen = choose(arguments.only, arguments.num_requests)

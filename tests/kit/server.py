@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -77,13 +78,12 @@ def serve(base: Path | str, data: Path, wait_s: float = 600, **options: object) 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, until: float) -> None:
     """Until `url` answers 200. Raises `RuntimeError` with the end of the log where the process does not come up."""
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            if httpx.get(url, timeout=5).status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
+    with httpx.Client(timeout=5) as client:  # one for all: each loads the certificates, which takes a start's core
+        while time.monotonic() < until and process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(url).status_code == httpx.codes.OK:
+                    return
+            time.sleep(0.05)
     state = "still starts" if process.returncode is None else f"ended with {process.returncode}"
     raise RuntimeError(f"the server {state}; its log ends:\n{tail(log)}")
 
