@@ -107,7 +107,7 @@ def _arguments() -> argparse.Namespace:
         metavar="METHOD",
         help=f"of {', '.join(MAKERS)}; all, if not given",
     )
-    parser.add_argument("--rounds", type=int, default=2, help="batches of each method; medians are reported (2)")
+    parser.add_argument("--rounds", type=int, default=3, help="batches of each method; medians are reported (3)")
     parser.add_argument("--soft-repeats", type=int, default=20, help="first tokens of each soft prompt (20)")
     parser.add_argument("--churn-seconds", type=float, default=60.0, help="of each of 4 steps of adapters that go (60)")
     parser.add_argument("--base", default="smollm2-135m", help="a name, a folder or a hub id (smollm2-135m)")
