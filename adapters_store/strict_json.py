@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 MAX_DEPTH = 64
 MAX_DIGITS = 20  # of an integer: 64 bits; converting thousands of digits takes long
+HOLDERS = (str, list, dict)
 UNSOUND = re.compile("[\0\ud800-\udfff]")
 
 
@@ -71,5 +72,6 @@ def _check(thing: Any, depth: int) -> None:
         return
     if depth == MAX_DEPTH:
         raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}")
-    for part in [*thing.keys(), *thing.values()] if isinstance(thing, dict) else thing:
-        _check(part, depth + 1)
+    for part in (*thing, *thing.values()) if isinstance(thing, dict) else thing:
+        if type(part) in HOLDERS:  # most are numbers
+            _check(part, depth + 1)

@@ -89,6 +89,11 @@ def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
     if not span:  # AdaLoRA writes what it pruned to rank 0
         return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
     tensor = torch.frombuffer(bytearray(span), dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise ArtifactError(f"{name} holds a value that is not finite (NaN or infinity)", name)
     return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds no NaN and no infinity: its least or largest value would be that."""
+    return not tensor.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(tensor))

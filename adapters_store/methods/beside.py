@@ -83,7 +83,7 @@ def saved_sites(config: Beside, spec: BaseSpec) -> dict[str, str]:
         raise ArtifactError(f"modules_to_save must be at most {MAX_PATTERNS} names, none empty", "modules_to_save")
     tied = {spec.embedding, spec.head} if _is_saved_tied(config, spec) else set[str]()
     found: dict[str, str] = {}
-    for site in [*spec.linears, *spec.norms, spec.embedding]:
+    for site in [*spec.linears, *spec.norms, spec.embedding] if names or tied else ():
         module = next((module for module in _modules(site) if module.endswith(names)), "")
         if module or site in tied:
             found[site] = module or site

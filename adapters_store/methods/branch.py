@@ -34,12 +34,13 @@ def compile_branch(branch: Branch, spec: BaseSpec) -> list[Primitive]:
     PEFT's DoRA answers v (W + B A) x + b, so the base's bias, which `Scale` scales too, is made good by the `Bias`.
     Raises `ArtifactError` where a number is not finite.
     """
-    site, v, made = branch.site, torch.tensor(1.0), list[Primitive]()
+    site, v, b, made = branch.site, None, branch.b, list[Primitive]()
     if branch.magnitude is not None:
         v = finite(branch.magnitude.float() / _norms(branch, spec), f"{site}.lora_magnitude_vector")
+        b = finite(v[:, None] * b, f"{site}.lora_B")
         made.append(Scale(site, v))
     if len(branch.a):  # AdaLoRA leaves some sites without a rank
-        made.append(LowRank(site, branch.a, finite(v[..., None] * branch.b, f"{site}.lora_B")))
+        made.append(LowRank(site, branch.a, b))
     bias = _bias(branch, v, spec)
     return made if bias is None else [*made, Bias(site, finite(bias, f"{site}.bias"))]
 
@@ -55,13 +56,13 @@ def _norms(branch: Branch, spec: BaseSpec) -> Tensor:
     return norms
 
 
-def _bias(branch: Branch, v: Tensor, spec: BaseSpec) -> Tensor | None:
+def _bias(branch: Branch, v: Tensor | None, spec: BaseSpec) -> Tensor | None:
     """What makes v (W x + b) into v W x + b' + the branch's own; None where that is nothing."""
-    is_scaled = branch.magnitude is not None and spec.linears[branch.site].has_bias
+    is_scaled = v is not None and spec.linears[branch.site].has_bias
     if not is_scaled and branch.base_bias is None and branch.bias is None:
         return None
     change = torch.zeros(len(branch.b)) if branch.bias is None else branch.bias.float()
     if is_scaled or branch.base_bias is not None:
         base = base_weight(spec, f"{branch.site}.bias")
-        change = change + (base if branch.base_bias is None else branch.base_bias.float()) - v * base
+        change = change + (base if branch.base_bias is None else branch.base_bias.float()) - (base if v is None else v * base)
     return change

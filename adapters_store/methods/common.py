@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
-import torch
 from torch import Tensor
 
 from adapters_store.artifact import CONFIG, Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
 from adapters_store.spec import BaseSpec, LinearSite
+from adapters_store.tensors import is_finite
 
 PREFIX = "base_model.model."  # of every tensor that PEFT saves of a wrapped model
 PATTERN_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
@@ -99,7 +99,7 @@ def expect_exactly(artifact: Artifact, expected: Mapping[str, list[int]]) -> Non
 
 def finite(tensor: Tensor, name: str) -> Tensor:
     """The tensor. Raises `ArtifactError` where what was computed of `name` is not finite any more."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise ArtifactError(f"{name} overflows where it is compiled for this base", name)
     return tensor
 

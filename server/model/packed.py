@@ -7,8 +7,10 @@ may be kept in fewer bits than what is computed with; vectors and prefixes never
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from adapters_store.patch import (
     Scale,
 )
 from adapters_store.spec import BaseSpec, ItemBytes, KVShape
+from adapters_store.tensors import is_finite
 from server.model.kernels import hats as codes
 
 SCALE_IN, SCALE_OUT, DELTA, ROWS, BRANCH, BIAS = KINDS = codes.KINDS
@@ -105,40 +108,52 @@ class Packed:
 def pack(patch: Patch, sites: Sites, kept: Kept) -> Packed:
     """Lay a patch out, in host memory. Raises `ValueError` for two of a kind at a site and values that do not fit."""
     entries: dict[tuple[int, int], tuple[int, ...]] = {}
-    parts: list[Tensor] = []
-    row_ids: dict[int, Tensor] = {}
-    prefix, offset = None, 0
+    layout, row_ids, prefix = _Layout(), dict[int, Tensor](), None
     for primitive in patch.primitives:
-        mine = _bytes(primitive, kept)
         if isinstance(primitive, PrefixEmbeds | PrefixKV):
-            prefix = (type(primitive), offset, primitive.num_tokens)
+            prefix = (type(primitive), layout.end, primitive.num_tokens)
         else:
             kind, size, flags = _entry(primitive)
             site = sites.index[primitive.site]
             if (kind, site) in entries:
                 raise ValueError(f"two primitives of one kind at {primitive.site}")
-            entries[kind, site] = kind, site, offset, size, flags
+            entries[kind, site] = kind, site, layout.end, size, flags
             if isinstance(primitive, Rows):
                 row_ids[site] = primitive.ids.to(torch.int32)
-        parts += mine
-        offset += sum(map(len, mine))
+        matrices = list(_matrices(primitive))
+        is_odd = sum(matrix.numel() for matrix in matrices) % 2
+        layout.add(matrices + [torch.zeros(1)] * is_odd, kept.matrices)  # see `patch.even`
+        layout.add(_vectors(primitive), kept.others)
     table = np.array(list(entries.values()), np.int64).reshape(-1, 5)
-    return Packed(patch.digest, torch.cat(parts), kept, table, row_ids, prefix)
+    return Packed(patch.digest, layout.write(), kept, table, row_ids, prefix)
 
 
-def _bytes(primitive: Primitive, kept: Kept) -> list[Tensor]:
-    """Its matrices, then the rest, each as bytes."""
-    matrices = [part.flatten() for part in _matrices(primitive)]
-    if sum(map(len, matrices)) % 2:
-        matrices.append(matrices[0].new_zeros(1))  # see `patch.even`
-    limit = torch.finfo(kept.matrices).max
-    for matrix in matrices:
-        largest = matrix.abs().max().item() if len(matrix) else 0.0
-        if not largest <= limit:
-            raise ValueError(f"a value of {largest:g} does not fit this server's 16 bits: use --precision fp32")
-    typed = [matrix.to(kept.matrices) for matrix in matrices]
-    typed += [part.flatten().to(kept.others) for part in _vectors(primitive)]
-    return [part.contiguous().view(torch.uint8) for part in typed]
+class _Layout:
+    """Tensors one behind another, each in a type; `end` is in bytes."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._parts: list[tuple[torch.dtype, Tensor]] = []
+
+    def add(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
+        """Some more."""
+        for tensor in tensors:
+            self._parts.append((dtype, tensor))
+            self.end += tensor.numel() * dtype.itemsize
+
+    def write(self) -> Tensor:
+        """The buffer. Raises `ValueError` where a value does not fit its type."""
+        buffer, end = torch.empty(self.end, dtype=torch.uint8), 0
+        for dtype, run in groupby(self._parts, itemgetter(0)):
+            tensors = [tensor for _, tensor in run]
+            begin, end = end, end + sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+            kept = buffer[begin:end].view(dtype)
+            for tensor, part in zip(tensors, kept.split([tensor.numel() for tensor in tensors]), strict=True):
+                part.view(tensor.shape).copy_(tensor)
+            if not is_finite(kept):
+                largest = max(tensor.abs().max().item() for tensor in tensors if tensor.numel())
+                raise ValueError(f"a value of {largest:g} does not fit this server's 16 bits: use --precision fp32")
+        return buffer
 
 
 def _matrices(primitive: Primitive) -> Iterator[Tensor]:
