@@ -36,6 +36,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
+from adapters_store.artifact import fsync
 from adapters_store.errors import RegistryDownError, StoreError
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
@@ -45,6 +46,7 @@ DISK_FAULTS = {
     sqlite3.SQLITE_IOERR: errno.EIO,
     sqlite3.SQLITE_READONLY: errno.EROFS,
 }
+IS_NAMED = "manyhats_is_named"  # of a connection that has written
 
 metadata = MetaData()
 tasks = Table(
@@ -222,7 +224,22 @@ def _tune_sqlite(connection: Any, _record: Any) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     """A writer takes its turn at once: one that began as a reader would fail if another wrote meanwhile."""
     is_write = connection.get_execution_options().get("is_write", False)
+    if is_write and not connection.info.get(IS_NAMED):
+        _sync_names(connection)
+        connection.info[IS_NAMED] = True
     connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _sync_names(connection: Connection) -> None:
+    """Make the names of SQLite's files durable before a connection first writes.
+
+    SQLite syncs their folder at the first write itself, and passes over an error of that: so this is that write.
+    """
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+    connection.exec_driver_sql(f"PRAGMA user_version={version}")
+    _number, _name, file = connection.exec_driver_sql("PRAGMA database_list").one()
+    if file:
+        fsync(Path(file).parent)
 
 
 def _begin_postgresql(connection: Connection) -> None:

@@ -76,7 +76,8 @@ def _unpack_safetensors(body: Path, into: Path) -> None:
     for name, key in METADATA_KEYS.items():
         if key in metadata:
             (into / name).write_text(metadata[key], encoding="utf-8")
-    shutil.copyfile(body, into / WEIGHTS)
+    with body.open("rb") as source, (into / WEIGHTS).open("wb") as target:
+        shutil.copyfileobj(source, target, CHUNK)  # not `copyfile`: where the system refuses its call it tries another
 
 
 class _ShortReads(io.FileIO):

@@ -75,13 +75,24 @@ class Loads(Generic[P]):
         self._on_loaded()
 
 
+class LoadError(Exception):
+    """A load failed in another process; the message is for users. `code` is as of the store's own errors."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def sentence(digest: str, error: Exception | None) -> str:
-    """What went wrong with an adapter, for its users: without paths of ours."""
+    """What went wrong with an adapter, for its users."""
+    return f"adapter {digest[:12]} could not be loaded: {reason_of(digest, error)}; upload it again if this goes on"
+
+
+def reason_of(digest: str, error: Exception | None) -> str:
+    """Why, without paths of ours; what is of no use to users is logged."""
     if hasattr(error, "code"):  # the store's own errors are written for users
-        reason = str(error)
-    elif isinstance(error, OSError):
-        reason = error.strerror or type(error).__name__
-    else:
-        reason = f"{type(error).__name__} (see the engine's log)"
-        log.error("an adapter raised while loading", exc_info=error, extra={"digest": digest})
-    return f"adapter {digest[:12]} could not be loaded: {reason}; upload it again if this goes on"
+        return str(error)
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    log.error("an adapter raised while loading", exc_info=error, extra={"digest": digest})
+    return f"{type(error).__name__} (see the engine's log)"

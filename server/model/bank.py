@@ -102,7 +102,10 @@ class SlotBank:
 
     def pack(self, patch: Patch) -> Packed:
         """Lay a patch out for a slot; any thread. Raises `ValueError` where a value does not fit."""
-        packed = pack(patch, self.sites, self.kept)
+        return self.pin(pack(patch, self.sites, self.kept))
+
+    def pin(self, packed: Packed) -> Packed:
+        """The same in memory that the device reads by itself; any thread."""
         row_ids = {site: self.copies.pin(ids) for site, ids in packed.row_ids.items()}
         return replace(packed, buffer=self.copies.pin(packed.buffer), row_ids=row_ids)
 

@@ -22,6 +22,7 @@ from server.model.attention import KVCache, PagedBatch, Probe, UnsupportedBaseEr
 from server.model.bank import SlotBank
 from server.model.batch import Row
 from server.model.fused import Direct, Fuser, Seen
+from server.model.kernels.threads import wake
 from server.model.linear import HatLinear, choose_product, has_halves, rounded
 from server.model.packed import Kept
 from server.model.sites import SiteHooks
@@ -73,6 +74,7 @@ def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
     model = _load_model(folder, compute_dtype(precision, device), device)
     spec = describe(model, name, base_identity(folder).identity, folder)
     if torch.device(device).type == "cpu":
+        wake()  # rounding keeps the cores busy, and not Python
         _round(model, precision)
     try:
         with torch.inference_mode():

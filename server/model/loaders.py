@@ -1,4 +1,4 @@
-"""The threads that load adapters: they compute with one core each, and give way to the steps."""
+"""The threads that load adapters, each with one core."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import torch
 NICENESS = 10
 
 
+def give_way() -> None:
+    """From now on the calling thread computes at low priority."""
+    with contextlib.suppress(OSError):  # of this thread alone, on Linux
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICENESS, os.nice(0)))
+
+
 def make_loaders(num_threads: int) -> ThreadPoolExecutor:
-    """An executor whose threads run torch's operators alone, at low priority; the caller's threads stay as they are.
+    """An executor whose threads run torch's operators alone; the caller's threads stay as they are.
 
     `torch.set_num_threads` sets the calling thread's own count, once that thread has asked for it, and what threads
     that have not asked yet will take: so each loader sets its own, and then the caller sets back what is for others.
@@ -24,8 +30,6 @@ def make_loaders(num_threads: int) -> ThreadPoolExecutor:
     def begin() -> None:
         torch.get_num_threads()
         torch.set_num_threads(1)
-        with contextlib.suppress(OSError):  # of this thread alone, on Linux
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICENESS, os.nice(0)))
 
     executor = ThreadPoolExecutor(num_threads, "loader", begin)
     for _ in range(num_threads):  # each waits for all, so that each has a thread of its own

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -79,3 +83,21 @@ def test_every_workload_is_asked_of_our_server_every_round() -> None:
     rounds = [{one.name for one, _ in share(all_peers()["manyhats"], asked, repeat)} for repeat in (0, 1)]  # type: ignore[arg-type]
     assert rounds == [{*names()}, {*names()} - {"W2"}]
     assert [one.name for one, _ in share(all_peers()["manyhats-uncached"], asked, 2)] == ["W5"]  # type: ignore[arg-type]
+
+
+def test_a_bench_that_is_told_to_end_leaves_no_server(tiny_base: Path, tmp_path: Path) -> None:
+    """SIGTERM while a server of its starts: the server ends, and then the bench does."""
+    words = ["--only", "W1", "--peers", "manyhats", "--base", str(tiny_base), "--out", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-m", "tests.benchmarks", *words], cwd=root) as process:
+        try:
+            bench, servers = psutil.Process(process.pid), list[psutil.Process]()
+            while not servers:
+                assert process.poll() is None, "the bench ended before it had a server"
+                time.sleep(0.1)
+                servers = [child for child in bench.children(recursive=True) if "serve" in child.cmdline()]
+            process.terminate()
+            assert process.wait(60) == 128 + signal.SIGTERM
+            assert not psutil.wait_procs(servers, 30)[1]
+        finally:
+            process.kill()

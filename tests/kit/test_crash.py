@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.kit.crash import Loop, crash_loop, has_strace
+from tests.kit.crash import Body, Loop, crash_loop, has_strace
 
 pytestmark = pytest.mark.skipif(
     not has_strace(), reason="strace is not here (apt-get install strace), or may not trace"
@@ -32,8 +33,22 @@ def test_a_crash_at_any_moment(loop: Loop) -> None:
 
 @pytest.mark.parametrize(
     ("calls", "error", "number"),
-    [("fsync", "EIO", 2), ("rename", "EIO", 1), ("write", "ENOSPC", 2), ("pwrite64", "ENOSPC", 1)],
+    [
+        ("fsync", "EIO", 2),
+        ("fdatasync", "EIO", 1),
+        ("fdatasync", "EIO", 2),  # once it was of the folder, which SQLite passes over
+        ("rename", "EIO", 1),
+        ("write", "ENOSPC", 2),
+        ("pwrite64", "ENOSPC", 1),
+    ],
 )
 def test_a_disk_that_fails(loop: Loop, calls: str, error: str, number: int) -> None:
     """A disk that refuses an fsync, a rename or a write: 507, nothing is kept, and the service goes on."""
     assert loop.fail(calls, error, number).endswith("507")
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_disk_that_fails_under_one_file(loop: Loop, is_last: bool) -> None:
+    """So it is where the upload is one safetensors file, at its first and its last write."""
+    of_file = replace(loop, new=Body.of_file(loop.root / "hat-1"))
+    assert of_file.fail("write", "ENOSPC", of_file.count("write") if is_last else 1).endswith("507")

@@ -7,6 +7,8 @@ adapters the latter.
 
 from __future__ import annotations
 
+from threading import Thread
+
 import numba
 import torch
 
@@ -18,3 +20,16 @@ def set_num_threads(num_threads: int) -> None:
     """Give torch and Numba the same number of threads."""
     torch.set_num_threads(num_threads)
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+
+
+@numba.njit(cache=True)
+def _nothing():
+    """The smallest kernel."""
+
+
+def wake() -> None:
+    """Begin in a thread what comes before any kernel's first call: Numba registers all that kernels may use.
+
+    That is Python, 0.3 s of it. Who calls a kernel meanwhile waits for it.
+    """
+    Thread(target=_nothing, name="wake", daemon=True).start()

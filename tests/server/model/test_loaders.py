@@ -8,11 +8,11 @@ import threading
 import psutil
 import torch
 
-from server.model.loaders import NICENESS, make_loaders
+from server.model.loaders import NICENESS, give_way, make_loaders
 
 
 def test_loaders_compute_alone_and_give_way() -> None:
-    """A loader's operators start no threads and run at low priority; other threads stay as they were."""
+    """A loader's operators start no threads and, once it gives way, run at low priority; other threads stay as they were."""
     torch.set_num_threads(2)
     large = torch.ones(1000, 1000)
     large.mul(large)  # the caller's own count is in use
@@ -21,6 +21,7 @@ def test_loaders_compute_alone_and_give_way() -> None:
         with make_loaders(3) as loaders:
 
             def look(_: int) -> tuple[int, int, int]:
+                give_way()
                 before = psutil.Process().num_threads()
                 large.mul(large).abs().max()
                 torch.linalg.svd(large[:50, :50])
