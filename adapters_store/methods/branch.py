@@ -64,5 +64,6 @@ def _bias(branch: Branch, v: Tensor | None, spec: BaseSpec) -> Tensor | None:
     change = torch.zeros(len(branch.b)) if branch.bias is None else branch.bias.float()
     if is_scaled or branch.base_bias is not None:
         base = base_weight(spec, f"{branch.site}.bias")
-        change = change + (base if branch.base_bias is None else branch.base_bias.float()) - (base if v is None else v * base)
+        new = base if branch.base_bias is None else branch.base_bias.float()
+        change = change + new - (base if v is None else v * base)
     return change

@@ -3,7 +3,7 @@
 A thread that computes in Python holds its process's lock. Where such a loader has to leave its core meanwhile, and it
 computes at low priority, the steps wait for it. So a load is computed in a process that was forked from the engine
 before it loaded its base, and shares what is imported by then; a thread of the engine only waits for the answer: a
-head, and then the packed patch's buffer and a frame that says what lies where. Where there is no such process, or it has
+head, then the packed patch's buffer and a frame that says what lies where. Where there is no such process, or it has
 ended, the thread loads by itself.
 """
 
@@ -114,7 +114,7 @@ class Helper:
         self._socket.sendall(frames.encode(Ask(digest, folder)))
         num_buffer, num_frame = HEAD.unpack(self._receive(HEAD.size).numpy().tobytes())
         body = self._receive(num_buffer + num_frame)
-        answer = msgspec.msgpack.decode(memoryview(body.numpy())[num_buffer:], type=Answer)
+        answer = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=Answer)
         if answer.code is not None:
             raise LoadError(answer.code, answer.reason)
         return _packed(answer, body[:num_buffer], kept)
@@ -128,7 +128,7 @@ class Helper:
     def _receive(self, size: int) -> torch.Tensor:
         """So many bytes, by one call: after each a thread waits for Python's lock, which may take a step."""
         into = torch.empty(size, dtype=torch.uint8)
-        left = memoryview(into.numpy())
+        left = into.numpy().data
         while left:
             num_bytes = self._socket.recv_into(left, len(left), socket.MSG_WAITALL)
             if not num_bytes:
@@ -204,10 +204,10 @@ def _help(connection: socket.socket) -> None:
 
 def _keep_only(descriptor: int) -> None:
     """Close what was inherited, but for the standard streams: the front must see it when the engine has gone."""
-    for name in os.listdir("/dev/fd"):
-        if int(name) > STANDARD and int(name) != descriptor:
+    for inherited in sorted(int(path.name) for path in Path("/dev/fd").iterdir()):
+        if inherited > STANDARD and inherited != descriptor:
             with contextlib.suppress(OSError):  # the listing's own
-                os.close(int(name))
+                os.close(inherited)
 
 
 def _answer(connection: socket.socket, loader: Loader, ask: Ask) -> None:
@@ -220,7 +220,7 @@ def _answer(connection: socket.socket, loader: Loader, ask: Ask) -> None:
         buffer = packed.buffer.numpy()
         answer = _answer_of(packed)
     frame = msgspec.msgpack.encode(answer)
-    for part in (HEAD.pack(len(buffer), len(frame)), buffer, frame):
+    for part in (HEAD.pack(len(buffer), len(frame)), buffer.data, frame):
         connection.sendall(part)
 
 

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import msgspec

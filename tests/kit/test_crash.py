@@ -36,7 +36,6 @@ def test_a_crash_at_any_moment(loop: Loop) -> None:
     [
         ("fsync", "EIO", 2),
         ("fdatasync", "EIO", 1),
-        ("fdatasync", "EIO", 2),  # once it was of the folder, which SQLite passes over
         ("rename", "EIO", 1),
         ("write", "ENOSPC", 2),
         ("pwrite64", "ENOSPC", 1),
@@ -45,6 +44,11 @@ def test_a_crash_at_any_moment(loop: Loop) -> None:
 def test_a_disk_that_fails(loop: Loop, calls: str, error: str, number: int) -> None:
     """A disk that refuses an fsync, a rename or a write: 507, nothing is kept, and the service goes on."""
     assert loop.fail(calls, error, number).endswith("507")
+
+
+def test_an_upload_has_no_sync_that_sqlite_passes_over(loop: Loop) -> None:
+    """SQLite's sync of its folder, whose error it passes over, came with the connection; what is left is the log's."""
+    assert loop.count("fdatasync") == 1
 
 
 @pytest.mark.parametrize("is_last", [False, True])

@@ -1,4 +1,4 @@
-"""The processes that load adapters: what they send is what a load in this process gives, and nothing depends on them."""
+"""The processes that load adapters: what they send is what a load here gives, and nothing depends on them."""
 
 from __future__ import annotations
 

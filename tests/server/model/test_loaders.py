@@ -12,7 +12,7 @@ from server.model.loaders import NICENESS, give_way, make_loaders
 
 
 def test_loaders_compute_alone_and_give_way() -> None:
-    """A loader's operators start no threads and, once it gives way, run at low priority; other threads stay as they were."""
+    """A loader's operators start no threads, and run at low priority once it gives way; others stay as they were."""
     torch.set_num_threads(2)
     large = torch.ones(1000, 1000)
     large.mul(large)  # the caller's own count is in use
