@@ -1,11 +1,14 @@
 """The real process: a tiny random base, artifacts of the store, and the answers of PEFT alone."""
 
 import asyncio
+import os
 import shutil
+import signal
 import time
 import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -100,3 +103,21 @@ def test_base_that_cannot_be_served_is_told(tmp_path: Path) -> None:
         return str(raised.value)
 
     assert "nothing" in asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_helpers_end_with_the_engine(tiny_base: Path, tmp_path: Path) -> None:
+    """As many processes load as may load at once; they are gone when the engine is killed."""
+    config = EngineConfig(folder=str(tiny_base), name="tiny", blobs=str(tmp_path), kv_cache_bytes=2**22, num_loaders=3)
+
+    async def main() -> list[psutil.Process]:
+        client = ProcessEngineClient(config)
+        await client.start()
+        try:
+            assert client.pid is not None
+            helpers = psutil.Process(client.pid).children()
+            os.kill(client.pid, signal.SIGKILL)
+            return await asyncio.to_thread(lambda: psutil.wait_procs(helpers, 30)[0])
+        finally:
+            await client.close()
+
+    assert len(asyncio.run(asyncio.wait_for(main(), 120))) == 3
