@@ -38,7 +38,7 @@ class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     slot_bytes: int = 512 * 2**20
     host_bytes: int = 2 * 2**30
     copy_bytes_per_step: int = 64 * 2**20
-    num_loaders: int = 2
+    num_loaders: int = 4
     is_prefix_cached: bool = True
     cuda_graphs: bool = False
 

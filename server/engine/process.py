@@ -1,8 +1,9 @@
 """The engine's own process: `python -m server.engine.process --socket DESCRIPTOR`.
 
 It inherits one end of the front's socket pair, reads an `EngineConfig`, loads, says `Ready` or `StartFailed`, and then
-steps for as long as the front is there. A thread reads frames, a thread writes them, and the engine has the main
-thread. It reads no environment, and it ends when the socket closes: there are no orphans.
+steps for as long as the front is there. A thread reads frames, another writes those that the socket does not take at
+once, and the engine has the main thread. It reads no environment, and it ends when the socket closes: there are no
+orphans.
 """
 
 from __future__ import annotations
@@ -109,11 +110,12 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
 
 
 class Connection:
-    """The front's socket with a thread for each direction; `inbox` is what came in."""
+    """The front's socket; `inbox` is what came in. What it does not take at once a thread writes, in order."""
 
     def __init__(self, descriptor: int) -> None:
         self.inbox: queue.SimpleQueue[ToEngine | Signal] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._num_behind, self._lock = 0, threading.Lock()  # frames that the writer has, or a part of one
         self._socket = socket.socket(fileno=descriptor)
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
 
@@ -125,8 +127,24 @@ class Connection:
         return config
 
     def send(self, message: FromEngine) -> None:
-        """Hand a message to the writer."""
-        self._outbox.put(message)
+        """Write a message: a thread that did so would take Python's lock from the next step's planning."""
+        frame = frames.encode(message)
+        with self._lock:
+            if not self._num_behind:
+                frame = frame[self._send_now(frame) :]
+            if frame:
+                self._num_behind += 1
+                self._outbox.put(frame)
+
+    def _send_now(self, frame: bytes) -> int:
+        """How much of it the socket took without waiting."""
+        try:
+            return self._socket.send(frame, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            log.info("the front went away while it was written to")
+            return len(frame)
 
     def wake(self) -> None:
         """Wake whoever waits for the inbox; from any thread."""
@@ -151,8 +169,10 @@ class Connection:
 
     def _write(self) -> None:
         try:
-            while (message := self._outbox.get()) is not None:
-                self._socket.sendall(frames.encode(message))
+            while (frame := self._outbox.get()) is not None:
+                self._socket.sendall(frame)
+                with self._lock:
+                    self._num_behind -= 1
         except OSError:
             log.info("the front went away while it was written to")
 

@@ -41,7 +41,7 @@ class Copies:
         """
         parts = list(host)
         if self._stream is None:
-            return [part.to(self.device) for part in parts]
+            return [part if part.device == self.device else part.to(self.device) for part in parts]
         copied = [torch.empty_like(part, device=self.device) for part in parts]
         self._stream.wait_stream(self.cuda.current_stream(self.device))
         with self.cuda.stream(self._stream):
