@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from adapters_store.artifact import read_folder
-from adapters_store.blobs import Blobs
 from adapters_store.bucket import open_blobs
 from adapters_store.errors import ArtifactCorruptError
 from adapters_store.methods import compile_patch
@@ -75,13 +74,13 @@ class Loader:
     """Reads, compiles and packs; any process, any thread."""
 
     def __init__(self, job: Job) -> None:
-        self.blobs: Blobs = open_blobs(job.store, Path(job.blobs))
+        self._blobs = open_blobs(job.store, Path(job.blobs))
         self._spec, self._sites = job.spec, Sites(job.spec)
         self._kept = Kept(DTYPES[job.matrices], DTYPES[job.others])
 
     def load(self, digest: str, folder: str | None) -> Packed:
         """The packed patch of an artifact. Raises what the store and `compile_patch` raise."""
-        artifact = self.blobs.read(digest) if folder is None else read_folder(Path(folder))
+        artifact = self._blobs.read(digest) if folder is None else read_folder(Path(folder))
         if artifact.digest != digest:
             raise ArtifactCorruptError(f"the staged artifact {digest[:12]} is not what was checked")
         return pack(compile_patch(artifact, self._spec), self._sites, self._kept)

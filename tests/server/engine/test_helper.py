@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -24,6 +23,7 @@ from server.model.base import load_base
 from server.model.loaders import NICENESS
 from server.model.packed import Kept, Packed
 from tests.kit.families import FAMILIES
+from tests.kit.stored import store
 
 KEPT = Kept(torch.float16, torch.float32)
 
@@ -48,15 +48,6 @@ def helpers(job: Job) -> Iterator[Helpers]:
     made.begin(job.store, job.blobs, job.spec, KEPT)
     yield made
     made.close()
-
-
-def store(blobs: Blobs, folder: Path) -> str:
-    """Put an artifact into the store; its digest."""
-    digest = read_folder(folder).digest
-    with blobs.staging() as area:
-        shutil.copytree(folder, area / "artifact")
-        blobs.put(area / "artifact", digest)
-    return digest
 
 
 def assert_same(found: Packed, wanted: Packed) -> None:

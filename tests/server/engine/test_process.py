@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import time
 import warnings
@@ -14,12 +13,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from adapters_store.artifact import read_folder
 from adapters_store.blobs import Blobs
 from server.engine.client import EngineStartError, ProcessEngineClient
 from server.engine.messages import EngineConfig, Hat, Submit
 from server.model.batch import Sampling
 from tests.kit.adapters import make_lora
+from tests.kit.stored import store
 
 PROMPT = [72, 101, 108, 108, 111]
 NUM_TOKENS = 12
@@ -43,14 +42,6 @@ def reference(base: Path, adapter: Path | None) -> list[int]:
             best = model(input_ids=tokens).logits[0, -1].argmax()
             tokens = torch.cat([tokens, best.view(1, 1)], 1)
     return [int(token) for token in tokens[0, len(PROMPT) :]]
-
-
-def store(blobs: Blobs, folder: Path) -> str:
-    digest = read_folder(folder).digest
-    with blobs.staging() as area:
-        shutil.copytree(folder, area / "artifact")
-        blobs.put(area / "artifact", digest)
-    return digest
 
 
 def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_path: Path) -> None:
