@@ -71,7 +71,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     import torch
 
     from server.engine.helper import Helpers
-    from server.model.loaders import make_loaders
+    from server.model.loaders import Loaders
     from server.model.packed import Packed
     from server.model.runner import RunnerConfig, load
 
@@ -90,7 +90,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         load_adapter,
         msgspec.structs.replace(config, max_sequence_tokens=loaded.max_sequence_tokens),
         eos_token_ids=loaded.eos_token_ids,
-        executor=make_loaders(config.num_loaders),
+        executor=Loaders(config.num_loaders),
         clock=time.monotonic,
         on_loaded=on_loaded,
         staged=staged,

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 
@@ -18,22 +22,31 @@ def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICENESS, os.nice(0)))
 
 
-def make_loaders(num_threads: int) -> ThreadPoolExecutor:
-    """An executor whose threads run torch's operators alone; the caller's threads stay as they are.
+class Loaders(Executor):
+    """Threads that run torch's operators alone, each job in the first that is free; the caller's stay as they are.
 
-    `torch.set_num_threads` sets the calling thread's own count, once that thread has asked for it, and what threads
-    that have not asked yet will take: so each loader sets its own, and then the caller sets back what is for others.
+    They are daemons: an engine that ends waits for no load. `submit` is called between two steps. So it takes no lock
+    but the queue's own, and makes no future: a thread without a core that holds such a lock would hold up the step.
     """
-    before = torch.get_num_threads()
-    are_ready = threading.Barrier(num_threads + 1)
 
-    def begin() -> None:
+    def __init__(self, num_threads: int) -> None:
+        self._jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        # `torch.set_num_threads` sets the calling thread's own count, once that thread has asked for it, and what
+        # threads that have not asked yet will take: so each sets its own, and then the caller sets back the others'.
+        before = torch.get_num_threads()
+        are_ready = threading.Barrier(num_threads + 1)
+        for number in range(num_threads):
+            threading.Thread(target=self._run, args=(are_ready,), name=f"loader_{number}", daemon=True).start()
+        are_ready.wait()
+        torch.set_num_threads(before)
+
+    def submit(self, fn: Callable[..., object], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `fn`, which must not raise, when a thread is free; nothing tells what it returned."""
+        self._jobs.put(partial(fn, *args, **kwargs))
+
+    def _run(self, are_ready: threading.Barrier) -> None:
         torch.get_num_threads()
         torch.set_num_threads(1)
-
-    executor = ThreadPoolExecutor(num_threads, "loader", begin)
-    for _ in range(num_threads):  # each waits for all, so that each has a thread of its own
-        executor.submit(are_ready.wait)
-    are_ready.wait()
-    torch.set_num_threads(before)
-    return executor
+        are_ready.wait()
+        while True:
+            self._jobs.get()()

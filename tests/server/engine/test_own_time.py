@@ -56,6 +56,27 @@ def test_it_stands_still_without_a_core() -> None:
 
 
 @needs_turns
+def test_a_reading_is_of_one_moment() -> None:
+    """A thread that loses its core while it reads the clock does not count that: no reading is before the last one."""
+    steps: list[float] = []
+    core = min(os.sched_getaffinity(0))
+
+    def read() -> None:
+        os.sched_setaffinity(0, {core})  # of this thread alone
+        clock = own_time.own_time()
+        now, end = clock(), time.monotonic() + 2
+        while time.monotonic() < end:
+            last, now = now, clock()
+            steps.append(now - last)
+
+    with busy(core):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    assert min(steps) > -1e-6, min(steps)
+
+
+@needs_turns
 def test_it_goes_on_while_the_thread_waits() -> None:
     """Waiting for a lock or a time is the thread's own time."""
     clock = own_time.own_time()
