@@ -8,8 +8,9 @@ its namespace's queue and recomputes later (what it published may still be found
 Namespaces (tenants) share what is computed: a virtual token counter (VTC, Sheng et al. 2024) charges each for its
 tokens, divided by its share; prompts go on and are admitted from the namespace with the least, in order of arrival
 inside it. Nobody is held back while nobody else wants the step. While several namespaces are about, a step takes few
-tokens of prompts, so that nobody waits long for another's to be done with; and who is first in line, holds less of the
-rows and blocks than its share and finds none, takes them from who holds more.
+tokens of prompts, so that nobody waits long for another's to be done with; but all of a prompt of who was served least
+and holds less of the rows and blocks than its share. Who is first in line, holds less than its share and finds no rows
+or blocks takes them from who holds more.
 
 A sequence whose adapters are not in slots is skipped, never waited for. A skipped one cannot starve: once
 `max_bypass` others with hats were admitted while it lacked nothing but room in the slots, no other sequence with hats
@@ -50,7 +51,7 @@ MIN_QUEUED = 8  # a namespace that has less than one in so many of a full queue'
 class Limits:
     """A step has at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue.
 
-    While several namespaces are about, a step has at most `max_shared_tokens` tokens of prompts.
+    While several namespaces are about, a step has at most `max_shared_tokens` tokens of prompts, unless one is urgent.
     Of a step that computes others, probes of uploads take at most `max_probe_tokens`.
     """
 
@@ -68,12 +69,12 @@ class Limits:
                 "every running sequence needs a token in each step"
             )
 
-    def max_tokens(self, num_decodes: int, num_present: int) -> int:
-        """Most tokens of a step with so many decoding sequences, while so many namespaces are about."""
+    def max_tokens(self, num_decodes: int, num_present: int, num_urgent: int) -> int:
+        """Most tokens of a step with so many decoding sequences, namespaces about, and tokens of an urgent prompt."""
         if num_present < 2:
             return self.max_batch_tokens
         max_prompts = self.max_shared_tokens or max(1, self.max_batch_tokens // MAX_SHARED)
-        return min(self.max_batch_tokens, num_decodes + max_prompts)
+        return min(self.max_batch_tokens, num_decodes + max(max_prompts, num_urgent))
 
 
 @dataclass
@@ -201,7 +202,8 @@ class Scheduler:
         """The next step."""
         num_preempted = self._favour(adapters, now)
         num_decodes = sum(sequence.remainder == 1 for sequence in self.running)
-        plan = Plan(self.limits.max_tokens(num_decodes, self._num_present(now)), num_preempted=num_preempted)
+        num_present, num_urgent = self._num_present(now), self._num_urgent(adapters, now)
+        plan = Plan(self.limits.max_tokens(num_decodes, num_present, num_urgent), num_preempted=num_preempted)
         self._plan_decodes(plan)
         self._plan_prompts(plan, adapters, now)
         return plan
@@ -247,6 +249,25 @@ class Scheduler:
             self._preempt(victim)
             num_preempted += 1
         return num_preempted
+
+    def _num_urgent(self, adapters: Adapters, now: float) -> int:
+        """Tokens to compute of the next prompt of who was served least, where that one holds less than its share.
+
+        Who was served least may only decode: then all others' prompts have time.
+        """
+        active = self._num_active.keys() - self._passing
+        if len(active) < 2:
+            return 0
+        least = min(active, key=lambda namespace: (self._served[namespace], self._num_active[namespace], namespace))
+        if self._holding(least) >= self._share(least):
+            return 0
+        begun = next((one for one in self.running if one.namespace == least and one.remainder > 1), None)
+        if begun is not None:
+            return begun.remainder
+        first = next((one for one in self._lines.get(least, ()) if self._may_start(one, adapters, now)), None)
+        if first is None or self._lacks_room(first):
+            return 0
+        return first.remainder - self.pool.block_size * len(self.pool.lookup(first.table, first.tokens).full)
 
     def _lacks_room(self, sequence: Sequence) -> bool:
         num_running = len(self.running)

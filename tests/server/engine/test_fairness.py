@@ -136,14 +136,15 @@ def test_two_backlogged_tenants_share_tokens(shapes: str, share: float) -> None:
     ("prompts", "num_answer"), [((400, 600), 64), ((900, 1100), 64), ((2000, 4000), 16), ((200, 400), 800)]
 )
 def test_long_prompts_of_another_do_not_keep_one_waiting(prompts: tuple[int, int], num_answer: int) -> None:
-    """64 long prompts of one tenant, again and again, raise another's p95 wait for a first token to at most 3x.
+    """64 long prompts of one tenant, again and again, hardly raise another's p95 wait for a first token.
 
-    Also where their answers are long, so that they hold all rows, or all blocks.
+    Also where their answers are long, so that they hold all rows, or all blocks. Here, where only tokens take time; on
+    a server, where long contexts take some, too, it may be 3 times as long (`python -m tests.benchmarks.fairness`).
     """
     solo = Street([modest()]).run(60).p95("modest")
     crowded = Street([*crowd("loud", between(*prompts, num_answer), num=64), modest()]).run(600)
     assert len(crowded.waits["modest"]) >= 60
-    assert crowded.p95("modest") <= 3 * solo, (crowded.p95("modest"), solo)
+    assert crowded.p95("modest") <= 1.2 * solo, (crowded.p95("modest"), solo)
 
 
 def modest() -> Client:

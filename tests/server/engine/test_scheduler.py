@@ -379,6 +379,27 @@ def test_steps_are_short_while_several_are_about() -> None:
     assert step(planner, now=31.1) == [("long", 16)]
 
 
+def test_a_prompt_of_who_has_little_is_computed_at_once() -> None:
+    """Beside one that holds most, all of another's prompt is in its first step, and nothing else that is long."""
+    planner = scheduler(max_batch_tokens=32, max_shared_tokens=4)
+    add(planner, "loud", 40, namespace="loud")
+    assert step(planner) == [("loud", 32)]
+    add(planner, "modest", 17, namespace="modest")
+    assert step(planner) == [("modest", 17)]
+    assert step(planner) == [("modest", 1), ("loud", 4)]
+
+
+def test_long_prompts_have_time_while_who_was_served_less_decodes() -> None:
+    """One that was served more gets few tokens a step, also where it holds little: the other has tokens to wait for."""
+    planner = scheduler(max_batch_tokens=32, max_shared_tokens=4)
+    add(planner, "other", 1, namespace="other")
+    add(planner, "long", 60, namespace="long")
+    step(planner)
+    step(planner)
+    assert planner.served("long") > planner.served("other")
+    assert step(planner) == [("other", 1), ("long", 4)]
+
+
 def test_one_cannot_fill_the_queue_for_others() -> None:
     """A full queue takes no more of who fills it; who has few in it gets in, until twice as many wait as may."""
     planner = scheduler(max_waiting=16)
