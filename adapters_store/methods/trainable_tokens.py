@@ -49,6 +49,9 @@ def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primit
     made: list[Primitive] = []
     for site in found:
         rows = expect_shape(artifact, PREFIX + site + END, [len(ids), row_width(spec, site)]).float()[order]
+        copy = artifact.tensors.get(PREFIX + spec.head + END)
+        if spec.is_tied and site == spec.embedding and copy is not None:
+            rows = (rows + copy.float()[order]) / 2  # they are equal: so both are seen to act
         made += token_rows(spec, site, ids, rows, is_tied=spec.is_tied)
     return tuple(made)
 
