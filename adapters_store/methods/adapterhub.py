@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
+from adapters_store.methods.applied import settle
 from adapters_store.methods.bottleneck import MAX_SIZE, Names, Of, Place, feed_forward, form_of, make
 from adapters_store.methods.common import read_config
 from adapters_store.patch import Bottleneck
@@ -193,14 +194,12 @@ def _placed(config: BnConfig, layer: LayerSites) -> Iterator[tuple[str, str, Of]
 
 
 def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With ln_before, a norm is there under two names, of which safetensors keeps one or both: under one, then.
-
-    The mean of two equal ones is the same, and both are seen to act.
-    """
+    """With ln_before, a norm is there under two names, of which safetensors keeps one or both: under one, then."""
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         written = name.replace(".adapter_down.0.", f".{NORM}.")
-        if written in kept and not torch.equal(kept[written], tensor):
+        if not torch.equal(kept.setdefault(written, tensor), tensor):
             raise ArtifactError(f"{name} is not equal to its other name's, {written}", name)
-        kept[written] = tensor.lerp(kept[written], 0.5) if written in kept else tensor
+        if kept[written] is not tensor:
+            settle(tensor)
     return kept

@@ -18,10 +18,16 @@ def tracked(artifact: Artifact) -> Artifact:
     return dataclasses.replace(artifact, tensors=tensors)
 
 
+def settle(tensor: Tensor) -> None:
+    """Say of an artifact's tensor that it repeats the base or another, or is not read by PEFT: it need not act."""
+    tensor.requires_grad_(False)
+
+
 def idle_tensors(artifact: Artifact, patch: Patch) -> list[str]:
-    """The names of a tracked artifact's tensors that do not act in its patch. One without values cannot."""
+    """The names of a tracked artifact's tensors that neither act in its patch nor are settled. An empty one cannot."""
     reached = _leaves(tensor for primitive in patch.primitives for tensor in _tensors(primitive))
-    return [name for name, tensor in artifact.tensors.items() if tensor.numel() and id(tensor) not in reached]
+    left = {name: tensor for name, tensor in artifact.tensors.items() if tensor.requires_grad and tensor.numel()}
+    return [name for name, tensor in left.items() if id(tensor) not in reached]
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.methods.applied import settle
 from adapters_store.methods.common import MAX_PATTERNS, PREFIX, Targets
 from adapters_store.methods.embeddings import drop_copies
 from adapters_store.methods.taker import Taker
@@ -111,7 +112,7 @@ def _saved(taker: Taker, config: Beside, spec: BaseSpec, saved: dict[str, str]) 
         if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
             inner, size = site.removeprefix(module), list(found["bias"].shape)
             for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
-                taker.take(f"{module}.{copy}{inner}.bias", size)
+                settle(taker.take(f"{module}.{copy}{inner}.bias", size))
     if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
         name, other = f"{PREFIX}{spec.embedding}.weight", f"{PREFIX}{spec.head}.weight"
         raise ArtifactError(f"{other} differs from {name}, but ensure_weight_tying ties them", other)

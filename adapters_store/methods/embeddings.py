@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError
+from adapters_store.methods.applied import settle
 from adapters_store.methods.common import PREFIX, finite
 from adapters_store.methods.taker import Taker
 from adapters_store.methods.whole import parameters, whole_embedding
@@ -37,12 +38,16 @@ def drop_copies(taker: Taker, spec: BaseSpec) -> None:
     for site in filter(None, (spec.embedding, spec.head)):
         for end, shape in parameters(spec, site).items():
             for name in (f"{site}.base_layer.{end}", f"{site}.{end}"):
-                if taker.has(name) and not _is_equal(taker.take(name, shape), base_weight(spec, f"{site}.{end}")):
+                if not taker.has(name):
+                    continue
+                copy = taker.take(name, shape)
+                if not _is_equal(copy, base_weight(spec, f"{site}.{end}")):
                     raise ArtifactError(
                         f"{PREFIX}{name} is not as {spec.name} has it, and modules_to_save does not name it: "
                         "the artifact was trained on a base with another embedding or head",
                         PREFIX + name,
                     )
+                settle(copy)
 
 
 def _is_equal(copy: Tensor, weight: Tensor) -> bool:

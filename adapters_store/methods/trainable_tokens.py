@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapters_store.artifact import Artifact
 from adapters_store.errors import ArtifactError
+from adapters_store.methods.applied import settle
 from adapters_store.methods.common import (
     PREFIX,
     Targets,
@@ -49,9 +50,6 @@ def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primit
     made: list[Primitive] = []
     for site in found:
         rows = expect_shape(artifact, PREFIX + site + END, [len(ids), row_width(spec, site)]).float()[order]
-        copy = artifact.tensors.get(PREFIX + spec.head + END)
-        if spec.is_tied and site == spec.embedding and copy is not None:
-            rows = (rows + copy.float()[order]) / 2  # they are equal: so both are seen to act
         made += token_rows(spec, site, ids, rows, is_tied=spec.is_tied)
     return tuple(made)
 
@@ -97,5 +95,8 @@ def _check_tied(artifact: Artifact, spec: BaseSpec) -> None:
     """PEFT writes the rows of a tied head too: one parameter under two names."""
     name, other = PREFIX + spec.embedding + END, PREFIX + spec.head + END
     tensors = artifact.tensors
-    if other in tensors and not torch.equal(tensors[name], tensors[other]):
+    if other not in tensors:
+        return
+    if not torch.equal(tensors[name], tensors[other]):
         raise ArtifactError(f"{other} differs from {name}, but {spec.name} ties its head to its embedding", other)
+    settle(tensors[other])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters_store.artifact import Artifact, read_folder
 from adapters_store.methods import common, compile_patch
+from adapters_store.methods.applied import idle_tensors, tracked
 from adapters_store.patch import Patch
 from tests.kit import reference
 from tests.kit.forge import spec_of
@@ -25,8 +26,11 @@ TOKENS = torch.randint(0, 256, (20,), generator=torch.Generator().manual_seed(1)
 def assert_answers_as_peft(base: Path, folder: Path, **inputs: Tensor) -> Patch:
     """The patch gives PEFT's logits within 1e-4 on 20 tokens, and logits other than the base's by more than 0.1.
 
-    `inputs` are what PEFT's model must be told beside the tokens.
+    No tensor is idle: the door would refuse it. `inputs` are what PEFT's model must be told beside the tokens.
     """
+    followed = tracked(read_folder(folder))
+    with torch.enable_grad():
+        assert idle_tensors(followed, compile_patch(followed, spec_of(base))) == []
     patch = compile_patch(read_folder(folder), spec_of(base))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     ours, plain = reference.logits(model, [(patch, 1.0)], TOKENS), reference.logits(model, [], TOKENS)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,24 +33,33 @@ def busy(core: int) -> Iterator[None]:
         process.communicate()
 
 
+def run_beside_busy(compute: Callable[[], None]) -> None:
+    """Run it in a thread that shares its core with a busy process."""
+    core = min(os.sched_getaffinity(0))
+
+    def run() -> None:
+        os.sched_setaffinity(0, {core})  # of this thread alone
+        compute()
+
+    with busy(core):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+
 @needs_turns
 def test_it_stands_still_without_a_core() -> None:
     """Beside a busy process on the same core it counts what the thread computes, and not what passes."""
     found: list[float] = []
-    core = min(os.sched_getaffinity(0))
 
     def compute() -> None:
-        os.sched_setaffinity(0, {core})  # of this thread alone
         clock = own_time.own_time()
         began = clock(), time.monotonic(), time.thread_time()
         while time.thread_time() - began[2] < 0.2:
             pass
         found.extend([clock() - began[0], time.monotonic() - began[1]])
 
-    with busy(core):
-        thread = threading.Thread(target=compute)
-        thread.start()
-        thread.join()
+    run_beside_busy(compute)
     own, passed = found
     assert own == pytest.approx(0.2, abs=0.02) and passed > 1.4 * own, found
 
@@ -59,20 +68,15 @@ def test_it_stands_still_without_a_core() -> None:
 def test_a_reading_is_of_one_moment() -> None:
     """A thread that loses its core while it reads the clock does not count that: no reading is before the last one."""
     steps: list[float] = []
-    core = min(os.sched_getaffinity(0))
 
     def read() -> None:
-        os.sched_setaffinity(0, {core})  # of this thread alone
         clock = own_time.own_time()
         now, end = clock(), time.monotonic() + 2
         while time.monotonic() < end:
             last, now = now, clock()
             steps.append(now - last)
 
-    with busy(core):
-        thread = threading.Thread(target=read)
-        thread.start()
-        thread.join()
+    run_beside_busy(read)
     assert min(steps) > -1e-6, min(steps)
 
 
