@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.methods.applied import settle
 from adapters_store.methods.common import finite
 from adapters_store.patch import Bias, Delta, Primitive, Rows, Scale
 from adapters_store.spec import BaseSpec
@@ -31,10 +32,17 @@ def parameters(spec: BaseSpec, site: str) -> dict[str, list[int]]:
 def whole(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
     """What makes the module at a site of `parameters` act as if it had these. Raises `ArtifactError`."""
     if site in spec.linears:
-        return whole_linear(spec, site, weight, bias)
-    if site in spec.norms:
-        return whole_norm(spec, site, weight, bias)
-    return [] if weight is None else whole_embedding(spec, site, weight)
+        made = whole_linear(spec, site, weight, bias)
+    elif site in spec.norms:
+        made = whole_norm(spec, site, weight, bias)
+    else:
+        made = [] if weight is None else whole_embedding(spec, site, weight)
+    has_bias = any(isinstance(primitive, Bias) for primitive in made)
+    if weight is not None and len(made) == has_bias:  # it is the base's, and so answers right
+        settle(weight)
+    if bias is not None and not has_bias:
+        settle(bias)
+    return made
 
 
 def changed(made: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:

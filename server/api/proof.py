@@ -133,9 +133,16 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
             f"identity {ready.spec.identity[:12]} matches" if is_named else "no manifest: shapes alone tell",
         ),
         "shapes": (len(patch.primitives), f"{len(patch.primitives)} primitives for {ready.spec.name}"),
-        "applied": (count, f"{count} of {count} tensors act in {len(patch.primitives)} primitives"),
+        "applied": (count, _applied(followed, patch)),
     }
     return artifact, patch, [_check(name, figure, said) for name, (figure, said) in checks.items()]
+
+
+def _applied(followed: Artifact, patch: Patch) -> str:
+    """None is idle: those that left no trace are settled."""
+    count, acting = len(followed.tensors), sum(tensor.requires_grad for tensor in followed.tensors.values())
+    repeats = ", the others repeat the base or one another" if acting < count else ""
+    return f"{acting} of {count} tensors act in {len(patch.primitives)} primitives{repeats}"
 
 
 def _check(name: str, figure: float | str, detail: str, **more: Any) -> Check:

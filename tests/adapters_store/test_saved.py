@@ -106,20 +106,28 @@ def test_what_is_saved_becomes_what_it_changes(tiny_of: TinyOf, tmp_path: Path) 
     assert len(primitives) == len({(type(p), getattr(p, "site", "")) for p in primitives})
 
 
-def test_what_is_saved_as_the_base_has_it_costs_nothing(tiny_of: TinyOf, tmp_path: Path) -> None:
-    """Modules that were saved but not trained make no primitives, and rows that did not move are none."""
-    lora = loras.config(**QUERIES, modules_to_save=["embed_tokens", "norm", "k_proj"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {**QUERIES, "modules_to_save": ["embed_tokens", "norm", "k_proj"]}),
+        ("gpt2", {**GPT2, "modules_to_save": ["wte", "ln_f", "c_fc"]}),
+    ],
+)
+def test_what_is_saved_as_the_base_has_it_costs_nothing(
+    tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    """Modules that were saved untrained make no primitives, nor do rows that did not move; the door lets them in."""
 
     def fill(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
         value = loras.fill(name, value, generator) if "lora_" in name else value
-        if "embed_tokens" in name:
-            value[[3, 9]] += 1
+        if "embed_tokens" in name or "wte" in name:
+            value[[SOME[0], SOME[2]]] += 1
         return value
 
-    folder = make_peft(tmp_path / "hat", tiny_of("llama"), lora, fill=fill)
-    primitives = compile_patch(read_folder(folder), spec_of(tiny_of("llama"))).primitives
+    folder = make_peft(tmp_path / "hat", tiny_of(kind), loras.config(**config), fill=fill)
+    primitives = assert_answers_as_peft(tiny_of(kind), folder).primitives
     assert {type(p) for p in primitives} == {LowRank, Rows}
-    assert [p.ids.tolist() for p in primitives if isinstance(p, Rows)] == [[3, 9]]
+    assert [p.ids.tolist() for p in primitives if isinstance(p, Rows)] == [[SOME[0], SOME[2]]]
 
 
 @pytest.fixture(scope="module")

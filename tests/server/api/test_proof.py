@@ -22,7 +22,8 @@ from server.api import parity, proof
 from server.api.imports import import_tree
 from server.engine.messages import EngineFailure
 from server.model.batch import Logprobs
-from tests.kit.adapters import zip_folder
+from tests.kit import families
+from tests.kit.adapters import make_peft, zip_folder
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 from tests.kit.forge import spec_of, toy_artifact
 from tests.server.api.world import Site, error_of, ready_of
@@ -198,6 +199,20 @@ def test_every_tensor_acts(biased_base: Path, artifact: Callable[[str, int], Pat
         patch = compile_patch(followed, spec_of(biased_base))
     assert idle_tensors(followed, patch) == []
     assert idle_tensors(followed, Patch("", "", ())) == [name for name, t in followed.tensors.items() if t.numel()]
+
+
+def test_what_repeats_the_base_is_counted_apart(tiny_base: Path, tmp_path: Path) -> None:
+    """A norm that was saved as the base has it is let in, and said to repeat the base instead of to act."""
+    lora = families.loras.config(target_modules=["q_proj"], modules_to_save=["model.norm"])
+    folder = make_peft(
+        tmp_path / "hat",
+        tiny_base,
+        lora,
+        fill=lambda name, value, seed: families.loras.fill(name, value, seed) if "lora_" in name else value,
+    )
+    _, _, checks = proof.check_folder(ready_of(tiny_base), folder)
+    (applied,) = [check for check in checks if check["name"] == "applied"]
+    assert applied["detail"] == "4 of 5 tensors act in 2 primitives, the others repeat the base or one another"
 
 
 @pytest.mark.parametrize(("value", "largest", "is_taken"), [(7e4, 65504.0, False), (6e4, 65504.0, True)])
