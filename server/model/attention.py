@@ -118,16 +118,16 @@ def spans_of(
     rows: list[Row], block_size: int
 ) -> tuple[list[tuple[int, int, int]], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """The spans, the block table, and each token's block and its place there, as `PagedBatch` has them."""
-    spans, token_blocks, token_offsets, first = [], [], [], 0
+    spans, token_blocks, token_offsets, first = [], list[int](), list[int](), 0
     table = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int64)
     for index, row in enumerate(rows):
         table[index, : len(row.blocks)] = row.blocks
-        positions = np.arange(row.start, row.start + len(row.tokens))
-        token_blocks.append(table[index, positions // block_size])
-        token_offsets.append(positions % block_size)
+        positions = range(row.start, row.start + len(row.tokens))
+        token_blocks += [row.blocks[position // block_size] for position in positions]
+        token_offsets += [position % block_size for position in positions]
         spans.append((first, len(row.tokens), row.start))
         first += len(row.tokens)
-    return spans, table, np.concatenate(token_blocks), np.concatenate(token_offsets)
+    return spans, table, np.array(token_blocks, np.int64), np.array(token_offsets, np.int64)
 
 
 def page(rows: list[Row], cache: KVCache, num_threads: int) -> PagedBatch:

@@ -6,7 +6,7 @@ their inputs and outputs to the bank, and at a site where no worn patch acts tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -252,33 +252,33 @@ class SlotBank:
         stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y
         hats.apply(x.numpy(), stream.numpy(), y.numpy(), tuple(group), self.arrays(worn))
         if acts[ROWS]:
-            self._head_rows(int(group.sites[0]), x, y, worn)
+            site = int(group.sites[0])
+            for span, slot, weight in self._with_rows(site, worn):
+                self._run_rows(hats.head_rows, x[span], y[span], site, slot, weight)
 
     def embed(self, token_ids: Tensor, y: Tensor) -> None:
         """Change the embeddings y [1, T, size] of token_ids [1, T]: changed rows, and those of virtual positions."""
         site = self.sites.index[self.spec.embedding]
         if self.acts[self.group(self.spec.embedding).number][ROWS]:
-            for span, worn in self.tokens.segments():
-                for slot, weight in worn:
-                    rows = self.primitive(ROWS, site, slot)
-                    if isinstance(rows, Rows):
-                        _embed_rows(rows, token_ids[0, span], y[0, span], weight)
+            for span, slot, weight in self._with_rows(site, self.tokens):
+                if self._has_kernels:
+                    self._run_rows(hats.embed_rows, token_ids[0, span], y[0, span], site, slot, weight)
+                elif isinstance(rows := self.primitive(ROWS, site, slot), Rows):
+                    _embed_rows(rows, token_ids[0, span], y[0, span], weight)
         for slot, start, count, first in self.virtual:
             prefix = self.prefix(slot)
             if isinstance(prefix, PrefixEmbeds):
                 y[0, first : first + count] = prefix.embeds[start : start + count]
 
-    def _head_rows(self, site: int, x: Tensor, y: Tensor, worn: Worn) -> None:
-        """The changed rows of the head, by the kernel of deltas over as many outputs as rows."""
+    def _with_rows(self, site: int, worn: Worn) -> Iterator[tuple[slice, int, float]]:
+        """The rows of a step whose hats change rows of the embedding or the head: (span, slot, weight) of each hat."""
         for span, worn_here in worn.segments():
-            for slot, weight in worn_here:
-                ids = self.slots[slot].row_ids.get(site)
-                if ids is not None:
-                    change = y.new_zeros(span.stop - span.start, len(ids))
-                    alone = wear([(((slot, weight),), span.stop - span.start)])
-                    where = self.table[ROWS, site]
-                    hats.deltas(x[span].numpy(), change.numpy(), 0, len(ids), where, self.arrays(alone))
-                    y[span, ids] += change
+            yield from ((span, slot, weight) for slot, weight in worn_here if site in self.slots[slot].row_ids)
+
+    def _run_rows(self, kernel: Any, x: Tensor, y: Tensor, site: int, slot: int, weight: float) -> None:
+        address = self.addresses[slot] + self.table[ROWS, site, slot, hats.OFFSET]
+        ids = self.slots[slot].row_ids[site].numpy()
+        kernel(x.numpy(), y.numpy(), ids, address, np.float32(weight), self._unit)
 
     def arrays(self, worn: Worn) -> tuple[Any, ...]:
         """What rows wear, and where it lies, as the kernels take it."""

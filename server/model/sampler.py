@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.model import kernels
 from server.model.batch import Logprobs, Row, Sampled, Sampling
+from server.model.kernels import layers
 
 NUM_CANDIDATES = 1024  # a sort of the whole vocabulary costs ten times a top-k of this size
 BLOCK = 256
@@ -16,12 +18,20 @@ BLOCK = 256
 
 def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
     """One token per row from logits [R, vocabulary] in fp32; a row with no finite maximum is an error of that row."""
-    best = _argmax(logits).tolist()
-    finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
     return [
-        _sample_row(logits[index], row, best[index]) if ok else Sampled(error="the logits are not finite")
-        for index, (row, ok) in enumerate(zip(rows, finite.tolist(), strict=True))
+        Sampled(error="the logits are not finite") if best < 0 else _sample_row(logits[index], row, best)
+        for index, (row, best) in enumerate(zip(rows, best_tokens(logits).tolist(), strict=True))
     ]
+
+
+def best_tokens(logits: Tensor) -> Tensor:
+    """[R, vocabulary] -> [R]: the first of the largest, -1 where a logit is not finite."""
+    if not kernels.serve(logits.device.type, logits.dtype):
+        finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
+        return torch.where(finite, _argmax(logits), -1)
+    out = torch.empty(len(logits), dtype=torch.int64)
+    layers.best(logits.contiguous().numpy(), out.numpy())
+    return out
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from tests.benchmarks.workload import Prompted
 from tests.kit.adapters import zip_folder
 from tests.kit.server import Server, serve
 
-NUM_REQUESTS, NUM_PROMPT, NUM_TOKENS = 16, 32, 64
+NUM_REQUESTS, NUM_PROMPT, NUM_TOKENS = 16, 32, 128
 NUM_WARM_UP = 4  # tokens of each request, before what counts
 SLOT_BYTES = 2**30  # of the server: what the adapters of one method take at most
 GROUP = 3  # methods between two batches of the base

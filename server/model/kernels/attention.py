@@ -146,16 +146,22 @@ def _rotate(vector, cos, sin, factor, out):
 
 
 @njit(cache=True)
-def _store(qkv, first_key, cos, sin, keys, values, block, offset, num_values, turned):
+def _store(qkv, first_key, cos, sin, keys, values, block, offset, num_values):
     """Write the keys, turned, and the values of one token, qkv [heads * d + kv heads * (d + d_v)]."""
     num_kv_heads, dim = keys.shape[1], keys.shape[2]
-    first_value = first_key + num_kv_heads * dim
+    first_value, turned = first_key + num_kv_heads * dim, np.empty(dim, np.float32)
     for h in range(num_kv_heads):
         _rotate(qkv[first_key + h * dim : first_key + (h + 1) * dim], cos, sin, np.float32(1.0), turned)
         for i in range(dim):
             keys[block, h, i, offset] = narrowed(turned[i], keys)
         for i in range(num_values):
             values[block, h, offset, i] = narrowed(qkv[first_value + h * num_values + i], values)
+
+
+@njit(parallel=True, cache=True)
+def _store_rows(qkv, first_key, cos, sin, keys, values, blocks, offsets, num_values):
+    for t in prange(qkv.shape[0]):
+        _store(qkv[t], first_key, cos[t], sin[t], keys, values, blocks[t], offsets[t], num_values)
 
 
 @njit(cache=True)
@@ -181,10 +187,11 @@ def attend(
     """
     num_kv_heads, dim, num_values = keys.shape[1], keys.shape[2], out.shape[2]
     group, scaling = out.shape[1] // num_kv_heads, manner[0]
-    for t in prange(qkv.shape[0]):
-        turned = np.empty(dim, np.float32)
-        first_key = group * num_kv_heads * dim
-        _store(qkv[t], first_key, cos[t], sin[t], keys, values, token_blocks[t], token_offsets[t], num_values, turned)
+    first_key = group * num_kv_heads * dim
+    if qkv.shape[0] == 1:  # to call the other threads takes longer
+        _store(qkv[0], first_key, cos[0], sin[0], keys, values, token_blocks[0], token_offsets[0], num_values)
+    else:
+        _store_rows(qkv, first_key, cos, sin, keys, values, token_blocks, token_offsets, num_values)
     most, width = MAX_TOKENS * group, keys.shape[3]
     room = max(width, SPAN // width * width) if width == block_size else width
     for thread in prange(bounds.shape[0] - 1):

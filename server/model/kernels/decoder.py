@@ -6,11 +6,11 @@ Layers are records of sizes and addresses, so that one compiled kernel serves an
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from server.model.kernels.attention import attend
 from server.model.kernels.hats import BRANCH, SCALE_IN, apply, enter, errands
-from server.model.kernels.layers import gate, rms_norm
+from server.model.kernels.layers import add, gate, rms_norm
 from server.model.kernels.product import product
 from server.model.kernels.vector import FLOATS, PANEL, view
 
@@ -34,14 +34,6 @@ _IN_ORDER = [
     *(("mlp", GROUP), ("layer", GROUP)),
 ]
 LAYER = np.dtype(_IN_ORDER)
-
-
-@njit(parallel=True, cache=True)
-def _add(x, y, out):
-    """out = x + y, row by row."""
-    for row in prange(x.shape[0]):
-        for i in range(x.shape[1]):
-            out[row, i] = x[row, i] + y[row, i]
 
 
 @njit(cache=True)
@@ -126,7 +118,7 @@ def _layer(hidden, layer, turns, paged, units, worn, threads):
     change = _linear(attended, layer.out, unit, worn, threads)
     apply(normed, hidden, change, _group(layer.attention), worn)
     middle = np.empty_like(hidden)
-    _add(hidden, change, middle)
+    add(hidden, change, middle)
     normed = _norm(middle, layer.mlp_norm, worn)
     gate_up = _linear(normed, layer.gate_up, unit, worn, threads)
     gated = np.empty((hidden.shape[0], gate_up.shape[1] // 2), np.float32)
@@ -134,18 +126,20 @@ def _layer(hidden, layer, turns, paged, units, worn, threads):
     change = _linear(gated, layer.down, unit, worn, threads)
     apply(normed, middle, change, _group(layer.mlp), worn)
     out = np.empty_like(hidden)
-    _add(middle, change, out)
+    add(middle, change, out)
     apply(hidden, middle, out, _group(layer.layer), worn)
     return out
 
 
 @njit(cache=True)
-def decoder_layers(hidden, layers, turns, paged, units, worn, threads):
-    """hidden [T, size] -> [T, size], through `layers`, an array of `LAYER`.
+def decoder_layers(hidden, layers, last, turns, paged, units, worn, threads):
+    """hidden [T, size] -> [T, size], through `layers`, an array of `LAYER`, and through `last`, an array of `NORM`.
 
     turns = (cos, sin, none), each [T, turned]; units are empty arrays of the types of weights and of the cache;
     paged is as `attend` takes it, worn as `apply` does.
     """
     for number in range(layers.shape[0]):
         hidden = _layer(hidden, layers[number], turns, paged, units, worn, threads)
+    for number in range(last.shape[0]):
+        hidden = _norm(hidden, last[number], worn)
     return hidden

@@ -246,22 +246,48 @@ def deltas(x, y, first_column, last_column, table, worn):
     A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
     """
     tiles, hat_slots, hat_weights, addresses, unit = worn[0], worn[1], worn[2], worn[3], worn[7]
-    size_in, size_out = x.shape[1], last_column - first_column
+    size_in, size_out, most = x.shape[1], last_column - first_column, 0
+    for index in range(tiles.shape[0]):
+        most = max(most, tiles[index, COUNT])
     for part in prange((size_out + OUTPUTS - 1) // OUTPUTS):
         first, last = part * OUTPUTS, min(size_out, (part + 1) * OUTPUTS)
+        t = np.empty((most, OUTPUTS), np.float32)
         for index in range(tiles.shape[0]):
             tile = tiles[index]
-            rows = tile[COUNT]
-            t = np.empty((rows, OUTPUTS), np.float32)
             for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
                 slot = hat_slots[hat]
                 if table[slot, SIZE] > 0:
+                    rows, x_at = tile[COUNT], at(x) + 4 * tile[FIRST] * size_in
                     matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * unit.itemsize
-                    x_at = at(x) + 4 * tile[FIRST] * size_in
                     _down(rows, x_at, size_in, matrix, size_in, last - first, at(t), OUTPUTS, unit)
                     for r in range(rows):
                         for o in range(first, last):
                             y[tile[FIRST] + r, first_column + o] += hat_weights[hat] * t[r, o - first]
+
+
+@njit(parallel=True, cache=True)
+def head_rows(x, y, ids, matrix, weight, unit):
+    """y[:, ids] += weight x dE^T for x [T, in], y [T, out], and dE [n, in] at the address `matrix`."""
+    (rows, size_in), count = x.shape, ids.shape[0]
+    for part in prange((count + OUTPUTS - 1) // OUTPUTS):
+        first, last = part * OUTPUTS, min(count, (part + 1) * OUTPUTS)
+        t = np.empty((rows, OUTPUTS), np.float32)
+        a = matrix + first * size_in * unit.itemsize
+        _down(rows, at(x), size_in, a, size_in, last - first, at(t), OUTPUTS, unit)
+        for r in range(rows):
+            for o in range(first, last):
+                y[r, ids[o]] += weight * t[r, o - first]
+
+
+@njit(cache=True)
+def embed_rows(token_ids, y, ids, matrix, weight, unit):
+    """y [T, size] += weight dE[j] where a token is ids[j], ascending, and dE [n, size] lies at the address `matrix`."""
+    size = y.shape[1]
+    for t in range(token_ids.shape[0]):
+        place = np.searchsorted(ids, token_ids[t])
+        if place < ids.shape[0] and ids[place] == token_ids[t]:
+            for i in range(size):
+                y[t, i] += weight * widened(matrix + (place * size + i) * unit.itemsize, unit)
 
 
 @njit(cache=True)

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama
 
@@ -16,7 +18,7 @@ from adapters_store.spec import BaseSpec
 from server.model import fused
 from server.model.base import forward, load_base
 from server.model.batch import Row, Sampling
-from server.model.fused import Attention, Direct, GatedMLP, RMSNorm, WholeLayers
+from server.model.fused import Attention, Direct, GatedMLP, RMSNorm, Turns, WholeLayers
 from server.model.kernels import layers
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.patches import random_patch
@@ -77,6 +79,41 @@ def test_a_norms_rows_are_their_own() -> None:
     layers.rms_norm(x.numpy(), weight.numpy(), 1e-6, out.numpy())
     wanted = torch.nn.functional.rms_norm(x, (33,), weight, 1e-6)
     torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [33, 576])
+def test_one_row_alone_gives_the_bits_it_gives_beside_others(size: int) -> None:
+    """One row is computed without calling other threads: norm, gate and sum are the same bits as in a batch."""
+    generator = torch.Generator().manual_seed(size)
+    x, weight = torch.randn(5, 2 * size, generator=generator), torch.randn(2 * size, generator=generator)
+
+    def computed(rows: torch.Tensor) -> list[torch.Tensor]:
+        normed, added, *gated = (torch.empty(len(rows), n) for n in (2 * size, 2 * size, size, size, size))
+        layers.rms_norm(rows.numpy(), weight.numpy(), np.float32(1e-5), normed.numpy())
+        layers.add(rows.numpy(), normed.numpy(), added.numpy())
+        for activation, out in enumerate(gated):
+            layers.gate(rows.numpy(), activation, out.numpy())
+        return [normed, added, *gated]
+
+    together, alone = computed(x), [computed(x[row : row + 1]) for row in range(5)]
+    assert all(torch.equal(torch.cat(each), whole) for *each, whole in zip(*alone, together, strict=True))
+
+
+@pytest.mark.parametrize(("rope_type", "is_kept"), [("default", True), ("llama3", True), ("dynamic", False)])
+def test_turns_are_those_of_the_stock_module(rope_type: str, is_kept: bool) -> None:
+    """Cosines and sines are the stock module's bits, also beyond those that are kept; no changing ones are."""
+    parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    if rope_type == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=2 * fused.KNOWN, rope_parameters=parameters
+    )
+    stock, turns = modeling_llama.LlamaRotaryEmbedding(config), Turns(modeling_llama.LlamaRotaryEmbedding(config))
+    assert bool(turns.table) == is_kept
+    for positions in ([0, 7, 5000, fused.KNOWN - 1], [3, fused.KNOWN], [fused.KNOWN + 5]):
+        wanted = stock(torch.empty(0), torch.tensor([positions]))
+        got = turns(torch.tensor(positions))
+        assert all(torch.equal(ours, theirs[0]) for ours, theirs in zip(got, wanted, strict=True))
 
 
 def scales(spec: BaseSpec) -> Patch:
