@@ -37,10 +37,10 @@ def whole(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None)
         made = whole_norm(spec, site, weight, bias)
     else:
         made = [] if weight is None else whole_embedding(spec, site, weight)
-    has_bias = any(isinstance(primitive, Bias) for primitive in made)
-    if weight is not None and len(made) == has_bias:  # it is the base's, and so answers right
+    kinds = {type(primitive) for primitive in made}
+    if weight is not None and kinds <= {Bias}:  # it is the base's, and so answers right
         settle(weight)
-    if bias is not None and not has_bias:
+    if bias is not None and Bias not in kinds:
         settle(bias)
     return made
 
