@@ -15,7 +15,7 @@ serve: $(VENV)/.installed
 	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA) --import adapters_store/examples
 
 test: $(VENV)/.installed
-	$(BIN)/python -m adapters_store.bases smollm2-135m
+	$(BIN)/python -m adapters_store.base.resolve smollm2-135m
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed

@@ -12,21 +12,22 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
-from adapters_store.blobs import Blobs
-from adapters_store.bucket import open_blobs
-from adapters_store.registry import Registry
-from adapters_store.tenants import Tenants
+from adapters_store.registry.registry import Registry
+from adapters_store.registry.tenants import Tenants
+from adapters_store.storage.bucket import open_blobs
+from adapters_store.storage.directory import Blobs
 from server.api import adapters, generate, health, openai, tasks, tenants
-from server.api.callers import Callers
-from server.api.edge import HANDLERS, RequestLog
-from server.api.front import Front
-from server.api.imports import import_tree
-from server.api.proof import ground_of
-from server.api.stored import find_unproved, prove_all
-from server.api.text import Tokenizer
-from server.engine.client import EngineClient, ProcessEngineClient
+from server.api.middleware import HANDLERS, RequestLog
+from server.engine.client import EngineClient
+from server.engine.process_client import ProcessEngineClient
 from server.metrics import Metrics
+from server.requests.auth import Callers
+from server.requests.tokenizer import Tokenizer
 from server.settings import Settings
+from server.state import Front
+from server.uploads.preload import import_tree
+from server.uploads.revalidation import find_unproved, prove_all
+from server.uploads.validation import ground_of
 
 OnReady = Callable[[Front], None]
 T = TypeVar("T")

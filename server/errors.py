@@ -30,7 +30,7 @@ import errno
 from typing import Any
 
 from adapters_store.errors import ArtifactError
-from server.engine.messages import EngineFailure
+from server.core import EngineFailure
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_type": 415, "artifact_corrupt": 503}

@@ -21,7 +21,7 @@ from server.settings import Settings
 if TYPE_CHECKING:  # the engine starts before these are imported: they bring torch, which takes a second
     from fastapi import FastAPI
 
-    from server.api.front import Front
+    from server.state import Front
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

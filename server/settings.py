@@ -12,7 +12,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from adapters_store.bases import SMOLLM2, default_cache
+from adapters_store.base.resolve import SMOLLM2, default_cache
 from server.engine.messages import EngineConfig
 
 PREFIX = "MANYHATS_"

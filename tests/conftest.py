@@ -32,7 +32,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def real_base() -> Path:
     """SmolLM2-135M-Instruct, converted; from the user's cache, where `make test` puts it."""
-    from adapters_store.bases import resolve_base
+    from adapters_store.base.resolve import resolve_base
 
     return resolve_base("smollm2-135m")
 

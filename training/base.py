@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from adapters_store import bases
-from adapters_store.artifact import BaseRef
-from adapters_store.describe import describe
-from adapters_store.spec import BaseSpec
+from adapters_store.base import identity, resolve
+from adapters_store.base.describe import describe
+from adapters_store.base.spec import BaseSpec
+from adapters_store.format.manifest import BaseRef
 from training.errors import BaseError, OptionError
 
 
@@ -32,9 +32,9 @@ class Base:
         return describe(self.model, self.name, self.identity.identity, self.folder)
 
     @cached_property
-    def identity(self) -> bases.BaseIdentity:
+    def identity(self) -> identity.BaseIdentity:
         """The digests of its architecture and weights."""
-        return bases.base_identity(self.folder)
+        return identity.base_identity(self.folder)
 
     def touch(self) -> None:
         """Read every weight: those of a mapped file are in memory only then, and would be taken for training's own."""
@@ -50,9 +50,9 @@ class Base:
 def load_base(name: str, device: str, cache: Path | None, say: Callable[[str], None]) -> Base:
     """Fetch it if need be, and load it. Raises `BaseError`, and `OptionError` for a device that is not there."""
     try:
-        folder = bases.resolve_base(name, cache or bases.default_cache(), say)
+        folder = resolve.resolve_base(name, cache or resolve.default_cache(), say)
         tokenizer, model = _load(folder)
-    except bases.BaseError as error:
+    except identity.BaseError as error:
         raise BaseError(str(error)) from error
     try:
         base = Base(name, folder, tokenizer, model.to(device).eval().requires_grad_(False))

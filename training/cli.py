@@ -128,8 +128,8 @@ def train(
 
 
 def _run(given: dict[str, Any]) -> None:
-    from training.processes import Processes
-    from training.show import Show
+    from training.report.progress import Show
+    from training.run.distributed import Processes
 
     processes = Processes(is_cpu=given["device"] == "cpu")
     show = Show(Console(stderr=True, quiet=not processes.is_main))
@@ -145,7 +145,7 @@ def _run(given: dict[str, Any]) -> None:
 
 
 def _train_one(given: dict[str, Any], show: Any, processes: Any) -> int:
-    from training.job import run_job
+    from training.run.pipeline import run_job
 
     for name in NEEDED:
         if given[name] is None:
@@ -204,8 +204,8 @@ def push(
 
 def _train_many(given: dict[str, Any], show: Any, processes: Any) -> int:
     """How many of --jobs broke."""
-    from training.jobs.file import read_jobs
-    from training.jobs.run import Named, run_jobs
+    from training.joint.job_file import read_jobs
+    from training.joint.run import Named, run_jobs
 
     for name, parameter in inspect.signature(train).parameters.items():
         if name not in BESIDE_JOBS and given[name] != parameter.default:
@@ -233,11 +233,11 @@ def _tell(job: Any, done: Any, show: Any) -> None:
 
 def job_of(given: dict[str, Any]) -> Any:
     """The job that options of `train`, by name, ask for. Raises `OptionError`."""
-    from training.data import Columns
-    from training.job import Job
+    from training.data.dataset import Columns
+    from training.data.template import Template, parse_template
     from training.methods import method_named
-    from training.plan import Plan
-    from training.template import Template, parse_template
+    from training.run.job import Job
+    from training.run.schedule import Plan
 
     plan = {name: given[name] for name in Plan.__dataclass_fields__ if name in given}
     own = {name: given[name] for name in Job.__dataclass_fields__ if name in given}

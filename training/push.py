@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 
-from adapters_store.artifact import MANIFEST, Manifest, read_files, read_folder, read_manifest
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import ZIP_TYPE, zipped
+from adapters_store.format.archive import ZIP_TYPE, zipped
+from adapters_store.format.folder import MANIFEST, read_files, read_folder, read_manifest
+from adapters_store.format.manifest import Manifest
 from training.errors import PushError
 
 TIMEOUT_S = 300.0  # an upload is proved before it is answered

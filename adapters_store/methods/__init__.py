@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import inf
 
-import torch
-
-from adapters_store.artifact import Artifact
-from adapters_store.errors import ArtifactError, ArtifactTooLargeError, MethodUnsupportedError, WrongBaseError
+from adapters_store.base.spec import BaseSpec
+from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.format.folder import Artifact
 from adapters_store.methods import (
     adalora,
     adapterhub,
@@ -32,9 +30,8 @@ from adapters_store.methods import (
     trainable_tokens,
     vera,
 )
-from adapters_store.methods.refused import refusal
-from adapters_store.patch import Bottleneck, Delta, LowRank, Patch, Primitive, Rows
-from adapters_store.spec import BaseSpec, ItemBytes
+from adapters_store.methods.shared.unsupported import refusal
+from adapters_store.primitives import Primitive
 
 
 @dataclass(frozen=True)
@@ -88,63 +85,3 @@ def method_of(artifact: Artifact) -> Method:
 def is_kv(name: str) -> bool:
     """Whether the method of this name brings the keys and values of its virtual tokens."""
     return any(method.name == name and method.is_kv for method in METHODS.values())
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a device has for a patch: bytes, those of a number, and the largest value that it keeps of a matrix."""
-
-    num_bytes: int
-    item_bytes: ItemBytes
-    largest_value: float = inf
-
-
-def compile_patch(artifact: Artifact, spec: BaseSpec, room: Room | None = None) -> Patch:
-    """Compile to primitives. Raises `ArtifactError` unless the artifact was made for this base and fits it whole.
-
-    A few numbers can compile to as many as the base has: no more than there is `room` for are ever computed.
-    """
-    manifest, method = artifact.manifest, method_of(artifact)
-    if manifest is not None and manifest.base.identity != spec.identity:
-        raise WrongBaseError(
-            f"the artifact was trained on {manifest.base.name} ({manifest.base.identity[:12]}), "
-            f"this server's base is {spec.name} ({spec.identity[:12]})",
-            "base",
-        )
-    if manifest is not None and manifest.method != method.name:
-        raise ArtifactError(f"the manifest says {manifest.method}, the config {method.name}", "method")
-    num_parameters = sum(tensor.numel() for tensor in artifact.tensors.values())
-    return Patch(artifact.digest, method.name, _primitives(method, artifact, spec, room), num_parameters)
-
-
-def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, room: Room | None) -> tuple[Primitive, ...]:
-    made, num_bytes = list[Primitive](), 0
-    for primitive in method.compile(artifact, spec):
-        num_bytes += 0 if room is None else room.item_bytes.of(primitive)
-        if room is not None and num_bytes > room.num_bytes:
-            raise ArtifactTooLargeError(
-                f"the adapter, compiled for {spec.name}, takes more than {room.num_bytes} bytes, which is all that "
-                "this server keeps for adapters"
-            )
-        if room is not None and room.largest_value < torch.finfo(torch.float32).max:
-            check_values(primitive, room.largest_value)
-        made.append(primitive)
-    return tuple(made)
-
-
-def check_values(primitive: Primitive, largest: float) -> None:
-    """Raise `ArtifactError` where a matrix holds a value that the device, which may keep it in 16 bits, cannot."""
-    match primitive:
-        case LowRank(a=a, b=b) | Bottleneck(down=a, up=b):
-            matrices = [a, b]
-        case Delta(dw=matrix) | Rows(de=matrix):
-            matrices = [matrix]
-        case _:
-            return
-    found = max(float(matrix.detach().abs().max()) for matrix in matrices) if all(map(len, matrices)) else 0.0
-    if not found <= largest:
-        raise ArtifactError(
-            f"a value of {found:g} at {primitive.site} is over {largest:g}, the most that this server keeps of a "
-            "matrix; with --precision fp32 it keeps more",
-            primitive.site,
-        )

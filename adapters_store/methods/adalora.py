@@ -11,15 +11,17 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact
 from adapters_store.methods import lora
-from adapters_store.methods.beside import Beside, split
-from adapters_store.methods.branch import Branch, compile_branch
-from adapters_store.methods.common import PREFIX, by_site, check_targets, expect_shape, finite, read_config
 from adapters_store.methods.lora import MAX_ALPHA, MAX_RANK
-from adapters_store.patch import Primitive
-from adapters_store.spec import BaseSpec
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
+from adapters_store.methods.shared.extras import Beside, split
+from adapters_store.methods.shared.low_rank import Branch, compile_branch
+from adapters_store.methods.shared.targets import check_targets
+from adapters_store.primitives import Primitive
 
 ENDS = A_END, B_END, E_END = ".lora_A", ".lora_B", ".lora_E"
 # PEFT's AdaLoRA reads these of LoRA's keys no more than it reads how training went.

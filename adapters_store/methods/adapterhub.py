@@ -18,13 +18,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec, LayerSites
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
-from adapters_store.methods.applied import settle
+from adapters_store.format.folder import Artifact
 from adapters_store.methods.bottleneck import MAX_SIZE, Names, Of, Place, feed_forward, form_of, make
-from adapters_store.methods.common import read_config
-from adapters_store.patch import Bottleneck
-from adapters_store.spec import BaseSpec, LayerSites
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.primitives import Bottleneck
 
 # The model types whose code in `adapters` computes what the formulas say, with their architectures' names.
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}

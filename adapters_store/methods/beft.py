@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapters_store.artifact import Artifact
-from adapters_store.methods.common import PREFIX, Targets, read_config
-from adapters_store.methods.sites import linears_of
-from adapters_store.patch import Bias
-from adapters_store.spec import BaseSpec
+from adapters_store.base.spec import BaseSpec
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX
+from adapters_store.methods.shared.linears import linears_of
+from adapters_store.methods.shared.targets import Targets
+from adapters_store.primitives import Bias
 
 END = ".beft_bias"
 SILENT = {"init_weights"}

@@ -18,11 +18,13 @@ from typing import Literal
 import msgspec
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec, LayerSites
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
-from adapters_store.methods.common import PREFIX, Targets, expect_exactly, finite, named_sites, read_config
-from adapters_store.patch import Bottleneck
-from adapters_store.spec import BaseSpec, LayerSites
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, expect_exactly, finite
+from adapters_store.methods.shared.targets import Targets, named_sites
+from adapters_store.primitives import Bottleneck
 
 # Every name of an activation in transformers that is one of `patch.ACTIVATIONS`.
 ACTIVATION_NAMES: Mapping[str, str] = {

@@ -5,11 +5,11 @@ What PEFT saves is the sum of the context's own embeddings and the projected cha
 
 from __future__ import annotations
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact
 from adapters_store.methods.prompt_tuning import compile_embeds
-from adapters_store.patch import PrefixEmbeds
-from adapters_store.spec import BaseSpec
+from adapters_store.primitives import PrefixEmbeds
 
 TOKENS = "cpt_token_ids"  # PEFT takes their number for that of the virtual tokens
 MASKS = ("cpt_mask", "cpt_tokens_type_mask")  # of the loss and of the projection

@@ -7,19 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapters_store.artifact import Artifact
-from adapters_store.methods.common import (
-    PATTERN_CHARS,
-    PREFIX,
-    Targets,
-    by_site,
-    check_targets,
-    expect_shape,
-    is_match,
-    read_config,
-)
-from adapters_store.patch import Scale
-from adapters_store.spec import BaseSpec
+from adapters_store.base.spec import BaseSpec
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape
+from adapters_store.methods.shared.targets import PATTERN_CHARS, Targets, check_targets, is_match
+from adapters_store.primitives import Scale
 
 END = ".ia3_l"
 # How a base keeps its weights (fan_in_fan_out) matters only where PEFT merges.

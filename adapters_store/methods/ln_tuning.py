@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from adapters_store.artifact import Artifact
-from adapters_store.methods.beside import Beside, saved_sites, split
-from adapters_store.methods.common import PREFIX, by_site, check_targets, expect_exactly, read_config
-from adapters_store.methods.whole import changed, parameters, whole
-from adapters_store.patch import Primitive
-from adapters_store.spec import BaseSpec
+from adapters_store.base.spec import BaseSpec
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, by_site, expect_exactly
+from adapters_store.methods.shared.extras import Beside, saved_sites, split
+from adapters_store.methods.shared.full_modules import changed, parameters, whole
+from adapters_store.methods.shared.targets import check_targets
+from adapters_store.primitives import Primitive
 
 NAME = ".ln_tuning_layers."
 WEIGHT_END, BIAS_END = NAME + "weight", NAME + "bias"

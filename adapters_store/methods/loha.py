@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
-from adapters_store.methods.common import PREFIX, finite
-from adapters_store.methods.lycoris import LycorisConfig, read_lycoris
-from adapters_store.methods.sites import is_low_rank, linears_of
-from adapters_store.patch import Delta, LowRank
-from adapters_store.spec import BaseSpec, LinearSite
+from adapters_store.base.spec import BaseSpec, LinearSite
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.expect import PREFIX, finite
+from adapters_store.methods.shared.linears import is_low_rank, linears_of
+from adapters_store.methods.shared.lycoris import LycorisConfig, read_lycoris
+from adapters_store.primitives import Delta, LowRank
 
 ENDS = (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")
 

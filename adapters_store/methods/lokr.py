@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
-from adapters_store.methods.common import PREFIX, finite
-from adapters_store.methods.lycoris import LycorisConfig, read_lycoris
-from adapters_store.methods.sites import is_low_rank, linears_of
-from adapters_store.patch import Delta, LowRank
-from adapters_store.spec import BaseSpec, LinearSite
+from adapters_store.base.spec import BaseSpec, LinearSite
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.expect import PREFIX, finite
+from adapters_store.methods.shared.linears import is_low_rank, linears_of
+from adapters_store.methods.shared.lycoris import LycorisConfig, read_lycoris
+from adapters_store.primitives import Delta, LowRank
 
 W1, W2 = ".lokr_w1", ".lokr_w2"
 ENDS = tuple(matrix + part for matrix in (W1, W2) for part in ("", "_a", "_b"))

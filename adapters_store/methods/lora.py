@@ -13,27 +13,19 @@ import msgspec
 import torch
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import MethodUnsupportedError
-from adapters_store.methods.beside import Beside, saved_sites, split
-from adapters_store.methods.branch import Branch, compile_branch
-from adapters_store.methods.common import (
-    PREFIX,
-    by_pattern,
-    by_site,
-    check_alphas,
-    check_ranks,
-    check_targets,
-    expect_shape,
-    finite,
-    read_config,
-)
-from adapters_store.methods.embeddings import A_END as EMBEDDING_A_END
-from adapters_store.methods.embeddings import compile_embedding, has_branch
-from adapters_store.methods.removed import check_removal, removed
-from adapters_store.methods.taker import Taker
-from adapters_store.patch import Primitive
-from adapters_store.spec import BaseSpec
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.embedding_lora import A_END as EMBEDDING_A_END
+from adapters_store.methods.shared.embedding_lora import compile_embedding, has_branch
+from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
+from adapters_store.methods.shared.extras import Beside, saved_sites, split
+from adapters_store.methods.shared.init_residual import check_removal, removed
+from adapters_store.methods.shared.low_rank import Branch, compile_branch
+from adapters_store.methods.shared.targets import by_pattern, check_alphas, check_ranks, check_targets
+from adapters_store.methods.shared.tensor_pool import Taker
+from adapters_store.primitives import Primitive
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 BIAS_END, MAGNITUDE_END = ".lora_B.bias", ".lora_magnitude_vector"

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 import torch
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec, LinearSite
+from adapters_store.base.weights import base_weight
 from adapters_store.errors import ArtifactError
-from adapters_store.methods.common import PREFIX, Targets, finite, read_config
-from adapters_store.methods.sites import is_low_rank, linears_of
-from adapters_store.patch import Delta, LowRank
-from adapters_store.spec import BaseSpec, LinearSite
-from adapters_store.weights import base_weight
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, finite
+from adapters_store.methods.shared.linears import is_low_rank, linears_of
+from adapters_store.methods.shared.targets import Targets
+from adapters_store.primitives import Delta, LowRank
 
 END = ".miss_block"
 SILENT = {"miss_dropout"}

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec, LinearSite
+from adapters_store.base.weights import base_weight
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
-from adapters_store.methods.common import PREFIX, Targets, finite, read_config
-from adapters_store.methods.sites import linears_of
-from adapters_store.patch import Delta
-from adapters_store.spec import BaseSpec, LinearSite
-from adapters_store.weights import base_weight
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, finite
+from adapters_store.methods.shared.linears import linears_of
+from adapters_store.methods.shared.targets import Targets
+from adapters_store.primitives import Delta
 
 END = ".oft_R.weight"
 SILENT = {"eps", "fan_in_fan_out", "init_weights", "module_dropout"}  # eps bounds coft's rotations alone

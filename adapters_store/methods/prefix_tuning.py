@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec, KVShape
 from adapters_store.errors import MethodUnsupportedError
-from adapters_store.methods.common import expect_exactly
+from adapters_store.format.folder import Artifact
 from adapters_store.methods.prompt_tuning import EMBEDDINGS, VirtualTokens, expect_of_base, read_virtual_tokens
-from adapters_store.patch import PrefixKV
-from adapters_store.spec import BaseSpec, KVShape
+from adapters_store.methods.shared.expect import expect_exactly
+from adapters_store.primitives import PrefixKV
 
 # How the rows were trained, not what they are.
 PREFIX_SILENT = {"encoder_hidden_size", "init_weights", "prefix_projection"}

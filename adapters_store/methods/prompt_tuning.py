@@ -11,11 +11,12 @@ from typing import TypeVar
 
 import msgspec
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
-from adapters_store.methods.common import expect_exactly, finite, read_config
-from adapters_store.patch import PrefixEmbeds
-from adapters_store.spec import BaseSpec
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import expect_exactly, finite
+from adapters_store.primitives import PrefixEmbeds
 
 EMBEDDINGS, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 MAX_RANKS = 4096

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 
 import msgspec
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
-from adapters_store.methods.common import PREFIX, expect_exactly, read_config
-from adapters_store.methods.whole import changed, parameters, whole
-from adapters_store.patch import Primitive, Rows
-from adapters_store.spec import BaseSpec
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, expect_exactly
+from adapters_store.methods.shared.full_modules import changed, parameters, whole
+from adapters_store.primitives import Primitive, Rows
 
 
 class SelectiveConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -9,21 +9,15 @@ import msgspec
 import torch
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec
+from adapters_store.base.weights import base_weight
 from adapters_store.errors import ArtifactError
-from adapters_store.methods.applied import settle
-from adapters_store.methods.common import (
-    PREFIX,
-    Targets,
-    by_site,
-    check_targets,
-    expect_shape,
-    finite,
-    read_config,
-)
-from adapters_store.patch import Bias, Primitive, Rows
-from adapters_store.spec import BaseSpec
-from adapters_store.weights import base_weight
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
+from adapters_store.methods.shared.targets import Targets, check_targets
+from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.primitives import Bias, Primitive, Rows
 
 END = ".trainable_tokens_delta"
 SILENT = {"init_weights"}  # how the rows began

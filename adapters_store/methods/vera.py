@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters_store.artifact import Artifact
+from adapters_store.base.spec import BaseSpec, LinearSite
 from adapters_store.errors import ArtifactError
-from adapters_store.methods.common import PREFIX, Targets, expect_shape, finite, read_config
-from adapters_store.methods.sites import is_low_rank, linears_of
-from adapters_store.patch import Delta, LowRank
-from adapters_store.spec import BaseSpec, LinearSite
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.expect import PREFIX, expect_shape, finite
+from adapters_store.methods.shared.linears import is_low_rank, linears_of
+from adapters_store.methods.shared.targets import Targets
+from adapters_store.primitives import Delta, LowRank
 
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 B_END, D_END = ".vera_lambda_b", ".vera_lambda_d"

@@ -12,26 +12,18 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
-from adapters_store.registry import Version
+from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
 from server.api.body import body_parts
-from server.api.callers import DEPLOY
-from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
-from server.api.proof import Proved, prove
-from server.api.show import identity
-from server.api.wire import BASE, NAME
-from server.errors import (
-    ArtifactRefusedError,
-    InvalidFieldError,
-    ServerError,
-    UnavailableError,
-    UnsupportedTypeError,
-)
+from server.api.deps import admit, front_of, may, refuse_unknown_query, tenant_of
+from server.errors import ArtifactRefusedError, InvalidFieldError, ServerError, UnavailableError, UnsupportedTypeError
+from server.requests.auth import DEPLOY
+from server.schemas import BASE, NAME, identity
+from server.state import Front
+from server.uploads.register import FOLDER, keep
+from server.uploads.validation import Proved, prove
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)])
 TURN_WITHIN_S = 60.0
-FOLDER = "folder"  # of staging: where a body is unpacked
-
 TaskQuery = Annotated[str, Query(pattern=NAME)]
 NoteQuery = Annotated[str, Query(max_length=1000, pattern=r"^[^\x00]*$")]
 BODY = {
@@ -104,23 +96,3 @@ async def _prove_body(front: Front, staging: Path, kind: str) -> Proved:
     folder.mkdir()
     await asyncio.to_thread(unpack_upload, staging / "body", kind, folder, int(front.settings.max_upload_bytes))
     return await prove(front, folder)
-
-
-async def keep(
-    front: Front, tenant: str, task: str, folder: Path, proved: Proved, activate: bool, note: str
-) -> tuple[Version, bool]:
-    """Store and register; durable on return. Where that fails, nothing is kept."""
-    facts, add = proved.facts, front.registry.add_version
-    try:
-        async with front.store_lock:
-            await asyncio.to_thread(front.blobs.put, folder, facts.digest)
-            version, is_new = await asyncio.to_thread(
-                add, tenant, task, facts, note=note, activate=activate, proved=front.ground
-            )
-            front.unproved.pop(facts.digest, None)
-            front.client.renew(facts.digest)
-    except Exception:
-        await front.give_up([facts.digest])
-        raise
-    await front.keep_pinned()
-    return version, is_new

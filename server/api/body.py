@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from adapters_store.strict_json import StrictJSONError, loads
+from adapters_store.format.strict_json import StrictJSONError, loads
 from server.errors import BadRequestError, InvalidFieldError, TooLargeError
 
 Model = TypeVar("Model", bound=BaseModel)

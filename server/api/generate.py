@@ -9,10 +9,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.callers import GENERATE
-from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
-from server.api.generation import Answer, Job, Piece, collect, start, unless_gone, unless_moved
-from server.api.prepare import (
+from server.api.deps import admit, front_of, may, refuse_unknown_query, tenant_of
+from server.api.disconnect import unless_gone
+from server.api.sse import EventStream
+from server.core import Logprobs
+from server.errors import BadRequestError
+from server.requests.answer import Answer, Job, Piece
+from server.requests.auth import GENERATE
+from server.requests.generation import collect, start, unless_moved
+from server.requests.resolve import (
     Worn,
     check_length,
     encode_chat,
@@ -22,10 +27,8 @@ from server.api.prepare import (
     wear,
     wear_many,
 )
-from server.api.stream import EventStream
-from server.api.wire import GenerateRequest, openapi_body
-from server.errors import BadRequestError
-from server.model.batch import Logprobs
+from server.schemas import GenerateRequest, openapi_body
+from server.state import Front
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)])
 

@@ -7,7 +7,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from server.api.front import front_of, identify, only_operator
+from server.api.deps import front_of, identify, only_operator
 
 router = APIRouter()
 

@@ -12,14 +12,17 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
-from adapters_store.registry import Task
-from server.api.callers import GENERATE
-from server.api.front import Front, admit, front_of, may, tenant_of
-from server.api.generation import Answer, Job, Piece, collect, start, unless_gone, unless_moved
-from server.api.prepare import check_length, encode_chat, encode_prompts, to_sampling, wear
-from server.api.stream import EventStream
-from server.api.text import REPLACEMENT
-from server.api.wire import (
+from adapters_store.registry.registry import Task
+from server.api.deps import admit, front_of, may, tenant_of
+from server.api.disconnect import unless_gone
+from server.api.sse import EventStream
+from server.errors import InvalidFieldError
+from server.requests.answer import Answer, Job, Piece
+from server.requests.auth import GENERATE
+from server.requests.generation import collect, start, unless_moved
+from server.requests.resolve import check_length, encode_chat, encode_prompts, to_sampling, wear
+from server.requests.tokenizer import REPLACEMENT
+from server.schemas import (
     BASE,
     MAX_PROMPTS,
     MAX_TURNS,
@@ -31,7 +34,7 @@ from server.api.wire import (
     User,
     openapi_body,
 )
-from server.errors import InvalidFieldError
+from server.state import Front
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(may(GENERATE, looking=True))])
 

@@ -9,16 +9,16 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from adapters_store.blobs import Blobs
 from adapters_store.errors import ArtifactError, NoEarlierRouteError
-from adapters_store.intake import ZIP_TYPE, zipped
-from adapters_store.registry import Task, Usage, Version
-from adapters_store.routes import Route
-from server.api.callers import DEPLOY
-from server.api.front import Front, admit, front_of, may, refuse_unknown_query, tenant_of
-from server.api.show import identity
-from server.api.wire import BASE, PinRequest, RouteRequest, openapi_body
+from adapters_store.format.archive import ZIP_TYPE, zipped
+from adapters_store.registry.registry import Task, Usage, Version
+from adapters_store.registry.routes import Route
+from adapters_store.storage.directory import Blobs
+from server.api.deps import admit, front_of, may, refuse_unknown_query, tenant_of
 from server.errors import ArtifactRefusedError, ConflictError, InvalidFieldError
+from server.requests.auth import DEPLOY
+from server.schemas import BASE, PinRequest, RouteRequest, identity, openapi_body
+from server.state import Front
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)])
 

@@ -11,11 +11,12 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
-from adapters_store.tenants import DEFAULT_TENANT, Key, Limits, Tenant
-from server.api.callers import ADMIN
-from server.api.front import Front, caller_of, front_of, identify, may, only_operator, refuse_unknown_query
-from server.api.wire import NAME, Strict, openapi_body
+from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Limits, Tenant
+from server.api.deps import caller_of, front_of, identify, may, only_operator, refuse_unknown_query
 from server.errors import ConflictError, ForbiddenError, NotFoundError
+from server.requests.auth import ADMIN
+from server.schemas import NAME, Strict, openapi_body
+from server.state import Front
 
 router = APIRouter(dependencies=[Depends(identify), Depends(may(ADMIN)), Depends(refuse_unknown_query)])
 OPERATOR = [Depends(only_operator)]

@@ -9,13 +9,13 @@ from concurrent.futures import Executor
 from copy import copy
 from typing import Generic
 
-from server.engine.adapters import AdapterManager, Budgets, SlotBank
+from server.core import EngineFailure, Row, Runner, Sampled, Timing
+from server.engine.adapters.load_queue import P
+from server.engine.adapters.manager import AdapterManager, Budgets, SlotBank
 from server.engine.blocks import BlockPool
-from server.engine.loads import P
-from server.engine.messages import EngineConfig, EngineFailure, Output, Stats, StepDone, Submit, Timing
+from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.sequence import Sequence
-from server.model.batch import Row, Runner, Sampled
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
-from adapters_store.spec import BaseSpec, ItemBytes, LinearSite
+from adapters_store.base.spec import BaseSpec, ItemBytes, LinearSite
+from server.core import EngineFailure, Hat, Logprobs, Timing
 from server.engine.client import EngineUnavailable
-from server.engine.messages import EngineFailure, Hat, Output, Ready, Stats, Submit, Timing
-from server.model.batch import Logprobs
+from server.engine.messages import Output, Ready, Stats, Submit
 
 
 def fake_ready(**fields: Any) -> Ready:

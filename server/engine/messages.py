@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from adapters_store.spec import BaseSpec, ItemBytes
-from server.model.batch import Logprobs, Sampling
+from adapters_store.base.spec import BaseSpec, ItemBytes
+from server.core import EngineFailure, Hat, Logprobs, Sampling, Timing
 
 FP32_MAX = 3.4028234663852886e38
 
@@ -41,14 +41,6 @@ class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     num_loaders: int = 4
     is_prefix_cached: bool = True
     cuda_graphs: bool = False
-
-
-class Hat(msgspec.Struct, frozen=True):
-    """One adapter that a sequence wears; `num_virtual` positions of its prefix come before the prompt."""
-
-    digest: str
-    weight: float = 1.0
-    num_virtual: int = 0
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -105,21 +97,6 @@ class AskResidency(msgspec.Struct, tag=True):
     """Answered by `Residency` with the same `query_id`."""
 
     query_id: int
-
-
-class EngineFailure(msgspec.Struct):
-    """Why a sequence ended without a finish: `code` is one of server/errors.py's codes."""
-
-    code: str
-    message: str
-
-
-class Timing(msgspec.Struct):
-    """Milliseconds: waiting in the queue (loading excluded), waiting for an adapter, until the first token."""
-
-    queued_ms: float = 0.0
-    load_ms: float = 0.0
-    ttft_ms: float = 0.0
 
 
 class Output(msgspec.Struct):

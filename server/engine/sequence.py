@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from server.core import Hat, Sampling
 from server.engine.blocks import BlockTable, namespace_salt, root_key
-from server.engine.messages import Hat, Submit
-from server.model.batch import Sampling
+from server.engine.messages import Submit
 
 
 class State(Enum):

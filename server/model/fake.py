@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from server.model.batch import Logprobs, Row, Sampled, Sampling
+from server.core import Logprobs, Row, Sampled, Sampling
 
 
 class FakeKVError(AssertionError):

@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters_store.patch import PrefixKV
-from adapters_store.spec import BaseSpec
-from server.model.attention import KVCache, UnsupportedBaseError, page
-from server.model.bank import SlotBank
-from server.model.base import Base, load_base
-from server.model.batch import Row, Sampled
-from server.model.graphs import DecodeGraphs
-from server.model.kernels.threads import set_num_threads
-from server.model.linear import choose_precision
+from adapters_store.base.spec import BaseSpec
+from adapters_store.primitives import PrefixKV
+from server.core import Row, Sampled
+from server.model.attention.kv_cache import KVCache
+from server.model.attention.paged_batch import page
+from server.model.backends.choose import choose_precision
+from server.model.backends.cpu.threads import set_num_threads
+from server.model.cuda_graphs import DecodeGraphs
+from server.model.errors import UnsupportedBaseError
+from server.model.load import Base, load_base
 from server.model.sampler import sample
+from server.model.slots.slots import SlotBank
 
 log = logging.getLogger(__name__)
 

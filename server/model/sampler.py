@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.model import kernels
-from server.model.batch import Logprobs, Row, Sampled, Sampling
-from server.model.kernels import layers
+from server.core import Logprobs, Row, Sampled, Sampling
+from server.model.backends import cpu
+from server.model.backends.cpu import layers
 
 NUM_CANDIDATES = 1024  # a sort of the whole vocabulary costs ten times a top-k of this size
 BLOCK = 256
@@ -26,7 +26,7 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
 
 def best_tokens(logits: Tensor) -> Tensor:
     """[R, vocabulary] -> [R]: the first of the largest, -1 where a logit is not finite."""
-    if not kernels.serve(logits.device.type, logits.dtype):
+    if not cpu.serve(logits.device.type, logits.dtype):
         finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
         return torch.where(finite, _argmax(logits), -1)
     out = torch.empty(len(logits), dtype=torch.int64)

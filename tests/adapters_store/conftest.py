@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.spec import BaseSpec
+from adapters_store.base.spec import BaseSpec
 from tests.kit.forge import spec_of
 from tests.kit.tiny import make_tiny_base
 

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from adapters_store.bases import resolve_base
+from adapters_store.base.resolve import resolve_base
 from tests.benchmarks import churn, families, machine, report, soft_prompts, workload
 from tests.benchmarks.artifacts import MAKERS, moved
 from tests.benchmarks.bench import Bench

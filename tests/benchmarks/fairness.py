@@ -24,7 +24,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from adapters_store.bases import resolve_base
+from adapters_store.base.resolve import resolve_base
 from tests.kit.server import serve
 
 ADMIN_KEY = "the key of the fairness bench"

@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 from safetensors.torch import load_file
 
-from adapters_store.artifact import WEIGHTS, read_folder
+from adapters_store.format.folder import WEIGHTS, read_folder
 
 DATA = Path(__file__).parents[2] / "adapters_store" / "examples" / "data" / "banking77"
 OUT = Path("build/bench/many.json")

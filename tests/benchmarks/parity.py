@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from adapters_store.artifact import WEIGHTS
-from adapters_store.bases import resolve_base
-from server.model.linear import PACKERS
+from adapters_store.base.resolve import resolve_base
+from adapters_store.format.folder import WEIGHTS
+from server.model.backends.cpu.weights import PACKERS
 from tests.kit.adapters import zip_folder
 from tests.kit.server import serve
 

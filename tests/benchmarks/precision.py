@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from adapters_store.bases import resolve_base
-from server.model.attention import page
-from server.model.batch import Row
-from server.model.linear import PACKERS
+from adapters_store.base.resolve import resolve_base
+from server.core import Row
+from server.model.attention.paged_batch import page
+from server.model.backends.cpu.weights import PACKERS
 from server.model.runner import RunnerConfig, load
 from tests.benchmarks.workload import CORPUS
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.artifact import read_folder
-from adapters_store.methods import compile_patch
+from adapters_store.format.folder import read_folder
+from adapters_store.methods.compile import compile_patch
 from tests.benchmarks.artifacts import NUM_MADE, artifacts
 from tests.kit.adapters import tensors_digest
 from tests.kit.forge import spec_of

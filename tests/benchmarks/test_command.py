@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from server import cli
+from server.cli import main
 from tests.benchmarks.__main__ import _goes_on, share
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.machine import Machine
@@ -29,7 +29,7 @@ def run() -> Run:
     """Run the command as `main` has it -> (code, what was said)."""
     app = typer.Typer()
     app.callback()(lambda: None)
-    app.command("bench", **cli.bench.options)(cli.bench)  # type: ignore[attr-defined]
+    app.command("bench", **main.bench.options)(main.bench)  # type: ignore[attr-defined]
 
     def made(*words: str) -> tuple[int, str]:
         result = CliRunner().invoke(app, ["bench", *words])
@@ -53,7 +53,7 @@ def test_every_word_goes_to_the_bench(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 def test_without_a_clone_it_refuses(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where the benchmarks are not, a sentence says where they are."""
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "server" / "cli.py"))
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "server" / "cli" / "main.py"))
     code, said = run()
     assert code == 1
     assert "clone the repository" in said

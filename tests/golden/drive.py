@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from adapters_store.artifact import read_folder
-from adapters_store.methods import compile_patch
+from adapters_store.format.folder import read_folder
+from adapters_store.methods.compile import compile_patch
+from server.core import Hat, Row, Sampled, Sampling
 from server.engine.engine import Engine
-from server.engine.messages import EngineConfig, Hat, Output, Submit
-from server.model.batch import Row, Sampled, Sampling
+from server.engine.messages import EngineConfig, Output, Submit
 from server.model.runner import Loaded, PagedRunner, RunnerConfig, load
 
 

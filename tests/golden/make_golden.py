@@ -106,7 +106,7 @@ def oracle(base: Path, folder: Path, family: str) -> Any:
 
 def make_families() -> dict[str, Golden]:
     """Three artifacts of every method or more: on a tiny llama, a tiny qwen2 (which has biases), and the real base."""
-    from adapters_store.bases import resolve_base
+    from adapters_store.base.resolve import resolve_base
 
     golden, all_families = {}, cases.family_adapters(FAMILIES)
     biased = cases.family_adapters([*FAMILIES_OF_BIASED, "lora-bias", "lora-saved", "dora"])
@@ -132,7 +132,7 @@ def make_tiny() -> dict[str, Golden]:
 
 def make_real(num_prompts: int | None) -> dict[str, Golden]:
     """The real base; `num_prompts` cuts it short for a look."""
-    from adapters_store.bases import resolve_base
+    from adapters_store.base.resolve import resolve_base
 
     texts = cases.real_prompts()[:num_prompts]
     base = resolve_base("smollm2-135m")

@@ -22,8 +22,8 @@ from pathlib import Path
 import httpx
 from safetensors.torch import load_file, save
 
-from adapters_store.artifact import CONFIG, WEIGHTS, digest_of
-from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE
+from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE
+from adapters_store.format.folder import CONFIG, WEIGHTS, digest_of
 from tests.kit.adapters import make_lora, zip_folder
 from tests.kit.fake_server import FakeServer, Forks, forks
 from tests.kit.tiny import make_tiny_base

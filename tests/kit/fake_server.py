@@ -95,7 +95,7 @@ def forks(base: Path) -> Iterator[Forks]:
 
 def main() -> None:
     """Read data folders, fork servers."""
-    from tests.server.api.world import ready_of
+    from tests.server.world import ready_of
 
     base = Path(sys.argv[1])
     ready_of(base)
@@ -118,7 +118,7 @@ async def _serve(base: Path, data: Path, listener: socket.socket) -> None:
 
     from server.app import create_app
     from server.engine.fake import FakeEngineClient
-    from tests.server.api.world import ready_of, settings_of
+    from tests.server.world import ready_of, settings_of
 
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     app = create_app(settings_of(base, data), base, FakeEngineClient(ready_of(base)))

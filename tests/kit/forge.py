@@ -14,9 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters_store.artifact import CONFIG, WEIGHTS, Artifact, BaseRef, Manifest, read_folder, write_folder
-from adapters_store.describe import describe
-from adapters_store.spec import BaseSpec, LinearSite
+from adapters_store.base.describe import describe
+from adapters_store.base.spec import BaseSpec, LinearSite
+from adapters_store.format.folder import CONFIG, WEIGHTS, Artifact, read_folder, write_folder
+from adapters_store.format.manifest import BaseRef, Manifest
 
 IDENTITY, OTHER_IDENTITY, WEIGHTS_DIGEST = "a" * 64, "b" * 64, "c" * 64
 SITE = "model.layers.{}.self_attn.{}"

@@ -18,12 +18,12 @@ from typing import Any
 
 from safetensors.torch import save
 
-from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, read_folder
+from adapters_store.base.spec import BaseSpec, ItemBytes
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
-from adapters_store.methods import Room, compile_patch
-from adapters_store.patch import Patch
-from adapters_store.spec import BaseSpec, ItemBytes
+from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
+from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder
+from adapters_store.methods.compile import Room, compile_patch
+from adapters_store.primitives import Patch
 from tests.kit.forge import entry, raw, sound_members, toy_config, toy_spec, toy_tensors, zip_of
 from tests.kit.watch import Touched, watched
 
@@ -143,7 +143,7 @@ def zips() -> dict[str, Body]:
 
 def structures() -> dict[str, bytes]:
     """safetensors whose structure is hostile, and every dtype that is not taken."""
-    from tests.adapters_store.test_tensors import HOSTILE
+    from tests.adapters_store.format.test_safetensors_file import HOSTILE
 
     made = {name: data for name, (data, _, _) in HOSTILE.items()}
     for dtype, count in OTHER_DTYPES.items():

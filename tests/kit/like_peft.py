@@ -13,10 +13,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from adapters_store.artifact import Artifact, read_folder
-from adapters_store.methods import common, compile_patch
-from adapters_store.methods.applied import idle_tensors, tracked
-from adapters_store.patch import Patch
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.methods.shared import config
+from adapters_store.methods.shared.unused_tensors import idle_tensors, tracked
+from adapters_store.primitives import Patch
 from tests.kit import reference
 from tests.kit.forge import spec_of
 
@@ -59,5 +60,5 @@ def changed(artifact: Artifact, config: Mapping[str, Any], tensors: Mapping[str,
 def assert_every_key_is_judged(peft_config: type, schema: type, *judged: Collection[str]) -> None:
     """No key of PEFT's config class is unknown to us: a new PEFT that adds one turns this red."""
     written = {field.name for field in dataclasses.fields(peft_config)}
-    known = {*common.SILENT, *common.SERVED_VALUES, *schema.__struct_fields__}  # type: ignore[attr-defined]
+    known = {*config.SILENT, *config.SERVED_VALUES, *schema.__struct_fields__}  # type: ignore[attr-defined]
     assert written <= known.union(*judged)

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters_store.artifact import ParityCase, read_folder
-from adapters_store.methods import compile_patch
+from adapters_store.format.folder import read_folder
+from adapters_store.format.manifest import ParityCase
+from adapters_store.methods.compile import compile_patch
 from tests.kit import reference
 from tests.kit.forge import spec_of
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from adapters_store.patch import (
+from adapters_store.base.spec import BaseSpec
+from adapters_store.primitives import (
     ACTIVATIONS,
     Bias,
     Bottleneck,
@@ -21,7 +22,6 @@ from adapters_store.patch import (
     Rows,
     Scale,
 )
-from adapters_store.spec import BaseSpec
 
 Make = Callable[[BaseSpec, random.Random], list[Primitive]]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from adapters_store.patch import (
+from adapters_store.primitives import (
     Bias,
     Bottleneck,
     Delta,
@@ -32,7 +32,7 @@ Worn = Sequence[tuple[Patch, float]]
 
 @contextmanager
 def dressed(model: Any, worn: Worn) -> Iterator[None]:
-    """Hooks for all primitives but prefixes, in the order that `adapters_store.patch` gives; gone afterwards."""
+    """Hooks for all primitives but prefixes, in the order that `adapters_store.primitives` gives; gone afterwards."""
     acting: dict[str, list[tuple[Primitive, float]]] = {}
     for patch, weight in worn:
         for primitive in patch.primitives:

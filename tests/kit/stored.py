@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from adapters_store.artifact import read_folder
-from adapters_store.blobs import Blobs
+from adapters_store.format.folder import read_folder
+from adapters_store.storage.directory import Blobs
 
 
 def store(blobs: Blobs, folder: Path) -> str:

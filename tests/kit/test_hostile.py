@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters_store.artifact import CONFIG, WEIGHTS
 from adapters_store.errors import ArtifactError
-from adapters_store.intake import SAFETENSORS_TYPE, with_metadata
-from server.model.batch import Row, Sampling
+from adapters_store.format.archive import SAFETENSORS_TYPE, with_metadata
+from adapters_store.format.folder import CONFIG, WEIGHTS
+from server.core import Row, Sampling
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.adapters import make_lora
 from tests.kit.forge import toy_config

@@ -12,7 +12,7 @@ from tests.kit.adapters import make_lora, zip_folder
 from tests.kit.load import Asked, load, solo
 from tests.kit.metrics import Reading
 from tests.kit.proxy import Fault, Proxy, proxy
-from tests.server.api.world import Site, serve_site
+from tests.server.world import Site, serve_site
 
 pytestmark = pytest.mark.anyio
 ASKED = [Asked(task, {"prompt": prompt, "max_tokens": 6}) for task in ("a", "base") for prompt in ("one", "two")]

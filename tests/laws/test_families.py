@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from server.core import Sampling
 from server.engine.engine import Engine
-from server.model.batch import Sampling
 from server.model.runner import Loaded
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 from tests.laws.conftest import BLOCK_SIZE, SEEDS

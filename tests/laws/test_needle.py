@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.patch import PrefixEmbeds
-from server.model.batch import Sampling
+from adapters_store.primitives import PrefixEmbeds
+from server.core import Sampling
 from server.model.runner import Loaded
 from tests.laws.conftest import BLOCK_SIZE
 from tests.laws.world import Asked, World, load_tiny

@@ -7,7 +7,7 @@ import random
 import shutil
 from pathlib import Path
 
-from server.model.batch import Sampling
+from server.core import Sampling
 from tests.laws.world import Asked, World
 
 PROMPT = tuple(random.Random(0).randrange(3, 250) for _ in range(80))  # two whole blocks, which could be shared

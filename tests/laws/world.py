@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adapters_store.artifact import read_folder
-from adapters_store.methods import compile_patch
-from adapters_store.patch import Patch
+from adapters_store.format.folder import read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.primitives import Patch
+from server.core import Hat, Sampling
 from server.engine.engine import Engine
-from server.engine.messages import EngineConfig, Hat, Submit
-from server.model.base import kept
-from server.model.batch import Sampling
-from server.model.packed import Packed
+from server.engine.messages import EngineConfig, Submit
+from server.model.precision import kept
 from server.model.runner import Loaded, RunnerConfig, load
+from server.model.slots.layout import Packed
 
 NUMBERS_A_POSITION = 2 * 2 * 2 * 16  # layers, keys and values, kv heads, width of a head
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.adapters import make_lora, zip_folder
-from tests.server.api.world import Site, open_site
+from tests.server.world import Site, open_site
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from adapters_store.artifact import CONFIG, WEIGHTS
+from adapters_store.format.folder import CONFIG, WEIGHTS
 from server.app import create_app
-from server.engine.client import EngineStartError, ProcessEngineClient
+from server.engine.client import EngineStartError
 from server.engine.fake import FakeEngineClient
+from server.engine.process_client import ProcessEngineClient
 from tests.golden.make_adapterhub import HERE
-from tests.server.api.world import open_site, ready_of, settings_of
+from tests.server.world import open_site, ready_of, settings_of
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,7 @@ import pytest
 
 from adapters_store import errors as store
 from server import errors
-from server.engine.messages import EngineFailure
+from server.core import EngineFailure
 
 
 def tree(of: type[Exception]) -> Iterator[type[Exception]]:

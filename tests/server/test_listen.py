@@ -18,7 +18,7 @@ import pytest
 from server import listen
 from server.app import create_app
 from server.engine.fake import FakeEngineClient
-from tests.server.api.world import Site, ready_of, sent, settings_of, until
+from tests.server.world import Site, ready_of, sent, settings_of, until
 
 pytestmark = pytest.mark.anyio
 

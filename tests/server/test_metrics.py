@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.messages import EngineFailure, Stats
+from server.core import EngineFailure
+from server.engine.messages import Stats
 from server.metrics import MAX_TASKS, MAX_VERSIONS, Metrics
-from tests.server.api.world import Site, open_site
+from tests.server.world import Site, open_site
 
 
 def parsed(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:

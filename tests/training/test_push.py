@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from adapters_store.artifact import MANIFEST
+from adapters_store.format.folder import MANIFEST
 from tests.training.conftest import flags
 from training import cli
 from training import push as pushing

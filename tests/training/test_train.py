@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters_store.artifact import Artifact, read_folder
-from adapters_store.methods import compile_patch
-from server.model.batch import Row, Sampling
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.compile import compile_patch
+from server.core import Row, Sampling
 from server.model.runner import RunnerConfig, load
 from tests.training import conftest
 from tests.training.conftest import TEMPLATE, WORDS
-from training import trainer
-from training.sources import digest_of
+from training.data.files import digest_of
+from training.run import trainer
 
 EXAMPLES = Path(__file__).parents[2] / "adapters_store" / "examples"
 BLOCKS = list(range(8))

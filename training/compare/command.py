@@ -59,7 +59,7 @@ def compare(out: OutOption, methods: MethodsOption = METHODS, **given: Any) -> N
 
 def _compare(methods: str, out: Path, given: dict[str, Any], console: Console) -> None:
     from training.compare.comparing import Comparing
-    from training.plan import check_plan
+    from training.run.schedule import check_plan
 
     names = list(dict.fromkeys(name.strip() for name in methods.split(",") if name.strip()))
     if not names:
@@ -71,7 +71,7 @@ def _compare(methods: str, out: Path, given: dict[str, Any], console: Console) -
 
 def _job(method: str, out: Path, given: dict[str, Any]) -> Any:
     """A run of a method with its own defaults; it goes on where one was killed."""
-    from training.checkpoint import Checkpoint
+    from training.run.checkpoint import Checkpoint
 
     own = {"method": method, "out": out / method, "lr": None, "resume": False, **dict.fromkeys(cli.OF_METHODS)}
     job = cli.job_of({**given, **own})

@@ -16,16 +16,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from adapters_store.artifact import MANIFEST
+from adapters_store.format.folder import MANIFEST
 from training.compare import serving
 from training.compare.plot import draw
 from training.compare.results import RESULTS, Comparison, Outcome, begin, outcome_of, write
 from training.compare.runs import MethodError, News, score_apart, train_apart
 from training.compare.scores import quality, scores_of
 from training.compare.table import markdown
-from training.job import Job
+from training.data.files import digest_of
 from training.methods import METHODS
-from training.sources import digest_of
+from training.run.job import Job
 
 TABLE, PLOT = "compare.md", "compare.png"
 NO_HAT = "it is a new base, and no hat"

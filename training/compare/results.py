@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from adapters_store.artifact import MANIFEST, find_parts, read_manifest
+from adapters_store.format.folder import MANIFEST, find_parts, read_manifest
 from training.errors import OptionError
-from training.evaluate import Scores
+from training.evaluation.evaluate import Scores
 
 RESULTS = "compare.json"
 FULL = "full"

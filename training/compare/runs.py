@@ -15,11 +15,12 @@ from multiprocessing.connection import Connection
 from rich.console import Console
 
 from training.errors import BaseError, DataError, TrainingError
-from training.evaluate import Scores
-from training.job import Job, run_job, score_base
-from training.processes import Processes
-from training.show import Show
-from training.trainer import Step
+from training.evaluation.evaluate import Scores
+from training.report.progress import Show
+from training.report.step_log import Step
+from training.run.distributed import Processes
+from training.run.job import Job
+from training.run.pipeline import run_job, score_base
 
 LEAVE_WITHIN_S = 10
 COMMON = (DataError, BaseError)  # what is wrong with data or base is so for every method

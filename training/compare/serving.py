@@ -19,8 +19,8 @@ from typing import Any
 
 import httpx
 
-from adapters_store.artifact import MANIFEST, read_files, read_manifest
-from adapters_store.intake import ZIP_TYPE, zipped
+from adapters_store.format.archive import ZIP_TYPE, zipped
+from adapters_store.format.folder import MANIFEST, read_files, read_manifest
 from training.compare.results import Server, Serving
 from training.errors import TrainingError
 from training.push import said

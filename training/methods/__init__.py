@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 from training.base import Base
-from training.data import Row
+from training.data.dataset import Row
 from training.errors import OptionError
-from training.methods import adalora, bottleneck, lora, prefixes, prompts, relatives, scales, selective
-from training.methods.hat import Hat
+from training.methods import adalora, bottleneck, ia3, lora, lora_variants, prefixes, selective, soft_prompts
+from training.methods.trainable import Hat
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,21 @@ METHODS: Mapping[str, Method] = {
     "pissa": Method(KIN, partial(lora.part, init="pissa_niter_16"), lr=1e-3),
     "olora": Method(KIN, partial(lora.part, init="olora"), lr=1e-3),
     "adalora": Method(adalora.AdaLoraOptions, adalora.adalora, lr=1e-2, can_share=True),
-    "vera": Method(relatives.VeraOptions, relatives.vera, lr=1e-1, can_share=True),
-    "loha": Method(relatives.LycorisOptions, partial(relatives.lycoris, kind="LoHaConfig"), lr=3e-2, can_share=True),
-    "lokr": Method(relatives.LycorisOptions, partial(relatives.lycoris, kind="LoKrConfig"), lr=3e-2, can_share=True),
-    "miss": Method(relatives.MissOptions, relatives.miss, lr=1e-3, can_share=True),
-    "oft": Method(relatives.OftOptions, relatives.oft, lr=3e-3),
+    "vera": Method(lora_variants.VeraOptions, lora_variants.vera, lr=1e-1, can_share=True),
+    "loha": Method(
+        lora_variants.LycorisOptions, partial(lora_variants.lycoris, kind="LoHaConfig"), lr=3e-2, can_share=True
+    ),
+    "lokr": Method(
+        lora_variants.LycorisOptions, partial(lora_variants.lycoris, kind="LoKrConfig"), lr=3e-2, can_share=True
+    ),
+    "miss": Method(lora_variants.MissOptions, lora_variants.miss, lr=1e-3, can_share=True),
+    "oft": Method(lora_variants.OftOptions, lora_variants.oft, lr=3e-3),
     "bottleneck": Method(bottleneck.BottleneckOptions, bottleneck.bottleneck, lr=3e-3, can_share=True),
-    "ia3": Method(scales.IA3Options, scales.ia3, lr=5e-2),
-    "prompt_tuning": Method(prompts.PromptOptions, prompts.prompt_tuning, lr=1e-2),
-    "p_tuning": Method(prompts.PTuningOptions, prompts.p_tuning, lr=1e-3),
-    "multitask_prompt_tuning": Method(prompts.MultitaskOptions, prompts.multitask, lr=1e-2),
-    "cpt": Method(prompts.CptOptions, prompts.cpt, lr=1e-2),
+    "ia3": Method(ia3.IA3Options, ia3.ia3, lr=5e-2),
+    "prompt_tuning": Method(soft_prompts.PromptOptions, soft_prompts.prompt_tuning, lr=1e-2),
+    "p_tuning": Method(soft_prompts.PTuningOptions, soft_prompts.p_tuning, lr=1e-3),
+    "multitask_prompt_tuning": Method(soft_prompts.MultitaskOptions, soft_prompts.multitask, lr=1e-2),
+    "cpt": Method(soft_prompts.CptOptions, soft_prompts.cpt, lr=1e-2),
     "prefix_tuning": Method(prefixes.PrefixOptions, prefixes.prefix_tuning, lr=3e-2),
     "cartridge": Method(prefixes.CartridgeOptions, prefixes.cartridge, lr=3e-2),
     "bitfit": Method(selective.LayerOptions, selective.bitfit, lr=1e-2),

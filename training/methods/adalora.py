@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from training.base import Base
-from training.data import Row
+from training.data.dataset import Row
 from training.errors import OptionError
-from training.methods.hat import PeftHat, put_on
 from training.methods.lora import check_rank, whole
 from training.methods.targets import where
+from training.methods.trainable import PeftHat, put_on
 
 WARM, FINAL = 0.1, 0.3  # shares of the run in which no rank is taken yet, and none any more
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT remembers of each value's importance

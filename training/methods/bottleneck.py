@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from adapters_store.methods.bottleneck import ACTIVATION_NAMES, PLACEMENTS
 from training.base import Base
-from training.data import Row
+from training.data.dataset import Row
 from training.errors import OptionError
-from training.methods.hat import PeftHat, put_on
 from training.methods.targets import parse_layers
+from training.methods.trainable import PeftHat, put_on
 
 SCALINGS = ("learned", "channel")
 
@@ -31,7 +31,7 @@ class BottleneckOptions:
 
 def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
     """Through the tuner of ours. Raises `OptionError`."""
-    from training.methods.bottleneck_tuner import BottleneckConfig
+    from training.methods.bottleneck_layers import BottleneckConfig
 
     _check(options)
     chosen = parse_layers(options.layers, base.spec.num_layers)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from training.base import Base
-from training.data import Row
+from training.data.dataset import Row
 from training.errors import OptionError
-from training.methods.hat import NAME, PeftHat, put_on
 from training.methods.targets import where
+from training.methods.trainable import NAME, PeftHat, put_on
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 

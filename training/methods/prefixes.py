@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from training.base import Base
-from training.data import Row
+from training.data.dataset import Row
 from training.errors import OptionError
-from training.methods.hat import NAME, put_on
-from training.methods.prompts import EMBEDDINGS, RANDOM, PromptHat, check_num_tokens, default_text, text_ids
+from training.methods.soft_prompts import EMBEDDINGS, RANDOM, PromptHat, check_num_tokens, default_text, text_ids
+from training.methods.trainable import NAME, put_on
 
 
 @dataclass(frozen=True)

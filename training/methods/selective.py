@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from adapters_store.methods.common import PREFIX
-from adapters_store.methods.whole import parameters as parameters_at
-from adapters_store.spec import BaseSpec
+from adapters_store.base.spec import BaseSpec
+from adapters_store.methods.shared.expect import PREFIX
+from adapters_store.methods.shared.full_modules import parameters as parameters_at
 from training.base import Base
-from training.data import Row
+from training.data.dataset import Row
 from training.errors import OptionError
-from training.methods.hat import Hat, PeftHat, put_on
 from training.methods.targets import linear_sites, sites_in
+from training.methods.trainable import Hat, PeftHat, put_on
 
 SEEN = "seen"  # of --token-indices: those of the training rows
 

@@ -102,7 +102,7 @@ class ManyhatsSession:
         if workload.name == CAPACITY_OF:
             self.capacity = len(requests) / seconds
         counted = {name: value - before[name] for name, value in self._counters().items()}
-        memory = self.server.memory()["pss"] / MIB
+        memory = self.server.process_memory()["pss"] / MIB
         return Run(self.name, workload.name, seconds, timings, memory, counted, offered)
 
     def _capacity(self) -> float:
@@ -141,12 +141,12 @@ class ManyhatsSession:
         ask_all(self.server.url, [Prompted(None, [1] * 64, 16)] * NUM_WARM_UP, NUM_WARM_UP, task_of, lambda: None)
         grown = []
         for adapters in ([None] * len(numbers), numbers):
-            before = self.server.memory()["pss"]
+            before = self.server.process_memory()["pss"]
             requests = [Prompted(adapter, [2, number, 3], 1) for number, adapter in enumerate(adapters)]
             ask_all(self.server.url, requests, 1, task_of, lambda: None)
-            grown.append(self.server.memory()["pss"] - before)
+            grown.append(self.server.process_memory()["pss"] - before)
         self.facts["memory_per_adapter_mib"] = (grown[1] - grown[0]) / len(numbers) / MIB
 
     def _note_memory(self, when: str) -> None:
-        for kind, num_bytes in self.server.memory().items():
+        for kind, num_bytes in self.server.process_memory().items():
             self.facts[f"{kind}_{when}_mib"] = num_bytes / MIB

@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from adapters_store.describe import describe
+from adapters_store.base.describe import describe
 
 PREFIX = "base_model.model."
 ACTIVATIONS = ["relu", "gelu", "silu", "tanh", "swish", "gelu_new"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters_store.describe import describe
+from adapters_store.base.describe import describe
 from tests.kit.adapters import Fill, make_peft
 
 NUM_TOKENS = 1024  # the first ones, which are the most frequent ones, of which half are trained

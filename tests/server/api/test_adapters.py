@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, read_folder
-from adapters_store.bases import base_identity
+from adapters_store.base.identity import base_identity
+from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder
 from tests.kit.adapters import make_lora, zip_folder
 from tests.kit.families.prompts import make_multitask
-from tests.server.api.world import SAFETENSORS, ZIP, Site, error_of, open_site
+from tests.server.world import SAFETENSORS, ZIP, Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
 Change = Callable[[Path], None]

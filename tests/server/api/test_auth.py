@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.api.world import Site, error_of, open_site
+from tests.server.world import Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
 KEY = "k" * 15 + "é"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.api.world import MAX_TOKENS, Site, error_of
+from tests.server.world import MAX_TOKENS, Site, error_of
 
 pytestmark = pytest.mark.anyio
 LONE = '"\\ud83d"'  # half of an emoji

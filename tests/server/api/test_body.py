@@ -12,7 +12,7 @@ import pytest
 from server.api.body import parse
 from server.api.openai import ChatRequest
 from server.errors import InvalidFieldError
-from tests.server.api.world import Site, error_of, serve_site
+from tests.server.world import Site, error_of, serve_site
 
 pytestmark = pytest.mark.anyio
 

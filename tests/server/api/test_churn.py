@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from adapters_store.artifact import read_folder
+from adapters_store.format.folder import read_folder
 from tests.golden import cases
 from tests.golden.compare import MARGIN, Answer, Golden, read
 from tests.kit.adapters import make_lora, zip_folder
-from tests.server.api.world import Site, serve_real
+from tests.server.world import Site, serve_real
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 

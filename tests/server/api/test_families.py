@@ -13,13 +13,13 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from adapters_store.artifact import CONFIG, WEIGHTS, read_folder
-from adapters_store.methods import compile_patch
-from adapters_store.patch import Patch
+from adapters_store.format.folder import CONFIG, WEIGHTS, read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.primitives import Patch
 from tests.kit import reference
 from tests.kit.adapters import zip_folder
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
-from tests.server.api.world import Site, error_of, serve_real, until
+from tests.server.world import Site, error_of, serve_real, until
 
 pytestmark = pytest.mark.anyio
 NAMES = [*FAMILIES, *FAMILIES_OF_BIASED]

@@ -6,11 +6,10 @@ import re
 
 import pytest
 
+from server.core import Hat, Sampling
 from server.engine.fake import shift_of
-from server.engine.messages import Hat
-from server.model.batch import Sampling
 from tests.kit.tiny import EOS, VOCAB_SIZE
-from tests.server.api.world import MAX_TOKENS, Site
+from tests.server.world import MAX_TOKENS, Site
 
 pytestmark = pytest.mark.anyio
 

@@ -11,9 +11,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from server.engine.messages import EngineFailure
+from server.core import EngineFailure
 from tests.kit.tiny import EOS
-from tests.server.api.world import MAX_TOKENS, Site, error_of, sent, serve_site
+from tests.server.world import MAX_TOKENS, Site, error_of, sent, serve_site
 
 pytestmark = pytest.mark.anyio
 KEY = "a key of the admin's"

@@ -15,11 +15,12 @@ import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from adapters_store.artifact import CONFIG, MANIFEST, WEIGHTS, BaseRef, Manifest, read_folder
-from server.api.parity import TOLERANCES
+from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder
+from adapters_store.format.manifest import BaseRef, Manifest
+from server.uploads.parity import TOLERANCES
 from tests.kit.adapters import make_lora, zip_folder
 from tests.kit.parity import parity_of
-from tests.server.api.world import Site, error_of, sent, serve_real, until
+from tests.server.world import Site, error_of, sent, serve_real, until
 
 pytestmark = pytest.mark.anyio
 BLOCK_SIZE = 32  # the setting's default

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.api.world import Site, error_of, open_site
+from tests.server.world import Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
 

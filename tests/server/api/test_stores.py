@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from fsspec.core import url_to_fs
 
-from adapters_store.artifact import WEIGHTS
-from adapters_store.bucket import UNCACHED
+from adapters_store.format.folder import WEIGHTS
+from adapters_store.storage.bucket import UNCACHED
 from tests.kit.services import postgresql, s3
-from tests.server.api.world import Site, error_of, open_site, serve_real, until
+from tests.server.world import Site, error_of, open_site, serve_real, until
 
 pytestmark = pytest.mark.anyio
 

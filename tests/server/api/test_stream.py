@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.stream import EventStream
+from server.api.sse import EventStream
+from server.core import EngineFailure
 from server.engine.fake import FakeEngineClient
-from server.engine.messages import EngineFailure
-from tests.server.api.world import ZIP, Site, error_of, ready_of, sent, serve_site, until
+from tests.server.world import ZIP, Site, error_of, ready_of, sent, serve_site, until
 
 pytestmark = pytest.mark.anyio
 WORDS = [
@@ -166,7 +166,7 @@ async def test_failure_after_the_first_token(site: Site, caplog: pytest.LogCaptu
     error = json.loads(data)["error"]
     assert (error["code"], error["type"]) == ("engine_restarting", "server_error")
     assert error["request_id"] == answer.headers["x-request-id"]
-    (line,) = (record for record in caplog.records if record.name == "server.api.edge")
+    (line,) = (record for record in caplog.records if record.name == "server.api.middleware")
     assert (line.status, line.error) == (200, "engine_restarting")  # type: ignore[attr-defined]
 
 
@@ -206,7 +206,7 @@ async def test_one_failing_choice_ends_the_request(site: Site) -> None:
 
 async def test_a_stuck_engine_is_a_deadline(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where even the engine does not end a late request, the front does: 504, and the sequence is aborted."""
-    monkeypatch.setattr("server.api.generation.GRACE_S", 0.05)
+    monkeypatch.setattr("server.requests.generation.GRACE_S", 0.05)
     site.engine.delay_s = 60
     answer = await site.post("/generate?task=base", {"prompt": "a", "timeout_s": 0.05})
     assert (answer.status_code, error_of(answer)["code"]) == (504, "deadline_exceeded")
@@ -245,7 +245,7 @@ async def test_engine_that_goes_between(site: Site, monkeypatch: pytest.MonkeyPa
         site.engine.die()
 
     monkeypatch.setattr("server.api.generate.check_length", die_first)
-    monkeypatch.setattr("server.api.prepare.Front.ready", lambda _front: ready_of(Path(site.front.settings.base)))
+    monkeypatch.setattr("server.requests.resolve.Front.ready", lambda _front: ready_of(Path(site.front.settings.base)))
     answer = await site.post("/generate?task=base", {"prompt": "a"})
     assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
 

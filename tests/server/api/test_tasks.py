@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from adapters_store.artifact import CONFIG, FILES, WEIGHTS
-from tests.server.api.world import Site, error_of, serve_site, until
+from adapters_store.format.folder import CONFIG, FILES, WEIGHTS
+from tests.server.world import Site, error_of, serve_site, until
 
 pytestmark = pytest.mark.anyio
 

@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters_store.tenants import Limits
-from server.engine.messages import EngineFailure
+from adapters_store.registry.tenants import Limits
+from server.core import EngineFailure
 from server.errors import VersionGoneError
-from tests.server.api.world import Site, error_of, open_site, until
+from tests.server.world import Site, error_of, open_site, until
 
 pytestmark = pytest.mark.anyio
 KEY = "the admin's own key"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from server.engine.engine import Engine
 from server.engine.fake import fake_ready
 from server.engine.messages import EngineConfig, Ready
-from server.engine.process import OnLoaded, main
+from server.engine.worker import OnLoaded, main
 from server.model.fake import FakeBank, FakePacked, FakeRunner
 
 

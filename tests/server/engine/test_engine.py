@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from server.engine.messages import EngineFailure
+from server.core import EngineFailure
 from tests.server.engine.world import DIGEST_BYTES, EOS, World, digest_of, prompt_of
 
 PROMPT = [10, 11, 12, 13, 14]

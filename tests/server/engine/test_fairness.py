@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from server.core import Sampling
 from server.engine.blocks import BlockPool
 from server.engine.messages import Submit
 from server.engine.scheduler import Limits, Scheduler
 from server.engine.sequence import Sequence
-from server.model.batch import Sampling
 from tests.server.engine.test_scheduler import Wardrobe
 
 STEP_S, TOKEN_S = 0.01, 0.0017  # what a step and each of its tokens take on two cores

@@ -2,10 +2,11 @@ import asyncio
 
 import pytest
 
-from server.engine.client import EngineClient, EngineUnavailable, ProcessEngineClient
+from server.core import EngineFailure, Hat, Row, Sampling
+from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.fake import FakeEngineClient, fake_ready, shift_of
-from server.engine.messages import EngineFailure, Hat, Output, Submit
-from server.model.batch import Row, Sampling
+from server.engine.messages import Output, Submit
+from server.engine.process_client import ProcessEngineClient
 from server.model.fake import FakeBank, FakeKVError, FakePacked, FakeRunner
 from tests.server.engine.world import config
 

@@ -5,9 +5,9 @@ import threading
 import msgspec
 import pytest
 
+from server.core import Sampling
 from server.engine import frames
 from server.engine.messages import Abort, FromEngine, Submit, ToEngine
-from server.model.batch import Sampling
 
 DECODER: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 LARGE = Submit("r", "t", list(range(300_000)), Sampling(logit_bias={5: -1.5}), 1.0, 2.0)

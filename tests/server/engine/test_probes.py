@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from server.engine.messages import Hat, Submit
+from server.core import Hat, Sampling
+from server.engine.messages import Submit
 from server.engine.scheduler import Limits
-from server.model.batch import Sampling
 from tests.server.engine.world import Answer, World, digest_of, prompt_of
 
 MOST = Limits(max_batch_tokens=8, max_running=1, max_waiting=1).max_probe_tokens

@@ -1,10 +1,10 @@
 import pytest
 
+from server.core import Hat, Sampling
 from server.engine.blocks import BlockPool, BlockTable
-from server.engine.messages import Hat, Submit
+from server.engine.messages import Submit
 from server.engine.scheduler import Limits, Plan, Scheduler
 from server.engine.sequence import Sequence
-from server.model.batch import Sampling
 
 
 class Wardrobe:

@@ -9,9 +9,9 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from server.core import EngineFailure, Hat, Sampling
 from server.engine.engine import Engine
-from server.engine.messages import EngineConfig, EngineFailure, Hat, Output, StepDone, Submit
-from server.model.batch import Sampling
+from server.engine.messages import EngineConfig, Output, StepDone, Submit
 from server.model.fake import FakeBank, FakePacked, FakeRunner, answer_alone
 
 EOS = [7]

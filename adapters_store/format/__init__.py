@@ -1,0 +1,1 @@
+"""The bytes of an artifact: folder, manifest, archive, safetensors and strict JSON."""

@@ -1,0 +1,171 @@
+"""What an adapter is on disk: a PEFT folder, and our optional manifest beside it.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's; `manifest.json` is ours. The digest, an artifact's
+identity, is sha256 over the sorted (name, sha256) of these files: all of them can change an answer. AdapterHub's name
+of the weights is taken for PEFT's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from adapters_store.durable import fsync, sync_folder
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError, MethodUnsupportedError
+from adapters_store.format.manifest import Manifest
+from adapters_store.format.safetensors_file import read_tensors
+from adapters_store.format.strict_json import StrictJSONError, loads
+
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+FILES = (CONFIG, WEIGHTS, MANIFEST)
+ALIASES = {"adapter.safetensors": WEIGHTS}  # AdapterHub's name -> ours
+# What AdapterHub may save beside its weights, that changes the answer, and is not served -> what to do.
+REFUSED = {
+    "model_head.safetensors": "a prediction head of the adapter's own: save with save_adapter(..., with_head=False), "
+    "or leave the file out if the base's head was frozen",
+    "model_adapter_fusion.safetensors": "an AdapterFusion: only single adapters are served",
+    "adapter_interface.json": "an AdapterHub interface for a model that the library does not know by itself",
+}
+PICKLES = {
+    "adapter_model.bin": " (save it with safe_serialization=True)",
+    "pytorch_adapter.bin": " (save it with use_safetensors=True)",
+}
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = {CONFIG: 256 * 2**10, MANIFEST: 2**20}
+MAX_FORMAT_CHARS = 4096
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact in memory, sound in form: JSON, layout and finiteness are checked, its method is not yet."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    manifest: Manifest | None
+    digest: str
+    num_bytes: int
+
+
+def part_of(name: str) -> str | None:
+    """Which of `FILES` a file of this name is; None if it is no part of an artifact. Raises `ArtifactError`."""
+    if name in REFUSED:
+        raise MethodUnsupportedError(f"{name} is not served: {REFUSED[name]}", name)
+    return name if name in FILES else ALIASES.get(name)
+
+
+def find_parts(folder: Path) -> dict[str, Path]:
+    """The files of a folder that make the artifact, by their name in `FILES`. Raises `ArtifactError`."""
+    parts: dict[str, Path] = {}
+    for path in (folder / name for name in (*FILES, *ALIASES, *REFUSED)):
+        part = part_of(path.name) if path.is_file() else None
+        if part in parts:
+            raise ArtifactError(f"{path.name} and {part} are both there: which one counts?", path.name)
+        if part is not None:
+            parts[part] = path
+    return parts
+
+
+def read_folder(folder: Path) -> Artifact:
+    """Read a PEFT folder. Raises `ArtifactError` naming what is wrong in it."""
+    files = read_files(folder)
+    if WEIGHTS not in files:
+        hint = next((hint for pickle, hint in PICKLES.items() if (folder / pickle).exists()), "")
+        raise ArtifactError(f"there is no {WEIGHTS}{hint}", WEIGHTS)
+    return artifact_of(files)
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that make the artifact, by their name in `FILES`. Raises `ArtifactError`."""
+    return {name: _read_file(path) for name, path in find_parts(folder).items()}
+
+
+def artifact_of(files: dict[str, bytes]) -> Artifact:
+    """The artifact that files by their name in `FILES` are. Raises `ArtifactError` naming what is wrong in them."""
+    for name in (WEIGHTS, CONFIG):
+        if name not in files:
+            raise ArtifactError(f"there is no {name}", name)
+    config = _read_json(CONFIG, files[CONFIG])
+    manifest = read_manifest(files[MANIFEST]) if MANIFEST in files else None
+    num_bytes = sum(map(len, files.values()))
+    return Artifact(config, read_tensors(files[WEIGHTS]), manifest, digest_of(files), num_bytes)
+
+
+def _read_file(path: Path) -> bytes:
+    size, largest = path.stat().st_size, MAX_JSON_BYTES.get(path.name)
+    if largest is not None and size > largest:
+        raise ArtifactTooLargeError(f"{path.name} has {size} bytes; at most {largest} are taken", path.name)
+    return path.read_bytes()
+
+
+def digest_of(files: dict[str, bytes]) -> str:
+    """The identity of an artifact: sha256 over the sorted, length-framed (name, sha256) of its files."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        total.update(len(name).to_bytes(8, "big") + name.encode() + hashlib.sha256(files[name]).digest())
+    return total.hexdigest()
+
+
+def read_manifest(data: bytes) -> Manifest:
+    """Parse and check a manifest. Raises `ArtifactError`."""
+    try:
+        manifest = msgspec.convert(_read_json(MANIFEST, data), Manifest)
+    except msgspec.ValidationError as error:
+        raise ArtifactError(f"{MANIFEST}: {error}", MANIFEST) from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArtifactError(f"{MANIFEST} has format_version {manifest.format_version}, not {FORMAT_VERSION}", MANIFEST)
+    if manifest.prompt_format and len(msgspec.json.encode(manifest.prompt_format)) > MAX_FORMAT_CHARS:
+        raise ArtifactError(f"{MANIFEST}: prompt_format is longer than {MAX_FORMAT_CHARS} characters", MANIFEST)
+    return manifest
+
+
+def _read_json(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        thing = loads(data)
+    except StrictJSONError as error:
+        raise ArtifactError(f"{name} is not sound JSON: {error}", name) from None
+    if not isinstance(thing, dict):
+        raise ArtifactError(f"{name} is not a JSON object", name)
+    return thing
+
+
+def write_folder(
+    folder: Path,
+    config: dict[str, Any],
+    weights: bytes,
+    manifest: Manifest | None = None,
+    others: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a PEFT folder whole or not at all: a temporary sibling, then a rename.
+
+    An old folder of that name is moved aside first and removed last: killed in between, one of both is whole on disk.
+    `others` are files by name that go with it and are no part of its identity: a log, a card.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (temporary / WEIGHTS).write_bytes(weights)
+        if manifest is not None:
+            (temporary / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        for name, data in (others or {}).items():
+            (temporary / name).write_bytes(data)
+        sync_folder(temporary)
+        temporary.chmod(0o755)
+        old = temporary.with_name(f"{temporary.name}.old")
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

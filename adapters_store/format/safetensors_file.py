@@ -1,0 +1,99 @@
+"""safetensors from strangers: the header is checked by us, whole, before a tensor is made of it.
+
+The library (0.8) accepts duplicate names, spaces before the header, sizes of 2^62 and headers of any length.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError, MethodUnsupportedError
+from adapters_store.format.strict_json import StrictJSONError, loads
+
+MAX_HEADER_BYTES = 2**20
+MAX_TENSORS = 4096
+MAX_DIMENSIONS = 8
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
+
+
+def read_header(data: bytes) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Entries by tensor name, the metadata, and where the tensors' bytes begin."""
+    if len(data) < 8:
+        raise ArtifactError("the safetensors file is shorter than its 8-byte length field")
+    size = int.from_bytes(data[:8], "little")
+    if size > MAX_HEADER_BYTES:
+        raise ArtifactTooLargeError(f"the safetensors header has {size} bytes; at most {MAX_HEADER_BYTES} are taken")
+    if size > len(data) - 8:
+        raise ArtifactError(f"the safetensors header should have {size} bytes, but the file ends before that")
+    if data[8:9] != b"{":
+        raise ArtifactError("the safetensors header does not begin with '{'")
+    try:
+        header = loads(data[8 : 8 + size])
+    except StrictJSONError as error:
+        raise ArtifactError(f"the safetensors header is not sound JSON: {error}") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ArtifactError("the safetensors metadata is not a map of texts", "__metadata__")
+    if len(header) > MAX_TENSORS:
+        raise ArtifactTooLargeError(f"the file has {len(header)} tensors; at most {MAX_TENSORS} are taken")
+    return header, metadata, 8 + size
+
+
+def read_tensors(data: bytes) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in their own dtype, each a private, aligned copy that is proved finite."""
+    header, _metadata, start = read_header(data)
+    spans = {name: _entry(name, entry) for name, entry in header.items()}
+    _check_layout(spans, len(data) - start)
+    body = memoryview(data)[start:]
+    return {name: _tensor(name, entry, body[slice(*spans[name])]) for name, entry in header.items()}
+
+
+def _entry(name: str, entry: Any) -> tuple[int, int]:
+    """Check one entry of the header; its (begin, end)."""
+    if not NAME.fullmatch(name) or ".." in name:
+        raise ArtifactError(f"the tensor name {name[:100]!r} is not a dotted name", name[:100])
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ArtifactError(f"the header's entry of {name} is not dtype, shape and data_offsets", name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise MethodUnsupportedError(f"{name} has dtype {str(dtype)[:20]}; taken are {', '.join(DTYPES)}", name)
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
+        raise ArtifactError(f"{name} has a shape or offsets that are not counts", name)
+    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != num_bytes:
+        raise ArtifactError(f"{name} of shape {shape} needs {num_bytes} bytes, its offsets span another number", name)
+    return offsets[0], offsets[1]
+
+
+def _are_counts(things: Any) -> bool:
+    return isinstance(things, list) and all(type(thing) is int and 0 <= thing < 2**48 for thing in things)
+
+
+def _check_layout(spans: dict[str, tuple[int, int]], size: int) -> None:
+    end = 0
+    for name, (begin, until) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin != end:
+            raise ArtifactError(f"the bytes of {name} overlap another tensor's, or leave a hole", name)
+        end = until
+    if end != size:
+        raise ArtifactError(f"the tensors take {end} bytes, the file has {size}")
+
+
+def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
+    if not span:  # AdaLoRA writes what it pruned to rank 0
+        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+    tensor = torch.frombuffer(bytearray(span), dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+    if not is_finite(tensor):
+        raise ArtifactError(f"{name} holds a value that is not finite (NaN or infinity)", name)
+    return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds no NaN and no infinity: its least or largest value would be that."""
+    return not tensor.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(tensor))

@@ -1,0 +1,55 @@
+"""LoRA on the embedding, and the copies of embedding and head that PEFT saves along where one of them is a target.
+
+The embedding of token t answers W[t] + s (B A)[:, t], A [r, vocabulary], B [size, r]: rows that change.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.base.weights import base_weight
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.expect import PREFIX, finite
+from adapters_store.methods.shared.full_modules import parameters, whole_embedding
+from adapters_store.methods.shared.tensor_pool import Taker
+from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.primitives import Primitive
+
+A_END, B_END = ".lora_embedding_A", ".lora_embedding_B"
+
+
+def has_branch(artifact: Artifact, spec: BaseSpec) -> bool:
+    """Whether there is a LoRA on the embedding."""
+    return any(PREFIX + spec.embedding + end in artifact.tensors for end in (A_END, B_END))
+
+
+def compile_embedding(taker: Taker, spec: BaseSpec, rank: int, scale: float) -> list[Primitive]:
+    """`Rows` of the tokens whose embedding the branch changes. Raises `ArtifactError`."""
+    site = spec.embedding
+    a = taker.take(site + A_END, [rank, spec.vocab_size]).float()
+    b = taker.take(site + B_END, [spec.embedding_size, rank]).float() * scale
+    return whole_embedding(spec, site, finite((b @ a).T + base_weight(spec, f"{site}.weight"), PREFIX + site + B_END))
+
+
+def drop_copies(taker: Taker, spec: BaseSpec) -> None:
+    """Take the embedding and head that PEFT saved along. Raises `ArtifactError` where they are not the base's."""
+    for site in filter(None, (spec.embedding, spec.head)):
+        for end, shape in parameters(spec, site).items():
+            for name in (f"{site}.base_layer.{end}", f"{site}.{end}"):
+                if not taker.has(name):
+                    continue
+                copy = taker.take(name, shape)
+                if not _is_equal(copy, base_weight(spec, f"{site}.{end}")):
+                    raise ArtifactError(
+                        f"{PREFIX}{name} is not as {spec.name} has it, and modules_to_save does not name it: "
+                        "the artifact was trained on a base with another embedding or head",
+                        PREFIX + name,
+                    )
+                settle(copy)
+
+
+def _is_equal(copy: Tensor, weight: Tensor) -> bool:
+    """In the copy's own precision, which may be less than the base's."""
+    return bool((weight.to(copy.dtype) == copy).all())

@@ -1,0 +1,159 @@
+"""What PEFT's LoRA and its kin can train beside their branches: biases, modules saved whole, rows of tokens.
+
+`bias="all"` saves every bias of the base, `"lora_only"` those of the branches' linears, each as it is after training.
+`modules_to_save` names modules by ends of their names; their linears, norms and embedding are saved as they are.
+`trainable_token_indices` are trained at the embedding, or at what a dict of them names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.embedding_lora import drop_copies
+from adapters_store.methods.shared.expect import PREFIX
+from adapters_store.methods.shared.full_modules import parameters, whole
+from adapters_store.methods.shared.targets import MAX_PATTERNS, Targets
+from adapters_store.methods.shared.tensor_pool import Taker
+from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.methods.trainable_tokens import row_width, token_ids, token_rows
+from adapters_store.primitives import Primitive
+
+TOKENS, TOKENS_END = "trainable_token_indices", ".token_adapter.trainable_tokens_delta"
+# The names by which PEFT knows, with ensure_weight_tying, that a module to save is tied.
+TIED_NAMES = ("embed_tokens", "lm_head")
+
+
+class Beside(Targets, kw_only=True):
+    """The keys of LoRA and its kin that say what is trained beside the branches."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """An artifact's tensors told apart.
+
+    `branches` has what is left for branches, at the linears `sites`; `biases` are the new biases of those that have
+    one; `primitives` is what all the rest compiles to.
+    """
+
+    branches: Artifact
+    sites: list[str]
+    biases: dict[str, Tensor]
+    primitives: list[Primitive]
+
+
+def split(artifact: Artifact, config: Beside, spec: BaseSpec, *ends: str) -> Split:
+    """Take out what is beside the branches; a linear has a branch where its name and one of `ends` are a tensor's.
+
+    Raises `ArtifactError` where a tensor is missing or does not fit.
+    """
+    taker, saved, tokens = Taker(artifact), saved_sites(config, spec), _token_sites(config, spec)
+    if both := tokens.keys() & saved.keys():
+        raise ArtifactError(f"{min(both)} is in modules_to_save and in {TOKENS}", TOKENS)
+    made = _saved(taker, config, spec, saved) + _tokens(taker, config, spec, tokens)
+    sites = [site for site in spec.linears if site not in saved and site not in tokens]
+    branches = {site for site in sites if any(taker.has(site + end) for end in ends)}
+    biases: dict[str, Tensor] = {}
+    for site, size in _biased(config, spec, branches):
+        if site in branches:
+            biases[site] = taker.take(f"{site}.base_layer.bias", [size])
+        elif site not in saved:
+            made += whole(spec, site, None, taker.take(f"{site}.bias", [size]))
+    drop_copies(taker, spec)
+    return Split(taker.rest(), sites, biases, made)
+
+
+def saved_sites(config: Beside, spec: BaseSpec) -> dict[str, str]:
+    """The linears, norms and embedding that are, or lie in, a module whose name ends as one of `modules_to_save`.
+
+    Each with the name of that module, the outermost one.
+    """
+    names = tuple(config.modules_to_save or ())
+    if len(names) > MAX_PATTERNS or not all(names):
+        raise ArtifactError(f"modules_to_save must be at most {MAX_PATTERNS} names, none empty", "modules_to_save")
+    tied = {spec.embedding, spec.head} if _is_saved_tied(config, spec) else set[str]()
+    found: dict[str, str] = {}
+    for site in [*spec.linears, *spec.norms, spec.embedding] if names or tied else ():
+        module = next((module for module in _modules(site) if module.endswith(names)), "")
+        if module or site in tied:
+            found[site] = module or site
+    return found
+
+
+def _modules(site: str) -> Iterator[str]:
+    """The names of all that the module at a site lies in, from the outside, and its own."""
+    parts = site.split(".")
+    return (".".join(parts[: end + 1]) for end in range(len(parts)))
+
+
+def _is_saved_tied(config: Beside, spec: BaseSpec) -> bool:
+    ends = {name.rpartition(".")[2] for name in config.modules_to_save or ()}
+    return config.ensure_weight_tying and spec.is_tied and not ends.isdisjoint(TIED_NAMES)
+
+
+def _saved(taker: Taker, config: Beside, spec: BaseSpec, saved: dict[str, str]) -> list[Primitive]:
+    made: list[Primitive] = []
+    weights: dict[str, Tensor] = {}
+    for site, module in saved.items():
+        found = {name: taker.take(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
+        weights[site] = found["weight"]
+        made += whole(spec, site, found["weight"], found.get("bias"))
+        if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
+            inner, size = site.removeprefix(module), list(found["bias"].shape)
+            for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
+                settle(taker.take(f"{module}.{copy}{inner}.bias", size))
+    if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
+        name, other = f"{PREFIX}{spec.embedding}.weight", f"{PREFIX}{spec.head}.weight"
+        raise ArtifactError(f"{other} differs from {name}, but ensure_weight_tying ties them", other)
+    return made
+
+
+def _token_sites(config: Beside, spec: BaseSpec) -> dict[str, list[int]]:
+    """The embedding and head that have tokens of their own."""
+    indices = config.trainable_token_indices
+    if indices is None:
+        return {}
+    found: dict[str, list[int]] = {}
+    for name, tokens in ({spec.embedding: indices} if isinstance(indices, list) else indices).items():
+        sites = [site for site in (spec.embedding, spec.head) if name and site.endswith(name)]
+        if len(sites) != 1 or sites[0] in found:
+            raise MethodUnsupportedError(f"{TOKENS} has {name[:80]}, which is not one embedding or head", TOKENS)
+        found[sites[0]] = tokens
+    return found
+
+
+def _tokens(taker: Taker, config: Beside, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
+    """As in PEFT, a tied head has the embedding's new rows, unless it has other tokens of its own."""
+    is_mixed = spec.head in tokens and tokens[spec.head] != tokens.get(spec.embedding)
+    if spec.is_tied and is_mixed and spec.embedding in tokens and config.ensure_weight_tying:
+        raise ArtifactError(f"{TOKENS} differ for embedding and head, but ensure_weight_tying ties them", TOKENS)
+    is_tied = spec.is_tied and not is_mixed
+    made: list[Primitive] = []
+    for site, indices in tokens.items():
+        if is_tied and site == spec.head:
+            continue
+        ids, order = token_ids(indices, spec, TOKENS)
+        rows = taker.take(site + TOKENS_END, [len(ids), row_width(spec, site)]).float()[order]
+        made += token_rows(spec, site, ids, rows, is_tied)
+    return made
+
+
+def _biased(config: Beside, spec: BaseSpec, branches: set[str]) -> Iterator[tuple[str, int]]:
+    """Sites that have a new bias, and its size."""
+    if config.bias != "none":
+        linears = ((site, linear.out_features) for site, linear in spec.linears.items() if linear.has_bias)
+        yield from (found for found in linears if config.bias == "all" or found[0] in branches)
+    if config.bias == "all":
+        yield from ((site, norm.size) for site, norm in spec.norms.items() if norm.has_bias)

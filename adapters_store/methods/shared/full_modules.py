@@ -1,0 +1,109 @@
+"""Modules that an artifact brings whole - linears, norms, the embedding - as updates against the base's own.
+
+Parameters have the shapes that transformers keeps them in (`parameters`); one that is None is the base's. What does not
+differ from the base makes no primitive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.base.weights import base_weight
+from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.methods.shared.expect import finite
+from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.primitives import Bias, Delta, Primitive, Rows, Scale
+
+
+def parameters(spec: BaseSpec, site: str) -> dict[str, list[int]]:
+    """Shapes of the parameters of the module at a site, by their names; none where it is no module we know."""
+    if site in spec.linears:
+        linear = spec.linears[site]
+        sizes = [linear.out_features, linear.in_features]
+        return _with_bias(sizes[::-1] if linear.is_transposed else sizes, linear.out_features, linear.has_bias)
+    if site in spec.norms:
+        norm = spec.norms[site]
+        return _with_bias([norm.size], norm.size, norm.has_bias)
+    return {"weight": [spec.vocab_size, spec.embedding_size]} if site == spec.embedding else {}
+
+
+def whole(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
+    """What makes the module at a site of `parameters` act as if it had these. Raises `ArtifactError`."""
+    if site in spec.linears:
+        made = whole_linear(spec, site, weight, bias)
+    elif site in spec.norms:
+        made = whole_norm(spec, site, weight, bias)
+    else:
+        made = [] if weight is None else whole_embedding(spec, site, weight)
+    kinds = {type(primitive) for primitive in made}
+    if weight is not None and kinds <= {Bias}:  # it is the base's, and so answers right
+        settle(weight)
+    if bias is not None and Bias not in kinds:
+        settle(bias)
+    return made
+
+
+def changed(made: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:
+    """What an artifact made. Raises `ArtifactError` where that is nothing: no adapter answers as the base."""
+    if not made:
+        raise ArtifactError(f"every tensor is as {spec.name} has it: the artifact changes nothing")
+    return tuple(made)
+
+
+def whole_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
+    """`Delta(W' - W)` and `Bias(b' - b)`; weight as the base keeps it, [in, out] where it is transposed."""
+    made: list[Primitive] = []
+    if weight is not None:
+        dw = _change(spec, f"{site}.weight", weight)
+        if bool(dw.any()):
+            made.append(Delta(site, dw.T.contiguous() if spec.linears[site].is_transposed else dw))
+    return made + _bias(site, None if bias is None else _change(spec, f"{site}.bias", bias))
+
+
+def whole_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
+    """`Scale(v)`, v = (offset + w') / (offset + w), and `Bias(b' - v b)`.
+
+    Raises `MethodUnsupportedError` where the base multiplies by exactly 0, and the artifact does not.
+    """
+    norm, made, v = spec.norms[site], list[Primitive](), torch.tensor(1.0)
+    if weight is not None:
+        v = _ratio(spec, site, norm.offset, weight)
+        if bool((v != 1).any()):
+            made.append(Scale(site, v))
+    if not norm.has_bias:
+        return made
+    base = base_weight(spec, f"{site}.bias")
+    return made + _bias(site, finite((base if bias is None else bias.float()) - v * base, f"{site}.bias"))
+
+
+def whole_embedding(spec: BaseSpec, site: str, weight: Tensor) -> list[Primitive]:
+    """`Rows` of the tokens whose rows differ, times `embedding_scale`. A tied head stays as it is."""
+    de = _change(spec, f"{site}.weight", weight)
+    ids = de.any(dim=1).nonzero()[:, 0]
+    return [Rows(site, ids, finite(de[ids] * spec.embedding_scale, f"{site}.weight"))] if len(ids) else []
+
+
+def _ratio(spec: BaseSpec, site: str, offset: float, weight: Tensor) -> Tensor:
+    base, new = offset + base_weight(spec, f"{site}.weight"), offset + weight.float()
+    if bool(((base == 0) & (new != 0)).any()):
+        raise MethodUnsupportedError(
+            f"{site}.weight is not 0 where {spec.name} multiplies by 0: no scale makes that of it", f"{site}.weight"
+        )
+    return finite(torch.where(base == 0, 1.0, new / base), f"{site}.weight")
+
+
+def _change(spec: BaseSpec, name: str, new: Tensor) -> Tensor:
+    base = base_weight(spec, name)
+    if base.shape != new.shape:
+        raise ArtifactError(f"{name} has shape {list(new.shape)}, {spec.name} has {list(base.shape)}", name)
+    return finite(new.float() - base, name)
+
+
+def _bias(site: str, change: Tensor | None) -> list[Primitive]:
+    return [Bias(site, change)] if change is not None and bool(change.any()) else []
+
+
+def _with_bias(weight: list[int], size: int, has_bias: bool) -> dict[str, list[int]]:
+    return {"weight": weight, "bias": [size]} if has_bias else {"weight": weight}

@@ -1,0 +1,46 @@
+"""What LoHa and LoKr share, which PEFT took from LyCORIS (arXiv:2309.14859): their config."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from adapters_store.errors import MethodUnsupportedError
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.config import read_config
+from adapters_store.methods.shared.targets import Targets, by_pattern, check_alphas, check_ranks
+
+SILENT = {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
+MAX_RANK, MAX_ALPHA = 1_000_000, 1e6  # a rank beyond a layer's size is LyCORIS's way to ask for whole matrices
+
+
+class LycorisConfig(Targets, kw_only=True):
+    """The keys of PEFT's LycorisConfig that say what to compute."""
+
+    r: int
+    alpha: int | float
+    rank_pattern: dict[str, int] = msgspec.field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = msgspec.field(default_factory=dict)
+
+    def rank(self, site: str) -> int:
+        """The rank at a site."""
+        return int(by_pattern(self.rank_pattern, site, self.r))
+
+    def scale(self, site: str) -> float:
+        """What a site's update is multiplied by."""
+        return by_pattern(self.alpha_pattern, site, self.alpha) / self.rank(site)
+
+
+Config = TypeVar("Config", bound=LycorisConfig)
+
+
+def read_lycoris(artifact: Artifact, schema: type[Config], method: str) -> Config:
+    """The config, its numbers bounded. Raises `ArtifactError`, also where a tensor is of a convolution."""
+    read = read_config(artifact.config, schema, method, SILENT, SERVED_VALUES)
+    check_ranks("r", read.r, read.rank_pattern, MAX_RANK)
+    check_alphas("alpha", read.alpha, read.alpha_pattern, MAX_ALPHA)
+    if cores := [name for name in artifact.tensors if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2"))]:
+        raise MethodUnsupportedError(f"{method} of a convolution (Tucker's core) is not served: {cores[0]}", cores[0])
+    return read

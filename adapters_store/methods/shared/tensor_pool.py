@@ -1,0 +1,31 @@
+"""Tensors taken out of an artifact one by one, so that what is left can be told."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from adapters_store.format.folder import Artifact
+from adapters_store.methods.shared.expect import PREFIX, expect_shape
+
+
+class Taker:
+    """Takes tensors out of an artifact by their names without PEFT's prefix."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact, self._taken = artifact, set[str]()
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor that was not taken yet."""
+        return PREFIX + name in self._artifact.tensors and PREFIX + name not in self._taken
+
+    def take(self, name: str, shape: list[int]) -> Tensor:
+        """The tensor. Raises `ArtifactError` where it is missing or has another shape."""
+        self._taken.add(PREFIX + name)
+        return expect_shape(self._artifact, PREFIX + name, shape)
+
+    def rest(self) -> Artifact:
+        """The artifact with what was not taken."""
+        left = {name: tensor for name, tensor in self._artifact.tensors.items() if name not in self._taken}
+        return dataclasses.replace(self._artifact, tensors=left)

@@ -1,0 +1,1 @@
+"""The SQL registry: tenants, keys, tasks, versions, routes and the audit log."""

@@ -1,0 +1,1 @@
+"""Stores of artifacts by digest: a directory or a bucket."""

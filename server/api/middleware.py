@@ -1,0 +1,143 @@
+"""Around every route: the request's id, its line in the log, and the one form of errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapters_store.errors import QuotaError, RegistryDownError
+from server.api.disconnect import ClientGoneError
+from server.errors import (
+    STORAGE_FAULTS,
+    BadRequestError,
+    InternalError,
+    InvalidFieldError,
+    MethodNotAllowedError,
+    NotFoundError,
+    RegistryUnavailableError,
+    ServerError,
+    StorageError,
+    TenantLimitError,
+)
+
+log = logging.getLogger(__name__)
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CLIENT_CLOSED_REQUEST = 499
+SEE_LOG = "the server failed; see its log"
+
+
+class RequestLog:
+    """Give each request its id, echo it, and log one line when it is over. No prompts, no keys."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the class."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"], began, status = request_id, time.monotonic(), 0
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, tell)
+        except Exception as error:
+            log.error("a request failed", exc_info=error, extra={"request_id": request_id})
+            if status:  # the answer has begun: all that is left is to break it off
+                raise
+            await (await _server_error(Request(scope), InternalError(SEE_LOG)))(scope, receive, tell)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")  # its pattern: no request can make a new one
+            scope["app"].state.front.metrics.responses.labels(route, str(status or CLIENT_CLOSED_REQUEST)).inc()
+            if not scope["path"].startswith(("/health", "/metrics")):
+                facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
+                timing = {"status": status, "seconds": round(time.monotonic() - began, 4)}
+                log.info("request", extra={**facts, **timing, **_told(state)})
+
+
+def _told(state: dict[str, Any]) -> dict[str, Any]:
+    """What the routes learned of a request: its task, its error, how many tokens."""
+    counts = state["answer"].usage() if "answer" in state else {}
+    return {"task": state.get("task"), "error": state.get("error"), **counts}
+
+
+async def _server_error(request: Request, error: Exception) -> Response:
+    known = error if isinstance(error, ServerError) else InternalError(SEE_LOG)
+    request.state.error = known.code
+    if isinstance(known, TenantLimitError):
+        metrics, tenant = request.app.state.front.metrics, request.scope["state"].get("tenant", "")
+        metrics.tenant_refusals.labels(metrics.tenant_label(tenant), known.param or "storage").inc()
+    headers = {} if known.retry_after is None else {"Retry-After": str(known.retry_after)}
+    if known.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(known.wire(request.state.request_id), known.status, headers)
+
+
+async def _client_gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    path = request.url.path[:200]
+    if status == 405:
+        response = await _server_error(request, MethodNotAllowedError(f"{request.method[:20]} is not for {path}"))
+        response.headers.update(getattr(error, "headers", None) or {})  # Allow
+        return response
+    if status == 404:
+        return await _server_error(request, NotFoundError(f"there is nothing at {path}"))
+    return await _server_error(request, BadRequestError(str(error)))
+
+
+async def _system(request: Request, error: Exception) -> Response:
+    """507 for a disk that is full or fails; anything else is ours."""
+    if not isinstance(error, OSError) or error.errno not in STORAGE_FAULTS:
+        raise error
+    known = StorageError(f"the store cannot be read or written: {error.strerror}; nothing was changed")
+    return await _server_error(request, known)
+
+
+async def _registry_down(request: Request, error: Exception) -> Response:
+    return await _server_error(request, RegistryUnavailableError(str(error), retry_after=2))
+
+
+async def _validation(request: Request, error: Exception) -> Response:
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": str(error)}
+    field = str(first["loc"][-1])[:200]
+    return await _server_error(request, InvalidFieldError(f"{field}: {first['msg']}", field))
+
+
+async def _quota(request: Request, error: Exception) -> Response:
+    return await _server_error(request, TenantLimitError(str(error)))
+
+
+HANDLERS = {
+    ServerError: _server_error,
+    ClientGoneError: _client_gone,
+    ClientDisconnect: _client_gone,
+    HTTPException: _http_exception,
+    RequestValidationError: _validation,
+    OSError: _system,
+    QuotaError: _quota,
+    RegistryDownError: _registry_down,
+}

@@ -1,0 +1,177 @@
+"""The command `manyhats`: its subcommands come from entry points; `serve` is ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.markup import escape
+
+from adapters_store.base.identity import BaseError
+from adapters_store.base.resolve import resolve_base
+from server import listen, logs, process_memory
+from server.engine.process_client import ProcessEngineClient
+from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
+
+if TYPE_CHECKING:
+    from server.state import Front
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Run a subcommand of whichever package has it."""
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+    app.callback()(lambda: None)
+    wanted = {entry.name: entry for entry in entry_points(group="manyhats.commands")}
+    chosen = [wanted[word] for word in sys.argv[1:2] if word in wanted] or list(wanted.values())
+    for entry in chosen:  # only what is run is imported: training's libraries take seconds
+        command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+            continue
+        app.command(entry.name, **getattr(command, "options", {}))(command)
+    app()
+
+
+def bench(context: typer.Context) -> None:
+    """Measure this server, and others beside it; it needs a clone of the repository."""
+    clone = Path(__file__).parents[2]
+    if not (clone / "tests" / "benchmarks" / "__main__.py").is_file():
+        reason = "the benchmarks are not in the installed package; clone the repository and run `make bench` there"
+        raise _stop(Console(stderr=True), reason, "bench:")
+    command = [sys.executable, "-m", "tests.benchmarks", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=clone, check=False).returncode)  # noqa: S603 - our own module, no shell
+
+
+# Every word goes to the bench itself, `--help` too.
+bench.options = {  # type: ignore[attr-defined]
+    "add_help_option": False,
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
+}
+
+
+def serve(**flags: Any) -> None:
+    """Serve one base and many adapters over HTTP."""
+    began, console = time.monotonic(), Console(stderr=True)
+    settings = _settings(flags, console)
+    logs.install(settings.log_level)
+    with contextlib.ExitStack() as stack:
+        try:
+            sockets = [stack.enter_context(listener) for listener in listen.bind(settings.host, settings.port)]
+            url = listen.address_of(settings.host, sockets)
+            with console.status("finding the base"):
+                folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
+        except (BaseError, OSError) as error:
+            raise _stop(console, str(error)) from error
+        is_loading = stack.enter_context(contextlib.ExitStack())
+        is_loading.enter_context(process_memory.loading())
+
+        def on_ready(front: Front) -> None:
+            is_loading.close()
+            _greet(front, url, console, time.monotonic() - began)
+
+        failure = listen.run(_serve(settings, folder, sockets, on_ready), sockets)
+    if failure is not None:
+        raise _stop(console, failure)
+
+
+async def _serve(
+    settings: Settings, folder: Path, sockets: list[socket], on_ready: Callable[[Front], None]
+) -> str | None:
+    """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal.
+
+    Why it could not start, in a sentence for the operator; None where it did.
+    """
+    engine = ProcessEngineClient(settings.engine_config(folder))
+    starting = asyncio.create_task(engine.start())
+    try:
+        front = await asyncio.to_thread(import_module, "server.app")
+        app = front.create_app(settings, folder, engine, on_ready)
+        with contextlib.suppress(SystemExit):  # it could not start
+            await listen.Server(app, settings).serve(sockets)
+        failure: str | None = app.state.start_failure
+        return failure
+    finally:
+        await engine.close()
+        await asyncio.gather(starting, return_exceptions=True)
+
+
+def _settings(flags: dict[str, Any], console: Console) -> Settings:
+    """Flags over variables over defaults; a wrong one is a sentence, not a traceback."""
+    try:
+        check_environment()
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except SettingsError as error:
+        raise _stop(console, str(error)) from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
+        raise _stop(console, "\n".join(lines)) from error
+
+
+def _stop(console: Console, reason: str, what: str = "cannot start:") -> typer.Exit:
+    console.print(f"[bold red]manyhats {what}[/] {escape(reason)}", highlight=False, soft_wrap=True)
+    return typer.Exit(1)
+
+
+def _greet(front: Front, url: str, console: Console, seconds: float) -> None:
+    """Say where it serves, and a curl that works when pasted."""
+    from adapters_store.registry.registry import DEFAULT_TENANT  # by now it is here
+
+    settings, ready = front.settings, front.ready()
+    tasks = [task.name for task in front.registry.tasks(DEFAULT_TENANT)]
+    key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
+    task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)
+    console.print(
+        f"\nmanyhats serves {ready.spec.name} ({ready.precision}) on {url}, ready after {seconds:.1f} s "
+        f"(base loaded in {ready.load_seconds:.1f} s). Tasks: {', '.join(['base', *tasks])}\n\n"
+        f"  curl -s '{url}/generate?task={task}'{key} -d '{body}'\n",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+HELLO = '{"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 32}'
+BANKING77 = '{"messages": [{"role": "user", "content": "My card still has not arrived."}], "max_tokens": 16}'
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The flag of a setting: text as it is typed; `Settings` itself reads and checks it."""
+    option = typer.Option(
+        " / ".join(flags_of(name, field)),
+        help=f"{field.description} [{variable(name)}]",
+        show_default=str(_default(field)),
+    )
+    kind = bool if field.annotation is bool else str
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _default(field: FieldInfo) -> object:
+    default = field.get_default(call_default_factory=True)
+    return default.human_readable() if hasattr(default, "human_readable") else default
+
+
+def _with_flags(parameters: list[inspect.Parameter]) -> None:
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+# One source of truth: every field of Settings is a flag, but for the key, which a command line would show to all.
+_with_flags([_flag(name, field) for name, field in Settings.model_fields.items() if name != "admin_key"])

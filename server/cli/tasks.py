@@ -1,0 +1,72 @@
+"""`manyhats tasks`: what a running server serves, version by version, so that a canary can be judged. Over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from server.cli.http_client import URL, ask, sentences
+
+MAX_WIDTH = 1000
+COLUMNS = ("task", "version", "route", "method", "where", "MiB", "requests", "tokens", "of the last", "failed")
+TIMES = ("TTFT ms p50", "p95", "all ms p50", "p95")
+
+Url = Annotated[str, typer.Option(help="of the server")]
+ApiKey = Annotated[str | None, typer.Option(help="a key of the tenant, where the server asks for one")]
+
+
+def tasks(
+    task: Annotated[str | None, typer.Argument(help="one task; all, if not given")] = None,
+    url: Url = URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Show tasks: their versions, what each gets of the requests, where it is, and how its last requests went."""
+    with sentences("tasks"):
+        said = ask(url, api_key, "GET", "/tasks" if task is None else f"/tasks/{task}")
+        shown = table(said["tasks"] if task is None else [said])
+        whole = Console(width=MAX_WIDTH).measure(shown).maximum
+        Console(width=max(Console().width, whole)).print(shown)  # a line too long beats columns cut short
+
+
+def table(found: list[dict[str, Any]]) -> Table:
+    """A line a version, the newest of a task first."""
+    shown = Table(highlight=False)
+    for name in (*COLUMNS, *TIMES):
+        shown.add_column(name, justify="left" if name in ("task", "route", "method", "where") else "right")
+    for task in found:
+        rows = [_row(task, version) for version in reversed(task["versions"])] or [[task["task"], "", "100%"]]
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        shown.add_section()
+    return shown
+
+
+def _row(task: dict[str, Any], version: dict[str, Any]) -> list[str]:
+    use, recent = version["use"], version["recent"]
+    times = [recent[name] for name in ("ttft_ms", "latency_ms")]
+    return [
+        task["task"] + (" (pinned)" if task["pinned"] else ""),
+        str(version["version"]),
+        _share(task["route"], version["version"]),
+        version["method"],
+        version["residency"],
+        f"{version['bytes'] / 2**20:.1f}",
+        f"{use['requests']:,}",
+        f"{use['completion_tokens']:,}",
+        str(recent["requests"]),
+        str(recent["failed"]),
+        *(f"{time[part]:,.0f}" if time else "-" for time in times for part in ("p50", "p95")),
+    ]
+
+
+def _share(route: dict[str, Any], number: int) -> str:
+    """How much of a task's requests a version gets."""
+    weights = route["versions"]
+    if str(number) not in weights:
+        return "-"
+    sticky = f", by {route['sticky']}" if route["sticky"] and len(weights) > 1 else ""
+    return f"{100 * weights[str(number)] / sum(weights.values()):.3g}%{sticky}"

@@ -1,0 +1,104 @@
+"""What the engine hands to the model for one step, and what it gets back. No torch here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the tokens of one sequence are chosen; `seed` is always set, by the front if the user gave none.
+
+    `forced` is an answer that is given: its tokens are taken whatever the logits say, and only scored.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    forced: tuple[int, ...] = ()
+
+
+class Row(msgspec.Struct):
+    """One sequence's share of a step: `tokens` at positions `start ..`, whose KV lies in `blocks`.
+
+    The first `num_virtual` positions of the sequence are virtual: their tokens are -1, -2, …, they are those of the
+    prefixes of its hats, and they are not in `history`.
+    `hats` lists (slot, weight): none is the base, several compose. `sampling` is None where no token is wanted
+    (a prompt's chunk that is not its last). `history` is every token of the sequence so far, of which the first
+    `num_prompt` are the prompt; it ends with `tokens`.
+    """
+
+    tokens: list[int]
+    start: int
+    blocks: list[int]
+    hats: tuple[tuple[int, float], ...] = ()
+    sampling: Sampling | None = None
+    history: list[int] = []
+    num_prompt: int = 0
+    num_virtual: int = 0
+
+
+class Logprobs(msgspec.Struct):
+    """The chosen token's log-probability and the `top` alternatives (token, log-probability), best first.
+
+    They are those of the model's own distribution, before temperature and penalties.
+    """
+
+    chosen: float
+    top: list[tuple[int, float]] = []
+
+
+class Sampled(msgspec.Struct):
+    """One row's result: a token, or `error` (for example non-finite logits), which ends that sequence alone."""
+
+    token: int = -1
+    logprobs: Logprobs | None = None
+    error: str | None = None
+
+
+class Runner(Protocol):
+    """One forward pass over a mixed batch. The fake that ships is `server.model.fake.FakeRunner`."""
+
+    block_size: int
+    num_blocks: int
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy the whole content of a block to another one."""
+        ...
+
+    def run(self, rows: list[Row]) -> list[Sampled | None]:
+        """Compute every row's tokens, write their KV, and sample where a row asks for it (else None), in order."""
+        ...
+
+
+class Hat(msgspec.Struct, frozen=True):
+    """One adapter that a sequence wears; `num_virtual` positions of its prefix come before the prompt."""
+
+    digest: str
+    weight: float = 1.0
+    num_virtual: int = 0
+
+
+class EngineFailure(msgspec.Struct):
+    """Why a sequence ended without a finish: `code` is one of server/errors.py's codes."""
+
+    code: str
+    message: str
+
+
+class Timing(msgspec.Struct):
+    """Milliseconds: waiting in the queue (loading excluded), waiting for an adapter, until the first token."""
+
+    queued_ms: float = 0.0
+    load_ms: float = 0.0
+    ttft_ms: float = 0.0

@@ -1,0 +1,1 @@
+"""Adapters of the engine: loaded from the store, kept in memory tiers, given slots."""

@@ -1,0 +1,237 @@
+"""Processes that load adapters beside the engine's own, so that no load holds Python's lock while a step wants it.
+
+A thread that computes in Python holds its process's lock. Where such a loader has to leave its core meanwhile, and it
+computes at low priority, the steps wait for it. So a load is computed in a process that was forked from the engine
+before it loaded its base, and shares what is imported by then; a thread of the engine only waits for the answer: a
+head, then the packed patch's buffer and a frame that says what lies where. Where there is no such process, or it has
+ended, the thread loads by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import msgspec
+import numpy as np
+import torch
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.errors import ArtifactCorruptError
+from adapters_store.format.folder import read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.primitives import PrefixEmbeds, PrefixKV
+from adapters_store.storage.bucket import open_blobs
+from server.engine import frames
+from server.engine.adapters.load_queue import LoadError, reason_of
+from server.engine.adapters.loader_threads import give_way
+from server.model.precision import Kept
+from server.model.slots.layout import Packed, Sites, pack
+
+log = logging.getLogger(__name__)
+
+STANDARD = 2  # descriptors up to this are the standard streams
+HEAD = struct.Struct("<QQ")  # bytes of the buffer, of the frame behind it
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+PREFIXES = {kind.__name__: kind for kind in (PrefixEmbeds, PrefixKV)}
+
+
+class Job(msgspec.Struct):
+    """What a helper is told first: where artifacts are, and what they are compiled for."""
+
+    store: str | None
+    blobs: str
+    spec: BaseSpec
+    matrices: str
+    others: str
+
+
+class Ask(msgspec.Struct):
+    """Load this one, from a folder of the staging area where it is not in the store yet."""
+
+    digest: str
+    folder: str | None = None
+
+
+class Answer(msgspec.Struct):
+    """`Packed` without its buffer; or, with a `code`, why there is none."""
+
+    digest: str
+    entries: bytes = b""
+    row_ids: dict[int, bytes] = {}
+    prefix: tuple[str, int, int] | None = None
+    code: str | None = None
+    reason: str = ""
+
+
+class Loader:
+    """Reads, compiles and packs; any process, any thread."""
+
+    def __init__(self, job: Job) -> None:
+        self._blobs = open_blobs(job.store, Path(job.blobs))
+        self._spec, self._sites = job.spec, Sites(job.spec)
+        self._kept = Kept(DTYPES[job.matrices], DTYPES[job.others])
+
+    def load(self, digest: str, folder: str | None) -> Packed:
+        """The packed patch of an artifact. Raises what the store and `compile_patch` raise."""
+        artifact = self._blobs.read(digest) if folder is None else read_folder(Path(folder))
+        if artifact.digest != digest:
+            raise ArtifactCorruptError(f"the staged artifact {digest[:12]} is not what was checked")
+        return pack(compile_patch(artifact, self._spec), self._sites, self._kept)
+
+
+class Helper:
+    """One process, for one caller at a time."""
+
+    def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid, self._socket = pid, connection
+
+    @classmethod
+    def fork(cls) -> Helper | None:
+        """A new process that waits for its job; None where the system has no fork. Before torch has threads."""
+        if not hasattr(os, "fork"):
+            return None
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if not pid:
+            _help(theirs)
+        theirs.close()
+        return cls(pid, ours)
+
+    def begin(self, job: Job) -> None:
+        """Tell it its job. Raises `OSError` where it has ended."""
+        self._socket.sendall(frames.encode(job))
+
+    def load(self, digest: str, folder: str | None, kept: Kept) -> Packed:
+        """The packed patch. Raises `LoadError` where there is none, and `OSError` where the process has ended."""
+        self._socket.sendall(frames.encode(Ask(digest, folder)))
+        num_buffer, num_frame = HEAD.unpack(self._receive(HEAD.size).numpy().tobytes())
+        body = self._receive(num_buffer + num_frame)
+        answer = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=Answer)
+        if answer.code is not None:
+            raise LoadError(answer.code, answer.reason)
+        return _packed(answer, body[:num_buffer], kept)
+
+    def close(self) -> None:
+        """Let it end, and wait for that."""
+        self._socket.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def _receive(self, size: int) -> torch.Tensor:
+        """So many bytes, by one call: after each a thread waits for Python's lock, which may take a step."""
+        into = torch.empty(size, dtype=torch.uint8)
+        left = into.numpy().data
+        while left:
+            num_bytes = self._socket.recv_into(left, len(left), socket.MSG_WAITALL)
+            if not num_bytes:
+                raise ConnectionResetError("it closed its socket")
+            left = left[num_bytes:]
+        return into
+
+
+class Helpers:
+    """The loads of an engine: each by a helper that is free, or in the calling thread where there is none any more."""
+
+    def __init__(self, num_helpers: int, fork: Callable[[], Helper | None] = Helper.fork) -> None:
+        self._helpers = [helper for _ in range(num_helpers) if (helper := fork()) is not None]
+        self._free: SimpleQueue[Helper] = SimpleQueue()
+
+    def begin(self, store: str | None, blobs: str, spec: BaseSpec, kept: Kept) -> None:
+        """From now on they can load. Raises `StoreError` where the store cannot be opened."""
+        job = Job(store, blobs, spec, str(kept.matrices), str(kept.others))
+        self._loader, self._kept = Loader(job), kept
+        for helper in self._helpers:
+            try:
+                helper.begin(job)
+            except OSError as error:
+                _give_up(helper, error)
+            else:
+                self._free.put(helper)
+
+    def load(self, digest: str, folder: str | None) -> Packed:
+        """The packed patch of an artifact; at most as many threads as there are helpers call it at once."""
+        try:
+            helper = self._free.get_nowait()
+        except Empty:
+            give_way()
+            return self._loader.load(digest, folder)
+        try:
+            packed = helper.load(digest, folder, self._kept)
+        except LoadError:
+            self._free.put(helper)
+            raise
+        except OSError as error:
+            _give_up(helper, error)
+            return self.load(digest, folder)
+        self._free.put(helper)
+        return packed
+
+    def close(self) -> None:
+        """Let all end."""
+        for helper in self._helpers:
+            helper.close()
+
+
+def _give_up(helper: Helper, error: OSError) -> None:
+    log.warning("a process that loads adapters has ended; threads load", extra={"reason": str(error)})
+    helper.close()
+
+
+def _help(connection: socket.socket) -> None:
+    """In the new process: answer until the engine has gone."""
+    try:
+        _keep_only(connection.fileno())
+        gc.enable()
+        torch.set_num_threads(1)
+        give_way()
+        job = frames.read(connection, msgspec.msgpack.Decoder(Job))
+        loader, decoder = job and Loader(job), msgspec.msgpack.Decoder(Ask)
+        while loader and (ask := frames.read(connection, decoder)) is not None:
+            _answer(connection, loader, ask)
+    except BaseException as error:  # noqa: BLE001 - nothing of the engine's stack above may run here
+        log.error("a process that loads adapters ends", extra={"reason": str(error)})
+    finally:
+        os._exit(0)
+
+
+def _keep_only(descriptor: int) -> None:
+    """Close what was inherited, but for the standard streams: the front must see it when the engine has gone."""
+    for inherited in sorted(int(path.name) for path in Path("/dev/fd").iterdir()):
+        if inherited > STANDARD and inherited != descriptor:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(inherited)
+
+
+def _answer(connection: socket.socket, loader: Loader, ask: Ask) -> None:
+    buffer = np.empty(0, np.uint8)
+    try:
+        packed = loader.load(ask.digest, ask.folder)
+    except Exception as error:  # noqa: BLE001 - nothing that an artifact contains may end the process
+        answer = Answer(ask.digest, code=getattr(error, "code", "adapter_failed"), reason=reason_of(ask.digest, error))
+    else:
+        buffer = packed.buffer.numpy()
+        answer = _answer_of(packed)
+    frame = msgspec.msgpack.encode(answer)
+    for part in (HEAD.pack(len(buffer), len(frame)), buffer.data, frame):
+        connection.sendall(part)
+
+
+def _answer_of(packed: Packed) -> Answer:
+    prefix = packed.prefix and (packed.prefix[0].__name__, *packed.prefix[1:])
+    row_ids = {site: ids.numpy().tobytes() for site, ids in packed.row_ids.items()}
+    return Answer(packed.digest, packed.entries.tobytes(), row_ids, prefix)
+
+
+def _packed(answer: Answer, buffer: torch.Tensor, kept: Kept) -> Packed:
+    entries = np.frombuffer(bytearray(answer.entries), np.int64).reshape(-1, 5)
+    row_ids = {site: torch.frombuffer(bytearray(ids), dtype=torch.int32) for site, ids in answer.row_ids.items()}
+    prefix = answer.prefix and (PREFIXES[answer.prefix[0]], *answer.prefix[1:])
+    return Packed(answer.digest, buffer, kept, entries, row_ids, prefix)

@@ -1,0 +1,302 @@
+"""The client of an engine in a process of its own, which it starts, watches and restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from server.core import EngineFailure
+from server.engine import frames
+from server.engine.client import EngineStartError, EngineUnavailable, log
+from server.engine.messages import (
+    Abort,
+    AskResidency,
+    EngineConfig,
+    Forget,
+    FromEngine,
+    Keep,
+    Output,
+    Ready,
+    Renew,
+    Residency,
+    Stage,
+    StartFailed,
+    Stats,
+    StepDone,
+    Submit,
+    ToEngine,
+)
+
+ENGINE_COMMAND = (sys.executable, "-m", "server.engine.worker")
+RESTARTING = EngineFailure("engine_restarting", "the engine died while it ran this request; send it again in a moment")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """Seconds: how long a client waits for what."""
+
+    first_retry: float = 0.5
+    max_retry: float = 30.0
+    good_life: float = 60.0  # an engine that lived so long starts the back-off anew
+    loading: float = 900.0  # a base, from a cold disk
+    silence: float = 60.0  # stats come every second, but one step may be long
+    closing: float = 5.0
+
+
+@dataclass
+class _Life:
+    """One engine process and its connection."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    decoder: msgspec.msgpack.Decoder[FromEngine] = field(default_factory=lambda: msgspec.msgpack.Decoder(FromEngine))
+
+    async def read(self) -> FromEngine | None:
+        message: FromEngine | None = await frames.read_async(self.reader, self.decoder)
+        return message
+
+    def write(self, message: ToEngine | EngineConfig) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(frames.encode(message))
+
+
+class ProcessEngineClient:
+    """An `EngineClient` over an engine in a process of its own."""
+
+    def __init__(
+        self, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND, patience: Patience | None = None
+    ) -> None:
+        self.config = config
+        self.ready: Ready | None = None
+        self.last_error: str | None = None
+        self.stats = Stats()
+        self.num_starts = 0
+        self._command = tuple(command)
+        self._patience = patience or Patience()
+        self._life: _Life | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._kept: list[str] = []
+        self._query_ids = itertools.count()
+        self._queries: dict[int, asyncio.Future[dict[str, str]]] = {}
+        self._reapers: set[asyncio.Task[None]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id; None where there is no engine."""
+        return None if self._life is None else self._life.process.pid
+
+    async def start(self) -> None:
+        """Start the first engine and the task that keeps one alive, or wait for such a start that goes on already.
+
+        Raises `EngineStartError`.
+        """
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start(), name="engine start")
+        await self._starting
+
+    async def _start(self) -> None:
+        life = await self._begin()
+        self._keeper = asyncio.create_task(self._keep(life), name="engine keeper")
+
+    async def close(self) -> None:
+        """End the engine and its keeper; nothing of them is left."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper
+        if self._life is not None:  # the keeper was cancelled before its first step
+            await self._drop(self._life)
+        self.last_error = "the engine is closed"
+        await asyncio.gather(*self._reapers)
+
+    async def generate(self, submit: Submit) -> AsyncIterator[Output]:
+        """See `EngineClient.generate`."""
+        if self.ready is None or self._life is None:
+            raise EngineUnavailable(self.last_error or "the engine is starting")
+        queue = self._queues[submit.sequence_id] = asyncio.Queue()
+        is_over = False
+        try:
+            self._life.write(submit)
+            while not is_over:
+                output = await queue.get()
+                is_over = output.finish_reason is not None or output.failure is not None
+                yield output
+        finally:
+            self._queues.pop(submit.sequence_id, None)
+            if not is_over and self._life is not None:
+                self._life.write(Abort(submit.sequence_id))
+
+    def forget(self, digest: str) -> None:
+        """See `EngineClient.forget`."""
+        if self._life is not None:
+            self._life.write(Forget(digest))
+
+    def stage(self, digest: str, folder: str | None) -> None:
+        """See `EngineClient.stage`."""
+        if self._life is not None:
+            self._life.write(Stage(digest, folder))
+
+    def keep(self, digests: list[str]) -> None:
+        """See `EngineClient.keep`; a new engine is told, too."""
+        if digests != self._kept:
+            self._kept = digests
+            if self.ready is not None and self._life is not None:
+                self._life.write(Keep(digests))
+
+    def renew(self, digest: str) -> None:
+        """See `EngineClient.renew`."""
+        if self._life is not None:
+            self._life.write(Renew(digest))
+
+    async def residency(self) -> dict[str, str]:
+        """See `EngineClient.residency`."""
+        if self.ready is None or self._life is None:
+            return {}
+        query_id = next(self._query_ids)
+        answer = self._queries[query_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._life.write(AskResidency(query_id))
+            states: dict[str, str] = await answer
+            return states
+        finally:
+            del self._queries[query_id]
+
+    async def _keep(self, first: _Life) -> None:
+        """Serve one engine after another until cancelled."""
+        life: _Life | None = first
+        wait = self._patience.first_retry
+        while True:
+            if life is not None and await self._live(life) >= self._patience.good_life:
+                wait = self._patience.first_retry
+            log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": wait})
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, self._patience.max_retry)
+            life = None
+            with contextlib.suppress(EngineStartError, OSError):  # it is in last_error, and the next try comes
+                life = await self._begin()
+
+    async def _live(self, life: _Life) -> float:
+        """Hand on what the engine says until it is dead; how many seconds that was."""
+        began = time.monotonic()
+        try:
+            while (message := await asyncio.wait_for(life.read(), self._patience.silence)) is not None:
+                self._hand_on(message)
+            self.last_error = "the engine process died"
+        except TimeoutError:
+            self.last_error = f"the engine said nothing for {self._patience.silence:g} s and was ended"
+        except (OSError, msgspec.MsgspecError) as error:
+            self.last_error = f"the connection to the engine broke: {error}"
+        finally:
+            await self._drop(life)
+        return time.monotonic() - began
+
+    async def _drop(self, life: _Life) -> None:
+        self.ready = self._life = None
+        self.stats = Stats()
+        self._fail_running()
+        await self._end(life)
+
+    def _hand_on(self, message: FromEngine) -> None:
+        if isinstance(message, StepDone):
+            self.stats = message.stats
+            for output in message.outputs:
+                if (queue := self._queues.get(output.sequence_id)) is not None:
+                    queue.put_nowait(output)
+        elif isinstance(message, Residency):
+            self._answer(message.query_id, message.states)
+
+    def _answer(self, query_id: int, states: dict[str, str]) -> None:
+        query = self._queries.get(query_id)
+        if query is not None and not query.done():
+            query.set_result(states)
+
+    def _fail_running(self) -> None:
+        for sequence_id, queue in self._queues.items():
+            queue.put_nowait(Output(sequence_id, failure=RESTARTING))
+        for query_id in self._queries:
+            self._answer(query_id, {})
+
+    async def _begin(self) -> _Life:
+        """Start a process and wait until it is ready. Raises `EngineStartError`, and then nothing is left of it."""
+        self.num_starts += 1
+        life = await self._connect()
+        try:
+            life.write(self.config)
+            message = await self._first_message(life)
+            if not isinstance(message, Ready):
+                raise EngineStartError(await self._why_not(life, message))
+        except BaseException as error:
+            self.last_error = str(error)
+            await self._end(life)
+            raise
+        self._life, self.ready, self.last_error = life, message, None
+        if self._kept:
+            life.write(Keep(self._kept))
+        return life
+
+    async def _first_message(self, life: _Life) -> FromEngine | None:
+        try:
+            return await asyncio.wait_for(life.read(), self._patience.loading)
+        except TimeoutError:
+            raise EngineStartError(f"the engine did not load within {self._patience.loading:g} s") from None
+        except OSError:  # it ended with our frame unread
+            return None
+        except msgspec.MsgspecError as error:
+            raise EngineStartError(f"the engine's first frame cannot be read: {error}") from error
+
+    @staticmethod
+    async def _why_not(life: _Life, message: FromEngine | None) -> str:
+        if isinstance(message, StartFailed):
+            return message.message
+        return f"the engine process ended with code {await life.process.wait()} before it was ready; see its log"
+
+    async def _connect(self) -> _Life:
+        """Start a process that inherits the other end of a socket pair: nobody else can ever connect."""
+        process = None
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command, "--socket", str(theirs.fileno()), pass_fds=(theirs.fileno(),)
+                )
+            return _Life(process, *await asyncio.open_unix_connection(sock=ours))
+        except BaseException as error:
+            self.last_error = str(error)
+            ours.close()
+            await self._remove(process)
+            raise
+
+    async def _end(self, life: _Life) -> None:
+        life.writer.transport.abort()  # not `close`: nobody reads what is still to be written
+        await self._remove(life.process)
+
+    async def _remove(self, process: asyncio.subprocess.Process | None) -> None:
+        """Reap the process, also where the caller is cancelled meanwhile."""
+        if process is not None:
+            reaper = asyncio.create_task(self._reap(process))
+            self._reapers.add(reaper)
+            reaper.add_done_callback(self._reapers.discard)
+            await asyncio.shield(reaper)
+
+    async def _reap(self, process: asyncio.subprocess.Process) -> None:
+        for end in (process.terminate, process.kill):
+            with contextlib.suppress(ProcessLookupError):
+                end()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), self._patience.closing)
+                return

@@ -1,0 +1,201 @@
+"""The engine's own process: `python -m server.engine.worker --socket DESCRIPTOR`.
+
+It inherits one end of the front's socket pair, reads an `EngineConfig`, loads, says `Ready` or `StartFailed`, and then
+steps for as long as the front is there. A thread reads frames, another writes those that the socket does not take at
+once, and the engine has the main thread. It reads no environment, and it ends when the socket closes: there are no
+orphans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+
+from server import logs, process_memory
+from server.engine.connection import Connection, Signal
+from server.engine.engine import Engine
+from server.engine.messages import (
+    Abort,
+    AskResidency,
+    EngineConfig,
+    Forget,
+    Keep,
+    Ready,
+    Renew,
+    Residency,
+    Stage,
+    StartFailed,
+    StepDone,
+    Submit,
+    ToEngine,
+)
+from server.engine.thread_clock import own_time
+
+log = logging.getLogger(__name__)
+
+STATS_EVERY_S = 1.0
+WAIT_FOR_ADAPTERS_S = 0.05  # deadlines are looked at so often where everything waits for adapters
+SPIN_COUNT = "20000"
+SWITCH_S = 5e-4
+OnLoaded = Callable[[], None]
+Build = Callable[[EngineConfig, OnLoaded], tuple[Ready, Engine[Any]]]
+
+
+def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]]:
+    """The real engine: base, bank and the store's artifacts. The heavy imports are here, so that fakes need none."""
+    # transformers imports it where it is, which takes 0.2 s; it spreads a base over devices, and ours is on one.
+    sys.modules.setdefault("accelerate", None)  # type: ignore[arg-type]
+
+    import torch
+
+    from server.engine.adapters.loader_process import Helpers
+    from server.engine.adapters.loader_threads import Loaders
+    from server.model.runner import RunnerConfig, load
+    from server.model.slots.layout import Packed
+
+    process_memory.keep_imports()
+    helpers = Helpers(config.num_loaders)
+    loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
+    helpers.begin(config.store, config.blobs, loaded.spec, loaded.bank.kept)
+    staged = dict[str, str]()
+
+    def load_adapter(digest: str) -> Packed:
+        return loaded.bank.pin(helpers.load(digest, staged.get(digest)))
+
+    engine = Engine(
+        loaded.runner,
+        loaded.bank,
+        load_adapter,
+        msgspec.structs.replace(config, max_sequence_tokens=loaded.max_sequence_tokens),
+        eos_token_ids=loaded.eos_token_ids,
+        executor=Loaders(config.num_loaders),
+        clock=time.monotonic,
+        on_loaded=on_loaded,
+        staged=staged,
+        own_clock=own_time(),
+    )
+    ready = Ready(
+        spec=loaded.spec,
+        eos_token_ids=loaded.eos_token_ids,
+        max_sequence_tokens=engine.max_sequence_tokens,
+        max_adapter_bytes=min(config.slot_bytes, config.host_bytes),
+        item_bytes=loaded.bank.kept.item_bytes,
+        precision=loaded.precision,
+        load_seconds=loaded.load_seconds,
+        largest_value=torch.finfo(loaded.bank.kept.matrices).max,
+    )
+    return ready, engine
+
+
+class Service:
+    """Feeds the engine from a connection, and the connection from the engine."""
+
+    def __init__(self, engine: Engine[Any], connection: Connection) -> None:
+        self.engine, self.connection = engine, connection
+        self._stats_due = 0.0
+
+    def run(self) -> None:
+        """Step until the front has gone."""
+        timeout = 0.0
+        while True:
+            for message in self._inbox(timeout):
+                if message is Signal.CLOSED:
+                    return
+                self._handle(message)
+            done = self.engine.step()
+            timeout = self._timeout(is_idle=done is None)
+            if done is None:
+                done = self._idle()
+            if done is not None:
+                self._stats_due = time.monotonic() + STATS_EVERY_S
+                self.connection.send(done)
+
+    def _inbox(self, timeout: float) -> Iterator[ToEngine | Signal]:
+        """All that is there; the first is waited for."""
+        try:
+            yield self.connection.inbox.get(timeout > 0, timeout or None)
+            while True:
+                yield self.connection.inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _timeout(self, is_idle: bool) -> float:
+        if not is_idle:
+            return 0.0
+        return WAIT_FOR_ADAPTERS_S if self.engine.has_work else max(0.001, self._stats_due - time.monotonic())
+
+    def _idle(self) -> StepDone | None:
+        """Once a second: stats, and the books are checked."""
+        if time.monotonic() < self._stats_due:
+            return None
+        self.engine.assert_consistent()
+        return StepDone([], self.engine.stats())
+
+    def _handle(self, message: ToEngine | Signal) -> None:
+        match message:
+            case Submit():
+                self.engine.submit(message)
+            case Abort():
+                self.engine.abort(message.sequence_id)
+            case Forget():
+                self.engine.forget(message.digest)
+            case Stage():
+                self.engine.stage(message.digest, message.folder)
+            case Keep():
+                self.engine.keep(message.digests)
+            case Renew():
+                self.engine.renew(message.digest)
+            case AskResidency():
+                self.connection.send(Residency(message.query_id, self.engine.adapters.states()))
+            case Signal():
+                pass
+
+
+def serve(descriptor: int, build: Build) -> int:
+    """Load and serve until the front has gone; the exit code."""
+    connection = Connection(descriptor)
+    config = connection.start()
+    if config is None:
+        return 0
+    try:
+        with process_memory.loading():
+            ready, engine = build(config, connection.wake)
+    except Exception as error:
+        log.exception("the engine could not start")
+        connection.send(StartFailed(str(error) or type(error).__name__))
+        connection.close()
+        return 1
+    connection.send(ready)
+    log.info("the engine is ready", extra={"base": ready.spec.name, "load_seconds": round(ready.load_seconds, 3)})
+    Service(engine, connection).run()
+    return 0
+
+
+def main(arguments: list[str] | None = None, build: Build = build) -> int:
+    """The command; `build` makes the engine (a test gives its own)."""
+    parser = argparse.ArgumentParser(prog="python -m server.engine.worker", description=__doc__)
+    parser.add_argument("--socket", type=int, required=True, help="the inherited descriptor of the front's socket")
+    descriptor = parser.parse_args(arguments).socket
+    logs.install("info")
+    # libgomp's threads spin long before they sleep. Beside any other busy process that makes each of a step's hundreds
+    # of parallel regions wait for a thread that is not scheduled; it is read when torch is loaded, which comes later.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    # Weights and KV in pages of 2 MiB, where Linux has them on request: a step of one row is 10% faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A loader that got the interpreter between two kernels gives it back so soon; by default it keeps it for 5 ms.
+    sys.setswitchinterval(SWITCH_S)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
+    return serve(descriptor, build)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

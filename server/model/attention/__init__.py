@@ -1,0 +1,1 @@
+"""Paged attention: the KV cache, the layout of a batch and the call into a backend."""

@@ -1,0 +1,34 @@
+"""Attention in plain torch, to which the fast paths are held."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from server.model.attention.paged_batch import PagedBatch
+from server.model.attention.params import Manner, split
+
+
+def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
+    """The slow twin of `attend`, in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
+    cache, shape, device = batch.cache, batch.cache.shapes[layer], qkv.device
+    query, key, value = split(qkv, shape, cos, sin)
+    heads = query.shape[1]
+    blocks = torch.from_numpy(batch.token_blocks).to(device)
+    cache.store(layer, blocks, torch.from_numpy(batch.token_offsets).to(device), key, value)
+    out = []
+    for sequence, (first, count, start) in enumerate(batch.spans):
+        length = start + count
+        table = torch.from_numpy(batch.block_table[sequence, : -(-length // cache.block_size)]).to(device)
+        k = cache.keys[layer][table, :, :, : cache.block_size].permute(0, 3, 1, 2).flatten(0, 1)[:length]
+        v = cache.values[layer][table, :, :, : shape.value_dim].transpose(1, 2).flatten(0, 1)[:length]
+        k, v = k.to(query.dtype), v.to(query.dtype)
+        k, v = (part.repeat_interleave(heads // shape.num_kv_heads, 1) for part in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", query[first : first + count], k).float() * manner.scaling
+        if manner.cap:
+            scores = manner.cap * torch.tanh(scores / manner.cap)
+        distance = torch.arange(start, length, device=device)[:, None] - torch.arange(length, device=device)
+        hidden = (distance < 0) | (distance >= (manner.window or length))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(out)

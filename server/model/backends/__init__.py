@@ -1,0 +1,1 @@
+"""Compute backends: one protocol, and a folder for each that fulfils it."""

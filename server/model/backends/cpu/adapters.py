@@ -1,0 +1,312 @@
+"""What the patches of many slots do to a step's rows, which no library has.
+
+A step's rows come in tiles: neighbours that wear the same, so that what is read of a patch serves all of them. A row's
+result depends on its own patches alone (see `vector`). The slow twins in plain torch are the formulas of
+`adapters_store.primitives`, as `reference.apply_reference` applies them.
+`unit` is an empty array of the type that matrices are
+kept in; everything else of a patch is fp32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from server.model.backends.base import BIAS, BRANCH, DELTA, SCALE_IN, SCALE_OUT
+from server.model.backends.cpu.product import at, multiply
+from server.model.backends.cpu.threads import FASTMATH
+from server.model.backends.cpu.vector import FLOATS, PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, view, widened
+
+SQRT_HALF, SQRT_2_PI, GELU_CUBE = np.float32(0.5**0.5), np.float32((2 / np.pi) ** 0.5), np.float32(0.044715)
+NORM_EPS, ONE = np.float32(1e-5), np.float32(1.0)
+OUTPUTS = 32  # of a delta that a thread computes for all rows in turn: 36 KB of SmolLM2's dW, which stay in cache
+# Flags of a branch: its activation's code, then bits. No flag at all is a LoRA.
+ACTIVATION, IS_BIASED, NORM_BEFORE, NORM_AFTER, OF_OUTPUT, OF_STREAM = 15, 16, 32, 64, 128, 256
+OFFSET, SIZE, FLAGS = 0, 1, 2  # columns of a slot's table
+FIRST, COUNT, FIRST_HAT, LAST_HAT = 0, 1, 2, 3  # columns of the tiles
+
+
+@njit(inline="always")
+def _view(address, size):
+    """`size` floats at an address."""
+    return view(address, (size,), FLOATS)
+
+
+@njit(inline="always")
+def _aligned(num_bytes):
+    """Rounded up to whole floats, as `packed` lays parts out."""
+    return (num_bytes + 3) // 4 * 4
+
+
+@njit(cache=True)
+def _down(rows, x, x_stride, a, k, rank, t, t_stride, unit):
+    """t [rows, rank] = x [rows, k] A^T, where A [rank, k]; addresses and strides in items."""
+    row = 0
+    while row + 4 <= rows:
+        x_at, t_at = x + 4 * row * x_stride, t + 4 * row * t_stride
+        for j in range(0, rank - 1, 2):
+            dots_4x2(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+        if rank % 2:
+            j = rank - 1
+            dots_4x1(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+        row += 4
+    for r in range(row, rows):
+        x_at, t_at = x + 4 * r * x_stride, t + 4 * r * t_stride
+        whole = rank // 8 * 8
+        for j in range(0, whole, 8):
+            dots_1x8(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+        for j in range(whole, rank):
+            dots_1x1(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+
+
+@njit(cache=True)
+def _up(rows, t, t_stride, b, rank, n, y, y_stride, unit):
+    """y [rows, n] += t [rows, rank] B, where B [rank, n]; addresses and strides in items."""
+    multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0, 0, 0), unit)
+    for r in range(rows if n % PANEL else 0):
+        out = view(y + 4 * r * y_stride, (n,), FLOATS)
+        left = view(t + 4 * r * t_stride, (rank,), FLOATS)
+        for j in range(rank):
+            for o in range(n // PANEL * PANEL, n):
+                out[o] += left[j] * widened(b + (j * n + o) * unit.itemsize, unit)
+
+
+@njit(fastmath=FASTMATH, cache=True)
+def _activate(t, activation):
+    """t = act(t) in place; `activation` is a place in `packed.CODE_OF`."""
+    for j in range(t.shape[0]):
+        v = t[j]
+        if activation == 1:
+            t[j] = max(v, np.float32(0.0))
+        elif activation == 2:
+            t[j] = np.float32(0.5) * v * (np.float32(1.0) + math.erf(v * SQRT_HALF))
+        elif activation == 3:
+            t[j] = np.float32(0.5) * v * (np.float32(1.0) + np.tanh(SQRT_2_PI * (v + GELU_CUBE * v * v * v)))
+        elif activation == 4:
+            t[j] = v / (np.float32(1.0) + np.exp(-v))
+        elif activation == 5:
+            t[j] = np.tanh(v)
+
+
+@njit(cache=True)
+def _layer_norms(h, h_stride, norm, out, out_stride, rows, size):
+    """Rows of out from rows of h, by (gamma, beta) at `norm`."""
+    for r in range(rows):
+        row, normed = _view(h + 4 * r * h_stride, size), _view(out + 4 * r * out_stride, size)
+        _layer_norm(row, _view(norm, size), _view(norm + 4 * size, size), normed)
+
+
+@njit(fastmath=FASTMATH, cache=True)
+def _layer_norm(h, gamma, beta, out):
+    """out = gamma (h - mean) / sqrt(variance + eps) + beta; all [size]."""
+    mean = np.float32(0.0)
+    for i in range(h.shape[0]):
+        mean += h[i]
+    mean /= np.float32(h.shape[0])
+    variance = np.float32(0.0)
+    for i in range(h.shape[0]):
+        variance += (h[i] - mean) * (h[i] - mean)
+    inverse = np.float32(1.0) / np.sqrt(variance / np.float32(h.shape[0]) + NORM_EPS)
+    for i in range(h.shape[0]):
+        out[i] = gamma[i] * (h[i] - mean) * inverse + beta[i]
+
+
+@njit(cache=True)
+def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, weight, t, unit):
+    """y += weight B (A h) for rows of h and y; t [rows, rank] is room."""
+    b = address + rank * size_in * unit.itemsize
+    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], unit)
+    for r in range(rows):
+        for j in range(rank):
+            t[r, j] *= weight
+    _up(rows, at(t), t.shape[1], b, rank, size_out, y, y_stride, unit)
+
+
+@njit(cache=True)
+def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, unit):
+    """y += weight N(U act(D M(h) + d) + u) for rows of h and y; t [rows, rank] is room."""
+    d = address + _aligned(rank * (size_in + size_out) * unit.itemsize)
+    u = d + 4 * rank
+    norms = u + 4 * size_out
+    if flags & NORM_BEFORE:
+        normed = np.empty((rows, size_in), np.float32)
+        _layer_norms(h, h_stride, norms, at(normed), size_in, rows, size_in)
+        norms += 8 * size_in
+        h, h_stride = at(normed), size_in
+    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], unit)
+    down_bias, change = _view(d, rank), np.empty((rows, size_out), np.float32)
+    for r in range(rows):
+        for j in range(rank):
+            t[r, j] += down_bias[j]
+        _activate(t[r, :rank], flags & ACTIVATION)
+        change[r] = _view(u, size_out)
+    up, out = address + rank * size_in * unit.itemsize, at(change)
+    _up(rows, at(t), t.shape[1], up, rank, size_out, out, size_out, unit)
+    if flags & NORM_AFTER:
+        _layer_norms(out, size_out, norms, out, size_out, rows, size_out)
+    for r in range(rows):
+        row = _view(y + 4 * r * y_stride, size_out)
+        for o in range(size_out):
+            row[o] += weight * change[r, o]
+
+
+@njit(cache=True)
+def _add(rows, bias, weight, y, y_stride):
+    """y += weight bias for rows of y."""
+    for r in range(rows):
+        out = _view(y + 4 * r * y_stride, bias.shape[0])
+        for o in range(bias.shape[0]):
+            out[o] += weight * bias[o]
+
+
+@njit(fastmath=FASTMATH, cache=True)
+def _scale(rows, v, weight, y, y_stride):
+    """y *= 1 + weight (v - 1) for rows of y."""
+    for r in range(rows):
+        out = _view(y + 4 * r * y_stride, v.shape[0])
+        for i in range(v.shape[0]):
+            out[i] *= v[i] + (ONE - weight) * (ONE - v[i])
+
+
+@njit(cache=True)
+def _scales(tile, kind, site, size, y, y_stride, worn):
+    """Scales of the inputs or outputs of a site, for a tile's rows of y."""
+    _tiles, slots, weights, addresses, table, _acts, _max_rank, _unit = worn
+    for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+        scale, address = table[kind, site, slots[hat]], addresses[slots[hat]]
+        if scale[SIZE] > 0:
+            _scale(tile[COUNT], _view(address + scale[OFFSET], size), weights[hat], y, y_stride)
+
+
+@njit(parallel=True, cache=True)
+def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
+    """Scales of y, then what branches and biases add to it, those of y itself last, one after another."""
+    tiles, hat_slots, hat_weights, addresses, table, _acts, max_rank, unit = worn
+    parts, width = sites.shape[0], y.shape[1]
+    for index in prange(tiles.shape[0] * parts):
+        tile, part = tiles[index // parts], index % parts
+        site, first, rows, size_out = sites[part], tile[FIRST], tile[COUNT], columns[part + 1] - columns[part]
+        y_at = at(y) + 4 * (first * width + columns[part])
+        t = np.empty((rows, max_rank), np.float32)
+        if is_scaling:
+            _scales(tile, SCALE_OUT, site, size_out, y_at, width, worn)
+        for is_late in range(2 if is_adding else 0):
+            for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+                slot, weight = hat_slots[hat], hat_weights[hat]
+                if not is_late and table[BIAS, site, slot, SIZE] > 0:
+                    bias = _view(addresses[slot] + table[BIAS, site, slot, OFFSET], size_out)
+                    _add(rows, bias, weight, y_at, width)
+                rank, flags = table[BRANCH, site, slot, SIZE], table[BRANCH, site, slot, FLAGS]
+                if rank == 0 or (flags & OF_OUTPUT > 0) != (is_late > 0):
+                    continue
+                h, h_stride, size_in = at(x) + 4 * first * x.shape[1], x.shape[1], x.shape[1]
+                if flags & OF_OUTPUT:
+                    h, h_stride, size_in = y_at, width, size_out
+                elif flags & OF_STREAM:
+                    h, h_stride, size_in = at(stream) + 4 * first * stream.shape[1], stream.shape[1], stream.shape[1]
+                address = addresses[slot] + table[BRANCH, site, slot, OFFSET]
+                if flags:
+                    _bottleneck(
+                        rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, unit
+                    )
+                else:
+                    _low_rank(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, weight, t, unit)
+
+
+@njit(cache=True)
+def errands(size_in, group, worn):
+    """What branches of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
+    (_, sites, columns), (tiles, slots, _, addresses, table, _, _, unit) = group, worn
+    parts = sites.shape[0]
+    out, count = np.empty((parts * (tiles[:, LAST_HAT] - tiles[:, FIRST_HAT]).sum(), 2), np.int64), 0
+    for index in range(tiles.shape[0] * parts):
+        tile, part = tiles[index // parts], index % parts
+        for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+            branch, size_out = table[BRANCH, sites[part], slots[hat]], columns[part + 1] - columns[part]
+            out[count, 0] = addresses[slots[hat]] + branch[OFFSET]
+            out[count, 1] = branch[SIZE] * (size_in + size_out) * unit.itemsize
+            count += 1
+    return out
+
+
+@njit(parallel=True, cache=True)
+def enter(x, site, worn):
+    """Scale the input x [T, in] of a site in place, x *= 1 + weight (v - 1) for each of a row's hats; see `apply`."""
+    tiles, size = worn[0], x.shape[1]
+    for index in prange(tiles.shape[0]):
+        _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, worn)
+
+
+@njit(parallel=True, cache=True)
+def deltas(x, y, first_column, last_column, table, worn):
+    """y [T, out] += weight dW x for each of a row's hats, in some columns, dW [out, in]; table [slots, 3]: where.
+
+    A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
+    """
+    tiles, hat_slots, hat_weights, addresses, unit = worn[0], worn[1], worn[2], worn[3], worn[7]
+    size_in, size_out, most = x.shape[1], last_column - first_column, 0
+    for index in range(tiles.shape[0]):
+        most = max(most, tiles[index, COUNT])
+    for part in prange((size_out + OUTPUTS - 1) // OUTPUTS):
+        first, last = part * OUTPUTS, min(size_out, (part + 1) * OUTPUTS)
+        t = np.empty((most, OUTPUTS), np.float32)
+        for index in range(tiles.shape[0]):
+            tile = tiles[index]
+            for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
+                slot = hat_slots[hat]
+                if table[slot, SIZE] > 0:
+                    rows, x_at = tile[COUNT], at(x) + 4 * tile[FIRST] * size_in
+                    matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * unit.itemsize
+                    _down(rows, x_at, size_in, matrix, size_in, last - first, at(t), OUTPUTS, unit)
+                    for r in range(rows):
+                        for o in range(first, last):
+                            y[tile[FIRST] + r, first_column + o] += hat_weights[hat] * t[r, o - first]
+
+
+@njit(parallel=True, cache=True)
+def head_rows(x, y, ids, matrix, weight, unit):
+    """y[:, ids] += weight x dE^T for x [T, in], y [T, out], and dE [n, in] at the address `matrix`."""
+    (rows, size_in), count = x.shape, ids.shape[0]
+    for part in prange((count + OUTPUTS - 1) // OUTPUTS):
+        first, last = part * OUTPUTS, min(count, (part + 1) * OUTPUTS)
+        t = np.empty((rows, OUTPUTS), np.float32)
+        a = matrix + first * size_in * unit.itemsize
+        _down(rows, at(x), size_in, a, size_in, last - first, at(t), OUTPUTS, unit)
+        for r in range(rows):
+            for o in range(first, last):
+                y[r, ids[o]] += weight * t[r, o - first]
+
+
+@njit(cache=True)
+def embed_rows(token_ids, y, ids, matrix, weight, unit):
+    """y [T, size] += weight dE[j] where a token is ids[j], ascending, and dE [n, size] lies at the address `matrix`."""
+    size = y.shape[1]
+    for t in range(token_ids.shape[0]):
+        place = np.searchsorted(ids, token_ids[t])
+        if place < ids.shape[0] and ids[place] == token_ids[t]:
+            for i in range(size):
+                y[t, i] += weight * widened(matrix + (place * size + i) * unit.itemsize, unit)
+
+
+@njit(cache=True)
+def apply(x, stream, y, group, worn):
+    """Change y [T, out] in place by what hats do at sites that share the input x [T, in]; some read stream [T, size].
+
+    group = (its number, sites, columns): sites[p] has the columns [columns[p], columns[p + 1]) of y.
+    worn = (tiles, slots, weights, addresses, table, acts, max_rank, unit): a tile's rows [FIRST, FIRST + COUNT) wear
+    hats [FIRST_HAT, LAST_HAT) of (slots, weights); table [kinds, sites, slots, 3] = (offset in bytes, size, flags) from
+    a slot's address; acts [groups, kinds] says what there is to do in this step.
+    """
+    number, sites, columns = group
+    acts, table = worn[5][number], worn[4]
+    is_scaling, is_adding = acts[SCALE_OUT], acts[BRANCH] or acts[BIAS]
+    if acts[DELTA]:
+        if is_scaling:
+            _act(x, stream, y, columns, sites, True, False, worn)
+            is_scaling = False
+        for part in range(sites.shape[0]):
+            deltas(x, y, columns[part], columns[part + 1], table[DELTA, sites[part]], worn)
+    if is_scaling or is_adding:
+        _act(x, stream, y, columns, sites, is_scaling, is_adding, worn)

@@ -1,0 +1,1 @@
+"""The reference backend in torch operations, for any device."""

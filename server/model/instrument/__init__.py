@@ -1,0 +1,1 @@
+"""How a transformers model is changed to run on a backend with adapters."""

@@ -1,0 +1,161 @@
+"""Parts of a decoder layer that are computed as one: norms, gated feed-forward blocks, attention with its projections.
+
+Architectures that have such a part have it under the same names. A part is replaced only where it gives, for inputs
+that the stock part saw, what the stock part gave; everything else stays as transformers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.model.attention.paged_batch import PagedBatch
+from server.model.attention.params import Manner
+from server.model.backends import cpu
+from server.model.backends.base import Packer
+from server.model.backends.choose import pack_torch
+from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
+from server.model.instrument.whole_decoder import WholeLayers, is_whole
+from server.model.slots.slots import SlotBank
+
+# Of the largest magnitude, by what keys and values are kept in; what is computed in decides where they are coarse.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4}
+COARSE_TOLERANCE = 2e-2
+Maker = Callable[[str, Packer], nn.Module]  # the part for a site, its products packed so
+
+
+@dataclass
+class Seen:
+    """What modules were called with in one forward of the stock model."""
+
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, model: nn.Module, sites: list[str]) -> Iterator[None]:
+        """Note the calls of some modules."""
+        handles = [
+            model.get_submodule(site).register_forward_hook(self._note(site), with_kwargs=True) for site in sites
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, site: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            self.calls[site] = args, kwargs
+
+        return hook
+
+
+@dataclass
+class Fuser:
+    """Replaces the parts of a model. `paged` is a batch of the tokens that `seen` is of, with room of its own."""
+
+    model: Any
+    bank: SlotBank
+    pack: Packer
+    manners: dict[int, Manner]
+    seen: Seen
+    paged: PagedBatch
+    _proved: dict[str, bool] = field(default_factory=dict)
+
+    def fuse(self) -> WholeLayers | None:
+        """Every norm, and every part of every layer, that can be; all layers as one call, where they are."""
+        for site in self.bank.spec.norms:
+            self._replace_alike(site, self._norm)
+        for layer in self.bank.spec.layers:
+            if layer.mlp is not None and _has_linears(self._stock(layer.mlp), "gate_proj", "up_proj", "down_proj"):
+                self._replace_alike(layer.mlp, self._mlp)
+            if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
+                self._replace(layer.attention, self._attention(is_turned=True), self._attention(is_turned=False))
+        sites = [layer.layer for layer in self.bank.spec.layers]
+        if cpu.serve(self.bank.device, self.bank.kept.others) and all(is_whole(self._stock(site)) for site in sites):
+            return self._join(sites)
+        return None
+
+    def _stock(self, site: str) -> Any:
+        return self.model.get_submodule(site)
+
+    def _norm(self, site: str, _pack: Packer) -> nn.Module:
+        return RMSNorm(self._stock(site), self.bank.spec.norms[site].offset, self.bank.group(site))
+
+    def _mlp(self, site: str, pack: Packer) -> nn.Module:
+        return GatedMLP(self._stock(site), site, self.bank, pack)
+
+    def _attention(self, is_turned: bool) -> Maker:
+        def make(site: str, pack: Packer) -> nn.Module:
+            stock = self._stock(site)
+            return Attention(stock, site, self.bank, pack, self.manners[int(stock.layer_idx)], is_turned)
+
+        return make
+
+    def _replace(self, site: str, *makers: Maker) -> None:
+        """By the first kind of part that computes what the stock part does."""
+        make = next((make for make in makers if site in self.seen.calls and self._is_equal(site, make)), None)
+        if make is not None:
+            self._set(site, make)
+
+    def _replace_alike(self, site: str, make: Maker) -> None:
+        """As `_replace`, for parts that are what they print: one proves those like it.
+
+        Attention is none of them, for layers may turn their queries or not; and all are proved together in the end.
+        """
+        kind = repr(self._stock(site))
+        if kind not in self._proved and site in self.seen.calls:
+            self._proved[kind] = self._is_equal(site, make)
+        if self._proved.get(kind):
+            self._set(site, make)
+
+    def _set(self, site: str, make: Maker) -> None:
+        parent, _, child = site.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, make(site, self.pack))
+
+    def _join(self, sites: list[str]) -> WholeLayers | None:
+        """One call for all layers, if that computes what the layers' fused parts do."""
+        whole = WholeLayers([self._stock(site) for site in sites], self.bank, [self.bank.group(site) for site in sites])
+        args, kwargs = self._call(sites[0])
+        hidden = args[0]
+        for site, stock in zip(sites, whole.stock, strict=True):
+            hidden = _tensor(stock(hidden, **self._call(site)[1]))
+        if not self._gives(lambda: whole(*args, **kwargs), hidden):
+            return None
+        whole.install()
+        return whole
+
+    def _is_equal(self, site: str, make: Callable[[str, Packer], Callable[..., Any]]) -> bool:
+        args, kwargs = self._call(site)
+        wanted = _tensor(self._stock(site)(*args, **kwargs))
+        return self._gives(lambda: make(site, pack_torch)(*args, **kwargs), wanted)
+
+    def _call(self, site: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self.seen.calls[site]
+        return args, {**kwargs, "paged": self.paged} if "paged" in kwargs else kwargs
+
+    def _gives(self, compute: Callable[[], Any], wanted: Tensor) -> bool:
+        """Whether that is computed, but for rounding."""
+        try:
+            got = _tensor(compute())
+        except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
+            return False  # it has the names of such a part, but is another
+        is_exact = wanted.dtype == torch.float32
+        tolerance = TOLERANCE[self.bank.kept.matrices] if is_exact else COARSE_TOLERANCE
+        return got.shape == wanted.shape and bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def _has_linears(module: Any, *names: str) -> bool:
+    """Whether a module has these linear layers, and nothing else that is trained."""
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+        return False
+    return {name.rpartition(".")[0] for name, _ in module.named_parameters()} == set(names)
+
+
+def _tensor(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor

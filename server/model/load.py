@@ -1,0 +1,160 @@
+"""Load a base, instrument transformers' own modules, and prove that the instrumented base computes the same."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapters_store.base.describe import describe, linears
+from adapters_store.base.identity import base_identity
+from adapters_store.base.spec import BaseSpec, KVShape
+from server import process_memory
+from server.model.attention import interface
+from server.model.attention.interface import Probe
+from server.model.attention.kv_cache import KVCache
+from server.model.backends.choose import choose_product
+from server.model.backends.cpu.threads import wake
+from server.model.backends.cpu.weights import rounded
+from server.model.errors import UnsupportedBaseError
+from server.model.instrument.fuser import Fuser, Seen
+from server.model.instrument.hooks import SiteHooks
+from server.model.instrument.linear import HatLinear
+from server.model.instrument.whole_decoder import Direct
+from server.model.precision import compute_dtype, kept
+from server.model.slots.slots import SlotBank
+from server.model.verify import PROOF_TOKENS, Forward, Proof
+
+ROUNDED_ROWS = 128
+
+
+@dataclass
+class Base:
+    """The frozen model, instrumented: its forward takes T tokens of many sequences and a `PagedBatch`."""
+
+    model: nn.Module
+    spec: BaseSpec
+    bank: SlotBank
+    hooks: SiteHooks
+    precision: str
+    device: str
+    eos_token_ids: list[int]
+    forward: Forward
+
+
+def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
+    """Load and instrument a Hugging Face folder.
+
+    Raises `UnsupportedBaseError` with the reason where the base cannot be served rightly.
+    """
+    model = _load_model(folder, compute_dtype(precision, device), device)
+    spec = describe(model, name, base_identity(folder).identity, folder)
+    if torch.device(device).type == "cpu":
+        wake()  # rounding keeps the cores busy, and not Python
+        _round(model, precision)
+    try:
+        with torch.inference_mode():
+            base = _instrument(model, spec, precision, device)
+            _settle(model)
+            return base
+    except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+        raise UnsupportedBaseError(
+            f"{spec.architecture} cannot be instrumented: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # it would be drawn into the log
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UnsupportedBaseError(f"{folder} cannot be loaded as a decoder-only base: {error}") from error
+    return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _round(model: nn.Module, precision: str) -> None:
+    """Give every linear layer the weight that its product keeps, so that the proof is of the arithmetic alone.
+
+    It goes by some rows at a time, which stay in the CPU's cache. A tied embedding stays as it was.
+    """
+    for linear in linears(model).values():
+        weight, is_turned = linear.weight.detach(), isinstance(linear, Conv1D)
+        kept_of = torch.empty_like(weight)
+        parts = (each.split(ROUNDED_ROWS, dim=int(is_turned)) for each in (weight, kept_of))
+        for part, target in zip(*parts, strict=True):
+            target.copy_(rounded(part.T, precision).T if is_turned else rounded(part, precision))
+        linear.weight = nn.Parameter(kept_of, requires_grad=False)
+
+
+def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base:
+    """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
+    proof = Proof(model)
+    interface.install()
+    model.set_attn_implementation(interface.NAME)
+    probe, seen = Probe(), Seen()
+    hooks = SiteHooks(model, spec)
+    parts = [site for layer in spec.layers for site in (layer.layer, layer.attention, layer.mlp) if site]
+    with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * PROOF_TOKENS):
+        proof.run(partial(forward, model), probe)
+    spec = replace(spec, kv=_learned_kv(spec, probe))
+    bank = SlotBank(spec, device, kept(precision, device))
+    hooks.serve(bank)
+    pack, head = choose_product(precision, device), model.get_output_embeddings()
+    cache = KVCache(spec.kv, 2, PROOF_TOKENS, bank.kept, device)
+    paged = proof.paged(cache)
+    whole = Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
+    for site, linear in linears(model).items():
+        parent, _, child = site.rpartition(".")
+        setattr(model.get_submodule(parent), child, HatLinear([linear], pack, bank, [site], linear is head))
+    compute: Forward = partial(forward, model)
+    logits = proof.run(compute, paged)
+    proof.compare(logits, spec.architecture, bank.kept)
+    if whole is not None:
+        direct = Direct(model, whole)
+        compute = direct if torch.equal(proof.run(direct, paged), logits) else compute
+    return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model), compute)
+
+
+def _settle(model: nn.Module) -> None:
+    """Leave nothing mapped of the base's files, which others can change, and give back what packing freed."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    gc.collect()
+    process_memory.trim()
+
+
+def _learned_kv(spec: BaseSpec, probe: Probe) -> list[KVShape]:
+    kv = [probe.shapes[layer] for layer in sorted(probe.shapes)]
+    if sorted(probe.shapes) != list(range(spec.num_layers)) or len({shape.num_kv_heads for shape in kv}) != 1:
+        raise UnsupportedBaseError(
+            f"{spec.architecture} has {spec.num_layers} layers, of which attention of equal kv heads "
+            f"was seen in {len(probe.shapes)}"
+        )
+    return kv
+
+
+def forward(model: Any, token_ids: Tensor, position_ids: Tensor, wanted: Tensor, paged: Any) -> Tensor:
+    """token_ids [T], position_ids [T], wanted [R] indices of T -> logits [R, vocabulary] in fp32."""
+    out = model(
+        input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=wanted, paged=paged
+    )
+    return out.logits[0].float()  # type: ignore[no-any-return]
+
+
+def _eos_token_ids(model: Any) -> list[int]:
+    """The end tokens that `generate` would use: the generation config's, else the config's."""
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos = model.config.get_text_config().eos_token_id if eos is None else eos
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

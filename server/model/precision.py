@@ -1,0 +1,46 @@
+"""Precisions: the names of dtypes, and in which dtype weights and slots are stored."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import llvmlite.binding
+import torch
+
+from adapters_store.base.spec import ItemBytes
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def compute_dtype(precision: str, device: str) -> torch.dtype:
+    """What activations and KV are kept in: on CPU always fp32, whatever the weights are packed to."""
+    return torch.float32 if torch.device(device).type == "cpu" else DTYPES[precision]
+
+
+def kept(precision: str, device: str) -> Kept:
+    """What slots and the KV cache keep: on CPU matrices, keys and values in 16 bits, but where the base is exact."""
+    is_halved = torch.device(device).type == "cpu" and precision != "fp32" and has_halves()
+    dtype = compute_dtype(precision, device)
+    return Kept(torch.float16 if is_halved else dtype, dtype)
+
+
+def has_halves() -> bool:
+    """Whether this CPU widens 16-bit floats by itself."""
+    return platform.machine() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The types that a slot keeps matrices and everything else in; what is read of it is of the latter.
+
+    The KV cache is kept as matrices are.
+    """
+
+    matrices: torch.dtype
+    others: torch.dtype
+
+    @property
+    def item_bytes(self) -> ItemBytes:
+        """What a number takes."""
+        return ItemBytes(self.matrices.itemsize, self.others.itemsize)

@@ -1,0 +1,71 @@
+"""Which hats the rows of a step wear, in tiles of neighbouring rows that wear the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_ROWS = 24  # of a tile: whole parts for kernels that take six or four rows at once, and work for every thread
+Hats = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Worn:
+    """tiles [n, 4] = (first row, number of rows, first hat, last hat + 1), but for bare rows; hats: slots, weights."""
+
+    num_rows: int
+    tiles: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    def repeated(self, times: int) -> Worn:
+        """Each row `times` times: for sites that see the heads of a token as rows of their own."""
+        tiles = self.tiles * np.array([times, times, 1, 1])
+        return replace(self, num_rows=times * self.num_rows, tiles=tiles)
+
+    def segments(self) -> Iterator[tuple[slice, list[tuple[int, float]]]]:
+        """All neighbouring rows that wear the same, and the hats that they wear."""
+        for (first_hat, last_hat), run in groupby(self.tiles.tolist(), lambda tile: tile[2:]):
+            tiles, hats = list(run), slice(first_hat, last_hat)
+            worn = zip(self.slots[hats].tolist(), self.weights[hats].tolist(), strict=True)
+            yield slice(tiles[0][0], tiles[-1][0] + tiles[-1][1]), list(worn)
+
+
+def wear(rows: Iterable[tuple[Hats, int]]) -> Worn:
+    """Lay out rows, given as hats and the number of neighbours that wear them."""
+    runs: list[tuple[Hats, int, int]] = []  # hats, first row, number of rows
+    num_rows = 0
+    for hats, count in rows:
+        if runs and runs[-1][0] == hats:
+            runs[-1] = (hats, runs[-1][1], runs[-1][2] + count)
+        elif count:
+            runs.append((hats, num_rows, count))
+        num_rows += count
+    flat = [hat for hats, _, _ in runs for hat in hats]
+    tiles, end = [], 0
+    for hats, first, count in runs:
+        begin, end = end, end + len(hats)
+        if hats:
+            tiles += [(first + at, min(MAX_ROWS, count - at), begin, end) for at in range(0, count, MAX_ROWS)]
+    return Worn(
+        num_rows,
+        np.array(tiles, np.int64).reshape(-1, 4),
+        np.array([slot for slot, _ in flat], np.int64),
+        np.array([weight for _, weight in flat], np.float32),
+    )
+
+
+NOTHING = wear([])
+
+
+class Group(NamedTuple):
+    """Sites that share an input and whose outputs lie side by side: site sites[p] has columns[p] to columns[p + 1]."""
+
+    number: int
+    sites: NDArray[np.int64]
+    columns: NDArray[np.int64]

@@ -1,0 +1,1 @@
+"""Slots of compiled adapters on the device, and their layout."""

@@ -1,0 +1,68 @@
+"""Primitives in plain torch, to which the backends are held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adapters_store.primitives import Bottleneck, PrefixEmbeds, Primitive, Rows, Scale
+from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
+from server.model.row_adapters import Group, Worn
+
+if TYPE_CHECKING:
+    from server.model.slots.slots import SlotBank
+
+
+def embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None:
+    """y [T, size] += weight dE[j] where the token is ids[j]."""
+    token_ids = token_ids.to(rows.ids.dtype)
+    place = torch.searchsorted(rows.ids, token_ids).clamp(max=len(rows.ids) - 1)
+    changed = rows.ids[place] == token_ids
+    y.copy_(torch.where(changed[:, None], y + weight * rows.de[place], y))  # by `y[changed]` a GPU would be waited for
+
+
+def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, worn: Worn) -> None:
+    """The slow twin of `hats.scale`, in plain torch on any device."""
+    for span, worn_here in worn.segments():
+        for slot, weight in worn_here:
+            primitive = bank.primitive(kind, site, slot)
+            if isinstance(primitive, Scale):
+                y[span] *= primitive.factor(weight)
+
+
+def apply_reference(bank: SlotBank, group: Group, x: Tensor, y: Tensor, worn: Worn) -> None:
+    """The slow twin of the kernels, in plain torch on any device: the primitives' own formulas, site by site."""
+    for part, site in enumerate(group.sites.tolist()):
+        mine = y[:, group.columns[part] : group.columns[part + 1]]
+        scale_reference(bank, SCALE_OUT, site, mine, worn)
+        for span, worn_here in worn.segments():
+            update_reference(bank, site, x[span], mine[span], span, worn_here)
+
+
+def update_reference(
+    bank: SlotBank,
+    site: int,
+    x: Tensor,
+    y: Tensor,
+    span: slice,
+    worn: list[tuple[int, float]],
+    but: tuple[type[Primitive], ...] = (),
+) -> None:
+    """Every update of rows that wear the same, those of the output last, `but` some that are made elsewhere."""
+    late: list[tuple[Bottleneck, float]] = []
+    for slot, weight in worn:
+        for kind in (DELTA, ROWS, BIAS, BRANCH):
+            primitive = bank.primitive(kind, site, slot)
+            if isinstance(primitive, Bottleneck) and primitive.of == "output":
+                late.append((primitive, weight))
+            elif isinstance(primitive, Bottleneck):
+                stream = bank.stream.reshape(-1, bank.stream.shape[-1])[span] if primitive.of == "stream" else x
+                y += weight * primitive.update(stream)
+            elif isinstance(primitive, Rows):
+                y[:, primitive.ids] += weight * (x @ primitive.de.T)
+            elif primitive is not None and not isinstance(primitive, (Scale, PrefixEmbeds, *but)):
+                y += weight * primitive.update(x)  # type: ignore[union-attr]
+    for bottleneck, weight in late:
+        y += weight * bottleneck.update(y)

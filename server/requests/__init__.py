@@ -1,0 +1,1 @@
+"""One generation: who asks, which adapters it uses, its tokens, its text and its accounts."""

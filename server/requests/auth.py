@@ -1,0 +1,137 @@
+"""Who calls: the admin, a tenant's key, or, where no key is asked for, whoever is on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+from urllib.parse import urlsplit
+
+from adapters_store.errors import AbsentError
+from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES, Limits, Tenants, split_key
+from server.errors import ForbiddenError, NotFoundError, UnauthorizedError
+from server.settings import is_loopback
+
+REMEMBERED_S = 0.5  # what another process changes in the registry is known so soon
+MAX_REMEMBERED = 4096
+MAX_NAME = 63
+GENERATE, DEPLOY, ADMIN = SCOPES
+NO_KEY = "send the key of this server as `Authorization: Bearer KEY`"
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, for which tenant, and what it may do there. An operator may do it for every tenant."""
+
+    name: str
+    tenant: str
+    limits: Limits
+    scopes: frozenset[str] = frozenset(SCOPES)
+    is_operator: bool = False
+
+
+@dataclass
+class Remembered(Generic[V]):
+    """What a slow look-up said, for a moment. What was not found is remembered too."""
+
+    look_up: Callable[[str], V]
+    clock: Callable[[], float] = time.monotonic
+    _found: dict[str, tuple[float, V]] = field(default_factory=dict)
+
+    async def get(self, name: str) -> V:
+        """What is known of a name; looked up in a thread where that is not fresh."""
+        found = self._found.get(name)
+        if found is None or self.clock() >= found[0]:
+            found = self.clock() + REMEMBERED_S, await asyncio.to_thread(self.look_up, name)
+            if len(self._found) >= MAX_REMEMBERED:
+                self._found.clear()
+            self._found[name] = found
+        return found[1]
+
+    def forget(self) -> None:
+        """Something was changed here: look everything up again."""
+        self._found.clear()
+
+
+class Callers:
+    """Tells callers by what they send. Without an admin key everyone on this machine is the operator."""
+
+    def __init__(self, tenants: Tenants, admin_key: str | None, host: str) -> None:
+        self._tenants, self._admin_key, self._host = tenants, admin_key, host
+        self._keys = Remembered(tenants.known)
+        self._limits = Remembered(self._limits_of)
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether there is an admin key."""
+        return self._admin_key is not None
+
+    def forget(self) -> None:
+        """Keys, tenants or limits were changed."""
+        self._keys.forget()
+        self._limits.forget()
+
+    async def identify(self, authorization: str, tenant: str | None) -> Caller:
+        """Who sends these headers (`tenant`: X-Tenant). Raises `UnauthorizedError`, `NotFoundError`.
+
+        A tenant that is another's is as absent to a key as one that is none.
+        """
+        if self._admin_key is None:
+            return await self._operator("local", DEFAULT_TENANT if tenant is None else tenant)
+        scheme, _, given = authorization.partition(" ")
+        given = given.strip()
+        if scheme.lower() != "bearer":
+            raise UnauthorizedError(NO_KEY)
+        if hmac.compare_digest(given.encode("latin-1"), self._admin_key.encode()):
+            return await self._operator("admin", DEFAULT_TENANT if tenant is None else tenant)
+        parts = split_key(given)
+        known = None if parts is None else await self._keys.get(parts[0])
+        if parts is None or known is None or not known.fits(parts[1]):
+            raise UnauthorizedError(NO_KEY)
+        if tenant is not None and tenant != known.tenant:
+            raise no_tenant(tenant)
+        return Caller(parts[0], known.tenant, known.limits, known.scopes)
+
+    def check_origin(self, host: str | None, origin: str | None) -> None:
+        """Without keys only this machine may ask: a page of the web whose name leads here, or that posts here, may not.
+
+        Raises `ForbiddenError`.
+        """
+        if self._admin_key is not None:
+            return
+        for header, name in (("Host", host), ("Origin", None if origin is None else urlsplit(origin).netloc)):
+            if name is not None and not self._is_here(name):
+                raise ForbiddenError(
+                    f"the header {header} names {name[:80] or 'nothing'}, which is not this machine: "
+                    "a server without an admin key answers on loopback names alone",
+                    header,
+                )
+
+    def _is_here(self, netloc: str) -> bool:
+        try:
+            name = urlsplit(f"//{netloc}").hostname or ""
+        except ValueError:
+            return False
+        return is_loopback(name) or name == self._host
+
+    async def _operator(self, name: str, tenant: str) -> Caller:
+        is_one = self.asks_for_keys or tenant == DEFAULT_TENANT
+        limits = await self._limits.get(tenant) if is_one and 0 < len(tenant) <= MAX_NAME else None
+        if limits is None:
+            raise no_tenant(tenant)
+        return Caller(name, tenant, limits, is_operator=True)
+
+    def _limits_of(self, tenant: str) -> Limits | None:
+        try:
+            return self._tenants.get(tenant).limits
+        except AbsentError:
+            return None
+
+
+def no_tenant(name: str) -> NotFoundError:
+    """What is said of a tenant that is absent, or another's."""
+    return NotFoundError(f"there is no tenant {name[:MAX_NAME]}", "X-Tenant")

@@ -1,0 +1,71 @@
+"""Turn a stream of tokens into a stream of text."""
+
+from __future__ import annotations
+
+from server.requests.tokenizer import REPLACEMENT, Tokenizer
+
+MAX_CHARACTER_BYTES = 4
+MAX_HELD_TOKENS = 32  # bytes that never become a character are given up after so many tokens
+
+
+class TextStream:
+    """Tokens in, text out: whole characters only, and never a part of a stop text.
+
+    Tokens are decoded in a short window behind the last whole character, so that a long answer costs no more per token
+    than a short one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._window: list[int] = []  # tokens since the one before the last that was read
+        self._num_read = 0  # how many of the window are in the text already
+        self._held = ""  # text that may be the beginning of a stop text
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain after one more token. Sets `is_stopped` where a stop text is complete."""
+        if self._tokenizer.is_special(token_id):
+            return ""
+        self._window.append(token_id)
+        before = self._tokenizer.decode(self._window[: self._num_read])
+        after = self._tokenizer.decode(self._window)
+        end = len(self._window)
+        if after.endswith(REPLACEMENT):
+            if end - self._num_read < MAX_HELD_TOKENS:
+                return ""
+            end = self._last_whole(after)
+            after = self._tokenizer.decode(self._window[:end])
+        self._window, self._num_read = self._window[self._num_read :], end - self._num_read
+        return self._release(after[len(before) :])
+
+    def flush(self) -> str:
+        """What is left at the end of the answer."""
+        before = self._tokenizer.decode(self._window[: self._num_read])
+        rest = self._tokenizer.decode(self._window)[len(before) :]
+        self._num_read = len(self._window)
+        text = self._release(rest)
+        if self.is_stopped:
+            return text
+        text, self._held = text + self._held, ""
+        return text
+
+    def _last_whole(self, text: str) -> int:
+        """Where the window's `text` can be cut, so that what may be the beginning of a character stays behind."""
+        window, decode = self._window, self._tokenizer.decode
+        cuts = range(len(window) - MAX_CHARACTER_BYTES + 1, len(window))
+        return next((cut for cut in cuts if decode(window[:cut]) + decode(window[cut:]) == text), len(window))
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        ends = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if ends:
+            self.is_stopped, self._held = True, ""
+            return text[: min(ends)[0]]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,186 @@
+"""From tokens to tokens and text: the answers of one request, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TypeVar
+
+from fastapi import Request
+
+from server.api.deps import caller_of
+from server.core import EngineFailure, Hat, Sampling
+from server.engine.client import EngineUnavailable
+from server.engine.messages import Output, Submit
+from server.errors import EngineFailedError, ServerError, UnavailableError, VersionGoneError
+from server.requests.accounting import close_books, count
+from server.requests.answer import Answer, Job, Piece
+from server.requests.detokenizer import TextStream
+from server.requests.usage import Bill
+from server.state import Front
+from server.uploads.revalidation import check_proved
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+GRACE_S = 5.0  # the engine ends what is late; the front does where the engine is stuck
+
+
+def start(request: Request, front: Front, job: Job) -> tuple[Answer, AsyncIterator[Piece]]:
+    """The answer's books, and its pieces as they come, of all choices. The request's log line gets the books too."""
+    answer = request.state.answer = Answer(sum(map(len, job.prompts)))
+    return answer, _pieces(front, replace(job, limits=caller_of(request).limits), answer)
+
+
+async def collect(pieces: AsyncIterator[Piece], job: Job) -> list[Piece]:
+    """All of a plain answer's choices, whole."""
+    choices = [Piece.empty(index) for index in range(job.num_choices)]
+    async with aclosing(pieces) as coming:  # type: ignore[type-var]
+        async for piece in coming:
+            choices[piece.index].extend(piece)
+    return choices
+
+
+async def unless_moved(answer: Callable[[], Awaitable[T]]) -> T:
+    """An answer; where its version is deleted before it begins, that of the route as it is now.
+
+    A version that was named is absent the second time.
+    """
+    while True:
+        try:
+            return await answer()
+        except VersionGoneError as error:
+            log.info("a request is routed anew", extra={"reason": str(error)})
+
+
+async def _pieces(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece]:
+    """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
+    worn = job.worn
+    status: str | None = "cancelled"
+    places = [(worn.tenant, one.task, one.number) for one, _ in worn.hats] or [(worn.tenant, worn.task, 0)]
+    with front.usage.running(Bill(places, answer.used)):
+        try:
+            with (
+                front.in_use.hold(worn.digests),
+                front.meters.generating(worn.tenant, job.limits, job.num_choices, job.most_tokens, answer),
+            ):
+                await front.check_kept(worn.tenant, [version for version, _ in worn.hats])
+                async with aclosing(_merged(front, job, answer)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        yield piece
+            status = "200"
+        except VersionGoneError:
+            status = None  # nothing has begun, and it is tried again
+            raise
+        except ServerError as error:
+            status = str(error.status)
+            raise
+        except Exception:
+            status = "500"
+            raise
+        finally:
+            answer.total_ms = (time.monotonic() - job.arrived) * 1000
+            if status is not None:
+                close_books(front, job, answer, status)
+            await front.bury(worn.digests)
+    await front.usage.settle(front.registry)  # what is answered whole is paid for, also if the next moment is the last
+
+
+async def _merged(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece]:
+    """Run all choices at once. Whatever ends this ends them all."""
+    queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    choices = [
+        asyncio.create_task(_feed(front, job, answer, prompt, number, queue))
+        for prompt in range(len(job.prompts))
+        for number in range(job.n)
+    ]
+    try:
+        while answer.ended < len(choices):
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            answer.ended += item.finish_reason is not None
+            yield item
+    finally:
+        for choice in choices:
+            choice.cancel()
+        await asyncio.gather(*choices, return_exceptions=True)
+
+
+async def _feed(
+    front: Front, job: Job, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
+) -> None:
+    try:
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
+            for digest in job.worn.digests:
+                await check_proved(front, digest)
+            await _run_choice(front, job, answer, prompt, number, queue)
+    except TimeoutError:
+        failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
+        queue.put_nowait(EngineFailedError(failure))
+    except EngineUnavailable as error:
+        queue.put_nowait(UnavailableError(str(error), retry_after=2))
+    except Exception as error:  # noqa: BLE001 - whatever it is, `_pieces` raises it to the one who waits
+        queue.put_nowait(error)
+
+
+async def _run_choice(
+    front: Front, job: Job, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
+) -> None:
+    index, text = prompt * job.n + number, TextStream(front.tokenizer, job.stop)
+    label, last = front.metrics.label(job.worn.label), 0.0
+    async with aclosing(front.client.generate(_submit(job, prompt, number))) as outputs:  # type: ignore[type-var]
+        async for output in outputs:
+            now = time.monotonic()
+            if output.failure is not None:
+                raise EngineFailedError(output.failure)
+            if last and output.token_ids:
+                front.metrics.gap.labels(label).observe(now - last)
+            last = now
+            piece = _piece(index, output, text)
+            count(answer, prompt, output, piece)
+            answer.total_ms = (now - job.arrived) * 1000
+            queue.put_nowait(piece)
+            if piece.finish_reason is not None:
+                return  # closing the outputs aborts the sequence where a stop text ended it
+
+
+def _submit(job: Job, prompt: int, number: int) -> Submit:
+    """One sequence. Choices differ in their seed alone, each by its own number."""
+    seed = (job.sampling.seed + 0x9E3779B97F4A7C15 * (prompt * job.n + number)) % 2**63
+    return Submit(
+        sequence_id=uuid.uuid4().hex,
+        namespace=job.worn.tenant,
+        prompt=job.prompts[prompt],
+        sampling=_with_seed(job.sampling, seed),
+        deadline=job.arrived + job.timeout_s,
+        arrived=job.arrived,
+        hats=tuple(Hat(version.digest, weight, version.num_virtual) for version, weight in job.worn.hats),
+        share=job.limits.share,
+        max_running=job.limits.max_running,
+    )
+
+
+def _with_seed(sampling: Sampling, seed: int) -> Sampling:
+    values = {name: getattr(sampling, name) for name in Sampling.__struct_fields__}
+    return Sampling(**{**values, "seed": seed})
+
+
+def _piece(index: int, output: Output, text: TextStream) -> Piece:
+    """The text of an output's tokens, up to a stop text."""
+    piece = Piece(index, "", [], [], output.finish_reason)
+    for at, token_id in enumerate(output.token_ids):
+        piece.text += text.push(token_id)
+        piece.token_ids.append(token_id)
+        piece.logprobs += output.logprobs[at : at + 1]
+        if text.is_stopped:
+            piece.finish_reason = "stop"
+            return piece
+    if piece.finish_reason is not None:
+        piece.text += text.flush()
+        piece.finish_reason = "stop" if text.is_stopped else piece.finish_reason
+    return piece

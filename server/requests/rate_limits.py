@@ -1,0 +1,160 @@
+"""What tenants may do in a minute and at once, and when they may again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from adapters_store.registry.tenants import Limits
+from server.errors import BadRequestError, ServerError, TenantLimitError
+
+MINUTE = 60
+FIRST_PACE_S = 1.0  # between two first tokens of a tenant, before any was seen
+PACE_WEIGHT = 0.2  # of the newest
+
+
+class Window:
+    """What was taken in each second of the last minute: at most so much in any 60 seconds."""
+
+    def __init__(self) -> None:
+        self._taken: deque[list[int]] = deque()  # [second, amount]
+        self._sum = 0
+
+    def wait_s(self, amount: int, most: int, now: float) -> int:
+        """Whole seconds until so much more may be taken; 0 is now. `amount` is not over `most`."""
+        self._drop(now)
+        over, wait = self._sum + amount - most, 0
+        for second, taken in self._taken:
+            if over <= 0:
+                break
+            over -= taken
+            wait = math.ceil(second + MINUTE + 1 - now)
+        return wait
+
+    def take(self, amount: int, now: float) -> int:
+        """Count so much; the second that it is counted in, for `give_back`."""
+        second = int(now)
+        if not self._taken or self._taken[-1][0] < second:
+            self._taken.append([second, 0])
+        self._taken[-1][1] += amount
+        self._sum += amount
+        return second
+
+    def give_back(self, amount: int, second: int) -> None:
+        """What was taken in that second was too much; what is older than a minute does not matter any more."""
+        for entry in self._taken:
+            if entry[0] == second:
+                entry[1] -= amount
+                self._sum -= amount
+
+    def _drop(self, now: float) -> None:
+        while self._taken and self._taken[0][0] + MINUTE + 1 <= now:
+            self._sum -= self._taken.popleft()[1]
+
+
+class Progress(Protocol):
+    """How far the answers of a request are."""
+
+    @property
+    def num_begun(self) -> int:
+        """Choices that have a token."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompts and of what was answered."""
+        ...
+
+
+class Tally:
+    """One tenant's books."""
+
+    def __init__(self) -> None:
+        self.requests, self.tokens = Window(), Window()
+        self.open: dict[int, tuple[int, Progress]] = {}  # of requests that are answered: choices, progress
+        self.pace_s = FIRST_PACE_S
+
+    @property
+    def num_queued(self) -> int:
+        """Choices that have no token yet."""
+        return sum(num_choices - progress.num_begun for num_choices, progress in self.open.values())
+
+
+class Meters:
+    """Every tenant's books, and its limits held against them. All in the event loop's thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tallies: dict[str, Tally] = {}
+
+    def count_request(self, tenant: str, limits: Limits) -> None:
+        """Count a request. Raises `TenantLimitError` with the seconds after which one more is let in."""
+        if limits.requests_per_minute is None:
+            return
+        now, window = self._clock(), self._tally(tenant).requests
+        if wait := window.wait_s(1, limits.requests_per_minute, now):
+            raise TenantLimitError(
+                f"the tenant {tenant} may ask {limits.requests_per_minute} times a minute", "requests_per_minute", wait
+            )
+        window.take(1, now)
+
+    @contextmanager
+    def generating(
+        self, tenant: str, limits: Limits, num_choices: int, most_tokens: int, progress: Progress
+    ) -> Iterator[None]:
+        """While the block runs a request is answered; it counts as `most_tokens` until it is known how many it took.
+
+        One that fails before its first token, or is routed anew, took none.
+
+        Raises `TenantLimitError`, or `BadRequestError` where no wait would help.
+        """
+        tally, began = self._tally(tenant), self._clock()
+        self._check_queue(tenant, tally, limits, num_choices)
+        second = self._take_tokens(tenant, tally, limits, most_tokens, began)
+        tally.open[id(progress)] = num_choices, progress
+        is_free = False
+        try:
+            yield
+        except ServerError:
+            is_free = not progress.num_begun
+            raise
+        finally:
+            del tally.open[id(progress)]
+            if second is not None:
+                num_tokens = 0 if is_free else progress.num_tokens
+                tally.tokens.give_back(most_tokens - num_tokens, second)
+            if progress.num_begun:
+                newest = (self._clock() - began) / progress.num_begun
+                tally.pace_s += PACE_WEIGHT * (newest - tally.pace_s)
+
+    def _tally(self, tenant: str) -> Tally:
+        return self._tallies.setdefault(tenant, Tally())
+
+    def _check_queue(self, tenant: str, tally: Tally, limits: Limits, num_choices: int) -> None:
+        """How long the queue takes is guessed from how long this tenant's answers took."""
+        most = limits.max_queued
+        if most is None:
+            return
+        if num_choices > most:
+            raise BadRequestError(f"{num_choices} answers at once are over the {most} that {tenant} may queue", "n")
+        over = tally.num_queued + num_choices - most
+        if over > 0:
+            wait = max(1, math.ceil(over * tally.pace_s))
+            raise TenantLimitError(f"{most} answers of the tenant {tenant} wait already", "max_queued", wait)
+
+    def _take_tokens(self, tenant: str, tally: Tally, limits: Limits, amount: int, now: float) -> int | None:
+        most = limits.tokens_per_minute
+        if most is None:
+            return None
+        if amount > most:
+            raise BadRequestError(
+                f"prompt and max_tokens of all answers are {amount} tokens; the tenant {tenant} has {most} a minute",
+                "max_tokens",
+            )
+        if wait := tally.tokens.wait_s(amount, most, now):
+            raise TenantLimitError(f"the tenant {tenant} has {most} tokens a minute", "tokens_per_minute", wait)
+        return tally.tokens.take(amount, now)

@@ -1,0 +1,83 @@
+"""Text to tokens and back. An answer's text is always the join of its stream's pieces, so the two cannot differ."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from adapters_store.format.manifest import PromptFormat
+
+REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+
+
+class Tokenizer:
+    """A base's tokenizer and chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer: Any = _import_alone().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        added = self._tokenizer.added_tokens_decoder
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base says how chat turns are written."""
+        return bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, with the tokenizer's own special tokens around it."""
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]  # or it logs that a prompt is long
+        return ids
+
+    def encode_chat(self, turns: list[tuple[str, str]], prompt_format: PromptFormat | None) -> list[int]:
+        """Tokens of (role, text) turns: by the adapter's plain prompt format, else by the base's chat template."""
+        if prompt_format is not None:
+            return self.encode(prompt_format.render(turns))
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token has no text of its own, as the end of a sequence."""
+        return token_id in self._special
+
+    def decode(self, token_ids: list[int], skip_special: bool = True) -> str:
+        """Text of tokens."""
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _import_alone() -> ModuleType:
+    """transformers; where nobody has imported it yet, as it is on a machine without torch.
+
+    With torch it imports all that models may need, and a tokenizer does not: 160 MB, and a second of a start.
+    """
+    if "transformers" not in sys.modules:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+        with _hidden("torch"):
+            import transformers
+
+            transformers.is_torch_available()  # it asks once, and remembers
+    return import_module("transformers")
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Whoever looks for this module meanwhile finds none."""
+    kept = sys.modules.pop(name, None)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if kept is not None:
+            sys.modules[name] = kept

@@ -1,0 +1,93 @@
+"""What requests used, on its way to the registry. Whoever has a whole answer can be sure that it is written."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from adapters_store.registry.registry import Registry
+
+log = logging.getLogger(__name__)
+EVERY_S = 1.0  # what running answers have used by then is written
+PATIENCE_S = 2.0  # an answer does not wait longer for its usage to be written
+
+Place = tuple[str, str, int]  # tenant, task, version (0: the base)
+Counts = tuple[int, int, int]  # requests, prompt tokens, completion tokens
+
+
+@dataclass
+class Bill:
+    """One request's: what it used so far, and how much of that was counted."""
+
+    places: list[Place]
+    used: Callable[[], Counts]
+    counted: Counts = (0, 0, 0)
+
+
+class UsageBuffer:
+    """Counts at once, writes in one transaction: at the end of an answer, and what still runs once a second."""
+
+    def __init__(self) -> None:
+        self._lock, self._turn = threading.Lock(), asyncio.Lock()
+        self._counts: dict[Place, list[int]] = {}
+        self._open: dict[int, Bill] = {}
+
+    @contextmanager
+    def running(self, bill: Bill) -> Iterator[None]:
+        """While the block runs what the bill grows by is counted as it comes, and at its end the rest."""
+        with self._lock:
+            self._open[id(bill)] = bill
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._open[id(bill)]
+                self._count(bill)
+
+    async def settle(self, registry: Registry) -> None:
+        """Return when all that was counted before is durable. Those who come meanwhile are written together."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_S), self._turn:
+                if self._counts:
+                    await asyncio.to_thread(self.flush, registry)
+
+    def flush(self, registry: Registry) -> None:
+        """Write what was used until now; kept for the next time if the registry fails."""
+        with self._lock:
+            for bill in self._open.values():
+                self._count(bill)
+            taken, self._counts = self._counts, {}
+        if not taken:
+            return
+        try:
+            registry.add_usages(taken)
+        except Exception:
+            log.exception("usage could not be written; it is kept")
+            with self._lock:
+                for place, counts in taken.items():
+                    self._add(place, counts)
+
+    async def keep_flushing(self, registry: Registry) -> None:
+        """Flush once a second until cancelled."""
+        while True:
+            await asyncio.sleep(EVERY_S)
+            async with self._turn:
+                await asyncio.to_thread(self.flush, registry)
+
+    def _count(self, bill: Bill) -> None:
+        used = bill.used()
+        more = [now - before for now, before in zip(used, bill.counted, strict=True)]
+        bill.counted = used
+        if any(more):
+            for place in bill.places:
+                self._add(place, more)
+
+    def _add(self, place: Place, counts: list[int]) -> None:
+        known = self._counts.setdefault(place, [0, 0, 0])
+        for index, count in enumerate(counts):
+            known[index] += count

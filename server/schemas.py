@@ -1,0 +1,142 @@
+"""The bodies of requests: strict models, and the one way in for JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from adapters_store.base.spec import ItemBytes
+from adapters_store.registry.registry import Version
+from server.errors import BadRequestError, InvalidFieldError
+
+NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+BASE = "base"
+MAX_PROMPTS = 64
+MAX_TURNS = 4096
+MAX_ROUTED = 64  # versions of a route
+
+TaskName = Annotated[str, Field(pattern=NAME)]
+TokenIds = list[Annotated[int, Field(ge=0)]]
+Stop = Annotated[str, Field(min_length=1, max_length=64)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,8}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),  # it is applied anew at each step
+]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+User = Annotated[str, Field(max_length=512)]  # whom a sticky route keeps with a version; nothing else is made of it
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Unknown fields and wrong types are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Message(Strict):
+    """One chat turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class WeightedTask(Strict):
+    """One of several hats."""
+
+    task: TaskName
+    weight: float = Field(1.0, ge=-100, le=100)
+
+
+class SamplingFields(Strict):
+    """How tokens are chosen; the same names as everywhere in the field."""
+
+    temperature: float = Field(0.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, lt=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default_factory=dict)
+    seed: Seed | None = None
+    ignore_eos: bool = False
+
+
+class GenerateRequest(SamplingFields):
+    """The body of POST /generate."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] | None = None
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    max_tokens: int = Field(128, ge=1)
+    n: int = Field(1, ge=1, le=8)
+    stop: Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
+    logprobs: int | None = Field(None, ge=0, le=5)
+    adapters: Annotated[list[WeightedTask], Field(min_length=1, max_length=8)] | None = None
+    version: int | None = Field(None, ge=1)
+    user: User | None = None
+    stream: bool = False
+    timeout_s: float = Field(120.0, gt=0, le=3600)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_is_not_served(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("response_format") is not None:
+            raise InvalidFieldError("response_format is not served by this version", "response_format")
+        return data
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        given = [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(given) if given else "none of them"
+            raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")
+        return self
+
+
+class RouteRequest(Strict):
+    """The body of PUT /tasks/{task}/route: {version number as text: weight}, of any sum."""
+
+    versions: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,17}$")], Annotated[float, Field(gt=0, le=1e6)]],
+        Field(min_length=1, max_length=MAX_ROUTED),
+    ]
+    sticky: Literal["user"] | None = None
+
+
+class PinRequest(Strict):
+    """The body of PUT /tasks/{task}/pin."""
+
+    pinned: bool
+
+
+def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
+    """What FastAPI would say of a body that it does not parse itself."""
+    schema = model.model_json_schema()
+    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references, which would be looked for at the root of the OpenAPI document."""
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}
+
+
+def identity(version: Version, item_bytes: ItemBytes | None) -> dict[str, Any]:
+    """Which version it is, and what it takes: of its files, of the device (None: not known yet), and of a sequence."""
+    return {
+        "version": version.number,
+        "digest": version.digest,
+        "method": version.method,
+        "num_parameters": version.num_parameters,
+        "bytes": version.num_bytes,
+        "slot_bytes": None if item_bytes is None else item_bytes.of(version),
+        "virtual_tokens": version.num_virtual,
+    }

@@ -1,0 +1,1 @@
+"""One artifact: checks, validation in the engine, registration and deletion."""

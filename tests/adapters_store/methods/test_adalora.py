@@ -1,0 +1,130 @@
+"""AdaLoRA against PEFT itself, pruned and not, and every way in which it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig as PeftAdaLoraConfig
+from torch import Tensor
+
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.adalora import SERVED_VALUES, SILENT, AdaLoraConfig
+from adapters_store.methods.compile import compile_patch
+from adapters_store.primitives import LowRank
+from tests.kit.families import loras
+from tests.kit.forge import spec_of
+from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
+
+TinyOf = Callable[[str], Path]
+SITE = "model.layers.0.self_attn.q_proj"
+A, B, E = (f"base_model.model.{SITE}.lora_{matrix}" for matrix in "ABE")
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "not pruned": ("llama", {"keep": 1}),
+    "pruned": ("llama", {}),
+    "pruned to almost nothing": ("llama", {"keep": 0.1}),
+    "no alpha: the rank that is left": ("llama", {"lora_alpha": -1}),
+    "keys of LoRA that AdaLoRA does not read": (
+        "llama",
+        {"r": 3, "use_rslora": True, "alpha_pattern": {"q_proj": 9}, "init_lora_weights": False},
+    ),
+    "one layer": ("llama", {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "keep": 0.8}),
+    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
+    "new biases, a norm and the embedding whole": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "lora_only", "modules_to_save": ["ln_f", "wte"]},
+    ),
+    "biases, rows of tokens": ("opt", {"bias": "all", "trainable_token_indices": list(range(0, 256, 2))}),
+}
+
+
+@pytest.mark.parametrize(("kind", "keys"), CASES.values(), ids=CASES)
+def test_adalora_answers_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, keys: dict[str, Any]) -> None:
+    """Whatever was pruned, the patch gives PEFT's logits."""
+    assert_answers_as_peft(tiny_of(kind), loras.make_adalora(tmp_path / "hat", tiny_of(kind), len(kind), **keys))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_adaloras_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, seed: int) -> None:
+    """The artifacts of the mixed tests are served as PEFT serves them."""
+    assert_answers_as_peft(tiny_of("llama"), loras.make_adalora(tmp_path / "hat", tiny_of("llama"), seed))
+
+
+def test_a_site_without_a_rank_has_no_branch(tiny_of: TinyOf, adalora: Artifact) -> None:
+    """What was pruned to nothing is nothing, however its empty tensors look."""
+    pattern = {**adalora.config["rank_pattern"], f"{SITE}.lora_E": [False] * 4}
+    empty = {A: torch.ones(0, 64), B: torch.ones(64, 0), E: torch.ones(0, 1)}
+    spec = spec_of(tiny_of("llama"))
+    patch = compile_patch(changed(adalora, {"rank_pattern": pattern}, empty), spec)
+    sites = [p.site for p in patch.primitives if isinstance(p, LowRank)]
+    assert sites == [SITE.replace("layers.0", "layers.1")] and len(patch.primitives) == 1
+
+
+def test_every_key_that_peft_writes_is_judged() -> None:
+    """No key of PEFT's config is unknown here."""
+    assert_every_key_is_judged(PeftAdaLoraConfig, AdaLoraConfig, SILENT, SERVED_VALUES)
+
+
+@pytest.fixture(scope="module")
+def adalora(tiny_of: TinyOf, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An AdaLoRA on the tiny llama's queries, of which every value is left."""
+    folder = tmp_path_factory.mktemp("adalora") / "hat"
+    artifact = read_folder(
+        loras.make_adalora(folder, tiny_of("llama"), target_modules=["q_proj"], init_r=4, keep=0.9999)
+    )
+    assert {
+        p.rank for p in compile_patch(artifact, spec_of(tiny_of("llama"))).primitives if isinstance(p, LowRank)
+    } == {4}
+    return artifact
+
+
+ALL = [True] * 4
+BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
+    "no A": ({}, {A: None}, rf"{A} is missing"),
+    "no B": ({}, {B: None}, rf"{B} is missing"),
+    "no E": ({}, {E: None}, rf"{E} is missing"),
+    "no site": ({}, {A: None, B: None, E: None}, "is missing: target_modules names its site|which is no tensor's name"),
+    "A transposed": ({}, {A: torch.ones(64, 4)}, rf"{A} has shape \[64, 4\].*need \[4, 64\]"),
+    "B transposed": ({}, {B: torch.ones(4, 64)}, rf"{B} has shape \[4, 64\].*need \[64, 4\]"),
+    "E transposed": ({}, {E: torch.ones(1, 4)}, rf"{E} has shape \[1, 4\].*need \[4, 1\]"),
+    "E without its column": ({}, {E: torch.ones(4)}, rf"{E} has shape \[4\].*need \[4, 1\]"),
+    "another rank": ({"init_r": 5, "rank_pattern": None}, {}, rf"{A} has shape \[4, 64\].*need \[5, 64\]"),
+    "less is left, it says": (
+        {"rank_pattern": {f"{SITE}.lora_E": [True, False, True, True]}},
+        {},
+        rf"{A} has shape \[4, 64\].*need \[3, 64\]",
+    ),
+    "a mask of another length": ({"rank_pattern": {f"{SITE}.lora_E": [True] * 5}}, {}, "not init_r=4 values for model"),
+    "a mask of numbers": ({"rank_pattern": {f"{SITE}.lora_E": [1, 1, 1, 1]}}, {}, r"Expected `bool`"),
+    "a mask of no tensor": ({"rank_pattern": {f"{SITE}.lora_A": ALL}}, {}, r"lora_A, which is no tensor's name"),
+    "no rank": ({"init_r": 0}, {}, "init_r is 0"),
+    "a huge rank": ({"init_r": 10**9}, {}, "init_r is 1000000000"),
+    "a huge alpha": ({"lora_alpha": 1e30}, {}, r"lora_alpha is 1e\+30"),
+    "a bias of the branches": ({"lora_bias": True}, {}, "AdaLoRA with lora_bias=True is not served"),
+    "dora": ({"use_dora": True}, {}, "AdaLoRA with use_dora=True is not served"),
+    "replicated layers": ({"layer_replication": [[0, 1]]}, {}, "AdaLoRA with layer_replication="),
+    "an unknown key": ({"magic": 1}, {}, "a key that is not known: magic"),
+    "a product that overflows": ({}, {A: torch.full((4, 64), 1e30), E: torch.full((4, 1), 1e30)}, rf"{A} overflows"),
+    "a LoRA's names": ({}, {A + ".weight": torch.ones(4, 64)}, rf"{A}\.weight has no site"),
+    "a site of no target": ({"target_modules": ["k_proj"]}, {}, "is missing: target_modules names its site"),
+}
+
+
+@pytest.mark.parametrize(("config", "tensors", "reason"), BAD.values(), ids=BAD)
+def test_config_tensors_and_base_must_agree(
+    tiny_of: TinyOf, adalora: Artifact, config: dict[str, Any], tensors: dict[str, Tensor | None], reason: str
+) -> None:
+    """What is missing, extra, transposed or of another rank is refused by its name."""
+    with pytest.raises(ArtifactError, match=reason):
+        compile_patch(changed(adalora, config, tensors), spec_of(tiny_of("llama")))
+
+
+def test_another_bases_adalora_is_refused(tiny_of: TinyOf, adalora: Artifact) -> None:
+    """Where the base has no such linear, the tensor is named."""
+    with pytest.raises(ArtifactError, match=r"self_attn\.q_proj\.lora_\w has no site in gpt2"):
+        compile_patch(adalora, spec_of(tiny_of("gpt2")))

@@ -1,0 +1,215 @@
+"""Bottlenecks of our PEFT-style folder against a plain model of the same formulas, and every way to disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.bottleneck import ACTIVATION_NAMES, PLACEMENTS
+from adapters_store.methods.compile import compile_patch
+from adapters_store.primitives import ACTIVATIONS, Bottleneck
+from tests.kit import reference
+from tests.kit.families import FAMILIES
+from tests.kit.families.bottleneck import adapted, make_bottleneck
+from tests.kit.forge import spec_of
+from tests.kit.like_peft import TOKENS, changed
+
+MLP = "base_model.model.model.layers.0.mlp.bottleneck_"
+ATTENTION = "base_model.model.model.layers.1.self_attn.bottleneck_"
+SIZE, HIDDEN = 5, 64
+CASES: dict[str, dict[str, Any]] = {
+    "no norms": {"ln_before": False, "ln_after": False, "scaling": 4},
+    "both norms": {"ln_before": True, "ln_after": True, "scaling": "channel"},
+    "norm before": {"ln_before": True, "ln_after": False, "scaling": "learned"},
+    "norm after": {"ln_before": False, "ln_after": True, "scaling": -0.5},
+    "one layer": {"layers_to_transform": [1]},
+}
+
+
+def assert_answers_as_adapted(base: Path, folder: Path) -> tuple[Bottleneck, ...]:
+    """The patch gives the adapted model's logits within 1e-4, and logits other than the base's by more than 0.1."""
+    patch = compile_patch(read_folder(folder), spec_of(base))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ours, plain = reference.logits(model, [(patch, 1.0)], TOKENS), reference.logits(model, [], TOKENS)
+    with torch.inference_mode():
+        theirs = adapted(base, folder)(torch.tensor([TOKENS])).logits[0]
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - plain).abs().max() > 0.1
+    return patch.primitives  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_bottleneck_answers_as_written(tmp_path: Path, tiny_base: Path, placement: str, case: dict[str, Any]) -> None:
+    """Every placement with every norm and scaling gives the logits of the plain model."""
+    assert_answers_as_adapted(tiny_base, make_bottleneck(tmp_path / "hat", tiny_base, 7, placement, **case))
+
+
+@pytest.mark.parametrize("non_linearity", ["relu", "gelu", "silu", "swish", "tanh", "GELU_new", "linear"])
+def test_every_activation_answers_as_written(tmp_path: Path, tiny_base: Path, non_linearity: str) -> None:
+    """Names are transformers' own, in capitals or not."""
+    folder = make_bottleneck(tmp_path / "hat", tiny_base, 2, "houlsby", non_linearity=non_linearity.lower())
+    assert_answers_as_adapted(tiny_base, folder)
+    compile_patch(changed(read_folder(folder), {"non_linearity": non_linearity}, {}), spec_of(tiny_base))
+
+
+@pytest.mark.parametrize("name", ACTIVATION_NAMES)
+def test_an_activation_is_what_transformers_means_by_its_name(name: str) -> None:
+    """Other names of one function are equal to it everywhere."""
+    t = torch.linspace(-12, 12, 2001)
+    torch.testing.assert_close(ACTIVATIONS[ACTIVATION_NAMES[name]](t), ACT2FN[name](t), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "phi", "phi3", "gpt_neox", "olmo2", "granite", "mixtral"])
+def test_a_bottleneck_answers_as_written_on_other_bases(
+    tmp_path: Path, tiny_of: Callable[[str], Path], model_type: str, placement: str
+) -> None:
+    """Parallel and post-norm layers, scaled residuals and experts: the modules are what the placement wraps."""
+    base = tiny_of(model_type)
+    assert_answers_as_adapted(base, make_bottleneck(tmp_path / "hat", base, 3, placement))
+
+
+def test_a_block_that_is_no_module_has_no_parallel_bottleneck(tmp_path: Path, tiny_of: Callable[[str], Path]) -> None:
+    """OPT's block ends with fc2: sequential bottlenecks act there, a parallel one would see another input."""
+    base = tiny_of("opt")
+    for placement in ("houlsby", "pfeiffer"):
+        assert_answers_as_adapted(base, make_bottleneck(tmp_path / placement, base, 3, placement))
+    artifact = read_folder(make_bottleneck(tmp_path / "parallel", base, 3, "parallel"))
+    with pytest.raises(ArtifactError, match=r"placement parallel needs .*layers\.0\.fc2 only ends it") as caught:
+        compile_patch(artifact, spec_of(base))
+    assert (caught.value.code, caught.value.param) == ("method_unsupported", "placement")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("bottleneck")])
+@pytest.mark.parametrize("seed", range(6))
+def test_every_seed_of_the_kit_changes_the_base(tmp_path: Path, tiny_base: Path, family: str, seed: int) -> None:
+    """What the kit makes compiles, whatever the seed chose, and changes the logits by more than 0.1."""
+    primitives = assert_answers_as_adapted(tiny_base, FAMILIES[family](tmp_path / "hat", tiny_base, seed))
+    assert len(primitives) == (4 if family.endswith("houlsby") else 2)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Artifact:
+    """A Houlsby artifact with every tensor that there can be."""
+    folder = tmp_path_factory.mktemp("bottleneck") / "hat"
+    options = {"bottleneck_size": SIZE, "scaling": "channel", "ln_before": True, "ln_after": True}
+    return read_folder(make_bottleneck(folder, tiny_base, 0, "houlsby", **options))
+
+
+def test_half_precision_is_folded_in_fp32(sound: Artifact, spec: BaseSpec) -> None:
+    """Tensors in 16 bits become fp32 before the scale is folded into the up-projection, once."""
+    halves: dict[str, Tensor | None] = {name: tensor.bfloat16() for name, tensor in sound.tensors.items()}
+    first = next(
+        p for p in compile_patch(changed(sound, {}, halves), spec).primitives if p.site == "model.layers.0.mlp"
+    )
+    up, bias, scale = (halves[MLP + end].float() for end in ("up.weight", "up.bias", "scaling"))  # type: ignore[union-attr]
+    assert isinstance(first, Bottleneck) and first.up.dtype == first.down.dtype == torch.float32
+    assert torch.equal(first.up, up * scale[:, None])
+    assert first.up_bias is not None and torch.equal(first.up_bias, bias * scale)
+
+
+def test_the_modules_may_be_named_twice(sound: Artifact, spec: BaseSpec) -> None:
+    """target_modules say again what the placement wraps, or are refused; an expression is never run."""
+    for targets in (["self_attn", "mlp"], "(a+)+$", [layer.mlp for layer in spec.layers] + ["self_attn"]):
+        compile_patch(changed(sound, {"target_modules": targets}, {}), spec)
+    with pytest.raises(ArtifactError, match=r"target_modules do not name model\.layers\.0\.self_attn") as caught:
+        compile_patch(changed(sound, {"target_modules": ["mlp"]}, {}), spec)
+    assert caught.value.param == "target_modules"
+
+
+VALUES: dict[str, tuple[dict[str, Any], str | None, str]] = {
+    "no size": ({"bottleneck_size": None}, "adapter_config.json", "missing required field `bottleneck_size`"),
+    "size 0": ({"bottleneck_size": 0}, "bottleneck_size", "bottleneck_size is 0"),
+    "a huge size": ({"bottleneck_size": 10**12}, "bottleneck_size", "bottleneck_size is 1000000000000"),
+    "size true": ({"bottleneck_size": True}, "adapter_config.json", r"Expected `int`.*bottleneck_size"),
+    "another size": ({"bottleneck_size": 6}, None, r"need \[6, 64\]"),
+    "no placement": ({"placement": None}, "adapter_config.json", "missing required field `placement`"),
+    "unknown placement": ({"placement": "compacter"}, "placement", "placement compacter is not served"),
+    "another placement": ({"placement": "pfeiffer"}, None, "is extra"),
+    "unknown activation": ({"non_linearity": "leakyrelu"}, "non_linearity", "non_linearity leakyrelu is not served"),
+    "trained activation": ({"non_linearity": "prelu"}, "non_linearity", "non_linearity prelu is not served"),
+    "unknown scaling": ({"scaling": "gated"}, "scaling", "scaling gated is neither"),
+    "scaling 0": ({"scaling": 0}, "scaling", "scaling is 0"),
+    "a huge scaling": ({"scaling": 1e300}, "scaling", r"scaling is 1e\+300"),
+    "scaling true": ({"scaling": True}, "adapter_config.json", r"\$\.scaling"),
+    "another scaling": ({"scaling": "learned"}, None, r"bottleneck_scaling has shape \[64\].*need \[1\]"),
+    "a number for a tensor": ({"scaling": 1.0}, None, "bottleneck_scaling is extra"),
+    "no norm before": ({"ln_before": False}, None, "bottleneck_norm_before.* is extra"),
+    "no norm after": ({"ln_after": False}, None, "bottleneck_norm_after.* is extra"),
+    "norms as a text": ({"ln_after": "yes"}, "adapter_config.json", r"Expected `bool`.*ln_after"),
+    "fewer layers": ({"layers_to_transform": [1]}, None, "is extra"),
+    "a layer that is not there": ({"layers_to_transform": 2}, "layers_to_transform", "names the layer 2; .* has 2"),
+    "a negative layer": ({"layers_to_transform": [-1, 0]}, "layers_to_transform", "names the layer -1"),
+    "unknown key": ({"phm_layer": False}, "phm_layer", "a key that is not known: phm_layer"),
+    "another task": ({"task_type": "SEQ_CLS"}, "task_type", "Bottleneck with task_type=SEQ_CLS is not served"),
+}
+
+
+@pytest.mark.parametrize(("changes", "param", "reason"), VALUES.values(), ids=VALUES)
+def test_a_config_that_is_wrong_or_disagrees_is_refused(
+    sound: Artifact, spec: BaseSpec, changes: dict[str, Any], param: str | None, reason: str
+) -> None:
+    """Types, sizes, names and what the tensors say of them are checked, and the sentence names the place."""
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compile_patch(changed(sound, changes, {}), spec)
+    assert caught.value.param == param or (param is None and caught.value.param in sound.tensors)
+
+
+ENDS = {
+    "down.weight": [SIZE, HIDDEN],
+    "down.bias": [SIZE],
+    "up.weight": [HIDDEN, SIZE],
+    "up.bias": [HIDDEN],
+    "scaling": [HIDDEN],
+    "norm_before.weight": [HIDDEN],
+    "norm_before.bias": [HIDDEN],
+    "norm_after.weight": [HIDDEN],
+    "norm_after.bias": [HIDDEN],
+}
+TENSORS: dict[str, tuple[str, Tensor | None, str]] = {
+    **{f"no {end}": (ATTENTION + end, None, "is missing") for end in ENDS},
+    **{f"flat {end}": (MLP + end, torch.ones(7), r"has shape \[7\]") for end in ENDS},
+    **{f"deep {end}": (MLP + end, torch.ones(*shape, 1), "has shape") for end, shape in ENDS.items()},
+    "down transposed": (MLP + "down.weight", torch.ones(HIDDEN, SIZE), r"shape \[64, 5\].*need \[5, 64\]"),
+    "up transposed": (MLP + "up.weight", torch.ones(SIZE, HIDDEN), r"shape \[5, 64\].*need \[64, 5\]"),
+    "another base's width": (MLP + "down.weight", torch.ones(SIZE, 576), r"shape \[5, 576\]"),
+    "another base's layer": (MLP.replace("0", "2") + "up.bias", torch.ones(HIDDEN), "is extra"),
+    "a bottleneck elsewhere": (MLP.replace("mlp", "mlp.up_proj") + "up.bias", torch.ones(HIDDEN), "is extra"),
+    "PEFT's adapter name": (MLP + "up.default.bias", torch.ones(HIDDEN), "is extra"),
+    "a tensor of the base": ("model.norm.weight", torch.ones(HIDDEN), "is extra"),
+}
+
+
+@pytest.mark.parametrize(("name", "tensor", "reason"), TENSORS.values(), ids=TENSORS)
+def test_tensors_that_are_not_the_bases_are_refused(
+    sound: Artifact, spec: BaseSpec, name: str, tensor: Tensor | None, reason: str
+) -> None:
+    """Missing, extra, transposed, of wrong rank, of another base: refused by the tensor's name."""
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compile_patch(changed(sound, {}, {name: tensor}), spec)
+    assert caught.value.param == name and name in str(caught.value)
+
+
+def test_no_tensors_are_no_adapter(sound: Artifact, spec: BaseSpec) -> None:
+    """A hat that would be the base is no hat."""
+    with pytest.raises(ArtifactError, match="no tensors"):
+        compile_patch(changed(sound, {}, dict.fromkeys(sound.tensors)), spec)
+
+
+@pytest.mark.parametrize("end", ["up.weight", "up.bias"])
+def test_a_scale_that_overflows_is_refused(sound: Artifact, spec: BaseSpec, end: str) -> None:
+    """Finite tensors whose scaled product is not are refused by name."""
+    huge = {MLP + end: torch.full(ENDS[end], 1e38), MLP + "scaling": torch.full([HIDDEN], 1e10)}
+    with pytest.raises(ArtifactError, match=f"bottleneck_{end} overflows where it is compiled"):
+        compile_patch(changed(sound, {}, huge), spec)

@@ -1,0 +1,120 @@
+"""DoRA against PEFT itself: magnitudes by the norms of the base's own weights, its biases made good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters_store.base.weights import base_weight
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.primitives import Bias, LowRank, Scale
+from tests.kit.families import loras
+from tests.kit.forge import spec_of
+from tests.kit.like_peft import assert_answers_as_peft, changed
+
+TinyOf = Callable[[str], Path]
+SITE = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B, MAGNITUDE = SITE + ".lora_A.weight", SITE + ".lora_B.weight", SITE + ".lora_magnitude_vector"
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "another scale": (
+        "llama",
+        {"r": 5, "lora_alpha": 9, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"k_proj": 1}},
+    ),
+    "rsLoRA, the head too": ("llama", {"use_rslora": True, "target_modules": ["lm_head", "q_proj"]}),
+    "gpt2: Conv1D, with biases": ("gpt2", {}),
+    "gpt2, its tied head": ("gpt2", {"target_modules": ["lm_head", "c_proj"]}),
+    "gpt2, new biases": ("gpt2", {"bias": "all"}),
+    "opt, new biases where branches are": ("opt", {"bias": "lora_only", "target_modules": ["q_proj", "fc1"]}),
+    "qwen2: biases on some": ("qwen2", {}),
+    "phi: the head has a bias": ("phi", {"bias": "all", "target_modules": ["lm_head", "dense", "fc2"]}),
+    "phi3: fused": ("phi3", {}),
+    "gemma3": ("gemma3_text", {}),
+    "on what PiSSA left": ("llama", {"init_lora_weights": "pissa", "target_modules": ["v_proj", "o_proj"]}),
+    "on what OLoRA left": ("qwen2", {"init_lora_weights": "olora", "target_modules": ["v_proj", "o_proj"]}),
+    "beside a norm saved whole": ("gpt_neox", {"modules_to_save": ["final_layer_norm"]}),
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
+def test_dora_answers_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
+    """Whatever the base and the options, the patch gives PEFT's logits."""
+    lora = loras.config(use_dora=True, **config)
+    assert_answers_as_peft(tiny_of(kind), loras.make(tmp_path / "hat", tiny_of(kind), lora, len(kind)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_doras_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, seed: int) -> None:
+    """The artifacts of the mixed tests are served as PEFT serves them."""
+    assert_answers_as_peft(tiny_of("llama"), loras.make_dora(tmp_path / "hat", tiny_of("llama"), seed))
+
+
+@pytest.fixture(scope="module")
+def dora(tiny_of: TinyOf, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A DoRA of rank 4 on the tiny llama's queries."""
+    lora = loras.config(use_dora=True, target_modules=["q_proj"])
+    return read_folder(loras.make(tmp_path_factory.mktemp("dora") / "hat", tiny_of("llama"), lora))
+
+
+def test_a_site_has_one_primitive_of_a_kind(tiny_of: TinyOf, tmp_path: Path) -> None:
+    """Magnitude, branch and all that concerns a bias are three primitives; without a bias they are two."""
+    folder = loras.make(tmp_path / "hat", tiny_of("gpt2"), loras.config(use_dora=True, bias="all"))
+    primitives = compile_patch(read_folder(folder), spec_of(tiny_of("gpt2"))).primitives
+    kinds = {type(p) for p in primitives if not isinstance(p, LowRank | Scale | Bias)}
+    places = [(type(p), p.site) for p in primitives if isinstance(p, LowRank | Scale | Bias)]
+    assert not kinds and len(places) == len(set(places))
+    folder = loras.make(tmp_path / "other", tiny_of("llama"), loras.config(use_dora=True))
+    assert {type(p) for p in compile_patch(read_folder(folder), spec_of(tiny_of("llama"))).primitives} == {
+        LowRank,
+        Scale,
+    }
+
+
+BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
+    "no magnitude": ({}, {MAGNITUDE: None}, rf"{MAGNITUDE} is missing"),
+    "no A": ({}, {A: None}, rf"{A} is missing"),
+    "no B": ({}, {B: None}, rf"{B} is missing"),
+    "magnitude of another width": ({}, {MAGNITUDE: torch.ones(65)}, rf"{MAGNITUDE} has shape \[65\].*need \[64\]"),
+    "magnitude of rows": ({}, {MAGNITUDE: torch.ones(1, 64)}, rf"{MAGNITUDE} has shape \[1, 64\]"),
+    "A transposed": ({}, {A: torch.ones(64, 4)}, rf"{A} has shape \[64, 4\].*need \[4, 64\]"),
+    "another rank": ({"r": 3}, {}, rf"{A} has shape \[4, 64\].*need \[3, 64\]"),
+    "no dora": ({"use_dora": False}, {}, rf"{MAGNITUDE} has no site"),
+    "a number for true": ({"use_dora": 1}, {}, r"Expected `bool`.*use_dora"),
+    "a bias too": ({"lora_bias": True}, {}, "PEFT has no lora_bias with use_dora"),
+    "a base's bias that is not": ({}, {SITE + ".base_layer.bias": torch.ones(64)}, rf"{SITE}\.base_layer\.bias has no"),
+    "a site that is no target": ({"target_modules": ["k_proj"]}, {}, "is missing: target_modules names"),
+}
+
+
+@pytest.mark.parametrize(("config", "tensors", "reason"), BAD.values(), ids=BAD)
+def test_config_tensors_and_base_must_agree(
+    tiny_of: TinyOf, dora: Artifact, config: dict[str, Any], tensors: dict[str, Tensor | None], reason: str
+) -> None:
+    """What is missing, extra, transposed or of another rank is refused by its name."""
+    spec = spec_of(tiny_of("llama"))
+    compile_patch(dora, spec)
+    with pytest.raises(ArtifactError, match=reason):
+        compile_patch(changed(dora, config, tensors), spec)
+
+
+def test_a_row_without_a_direction_is_refused(tiny_of: TinyOf, dora: Artifact) -> None:
+    """Where A and B take a row of the base's weight away there is nothing to give a magnitude to."""
+    spec = spec_of(tiny_of("llama"))
+    a, b = torch.zeros(4, 64), torch.zeros(64, 4)
+    a[0], b[0, 0] = base_weight(spec, "model.layers.0.self_attn.q_proj.weight")[0], -1
+    with pytest.raises(ArtifactError, match=r"q_proj\.lora_magnitude_vector overflows"):
+        compile_patch(changed(dora, {}, {A: a, B: b}), spec)
+
+
+def test_another_bases_dora_is_refused(tiny_of: TinyOf, dora: Artifact) -> None:
+    """Where the base has no such linear, the tensor is named."""
+    with pytest.raises(ArtifactError, match=r"self_attn\.q_proj\.lora_A\.weight has no site in gpt2"):
+        compile_patch(dora, spec_of(tiny_of("gpt2")))

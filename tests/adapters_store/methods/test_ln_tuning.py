@@ -1,0 +1,127 @@
+"""Layer-norm tuning against PEFT itself, and every way in which config, tensors and base can disagree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LNTuningConfig as PeftLNTuningConfig
+from torch import Tensor
+
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.methods.ln_tuning import LNTuningConfig
+from adapters_store.methods.shared import config
+from tests.kit.families.selective import make_ln_tuning
+from tests.kit.forge import spec_of
+from tests.kit.like_peft import assert_answers_as_peft
+
+TinyOf = Callable[[str], Path]
+NORM, OTHER_NORM = "base_model.model.model.norm", "base_model.model.model.layers.0.input_layernorm"
+WEIGHT, BIAS = ".ln_tuning_layers.weight", ".ln_tuning_layers.bias"
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"target_modules": None}),
+    "one norm": ("llama", {"target_modules": ["norm"]}),
+    "excluded": ("llama", {"exclude_modules": ["layers.1.input_layernorm"]}),
+    "by an expression": ("llama", {"target_modules": r".*layers\.\d\.input_layernorm"}),
+    "excluded by an expression": ("llama", {"exclude_modules": r".*\.0\..*"}),
+    "a linear, the embedding and the head": (
+        "llama",
+        {"target_modules": ["norm", "o_proj", "embed_tokens", "lm_head"]},
+    ),
+    "the head saved whole": ("llama", {"modules_to_save": ["lm_head"]}),
+    "a feed-forward block saved whole": ("llama", {"modules_to_save": ["layers.1.mlp"]}),
+    "targeted and saved: saved": ("llama", {"target_modules": ["norm", "o_proj"], "modules_to_save": ["1.self_attn"]}),
+    "gpt2, norms with biases": ("gpt2", {"target_modules": None}),
+    "gpt2, a transposed linear": ("gpt2", {"target_modules": ["ln_f", "h.0.attn.c_attn"]}),
+    "gpt2, the tied head alone": ("gpt2", {"modules_to_save": ["lm_head"]}),
+    "gpt2, the tied embedding alone": ("gpt2", {"target_modules": ["ln_f", "wte"]}),
+    "gemma2, whose norms add 1": ("gemma2", {"target_modules": None}),
+    "gemma2, the scaled embedding": ("gemma2", {"modules_to_save": ["embed_tokens"]}),
+    "phi": ("phi", {"target_modules": None}),
+    "opt": ("opt", {"target_modules": ["self_attn_layer_norm", "final_layer_norm"]}),
+    "qwen3, norms of queries and keys": ("qwen3", {"target_modules": ["q_norm", "k_norm"]}),
+    "olmo2, norms after the blocks": ("olmo2", {"target_modules": ["post_feedforward_layernorm", "q_norm"]}),
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
+def test_tuned_norms_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
+    """Norms and whatever else was targeted or saved act as PEFT's copies of them."""
+    folder = make_ln_tuning(tmp_path / "hat", tiny_of(kind), seed=len(config), **config)
+    assert_answers_as_peft(tiny_of(kind), folder)
+
+
+def test_every_key_that_peft_writes_is_judged() -> None:
+    """No key of the installed PEFT's config is unknown here: a new PEFT that adds one turns this red."""
+    written = {field.name for field in dataclasses.fields(PeftLNTuningConfig)}
+    assert written <= config.SILENT | {"task_type", *LNTuningConfig.__struct_fields__}
+
+
+def sound(config: dict[str, Any], tensors: dict[str, Tensor | None]) -> Artifact:
+    """Two norms of llama with changes; None takes a tensor away."""
+    keys = {"peft_type": "LN_TUNING", "target_modules": ["model.norm", "layers.0.input_layernorm"], **config}
+    made = {NORM + WEIGHT: torch.full((64,), 2.0), OTHER_NORM + WEIGHT: torch.full((64,), 3.0), **tensors}
+    return Artifact(keys, {name: value for name, value in made.items() if value is not None}, None, "d" * 64, 0)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = {
+    "missing": ({}, {NORM + WEIGHT: None}, NORM + WEIGHT, "is missing: target_modules names"),
+    "extra": ({"target_modules": ["norm"]}, {}, OTHER_NORM + WEIGHT, "is extra"),
+    "excluded": ({"exclude_modules": ["input_layernorm"]}, {}, OTHER_NORM + WEIGHT, "is extra"),
+    "a bias that the base has not": ({}, {NORM + BIAS: torch.ones(64)}, NORM + BIAS, "is extra"),
+    "two dimensions": ({}, {NORM + WEIGHT: torch.ones(1, 64)}, NORM + WEIGHT, r"shape \[1, 64\].*need \[64\]"),
+    "another base's width": ({}, {NORM + WEIGHT: torch.ones(65)}, NORM + WEIGHT, r"shape \[65\].*need \[64\]"),
+    "no such layer": ({}, {OTHER_NORM.replace("0", "9") + WEIGHT: torch.ones(64)}, "", "no site in llama"),
+    "a whole block": (
+        {},
+        {"base_model.model.model.layers.0.mlp.ln_tuning_layers.default.up_proj.weight": torch.ones(96, 64)},
+        "",
+        "no site in llama",
+    ),
+    "the base's own name": ({}, {NORM + ".weight": torch.ones(64)}, NORM + ".weight", "no site in llama"),
+    "no tensors": ({}, {NORM + WEIGHT: None, OTHER_NORM + WEIGHT: None}, OTHER_NORM + WEIGHT, "is missing"),
+    "saved, without its tensor": (
+        {"modules_to_save": ["lm_head"]},
+        {},
+        "base_model.model.lm_head.weight",
+        "lm_head.weight is missing",
+    ),
+    "saved as one name": ({"modules_to_save": "lm_head"}, {}, "", r"Expected `array.*\$\.modules_to_save"),
+    "a key of LoRA": ({"layers_to_transform": [0]}, {}, "layers_to_transform", "a key that is not known"),
+    "another task": ({"task_type": "SEQ_CLS"}, {}, "task_type", "layer-norm tuning with task_type=SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize(("config", "tensors", "name", "reason"), REFUSED.values(), ids=REFUSED)
+def test_config_tensors_and_base_must_agree(
+    tiny_of: TinyOf, config: dict[str, Any], tensors: dict[str, Tensor | None], name: str, reason: str
+) -> None:
+    """A tensor without its place, a place without its tensor, a wrong shape: refused by name."""
+    spec = spec_of(tiny_of("llama"))
+    compile_patch(sound({}, {}), spec)
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compile_patch(sound(config, tensors), spec)
+    assert not name or caught.value.param == name
+
+
+def test_a_missing_bias_is_refused(tiny_of: TinyOf, tmp_path: Path) -> None:
+    """A norm that has a bias is whole only with it."""
+    artifact = read_folder(make_ln_tuning(tmp_path / "hat", tiny_of("gpt2"), 0))
+    name = f"base_model.model.transformer.ln_f{BIAS}"
+    del artifact.tensors[name]
+    with pytest.raises(ArtifactError, match=rf"{name} is missing"):
+        compile_patch(artifact, spec_of(tiny_of("gpt2")))
+
+
+def test_an_untrained_artifact_is_refused(tiny_of: TinyOf, tmp_path: Path) -> None:
+    """Norms that are the base's own make no adapter."""
+    artifact = read_folder(make_ln_tuning(tmp_path / "hat", tiny_of("llama"), 0, strength=0.0))
+    with pytest.raises(ArtifactError, match="every tensor is as llama has it"):
+        compile_patch(artifact, spec_of(tiny_of("llama")))

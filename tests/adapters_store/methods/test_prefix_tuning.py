@@ -1,0 +1,164 @@
+"""Prefixes of keys and values against PEFT itself and against text, and all that cannot be laid out in this base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import CartridgeConfig, PrefixTuningConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from adapters_store.base.spec import BaseSpec, KVShape
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact
+from adapters_store.methods import is_kv
+from adapters_store.methods.compile import compile_patch
+from adapters_store.methods.prefix_tuning import CARTRIDGE_SILENT, PREFIX_SILENT, KVConfig
+from adapters_store.methods.prompt_tuning import EMBEDDINGS, SERVED_VALUES
+from adapters_store.primitives import PrefixKV
+from tests.kit import reference
+from tests.kit.families.prompts import make_cartridge, make_prefix_tuning
+from tests.kit.forge import spec_of, toy_artifact, toy_spec
+from tests.kit.like_peft import TOKENS, assert_answers_as_peft, assert_every_key_is_judged
+
+TinyOf = Callable[[str], Path]
+MAKERS = {"prefix": make_prefix_tuning, "cartridge": make_cartridge}
+# Grouped heads (llama), windows that a prefix of 37 fills (mistral, gemma), soft caps (gemma2), two rotary bases
+# (gemma3), heads wider than hidden / heads (qwen3), learned positions (gpt2, opt), a rotary part (gpt_neox, phi).
+BASES = ["mistral", "gemma2", "gemma3_text", "qwen3", "gpt2", "opt", "gpt_neox", "phi"]
+CASES = [
+    *[("llama", name, seed) for name in MAKERS for seed in (0, 1, 2)],
+    *[(kind, "prefix", seed) for kind in BASES for seed in (1, 2)],
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "seed"), CASES)
+def test_prefixes_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, name: str, seed: int) -> None:
+    """3, 20 and 37 virtual tokens, a projection folded, give PEFT's logits on every kind of attention."""
+    patch = assert_answers_as_peft(tiny_of(kind), MAKERS[name](tmp_path / "hat", tiny_of(kind), seed))
+    assert patch.num_virtual == (3, 20, 37)[seed] and is_kv(patch.method)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_the_cache_of_a_text_answers_as_the_text(tiny_of: TinyOf, kind: str) -> None:
+    """A prefix that is a text's keys and values is that text: keys lie rotated, and positions go on behind them."""
+    model, spec, text = AutoModelForCausalLM.from_pretrained(tiny_of(kind)), spec_of(tiny_of(kind)), [7, 8, 9, 7, 1]
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(torch.tensor([text]), past_key_values=cache, use_cache=True)
+    sides = [side[0].transpose(0, 1).flatten(1) for layer in cache.layers for side in (layer.keys, layer.values)]
+    config = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": len(text)}
+    patch = compile_patch(toy_artifact(config, {EMBEDDINGS: torch.cat(sides, dim=1)}), spec)
+    ours = reference.logits(model, [(patch, 1.0)], TOKENS)
+    assert (ours - reference.logits(model, [], text + TOKENS)[len(text) :]).abs().max() < 1e-4
+
+
+T, LAYERS, HEADS, DIM = 3, 2, 2, 4
+WIDTH = LAYERS * 2 * HEADS * DIM
+TYPES = {
+    "prefix": ("PREFIX_TUNING", PrefixTuningConfig, PREFIX_SILENT),
+    "cartridge": ("CARTRIDGE", CartridgeConfig, CARTRIDGE_SILENT),
+}
+
+
+def kv_spec(*shapes: KVShape) -> BaseSpec:
+    """A base of two layers with two kv heads of four, or of other shapes."""
+    return dataclasses.replace(toy_spec(), kv=list(shapes) or [KVShape(HEADS, DIM, DIM)] * LAYERS)
+
+
+def prefix(name: str = "prefix", changes: dict[str, Any] | None = None, **tensors: Tensor | None) -> Artifact:
+    """A sound artifact whose numbers count up; None takes a tensor away."""
+    sizes = {"num_virtual_tokens": T, "num_layers": LAYERS, "num_attention_heads": HEADS, "token_dim": HEADS * DIM}
+    found = {EMBEDDINGS: torch.arange(float(T * WIDTH)).view(T, WIDTH), **tensors}
+    kept = {name: tensor for name, tensor in found.items() if tensor is not None}
+    return toy_artifact({"peft_type": TYPES[name][0], **sizes, **(changes or {})}, kept)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_row_is_layer_then_key_and_value_then_head(name: str) -> None:
+    """The numbers of a row, in order, are layer 0's key, its value, layer 1's key and so on, each head by head."""
+    patch = compile_patch(prefix(name), kv_spec())
+    (kv,) = patch.primitives
+    assert isinstance(kv, PrefixKV) and len(kv.keys) == len(kv.values) == LAYERS
+    for layer in range(LAYERS):
+        for which, side in enumerate((kv.keys[layer], kv.values[layer])):
+            assert side.shape == (T, HEADS, DIM) and side.is_contiguous()
+            for token in range(T):
+                first = token * WIDTH + (layer * 2 + which) * HEADS * DIM
+                assert side[token].flatten().tolist() == list(range(first, first + HEADS * DIM))
+    assert patch.num_items == patch.num_parameters == T * WIDTH
+
+
+def test_halves_become_whole() -> None:
+    """Numbers in 16 bits become fp32."""
+    (kv,) = compile_patch(prefix(**{EMBEDDINGS: torch.ones(T, WIDTH, dtype=torch.bfloat16)}), kv_spec()).primitives
+    assert isinstance(kv, PrefixKV) and kv.keys[0].dtype == kv.values[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_key_that_peft_writes_is_judged(name: str) -> None:
+    """No key of the installed PEFT's config is unknown here; its defaults, all written out, are taken."""
+    peft_type, peft_config, silent = TYPES[name]
+    assert_every_key_is_judged(peft_config, KVConfig, silent, SERVED_VALUES)
+    config = peft_config(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
+    compile_patch(prefix(name, {**config, "peft_type": peft_type}), kv_spec())
+
+
+VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "query heads": ({"num_attention_heads": 4}, "num_attention_heads=4: toy has 2; .*another base", "wrong_base"),
+    "the stream's width": ({"token_dim": 16}, "token_dim=16: toy has 8", "wrong_base"),
+    "more layers": ({"num_layers": 4}, "num_layers=4: toy has 2", "wrong_base"),
+    "more tokens": ({"num_virtual_tokens": 4}, r"has shape \[3, 32\].*need \[4, 32\]", "artifact_invalid"),
+    "no tokens": ({"num_virtual_tokens": 0}, "num_virtual_tokens=0", "artifact_invalid"),
+    "all positions": ({"num_virtual_tokens": 64}, "num_virtual_tokens=64", "artifact_invalid"),
+    "heads as a text": ({"num_attention_heads": "2"}, "Expected `int", "artifact_invalid"),
+    "an encoder-decoder": ({"num_transformer_submodules": 2}, "num_transformer_submodules=2", "method_unsupported"),
+    "another task": ({"task_type": "SEQ_2_SEQ_LM"}, "task_type=SEQ_2_SEQ_LM is not served", "method_unsupported"),
+    "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not served", "method_unsupported"),
+    "an unknown key": ({"prefix_magic": 1}, "a key that is not known: prefix_magic", "method_unsupported"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(("changes", "reason", "code"), VALUES.values(), ids=VALUES)
+def test_a_config_that_does_not_fit_is_refused(name: str, changes: dict[str, Any], reason: str, code: str) -> None:
+    """What the config says of tokens, layers and heads must be the base's; the sentence names the key."""
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compile_patch(prefix(name, changes), kv_spec())
+    assert caught.value.code == code
+
+
+TENSORS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "missing": ({EMBEDDINGS: None, "x": torch.ones(1)}, EMBEDDINGS, "is missing"),
+    "extra": ({"transform.0.weight": torch.ones(8, 8)}, "transform.0.weight", "is extra"),
+    "transposed": ({EMBEDDINGS: torch.ones(WIDTH, T)}, EMBEDDINGS, r"shape \[32, 3\].*need \[3, 32\]"),
+    "four dimensions": ({EMBEDDINGS: torch.ones(T, LAYERS, 2, 8)}, EMBEDDINGS, r"shape \[3, 2, 2, 8\]"),
+    "not folded": ({EMBEDDINGS: torch.ones(T, HEADS * DIM)}, EMBEDDINGS, r"shape \[3, 8\].*need \[3, 32\]"),
+    "another base": ({EMBEDDINGS: torch.ones(T, 2 * WIDTH)}, EMBEDDINGS, r"shape \[3, 64\].*need \[3, 32\]"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(("tensors", "param", "reason"), TENSORS.values(), ids=TENSORS)
+def test_tensors_that_do_not_fit_are_refused(name: str, tensors: dict[str, Any], param: str, reason: str) -> None:
+    """Exactly one tensor, of one row a virtual token; the sentence names what is wrong."""
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compile_patch(prefix(name, **tensors), kv_spec())
+    assert caught.value.param == param and param in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[KVShape(2, 4, 4), KVShape(1, 8, 8)], [KVShape(2, 4, 6)] * 2],
+    ids=["layers differ", "values are wider than keys"],
+)
+def test_a_base_that_rows_of_one_shape_cannot_lay_out(shapes: list[KVShape]) -> None:
+    """PEFT's rows have one shape for all layers, keys and values: where the base has more, nothing is guessed."""
+    with pytest.raises(ArtifactError, match="keys and values of one shape in all layers of toy") as caught:
+        compile_patch(prefix(), kv_spec(*shapes))
+    assert caught.value.code == "method_unsupported"

@@ -1,0 +1,210 @@
+"""Soft prompts against PEFT itself and against text, and every way in which config, tensors and base can disagree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import MultitaskPromptTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.methods.prompt_tuning import (
+    COLS,
+    EMBEDDINGS,
+    ENCODER_SILENT,
+    MULTITASK_SILENT,
+    PROMPT_SILENT,
+    ROWS,
+    SERVED_VALUES,
+    MultitaskConfig,
+    VirtualTokens,
+)
+from adapters_store.primitives import Patch, PrefixEmbeds
+from tests.kit import reference
+from tests.kit.adapters import make_peft
+from tests.kit.families import FAMILIES
+from tests.kit.families.prompts import make_multitask, make_p_tuning, make_prompt_tuning
+from tests.kit.forge import spec_of, toy_artifact, toy_spec
+from tests.kit.like_peft import TOKENS, assert_answers_as_peft, assert_every_key_is_judged
+from tests.kit.tiny import CONFIGS, make_tiny_base
+
+TinyOf = Callable[[str], Path]
+TASK = torch.tensor([0])
+MAKERS = {"prompt": make_prompt_tuning, "p": make_p_tuning, "multitask": make_multitask}
+# Scaled embeddings, a scale outside of them, learned positions, and windows that the longer prompts fill.
+OTHER_BASES = ["gemma2", "gemma3_text", "granite", "gpt2", "mistral", "opt"]
+CASES = [
+    *[("llama", name, seed) for name in MAKERS for seed in (0, 1, 2)],
+    *[(kind, "prompt", 2) for kind in OTHER_BASES],
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "seed"), CASES)
+def test_soft_prompts_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, name: str, seed: int) -> None:
+    """3 to 37 virtual tokens, their encoder and their task's factors folded, give PEFT's logits."""
+    folder = MAKERS[name](tmp_path / "hat", tiny_of(kind), seed)
+    patch = assert_answers_as_peft(tiny_of(kind), folder, **({"task_ids": TASK} if name == "multitask" else {}))
+    assert patch.num_virtual == (3, 20, 37)[seed]
+
+
+def test_embeddings_narrower_than_the_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a base widens its embeddings (OPT), virtual tokens are as wide as those."""
+    monkeypatch.setitem(CONFIGS, "opt", {**CONFIGS["opt"], "word_embed_proj_dim": 32})
+    base = make_tiny_base(tmp_path / "opt", "opt")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=32)
+    patch = assert_answers_as_peft(base, make_peft(tmp_path / "hat", base, config))
+    assert patch.num_items == 5 * 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+def test_the_embeddings_of_a_text_answer_as_the_text(tiny_of: TinyOf, kind: str) -> None:
+    """A prompt that is a text's embeddings is that text: positions and phases go on behind it."""
+    model, spec, text = AutoModelForCausalLM.from_pretrained(tiny_of(kind)), spec_of(tiny_of(kind)), [7, 8, 9, 7]
+    embeds = model.get_input_embeddings()(torch.tensor(text)).detach()
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": len(text)}
+    patch = compile_patch(toy_artifact(config, {EMBEDDINGS: embeds}), spec)
+    ours = reference.logits(model, [(patch, 1.0)], TOKENS)
+    assert (ours - reference.logits(model, [], text + TOKENS)[len(text) :]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() & {"prompt-tuning", "p-tuning", "multitask-prompt-tuning"}))
+def test_families_have_many_lengths(tiny_base: Path, tmp_path: Path, name: str) -> None:
+    """What other tests take as this family has between 3 and 40 virtual tokens, by the seed, and the same bytes."""
+    folders = [FAMILIES[name](tmp_path / str(seed), tiny_base, seed) for seed in (3, 4, 5)]
+    patches = [compile_patch(read_folder(folder), spec_of(tiny_base)) for folder in folders]
+    assert len({patch.num_virtual for patch in patches}) == 3
+    assert all(3 <= patch.num_virtual <= 40 for patch in patches)
+    again = FAMILIES[name](tmp_path / "again", tiny_base, 4)
+    assert read_folder(again).digest == patches[1].digest
+
+
+T, SIZE = 3, 8
+TYPES = {
+    "prompt": ("PROMPT_TUNING", PromptTuningConfig, VirtualTokens, PROMPT_SILENT),
+    "p": ("P_TUNING", PromptEncoderConfig, VirtualTokens, ENCODER_SILENT),
+    "multitask": ("MULTITASK_PROMPT_TUNING", MultitaskPromptTuningConfig, MultitaskConfig, MULTITASK_SILENT),
+}
+
+
+def prompt_spec() -> BaseSpec:
+    """A base whose embeddings are of another size than its stream."""
+    return dataclasses.replace(toy_spec(), hidden_size=16, embedding_size=SIZE)
+
+
+def soft(name: str, changes: dict[str, Any] | None = None, **tensors: Tensor | None) -> Artifact:
+    """A sound artifact of three virtual tokens, of rank 2 where it has ranks; None takes a tensor away."""
+    config: dict[str, Any] = {"peft_type": TYPES[name][0], "num_virtual_tokens": T, "token_dim": SIZE, "num_layers": 2}
+    found: dict[str, Tensor | None] = {EMBEDDINGS: torch.arange(24.0).view(T, SIZE)}
+    if name == "multitask":
+        config |= {"num_tasks": 1, "num_ranks": 2}
+        found |= {COLS: torch.full((1, T, 2), 0.5), ROWS: torch.full((1, 2, SIZE), 2.0)}
+    kept = {name: tensor for name, tensor in {**found, **tensors}.items() if tensor is not None}
+    return toy_artifact({**config, **(changes or {})}, kept)
+
+
+def compiled(artifact: Artifact) -> Patch:
+    """Its patch for that base."""
+    return compile_patch(artifact, prompt_spec())
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_patch_is_one_prefix_of_embeddings(name: str) -> None:
+    """What compiles is the embeddings, in fp32, whatever they were saved in; the parameters are those of the file."""
+    artifact = soft(name)
+    halves = {key: tensor.half() for key, tensor in artifact.tensors.items()}
+    patch = compiled(dataclasses.replace(artifact, tensors=halves))
+    (prefix,) = patch.primitives
+    assert isinstance(prefix, PrefixEmbeds) and prefix.embeds.dtype == torch.float32
+    assert torch.equal(prefix.embeds, torch.arange(24.0).view(T, SIZE) * (2.0 if name == "multitask" else 1.0))
+    assert (patch.num_virtual, patch.num_items) == (T, T * SIZE)
+    assert patch.num_parameters == sum(tensor.numel() for tensor in halves.values())
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_key_that_peft_writes_is_judged(name: str) -> None:
+    """No key of the installed PEFT's config is unknown here; its defaults, all written out, are taken."""
+    peft_type, peft_config, schema, silent = TYPES[name]
+    assert_every_key_is_judged(peft_config, schema, silent, SERVED_VALUES)
+    config = peft_config(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
+    if name == "multitask":
+        config["num_ranks"] = 2
+    compiled(soft(name, {**config, "peft_type": peft_type}))
+
+
+VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no tokens": ({"num_virtual_tokens": 0}, "num_virtual_tokens=0", "artifact_invalid"),
+    "all positions": ({"num_virtual_tokens": 64}, "num_virtual_tokens=64: toy has 64 positions", "artifact_invalid"),
+    "a huge number": ({"num_virtual_tokens": 10**30}, "num_virtual_tokens", "artifact_invalid"),
+    "how many is not said": ({"num_virtual_tokens": None}, "required field `num_virtual_tokens`", "artifact_invalid"),
+    "a text": ({"num_virtual_tokens": "3"}, r"Expected `int`.*num_virtual_tokens", "artifact_invalid"),
+    "true": ({"num_virtual_tokens": True}, r"Expected `int`.*num_virtual_tokens", "artifact_invalid"),
+    "more than there are": ({"num_virtual_tokens": 4}, r"prompt_embeddings has shape \[3, 8\].*\[4, 8\]", ""),
+    "another width": ({"token_dim": 16}, "token_dim=16: toy has 8; the artifact is of another base", "wrong_base"),
+    "more layers": ({"num_layers": 12}, "num_layers=12: toy has 2", "wrong_base"),
+    "an encoder-decoder": ({"num_transformer_submodules": 2}, "num_transformer_submodules=2", "method_unsupported"),
+    "another task": ({"task_type": "SEQ_2_SEQ_LM"}, "task_type=SEQ_2_SEQ_LM is not served", "method_unsupported"),
+    "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* is not served", "method_unsupported"),
+    "an unknown key": ({"prompt_magic": 1}, "a key that is not known: prompt_magic", "method_unsupported"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(("changes", "reason", "code"), VALUES.values(), ids=VALUES)
+def test_a_config_that_does_not_fit_is_refused(name: str, changes: dict[str, Any], reason: str, code: str) -> None:
+    """What the config says of tokens and base must be so; the sentence names the key."""
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compiled(soft(name, changes))
+    assert caught.value.code == (code or "artifact_invalid")
+
+
+TENSORS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "missing": ("prompt", {EMBEDDINGS: None, "x": torch.ones(1)}, EMBEDDINGS, "is missing"),
+    "extra": ("prompt", {"prompt_encoder": torch.ones(1)}, "prompt_encoder", "is extra"),
+    "an encoder": ("p", {"mlp_head.0.weight": torch.ones(8, 8)}, "mlp_head.0.weight", "is extra"),
+    "factors of no task": ("prompt", {COLS: torch.ones(1, T, 1)}, COLS, "is extra"),
+    "transposed": ("prompt", {EMBEDDINGS: torch.ones(SIZE, T)}, EMBEDDINGS, r"shape \[8, 3\].*need \[3, 8\]"),
+    "one dimension": ("p", {EMBEDDINGS: torch.ones(24)}, EMBEDDINGS, r"shape \[24\]"),
+    "three dimensions": ("prompt", {EMBEDDINGS: torch.ones(1, T, SIZE)}, EMBEDDINGS, r"shape \[1, 3, 8\]"),
+    "another base's width": ("prompt", {EMBEDDINGS: torch.ones(T, 16)}, EMBEDDINGS, r"shape \[3, 16\].*need \[3, 8\]"),
+    "an encoder's input": ("p", {EMBEDDINGS: torch.ones(T, 9)}, EMBEDDINGS, r"shape \[3, 9\]"),
+    "no columns": ("multitask", {COLS: None}, COLS, "is missing"),
+    "no rows": ("multitask", {ROWS: None}, ROWS, "is missing"),
+    "columns of more tasks": ("multitask", {COLS: torch.ones(2, T, 2)}, COLS, r"\[2, 3, 2\].*need \[1, 3, 2\]"),
+    "columns transposed": ("multitask", {COLS: torch.ones(1, 2, T)}, COLS, r"need \[1, 3, 2\]"),
+    "rows transposed": ("multitask", {ROWS: torch.ones(1, SIZE, 2)}, ROWS, r"need \[1, 2, 8\]"),
+    "rows of another rank": ("multitask", {ROWS: torch.ones(1, 3, SIZE)}, ROWS, r"need \[1, 2, 8\]"),
+    "an overflow": ("multitask", {ROWS: torch.full((1, 2, SIZE), 3e38)}, EMBEDDINGS, "overflows"),
+}
+
+
+@pytest.mark.parametrize(("name", "tensors", "param", "reason"), TENSORS.values(), ids=TENSORS)
+def test_tensors_that_do_not_fit_are_refused(name: str, tensors: dict[str, Any], param: str, reason: str) -> None:
+    """Exactly the tensors that config and base imply, by name and shape; the sentence names the tensor."""
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compiled(soft(name, **tensors))
+    assert caught.value.param == param and param in str(caught.value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_tasks", 2), ("num_tasks", 0), ("num_ranks", 0), ("num_ranks", 10**9)])
+def test_a_prompt_of_many_tasks_is_refused(key: str, value: int) -> None:
+    """Which of many tasks was meant is not in the file: refused, with how to save one of them."""
+    with pytest.raises(ArtifactError, match=f"{key}={value}") as caught:
+        compiled(soft("multitask", {key: value}))
+    assert caught.value.param == key
+    assert key == "num_ranks" or "save that task's item of prefix_task_cols" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["num_tasks", "num_ranks"])
+def test_counts_that_are_left_out_are_one(key: str) -> None:
+    """PEFT's defaults hold where a config says nothing."""
+    ones = {COLS: torch.ones(1, T, 1), ROWS: torch.ones(1, 1, SIZE)}
+    compiled(soft("multitask", {"num_tasks": 1, "num_ranks": 1, key: None}, **ones))

@@ -1,0 +1,157 @@
+"""Trainable tokens against PEFT itself, tied heads and scaled embeddings included, and all that cannot be theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import TrainableTokensConfig as PeftTrainableTokensConfig
+from torch import Tensor
+
+from adapters_store.base.spec import BaseSpec
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.methods.compile import compile_patch
+from adapters_store.methods.shared import config
+from adapters_store.methods.trainable_tokens import SILENT, TrainableTokensConfig
+from adapters_store.primitives import Rows
+from tests.kit.families.selective import make_trainable_tokens
+from tests.kit.forge import spec_of
+from tests.kit.like_peft import TOKENS, assert_answers_as_peft
+
+TinyOf = Callable[[str], Path]
+END = ".trainable_tokens_delta"
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens" + END, "base_model.model.lm_head" + END
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "three tokens, in no order": ("llama", {"token_indices": [TOKENS[0], 5, TOKENS[9]]}),
+    "embedding and head, not tied": ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "the head alone": ("llama", {"target_modules": ["lm_head"]}),
+    "by an expression": ("llama", {"target_modules": r".*(embed_tokens|lm_head)"}),
+    "random rows": ("llama", {"init_weights": False}),
+    "gpt2, tied": ("gpt2", {}),
+    "gpt2, the tied head alone": ("gpt2", {"target_modules": "lm_head"}),
+    "opt, tied": ("opt", {"target_modules": ["embed_tokens"]}),
+    "gemma2, tied, scaled after the look-up": ("gemma2", {}),
+    "gemma2, the head alone": ("gemma2", {"target_modules": ["lm_head"]}),
+    "gemma3, tied, scaled": ("gemma3_text", {}),
+    "granite, scaled outside": ("granite", {}),
+    "phi": ("phi", {}),
+    "phi, whose head has a bias that PEFT leaves out": ("phi", {"target_modules": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
+def test_trained_tokens_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
+    """The new rows stand at the embedding, at the head, or at both, as PEFT has them."""
+    folder = make_trainable_tokens(tmp_path / "hat", tiny_of(kind), seed=len(kind), **config)
+    assert_answers_as_peft(tiny_of(kind), folder)
+
+
+def test_rows_are_ascending_and_a_tied_head_has_them_too(tiny_of: TinyOf, tmp_path: Path) -> None:
+    """Rows come in the order of their ids; where the base is tied the head's rows are the embedding's."""
+    folder = make_trainable_tokens(tmp_path / "hat", tiny_of("gpt2"), 0, token_indices=[9, 2, 4])
+    patch = compile_patch(read_folder(folder), spec_of(tiny_of("gpt2")))
+    rows = [primitive for primitive in patch.primitives if isinstance(primitive, Rows)]
+    assert [row.site for row in rows] == ["transformer.wte", "lm_head"]
+    assert all(row.ids.tolist() == [2, 4, 9] for row in rows) and torch.equal(rows[0].de, rows[1].de)
+
+
+def test_a_tied_head_may_be_left_out(tiny_of: TinyOf, tmp_path: Path) -> None:
+    """The head's tensor of a tied base says nothing that the embedding's does not."""
+    folder = make_trainable_tokens(tmp_path / "hat", tiny_of("gpt2"), 0)
+    artifact, spec = read_folder(folder), spec_of(tiny_of("gpt2"))
+    whole = compile_patch(artifact, spec)
+    del artifact.tensors[HEAD]
+    for one, other in zip(whole.primitives, compile_patch(artifact, spec).primitives, strict=True):
+        assert isinstance(one, Rows) and isinstance(other, Rows) and torch.equal(one.de, other.de)
+
+
+def test_every_key_that_peft_writes_is_judged() -> None:
+    """No key of the installed PEFT's config is unknown here: a new PEFT that adds one turns this red."""
+    written = {field.name for field in dataclasses.fields(PeftTrainableTokensConfig)}
+    assert written <= SILENT | config.SILENT | {"task_type", *TrainableTokensConfig.__struct_fields__}
+
+
+def sound(spec: BaseSpec, config: dict[str, Any], tensors: dict[str, Tensor | None]) -> Artifact:
+    """Three tokens' rows with changes; None takes a key or a tensor away."""
+    rows = torch.linspace(-1, 1, 3 * spec.embedding_size).reshape(3, -1)
+    keys = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [7, 3, 5], "target_modules": ["embed_tokens"], **config}
+    made = {EMBEDDING: rows, **tensors}
+    return Artifact(
+        {key: value for key, value in keys.items() if value is not None},
+        {name: tensor for name, tensor in made.items() if tensor is not None},
+        None,
+        "d" * 64,
+        0,
+    )
+
+
+def rows(num: int, width: int = 64) -> Tensor:
+    """Any rows."""
+    return torch.ones(num, width)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = {
+    "missing": ({}, {EMBEDDING: None, HEAD: rows(3)}, EMBEDDING, "is missing: target_modules names"),
+    "missing, by default": ({"target_modules": None}, {EMBEDDING: None, HEAD: rows(3)}, EMBEDDING, "is missing"),
+    "missing, by name": (
+        {"target_modules": "model.embed_tokens"},
+        {EMBEDDING: None, HEAD: rows(3)},
+        EMBEDDING,
+        "is missing",
+    ),
+    "the head is missing": ({"target_modules": ["embed_tokens", "lm_head"]}, {}, HEAD, "is missing"),
+    "the head is extra": ({}, {HEAD: rows(3)}, HEAD, "is extra"),
+    "all-linear has no embedding": ({"target_modules": "all-linear"}, {}, EMBEDDING, "is extra"),
+    "no tensors": ({}, {EMBEDDING: None}, "", rf"{EMBEDDING} is missing"),
+    "transposed": ({}, {EMBEDDING: rows(64, 3)}, EMBEDDING, r"shape \[64, 3\].*need \[3, 64\]"),
+    "a row too few": ({}, {EMBEDDING: rows(2)}, EMBEDDING, r"need \[3, 64\]"),
+    "another base's width": ({}, {EMBEDDING: rows(3, 65)}, EMBEDDING, r"need \[3, 64\]"),
+    "one dimension": ({}, {EMBEDDING: torch.ones(192)}, EMBEDDING, r"shape \[192\]"),
+    "no site": ({}, {"base_model.model.model.norm" + END: rows(3)}, "base_model.model.model.norm" + END, "no site"),
+    "PEFT's nested head": ({}, {f"base_model.model.lm_head.base_layer{END}": rows(3)}, "", "no site"),
+    "another end": ({}, {EMBEDDING.replace(END, ".weight"): rows(3)}, "", "no site"),
+    "no tokens": ({"token_indices": []}, {}, "token_indices", "is empty"),
+    "no list of tokens": ({"token_indices": None}, {}, "", "missing required field `token_indices`"),
+    "a token twice": ({"token_indices": [7, 3, 7]}, {}, "token_indices", "has 7 twice"),
+    "a token beyond": ({"token_indices": [7, 3, 259]}, {}, "token_indices", "has 259: .* tokens 0 to 258"),
+    "a negative token": ({"token_indices": [7, 3, -1]}, {}, "token_indices", "has -1"),
+    "a huge token": ({"token_indices": [7, 3, 2**70]}, {}, "token_indices", "has 118"),
+    "a token is a text": ({"token_indices": [7, 3, "5"]}, {}, "", r"Expected `int`.*\$\.token_indices"),
+    "a token is true": ({"token_indices": [7, 3, True]}, {}, "", r"Expected `int`.*\$\.token_indices"),
+    "an unknown key": ({"exclude_modules": ["lm_head"]}, {}, "exclude_modules", "a key that is not known"),
+    "another task": ({"task_type": "SEQ_CLS"}, {}, "task_type", "trainable tokens with task_type=SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize(("config", "tensors", "name", "reason"), REFUSED.values(), ids=REFUSED)
+def test_config_tensors_and_base_must_agree(
+    tiny_of: TinyOf, config: dict[str, Any], tensors: dict[str, Tensor | None], name: str, reason: str
+) -> None:
+    """A tensor without its place, a place without its tensor, a wrong shape, a token that is none: refused by name."""
+    compile_patch(sound(spec_of(tiny_of("llama")), {}, {}), spec_of(tiny_of("llama")))
+    with pytest.raises(ArtifactError, match=reason) as caught:
+        compile_patch(sound(spec_of(tiny_of("llama")), config, tensors), spec_of(tiny_of("llama")))
+    assert not name or caught.value.param == name
+
+
+def test_a_tied_head_of_its_own_is_refused(tiny_of: TinyOf, tmp_path: Path) -> None:
+    """Two different values of one parameter: which one PEFT would take depends on the order of loading."""
+    artifact = read_folder(make_trainable_tokens(tmp_path / "hat", tiny_of("gpt2"), 0))
+    artifact.tensors[HEAD] = artifact.tensors[HEAD] + 1
+    with pytest.raises(ArtifactError, match=r"lm_head.*differs from .*wte.*ties its head") as caught:
+        compile_patch(artifact, spec_of(tiny_of("gpt2")))
+    assert caught.value.param == HEAD
+
+
+def test_a_scaled_row_that_overflows_is_refused(tiny_of: TinyOf) -> None:
+    """Finite rows whose product with the embedding's scale is not finite are refused by name."""
+    spec = spec_of(tiny_of("gemma2"))
+    with pytest.raises(ArtifactError, match=r"embed_tokens\.trainable_tokens_delta overflows"):
+        compile_patch(sound(spec, {}, {EMBEDDING: torch.full((3, 64), 1e38)}), spec)

@@ -1,0 +1,137 @@
+"""The registry in PostgreSQL: what holds for SQLite holds there, and what only a server of its own can do."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import func, select
+
+from adapters_store.errors import RegistryDownError, StoreError
+from adapters_store.registry.database import connect, metadata, transaction, versions
+from adapters_store.registry.registry import Registry
+from tests.adapters_store.registry.test_registry import (  # noqa: F401 - the same tests, over this file's registry
+    D1,
+    D2,
+    add,
+    test_a_failed_upload_leaves_nothing,
+    test_a_number_is_never_given_twice,
+    test_a_task_without_versions_is_absent,
+    test_an_absent_version_is_absent,
+    test_deleting_the_routed_version_routes_to_none,
+    test_tasks_are_listed_by_name,
+    test_the_same_bytes_again_are_the_same_version,
+    test_two_tasks_share_a_digest,
+    test_usage_adds_up,
+    test_versions_are_numbered_and_routed_to,
+    test_what_is_foreign_is_absent,
+)
+from tests.kit.services import postgresql
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The URL of a real server's database."""
+    with postgresql() as url:
+        yield url
+
+
+@pytest.fixture
+def url(server: str) -> str:
+    """The same, emptied."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    return server
+
+
+@pytest.fixture
+def registry(url: str) -> Iterator[Registry]:
+    registry = Registry(url).open()
+    yield registry
+    registry.close()
+
+
+def test_migrations_make_the_tables_that_the_code_uses(registry: Registry, url: str) -> None:
+    """There is no difference between the migrated schema and the code's, and migrating again changes nothing."""
+    registry.close()
+    Registry(url).open().close()
+    engine = connect(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_uploads_at_once_get_numbers_of_their_own(registry: Registry) -> None:
+    """Writers take turns: of uploads at once each gets a number, and the last one is the route."""
+    digests = [f"{number:064d}" for number in range(12)]
+    threads = [threading.Thread(target=add, args=(registry, digest)) for digest in digests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    task = registry.task("default", "t")
+    assert [version.number for version in task.versions] == list(range(1, 13))
+    assert {version.digest for version in task.versions} == set(digests)
+
+
+def test_a_reader_sees_one_moment(registry: Registry) -> None:
+    """What a transaction reads does not change under it, and it does not wait for a writer."""
+    add(registry, D1)
+    count = select(func.count()).select_from(versions)
+    with transaction(registry.engine, is_write=False) as reader:
+        assert reader.execute(count).scalar() == 1
+        add(registry, D2)
+        assert reader.execute(count).scalar() == 1
+    with transaction(registry.engine, is_write=False) as reader:
+        assert reader.execute(count).scalar() == 2
+
+
+def test_large_sizes(registry: Registry) -> None:
+    """Numbers over 32 bits are kept."""
+    version, _ = add(registry, D1, num_bytes=2**40, num_parameters=2**33)
+    assert (version.num_bytes, version.num_parameters) == (2**40, 2**33)
+
+
+def test_one_server_a_database(registry: Registry, url: str) -> None:
+    """A second server is refused while the first one is there."""
+    with pytest.raises(StoreError, match="another server"):
+        Registry(url).open()
+    registry.close()
+    Registry(url.replace("postgresql://", "postgres://")).open().close()
+
+
+def test_connections_that_were_cut(registry: Registry, server: str) -> None:
+    """After a restart of the database the next call works; while it is away the error says so."""
+    add(registry, D1)
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+    assert registry.resolve("default", "t").digest == D1
+    away = connect("postgresql://manyhats@127.0.0.1:1/postgres")
+    with pytest.raises(RegistryDownError, match="does not answer"), transaction(away, is_write=False):
+        pass
+    with pytest.raises(StoreError, match="cannot be reached"):
+        Registry("postgresql://manyhats@127.0.0.1:1/postgres").open()
+
+
+def test_a_driver_that_is_missing_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without psycopg the sentence says what to install; a URL that is none, or of another database, is a sentence."""
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "psycopg":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    for wrong, said in (("nonsense", "URL is none"), ("mysql://x/y", "not in mysql")):
+        with pytest.raises(StoreError, match=said):
+            connect(wrong)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(StoreError, match=r"pip install 'manyhats\[postgres\]'"):
+        connect("postgresql://x/y")

@@ -1,0 +1,145 @@
+"""A store at a URL: S3 as moto's HTTP server speaks it, and what goes wrong there."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adapters_store.errors import AbsentError, ArtifactCorruptError, StoreError
+from adapters_store.format.folder import CONFIG, WEIGHTS, read_folder
+from adapters_store.storage import bucket
+from adapters_store.storage.bucket import Bucket, open_blobs
+from adapters_store.storage.directory import Blobs
+from tests.kit.adapters import make_lora
+from tests.kit.services import s3
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a real HTTP server with the bucket `hats`."""
+    with s3(tmp_path_factory.mktemp("moto"), "hats") as environment:
+        yield environment
+
+
+@pytest.fixture
+def store(endpoint: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """An empty prefix of the bucket."""
+    for name, value in endpoint.items():
+        monkeypatch.setenv(name, value)
+    opened = open_blobs(f"s3://hats/{tmp_path.name}", tmp_path / "local")
+    assert isinstance(opened, Bucket)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_lora(tmp_path_factory.mktemp("lora") / "a", tiny_base, 0, r=2, target_modules=["q_proj"])
+
+
+def put(store: Blobs, lora: Path) -> str:
+    """Put an adapter as an upload does; its digest."""
+    digest = read_folder(lora).digest
+    with store.staging() as staging:
+        folder = shutil.copytree(lora, staging / "f")
+        store.put(folder, digest)
+    return digest
+
+
+def test_what_is_put_is_read(store: Bucket, lora: Path) -> None:
+    """An artifact comes back with its bytes verified, is listed, put twice is there once, and deleted is absent."""
+    digest = put(store, lora)
+    assert put(store, lora) == digest
+    assert store.read(digest).digest == digest and store.digests() == {digest}
+    assert store.files(digest) == {name: (lora / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    store.delete(digest)
+    store.delete(digest)
+    assert store.digests() == set()
+    with pytest.raises(AbsentError):
+        store.read(digest)
+
+
+def test_two_servers_see_the_same(store: Bucket, lora: Path, tmp_path: Path) -> None:
+    """What one process puts or deletes another sees at once: nothing is cached."""
+    other = open_blobs(f"s3://hats/{tmp_path.name}", tmp_path / "elsewhere")
+    with pytest.raises(AbsentError):
+        other.read(read_folder(lora).digest)
+    digest = put(store, lora)
+    assert other.read(digest).digest == digest
+    store.delete(digest)
+    with pytest.raises(AbsentError):
+        other.read(digest)
+
+
+def test_a_flipped_bit_is_corrupt_and_a_new_upload_heals_it(store: Bucket, lora: Path) -> None:
+    """Bytes that are not those that were put are never served; the same upload again replaces them."""
+    digest = put(store, lora)
+    name = store._object(digest, WEIGHTS)
+    data = bytearray(store._files.cat_file(name))
+    data[-1] ^= 1
+    store._files.pipe_file(name, bytes(data))
+    with pytest.raises(ArtifactCorruptError, match="digest"):
+        store.read(digest)
+    store._files.rm_file(store._object(digest, CONFIG))
+    with pytest.raises(ArtifactCorruptError):
+        store.read(digest)
+    put(store, lora)
+    assert store.is_whole(digest)
+
+
+def test_half_an_upload_is_absent(store: Bucket, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights come last: where an upload breaks off before, the artifact is absent, and swept at the next start."""
+    pipe_file = store._files.pipe_file
+
+    def broken(path: str, data: bytes) -> None:
+        if path.endswith(WEIGHTS):
+            raise RuntimeError("the network is away")
+        pipe_file(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store._files, "pipe_file", broken)
+        with pytest.raises(OSError, match="does not answer") as raised:
+            put(store, lora)
+    assert raised.value.errno == errno.EIO
+    digest = read_folder(lora).digest
+    with pytest.raises(AbsentError):
+        store.read(digest)
+    assert store.digests() == {digest}
+    assert store.sweep(set()) == 1 and store.digests() == set()
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_store_is_one_registrys(store: Bucket, lora: Path, tmp_path: Path, is_local: bool) -> None:
+    """It belongs to the registry that opens it first; another is refused before it could sweep what is not its own."""
+    mine: Blobs = Blobs(tmp_path / "folder") if is_local else store
+    assert not mine.claim("first"), "only now: nothing may be swept by what it did not refer to"
+    digest = put(mine, lora)
+    assert mine.claim("first")
+    with pytest.raises(StoreError, match="another registry"):
+        mine.claim("second")
+    assert mine.digests() == {digest}
+
+
+def test_a_driver_that_is_missing_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL whose driver is not installed says what to install; one of no scheme, and no bucket, are sentences too."""
+
+    def missing(_scheme: str) -> None:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    with pytest.raises(StoreError, match="nonsense"):
+        open_blobs("nonsense://x", tmp_path)
+    monkeypatch.setattr(bucket, "get_filesystem_class", missing)
+    with pytest.raises(StoreError, match=r"pip install 'manyhats\[s3\]'"):
+        open_blobs("s3://x/y", tmp_path)
+    with pytest.raises(StoreError, match="install gcsfs"):
+        open_blobs("gs://x", tmp_path)
+
+
+def test_local_folders(tmp_path: Path) -> None:
+    """Without a URL the store is a folder: the one that is given, or the data folder's own."""
+    for given, root in ((None, tmp_path), ("", tmp_path), ("/x/y", Path("/x/y")), ("file:///x/y", Path("/x/y"))):
+        opened = open_blobs(given, tmp_path)
+        assert type(opened) is Blobs and opened.root == root

@@ -1,0 +1,165 @@
+"""The processes that load adapters: what they send is what a load here gives, and nothing depends on them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from adapters_store.format.folder import read_folder
+from adapters_store.storage.directory import Blobs
+from server.engine.adapters.load_queue import LoadError, sentence
+from server.engine.adapters.loader_process import Helper, Helpers, Job, Loader
+from server.engine.adapters.loader_threads import NICENESS
+from server.model.load import load_base
+from server.model.precision import Kept
+from server.model.slots.layout import Packed
+from tests.kit.families import FAMILIES
+from tests.kit.stored import store
+
+KEPT = Kept(torch.float16, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
+    """A store of artifacts."""
+    return Blobs(tmp_path_factory.mktemp("helped") / "blobs")
+
+
+@pytest.fixture(scope="module")
+def job(biased_base: Path, blobs: Blobs) -> Job:
+    """To load for the small base with biases, with matrices in 16 bits."""
+    spec = load_base(biased_base, "tiny", "fp32", "cpu").spec
+    return Job(None, str(blobs.root), spec, str(KEPT.matrices), str(KEPT.others))
+
+
+@pytest.fixture
+def helpers(job: Job) -> Iterator[Helpers]:
+    """Two, ready to load."""
+    made = Helpers(2)
+    made.begin(job.store, job.blobs, job.spec, KEPT)
+    yield made
+    made.close()
+
+
+def assert_same(found: Packed, wanted: Packed) -> None:
+    """Every byte and every number."""
+    assert torch.equal(found.buffer, wanted.buffer)
+    assert found.entries.tolist() == wanted.entries.tolist()
+    assert {site: ids.tolist() for site, ids in found.row_ids.items()} == {
+        site: ids.tolist() for site, ids in wanted.row_ids.items()
+    }
+    assert {ids.dtype for ids in found.row_ids.values()} <= {torch.int32}
+    assert (found.digest, found.kept, found.prefix) == (wanted.digest, wanted.kept, wanted.prefix)
+    assert found.num_bytes == wanted.num_bytes
+
+
+def children() -> list[psutil.Process]:
+    """The processes that were forked from this one and are there."""
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def own_priority() -> int:
+    """Of the calling thread."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.parametrize("method", FAMILIES)
+def test_a_helper_loads_what_a_load_here_gives(
+    method: str, helpers: Helpers, job: Job, blobs: Blobs, biased_base: Path, tmp_path: Path
+) -> None:
+    """Of every method: the same buffer, table, rows and prefix."""
+    digest = store(blobs, FAMILIES[method](tmp_path / method, biased_base, 1))
+    assert_same(helpers.load(digest, None), Loader(job).load(digest, None))
+
+
+def test_what_is_staged_is_read_from_its_folder(
+    helpers: Helpers, blobs: Blobs, biased_base: Path, tmp_path: Path
+) -> None:
+    """An artifact that is not in the store yet is loaded from a folder, where it is the one that was checked."""
+    folder = FAMILIES["lora"](tmp_path / "staged", biased_base, 9)
+    digest = read_folder(folder).digest
+    assert helpers.load(digest, str(folder)).digest == digest
+    with pytest.raises(LoadError, match="is not what was checked") as raised:
+        helpers.load("0" * 64, str(folder))
+    assert raised.value.code == "artifact_corrupt"
+    assert digest not in blobs.digests()
+
+
+def test_why_a_load_failed_arrives(helpers: Helpers, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
+    """The sentence and the code are those of a load in this process, and the helper goes on."""
+    digest = store(blobs, FAMILIES["lora"](tmp_path / "a", biased_base, 2))
+    with (blobs.path(digest) / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    for wanted, code, reason in ((digest, "artifact_corrupt", "corrupt"), ("f" * 64, "not_found", "no artifact")):
+        with pytest.raises(LoadError) as raised:
+            helpers.load(wanted, None)
+        assert raised.value.code == code
+        assert reason in sentence(wanted, raised.value)
+    whole = store(blobs, FAMILIES["lora"](tmp_path / "b", biased_base, 3))
+    assert helpers.load(whole, None).digest == whole
+    assert len(children()) == 2
+
+
+def test_where_helpers_end_the_thread_loads(
+    helpers: Helpers, job: Job, blobs: Blobs, biased_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed one after the other: what is asked for comes, a warning is logged, and the thread that loads gives way."""
+    digest = store(blobs, FAMILIES["lora"](tmp_path / "a", biased_base, 4))
+    before, wanted = os.getpriority(os.PRIO_PROCESS, 0), Loader(job).load(digest, None)
+    with ThreadPoolExecutor(1) as threads:
+        for child in children():
+            assert threads.submit(own_priority).result() == before
+            child.send_signal(signal.SIGKILL)
+            assert_same(threads.submit(helpers.load, digest, None).result(), wanted)
+        assert_same(threads.submit(helpers.load, digest, None).result(), wanted)
+        assert threads.submit(own_priority).result() == max(before, NICENESS)
+    assert not children()
+    assert caplog.text.count("threads load") == 2
+    assert own_priority() == before
+
+
+def test_without_a_fork_the_thread_loads(job: Job, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
+    """A system without fork has no helpers, and loads all the same."""
+    digest = store(blobs, FAMILIES["ia3"](tmp_path / "a", biased_base, 5))
+    alone = Helpers(2, fork=lambda: None)
+    alone.begin(job.store, job.blobs, job.spec, KEPT)
+    with ThreadPoolExecutor(1) as threads:
+        assert_same(threads.submit(alone.load, digest, None).result(), Loader(job).load(digest, None))
+
+
+def test_a_helper_gives_way_and_holds_nothing(helpers: Helpers) -> None:
+    """It runs at low priority and has no descriptor of the engine's but its own socket."""
+    lowest = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
+    for child in children():
+        wait_until(partial(lambda one: one.nice() == lowest and one.num_fds() == 4, child))
+
+
+def test_a_helper_ends_with_its_engine(job: Job) -> None:
+    """When the other end of its socket is gone, however that came, so is it."""
+    helper = Helper.fork()
+    assert helper is not None
+    helper.begin(job)
+    helper._socket.close()
+    assert os.waitpid(helper.pid, 0) == (helper.pid, 0)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Until it holds. Raises `TimeoutError`."""
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            raise TimeoutError
+        time.sleep(0.01)

@@ -1,0 +1,363 @@
+"""The client against a real process over a real socket; only the model is a fake."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.core import Hat, Sampling
+from server.engine.client import EngineStartError, EngineUnavailable
+from server.engine.messages import Output, Submit
+from server.engine.process_client import Patience, ProcessEngineClient
+from server.model.fake import answer_alone
+from tests.server.engine.world import config
+
+COMMAND = (sys.executable, str(Path(__file__).with_name("fake_process.py")))
+FAST = Patience(first_retry=0.05, max_retry=0.4, loading=30.0, silence=3.0, closing=2.0)
+PROMPT = [10, 11, 12]
+
+
+@contextlib.asynccontextmanager
+async def engine(name: str = "fake", patience: Patience = FAST) -> AsyncIterator[ProcessEngineClient]:
+    client = ProcessEngineClient(config(name=name), command=COMMAND, patience=patience)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def request(name: str, *digests: str, max_tokens: int = 20, timeout: float = 60) -> Submit:
+    now, sampling = time.monotonic(), Sampling(max_tokens=max_tokens, ignore_eos=True)
+    return Submit(name, "t", PROMPT, sampling, now + timeout, now, tuple(Hat(digest) for digest in digests))
+
+
+async def answer(client: ProcessEngineClient, submit: Submit) -> list[Output]:
+    return [output async for output in client.generate(submit)]
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def alone(submit: Submit) -> list[int]:
+    hats = [(hat.digest, hat.weight) for hat in submit.hats]
+    limits = {"vocab_size": 512, "eos_token_ids": [0], "max_sequence_tokens": 256}
+    return answer_alone(submit.prompt, hats, submit.sampling, **limits)[0]  # type: ignore[arg-type]
+
+
+async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
+    """How long it took until something was so."""
+    began = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - began < seconds, "it did not happen"
+        await asyncio.sleep(0.005)
+    return time.monotonic() - began
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
+
+
+def test_requests_run_together_and_each_gets_its_own() -> None:
+    """Thirty requests at once, with and without hats, get over the socket what each gets alone."""
+
+    async def main() -> None:
+        async with engine() as client:
+            requests = [request(f"r{at}", *[f"digest{at % 5}"] * (at % 3 > 0)) for at in range(30)]
+            answers = await asyncio.gather(*(answer(client, submit) for submit in requests))
+            for submit, outputs in zip(requests, answers, strict=True):
+                assert tokens(outputs) == alone(submit)
+                assert outputs[-1].finish_reason == "length"
+
+    run(main)
+
+
+def test_ready_residency_stats_and_forget() -> None:
+    """The engine describes itself, says where adapters are, counts, and forgets on demand."""
+
+    async def main() -> None:
+        async with engine() as client:
+            assert client.ready is not None and client.ready.spec.name == "fake"
+            await answer(client, request("r", "digest"))
+            assert await client.residency() == {"digest": "slot"}
+            failed = await answer(client, request("s", "bad"))
+            assert failed[-1].failure and failed[-1].failure.code == "adapter_failed"
+            assert (await client.residency())["bad"] == "failed"
+            client.forget("digest")
+            assert "digest" not in await client.residency()
+            assert client.stats.tokens_total >= 22
+            assert client.stats.loads_total == 1
+
+    run(main)
+
+
+def test_stats_come_when_idle() -> None:
+    """An idle engine sends its state about once a second."""
+
+    async def main() -> None:
+        async with engine() as client:
+            before = client.stats
+            assert await until(lambda: client.stats is not before) < 2.5
+            before = client.stats
+            assert 0.5 < await until(lambda: client.stats is not before) < 2.5
+
+    run(main)
+
+
+def test_closing_the_iterator_aborts() -> None:
+    """Whoever stops listening frees the sequence in the engine."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            outputs = client.generate(request("r", max_tokens=200))
+            await anext(outputs)
+            await until(lambda: client.stats.num_running == 1)
+            await outputs.aclose()
+            assert await until(lambda: client.stats.num_running == 0) < 1.5  # the whole answer takes 4 s
+            assert client.stats.num_blocks_used == 0
+
+    run(main)
+
+
+def test_cancelled_listener_aborts() -> None:
+    """A cancelled task's sequence is freed too, also while it waits for its first token."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            task = asyncio.create_task(answer(client, request("r", max_tokens=200)))
+            await until(lambda: client.stats.num_running == 1)
+            task.cancel()
+            assert await until(lambda: client.stats.num_running == 0) < 1.5
+
+    run(main)
+
+
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+def test_death_fails_running_requests_at_once_and_a_new_engine_starts(death: signal.Signals) -> None:
+    """However the process dies, every running request fails within 2 s, ready is None, and a new engine serves."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            running = [asyncio.create_task(answer(client, request(f"r{at}", max_tokens=200))) for at in range(5)]
+            await until(lambda: client.stats.num_running == 5)
+            pid = client.pid
+            assert pid is not None
+            os.kill(pid, death)
+            began = time.monotonic()
+            answers = await asyncio.gather(*running)
+            assert time.monotonic() - began < 2
+            for outputs in answers:
+                assert outputs[-1].failure and outputs[-1].failure.code == "engine_restarting"
+            assert client.ready is None
+            with pytest.raises(EngineUnavailable, match="died"):
+                await answer(client, request("too early"))
+            await until(lambda: client.ready is not None)
+            assert client.pid != pid and client.last_error is None
+            again = request("again", "digest")
+            assert tokens(await answer(client, again)) == alone(again)
+
+    run(main)
+
+
+def test_engine_that_says_nothing_is_replaced() -> None:
+    """A stopped process is alive and silent: after a while it is ended, its requests fail and a new one starts."""
+
+    async def main() -> None:
+        async with engine(patience=Patience(first_retry=0.05, silence=1.5, closing=0.5)) as client:
+            pid = client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            outputs = await answer(client, request("r"))
+            assert outputs[-1].failure and outputs[-1].failure.code == "engine_restarting"
+            await until(lambda: client.ready is not None)
+            assert not psutil.pid_exists(pid)
+
+    run(main)
+
+
+def test_restarts_wait_longer_each_time() -> None:
+    """The waits before new engines double up to their limit."""
+
+    async def main() -> None:
+        waits = []
+        async with engine() as client:
+            for _ in range(4):
+                await until(lambda: client.ready is not None)
+                assert client.pid is not None
+                os.kill(client.pid, signal.SIGKILL)
+                await until(lambda: client.ready is None)
+                waits.append(await until(lambda: client.ready is not None))
+        shortest = min(waits)
+        assert waits[3] - waits[0] > 0.2, (waits, shortest)
+
+    run(main)
+
+
+CANNOT_START = [
+    ("refuses", "this base has no attention"),
+    ("crashes", "code 3"),
+    ("garbles", "first frame cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "sentence"), CANNOT_START)
+def test_first_start_that_fails_is_an_error_for_the_operator(name: str, sentence: str) -> None:
+    """start() raises what the engine said, or how it ended; last_error keeps it; nothing is left."""
+
+    async def main() -> None:
+        num_files = psutil.Process().num_fds()
+        client = ProcessEngineClient(config(name=name), command=COMMAND, patience=FAST)
+        with pytest.raises(EngineStartError, match=sentence):
+            await client.start()
+        assert client.last_error and sentence in client.last_error
+        assert client.ready is None
+        await until(lambda: psutil.Process().num_fds() == num_files)
+        await client.close()
+
+    run(main)
+
+
+def test_start_that_takes_too_long_is_given_up() -> None:
+    """An engine that never says that it is ready is ended, so that another one can be tried."""
+
+    async def main() -> None:
+        client = ProcessEngineClient(config(name="loads"), command=COMMAND, patience=Patience(loading=0.5, closing=2.0))
+        with pytest.raises(EngineStartError, match=r"did not load within 0\.5 s"):
+            await client.start()
+        assert not psutil.Process().children()
+
+    run(main)
+
+
+def test_command_that_ends_at_once_is_an_error() -> None:
+    """A process that ends before it says anything makes start() raise with its exit code."""
+
+    async def main() -> None:
+        client = ProcessEngineClient(config(), command=(sys.executable, "-c", "exit(4)"), patience=FAST)
+        with pytest.raises(EngineStartError, match="code 4"):
+            await client.start()
+
+    run(main)
+
+
+def test_close_leaves_nothing() -> None:
+    """After close() there is no process, no zombie and no socket, and running requests have failed."""
+
+    async def main() -> None:
+        num_files = psutil.Process().num_fds()
+        async with engine("slow") as client:
+            task = asyncio.create_task(answer(client, request("r", max_tokens=200)))
+            await until(lambda: client.stats.num_running == 1)
+            pid = client.pid
+        outputs = await task
+        assert outputs[-1].failure and outputs[-1].failure.code == "engine_restarting"
+        assert pid is not None and not psutil.pid_exists(pid)
+        await until(lambda: psutil.Process().num_fds() == num_files)
+        with pytest.raises(EngineUnavailable, match="closed"):
+            await answer(client, request("late"))
+
+    run(main)
+
+
+def test_close_right_after_start_leaves_nothing() -> None:
+    """Also where the keeper never came to its first step."""
+
+    async def main() -> None:
+        async with engine() as client:
+            pid = client.pid
+        assert pid is not None and not psutil.pid_exists(pid)
+
+    run(main)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.005, 0.05, 0.2, 0.5])
+def test_start_that_is_cancelled_leaves_nothing(seconds: float) -> None:
+    """Whenever a start is given up, its process and its socket go."""
+
+    async def main() -> None:
+        me = psutil.Process()
+        num_files = me.num_fds()
+        client = ProcessEngineClient(config(), command=COMMAND, patience=FAST)
+        start = asyncio.create_task(client.start())
+        await asyncio.sleep(seconds)
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        await client.close()
+        await until(lambda: me.num_fds() == num_files and not me.children())
+
+    run(main)
+
+
+def test_close_ends_an_engine_that_is_stuck() -> None:
+    """A process that does not end when asked is killed."""
+
+    async def main() -> None:
+        async with engine("hangs", patience=Patience(closing=0.3)) as client:
+            task = asyncio.create_task(answer(client, request("r")))
+            await asyncio.sleep(0.2)
+            pid = client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+        await task
+        assert not psutil.pid_exists(pid)
+
+    run(main)
+
+
+FRONT = """
+import asyncio, sys
+from server.engine.client import ProcessEngineClient
+from server.engine.messages import EngineConfig, Submit
+from server.model.batch import Sampling
+
+async def main():
+    client = ProcessEngineClient(EngineConfig(folder="-", name=sys.argv[1], blobs="-"), command=sys.argv[2:])
+    await client.start()
+    print(client.pid, flush=True)
+    async for _ in client.generate(Submit("r", "t", [1], Sampling(max_tokens=1), 1e18, 0.0)):
+        pass
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("fake", 3), ("hangs", 8)])
+def test_engine_ends_with_the_front(name: str, seconds: float) -> None:
+    """When the front is killed the engine ends by itself, also out of the middle of a long step: no orphan."""
+
+    async def main() -> None:
+        command = [sys.executable, "-c", FRONT, name, *COMMAND]
+        front = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        assert front.stdout is not None
+        pid = int(await front.stdout.readline())
+        await asyncio.sleep(0.3)
+        assert psutil.pid_exists(pid)
+        began = time.monotonic()
+        front.kill()
+        await front.wait()
+        await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        assert time.monotonic() - began < seconds
+
+    run(main)
+
+
+def test_broken_frames_end_the_connection_not_the_client() -> None:
+    """An engine that sends what is no frame counts as dead, and another one starts."""
+
+    async def main() -> None:
+        async with engine() as client:
+            client._hand_on = lambda _: (_ for _ in ()).throw(ConnectionError("no frame"))  # type: ignore[method-assign]
+            await until(lambda: client.ready is None)
+            assert client.last_error and "no frame" in client.last_error
+            await until(lambda: client.num_starts >= 2)
+
+    run(main)

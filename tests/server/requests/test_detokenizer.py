@@ -1,0 +1,168 @@
+"""Text out of tokens: the stream's pieces join to what the tokenizer says of all tokens at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from server.requests.detokenizer import MAX_HELD_TOKENS, TextStream
+from server.requests.tokenizer import Tokenizer
+from tests.kit.tiny import EOS, PAD
+
+BYTES = st.integers(0, 255)
+HARD = st.sampled_from([*"🎩👩‍🚀é".encode(), *b"ab ", 0xFF, 0xF0, 0x80, EOS, PAD])
+TOKENS = st.lists(st.one_of(BYTES, HARD), max_size=80)
+STOPS = st.lists(st.text("ab é🎩", min_size=1, max_size=5), max_size=4)
+SOUND = st.text("ab é🎩👩‍🚀", max_size=40).map(lambda text: [*text.encode()])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Tokenizer:
+    return Tokenizer(tiny_base)
+
+
+def streamed(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> tuple[list[str], bool]:
+    """The pieces of a stream, and whether a stop text ended it."""
+    stream, pieces = TextStream(tokenizer, stop), []
+    for token in tokens:
+        pieces.append(stream.push(token))
+        if stream.is_stopped:
+            return pieces, True
+    pieces.append(stream.flush())
+    return pieces, stream.is_stopped
+
+
+def whole(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> tuple[str, bool]:
+    """The slow twin: the text of all tokens, up to the first place where a stop text is complete."""
+    text = tokenizer.decode(tokens)
+    for end in range(len(text) + 1):
+        starts = [at for at in (text[:end].find(one) for one in stop) if at >= 0]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+@settings(max_examples=400, deadline=None)
+@given(tokens=TOKENS)
+def test_pieces_join_to_the_whole(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    """Whatever the bytes, the joined pieces are the text of all tokens, also where they are no characters."""
+    pieces, _ = streamed(tokenizer, tokens, [])
+    assert "".join(pieces) == tokenizer.decode(tokens)
+
+
+@settings(max_examples=400, deadline=None)
+@given(tokens=st.one_of(TOKENS, SOUND), stop=STOPS)
+def test_pieces_end_at_the_first_stop(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> None:
+    """With stop texts the pieces join to the text before the first one that is complete, and say so."""
+    pieces, is_stopped = streamed(tokenizer, tokens, stop)
+    assert ("".join(pieces), is_stopped) == whole(tokenizer, tokens, stop)
+
+
+def test_a_character_comes_whole(tokenizer: Tokenizer) -> None:
+    """The bytes of a character give no piece until the last has come."""
+    pieces, _ = streamed(tokenizer, [*"a🎩b".encode()], [])
+    assert pieces == ["a", "", "", "", "🎩", "b", ""]
+
+
+def test_what_may_be_a_stop_waits(tokenizer: Tokenizer) -> None:
+    """Text that may begin a stop text is held until it is known not to."""
+    pieces, _ = streamed(tokenizer, [*b"xSTo"], ["STOP"])
+    assert pieces == ["x", "", "", "STo", ""]
+
+
+def test_bytes_that_never_become_characters_are_given_up(tokenizer: Tokenizer) -> None:
+    """After enough tokens without a character what is certain is shown, and the rest still joins to the whole."""
+    tokens = [0x80] * (MAX_HELD_TOKENS + 5) + [*"🎩".encode()]
+    pieces, _ = streamed(tokenizer, tokens, [])
+    assert any(pieces[: MAX_HELD_TOKENS + 1])
+    assert "".join(pieces) == tokenizer.decode(tokens)
+    cut = [0x80] * (MAX_HELD_TOKENS - 2) + [*"🎩".encode()]  # the limit falls into the middle of a character
+    assert "".join(streamed(tokenizer, cut, [])[0]).endswith("🎩")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer as Llama 2's: a leading space is stripped, and bytes are tokens of their own."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁ab", "▁a"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", clean_up_tokenization_spaces=False)  # noqa: S106
+    fast.save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.sampled_from([[256], [257], [258], [259], [260], [*"🎩".encode()]]), max_size=20))
+def test_spaces_before_words_stay(sentencepiece: Tokenizer, parts: list[list[int]]) -> None:
+    """Where a tokenizer strips a leading space, only the answer's first is stripped, and characters come whole."""
+    tokens = [token for part in parts for token in part]
+    pieces, _ = streamed(sentencepiece, tokens, [])
+    assert "".join(pieces) == sentencepiece.decode(tokens)
+
+
+def test_a_space_after_special_tokens_stays(sentencepiece: Tokenizer) -> None:
+    """A word after any number of special tokens keeps the space before it."""
+    (end,) = sentencepiece._special
+    tokens = [259, *[end] * (2 * MAX_HELD_TOKENS), 260]
+    assert "".join(streamed(sentencepiece, tokens, [])[0]) == sentencepiece.decode(tokens) == "ab a"
+
+
+def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
+    """Special tokens show nothing, also in the middle of a character."""
+    hat = [*"🎩".encode()]
+    assert "".join(streamed(tokenizer, [EOS, *hat[:2], EOS, *hat[2:], EOS], [])[0]) == "🎩"
+    assert tokenizer.is_special(EOS) and not tokenizer.is_special(97)
+
+
+@pytest.mark.parametrize("token", [EOS, 97, 0x80])
+def test_a_long_answer_costs_no_more_a_token(tokenizer: Tokenizer, token: int) -> None:
+    """The window that is decoded for each token stays short, whatever the tokens are."""
+    stream = TextStream(tokenizer, [])
+    for _ in range(500):
+        stream.push(token)
+        assert len(stream._window) <= 2 * MAX_HELD_TOKENS
+
+
+def test_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
+    """Encoding in threads while another decodes gives what it gives alone."""
+    texts = [f"text {number} 🎩" * 20 for number in range(64)]
+    alone = [tokenizer.encode(text) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        until, rounds = time.monotonic() + 0.3, 0
+        while time.monotonic() < until or rounds < 2:
+            assert list(pool.map(tokenizer.encode, texts)) == alone
+            rounds += 1
+
+
+ALONE = """
+import json, sys, torch
+from pathlib import Path
+from server.api.text import Tokenizer
+tokenizer = Tokenizer(Path(sys.argv[1]))
+told = tokenizer.encode("Hats, 🎩 for all"), tokenizer.encode_chat([("user", "Say hello.")], None)
+assert sys.modules["torch"] is torch and torch.ones(1).sum() == 1
+print(json.dumps([*told, tokenizer.decode(told[0]), "torch._dynamo" in sys.modules]))
+"""
+
+
+def test_a_tokenizer_brings_no_models(real_base: Path) -> None:
+    """In a process of its own it has the tokens and the chat template, and imports nothing of torch's compiler."""
+    told = subprocess.run([sys.executable, "-c", ALONE, str(real_base)], capture_output=True, text=True, check=True)
+    here = Tokenizer(real_base)
+    tokens, chat = here.encode("Hats, 🎩 for all"), here.encode_chat([("user", "Say hello.")], None)
+    assert json.loads(told.stdout) == [tokens, chat, here.decode(tokens), False]
+    assert "PyTorch" not in told.stderr

@@ -1,0 +1,180 @@
+"""The whole front over an engine that is faked: every room real but the engine, reached in memory or over loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+from fastapi import FastAPI
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapters_store.base.describe import describe
+from adapters_store.base.identity import base_identity
+from server.app import create_app
+from server.engine.client import EngineClient
+from server.engine.fake import FakeEngineClient, fake_ready
+from server.engine.messages import Ready
+from server.engine.process_client import Patience, ProcessEngineClient
+from server.settings import Settings
+from server.state import Front
+from tests.kit.tiny import EOS
+
+MAX_TOKENS = 400  # of a sequence
+REAL_LIMITS: dict[str, Any] = {
+    "precision": "fp32",
+    "kv_cache_bytes": 8 * 2**20,
+    "num_threads": 1,
+    "max_running": 8,
+    "max_waiting": 12,
+    "max_sequence_tokens": 600,
+}
+ZIP, SAFETENSORS = "application/zip", "application/x-safetensors"
+
+
+@lru_cache
+def ready_of(base: Path) -> Ready:
+    """What the real engine would say of a base of the kit."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    return fake_ready(
+        spec=describe(model, "tiny", base_identity(base).identity, base),
+        eos_token_ids=[EOS],
+        max_sequence_tokens=MAX_TOKENS,
+    )
+
+
+@dataclass
+class Site:
+    """A server that is up, and a way to ask it."""
+
+    app: FastAPI
+    engine: FakeEngineClient
+    data: Path
+    http: httpx.AsyncClient
+
+    @property
+    def front(self) -> Front:
+        """Its rooms."""
+        front: Front = self.app.state.front
+        return front
+
+    async def post(self, path: str, body: object) -> httpx.Response:
+        """POST a body as JSON; bytes and text go as they are."""
+        content = body if isinstance(body, bytes | str) else json.dumps(body)
+        return await self.http.post(path, content=content)
+
+    async def ask(self, task: str = "base", **body: object) -> dict[str, Any]:
+        """The answer of POST /generate, which must be 200."""
+        answer = await self.post(f"/generate?task={task}", body)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    async def events(self, path: str = "/generate?task=base", **body: object) -> list[dict[str, Any]]:
+        """The events of a stream that ends with [DONE]."""
+        answer = await self.post(path, {**body, "stream": True})
+        assert answer.status_code == 200, answer.text
+        *events, done = sent(answer.text)
+        assert done == ("message", "[DONE]"), done
+        return [json.loads(data) for _, data in events]
+
+    async def upload(self, task: str, body: bytes, kind: str = ZIP, **params: object) -> httpx.Response:
+        """POST /adapters."""
+        query = {"task": task, **{name: str(value) for name, value in params.items()}}
+        return await self.http.post("/adapters", params=query, content=body, headers={"Content-Type": kind})
+
+    def staged(self) -> list[Path]:
+        """What lies in the staging area."""
+        staging = self.data / "artifacts" / "staging"
+        return list(staging.iterdir()) if staging.exists() else []
+
+    def stored(self) -> set[str]:
+        """Digests on the disk; nothing may be staged between uploads."""
+        assert not self.staged()
+        return self.front.blobs.digests()
+
+
+def sent(text: str) -> list[tuple[str, str]]:
+    """(event, data) of server-sent events."""
+    found = []
+    for block in text.split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        found.append((fields.get("event", "message"), fields["data"]))
+    return found
+
+
+def settings_of(base: Path, data: Path, **settings: Any) -> Settings:
+    """Settings of a test's server."""
+    return Settings(base=str(base), data=data, **settings)
+
+
+@asynccontextmanager
+async def open_site(base: Path, data: Path, engine: EngineClient | None = None, **settings: Any) -> AsyncIterator[Site]:
+    """A server in memory: requests go straight into the application."""
+    fake = engine or FakeEngineClient(ready_of(base))
+    app = create_app(settings_of(base, data, **settings), base, fake)
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            yield Site(app, fake, data, http)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def serve_site(
+    base: Path, data: Path, engine: EngineClient | None = None, **settings: Any
+) -> AsyncIterator[Site]:
+    """A server that listens on loopback, as `manyhats serve` makes it, in this loop."""
+    fake = engine or FakeEngineClient(ready_of(base))
+    app = create_app(settings_of(base, data, **settings), base, fake)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        running = asyncio.create_task(server.serve([listener]))
+        try:
+            while not server.started:
+                assert not running.done(), app.state.start_failure
+                await asyncio.sleep(0.01)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+                yield Site(app, fake, data, http)  # type: ignore[arg-type]
+        finally:
+            server.should_exit = True
+            await running
+
+
+@asynccontextmanager
+async def serve_real(base: Path, data: Path, **settings: Any) -> AsyncIterator[Site]:
+    """A server that listens on loopback, over the real engine in a process of its own."""
+    limits = {**REAL_LIMITS, **settings}
+    config = settings_of(base, data, **limits).engine_config(base)
+    client = ProcessEngineClient(config, patience=Patience(first_retry=0.05))
+    async with serve_site(base, data, client, **limits) as site:
+        yield site
+
+
+async def until(what: Any, seconds: float = 5.0) -> None:
+    """Wait until `what()` is true."""
+    async with asyncio.timeout(seconds):
+        while not what():
+            await asyncio.sleep(0.005)
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, which must have the contract's form and nothing else."""
+    body = answer.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"type", "code", "message", "param", "request_id"}
+    assert error["request_id"] == answer.headers["x-request-id"]
+    return error

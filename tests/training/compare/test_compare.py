@@ -1,0 +1,410 @@
+"""Methods compared: trained apart, served by the real engine, told as a table, claims and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from adapters_store.format.folder import MANIFEST
+from tests.training.conftest import TEMPLATE
+from training.compare import comparing, runs, serving
+from training.compare.claims import Claim, claims
+from training.compare.command import compare
+from training.compare.plot import draw
+from training.compare.results import Comparison, Outcome, Server, Serving
+from training.compare.runs import MethodError, News, train_apart
+from training.compare.scores import NEUTRAL
+from training.compare.table import markdown
+from training.data.dataset import Columns
+from training.data.template import Template
+from training.errors import DataError
+from training.evaluation.evaluate import Scores
+from training.run.job import Job
+from training.run.schedule import Plan
+
+SCORES = Scores(40, 0.0, 0.5, 900.0, 0, None, None, 20.0)
+RAN = {"lora": 0.02, "ia3": 0.9, "full": 0.4}  # made-up: how much more perplexed by a neutral text
+
+
+def outcome(method: str, **facts: Any) -> Outcome:
+    """One as it might come out of ten intents."""
+    is_full = method == "full"
+    scores = {"exact_match": 0.98, "label_accuracy": 0.99, NEUTRAL: 20 * (1 + RAN[method])}
+    return Outcome(
+        **{
+            "method": method,
+            "trained_parameters": 134_515_008 if is_full else 814_080,
+            "trained_share": 1.0 if is_full else 0.006052,
+            "artifact_bytes": 538_000_000 if is_full else 3_300_000,
+            "memory_bytes": 2_400_000_000 if is_full else 720_000_000,
+            "steps": 100,
+            "seconds": 60.0,
+            "tokens_per_second": 200.0,
+            "before": {"exact_match": 0.0, "label_accuracy": 0.5, NEUTRAL: 20.0},
+            "after": scores,
+            "serving": None if is_full else Serving(210.0, 0.91, 0.095, 1_650_000),
+            "not_served": "it is a new base" if is_full else "",
+            **facts,
+        }
+    )
+
+
+def comparison(*outcomes: Outcome, **facts: Any) -> Comparison:
+    """A finished one."""
+    return Comparison({}, "manyhats compare", "2 cores", list(outcomes), **{"server": Server(8, 64, 3, 230.0), **facts})
+
+
+def verdicts(*outcomes: Outcome) -> dict[str, str]:
+    """Of the claims, by their first words."""
+    return {claim.claim.partition(" (")[0]: claim.verdict for claim in claims(comparison(*outcomes))}
+
+
+def test_claims_that_hold() -> None:
+    """Every claim is told with its figures."""
+    found = claims(comparison(outcome("lora"), outcome("full")))
+    assert {claim.verdict for claim in found} == {"holds"}
+    assert [claim.figures for claim in found] == [
+        "0.605% (lora)",
+        "3.30 MB (lora); full: 538 MB",
+        "0.30 (lora) of its 2,400 MB above the loaded base",
+        "perplexity of a neutral text: +2.00% (lora); full: +40.00%",
+        "exact match: 98.0% (lora); full: 98.0%",
+    ]
+
+
+def test_claims_that_do_not_hold() -> None:
+    """A claim names every method that does not keep it, and says from which to which method the figures go."""
+    bad = outcome(
+        "ia3",
+        trained_share=0.011,
+        artifact_bytes=11_000_000,
+        memory_bytes=2_400_000_000,
+        after={"exact_match": 0.9, "label_accuracy": 0.9, NEUTRAL: 38.0},
+    )
+    found = claims(comparison(outcome("lora"), bad, outcome("full")))
+    assert {claim.verdict for claim in found} == {"not for ia3"}
+    assert found[0].figures == "0.605% (lora) to 1.100% (ia3)"
+    assert found[4].figures == "exact match: 90.0% (ia3) to 98.0% (lora); full: 98.0%"
+
+
+def test_claims_about_full_fine_tuning_need_it() -> None:
+    """Without `full` nothing is said of more and less; what a method is alone is said."""
+    found = verdicts(outcome("lora"))
+    assert found.pop("a small share of the parameters") == found.pop("megabytes per task") == "holds"
+    assert set(found.values()) == {"not measured: full was not trained"} and len(found) == 3
+    assert claims(comparison(outcome("full"))) == []
+
+
+def test_a_base_that_takes_no_memory_of_note() -> None:
+    """Where full fine-tuning added no page that could be seen, no share of it is claimed."""
+    found = verdicts(outcome("lora", memory_bytes=0), outcome("full", memory_bytes=0))
+    assert found["less memory to train than full fine-tuning"] == "not measured"
+
+
+def test_free_answers_are_held_by_bleu() -> None:
+    """Where answers are no labels, BLEU says how good they are."""
+    scores = {"exact_match": 0.1, "label_accuracy": None, "bleu": 54.8, NEUTRAL: 21.0}
+    free = [outcome(name, after=scores, before={**scores, "bleu": 3.1, NEUTRAL: 20.0}) for name in ("lora", "full")]
+    assert claims(comparison(*free))[-1] == Claim(
+        "as good as full fine-tuning in the same budget (within 1 point)", "BLEU: 54.8 (lora); full: 54.8", "holds"
+    )
+    table = markdown(comparison(*free))
+    assert "|  | BLEU | exact match |" in table and "| the base | 3.1 | 10.0% | +0.00% | 100% |" in table
+
+
+def test_the_table() -> None:
+    """A row a method, the base where it has something to say, and a line for what was not served or failed."""
+    table = markdown(comparison(outcome("lora"), outcome("full"), failed={"ia3": "too little memory"}))
+    for line in (
+        "| `lora` | 814,080 (0.605%) | 3.30 MB | 720 MB | 100, 60 | 200 |",
+        "| `full` | 134,515,008 (100.000%) | 538 MB | 2,400 MB | 100, 60 | 200 |",
+        "| the base | 0.0% | 50.0% | +0.00% | 100% | - | - |",
+        "| `lora` | 98.0% | 99.0% | +2.00% | 91% | 95 ms | 1.65 MB |",
+        "| `full` | 98.0% | 99.0% | +40.00% | - | - | - |",
+        "* `ia3` failed: too little memory",
+        "* `full` is not served: it is a new base",
+    ):
+        assert f"{line}\n" in table
+    assert "8 requests at once" in table and "230 tokens/s" in table
+
+
+def test_the_plot_has_a_panel_for_each_trade_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, memory, speed, quality, forgetting and serving; what was not measured is a dash."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), real(self, *args, **more)))
+    assert draw(comparison(outcome("lora"), outcome("full"))).startswith(b"\x89PNG")
+    panels = {axes.get_title().partition("\n")[0]: [text.get_text() for text in axes.texts] for axes in drawn[0].axes}
+    assert panels == {
+        "trained parameters": ["814,080", "134,515,008"],
+        "peak memory above the base, MB": ["720", "2,400"],
+        "training tokens/s": ["200", "200"],
+        "exact match after the same budget": ["98.0%", "98.0%"],
+        "forgetting: perplexity of a neutral text": ["+2%", "+40%"],
+        "decode speed when served, of the base's": ["91%", "-"],
+    }
+
+
+# The command
+
+
+def run(base: Path, data: Path, out: Path, *more: object) -> Any:
+    """`manyhats compare` in this process."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(compare)
+    common = ["--base", base, "--data", data, "--eval", data, "--out", out, "--template", TEMPLATE, "--batch-size", 10]
+    return CliRunner().invoke(app, [str(word) for word in [*common, *more]], terminal_width=200)
+
+
+def said(result: Any) -> str:
+    """Its output on one line."""
+    return " ".join(result.output.split())
+
+
+@pytest.mark.timeout(600)  # a server that is the first of its version compiles its kernels
+def test_methods_are_trained_apart_and_served(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """Real processes, a real server: what trained has its figures, what failed its reason, and all of it is written."""
+    out = tmp_path / "out"
+    result = run(tiny_base, data, out, "--methods", "prefix_tuning,lora", "--steps", 3, "--gradient-checkpointing")
+    assert result.exit_code == 0, result.output
+    assert "prefix_tuning failed: --gradient-checkpointing cannot be used with a prefix" in said(result)
+    found = json.loads((out / "compare.json").read_text())
+    assert [*found["failed"]] == ["prefix_tuning"]
+    [lora] = found["outcomes"]
+    assert lora["method"] == "lora" and lora["steps"] == 3 and lora["trained_parameters"] > 0
+    assert lora["memory_bytes"] > 0 and lora["artifact_bytes"] > 0
+    assert lora["serving"]["share_of_base"] > 0 and lora["serving"]["slot_bytes"] > 0
+    table = (out / "compare.md").read_text()
+    assert "--methods prefix_tuning,lora --data" in table and "--gradient-checkpointing" in table
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def scored() -> list[Job]:
+    """The jobs whose base was scored."""
+    return []
+
+
+@pytest.fixture
+def trained(tiny_base: Path, command: Callable[..., Any], monkeypatch: Any, scored: list[Job]) -> list[Job]:
+    """The jobs that were trained, in this process; no server is started."""
+    jobs = list[Job]()
+
+    def train_here(job: Job, _before: Scores, on_news: Callable[[News], None]) -> None:
+        jobs.append(job)
+        on_news(News("step 1", 1.0))
+        words = [
+            "--base",
+            job.base,
+            "--data",
+            job.data,
+            "--eval",
+            job.eval,
+            "--out",
+            job.out,
+            "--steps",
+            job.plan.steps,
+        ]
+        assert command(*words, "--method", job.method, "--template", TEMPLATE).exit_code == 0
+
+    @contextmanager
+    def no_server(*_args: object) -> Iterator[None]:
+        raise serving.ServingError("the server ended with 1")
+        yield
+
+    monkeypatch.setattr(comparing, "train_apart", train_here)
+    monkeypatch.setattr(comparing, "score_apart", lambda job, _on_news: (scored.append(job), SCORES)[1])
+    monkeypatch.setattr(serving, "serve", no_server)
+    return jobs
+
+
+def test_what_is_there_is_not_trained_again(trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """The same comparison goes on with the methods that are missing; one that was killed is resumed; order is kept."""
+    out = tmp_path / "out"
+    result = run(tiny_base, data, out, "--steps", 1, "--methods", "lora,full")
+    assert result.exit_code == 0 and "nothing is served: the server ended with 1" in said(result)
+    table = (out / "compare.md").read_text()
+    assert "* `lora` is not served: the server ended with 1\n\n* `full` is not served: it is a new base" in table
+    manifest = (out / "lora" / MANIFEST).read_bytes()
+    (out / ".bitfit.checkpoint").write_bytes(b"")
+    trained.clear()
+    assert run(tiny_base, data, out, "--steps", 1, "--methods", "ia3,lora").exit_code == 0
+    assert [(job.method, job.is_resumed) for job in trained] == [("ia3", False)]
+    assert (out / "lora" / MANIFEST).read_bytes() == manifest
+    found = json.loads((out / "compare.json").read_text())
+    assert [one["method"] for one in found["outcomes"]] == ["ia3", "lora"]
+    run(tiny_base, data, out, "--steps", 1, "--methods", "bitfit")
+    assert trained[-1].is_resumed
+
+
+def test_the_base_is_scored_once(
+    trained: list[Job], scored: list[Job], tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """For all methods, and not again where the comparison goes on."""
+    for methods in ("lora,full", "lora,full,ia3"):
+        assert run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", methods).exit_code == 0
+    assert [job.method for job in trained] == ["lora", "full", "ia3"] and [job.method for job in scored] == ["lora"]
+
+
+def test_another_comparison_is_refused(trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """A folder of other options, of other rows, or of other things is left alone; the sentence names what differs."""
+    out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
+    rows.write_bytes(data.read_bytes())
+    assert run(tiny_base, rows, out, "--steps", 1, "--methods", "lora").exit_code == 0
+    assert "--steps was 1" in said(run(tiny_base, rows, out, "--steps", 2, "--methods", "lora"))
+    rows.write_bytes(data.read_bytes() + b'{"prompt": "x", "completion": "warm"}\n')
+    assert "the rows of --data was" in said(run(tiny_base, rows, out, "--steps", 1, "--methods", "lora"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "is no comparison" in said(run(tiny_base, rows, tmp_path / "mine", "--steps", 1, "--methods", "lora"))
+    assert len(trained) == 1
+
+
+def test_one_that_fails_does_not_stop_the_others(
+    trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line with the reason; where none could be trained, the command fails with all of the reasons."""
+    real = comparing.train_apart
+
+    def fail(job: Job, before: Scores, on_news: Callable[[News], None]) -> None:
+        if job.method != "ia3":
+            raise MethodError("its process was ended by SIGKILL")
+        real(job, before, on_news)
+
+    monkeypatch.setattr(comparing, "train_apart", fail)
+    result = run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", "lora,ia3")
+    assert result.exit_code == 0 and "lora failed: its process was ended by SIGKILL" in said(result)
+    assert [job.method for job in trained] == ["ia3"]
+    result = run(tiny_base, data, tmp_path / "none", "--steps", 1, "--methods", "lora,full")
+    assert result.exit_code == 1
+    assert "lora: its process was ended by SIGKILL full: its process was ended by SIGKILL" in said(result)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--methods", "lora,nonsense"], "--method nonsense is not known"),
+        (["--methods", ","], "--methods names no method"),
+        (["--steps", 0], "--steps must be"),
+        (["--data", "no/such.jsonl"], "Cannot read no/such.jsonl"),
+    ],
+)
+def test_what_cannot_be_meant_is_told_before_anything(
+    more: list[object], sentence: str, trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """One sentence, and no folder."""
+    result = run(tiny_base, data, tmp_path / "out", "--methods", "lora", *more)
+    assert result.exit_code == 1 and sentence in said(result)
+    assert not trained and not (tmp_path / "out").exists()
+
+
+def job_of(base: Path, data: Path, out: Path) -> Job:
+    """A LoRA of a few steps."""
+    return Job("lora", str(base), data, out, data, Columns(), Template(), {}, Plan(lr=0.01, steps=50))
+
+
+def test_each_batch_is_held_against_the_base_beside_it(
+    trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    """A machine that grows slower does not change the share; what cannot be served has the server's words."""
+    methods = ("lora", "ia3", "bitfit")
+    run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", ",".join(methods))
+    batches = list[str]()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health/ready":
+            return httpx.Response(200)
+        task = request.url.params["task"]
+        if request.url.path == "/adapters":
+            said = {"error": {"message": "another base"}} if task == "ia3" else {"slot_bytes": 7}
+            return httpx.Response(422 if task == "ia3" else 201, json=said)
+        if task == "bitfit":
+            return httpx.Response(503, json={"error": {"message": "the engine died"}})
+        batches.append(task)
+        slower = 1.0 + len(batches) // serving.NUM_REQUESTS / 10
+        return httpx.Response(
+            200, json={"timing": {"ttft_ms": 5, "total_ms": 5 + 1000 * slower * {"base": 1, "lora": 2}[task]}}
+        )
+
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://test") as client:
+        found = serving.measure(client, {name: tmp_path / "out" / name for name in methods}, lambda: None)
+    assert found.refused == {
+        "ia3": "the server refused it: another base",
+        "bitfit": "the server did not answer for bitfit: the engine died",
+    }
+    assert found.methods["lora"].share_of_base == pytest.approx(0.5, rel=0.05) and found.methods["lora"].slot_bytes == 7
+    order = [batches[i] for i in range(0, len(batches), serving.NUM_REQUESTS)]
+    assert order == ["base", "lora", "base", *["lora", "base"] * serving.NUM_ROUNDS]
+    assert found.server.num_requests == serving.NUM_REQUESTS
+
+
+class Ear:
+    """One end of a pipe."""
+
+    def __init__(self) -> None:
+        self.heard: list[object] = []
+
+    def send(self, thing: object) -> None:
+        self.heard.append(thing)
+
+
+def test_a_run_takes_the_scores_that_it_is_given(
+    tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process without them scores the base and tells; one with them trains, and writes them as they are."""
+    job, first, second = job_of(tiny_base, data, tmp_path / "out"), Ear(), Ear()
+    monkeypatch.setattr(runs.signal, "signal", lambda *_args: None)
+    runs._work(job, None, first)  # type: ignore[arg-type]
+    told = first.heard[-1]
+    assert isinstance(told, Scores) and told.num_rows == 40 and not job.out.exists()
+    runs._work(job, SCORES, second)  # type: ignore[arg-type]
+    evaluation = json.loads((job.out / MANIFEST).read_text())["evaluation"]
+    assert evaluation["before"] == dataclasses.asdict(SCORES)
+    assert "scoring the base" not in {news.text for news in second.heard if isinstance(news, News)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "error"),
+    [
+        ('{"prompt": "a"}\n', {}, DataError),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "c"}\n', {"layers": "9"}, MethodError),
+    ],
+)
+def test_what_is_wrong_with_rows_is_wrong_for_every_method(
+    rows: str,
+    options: dict[str, Any],
+    error: type[Exception],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process tells an error of the data as such, which ends the comparison, and every other as the method's."""
+    file, ear = tmp_path / "rows.jsonl", Ear()
+    file.write_text(rows)
+    monkeypatch.setattr(runs.signal, "signal", lambda *_args: None)
+    runs._work(dataclasses.replace(job_of(tiny_base, file, tmp_path / "out"), options=options), SCORES, ear)  # type: ignore[arg-type]
+    assert type(ear.heard[-1]) is error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_is_killed_is_told(tiny_base: Path, data: Path, tmp_path: Path) -> None:
+    """The system may end a process, for want of memory: the reason is the signal."""
+
+    def kill(_news: News) -> None:
+        [process] = multiprocessing.active_children()
+        process.kill()
+
+    with pytest.raises(MethodError, match="ended by SIGKILL"):
+        train_apart(job_of(tiny_base, data, tmp_path / "out"), SCORES, kill)

@@ -1,0 +1,1 @@
+"""Rows: files, columns, templates, tokens and batches."""

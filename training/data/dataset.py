@@ -1,0 +1,192 @@
+"""Data sets in, rows of token ids out: in TRL's forms, cut at the line between prompt and completion.
+
+Forms of a row (https://huggingface.co/docs/trl/dataset_formats):
+
+* `prompt` and `completion` as texts (or the columns that the user names), put through the template;
+* `prompt` and `completion` as lists of turns, or `messages`: the last turn, the assistant's, is the completion and
+  the base's chat template renders the turns before it.
+
+Prompt and completion are tokenised apart and joined, because that is what serving does: the prompt's tokens are
+given and the completion's are generated after them. The completion ends with the tokenizer's EOS.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.data.files import digest_of, read_rows
+from training.data.template import Template
+from training.errors import DataError
+
+_BUCKETED = 32  # batches that are sorted by length together: little padding, and still a shuffle
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of a row's fields."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set: `prompt` as text that is ready to tokenise, `line` where it begins in its `file`."""
+
+    prompt: str
+    completion: str
+    file: Path
+    line: int
+    is_chat: bool = False
+
+    @property
+    def where(self) -> str:
+        """For sentences."""
+        return f"{self.file} line {self.line}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The examples of a file or folder, and the sha256 of its bytes."""
+
+    path: Path
+    examples: tuple[Example, ...]
+    digest: str
+
+    @property
+    def is_chat(self) -> bool:
+        return self.examples[0].is_chat
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of prompt + completion + EOS; the completion begins at `num_prompt`."""
+
+    ids: tuple[int, ...]
+    num_prompt: int
+    line: int
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        return self.ids[self.num_prompt :]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is trained and scored on."""
+
+    train: Dataset
+    held: Dataset
+    train_rows: list[Row]
+    held_rows: list[Row]
+
+
+def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
+    """Read a file or folder whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
+    examples = tuple(_example(file, line, row, columns, template, tokenizer) for file, line, row in read_rows(path))
+    if not examples:
+        raise DataError(f"{path} has no rows.")
+    return Dataset(path, examples, digest_of(path))
+
+
+def check_varied(dataset: Dataset) -> None:
+    """Raise `DataError` when all rows have one and the same answer: enough to score on, too little to learn from."""
+    completions = {example.completion for example in dataset.examples}
+    if len(dataset.examples) > 1 and len(completions) == 1:
+        raise DataError(f"Every completion of {dataset.path} is {completions.pop()!r}: there is nothing to learn from.")
+
+
+def hold_out(dataset: Dataset, seed: int, share: float = 0.1, most: int = 400) -> tuple[Dataset, Dataset]:
+    """Split a data set into one to train on and one to evaluate on, by the seed. Raises `DataError` below 2 rows."""
+    num_held = min(most, max(1, int(len(dataset.examples) * share)))
+    if len(dataset.examples) <= num_held:
+        raise DataError(f"{dataset.path} has too few rows to hold some out for evaluation: give a file with --eval.")
+    order = random.Random(seed).sample(range(len(dataset.examples)), len(dataset.examples))  # noqa: S311 - not a secret
+    parts = (sorted(order[num_held:]), sorted(order[:num_held]))
+    train, held = (tuple(dataset.examples[i] for i in part) for part in parts)
+    return Dataset(dataset.path, train, dataset.digest), Dataset(dataset.path, held, dataset.digest)
+
+
+def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[Row]:
+    """Token ids for every example. Raises `DataError` for a prompt without tokens and a row over `max_length`."""
+    rows = []
+    for example in dataset.examples:
+        prompt = tokenizer(example.prompt, add_special_tokens=not example.is_chat)["input_ids"]
+        completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        where = example.where
+        if not prompt:
+            raise DataError(f"{where}: the prompt is empty; a model needs at least one token before its answer.")
+        if len(prompt) + len(completion) > max_length:
+            raise DataError(
+                f"{where} has {len(prompt) + len(completion)} tokens, over the limit of {max_length}: "
+                "shorten the row or raise --max-length."
+            )
+        rows.append(Row((*prompt, *completion), len(prompt), example.line))
+    return rows
+
+
+def batches(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[Row]]:
+    """One epoch in length buckets: a pure function of its arguments, so that a run can be repeated and resumed."""
+    order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - a repeatable shuffle, not a secret
+    shuffled = order.sample(list(rows), len(rows))
+    span = _BUCKETED * batch_size
+    groups = [sorted(shuffled[i : i + span], key=lambda row: len(row.ids)) for i in range(0, len(rows), span)]
+    cut = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    order.shuffle(cut)
+    return cut
+
+
+def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, template: Template, tok: Any) -> Example:
+    where = f"{path} line {line}"
+    if columns.messages in row and columns.prompt not in row:
+        return _chat_example(path, row[columns.messages], line, template, tok)
+    prompt = _field(where, row, columns.prompt, "--prompt-column")
+    completion = _field(where, row, columns.completion, "--completion-column")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _chat_example(path, [*prompt, *completion], line, template, tok)
+    for name, value in ((columns.prompt, prompt), (columns.completion, completion)):
+        _check_text(where, name, value)
+    if not completion.strip():
+        raise DataError(f"{where}: {columns.completion!r} is empty; remove the row or give it an answer.")
+    return Example(template.prompt(prompt), template.completion(completion), path, line)
+
+
+def _check_text(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name!r} must be text, not {json.dumps(value)[:40]}.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{where}: {name!r} holds half of a character (a lone surrogate), which is no text.")
+
+
+def _field(where: str, row: dict[str, Any], name: str, flag: str) -> Any:
+    if name not in row:
+        has = ", ".join(map(repr, row)) or "nothing"
+        raise DataError(f"{where} has no column {name!r} (it has {has}): name the right one with {flag}.")
+    return row[name]
+
+
+def _chat_example(path: Path, turns: Any, line: int, template: Template, tokenizer: Any) -> Example:
+    where = f"{path} line {line}"
+    if not template.is_plain:
+        raise DataError(f"{where} is a list of turns, which the base's chat template renders: leave out --template.")
+    if not isinstance(turns, list) or len(turns) < 2 or not all(_is_turn(turn) for turn in turns):
+        raise DataError(f"{where}: turns must be a list of at least two {{'role': …, 'content': text}}.")
+    for turn in turns:
+        _check_text(where, turn["role"], turn["content"])
+    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise DataError(f"{where}: the last turn must be the assistant's and not empty; it is what is learned.")
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise DataError(f"{where}: the base's chat template refuses these turns: {error}.") from error
+    return Example(prompt, turns[-1]["content"], path, line, is_chat=True)
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

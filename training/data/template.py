@@ -1,0 +1,55 @@
+"""The plain text around a prompt: one string on the command line, a role's text in the manifest, never Jinja."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapters_store.format.manifest import Around, PromptFormat
+from training.errors import OptionError
+
+_PROMPT, _COMPLETION = "{prompt}", "{completion}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """`before` + prompt + `after`, then `lead` + completion: space ahead of an answer belongs to its first token."""
+
+    before: str = ""
+    after: str = ""
+    lead: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        return self == Template()
+
+    def prompt(self, text: str) -> str:
+        return self.before + text + self.after
+
+    def completion(self, text: str) -> str:
+        return self.lead + text
+
+    def prompt_format(self) -> PromptFormat:
+        """For the manifest: a user's turn renders to the very prompt that training saw; other turns end their line."""
+        line = Around(after="\n")
+        return PromptFormat(system=line, user=Around(self.before, self.after), assistant=line)
+
+
+def parse_template(text: str) -> Template:
+    """Read `Customer: {prompt}\\nIntent: {completion}`. Without `{completion}` it follows the text directly.
+
+    The spaces before `{completion}` go to the completion, for tokenizers join them to the word that follows.
+    `\\n` and `\\t`, as a shell passes them, are a line's end and a tab. Raises `OptionError`.
+    """
+    text = text.replace("\\n", "\n").replace("\\t", "\t")
+    if text.count(_PROMPT) != 1:
+        raise OptionError(f"--template must hold {_PROMPT} once, not {text.count(_PROMPT)} times: {text!r}.")
+    before, rest = text.split(_PROMPT)
+    if _COMPLETION not in rest:
+        if _COMPLETION in before:
+            raise OptionError(f"--template has {_COMPLETION} before {_PROMPT}: {text!r}.")
+        return Template(before, rest)
+    after, tail = rest.split(_COMPLETION, 1)
+    if tail:
+        raise OptionError(f"--template must end with {_COMPLETION}: after it comes only the end of the answer.")
+    stripped = after.rstrip(" ")
+    return Template(before, stripped, after[len(stripped) :])

@@ -1,0 +1,196 @@
+"""Many jobs from files to artifacts: each is prepared and finished as alone, but they take their steps together.
+
+Every job takes a step at a time. One that is done leaves the batch and is scored and written at once, while the clock
+of the others stands; one that breaks leaves it with its sentence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from training.base import Base, load_base
+from training.errors import OptionError, TrainingError, sentence
+from training.evaluation.evaluate import Scores, Suite
+from training.joint.shared_base import SharedBase, Wearer, twin
+from training.methods import METHODS, flag
+from training.report.progress import Show
+from training.report.step_log import Step
+from training.run.distributed import Processes
+from training.run.job import Done, Job, check
+from training.run.pipeline import BASE, Ready, dtype_of, finish, forgotten_if_failed, on_step, prepare, score
+from training.run.trainer import Turn
+
+T = TypeVar("T")
+SAME = ("base", "device", "precision", "cache")  # of all jobs, as there is one base
+NUM_PROVED = 2  # rows of each job
+
+
+@dataclass(frozen=True)
+class Named:
+    """A job by its number from 1."""
+
+    number: int
+    job: Job
+
+    @property
+    def name(self) -> str:
+        """For sentences."""
+        return f"job {self.number} ({self.job.out})"
+
+    @property
+    def label(self) -> str:
+        """For a bar."""
+        return f"{self.number} {self.job.out.name}"
+
+
+class Stopwatch:
+    """The seconds that jobs train: it stands while one of them is finished."""
+
+    def __init__(self) -> None:
+        self._stood = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._stood
+
+    @contextmanager
+    def stands(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._stood += time.monotonic() - began
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A job in the batch."""
+
+    named: Named
+    ready: Ready
+    wearer: Wearer
+    after_step: Callable[[Step], None]
+
+
+def run_jobs(jobs: Sequence[Named], show: Show, processes: Processes, done: Callable[[Job, Done], None]) -> int:
+    """Train all and write their artifacts; how many broke. `done` hears of each that did not.
+
+    Raises `TrainingError` where none can begin.
+    """
+    options = _check(jobs, processes)
+    first = jobs[0].job
+    base = load_base(first.base, first.device, first.cache, show.say)
+    shared = SharedBase(base, dtype_of(first.precision, base))
+    return _Crew(base, shared, show, processes, done).run(jobs, options)
+
+
+class _Crew:
+    """The jobs on their way."""
+
+    def __init__(
+        self, base: Base, shared: SharedBase, show: Show, processes: Processes, done: Callable[[Job, Done], None]
+    ) -> None:
+        self._base, self._shared, self._show = base, shared, show
+        self._processes, self._done = processes, done
+        self._clock, self._num_broken = Stopwatch(), 0
+        self._scores: list[tuple[Suite, Scores]] = []  # of the base
+
+    def run(self, jobs: Sequence[Named], options: Sequence[Any]) -> int:
+        prepared = [self._prepare(named, own, len(jobs)) for named, own in zip(jobs, options, strict=True)]
+        readies = [(named, ready) for named, ready in zip(jobs, prepared, strict=True) if ready is not None]
+        with self._show.trainings([named.label for named, _ in readies]) as tells:
+            members = [
+                Member(named, ready, Wearer(ready.hat), on_step(ready, tell, self._processes))
+                for (named, ready), tell in zip(readies, tells, strict=True)
+            ]
+            if members:
+                self._shared.prove({one.wearer: one.ready.rows.train_rows[:NUM_PROVED] for one in members})
+            for member in members:
+                member.ready.trainer.begin()
+            while members:
+                members = self._step(members)
+        return self._num_broken
+
+    def _step(self, members: Sequence[Member]) -> list[Member]:
+        """A step of every job that is not done; the members that are left."""
+        turns = {member: member.ready.trainer.next_turn() for member in members}
+        going = {member: turn for member, turn in turns.items() if turn is not None}
+        for member in members:
+            if member not in going:
+                self._finish(member)
+        if not going:
+            return []
+        losses = self._shared.backward({member.wearer: turn for member, turn in going.items()})
+        return [member for member, turn in going.items() if self._take(member, turn, losses[member.wearer])]
+
+    def _prepare(self, named: Named, options: Any, num_jobs: int) -> Ready | None:
+        how = self._show, self._processes, self._clock, num_jobs, self._scores_of
+        return self._alone(named, lambda: prepare(named.job, options, twin(self._base), *how))
+
+    def _scores_of(self, suite: Suite) -> Scores:
+        """The base's, taken once for jobs that are scored on the same."""
+        known = next((scores for other, scores in self._scores if other == suite), None)
+        if known is None:
+            known = score(self._base.model, suite, self._show, BASE)
+            self._scores.append((suite, known))
+        return known
+
+    def _take(self, member: Member, turn: Turn, loss: float) -> bool:
+        """Whether it could be taken."""
+
+        def take() -> bool:
+            with forgotten_if_failed(member.ready):
+                member.after_step(member.ready.trainer.take(turn, loss))
+            return True
+
+        return self._alone(member.named, take) is not None
+
+    def _finish(self, member: Member) -> None:
+        run = member.ready.trainer.end()
+        with self._clock.stands():
+            done = self._alone(member.named, lambda: finish(member.ready, run, self._show, self._processes))
+        if done is not None:
+            self._done(member.named.job, done)
+
+    def _alone(self, named: Named, do: Callable[[], T]) -> T | None:
+        """What it gives; None where it breaks, which is told, and breaks no other job."""
+        try:
+            return do()
+        except (TrainingError, OSError) as error:
+            self._num_broken += 1
+            self._show.fail(named.name, sentence(error, named.job.out))
+            return None
+
+
+def _check(jobs: Sequence[Named], processes: Processes) -> list[Any]:
+    """Each job's options. Raises `OptionError` naming the job."""
+    if processes.size > 1:
+        raise OptionError("--jobs trains in one process: start it without accelerate launch.")
+    outs: dict[Any, str] = {}
+    for named in jobs:
+        if (other := outs.setdefault(named.job.out.resolve(), named.name)) != named.name:
+            raise OptionError(f"{named.name} has the out of {other}: give each a folder of its own.")
+    return [_check_one(named, jobs[0]) for named in jobs]
+
+
+def _check_one(named: Named, first: Named) -> Any:
+    job = named.job
+    for name in SAME:
+        if getattr(job, name) != getattr(first.job, name):
+            raise OptionError(
+                f"{named.name} has {flag(name)} {getattr(job, name)}, {first.name} has {getattr(first.job, name)}: "
+                "jobs share one base, so write it under `defaults`."
+            )
+    try:
+        options = check(job)
+    except OptionError as error:
+        raise OptionError(f"{named.name}: {error}") from error
+    if not METHODS[job.method].can_share:
+        known = ", ".join(name for name, method in METHODS.items() if method.can_share)
+        raise OptionError(f"{named.name}: --method {job.method} cannot train beside others: take one of {known}.")
+    if job.plan.gradient_checkpointing:
+        raise OptionError(f"{named.name}: --gradient-checkpointing cannot be used with --jobs: leave it out.")
+    return options

@@ -1,0 +1,248 @@
+"""One forward and backward pass for the rows of many jobs: the base sees them all, each hat its own alone.
+
+Each job's hat is on a twin of the base, a model of the same weights. In the pass another twin runs, once, over all
+jobs' positions in one line; where a hat has a layer, the base's answer for that job's positions goes through this layer
+of PEFT's as if its own twin had given it. Attention stays within a job's rows. So each job computes what it would
+alone, in tensors of the same shapes and with the same dropout; only the base's own products are over more rows at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from training.base import Base
+from training.data.batch import Batch, cut_before_head, label_logits, make_batch
+from training.data.dataset import Row
+from training.errors import BaseError
+from training.methods.trainable import Hat
+from training.run.trainer import Turn
+
+NAME = "manyhats_jobs"  # of our attention among transformers'
+INSIDE = "base_model.model."  # where a PeftModel keeps the base
+NEAR = 1e-3  # what rounding may change of a logit
+
+Shape = tuple[int, ...]
+
+
+def twin(base: Base) -> Base:
+    """Another model of the same weights: a method may put layers into it that the first one does not have."""
+    shared = {id(tensor): tensor for tensor in (*base.model.parameters(), *base.model.buffers())}
+    other = replace(base, model=copy.deepcopy(base.model, shared))
+    other.__dict__.update(spec=base.spec, identity=base.identity)  # what the first one has found out
+    return other
+
+
+class Wearer:
+    """A hat on its twin, whose layers can be asked one by one, with random numbers of its own."""
+
+    def __init__(self, hat: Hat) -> None:
+        self.model = hat.model
+        modules = hat.model.named_modules()
+        self.layers = {name.removeprefix(INSIDE): one for name, one in modules if isinstance(one, BaseTunerLayer)}
+        self._random: Any = torch.cuda if hat.model.device.type == "cuda" else torch
+        self._state = self._random.get_rng_state()
+
+    def seed(self, seed: int) -> None:
+        """Begin the random numbers anew."""
+        with self._own_random():
+            torch.manual_seed(seed)
+
+    def answer(self, site: str, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
+        """What its layer at a site answers, where the base answers `y` to `inputs`."""
+        layer = self.layers[site]
+        layer.base_layer.forward = lambda *_inputs, **_more: y
+        try:
+            with self._own_random():
+                answer: Tensor = layer(*inputs)
+        finally:
+            del layer.base_layer.forward
+        return answer
+
+    @contextmanager
+    def _own_random(self) -> Iterator[None]:
+        outside = self._random.get_rng_state()
+        self._random.set_rng_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = self._random.get_rng_state()
+            self._random.set_rng_state(outside)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A job's rows in a pass."""
+
+    wearer: Wearer
+    batch: Batch
+
+
+class SharedBase:
+    """The model that computes the passes. Raises `BaseError` for a base that cannot be shared so."""
+
+    def __init__(self, base: Base, dtype: torch.dtype = torch.float32) -> None:
+        _check(base)
+        self._base, self._model, self._dtype = base, twin(base).model, dtype
+        AttentionInterface.register(NAME, _attend)
+        AttentionMaskInterface.register(NAME, lambda *_args, **_more: None)
+        self._model.set_attn_implementation(NAME)
+
+    def backward(self, turns: Mapping[Wearer, Turn]) -> dict[Wearer, float]:
+        """Leave each turn's gradients on its hat's parameters; each turn's mean loss over its label tokens."""
+        losses = dict.fromkeys(turns, 0.0)
+        for wearer, turn in turns.items():
+            wearer.seed(turn.seed)
+        for parts in itertools.zip_longest(*(turn.parts for turn in turns.values())):
+            rows = {wearer: part for wearer, part in zip(turns, parts, strict=True) if part is not None}
+            found = {wearer: loss / turns[wearer].num_labels for wearer, loss in self._losses(rows).items()}
+            torch.stack(list(found.values())).sum().backward()
+            for wearer, loss in found.items():
+                losses[wearer] += loss.item()
+        return losses
+
+    @torch.inference_mode()
+    def prove(self, rows: Mapping[Wearer, Sequence[Row]]) -> None:
+        """Raise `BaseError` unless each hat's logits are those of its own twin."""
+        segments = self._segments(rows)
+        for segment in segments:
+            segment.wearer.model.eval()
+        for segment, ours in zip(segments, self._logits(segments), strict=True):
+            alone = label_logits(segment.wearer.model, segment.batch)
+            if not (ours - alone).abs().max() < NEAR:
+                raise BaseError(f"The jobs of {self._base.name} disturb each other in one batch: train them alone.")
+
+    def _losses(self, rows: Mapping[Wearer, Sequence[Row]]) -> dict[Wearer, Tensor]:
+        """Each hat's sum over its label tokens."""
+        segments = self._segments(rows)
+        with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            logits = self._logits(segments)
+        return {
+            segment.wearer: cross_entropy(own, segment.batch.targets, reduction="sum")
+            for segment, own in zip(segments, logits, strict=True)
+        }
+
+    def _segments(self, rows: Mapping[Wearer, Sequence[Row]]) -> list[Segment]:
+        return [Segment(wearer, make_batch(own, self._model.device)) for wearer, own in rows.items()]
+
+    def _logits(self, segments: Sequence[Segment]) -> Sequence[Tensor]:
+        """[num_labels, vocabulary] of each segment."""
+        batches = [segment.batch for segment in segments]
+        ids, labels = (torch.cat([getattr(one, name).flatten() for one in batches])[None] for name in ("ids", "labels"))
+        positions = torch.cat([torch.arange(one.ids.shape[1]).repeat(len(one.ids)) for one in batches])[None]
+        with cut_before_head(self._model, labels), _worn(self._model, segments):
+            logits: Tensor = self._model(
+                input_ids=ids, position_ids=positions.to(ids.device), use_cache=False, segments=segments
+            ).logits
+        sizes = [len(one.targets) for one in batches]
+        return logits[: sum(sizes)].float().split(sizes)  # type: ignore[no-any-return]
+
+
+def _check(base: Base) -> None:
+    model = base.model
+    if model.config._attn_implementation != "sdpa":
+        raise BaseError(f"{base.name} computes attention in a way of its own: train its jobs one by one.")
+    drops = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    if any([*drops, getattr(model.config.get_text_config(), "attention_dropout", 0)]):
+        raise BaseError(f"{base.name} has dropout of its own, which jobs in one batch would share: train them alone.")
+
+
+@contextmanager
+def _worn(model: Any, segments: Sequence[Segment]) -> Iterator[None]:
+    """Have the model's modules answer as the segments' hats do."""
+    head = model.get_output_embeddings()
+    handles = []
+    for site in {site: None for segment in segments for site in segment.wearer.layers}:
+        module = model.get_submodule(site)
+        shapes = [_labels(one) if module is head else _positions(one) for one in segments]
+        handles.append(module.register_forward_hook(_answer(site, segments, shapes)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _answer(site: str, segments: Sequence[Segment], shapes: Sequence[Shape]) -> Callable[..., Any]:
+    """A hook that gives each segment its hat's answer."""
+
+    def answer(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        y = output[0] if isinstance(output, tuple) else output
+        own_inputs = [_cut(x, shapes) for x in inputs[:1]]  # the tensor that tuners look at, if it came by place
+        answers = [
+            segment.wearer.answer(site, own, own_y) if site in segment.wearer.layers else own_y
+            for segment, own_y, *own in zip(segments, _cut(y, shapes), *own_inputs, strict=True)
+        ]
+        joined = _join(answers, shapes)
+        if len(shapes[0]) == 1:  # the head, where there can be rows behind those of the labels
+            joined = torch.cat([joined, y[len(joined) :]])
+        joined = joined.view_as(y)
+        return (joined, *output[1:]) if isinstance(output, tuple) else joined
+
+    return answer
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: None,
+    segments: Sequence[Segment],
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own attention [1, heads, positions, dim], over each segment's rows by themselves.
+
+    Causal masks do: rows are padded on the right, and what padding answers nobody reads.
+    """
+    shapes = [_positions(segment) for segment in segments]
+    own = zip(*(_cut(tensor.transpose(1, 2), shapes) for tensor in (query, key, value)), strict=True)
+    answers = [
+        sdpa_attention_forward(module, *(one.transpose(1, 2) for one in qkv), _window(qkv[0], sliding_window), **more)[
+            0
+        ]
+        for qkv in own
+    ]
+    return _join(answers, shapes)[None], None
+
+
+def _window(query: Tensor, size: int | None) -> Tensor | None:
+    """[length, length]: whether a position [row] sees another [column], where the window is shorter than the rows."""
+    length = query.shape[1]
+    if size is None or length <= size:
+        return None
+    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    return ones.tril().triu(1 - size)
+
+
+def _positions(segment: Segment) -> Shape:
+    return tuple(segment.batch.ids.shape)
+
+
+def _labels(segment: Segment) -> Shape:
+    return (len(segment.batch.targets),)
+
+
+def _cut(tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """[1, positions, …] as [rows, length, …] of each segment, and the head's [num_labels, …] as each segment's."""
+    flat, sizes = tensor if len(shapes[0]) == 1 else tensor.squeeze(0), [math.prod(shape) for shape in shapes]
+    parts = torch.unsafe_split_with_sizes(flat[: sum(sizes)], sizes)  # a tuner may write into them
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _join(parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
+    """Segments in one line."""
+    return torch.cat([part.flatten(0, len(shape) - 1) for part, shape in zip(parts, shapes, strict=True)])

@@ -1,0 +1,49 @@
+"""(IA)3 (arXiv:2205.05638) as PEFT trains it: a factor for each output of keys and values, and feed-forward input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from training.base import Base
+from training.data.dataset import Row
+from training.errors import OptionError
+from training.methods.targets import linear_sites, names
+from training.methods.trainable import PeftHat, put_on
+
+# The names of the linears that (IA)3 scales, in the families of bases that are served: outputs, and inputs.
+OUTPUTS = ("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
+INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h")
+
+
+@dataclass(frozen=True)
+class IA3Options:
+    """By default keys, values and the last linear of the feed-forward block, in all layers."""
+
+    target_modules: str = ""
+    feedforward_modules: str = ""
+    layers: str = "all"
+
+
+def ia3(options: IA3Options, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """Through PEFT. Raises `OptionError`."""
+    from peft import IA3Config
+
+    inputs = options.feedforward_modules or _there(INPUTS, base)
+    sites_in = set(linear_sites(inputs, options.layers, base))
+    wanted = options.target_modules or f"{_there(OUTPUTS, base)},{inputs}"
+    sites = linear_sites(wanted, options.layers, base)
+    if options.feedforward_modules and (lost := sites_in.difference(sites)):
+        raise OptionError(f"--feedforward-modules names {min(lost)}, which --target-modules does not.")
+    config = IA3Config(
+        target_modules=sites, feedforward_modules=sorted(sites_in.intersection(sites)), task_type="CAUSAL_LM"
+    )
+    return PeftHat(put_on(base, config))
+
+
+def _there(wanted: Sequence[str], base: Base) -> str:
+    """Those of the names that the base has, joined."""
+    has = [name for name in wanted if any(f".{site}".endswith(f".{name}") for site in base.spec.linears)]
+    if not has:
+        raise OptionError("This base has none of the linears that (IA)3 scales by default: name --target-modules.")
+    return ",".join(names(",".join(has)))

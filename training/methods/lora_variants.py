@@ -1,0 +1,92 @@
+"""LoRA's relatives, each as PEFT trains it: VeRA, LoHa, LoKr, MiSS and OFT. Their formulas are in `adapters_store`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from training.base import Base
+from training.data.dataset import Row
+from training.methods.lora import check_rank, whole
+from training.methods.targets import where
+from training.methods.trainable import PeftHat, put_on
+
+TASK_TYPE = "CAUSAL_LM"
+
+
+@dataclass(frozen=True)
+class VeraOptions:
+    """`r` costs little: only r + out numbers a linear are trained."""
+
+    r: int = 64
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    layers: str = "last:10"
+
+
+@dataclass(frozen=True)
+class LycorisOptions:
+    """Of LoHa, whose update has rank r^2, and LoKr."""
+
+    r: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    layers: str = "last:10"
+
+
+@dataclass(frozen=True)
+class MissOptions:
+    """`r` sums of the input a linear."""
+
+    r: int = 16
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    layers: str = "last:10"
+
+
+@dataclass(frozen=True)
+class OftOptions:
+    """`block_size` inputs are turned together."""
+
+    block_size: int = 16
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    layers: str = "last:10"
+
+
+def vera(options: VeraOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """Trains vectors around two shared random matrices (arXiv:2310.11454), which are saved along."""
+    from peft import VeraConfig
+
+    check_rank(options.r)
+    place = where(options.target_modules, options.layers, base)
+    return PeftHat(put_on(base, VeraConfig(r=options.r, vera_dropout=options.dropout, task_type=TASK_TYPE, **place)))
+
+
+def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[Row], kind: str) -> PeftHat:
+    """Hadamard (LoHa, arXiv:2108.06098) or Kronecker products (LoKr, arXiv:2309.14859); `kind` is PEFT's config."""
+    import peft
+
+    check_rank(options.r)
+    alpha, place = whole(options.alpha), where(options.target_modules, options.layers, base)
+    config = getattr(peft, kind)(r=options.r, alpha=alpha, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
+    return PeftHat(put_on(base, config))
+
+
+def miss(options: MissOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """Sums of the input, once a residue (arXiv:2409.15371)."""
+    from peft import MissConfig
+
+    check_rank(options.r)
+    place = where(options.target_modules, options.layers, base)
+    return PeftHat(put_on(base, MissConfig(r=options.r, miss_dropout=options.dropout, task_type=TASK_TYPE, **place)))
+
+
+def oft(options: OftOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+    """Rotations of the input, block by block (arXiv:2306.07280)."""
+    from peft import OFTConfig
+
+    place = where(options.target_modules, options.layers, base)
+    config = OFTConfig(oft_block_size=options.block_size, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
+    return PeftHat(put_on(base, config))

@@ -1,0 +1,1 @@
+"""One training run: job, schedule, trainer, checkpoints and what is written."""

@@ -1,0 +1,230 @@
+"""One run from files to an artifact: load, score the base, train, score again, prove, write whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import FORMAT_VERSION, Artifact, write_folder
+from adapters_store.format.manifest import Manifest
+from adapters_store.methods import method_of
+from adapters_store.methods.compile import compile_patch
+from training.base import Base, load_base
+from training.data.dataset import Dataset, Rows, check_varied, hold_out, read_dataset, tokenise
+from training.errors import DivergedError, OptionError
+from training.evaluation.evaluate import Scores, Suite, evaluate, suite_of
+from training.evaluation.parity import parity
+from training.methods import METHODS, attach
+from training.methods.trainable import Hat
+from training.report.curves import draw
+from training.report.progress import Show
+from training.report.step_log import LOG, LiveLog, Step, lines
+from training.run import manifest
+from training.run.checkpoint import Checkpoint
+from training.run.distributed import Processes
+from training.run.job import CURVES, DTYPES, Done, Job, check
+from training.run.peak_memory import PeakMemory
+from training.run.trainer import Run, Trainer
+
+BASE = "scoring the base"
+NUDGE = 1e-3  # what a hat is changed by to see whether the server would take it
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job that can be trained: what was loaded for it, and the base's scores, which the main process has."""
+
+    job: Job
+    options: Any
+    base: Base
+    rows: Rows
+    suite: Suite
+    checkpoint: Checkpoint
+    log: LiveLog
+    before: Scores | None
+    hat: Hat
+    memory: PeakMemory
+    trainer: Trainer
+    num_jobs: int
+
+
+def run_job(job: Job, show: Show, processes: Processes, before: Scores | None = None) -> Done | None:
+    """Train, and write the artifact; None for a process that is not the main one. `before` are the base's known scores.
+
+    Raises `TrainingError` with a sentence; then nothing is written at `job.out`.
+    """
+    options = check(job)
+    base = load_base(job.base, processes.device(job.device), job.cache, show.say)
+    ready = prepare(job, options, base, show, processes, scores_of=None if before is None else lambda _suite: before)
+    with show.training() as tell, forgotten_if_failed(ready):
+        run = ready.trainer.run(on_step(ready, tell, processes))
+    done = finish(ready, run, show, processes)
+    processes.wait()
+    return done
+
+
+def prepare(
+    job: Job,
+    options: Any,
+    base: Base,
+    show: Show,
+    processes: Processes,
+    clock: Callable[[], float] = time.monotonic,
+    num_jobs: int = 1,
+    scores_of: Callable[[Suite], Scores] | None = None,
+) -> Ready:
+    """Read its rows, score the base, put the hat on, and go on from a checkpoint if there is one to go on from.
+
+    `num_jobs` train together in this process; `scores_of` knows the base's scores, or takes them.
+    """
+    rows = _rows(job, base)
+    checkpoint = Checkpoint(job.out, manifest.identity(job, options, base, rows))
+    _check_checkpoint(job, checkpoint, show)
+    suite, before = suite_of(rows, base, job.num_answers), None
+    if processes.is_main:
+        before = score(base.model, suite, show, BASE) if scores_of is None else scores_of(suite)
+    base.touch()
+    num_base = sum(parameter.numel() for parameter in base.model.parameters())
+    memory = PeakMemory(base.model.device)
+    hat = _attach(job, options, base, rows)
+    dtype = dtype_of(job.precision, base)
+    trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype, clock)
+    if job.is_resumed and checkpoint.exists():
+        trainer.restore(checkpoint.load())
+        show.say(f"going on after step {len(trainer.steps)}")
+    log = LiveLog(job.out)
+    return Ready(job, options, base, rows, suite, checkpoint, log, before, hat, memory, trainer, num_jobs)
+
+
+def score_base(job: Job, show: Show, processes: Processes) -> Scores:
+    """What every job on these rows and this base has as its `before`. Raises `TrainingError`."""
+    base = load_base(job.base, processes.device(job.device), job.cache, show.say)
+    return score(base.model, suite_of(_rows(job, base), base, job.num_answers), show, BASE)
+
+
+def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
+    """What is done after each step: it is told and logged, and now and then the run is kept."""
+
+    def do(step: Step) -> None:
+        tell(step)
+        if not processes.is_main:
+            return
+        ready.log.follow(ready.trainer.steps)
+        if step.number % ready.job.plan.save_steps == 0:
+            ready.checkpoint.save(ready.trainer.state())
+
+    return do
+
+
+@contextmanager
+def forgotten_if_failed(ready: Ready) -> Iterator[None]:
+    """A run that failed leaves no log, and one that diverged no checkpoint: it would diverge again."""
+    try:
+        yield
+    except Exception as error:
+        ready.log.remove()
+        if isinstance(error, DivergedError):
+            ready.checkpoint.remove()
+        raise
+
+
+def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | None:
+    """Score and prove what is stored, not what was trained, and write it: the main process does."""
+    job, base, hat, rows = ready.job, ready.base, ready.hat, ready.rows
+    if ready.before is None:
+        return None
+    ready.log.remove()
+    memory = (ready.memory.base, ready.memory.peak())
+    training = manifest.of_run(job, ready.options, rows, run, memory, processes.size)
+    hat.settle(DTYPES[job.save_dtype])
+    after = score(hat.model, ready.suite, show, "scoring the adapter")
+    written = Manifest(
+        format_version=FORMAT_VERSION,
+        method=_server_name(job.method, hat),
+        base=base.ref,
+        prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
+        parity=parity(hat.model, rows.held_rows, rows.train_rows, base.tokenizer.eos_token_id),
+        training={**training, "num_jobs": ready.num_jobs},
+        evaluation=manifest.of_scores(rows, job.columns, ready.before, after),
+    )
+    num_bytes = _write(job, hat, written, ready.trainer.steps)
+    ready.checkpoint.remove()
+    return Done(run, ready.before, after, num_bytes)
+
+
+def _attach(job: Job, options: Any, base: Base, rows: Rows) -> Hat:
+    torch.manual_seed(job.plan.seed)
+    hat = attach(job.method, options, base, rows.train_rows)
+    if METHODS[job.method].is_uploadable:
+        _check_form(hat, base)
+    return hat
+
+
+def _rows(job: Job, base: Base) -> Rows:
+    train, held = _datasets(job, base.tokenizer)
+    max_length = min(job.max_length, base.spec.max_positions)
+    return Rows(train, held, *(tokenise(part, base.tokenizer, max_length) for part in (train, held)))
+
+
+def _datasets(job: Job, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    train = read_dataset(job.data, job.columns, job.template, tokenizer)
+    check_varied(train)
+    if job.eval is None:
+        return hold_out(train, job.plan.seed)
+    return train, read_dataset(job.eval, job.columns, job.template, tokenizer)
+
+
+def _check_checkpoint(job: Job, checkpoint: Checkpoint, show: Show) -> None:
+    if job.is_resumed and not checkpoint.exists():
+        show.say(f"--resume: there is no {checkpoint.path}, so the run begins anew.")
+    if checkpoint.exists() and not job.is_resumed:
+        raise OptionError(
+            f"{checkpoint.path} is what a run to this --out left: go on with --resume, or delete it and begin anew."
+        )
+
+
+def score(model: Any, suite: Suite, show: Show, what: str) -> Scores:
+    """Behind a bar."""
+    with show.bar(what, suite.size) as more:
+        return evaluate(model, suite, more)
+
+
+def _check_form(hat: Hat, base: Base) -> None:
+    """Raise `OptionError` where the server would not take what this run is going to write."""
+    tensors = {name: tensor.detach().cpu() + NUDGE for name, tensor in hat.tensors().items()}
+    try:
+        compile_patch(Artifact(hat.config(), tensors, None, "", 0), base.spec)
+    except ArtifactError as error:
+        raise OptionError(f"The server would not take this adapter: {error}.") from error
+
+
+def dtype_of(precision: str, base: Base) -> torch.dtype:
+    """`auto` is bf16 where the device computes in it; on a CPU it is slower than fp32."""
+    if precision == "auto":
+        has_bf16 = base.model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return DTYPES[precision]
+
+
+def _server_name(method: str, hat: Hat) -> str:
+    """What the server calls the method; `full` is none of its."""
+    if not METHODS[method].is_uploadable:
+        return method
+    return method_of(Artifact(hat.config(), {}, None, "", 0)).name
+
+
+def _write(job: Job, hat: Hat, manifest: Manifest, steps: Sequence[Step]) -> int:
+    """The folder with log and curves among its files; the bytes of its weights."""
+    tensors = hat.tensors()
+    stored = {name: tensors[name].detach().to("cpu", DTYPES[job.save_dtype]).contiguous() for name in sorted(tensors)}
+    weights = save(stored, metadata={"format": "pt"})
+    curves = draw(steps, f"{job.method} on {job.data.name}")
+    write_folder(job.out, hat.config(), weights, manifest, {LOG: lines(steps).encode(), CURVES: curves})
+    return len(weights)
