@@ -99,7 +99,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Stops in three steps: new work is refused with 503, running requests get `drain_s`, the rest gets an error.
 
     Health and metrics are answered until the end. A second signal ends it at once.

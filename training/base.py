@@ -52,7 +52,7 @@ def load_base(name: str, device: str, cache: Path | None, say: Callable[[str], N
     try:
         folder = resolve.resolve_base(name, cache or resolve.default_cache(), say)
         tokenizer, model = _load(folder)
-    except identity.BaseError as error:
+    except identity.BaseUnavailableError as error:
         raise BaseError(str(error)) from error
     try:
         base = Base(name, folder, tokenizer, model.to(device).eval().requires_grad_(False))

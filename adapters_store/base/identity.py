@@ -25,7 +25,7 @@ SILENT_KEYS = {
 SILENT_ENDS = ("dropout", "_pdrop")
 
 
-class BaseError(Exception):
+class BaseUnavailableError(Exception):
     """A base cannot be had; the sentence says why and what to do."""
 
 
@@ -54,7 +54,7 @@ def sha256_of(path: Path) -> str:
 def base_identity(folder: Path) -> BaseIdentity:
     """The identity of a base's folder, in milliseconds: of the weights only the headers are read.
 
-    Raises `BaseError` for a folder without safetensors: no other weights are ever opened.
+    Raises `BaseUnavailableError` for a folder without safetensors: no other weights are ever opened.
     """
     config = json.loads((folder / "config.json").read_text())
     shapes = {
@@ -64,7 +64,7 @@ def base_identity(folder: Path) -> BaseIdentity:
         if name != "__metadata__"
     }
     if not shapes:
-        raise BaseError(f"{folder} has no *.safetensors: save the base with save_pretrained")
+        raise BaseUnavailableError(f"{folder} has no *.safetensors: save the base with save_pretrained")
     tokenizer = {name: sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     return BaseIdentity(folder, _digest([_computing(config), shapes, tokenizer]))
 

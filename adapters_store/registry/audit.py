@@ -27,7 +27,7 @@ class Actor:
 
 
 @dataclass(frozen=True)
-class Entry:
+class AuditEntry:
     """One change. `what` names what was changed, in the words of its action."""
 
     number: int
@@ -65,11 +65,11 @@ def note(connection: Connection, tenant: str, action: str, **what: Any) -> None:
     connection.execute(insert(audit).values(at=time.time(), **values))
 
 
-def entries(connection: Connection, tenant: str | None, before: int | None, most: int) -> list[Entry]:
+def entries(connection: Connection, tenant: str | None, before: int | None, most: int) -> list[AuditEntry]:
     """The newest changes first: of one tenant or of all, those with a number under `before`."""
     query = select(audit).order_by(audit.c.id.desc()).limit(most)
     if tenant is not None:
         query = query.where(audit.c.tenant == tenant)
     if before is not None:
         query = query.where(audit.c.id < before)
-    return [Entry(*row) for row in connection.execute(query).all()]
+    return [AuditEntry(*row) for row in connection.execute(query).all()]

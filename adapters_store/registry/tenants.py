@@ -28,7 +28,7 @@ SCOPES = ("generate", "deploy", "admin")
 KEY = re.compile(r"(mh_[a-z0-9]{12})\.([A-Za-z0-9_-]{43})")
 
 
-class Limits(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+class TenantLimits(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What a tenant may do; None is without a limit. `share` weighs it against other tenants where they compete."""
 
     requests_per_minute: int | None = None
@@ -45,7 +45,7 @@ class Tenant:
     """Who asks and pays; how many adapters it has, of how many bytes."""
 
     name: str
-    limits: Limits
+    limits: TenantLimits
     created: float
     num_adapters: int = 0
     num_bytes: int = 0
@@ -69,7 +69,7 @@ class Known:
     tenant: str
     scopes: frozenset[str]
     hash: str
-    limits: Limits
+    limits: TenantLimits
 
     def fits(self, secret: str) -> bool:
         """Whether this is the key's secret."""
@@ -99,13 +99,13 @@ class Tenants:
     def _write(self) -> AbstractContextManager[Connection]:
         return transaction(self._engine, is_write=True)
 
-    def add(self, name: str, limits: Limits | None = None) -> Tenant:
+    def add(self, name: str, limits: TenantLimits | None = None) -> Tenant:
         """A new tenant. Raises `NameTakenError`."""
         with self._write() as connection:
             if (row := connection.execute(select(tenants).where(tenants.c.name == name)).first()) is not None:
                 was = "exists" if row.deleted is None else "was deleted; a tenant's name is never given again"
                 raise NameTakenError(f"the tenant {name} {was}")
-            limits = limits or Limits()
+            limits = limits or TenantLimits()
             connection.execute(
                 insert(tenants).values(name=name, limits=msgspec.to_builtins(limits), created=time.time())
             )
@@ -141,7 +141,7 @@ class Tenants:
             audit.note(connection, name, "tenant.delete", num_versions=len(digests))
             return list(digests)
 
-    def set_limits(self, name: str, limits: Limits) -> Tenant:
+    def set_limits(self, name: str, limits: TenantLimits) -> Tenant:
         """Other limits, in place of those before. Raises `AbsentError`."""
         with self._write() as connection:
             self._find(connection, name)
@@ -190,7 +190,7 @@ class Tenants:
             row = connection.execute(query.where(keys.c.id == key_id)).first()
             return None if row is None else Known(row.tenant, frozenset(row.scopes), row.hash, _limits(row.limits))
 
-    def changes(self, tenant: str | None, before: int | None, most: int) -> list[audit.Entry]:
+    def changes(self, tenant: str | None, before: int | None, most: int) -> list[audit.AuditEntry]:
         """The log, newest first: see `audit.entries`."""
         with self._read() as connection:
             return audit.entries(connection, tenant, before, most)
@@ -239,8 +239,8 @@ def check_quota(connection: Connection, tenant: str, num_bytes: int) -> None:
         )
 
 
-def _limits(stored: dict[str, Any]) -> Limits:
-    return msgspec.convert(stored, Limits)
+def _limits(stored: dict[str, Any]) -> TenantLimits:
+    return msgspec.convert(stored, TenantLimits)
 
 
 def _key(row: Row[Any]) -> Key:

@@ -14,7 +14,7 @@ from server.api.disconnect import unless_gone
 from server.api.sse import EventStream
 from server.core import Logprobs
 from server.errors import BadRequestError
-from server.requests.answer import Answer, Job, Piece
+from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.auth import GENERATE
 from server.requests.generation import collect, start, unless_moved
 from server.requests.resolve import (
@@ -47,7 +47,7 @@ async def _respond(request: Request, front: Front, tenant: str, task: str | None
     prompts = await _prompts(front, asked, worn)
     check_length(front, worn, prompts, asked.max_tokens)
     sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
-    job = Job(worn, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
+    job = GenerationJob(worn, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
     request_id: str = request.state.request_id
     if asked.stream:
         return await unless_gone(request, EventStream.begin(_events(request, front, job), request_id))
@@ -71,7 +71,7 @@ async def _prompts(front: Front, asked: GenerateRequest, worn: Worn) -> list[lis
     return await encode_prompts(front, [texts] if isinstance(texts, str) else texts)
 
 
-def _head(job: Job, request_id: str) -> dict[str, Any]:
+def _head(job: GenerationJob, request_id: str) -> dict[str, Any]:
     """Who answers."""
     worn = [
         {
@@ -88,7 +88,7 @@ def _head(job: Job, request_id: str) -> dict[str, Any]:
     return head | ({"adapters": worn} if len(worn) > 1 else {})
 
 
-async def _whole(request: Request, front: Front, job: Job) -> dict[str, Any]:
+async def _whole(request: Request, front: Front, job: GenerationJob) -> dict[str, Any]:
     answer, pieces = start(request, front, job)
     choices = [_choice(front, job, choice) for choice in await collect(pieces, job)]
     return _head(job, request.state.request_id) | {"choices": choices} | _tail(answer)
@@ -98,7 +98,7 @@ def _tail(answer: Answer) -> dict[str, Any]:
     return {"usage": answer.usage(), "timing": answer.times()}
 
 
-def _choice(front: Front, job: Job, piece: Piece) -> dict[str, Any]:
+def _choice(front: Front, job: GenerationJob, piece: Piece) -> dict[str, Any]:
     choice: dict[str, Any] = {
         "text": piece.text,
         "token_ids": piece.token_ids,
@@ -118,7 +118,7 @@ def _token(front: Front, token_id: int, logprob: float) -> dict[str, Any]:
     return {"token": front.tokenizer.decode([token_id], skip_special=False), "token_id": token_id, "logprob": logprob}
 
 
-async def _events(request: Request, front: Front, job: Job) -> AsyncGenerator[dict[str, Any]]:
+async def _events(request: Request, front: Front, job: GenerationJob) -> AsyncGenerator[dict[str, Any]]:
     """One event a step that has text or ends a choice; the very last carries usage and timing.
 
     The tokens of a step whose text is held back come with the next event of the choice.

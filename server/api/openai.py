@@ -17,7 +17,7 @@ from server.api.deps import admit, front_of, may, tenant_of
 from server.api.disconnect import unless_gone
 from server.api.sse import EventStream
 from server.errors import InvalidFieldError
-from server.requests.answer import Answer, Job, Piece
+from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.auth import GENERATE
 from server.requests.generation import collect, start, unless_moved
 from server.requests.resolve import check_length, encode_chat, encode_prompts, to_sampling, wear
@@ -158,7 +158,7 @@ async def _complete(request: Request, front: Front, tenant: str, asked: Completi
     prompts = await _prompts(front, asked)
     check_length(front, worn, prompts, asked.max_tokens)
     sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
-    job = Job(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
+    job = GenerationJob(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     offsets: dict[int, int] = {}
 
     def shape(piece: Piece) -> dict[str, Any]:
@@ -187,7 +187,7 @@ async def _chat(request: Request, front: Front, tenant: str, asked: ChatRequest)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
     sampling = to_sampling(front, asked, max_tokens, (asked.top_logprobs or 0) if asked.logprobs else None)
-    job = Job(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
+    job = GenerationJob(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     opened: set[int] = set()
 
     def logprobs(piece: Piece) -> dict[str, Any] | None:
@@ -217,7 +217,7 @@ async def _prompts(front: Front, asked: CompletionRequest) -> list[list[int]]:
 
 
 async def _answer(
-    request: Request, front: Front, job: Job, asked: OpenAIFields, kind: str, whole: Shape, delta: Shape
+    request: Request, front: Front, job: GenerationJob, asked: OpenAIFields, kind: str, whole: Shape, delta: Shape
 ) -> Response:
     request_id: str = request.state.request_id
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
@@ -230,14 +230,16 @@ async def _answer(
     return await unless_gone(request, EventStream.begin(events, request_id))
 
 
-async def _whole(request: Request, front: Front, job: Job, head: dict[str, Any], shape: Shape) -> dict[str, Any]:
+async def _whole(
+    request: Request, front: Front, job: GenerationJob, head: dict[str, Any], shape: Shape
+) -> dict[str, Any]:
     answer, pieces = start(request, front, job)
     choices = [shape(choice) for choice in await collect(pieces, job)]
     return head | {"choices": choices, "usage": _usage(answer)}
 
 
 async def _chunks(
-    request: Request, front: Front, job: Job, head: dict[str, Any], shape: Shape, include_usage: bool
+    request: Request, front: Front, job: GenerationJob, head: dict[str, Any], shape: Shape, include_usage: bool
 ) -> AsyncGenerator[dict[str, Any]]:
     answer, pieces = start(request, front, job)
     usage: dict[str, Any] = {"usage": None} if include_usage else {}

@@ -11,7 +11,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
-from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Limits, Tenant
+from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantLimits
 from server.api.deps import caller_of, front_of, identify, may, only_operator, refuse_unknown_query
 from server.errors import ConflictError, ForbiddenError, NotFoundError
 from server.requests.auth import ADMIN
@@ -38,9 +38,9 @@ class LimitsBody(Strict):
     max_bytes: Count | None = None
     share: float = Field(1.0, ge=0.001, le=1000)
 
-    def limits(self) -> Limits:
+    def limits(self) -> TenantLimits:
         """As the registry has them."""
-        return Limits(**self.model_dump())
+        return TenantLimits(**self.model_dump())
 
 
 class TenantBody(Strict):
@@ -195,7 +195,7 @@ def _chosen(request: Request, tenant: str | None) -> str | None:
 
 
 def _tenant(tenant: Tenant) -> dict[str, Any]:
-    limits = {name: getattr(tenant.limits, name) for name in Limits.__struct_fields__}
+    limits = {name: getattr(tenant.limits, name) for name in TenantLimits.__struct_fields__}
     holds = {"num_adapters": tenant.num_adapters, "bytes": tenant.num_bytes}
     return {"name": tenant.name, "created": tenant.created, "limits": limits, **holds}
 

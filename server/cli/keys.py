@@ -19,7 +19,7 @@ ADMIN_KEY = f"{PREFIX}ADMIN_KEY"
 app = typer.Typer(no_args_is_help=True, help="Make, list, rotate and revoke the keys of a tenant.")
 
 KeyId = Annotated[str, typer.Argument(help="mh_…, as `manyhats keys list` shows it")]
-Tenant = Annotated[str, typer.Option(help="whose keys")]
+TenantOption = Annotated[str, typer.Option(help="whose keys")]
 Url = Annotated[str, typer.Option(help="of the server")]
 AdminKey = Annotated[
     str, typer.Option(envvar=ADMIN_KEY, prompt="admin key", hide_input=True, help="asked for, if not given")
@@ -29,7 +29,7 @@ AdminKey = Annotated[
 @app.command()
 def create(
     admin_key: AdminKey,
-    tenant: Tenant = DEFAULT_TENANT,
+    tenant: TenantOption = DEFAULT_TENANT,
     scope: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SCOPES)}; may be given several times")] = None,
     note: Annotated[str, typer.Option(help="what it is for")] = "",
     url: Url = URL,
@@ -41,21 +41,21 @@ def create(
 
 
 @app.command("list")
-def list_(admin_key: AdminKey, tenant: Tenant = DEFAULT_TENANT, url: Url = URL) -> None:
+def list_(admin_key: AdminKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
     """Show a tenant's keys, without their secrets."""
     with sentences("keys list"):
         Console().print(table(ask(url, admin_key, "GET", f"/tenants/{tenant}/keys")["keys"]))
 
 
 @app.command()
-def rotate(key_id: KeyId, admin_key: AdminKey, tenant: Tenant = DEFAULT_TENANT, url: Url = URL) -> None:
+def rotate(key_id: KeyId, admin_key: AdminKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
     """Give a key another secret, shown once; with the old one it is no key any more."""
     with sentences("keys rotate"):
         _show_secret(ask(url, admin_key, "POST", f"/tenants/{tenant}/keys/{key_id}/rotate"))
 
 
 @app.command()
-def revoke(key_id: KeyId, admin_key: AdminKey, tenant: Tenant = DEFAULT_TENANT, url: Url = URL) -> None:
+def revoke(key_id: KeyId, admin_key: AdminKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
     """Make a key none, within a second; what runs with it finishes."""
     with sentences("keys revoke"):
         ask(url, admin_key, "DELETE", f"/tenants/{tenant}/keys/{key_id}")

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 
-from adapters_store.base.identity import BaseError
+from adapters_store.base.identity import BaseUnavailableError
 from adapters_store.base.resolve import resolve_base
 from server import listen, logs, process_memory
 from server.engine.process_client import ProcessEngineClient
@@ -77,7 +77,7 @@ def serve(**flags: Any) -> None:
             url = listen.address_of(settings.host, sockets)
             with console.status("finding the base"):
                 folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
-        except (BaseError, OSError) as error:
+        except (BaseUnavailableError, OSError) as error:
             raise _stop(console, str(error)) from error
         is_loading = stack.enter_context(contextlib.ExitStack())
         is_loading.enter_context(process_memory.loading())
@@ -104,7 +104,7 @@ async def _serve(
         front = await asyncio.to_thread(import_module, "server.app")
         app = front.create_app(settings, folder, engine, on_ready)
         with contextlib.suppress(SystemExit):  # it could not start
-            await listen.Server(app, settings).serve(sockets)
+            await listen.DrainingServer(app, settings).serve(sockets)
         failure: str | None = app.state.start_failure
         return failure
     finally:

@@ -19,14 +19,14 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-Key = bytes
+BlockKey = bytes
 
 
 class InvariantError(RuntimeError):
     """The engine's books do not add up: a bug, and a reason to start anew."""
 
 
-def root_key(hats: Iterable[tuple[str, float]]) -> Key:
+def root_key(hats: Iterable[tuple[str, float]]) -> BlockKey:
     """The parent of a sequence's first block: sha256 over (digest, weight) of each hat in order."""
     hashed = hashlib.sha256()
     for digest, weight in hats:
@@ -40,7 +40,7 @@ def namespace_salt(namespace: str) -> bytes:
     return hashlib.sha256(namespace.encode()).digest()
 
 
-def block_key(parent: Key, salt: bytes, tokens: Sequence[int]) -> Key:
+def block_key(parent: BlockKey, salt: bytes, tokens: Sequence[int]) -> BlockKey:
     """The key of a block: sha256 over its parent's key (32 bytes), the salt (32 or 0) and its tokens (8 bytes each).
 
     A block without a salt has virtual tokens alone, which are negative; so the fields cannot be mistaken.
@@ -56,15 +56,15 @@ class BlockTable:
     `copy` is (source, target) where its next step must begin with the copy of a block.
     """
 
-    root: Key
+    root: BlockKey
     salt: bytes = b""
     num_virtual: int = 0
     blocks: list[int] = field(default_factory=list)
-    keys: list[Key] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)
     copy: tuple[int, int] | None = None
     is_tail_known: bool = False
 
-    def key_after(self, parent: Key, tokens: Sequence[int], start: int, end: int) -> Key:
+    def key_after(self, parent: BlockKey, tokens: Sequence[int], start: int, end: int) -> BlockKey:
         """The key of the block of the positions [start, end) behind a parent."""
         return block_key(parent, b"" if end <= self.num_virtual else self.salt, tokens[start:end])
 
@@ -73,7 +73,7 @@ class BlockTable:
 class Found:
     """What of a sequence's beginning is computed: (key, block) of its full blocks, and the block its prefix ends in."""
 
-    full: list[tuple[Key, int]]
+    full: list[tuple[BlockKey, int]]
     tail: int | None = None
 
 
@@ -85,8 +85,8 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
         self._free_prefixes: OrderedDict[int, None] = OrderedDict()  # the same, of blocks that are part of a prefix
-        self._block_of: dict[Key, int] = {}
-        self._keys_of: dict[int, list[Key]] = {}
+        self._block_of: dict[BlockKey, int] = {}
+        self._keys_of: dict[int, list[BlockKey]] = {}
         self._prefixes: set[int] = set()
 
     @property
@@ -109,7 +109,7 @@ class BlockPool:
         They hold at most all tokens but the last, which must be computed for its logits. Without the cache, no more
         than virtual ones.
         """
-        full: list[tuple[Key, int]] = []
+        full: list[tuple[BlockKey, int]] = []
         parent, size, virtual = table.root, self.block_size, table.num_virtual
         for end in range(size, len(tokens) if self.is_cached else virtual + 1, size):
             key = table.key_after(parent, tokens, end - size, end)
@@ -179,14 +179,14 @@ class BlockPool:
         if virtual <= num_computed and len(table.keys) == virtual // size:
             self._publish_tail(table, tokens, table.keys[-1] if table.keys else table.root)
 
-    def _publish_tail(self, table: BlockTable, tokens: Sequence[int], parent: Key) -> None:
+    def _publish_tail(self, table: BlockTable, tokens: Sequence[int], parent: BlockKey) -> None:
         start = table.num_virtual // self.block_size * self.block_size
         if start < table.num_virtual and not table.is_tail_known:
             table.is_tail_known = True
             key = table.key_after(parent, tokens, start, table.num_virtual)
             self._know(key, table.blocks[start // self.block_size], is_prefix=True)
 
-    def _know(self, key: Key, block: int, is_prefix: bool) -> None:
+    def _know(self, key: BlockKey, block: int, is_prefix: bool) -> None:
         if key not in self._block_of:  # else another sequence computed the same first: ours stays unknown
             self._block_of[key] = block
             self._keys_of.setdefault(block, []).append(key)

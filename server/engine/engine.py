@@ -14,7 +14,7 @@ from server.engine.adapters.load_queue import P
 from server.engine.adapters.manager import AdapterManager, Budgets, SlotBank
 from server.engine.blocks import BlockPool
 from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
-from server.engine.scheduler import Limits, Plan, Scheduler
+from server.engine.scheduler import Scheduler, StepLimits, StepPlan
 from server.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Engine(Generic[P]):
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
         most = runner.num_blocks * runner.block_size
         self.max_sequence_tokens = min(most, config.max_sequence_tokens or most)
-        limits = Limits(
+        limits = StepLimits(
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
@@ -154,7 +154,7 @@ class Engine(Generic[P]):
             return EngineFailure("overloaded", f"{most} requests wait already; try again in a moment")
         return self.adapters.refusal(tuple(hat.digest for hat in submit.hats))
 
-    def _schedule(self) -> Plan:
+    def _schedule(self) -> StepPlan:
         now, scheduler = self._clock(), self.scheduler
         self._end_late(now)
         self._advance_adapters()
@@ -186,7 +186,7 @@ class Engine(Generic[P]):
             if failure := adapters.refusal(sequence.digests):
                 self._fail(sequence, failure)
 
-    def _run(self, plan: Plan) -> Iterable[Result]:
+    def _run(self, plan: StepPlan) -> Iterable[Result]:
         """One forward pass. Where it raises, each row runs alone, and only those that raise alone fail."""
         rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.rows]
         self._stats.steps_total += 1
@@ -223,7 +223,7 @@ class Engine(Generic[P]):
             num_virtual=virtual,
         )
 
-    def _commit(self, plan: Plan, results: Iterable[Result]) -> None:
+    def _commit(self, plan: StepPlan, results: Iterable[Result]) -> None:
         now = self._clock()
         for (sequence, num_tokens), result in zip(plan.rows, results, strict=True):
             failure = self._row_failure(sequence, result)

@@ -44,8 +44,8 @@ class FakeEngineClient:
     With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
     (at least one) for a request.
     `failure` ends every request instead of its first token; `delay_s` passes before each token. What was asked is
-    kept in `submitted`, `aborted`, `forgotten`, `kept` and `renewed`. Probes of uploads are kept in `probed`; they get
-    their forced tokens at once, or `probe_failure`, or never end where `are_probes_stuck`.
+    kept in `submitted`, `aborted`, `forgotten`, `kept` and `renewed`. Probes of uploads are kept in `probed`; they
+    get their forced tokens at once, or `probe_failure`, or never end where `are_probes_stuck`.
     """
 
     def __init__(

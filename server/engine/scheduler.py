@@ -48,7 +48,7 @@ MIN_QUEUED = 8  # a namespace that has less than one in so many of a full queue'
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class StepLimits:
     """A step has at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue.
 
     While several namespaces are about, a step has at most `max_shared_tokens` tokens of prompts, unless one is urgent.
@@ -78,7 +78,7 @@ class Limits:
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """One step: (sequence, number of tokens) in rows; `admitted` run for the first time; `num_preempted` went back."""
 
     max_tokens: int
@@ -118,7 +118,7 @@ class Line:
 class Scheduler:
     """Holds the sequences that wait and run, and plans steps over them."""
 
-    def __init__(self, limits: Limits, pool: BlockPool) -> None:
+    def __init__(self, limits: StepLimits, pool: BlockPool) -> None:
         self.limits, self.pool = limits, pool
         self.running: list[Sequence] = []  # in order of admission
         self._lines: dict[str, Line] = {}  # of the namespaces that wait
@@ -198,12 +198,12 @@ class Scheduler:
         ahead = islice(self.waiting(is_charged=True), 2 * self.limits.max_running)
         return list(dict.fromkeys(digest for sequence in (*first, *ahead) for digest in sequence.digests))
 
-    def plan(self, adapters: Adapters, now: float) -> Plan:
+    def plan(self, adapters: Adapters, now: float) -> StepPlan:
         """The next step."""
         num_preempted = self._favour(adapters, now)
         num_decodes = sum(sequence.remainder == 1 for sequence in self.running)
         num_present, num_urgent = self._num_present(now), self._num_urgent(adapters, now)
-        plan = Plan(self.limits.max_tokens(num_decodes, num_present, num_urgent), num_preempted=num_preempted)
+        plan = StepPlan(self.limits.max_tokens(num_decodes, num_present, num_urgent), num_preempted=num_preempted)
         self._plan_decodes(plan)
         self._plan_prompts(plan, adapters, now)
         return plan
@@ -292,7 +292,7 @@ class Scheduler:
             return None
         return last[most]
 
-    def _plan_decodes(self, plan: Plan) -> None:
+    def _plan_decodes(self, plan: StepPlan) -> None:
         order = self._least_first()
         for sequence in tuple(order):
             if sequence.state is State.RUNNING and sequence.remainder == 1 and self._grow(plan, sequence, order):
@@ -305,7 +305,7 @@ class Scheduler:
         held = {namespace: self._holding(namespace) / self._shares[namespace] for namespace in self._num_active}
         return sorted(self.running, key=lambda sequence: held[sequence.namespace])
 
-    def _grow(self, plan: Plan, sequence: Sequence, order: list[Sequence]) -> bool:
+    def _grow(self, plan: StepPlan, sequence: Sequence, order: list[Sequence]) -> bool:
         """Room for one more position, if need be by preempting; False where the sequence itself had to go.
 
         The last in the order of planning goes first. It is never planned yet.
@@ -325,7 +325,7 @@ class Scheduler:
         sequence.state, sequence.is_preempted, sequence.num_computed = State.WAITING, True, 0
         self._lines.setdefault(sequence.namespace, Line()).preempted.appendleft(sequence)
 
-    def _plan_prompts(self, plan: Plan, adapters: Adapters, now: float) -> None:
+    def _plan_prompts(self, plan: StepPlan, adapters: Adapters, now: float) -> None:
         """Prompts that are begun and those that wait, namespaces in turn."""
         begun = self._begun(plan)
         lines = {name: [*begun.get(name, ()), *self._lines.get(name, ())] for name in {**begun, **self._lines}}
@@ -340,7 +340,7 @@ class Scheduler:
         for sequence in self._in_turn(self._begun(plan)):
             self._take(plan, sequence)
 
-    def _begun(self, plan: Plan) -> dict[str, list[Sequence]]:
+    def _begun(self, plan: StepPlan) -> dict[str, list[Sequence]]:
         """The running sequences that the step has not taken yet, by namespace."""
         planned = {sequence.id for sequence, _ in plan.rows}
         begun: dict[str, list[Sequence]] = {}
@@ -349,7 +349,7 @@ class Scheduler:
                 begun.setdefault(sequence.namespace, []).append(sequence)
         return begun
 
-    def _admit(self, plan: Plan, sequence: Sequence, now: float) -> bool:
+    def _admit(self, plan: StepPlan, sequence: Sequence, now: float) -> bool:
         """Give it a row and blocks; False where there are none.
 
         One block is left to each running sequence: admission must not cause the next preemption.
@@ -406,7 +406,7 @@ class Scheduler:
         if is_bypassed and self._starving is None:
             self._starving = sequence
 
-    def _take(self, plan: Plan, sequence: Sequence) -> None:
+    def _take(self, plan: StepPlan, sequence: Sequence) -> None:
         """Put as much of a remainder into the step as fits, and charge its namespace for what is new."""
         num_tokens = min(sequence.remainder, self._room(plan, sequence))
         if num_tokens <= 0:
@@ -418,7 +418,7 @@ class Scheduler:
         sequence.num_charged += num_new
         self._served[sequence.namespace] += num_new / self._shares[sequence.namespace]
 
-    def _room(self, plan: Plan, sequence: Sequence) -> int:
+    def _room(self, plan: StepPlan, sequence: Sequence) -> int:
         """How many tokens a sequence may have of this step."""
         room = plan.max_tokens - plan.num_tokens
         if sequence.is_probe and not all(other.is_probe for other in self.running):

@@ -60,7 +60,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     from server.engine.adapters.loader_process import Helpers
     from server.engine.adapters.loader_threads import Loaders
     from server.model.runner import RunnerConfig, load
-    from server.model.slots.layout import Packed
+    from server.model.slots.layout import PackedPatch
 
     process_memory.keep_imports()
     helpers = Helpers(config.num_loaders)
@@ -68,7 +68,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     helpers.begin(config.store, config.blobs, loaded.spec, loaded.bank.kept)
     staged = dict[str, str]()
 
-    def load_adapter(digest: str) -> Packed:
+    def load_adapter(digest: str) -> PackedPatch:
         return loaded.bank.pin(helpers.load(digest, staged.get(digest)))
 
     engine = Engine(

@@ -16,7 +16,7 @@ from torch import Tensor
 from server.core import Row
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import PagedBatch, spans_of
-from server.model.backends.torch_ops.attention import Group, Padded, lay_out
+from server.model.backends.torch_ops.attention import Padded, QueryGroup, lay_out
 from server.model.backends.torch_ops.copies import Copies
 
 Forward = Callable[[Tensor, Tensor, Tensor, PagedBatch], Tensor]
@@ -67,7 +67,7 @@ class DecodeGraphs:
         """The forward of what `inputs` holds then, as `_inputs` laid it out."""
         columns = inputs.view(num_rows, -1).T.contiguous()
         tokens, positions, wanted, blocks, offsets, places, queries, lengths = columns[:8]
-        group = Group(queries[:, None], positions[:, None], lengths, columns[8 : 8 + num_blocks].T)
+        group = QueryGroup(queries[:, None], positions[:, None], lengths, columns[8 : 8 + num_blocks].T)
         nowhere = np.zeros((0, 0), np.int64)
         paged = PagedBatch(
             self._cache, [], nowhere, nowhere, nowhere, nowhere, nowhere, Padded(blocks, offsets, places, [group])

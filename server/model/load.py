@@ -35,7 +35,7 @@ ROUNDED_ROWS = 128
 
 
 @dataclass
-class Base:
+class InstrumentedBase:
     """The frozen model, instrumented: its forward takes T tokens of many sequences and a `PagedBatch`."""
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Base:
     forward: Forward
 
 
-def load_base(folder: Path, name: str, precision: str, device: str) -> Base:
+def load_base(folder: Path, name: str, precision: str, device: str) -> InstrumentedBase:
     """Load and instrument a Hugging Face folder.
 
     Raises `UnsupportedBaseError` with the reason where the base cannot be served rightly.
@@ -97,7 +97,7 @@ def _round(model: nn.Module, precision: str) -> None:
         linear.weight = nn.Parameter(kept_of, requires_grad=False)
 
 
-def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base:
+def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> InstrumentedBase:
     """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
     proof = Proof(model)
     interface.install()
@@ -123,7 +123,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Base
     if whole is not None:
         direct = Direct(model, whole)
         compute = direct if torch.equal(proof.run(direct, paged), logits) else compute
-    return Base(model, spec, bank, hooks, precision, device, _eos_token_ids(model), compute)
+    return InstrumentedBase(model, spec, bank, hooks, precision, device, _eos_token_ids(model), compute)
 
 
 def _settle(model: nn.Module) -> None:

@@ -63,7 +63,7 @@ def wear(rows: Iterable[tuple[Hats, int]]) -> Worn:
 NOTHING = wear([])
 
 
-class Group(NamedTuple):
+class SiteGroup(NamedTuple):
     """Sites that share an input and whose outputs lie side by side: site sites[p] has columns[p] to columns[p + 1]."""
 
     number: int

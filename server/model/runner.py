@@ -21,7 +21,7 @@ from server.model.backends.choose import choose_precision
 from server.model.backends.cpu.threads import set_num_threads
 from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
-from server.model.load import Base, load_base
+from server.model.load import InstrumentedBase, load_base
 from server.model.sampler import sample
 from server.model.slots.slots import SlotBank
 
@@ -77,7 +77,7 @@ def load(config: RunnerConfig) -> Loaded:
 class PagedRunner:
     """Runs steps over a paged KV cache. `last_logits` [R, vocabulary] are those of the last step's sampled rows."""
 
-    def __init__(self, base: Base, config: RunnerConfig) -> None:
+    def __init__(self, base: InstrumentedBase, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
         kept = base.bank.kept
         per_block = KVCache.block_bytes(base.spec.kv, config.block_size, kept.matrices.itemsize)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from server.engine.messages import Output
-from server.requests.answer import Answer, Job, Piece
-from server.requests.version_stats import Outcome
+from server.requests.answer import Answer, GenerationJob, Piece
+from server.requests.version_stats import RequestOutcome
 from server.state import Front
 
 
@@ -17,7 +17,7 @@ def count(answer: Answer, prompt: int, output: Output, piece: Piece) -> None:
         answer.timing = output.timing
 
 
-def close_books(front: Front, job: Job, answer: Answer, status: str) -> None:
+def close_books(front: Front, job: GenerationJob, answer: Answer, status: str) -> None:
     metrics, worn = front.metrics, job.worn
     label, tenant = metrics.label(worn.label), metrics.tenant_label(worn.tenant)
     metrics.requests.labels(label, status).inc()
@@ -41,7 +41,7 @@ def close_books(front: Front, job: Job, answer: Answer, status: str) -> None:
     metrics.tenant_tokens.labels(tenant, "completion").inc(counts["completion_tokens"])
 
 
-def _judge_version(front: Front, job: Job, answer: Answer, status: str) -> None:
+def _judge_version(front: Front, job: GenerationJob, answer: Answer, status: str) -> None:
     """What a canary is judged by: requests that wear it alone. Who left early says nothing of it but that."""
     metrics, worn = front.metrics, job.worn
     if len(worn.hats) != 1:
@@ -54,5 +54,5 @@ def _judge_version(front: Front, job: Job, answer: Answer, status: str) -> None:
         metrics.version_latency.labels(*labels).observe(answer.total_ms / 1000)
         metrics.version_ttft.labels(*labels).observe(answer.timing.ttft_ms / 1000)
     if status != "cancelled":
-        outcome = Outcome(status, answer.timing.ttft_ms, answer.total_ms, answer.num_completion)
+        outcome = RequestOutcome(status, answer.timing.ttft_ms, answer.total_ms, answer.num_completion)
         front.recent.add((worn.tenant, version.task, version.number), outcome)

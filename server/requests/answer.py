@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from adapters_store.registry.tenants import Limits
+from adapters_store.registry.tenants import TenantLimits
 from server.core import Logprobs, Sampling, Timing
 from server.requests.resolve import Worn
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """Everything that the answers of one request depend on."""
 
     worn: Worn
@@ -21,7 +21,7 @@ class Job:
     stop: list[str] = field(default_factory=list)
     timeout_s: float = 120.0
     arrived: float = field(default_factory=time.monotonic)
-    limits: Limits = field(default_factory=Limits)
+    limits: TenantLimits = field(default_factory=TenantLimits)
 
     @property
     def most_tokens(self) -> int:

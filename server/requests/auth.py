@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from adapters_store.errors import AbsentError
-from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES, Limits, Tenants, split_key
+from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES, TenantLimits, Tenants, split_key
 from server.errors import ForbiddenError, NotFoundError, UnauthorizedError
 from server.settings import is_loopback
 
@@ -29,7 +29,7 @@ class Caller:
 
     name: str
     tenant: str
-    limits: Limits
+    limits: TenantLimits
     scopes: frozenset[str] = frozenset(SCOPES)
     is_operator: bool = False
 
@@ -125,7 +125,7 @@ class Callers:
             raise no_tenant(tenant)
         return Caller(name, tenant, limits, is_operator=True)
 
-    def _limits_of(self, tenant: str) -> Limits | None:
+    def _limits_of(self, tenant: str) -> TenantLimits | None:
         try:
             return self._tenants.get(tenant).limits
         except AbsentError:

@@ -19,7 +19,7 @@ from server.engine.client import EngineUnavailable
 from server.engine.messages import Output, Submit
 from server.errors import EngineFailedError, ServerError, UnavailableError, VersionGoneError
 from server.requests.accounting import close_books, count
-from server.requests.answer import Answer, Job, Piece
+from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.detokenizer import TextStream
 from server.requests.usage import Bill
 from server.state import Front
@@ -30,13 +30,13 @@ T = TypeVar("T")
 GRACE_S = 5.0  # the engine ends what is late; the front does where the engine is stuck
 
 
-def start(request: Request, front: Front, job: Job) -> tuple[Answer, AsyncIterator[Piece]]:
+def start(request: Request, front: Front, job: GenerationJob) -> tuple[Answer, AsyncIterator[Piece]]:
     """The answer's books, and its pieces as they come, of all choices. The request's log line gets the books too."""
     answer = request.state.answer = Answer(sum(map(len, job.prompts)))
     return answer, _pieces(front, replace(job, limits=caller_of(request).limits), answer)
 
 
-async def collect(pieces: AsyncIterator[Piece], job: Job) -> list[Piece]:
+async def collect(pieces: AsyncIterator[Piece], job: GenerationJob) -> list[Piece]:
     """All of a plain answer's choices, whole."""
     choices = [Piece.empty(index) for index in range(job.num_choices)]
     async with aclosing(pieces) as coming:  # type: ignore[type-var]
@@ -57,7 +57,7 @@ async def unless_moved(answer: Callable[[], Awaitable[T]]) -> T:
             log.info("a request is routed anew", extra={"reason": str(error)})
 
 
-async def _pieces(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece]:
+async def _pieces(front: Front, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:
     """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
     worn = job.worn
     status: str | None = "cancelled"
@@ -90,7 +90,7 @@ async def _pieces(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece
     await front.usage.settle(front.registry)  # what is answered whole is paid for, also if the next moment is the last
 
 
-async def _merged(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece]:
+async def _merged(front: Front, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:
     """Run all choices at once. Whatever ends this ends them all."""
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
     choices = [
@@ -112,7 +112,7 @@ async def _merged(front: Front, job: Job, answer: Answer) -> AsyncIterator[Piece
 
 
 async def _feed(
-    front: Front, job: Job, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
+    front: Front, job: GenerationJob, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
 ) -> None:
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
@@ -129,7 +129,7 @@ async def _feed(
 
 
 async def _run_choice(
-    front: Front, job: Job, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
+    front: Front, job: GenerationJob, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
 ) -> None:
     index, text = prompt * job.n + number, TextStream(front.tokenizer, job.stop)
     label, last = front.metrics.label(job.worn.label), 0.0
@@ -149,7 +149,7 @@ async def _run_choice(
                 return  # closing the outputs aborts the sequence where a stop text ended it
 
 
-def _submit(job: Job, prompt: int, number: int) -> Submit:
+def _submit(job: GenerationJob, prompt: int, number: int) -> Submit:
     """One sequence. Choices differ in their seed alone, each by its own number."""
     seed = (job.sampling.seed + 0x9E3779B97F4A7C15 * (prompt * job.n + number)) % 2**63
     return Submit(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from adapters_store.registry.tenants import Limits
+from adapters_store.registry.tenants import TenantLimits
 from server.errors import BadRequestError, ServerError, TenantLimitError
 
 MINUTE = 60
@@ -56,7 +56,7 @@ class Window:
             self._sum -= self._taken.popleft()[1]
 
 
-class Progress(Protocol):
+class GenerationProgress(Protocol):
     """How far the answers of a request are."""
 
     @property
@@ -75,7 +75,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.requests, self.tokens = Window(), Window()
-        self.open: dict[int, tuple[int, Progress]] = {}  # of requests that are answered: choices, progress
+        self.open: dict[int, tuple[int, GenerationProgress]] = {}  # of requests that are answered: choices, progress
         self.pace_s = FIRST_PACE_S
 
     @property
@@ -91,7 +91,7 @@ class Meters:
         self._clock = clock
         self._tallies: dict[str, Tally] = {}
 
-    def count_request(self, tenant: str, limits: Limits) -> None:
+    def count_request(self, tenant: str, limits: TenantLimits) -> None:
         """Count a request. Raises `TenantLimitError` with the seconds after which one more is let in."""
         if limits.requests_per_minute is None:
             return
@@ -104,9 +104,9 @@ class Meters:
 
     @contextmanager
     def generating(
-        self, tenant: str, limits: Limits, num_choices: int, most_tokens: int, progress: Progress
+        self, tenant: str, limits: TenantLimits, num_choices: int, most_tokens: int, progress: GenerationProgress
     ) -> Iterator[None]:
-        """While the block runs a request is answered; it counts as `most_tokens` until it is known how many it took.
+        """While the block runs a request is answered; it counts as `most_tokens` until its real number is known.
 
         One that fails before its first token, or is routed anew, took none.
 
@@ -134,7 +134,7 @@ class Meters:
     def _tally(self, tenant: str) -> Tally:
         return self._tallies.setdefault(tenant, Tally())
 
-    def _check_queue(self, tenant: str, tally: Tally, limits: Limits, num_choices: int) -> None:
+    def _check_queue(self, tenant: str, tally: Tally, limits: TenantLimits, num_choices: int) -> None:
         """How long the queue takes is guessed from how long this tenant's answers took."""
         most = limits.max_queued
         if most is None:
@@ -146,7 +146,7 @@ class Meters:
             wait = max(1, math.ceil(over * tally.pace_s))
             raise TenantLimitError(f"{most} answers of the tenant {tenant} wait already", "max_queued", wait)
 
-    def _take_tokens(self, tenant: str, tally: Tally, limits: Limits, amount: int, now: float) -> int | None:
+    def _take_tokens(self, tenant: str, tally: Tally, limits: TenantLimits, amount: int, now: float) -> int | None:
         most = limits.tokens_per_minute
         if most is None:
             return None

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 1.0  # what running answers have used by then is written
 PATIENCE_S = 2.0  # an answer does not wait longer for its usage to be written
 
-Place = tuple[str, str, int]  # tenant, task, version (0: the base)
+UsageKey = tuple[str, str, int]  # tenant, task, version (0: the base)
 Counts = tuple[int, int, int]  # requests, prompt tokens, completion tokens
 
 
@@ -24,7 +24,7 @@ Counts = tuple[int, int, int]  # requests, prompt tokens, completion tokens
 class Bill:
     """One request's: what it used so far, and how much of that was counted."""
 
-    places: list[Place]
+    places: list[UsageKey]
     used: Callable[[], Counts]
     counted: Counts = (0, 0, 0)
 
@@ -34,7 +34,7 @@ class UsageBuffer:
 
     def __init__(self) -> None:
         self._lock, self._turn = threading.Lock(), asyncio.Lock()
-        self._counts: dict[Place, list[int]] = {}
+        self._counts: dict[UsageKey, list[int]] = {}
         self._open: dict[int, Bill] = {}
 
     @contextmanager
@@ -87,7 +87,7 @@ class UsageBuffer:
             for place in bill.places:
                 self._add(place, more)
 
-    def _add(self, place: Place, counts: list[int]) -> None:
+    def _add(self, place: UsageKey, counts: list[int]) -> None:
         known = self._counts.setdefault(place, [0, 0, 0])
         for index, count in enumerate(counts):
             known[index] += count

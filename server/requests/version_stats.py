@@ -12,7 +12,7 @@ MAX_REQUESTS = 200  # of a version
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestOutcome:
     """One request that was not cancelled: its status, and milliseconds where it was answered."""
 
     status: str
@@ -25,9 +25,9 @@ class Recent:
     """The last outcomes by (tenant, task, version); since this server started."""
 
     def __init__(self) -> None:
-        self._outcomes: OrderedDict[tuple[str, str, int], deque[Outcome]] = OrderedDict()
+        self._outcomes: OrderedDict[tuple[str, str, int], deque[RequestOutcome]] = OrderedDict()
 
-    def add(self, key: tuple[str, str, int], outcome: Outcome) -> None:
+    def add(self, key: tuple[str, str, int], outcome: RequestOutcome) -> None:
         """Note how a request of a version ended."""
         self._outcomes.setdefault(key, deque(maxlen=MAX_REQUESTS)).append(outcome)
         self._outcomes.move_to_end(key)
@@ -36,7 +36,7 @@ class Recent:
 
     def summary(self, key: tuple[str, str, int]) -> dict[str, Any]:
         """How many requests, how many failed, and times of those that did not: medians, and 95th percentiles."""
-        outcomes = self._outcomes.get(key, deque[Outcome]())
+        outcomes = self._outcomes.get(key, deque[RequestOutcome]())
         good = [outcome for outcome in outcomes if outcome.status == "200"]
         return {
             "requests": len(outcomes),

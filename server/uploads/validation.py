@@ -46,7 +46,7 @@ CHECKS = 1  # grows with every check that is new or stricter: what is stored mus
 NAMESPACE = "_probe"  # no tenant can be named so
 
 Check = dict[str, Any]
-Answer = list[Logprobs]  # of a prompt, by the tokens after it
+ProbeAnswer = list[Logprobs]  # of a prompt, by the tokens after it
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def plain_cases(ready: Ready, num_virtual: int) -> list[ParityCase]:
     return [ParityCase(prompt, [], [0] * min(2, room - len(prompt))) for prompt in prompts]
 
 
-async def _ask_all(front: Front, hat: Hat, cases: Sequence[ParityCase], deadline: float) -> list[Answer]:
+async def _ask_all(front: Front, hat: Hat, cases: Sequence[ParityCase], deadline: float) -> list[ProbeAnswer]:
     """In a namespace of its own: nothing that was computed before is taken for what is to be proved."""
     namespace = f"{NAMESPACE} {uuid.uuid4().hex}"
     submits = [_submit(front.ready(), namespace, hat, case, deadline) for case in cases]
@@ -229,8 +229,8 @@ def _submit(ready: Ready, namespace: str, hat: Hat, case: ParityCase, deadline: 
     )
 
 
-async def _ask(front: Front, submit: Submit) -> Answer:
-    found: Answer = []
+async def _ask(front: Front, submit: Submit) -> ProbeAnswer:
+    found: ProbeAnswer = []
     async with aclosing(front.client.generate(submit)) as outputs:  # type: ignore[type-var]
         async for output in outputs:
             if output.failure is not None:
@@ -257,7 +257,7 @@ def _late() -> ServerError:
     return ProbeLateError(message, retry_after=5)
 
 
-def compare(cases: list[ParityCase], answers: list[Answer], ready: Ready, artifact: Artifact) -> list[Check]:
+def compare(cases: list[ParityCase], answers: list[ProbeAnswer], ready: Ready, artifact: Artifact) -> list[Check]:
     """The engine's answers beside the trainer's. Raises `ParityError`."""
     if not cases:
         return []

@@ -18,7 +18,7 @@ from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Submit
 from server.model.precision import kept
 from server.model.runner import Loaded, RunnerConfig, load
-from server.model.slots.layout import Packed
+from server.model.slots.layout import PackedPatch
 
 NUMBERS_A_POSITION = 2 * 2 * 2 * 16  # layers, keys and values, kv heads, width of a head
 
@@ -107,7 +107,7 @@ class World:
         """What the adapters take in slots together."""
         return sum(self.loaded.bank.pack(self.patch(name)).num_bytes for name in names)
 
-    def _load(self, digest: str) -> Packed:
+    def _load(self, digest: str) -> PackedPatch:
         patch = next(patch for patch in tuple(self.patches.values()) if patch.digest == digest)
         return self.loaded.bank.pack(patch)
 

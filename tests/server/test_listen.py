@@ -24,13 +24,13 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def serving(base: Path, data: Path, **settings: Any) -> AsyncIterator[tuple[Site, listen.Server]]:
+async def serving(base: Path, data: Path, **settings: Any) -> AsyncIterator[tuple[Site, listen.DrainingServer]]:
     """A server as the command runs it, in this loop; stopped by a signal at the end."""
     engine = FakeEngineClient(ready_of(base))
     made = settings_of(base, data, **settings)
     app = create_app(made, base, engine)
     (listener,) = listen.bind("127.0.0.1", 0)
-    server = listen.Server(app, made)
+    server = listen.DrainingServer(app, made)
     running = asyncio.create_task(server._serve([listener]))
     await until(lambda: server.started)
     try:

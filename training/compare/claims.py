@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from training.compare.results import FULL, Comparison, Outcome
+from training.compare.results import FULL, Comparison, MethodOutcome
 from training.compare.scores import forgotten, quality, scores_of
 
 MOST_SHARE = 0.01  # of the base's parameters: what "a small share" may be
@@ -13,7 +13,7 @@ MEGA = 1e6
 MOST_BYTES = 10 * MEGA  # of an artifact: what "megabytes" may be
 NEAR = 0.01  # of quality: what "as well" may be below
 
-Value = Callable[[Outcome], float | None]
+Value = Callable[[MethodOutcome], float | None]
 
 
 class Claim(NamedTuple):
@@ -32,7 +32,7 @@ def claims(comparison: Comparison) -> list[Claim]:
     return [_share(hats), _bytes(hats, full), _memory(hats, full), _forgetting(hats, full), _quality(hats, full)]
 
 
-def _share(hats: list[Outcome]) -> Claim:
+def _share(hats: list[MethodOutcome]) -> Claim:
     figures = _range(hats, lambda one: one.trained_share, lambda value: f"{value:.3%}")
     bad = [one.method for one in hats if one.trained_share > MOST_SHARE]
     return Claim(f"a small share of the parameters (at most {MOST_SHARE:.0%})", figures, _verdict(bad))
@@ -43,14 +43,14 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / MEGA:,.2f} MB" if num_bytes < 100 * MEGA else f"{num_bytes / MEGA:,.0f} MB"
 
 
-def _bytes(hats: list[Outcome], full: Outcome | None) -> Claim:
+def _bytes(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     figures = _range(hats, lambda one: one.artifact_bytes, megabytes)
     beside = f"; full: {megabytes(full.artifact_bytes)}" if full else ""
     bad = [one.method for one in hats if one.artifact_bytes > MOST_BYTES]
     return Claim(f"megabytes per task (at most {MOST_BYTES / MEGA:.0f})", figures + beside, _verdict(bad))
 
 
-def _memory(hats: list[Outcome], full: Outcome | None) -> Claim:
+def _memory(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     claim = "less memory to train than full fine-tuning"
     if full is None:
         return _without_full(claim)
@@ -62,7 +62,7 @@ def _memory(hats: list[Outcome], full: Outcome | None) -> Claim:
     return Claim(claim, f"{figures} of its {megabytes(most)} above the loaded base", _verdict(bad))
 
 
-def _forgetting(hats: list[Outcome], full: Outcome | None) -> Claim:
+def _forgetting(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     claim = "less forgetting than full fine-tuning"
     if full is None:
         return _without_full(claim)
@@ -74,7 +74,7 @@ def _forgetting(hats: list[Outcome], full: Outcome | None) -> Claim:
     return Claim(claim, f"perplexity of a neutral text: {figures}; full: {bound:+.2%}", _verdict(bad))
 
 
-def _quality(hats: list[Outcome], full: Outcome | None) -> Claim:
+def _quality(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     claim = f"as good as full fine-tuning in the same budget (within {NEAR * 100:.0f} point)"
     if full is None:
         return _without_full(claim)
@@ -88,7 +88,7 @@ def _without_full(claim: str) -> Claim:
     return Claim(claim, "", f"not measured: {FULL} was not trained")
 
 
-def _range(hats: list[Outcome], value: Value, show: Callable[[float], str]) -> str:
+def _range(hats: list[MethodOutcome], value: Value, show: Callable[[float], str]) -> str:
     """From the least to the most, each with its method."""
     found = sorted((value(one) or 0.0, one.method) for one in hats)
     shown = [f"{show(figure)} ({method})" for figure, method in (found[0], found[-1])]

@@ -19,7 +19,7 @@ from rich.table import Column
 from adapters_store.format.folder import MANIFEST
 from training.compare import serving
 from training.compare.plot import draw
-from training.compare.results import RESULTS, Comparison, Outcome, begin, outcome_of, write
+from training.compare.results import RESULTS, Comparison, MethodOutcome, begin, outcome_of, write
 from training.compare.runs import MethodError, News, score_apart, train_apart
 from training.compare.scores import quality, scores_of
 from training.compare.table import markdown
@@ -149,7 +149,7 @@ def _bars(console: Console) -> Progress:
     )
 
 
-def _line(outcome: Outcome) -> str:
+def _line(outcome: MethodOutcome) -> str:
     score = scores_of(outcome)[0]
     return f"{score.name} {score.show(quality(outcome))}, {outcome.steps} steps in {outcome.seconds:.0f} s"
 

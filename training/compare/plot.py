@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from training.compare.results import Comparison, Outcome
+from training.compare.results import Comparison, MethodOutcome
 from training.compare.scores import forgotten, quality, scores_of
 
 BAR_INCHES, PANEL_INCHES = 0.34, 4.2
@@ -18,7 +18,7 @@ class Panel(NamedTuple):
     """What a bar is long; how it is labelled; where the base stands, if it does."""
 
     title: str
-    value: Callable[[Outcome], float | None]
+    value: Callable[[MethodOutcome], float | None]
     show: Callable[[float], str]
     base: float | None = None
     is_log: bool = False
@@ -40,7 +40,7 @@ def draw(comparison: Comparison) -> bytes:
     return buffer.getvalue()
 
 
-def _panels(outcomes: Sequence[Outcome]) -> list[Panel]:
+def _panels(outcomes: Sequence[MethodOutcome]) -> list[Panel]:
     first = outcomes[0]
     score = scores_of(first)[0]
     return [
@@ -64,7 +64,7 @@ def _panels(outcomes: Sequence[Outcome]) -> list[Panel]:
     ]
 
 
-def _panel(axes: Any, panel: Panel, outcomes: Sequence[Outcome]) -> None:
+def _panel(axes: Any, panel: Panel, outcomes: Sequence[MethodOutcome]) -> None:
     """Bars from top to bottom, `-` where there is no value, a dashed line where the base is."""
     values = [panel.value(outcome) for outcome in outcomes]
     colors = [HAT if outcome.is_peft else FULL for outcome in outcomes]

@@ -27,7 +27,7 @@ class Serving(msgspec.Struct):
     slot_bytes: int
 
 
-class Outcome(msgspec.Struct):
+class MethodOutcome(msgspec.Struct):
     """One method. `memory_bytes` is the peak above the loaded base; `before` and `after` are scores by name."""
 
     method: str
@@ -49,7 +49,7 @@ class Outcome(msgspec.Struct):
         return self.method != FULL
 
 
-class Server(msgspec.Struct):
+class ServerFigures(msgspec.Struct):
     """How it was asked: requests at once, tokens of each, rounds; and the decode tokens/s of the base."""
 
     num_requests: int
@@ -67,21 +67,21 @@ class Comparison(msgspec.Struct):
     given: dict[str, Any]
     command: str = ""
     machine: str = ""
-    outcomes: list[Outcome] = []
+    outcomes: list[MethodOutcome] = []
     failed: dict[str, str] = {}
-    server: Server | None = None
+    server: ServerFigures | None = None
     before: Scores | None = None
 
-    def of(self, method: str) -> Outcome | None:
+    def of(self, method: str) -> MethodOutcome | None:
         """What came out of a method, if anything did."""
         return next((outcome for outcome in self.outcomes if outcome.method == method), None)
 
 
-def outcome_of(method: str, folder: Path) -> Outcome:
+def outcome_of(method: str, folder: Path) -> MethodOutcome:
     """What the manifest of a trained method says."""
     manifest = read_manifest((folder / MANIFEST).read_bytes())
     said = manifest.training
-    return Outcome(
+    return MethodOutcome(
         method=method,
         trained_parameters=said["trained_parameters"],
         trained_share=said["trained_share"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from training.compare.results import Outcome
+from training.compare.results import MethodOutcome
 
 NEUTRAL = "neutral_perplexity"
 
@@ -33,19 +33,19 @@ EXACT, LABELS, BLEU = (
 )
 
 
-def scores_of(outcome: Outcome) -> list[Score]:
+def scores_of(outcome: MethodOutcome) -> list[Score]:
     """Those that fit the task, the first of which says how good a method is."""
     if outcome.after.get(LABELS.key) is not None:
         return [EXACT, LABELS]
     return [BLEU, EXACT] if outcome.after.get(BLEU.key) is not None else [EXACT]
 
 
-def quality(outcome: Outcome) -> float:
+def quality(outcome: MethodOutcome) -> float:
     """Of the answers with the adapter, from 0 to 1."""
     return scores_of(outcome)[0].of(outcome.after)
 
 
-def forgotten(outcome: Outcome) -> float | None:
+def forgotten(outcome: MethodOutcome) -> float | None:
     """The change of the perplexity of a neutral text, of what it was: 0.1 is a tenth more. None where not taken."""
     before, after = outcome.before.get(NEUTRAL), outcome.after.get(NEUTRAL)
     return None if before is None or after is None else after / before - 1.0

@@ -21,7 +21,7 @@ import httpx
 
 from adapters_store.format.archive import ZIP_TYPE, zipped
 from adapters_store.format.folder import MANIFEST, read_files, read_manifest
-from training.compare.results import Server, Serving
+from training.compare.results import ServerFigures, Serving
 from training.errors import TrainingError
 from training.push import said
 
@@ -41,7 +41,7 @@ class ServingError(TrainingError):
 class Served:
     """What was measured: of the server itself, of every method, and why methods could not be served."""
 
-    server: Server
+    server: ServerFigures
     methods: dict[str, Serving]
     refused: dict[str, str]
 
@@ -97,7 +97,7 @@ def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callabl
         task: Serving(statistics.median(rates[task]), statistics.median(shares[task]), seconds, said["slot_bytes"])
         for task, (seconds, said) in uploaded.items()
     }
-    return Served(Server(len(prompts), NUM_TOKENS, NUM_ROUNDS, statistics.median(bases)), methods, refused)
+    return Served(ServerFigures(len(prompts), NUM_TOKENS, NUM_ROUNDS, statistics.median(bases)), methods, refused)
 
 
 def _upload_all(

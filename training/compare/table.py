@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from training.compare.claims import claims, megabytes
-from training.compare.results import Comparison, Outcome, Server, Serving
+from training.compare.results import Comparison, MethodOutcome, ServerFigures, Serving
 from training.compare.scores import Score, forgotten, scores_of
 
 NOTHING = "-"
@@ -17,7 +17,7 @@ class Column(NamedTuple):
     """What stands in it for a method, and for the base before any."""
 
     title: str
-    show: Callable[[Outcome], str]
+    show: Callable[[MethodOutcome], str]
     base: str = NOTHING
 
 
@@ -38,7 +38,7 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _how(server: Server | None) -> str:
+def _how(server: ServerFigures | None) -> str:
     if server is None:
         return ""
     return (
@@ -48,7 +48,7 @@ def _how(server: Server | None) -> str:
     )
 
 
-def _methods(outcomes: Sequence[Outcome], columns: Sequence[Column]) -> str:
+def _methods(outcomes: Sequence[MethodOutcome], columns: Sequence[Column]) -> str:
     """A row a method, below the base's where it has one."""
     rows = [[f"`{one.method}`", *(column.show(one) for column in columns)] for one in outcomes]
     base = ["the base", *(column.base for column in columns)]
@@ -56,7 +56,7 @@ def _methods(outcomes: Sequence[Outcome], columns: Sequence[Column]) -> str:
     return _table(["", *(column.title for column in columns)], [base, *rows] if has_base else rows)
 
 
-def _of_quality(first: Outcome) -> list[Column]:
+def _of_quality(first: MethodOutcome) -> list[Column]:
     """The scores that fit the task, and forgetting."""
     columns = [
         Column(score.name, partial(_score, score), score.show(score.of(first.before))) for score in scores_of(first)
@@ -64,16 +64,16 @@ def _of_quality(first: Outcome) -> list[Column]:
     return [*columns, Column("perplexity of a neutral text", _forgotten, "+0.00%")]
 
 
-def _score(score: Score, outcome: Outcome) -> str:
+def _score(score: Score, outcome: MethodOutcome) -> str:
     return score.show(score.of(outcome.after))
 
 
-def _forgotten(outcome: Outcome) -> str:
+def _forgotten(outcome: MethodOutcome) -> str:
     change = forgotten(outcome)
     return NOTHING if change is None else f"{change:+.2%}"
 
 
-def _served(show: Callable[[Serving], str]) -> Callable[[Outcome], str]:
+def _served(show: Callable[[Serving], str]) -> Callable[[MethodOutcome], str]:
     return lambda outcome: NOTHING if outcome.serving is None else show(outcome.serving)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 
 # Rows of a product, at least: with fewer, a thread gets so few that MKL sums them in another order than among more rows
 # (measured on two threads: below 12), and a job would not end alone as it does beside others.
@@ -32,7 +32,7 @@ class Batch:
     targets: Tensor
 
 
-def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
+def make_batch(rows: Sequence[TokenizedRow], device: torch.device) -> Batch:
     """Pad on the right with token 0: the attention mask, never an id, says what is padding.
 
     There are `MIN_ROWS` positions or more.

@@ -65,7 +65,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedRow:
     """Token ids of prompt + completion + EOS; the completion begins at `num_prompt`."""
 
     ids: tuple[int, ...]
@@ -78,13 +78,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TrainingData:
     """What is trained and scored on."""
 
     train: Dataset
     held: Dataset
-    train_rows: list[Row]
-    held_rows: list[Row]
+    train_rows: list[TokenizedRow]
+    held_rows: list[TokenizedRow]
 
 
 def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
@@ -113,7 +113,7 @@ def hold_out(dataset: Dataset, seed: int, share: float = 0.1, most: int = 400) -
     return Dataset(dataset.path, train, dataset.digest), Dataset(dataset.path, held, dataset.digest)
 
 
-def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[Row]:
+def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[TokenizedRow]:
     """Token ids for every example. Raises `DataError` for a prompt without tokens and a row over `max_length`."""
     rows = []
     for example in dataset.examples:
@@ -127,11 +127,11 @@ def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[Row]:
                 f"{where} has {len(prompt) + len(completion)} tokens, over the limit of {max_length}: "
                 "shorten the row or raise --max-length."
             )
-        rows.append(Row((*prompt, *completion), len(prompt), example.line))
+        rows.append(TokenizedRow((*prompt, *completion), len(prompt), example.line))
     return rows
 
 
-def batches(rows: Sequence[Row], batch_size: int, seed: int, epoch: int) -> list[list[Row]]:
+def batches(rows: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int) -> list[list[TokenizedRow]]:
     """One epoch in length buckets: a pure function of its arguments, so that a run can be repeated and resumed."""
     order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - a repeatable shuffle, not a secret
     shuffled = order.sample(list(rows), len(rows))

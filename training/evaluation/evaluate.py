@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from training.base import Base
 from training.data.batch import label_logits, make_batch
-from training.data.dataset import Row, Rows
+from training.data.dataset import TokenizedRow, TrainingData
 from training.evaluation.generate import Prompt, answer
 from training.evaluation.text_metrics import bleu, rouge_l
 
@@ -56,11 +56,11 @@ class Scores:
 class Suite:
     """What models are scored on. `asked` are the prompts that answers are written to, with their references."""
 
-    rows: Sequence[Row]
+    rows: Sequence[TokenizedRow]
     choices: Choices | None
     asked: Mapping[Prompt, list[str]]
     max_tokens: int
-    neutral: Sequence[Row]
+    neutral: Sequence[TokenizedRow]
     tokenizer: Any
 
     @property
@@ -94,13 +94,13 @@ class Choices:
         return -1 if allowed is None else int(allowed[logits[allowed.to(logits.device)].argmax()])
 
 
-def choices_of(rows: Sequence[Row]) -> Choices | None:
+def choices_of(rows: Sequence[TokenizedRow]) -> Choices | None:
     """The labels in training rows, or None when the answers are too many to be labels, or all differ."""
     distinct = sorted({row.completion for row in rows})
     return Choices(distinct) if len(distinct) <= min(MAX_CHOICES, len(rows) // 2) else None
 
 
-def suite_of(rows: Rows, base: Base, num_answers: int) -> Suite:
+def suite_of(rows: TrainingData, base: Base, num_answers: int) -> Suite:
     """What fits the data: labels are compared by their logits, texts are written out for at most `num_answers`."""
     choices = choices_of(rows.train_rows)
     references: dict[Prompt, list[str]] = {}
@@ -119,12 +119,12 @@ def suite_of(rows: Rows, base: Base, num_answers: int) -> Suite:
     )
 
 
-def _neutral(base: Base) -> list[Row]:
+def _neutral(base: Base) -> list[TokenizedRow]:
     """The neutral text in windows; the first token of each predicts and is not predicted."""
     ids = base.tokenizer(NEUTRAL.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     size = min(NEUTRAL_WINDOW, base.spec.max_positions // 2)  # a soft prompt has positions, too
     windows = [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
-    return [Row(window, 1, 0) for window in windows if len(window) > 1]
+    return [TokenizedRow(window, 1, 0) for window in windows if len(window) > 1]
 
 
 @torch.inference_mode()
@@ -153,8 +153,8 @@ def evaluate(model: Any, suite: Suite, on_rows: Callable[[int], None] = lambda _
 
 
 def _forward(
-    model: Any, rows: Sequence[Row], size: int, on_rows: Callable[[int], None]
-) -> Iterator[tuple[Sequence[Row], Tensor, Tensor]]:
+    model: Any, rows: Sequence[TokenizedRow], size: int, on_rows: Callable[[int], None]
+) -> Iterator[tuple[Sequence[TokenizedRow], Tensor, Tensor]]:
     """Rows of like length with the logits of their label positions and the tokens that are right there."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
     for part in (ordered[i : i + size] for i in range(0, len(ordered), size)):
@@ -173,7 +173,7 @@ def _likeness(model: Any, suite: Suite, on_rows: Callable[[int], None]) -> tuple
     return rouge_l(texts, references), bleu(texts, references)
 
 
-def _neutral_perplexity(model: Any, windows: Sequence[Row], on_rows: Callable[[int], None]) -> float:
+def _neutral_perplexity(model: Any, windows: Sequence[TokenizedRow], on_rows: Callable[[int], None]) -> float:
     losses = [
         cross_entropy(logits, targets, reduction="sum").item()
         for _part, logits, targets in _forward(model, windows, NEUTRAL_BATCH, on_rows)
@@ -185,5 +185,5 @@ def _perplexity(loss: float, num_tokens: int) -> float:
     return math.exp(min(loss / num_tokens, 700.0))
 
 
-def _is_chosen(row: Row, logits: Tensor, choices: Choices) -> bool:
+def _is_chosen(row: TokenizedRow, logits: Tensor, choices: Choices) -> bool:
     return all(choices.best(logits[i], row.completion[:i]) == token for i, token in enumerate(row.completion))

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from adapters_store.format.manifest import ParityCase
 from training.data.batch import label_logits, make_batch
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 
 PARITY_CASES, PARITY_TOP, PARITY_TOKENS = 8, 20, 16
 
 
 @torch.inference_mode()
-def parity(model: Any, held: Sequence[Row], train: Sequence[Row], eos_token_id: int) -> list[ParityCase]:
+def parity(
+    model: Any, held: Sequence[TokenizedRow], train: Sequence[TokenizedRow], eos_token_id: int
+) -> list[ParityCase]:
     """What this very model answers to a few prompts, for a server to prove that it serves the same.
 
     The prompts differ and are spread over the lengths in `held`, or where those are too few in both sets. Each token is
@@ -45,5 +47,7 @@ def _next_logits(model: Any, cases: Sequence[ParityCase]) -> Sequence[Tensor]:
     if not cases:
         return []
     known = [(*case.prompt_token_ids, *case.continuation) for case in cases]
-    rows = [Row((*ids, 0), len(ids), 0) for ids in known]  # a token that nobody asks about, for there must be one
+    rows = [
+        TokenizedRow((*ids, 0), len(ids), 0) for ids in known
+    ]  # a token that nobody asks about, for there must be one
     return list(label_logits(model, make_batch(rows, next(model.parameters()).device)))

@@ -21,7 +21,7 @@ from training.report.progress import Show
 from training.report.step_log import Step
 from training.run.distributed import Processes
 from training.run.job import Done, Job, check
-from training.run.pipeline import BASE, Ready, dtype_of, finish, forgotten_if_failed, on_step, prepare, score
+from training.run.pipeline import BASE, PreparedJob, dtype_of, finish, forgotten_if_failed, on_step, prepare, score
 from training.run.trainer import Turn
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Member:
     """A job in the batch."""
 
     named: Named
-    ready: Ready
+    ready: PreparedJob
     wearer: Wearer
     after_step: Callable[[Step], None]
 
@@ -126,7 +126,7 @@ class _Crew:
         losses = self._shared.backward({member.wearer: turn for member, turn in going.items()})
         return [member for member, turn in going.items() if self._take(member, turn, losses[member.wearer])]
 
-    def _prepare(self, named: Named, options: Any, num_jobs: int) -> Ready | None:
+    def _prepare(self, named: Named, options: Any, num_jobs: int) -> PreparedJob | None:
         how = self._show, self._processes, self._clock, num_jobs, self._scores_of
         return self._alone(named, lambda: prepare(named.job, options, twin(self._base), *how))
 

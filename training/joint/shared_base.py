@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from training.base import Base
 from training.data.batch import Batch, cut_before_head, label_logits, make_batch
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import BaseError
 from training.methods.trainable import Hat
 from training.run.trainer import Turn
@@ -114,7 +114,7 @@ class SharedBase:
         return losses
 
     @torch.inference_mode()
-    def prove(self, rows: Mapping[Wearer, Sequence[Row]]) -> None:
+    def prove(self, rows: Mapping[Wearer, Sequence[TokenizedRow]]) -> None:
         """Raise `BaseError` unless each hat's logits are those of its own twin."""
         segments = self._segments(rows)
         for segment in segments:
@@ -124,7 +124,7 @@ class SharedBase:
             if not (ours - alone).abs().max() < NEAR:
                 raise BaseError(f"The jobs of {self._base.name} disturb each other in one batch: train them alone.")
 
-    def _losses(self, rows: Mapping[Wearer, Sequence[Row]]) -> dict[Wearer, Tensor]:
+    def _losses(self, rows: Mapping[Wearer, Sequence[TokenizedRow]]) -> dict[Wearer, Tensor]:
         """Each hat's sum over its label tokens."""
         segments = self._segments(rows)
         with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -134,7 +134,7 @@ class SharedBase:
             for segment, own in zip(segments, logits, strict=True)
         }
 
-    def _segments(self, rows: Mapping[Wearer, Sequence[Row]]) -> list[Segment]:
+    def _segments(self, rows: Mapping[Wearer, Sequence[TokenizedRow]]) -> list[Segment]:
         return [Segment(wearer, make_batch(own, self._model.device)) for wearer, own in rows.items()]
 
     def _logits(self, segments: Sequence[Segment]) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.lora import check_rank, whole
 from training.methods.targets import where
@@ -32,7 +32,7 @@ class AdaLoraOptions:
     layers: str = "last:10"
 
 
-def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """Through PEFT. Raises `OptionError`."""
     from peft import AdaLoraConfig
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from adapters_store.methods.bottleneck import ACTIVATION_NAMES, PLACEMENTS
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import parse_layers
 from training.methods.trainable import PeftHat, put_on
@@ -29,13 +29,13 @@ class BottleneckOptions:
     layers: str = "last:10"
 
 
-def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """Through the tuner of ours. Raises `OptionError`."""
-    from training.methods.bottleneck_layers import BottleneckConfig
+    from training.methods.bottleneck_layers import BottleneckTunerConfig
 
     _check(options)
     chosen = parse_layers(options.layers, base.spec.num_layers)
-    config = BottleneckConfig(
+    config = BottleneckTunerConfig(
         bottleneck_size=options.bottleneck_size,
         placement=options.placement,
         non_linearity=options.non_linearity,

@@ -34,7 +34,7 @@ if NAME not in PeftType._member_map_:
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):  # type: ignore[misc]
+class BottleneckTunerConfig(PeftConfig):  # type: ignore[misc]
     """`target_modules` are whole names of the modules that `placement` wraps."""
 
     target_modules: list[str] | str | None = field(default=None)
@@ -63,18 +63,18 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         "bottleneck_norm_after",
     )
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig, hidden: int) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckTunerConfig, hidden: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_norm_before, self.bottleneck_norm_after = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_scaling = nn.ParameterDict()
-        self.configs: dict[str, BottleneckConfig] = {}
+        self.configs: dict[str, BottleneckTunerConfig] = {}
         self.hidden = hidden
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
+    def update_layer(self, adapter_name: str, config: BottleneckTunerConfig) -> None:
         """Add a bottleneck that answers nothing until it is trained."""
         self.configs[adapter_name] = config
         down, up = nn.Linear(self.hidden, config.bottleneck_size), nn.Linear(config.bottleneck_size, self.hidden)
@@ -140,7 +140,7 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
 
     def _create_and_replace(
         self,
-        peft_config: BottleneckConfig,
+        peft_config: BottleneckTunerConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -156,4 +156,4 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]
         self._replace_module(parent, target_name, layer, target)
 
 
-register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)
+register_peft_method(name="bottleneck", config_cls=BottleneckTunerConfig, model_cls=BottleneckModel)

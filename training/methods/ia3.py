@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import linear_sites, names
 from training.methods.trainable import PeftHat, put_on
@@ -25,7 +25,7 @@ class IA3Options:
     layers: str = "all"
 
 
-def ia3(options: IA3Options, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def ia3(options: IA3Options, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """Through PEFT. Raises `OptionError`."""
     from peft import IA3Config
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import where
 from training.methods.trainable import NAME, PeftHat, put_on
@@ -46,7 +46,7 @@ class KinOptions:
     layers: str = "last:10"
 
 
-def lora(options: LoraOptions | KinOptions, base: Base, _rows: Sequence[Row], **more: Any) -> PeftHat:
+def lora(options: LoraOptions | KinOptions, base: Base, _rows: Sequence[TokenizedRow], **more: Any) -> PeftHat:
     """`more` are keys of PEFT's LoraConfig."""
     return PeftHat(put_on(base, lora_config(options, base, **more)))
 
@@ -124,6 +124,6 @@ class PartHat(PeftHat):
         }
 
 
-def part(options: KinOptions, base: Base, _rows: Sequence[Row], init: str) -> PartHat:
+def part(options: KinOptions, base: Base, _rows: Sequence[TokenizedRow], init: str) -> PartHat:
     """A LoRA that begins with a part of the weights; `init` is PEFT's name of the way."""
     return PartHat(put_on(base, lora_config(options, base, init_lora_weights=init)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.methods.lora import check_rank, whole
 from training.methods.targets import where
 from training.methods.trainable import PeftHat, put_on
@@ -55,7 +55,7 @@ class OftOptions:
     layers: str = "last:10"
 
 
-def vera(options: VeraOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def vera(options: VeraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """Trains vectors around two shared random matrices (arXiv:2310.11454), which are saved along."""
     from peft import VeraConfig
 
@@ -64,7 +64,7 @@ def vera(options: VeraOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
     return PeftHat(put_on(base, VeraConfig(r=options.r, vera_dropout=options.dropout, task_type=TASK_TYPE, **place)))
 
 
-def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[Row], kind: str) -> PeftHat:
+def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[TokenizedRow], kind: str) -> PeftHat:
     """Hadamard (LoHa, arXiv:2108.06098) or Kronecker products (LoKr, arXiv:2309.14859); `kind` is PEFT's config."""
     import peft
 
@@ -74,7 +74,7 @@ def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[Row], kind: str
     return PeftHat(put_on(base, config))
 
 
-def miss(options: MissOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def miss(options: MissOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """Sums of the input, once a residue (arXiv:2409.15371)."""
     from peft import MissConfig
 
@@ -83,7 +83,7 @@ def miss(options: MissOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
     return PeftHat(put_on(base, MissConfig(r=options.r, miss_dropout=options.dropout, task_type=TASK_TYPE, **place)))
 
 
-def oft(options: OftOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def oft(options: OftOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """Rotations of the input, block by block (arXiv:2306.07280)."""
     from peft import OFTConfig
 

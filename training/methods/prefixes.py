@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.soft_prompts import EMBEDDINGS, RANDOM, PromptHat, check_num_tokens, default_text, text_ids
 from training.methods.trainable import NAME, put_on
@@ -52,7 +52,7 @@ class CartridgeHat(KVHat):
         self.model.prompt_encoder[NAME].load_prompt_embeddings(self.tensors()[EMBEDDINGS].to(dtype).float())
 
 
-def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[Row]) -> KVHat:
+def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[TokenizedRow]) -> KVHat:
     """Through PEFT. Raises `OptionError`."""
     from peft import PrefixTuningConfig
 
@@ -68,7 +68,7 @@ def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[Row]) -> KV
     return _kv_hat(config, text, base, rows, KVHat)
 
 
-def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[Row]) -> KVHat:
+def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[TokenizedRow]) -> KVHat:
     """Through PEFT. Raises `OptionError`."""
     from peft import CartridgeConfig
 
@@ -82,7 +82,7 @@ def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[Row]) -> KVH
     return _kv_hat(config, options.init_text, base, rows, CartridgeHat)
 
 
-def _kv_hat(config: Any, text: str, base: Base, rows: Sequence[Row], kind: type[KVHat]) -> KVHat:
+def _kv_hat(config: Any, text: str, base: Base, rows: Sequence[TokenizedRow], kind: type[KVHat]) -> KVHat:
     from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 
     num_tokens = config.num_virtual_tokens

@@ -17,7 +17,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.methods.shared.expect import PREFIX
 from adapters_store.methods.shared.full_modules import parameters as parameters_at
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import linear_sites, sites_in
 from training.methods.trainable import Hat, PeftHat, put_on
@@ -83,7 +83,7 @@ class FullOptions:
     """Nothing can be said of it."""
 
 
-def selective(options: SelectiveOptions, base: Base, _rows: Sequence[Row]) -> SelectiveHat:
+def selective(options: SelectiveOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveHat:
     """Chosen layers, modules or parameters in full. Raises `OptionError`."""
     runs = [run.strip() for run in options.parameters.split(",") if run.strip()]
     known = _parameters(base.spec)
@@ -94,7 +94,7 @@ def selective(options: SelectiveOptions, base: Base, _rows: Sequence[Row]) -> Se
     return SelectiveHat(base, _some(sites_in(options.layers, found, base), options.layers))
 
 
-def bitfit(options: LayerOptions, base: Base, rows: Sequence[Row]) -> Hat:
+def bitfit(options: LayerOptions, base: Base, rows: Sequence[TokenizedRow]) -> Hat:
     """All biases; where the base has none, as llamas, every linear gets one, as BEFT writes it."""
     biases = [name for name in _parameters(base.spec) if name.endswith(".bias")]
     if not biases:
@@ -102,12 +102,12 @@ def bitfit(options: LayerOptions, base: Base, rows: Sequence[Row]) -> Hat:
     return SelectiveHat(base, _some(sites_in(options.layers, biases, base), options.layers))
 
 
-def full(_options: FullOptions, base: Base, _rows: Sequence[Row]) -> SelectiveHat:
+def full(_options: FullOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveHat:
     """Every parameter."""
     return SelectiveHat(base, [name for name, _ in base.model.named_parameters()])
 
 
-def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """Every norm, through PEFT. Raises `OptionError`."""
     from peft import LNTuningConfig
 
@@ -115,7 +115,7 @@ def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[Row]) -> PeftHa
     return PeftHat(put_on(base, LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM")))
 
 
-def beft(options: BiasOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
+def beft(options: BiasOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
     """A bias for linears that have none, through PEFT. Raises `OptionError`."""
     from peft import BeftConfig
 
@@ -123,7 +123,7 @@ def beft(options: BiasOptions, base: Base, _rows: Sequence[Row]) -> PeftHat:
     return PeftHat(put_on(base, BeftConfig(target_modules=sites, task_type="CAUSAL_LM")))
 
 
-def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[Row]) -> PeftHat:
+def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[TokenizedRow]) -> PeftHat:
     """New rows of the embedding, and of a tied head, through PEFT. Raises `OptionError`."""
     from peft import TrainableTokensConfig
 

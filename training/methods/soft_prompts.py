@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from training.base import Base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.trainable import NAME, PeftHat, put_on
 
@@ -76,7 +76,7 @@ class PromptHat(PeftHat):
         return {EMBEDDINGS: self.model.get_prompt_embedding_to_save(NAME)}
 
 
-def default_text(base: Base, rows: Sequence[Row]) -> str:
+def default_text(base: Base, rows: Sequence[TokenizedRow]) -> str:
     """An instruction that names the answers where they are few."""
     answers = dict.fromkeys(base.tokenizer.decode(row.completion[:-1]).strip() for row in rows)
     if 1 < len(answers) <= MAX_LABELS:
@@ -98,7 +98,7 @@ def check_num_tokens(number: int, base: Base) -> None:
         raise OptionError(f"--num-virtual-tokens must be between 1 and {base.spec.max_positions - 1}, not {number}.")
 
 
-def _text_embeds(options: PromptOptions, base: Base, rows: Sequence[Row]) -> Tensor | None:
+def _text_embeds(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow]) -> Tensor | None:
     """The embeddings to begin with, or None for PEFT's random ones."""
     if options.init_text == RANDOM:
         return None
@@ -115,7 +115,7 @@ def _begin_with(model: Any, embeds: Tensor | None) -> None:
         model.prompt_encoder[NAME].embedding.weight.data.copy_(embeds)
 
 
-def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[Row]) -> PromptHat:
+def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptHat:
     """Through PEFT. Raises `OptionError`."""
     from peft import PromptTuningConfig
 
@@ -126,7 +126,7 @@ def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[Row]) -> Pr
     return PromptHat(model)
 
 
-def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[Row]) -> PromptHat:
+def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PromptHat:
     """Through PEFT. Raises `OptionError`."""
     from peft import PromptEncoderConfig
 
@@ -156,7 +156,7 @@ class MultitaskHat(PeftHat):
         model.forward = partial(model.forward, task_ids=torch.tensor([0], device=model.device))
 
 
-def multitask(options: MultitaskOptions, base: Base, rows: Sequence[Row]) -> MultitaskHat:
+def multitask(options: MultitaskOptions, base: Base, rows: Sequence[TokenizedRow]) -> MultitaskHat:
     """Of one task, through PEFT. Raises `OptionError`."""
     from peft import MultitaskPromptTuningConfig
 
@@ -172,7 +172,7 @@ def multitask(options: MultitaskOptions, base: Base, rows: Sequence[Row]) -> Mul
     return MultitaskHat(model, options.num_ranks)
 
 
-def cpt(options: CptOptions, base: Base, rows: Sequence[Row]) -> PromptHat:
+def cpt(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptHat:
     """The context's embeddings, moved by at most `epsilon` each, through PEFT. The loss is on the completions alone."""
     from peft import CPTConfig
 
@@ -189,7 +189,7 @@ def cpt(options: CptOptions, base: Base, rows: Sequence[Row]) -> PromptHat:
     return PromptHat(put_on(base, config))
 
 
-def _context(options: CptOptions, base: Base, rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+def _context(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> tuple[list[int], list[int]]:
     """Token ids, and what each is in PEFT's words: 2 of an input, 4 of an answer, which stays as it is."""
     if options.init_text:
         ids = text_ids(options.init_text, options.num_virtual_tokens, base)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training.base import Base
-from training.data.dataset import Columns, Dataset, Rows
+from training.data.dataset import Columns, Dataset, TrainingData
 from training.evaluation.evaluate import Scores
 from training.methods import flag
 from training.run.trainer import Run
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from training.run.job import Job
 
 
-def identity(job: Job, options: Any, base: Base, rows: Rows) -> dict[str, Any]:
+def identity(job: Job, options: Any, base: Base, rows: TrainingData) -> dict[str, Any]:
     """All that the weights depend on, by the flag or word that a sentence can name it by, as JSON has it."""
     chosen = {**dataclasses.asdict(options), **dataclasses.asdict(job.plan), "precision": job.precision}
     named: dict[str, Any] = {
@@ -36,7 +36,9 @@ def identity(job: Job, options: Any, base: Base, rows: Rows) -> dict[str, Any]:
     return json.loads(json.dumps(named))  # type: ignore[no-any-return]
 
 
-def of_run(job: Job, options: Any, rows: Rows, run: Run, memory: tuple[int, int], num_processes: int) -> dict[str, Any]:
+def of_run(
+    job: Job, options: Any, rows: TrainingData, run: Run, memory: tuple[int, int], num_processes: int
+) -> dict[str, Any]:
     """What people want to know of a run; sizes in bytes, times in seconds. `memory` is the base's and the peak."""
     return {
         "method": job.method,
@@ -63,7 +65,7 @@ def of_run(job: Job, options: Any, rows: Rows, run: Run, memory: tuple[int, int]
     }
 
 
-def of_scores(rows: Rows, columns: Columns, before: Scores, after: Scores) -> dict[str, Any]:
+def of_scores(rows: TrainingData, columns: Columns, before: Scores, after: Scores) -> dict[str, Any]:
     """The base beside the adapter, and on what.
 
     `forgetting` is the share by which the perplexity of a neutral text rises with the adapter on.

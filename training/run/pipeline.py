@@ -17,7 +17,7 @@ from adapters_store.format.manifest import Manifest
 from adapters_store.methods import method_of
 from adapters_store.methods.compile import compile_patch
 from training.base import Base, load_base
-from training.data.dataset import Dataset, Rows, check_varied, hold_out, read_dataset, tokenise
+from training.data.dataset import Dataset, TrainingData, check_varied, hold_out, read_dataset, tokenise
 from training.errors import DivergedError, OptionError
 from training.evaluation.evaluate import Scores, Suite, evaluate, suite_of
 from training.evaluation.parity import parity
@@ -38,13 +38,13 @@ NUDGE = 1e-3  # what a hat is changed by to see whether the server would take it
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedJob:
     """A job that can be trained: what was loaded for it, and the base's scores, which the main process has."""
 
     job: Job
     options: Any
     base: Base
-    rows: Rows
+    rows: TrainingData
     suite: Suite
     checkpoint: Checkpoint
     log: LiveLog
@@ -79,7 +79,7 @@ def prepare(
     clock: Callable[[], float] = time.monotonic,
     num_jobs: int = 1,
     scores_of: Callable[[Suite], Scores] | None = None,
-) -> Ready:
+) -> PreparedJob:
     """Read its rows, score the base, put the hat on, and go on from a checkpoint if there is one to go on from.
 
     `num_jobs` train together in this process; `scores_of` knows the base's scores, or takes them.
@@ -100,7 +100,7 @@ def prepare(
         trainer.restore(checkpoint.load())
         show.say(f"going on after step {len(trainer.steps)}")
     log = LiveLog(job.out)
-    return Ready(job, options, base, rows, suite, checkpoint, log, before, hat, memory, trainer, num_jobs)
+    return PreparedJob(job, options, base, rows, suite, checkpoint, log, before, hat, memory, trainer, num_jobs)
 
 
 def score_base(job: Job, show: Show, processes: Processes) -> Scores:
@@ -109,7 +109,7 @@ def score_base(job: Job, show: Show, processes: Processes) -> Scores:
     return score(base.model, suite_of(_rows(job, base), base, job.num_answers), show, BASE)
 
 
-def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
+def on_step(ready: PreparedJob, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
     """What is done after each step: it is told and logged, and now and then the run is kept."""
 
     def do(step: Step) -> None:
@@ -124,7 +124,7 @@ def on_step(ready: Ready, tell: Callable[[Step], None], processes: Processes) ->
 
 
 @contextmanager
-def forgotten_if_failed(ready: Ready) -> Iterator[None]:
+def forgotten_if_failed(ready: PreparedJob) -> Iterator[None]:
     """A run that failed leaves no log, and one that diverged no checkpoint: it would diverge again."""
     try:
         yield
@@ -135,7 +135,7 @@ def forgotten_if_failed(ready: Ready) -> Iterator[None]:
         raise
 
 
-def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | None:
+def finish(ready: PreparedJob, run: Run, show: Show, processes: Processes) -> Done | None:
     """Score and prove what is stored, not what was trained, and write it: the main process does."""
     job, base, hat, rows = ready.job, ready.base, ready.hat, ready.rows
     if ready.before is None:
@@ -159,7 +159,7 @@ def finish(ready: Ready, run: Run, show: Show, processes: Processes) -> Done | N
     return Done(run, ready.before, after, num_bytes)
 
 
-def _attach(job: Job, options: Any, base: Base, rows: Rows) -> Hat:
+def _attach(job: Job, options: Any, base: Base, rows: TrainingData) -> Hat:
     torch.manual_seed(job.plan.seed)
     hat = attach(job.method, options, base, rows.train_rows)
     if METHODS[job.method].is_uploadable:
@@ -167,10 +167,10 @@ def _attach(job: Job, options: Any, base: Base, rows: Rows) -> Hat:
     return hat
 
 
-def _rows(job: Job, base: Base) -> Rows:
+def _rows(job: Job, base: Base) -> TrainingData:
     train, held = _datasets(job, base.tokenizer)
     max_length = min(job.max_length, base.spec.max_positions)
-    return Rows(train, held, *(tokenise(part, base.tokenizer, max_length) for part in (train, held)))
+    return TrainingData(train, held, *(tokenise(part, base.tokenizer, max_length) for part in (train, held)))
 
 
 def _datasets(job: Job, tokenizer: Any) -> tuple[Dataset, Dataset]:

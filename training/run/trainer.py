@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from training.data.batch import label_logits, make_batch
-from training.data.dataset import Row, batches
+from training.data.dataset import TokenizedRow, batches
 from training.errors import DivergedError, OptionError
 from training.methods.trainable import Hat
 from training.report.step_log import Step
@@ -38,8 +38,8 @@ class Turn:
     """
 
     number: int
-    rows: list[Row]
-    parts: list[Sequence[Row]]
+    rows: list[TokenizedRow]
+    parts: list[Sequence[TokenizedRow]]
     lr: float
     seed: int
 
@@ -83,10 +83,10 @@ class Trainer:
     def __init__(
         self,
         hat: Hat,
-        rows: Sequence[Row],
+        rows: Sequence[TokenizedRow],
         plan: Plan,
         processes: Processes,
-        held: Sequence[Row] = (),
+        held: Sequence[TokenizedRow] = (),
         num_base: int = 0,
         dtype: torch.dtype = torch.float32,
         clock: Callable[[], float] = time.monotonic,
@@ -101,7 +101,7 @@ class Trainer:
         self._best: Best | None = None
         self._before = 0.0  # seconds of the run before it was broken
         self._began = clock()
-        self._stream: Iterator[list[Row]] = iter(())
+        self._stream: Iterator[list[TokenizedRow]] = iter(())
         self.steps: list[Step] = []
         hat.begin(self._num_steps)
         if plan.gradient_checkpointing:
@@ -175,7 +175,7 @@ class Trainer:
         self.steps = [Step(**step) for step in state["steps"]]
         self._before = self.steps[-1].seconds
 
-    def _rows_from(self, number: int) -> Iterator[list[Row]]:
+    def _rows_from(self, number: int) -> Iterator[list[TokenizedRow]]:
         """Every step's rows, from step `number` on."""
         epoch, place = divmod(number, self._per_epoch)
         while True:
@@ -195,17 +195,17 @@ class Trainer:
     def _progress_of_steps(self, number: int) -> float:
         return number / self._num_steps if self._num_steps else 0.0
 
-    def _parts(self, rows: list[Row]) -> list[Sequence[Row]]:
+    def _parts(self, rows: list[TokenizedRow]) -> list[Sequence[TokenizedRow]]:
         mine = self._processes.share(rows)
         size = math.ceil(self._plan.batch_size / self._processes.size)
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
-    def _backward(self, rows: Sequence[Row], num_labels: int) -> float:
+    def _backward(self, rows: Sequence[TokenizedRow], num_labels: int) -> float:
         loss = self._loss(rows) / num_labels
         loss.backward()
         return loss.item()
 
-    def _loss(self, rows: Sequence[Row]) -> Tensor:
+    def _loss(self, rows: Sequence[TokenizedRow]) -> Tensor:
         """The sum over the rows' label tokens."""
         batch = make_batch(rows, self._trained[0].device)
         with torch.autocast(batch.ids.device.type, self._dtype, enabled=self._dtype != torch.float32):

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 log = logging.getLogger(__name__)
 
 
-class Packed(Protocol):
+class SizedAdapter(Protocol):
     """A patch in the layout of a slot, in host memory."""
 
     @property
@@ -21,7 +21,7 @@ class Packed(Protocol):
         ...
 
 
-P = TypeVar("P", bound=Packed)
+P = TypeVar("P", bound=SizedAdapter)
 
 
 @dataclass

@@ -33,7 +33,7 @@ from server.engine import frames
 from server.engine.adapters.load_queue import LoadError, reason_of
 from server.engine.adapters.loader_threads import give_way
 from server.model.precision import Kept
-from server.model.slots.layout import Packed, Sites, pack
+from server.model.slots.layout import PackedPatch, Sites, pack
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bf
 PREFIXES = {kind.__name__: kind for kind in (PrefixEmbeds, PrefixKV)}
 
 
-class Job(msgspec.Struct):
+class LoaderSetup(msgspec.Struct):
     """What a helper is told first: where artifacts are, and what they are compiled for."""
 
     store: str | None
@@ -53,15 +53,15 @@ class Job(msgspec.Struct):
     others: str
 
 
-class Ask(msgspec.Struct):
+class LoadRequest(msgspec.Struct):
     """Load this one, from a folder of the staging area where it is not in the store yet."""
 
     digest: str
     folder: str | None = None
 
 
-class Answer(msgspec.Struct):
-    """`Packed` without its buffer; or, with a `code`, why there is none."""
+class LoadReply(msgspec.Struct):
+    """`PackedPatch` without its buffer; or, with a `code`, why there is none."""
 
     digest: str
     entries: bytes = b""
@@ -74,12 +74,12 @@ class Answer(msgspec.Struct):
 class Loader:
     """Reads, compiles and packs; any process, any thread."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: LoaderSetup) -> None:
         self._blobs = open_blobs(job.store, Path(job.blobs))
         self._spec, self._sites = job.spec, Sites(job.spec)
         self._kept = Kept(DTYPES[job.matrices], DTYPES[job.others])
 
-    def load(self, digest: str, folder: str | None) -> Packed:
+    def load(self, digest: str, folder: str | None) -> PackedPatch:
         """The packed patch of an artifact. Raises what the store and `compile_patch` raise."""
         artifact = self._blobs.read(digest) if folder is None else read_folder(Path(folder))
         if artifact.digest != digest:
@@ -105,16 +105,16 @@ class Helper:
         theirs.close()
         return cls(pid, ours)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: LoaderSetup) -> None:
         """Tell it its job. Raises `OSError` where it has ended."""
         self._socket.sendall(frames.encode(job))
 
-    def load(self, digest: str, folder: str | None, kept: Kept) -> Packed:
+    def load(self, digest: str, folder: str | None, kept: Kept) -> PackedPatch:
         """The packed patch. Raises `LoadError` where there is none, and `OSError` where the process has ended."""
-        self._socket.sendall(frames.encode(Ask(digest, folder)))
+        self._socket.sendall(frames.encode(LoadRequest(digest, folder)))
         num_buffer, num_frame = HEAD.unpack(self._receive(HEAD.size).numpy().tobytes())
         body = self._receive(num_buffer + num_frame)
-        answer = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=Answer)
+        answer = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=LoadReply)
         if answer.code is not None:
             raise LoadError(answer.code, answer.reason)
         return _packed(answer, body[:num_buffer], kept)
@@ -146,7 +146,7 @@ class Helpers:
 
     def begin(self, store: str | None, blobs: str, spec: BaseSpec, kept: Kept) -> None:
         """From now on they can load. Raises `StoreError` where the store cannot be opened."""
-        job = Job(store, blobs, spec, str(kept.matrices), str(kept.others))
+        job = LoaderSetup(store, blobs, spec, str(kept.matrices), str(kept.others))
         self._loader, self._kept = Loader(job), kept
         for helper in self._helpers:
             try:
@@ -156,7 +156,7 @@ class Helpers:
             else:
                 self._free.put(helper)
 
-    def load(self, digest: str, folder: str | None) -> Packed:
+    def load(self, digest: str, folder: str | None) -> PackedPatch:
         """The packed patch of an artifact; at most as many threads as there are helpers call it at once."""
         try:
             helper = self._free.get_nowait()
@@ -192,8 +192,8 @@ def _help(connection: socket.socket) -> None:
         gc.enable()
         torch.set_num_threads(1)
         give_way()
-        job = frames.read(connection, msgspec.msgpack.Decoder(Job))
-        loader, decoder = job and Loader(job), msgspec.msgpack.Decoder(Ask)
+        job = frames.read(connection, msgspec.msgpack.Decoder(LoaderSetup))
+        loader, decoder = job and Loader(job), msgspec.msgpack.Decoder(LoadRequest)
         while loader and (ask := frames.read(connection, decoder)) is not None:
             _answer(connection, loader, ask)
     except BaseException as error:  # noqa: BLE001 - nothing of the engine's stack above may run here
@@ -210,12 +210,14 @@ def _keep_only(descriptor: int) -> None:
                 os.close(inherited)
 
 
-def _answer(connection: socket.socket, loader: Loader, ask: Ask) -> None:
+def _answer(connection: socket.socket, loader: Loader, ask: LoadRequest) -> None:
     buffer = np.empty(0, np.uint8)
     try:
         packed = loader.load(ask.digest, ask.folder)
     except Exception as error:  # noqa: BLE001 - nothing that an artifact contains may end the process
-        answer = Answer(ask.digest, code=getattr(error, "code", "adapter_failed"), reason=reason_of(ask.digest, error))
+        answer = LoadReply(
+            ask.digest, code=getattr(error, "code", "adapter_failed"), reason=reason_of(ask.digest, error)
+        )
     else:
         buffer = packed.buffer.numpy()
         answer = _answer_of(packed)
@@ -224,14 +226,14 @@ def _answer(connection: socket.socket, loader: Loader, ask: Ask) -> None:
         connection.sendall(part)
 
 
-def _answer_of(packed: Packed) -> Answer:
+def _answer_of(packed: PackedPatch) -> LoadReply:
     prefix = packed.prefix and (packed.prefix[0].__name__, *packed.prefix[1:])
     row_ids = {site: ids.numpy().tobytes() for site, ids in packed.row_ids.items()}
-    return Answer(packed.digest, packed.entries.tobytes(), row_ids, prefix)
+    return LoadReply(packed.digest, packed.entries.tobytes(), row_ids, prefix)
 
 
-def _packed(answer: Answer, buffer: torch.Tensor, kept: Kept) -> Packed:
+def _packed(answer: LoadReply, buffer: torch.Tensor, kept: Kept) -> PackedPatch:
     entries = np.frombuffer(bytearray(answer.entries), np.int64).reshape(-1, 5)
     row_ids = {site: torch.frombuffer(bytearray(ids), dtype=torch.int32) for site, ids in answer.row_ids.items()}
     prefix = answer.prefix and (PREFIXES[answer.prefix[0]], *answer.prefix[1:])
-    return Packed(answer.digest, buffer, kept, entries, row_ids, prefix)
+    return PackedPatch(answer.digest, buffer, kept, entries, row_ids, prefix)

@@ -20,7 +20,7 @@ from math import inf
 from typing import Generic, Protocol, TypeVar
 
 from server.core import EngineFailure
-from server.engine.adapters.load_queue import Arrival, Loads, P, Packed, sentence
+from server.engine.adapters.load_queue import Arrival, Loads, P, SizedAdapter, sentence
 from server.engine.adapters.memory_tier import Level
 from server.engine.blocks import InvariantError
 
@@ -31,7 +31,7 @@ MAX_FAILURES = 5  # in a row
 QUARANTINE_S = 600.0  # a store that was away may be back by then; corrupt bytes wait to be uploaded again
 CORRUPT = "artifact_corrupt"
 
-P_contra = TypeVar("P_contra", bound=Packed, contravariant=True)
+P_contra = TypeVar("P_contra", bound=SizedAdapter, contravariant=True)
 
 
 class SlotBank(Protocol[P_contra]):
@@ -57,7 +57,7 @@ class Budgets:
 
 
 @dataclass
-class Entry(Generic[P]):
+class AdapterEntry(Generic[P]):
     """What is known of one digest. `num_users` are sequences from submit to finish, `num_pins` those that run."""
 
     num_users: int = 0
@@ -106,7 +106,7 @@ class AdapterManager(Generic[P]):
         self.load_seconds_total = 0.0
         self._bank, self._clock = bank, clock
         self._loads = Loads(load, executor, clock, on_loaded)
-        self._entries: dict[str, Entry[P]] = {}
+        self._entries: dict[str, AdapterEntry[P]] = {}
         self._kept: dict[str, None] = {}  # in the order in which they get room
 
     @property
@@ -152,7 +152,7 @@ class AdapterManager(Generic[P]):
     def use(self, digests: Iterable[str]) -> None:
         """A sequence will wear these."""
         for digest in digests:
-            entry = self._entries.setdefault(digest, Entry())
+            entry = self._entries.setdefault(digest, AdapterEntry())
             entry.num_users += 1
             entry.is_forgotten = False
 
@@ -188,7 +188,7 @@ class AdapterManager(Generic[P]):
         """Keep these in slots while nobody asks for them, too, the first before the others; no others are kept."""
         before, self._kept = self._kept, dict.fromkeys(digests)
         for digest in self._kept:
-            self._entries.setdefault(digest, Entry())
+            self._entries.setdefault(digest, AdapterEntry())
         for digest in before:
             self._prune(digest)
 
@@ -344,14 +344,14 @@ class AdapterManager(Generic[P]):
         what = "adapter quarantined" if entry.is_quarantined else "adapter failed"
         log.warning(what, extra={"digest": digest, "reason": failure.message, "num_failures": entry.num_failures})
 
-    def _is_failed(self, entry: Entry[P]) -> bool:
+    def _is_failed(self, entry: AdapterEntry[P]) -> bool:
         """Whether its last load failed and its back-off lasts."""
         if entry.failure is not None and self._clock() >= entry.retry_at:
             entry.failure, entry.is_quarantined = None, False  # one more try; how often it failed is not forgotten
         return entry.failure is not None
 
     @staticmethod
-    def _absolve(entry: Entry[P]) -> None:
+    def _absolve(entry: AdapterEntry[P]) -> None:
         entry.failure, entry.num_failures, entry.is_quarantined = None, 0, False
 
     @staticmethod

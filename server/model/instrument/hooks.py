@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapters_store.base.spec import BaseSpec
-from server.model.slots.layout import Packed
+from server.model.slots.layout import PackedPatch
 from server.model.slots.slots import SlotBank
 
 
@@ -58,7 +58,7 @@ class SiteHooks:
 
         return hook
 
-    def _change(self, packed: Packed, change: int) -> None:
+    def _change(self, packed: PackedPatch, change: int) -> None:
         """A slot came (1) or goes (-1)."""
         for site in self._hooked.intersection(packed.entries[:, 1].tolist()):
             self._counts[site] += change

@@ -17,14 +17,14 @@ from server.model.backends import cpu
 from server.model.backends.base import Packer
 from server.model.backends.cpu import layers
 from server.model.instrument.linear import HatLinear
-from server.model.row_adapters import Group
+from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import SlotBank
 
 
 class RMSNorm(nn.Module):
     """y = weight * x / sqrt(mean(x^2) + eps), where some bases keep the weight less one (arXiv:1910.07467)."""
 
-    def __init__(self, norm: Any, offset: float, group: Group) -> None:
+    def __init__(self, norm: Any, offset: float, group: SiteGroup) -> None:
         super().__init__()
         self.group = group
         self.weight = nn.Parameter(norm.weight.detach().float() + offset, requires_grad=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.model.backends.base import SCALE_IN, Packer
-from server.model.row_adapters import Group
+from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import SlotBank
 
 
@@ -42,7 +42,7 @@ class HatLinear(nn.Module):
         self.bank.apply(self.group, x, y, self.is_head)
         return y
 
-    def _alone(self, x: Tensor, part: Group, number: int) -> Tensor:
+    def _alone(self, x: Tensor, part: SiteGroup, number: int) -> Tensor:
         """One of several layers, where hats scale their inputs differently."""
         x = self.bank.enter(part, x, self.is_head)
         first, last = self.group.columns[number : number + 2]

@@ -17,7 +17,7 @@ from server.model.backends.cpu import decoder
 from server.model.backends.cpu.weights import PackedProduct
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
 from server.model.instrument.linear import HatLinear
-from server.model.row_adapters import Group
+from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import SlotBank
 
 STEADY = {"default", "linear", "llama3", "yarn"}  # kinds of rotary embeddings that no length of a sequence changes
@@ -31,7 +31,7 @@ class WholeLayers:
     kernels, so that the results are the same bits.
     """
 
-    def __init__(self, layers: list[Any], bank: SlotBank, groups: list[Group]) -> None:
+    def __init__(self, layers: list[Any], bank: SlotBank, groups: list[SiteGroup]) -> None:
         self.stock, self.bank = [layer.forward for layer in layers], bank
         self.layers, self.groups = layers, groups
         self.unit = layers[0].mlp.down.product.arrays[0][:0, 0, 0]
@@ -136,7 +136,7 @@ def _hand_on(hidden_states: Tensor, **_other: Any) -> Tensor:
     return hidden_states
 
 
-def _group(group: Group) -> tuple[Any, ...]:
+def _group(group: SiteGroup) -> tuple[Any, ...]:
     return group.number, len(group.sites), group.sites.ctypes.data, group.columns.ctypes.data
 
 

@@ -64,7 +64,7 @@ class Sites:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedPatch:
     """A patch in the slot's layout.
 
     `entries` has a row for each primitive: kind, site, offset in bytes, size, flags. At a branch's offset lie A [r, in]
@@ -90,7 +90,7 @@ class Packed:
         return 0 if self.prefix is None else self.prefix[2]
 
 
-def pack(patch: Patch, sites: Sites, kept: Kept) -> Packed:
+def pack(patch: Patch, sites: Sites, kept: Kept) -> PackedPatch:
     """Lay a patch out, in host memory. Raises `ValueError` for two of a kind at a site and values that do not fit."""
     entries: dict[tuple[int, int], tuple[int, ...]] = {}
     layout, row_ids, prefix = _Layout(), dict[int, Tensor](), None
@@ -110,7 +110,7 @@ def pack(patch: Patch, sites: Sites, kept: Kept) -> Packed:
         layout.add(matrices + [torch.zeros(1)] * is_odd, kept.matrices)  # see `patch.even`
         layout.add(_vectors(primitive), kept.others)
     table = np.array(list(entries.values()), np.int64).reshape(-1, 5)
-    return Packed(patch.digest, layout.write(), kept, table, row_ids, prefix)
+    return PackedPatch(patch.digest, layout.write(), kept, table, row_ids, prefix)
 
 
 class _Layout:
@@ -181,7 +181,7 @@ def _entry(primitive: Primitive) -> tuple[int, int, int]:
     raise TypeError(f"{type(primitive).__name__} acts at no site")
 
 
-def view(packed: Packed, sites: Sites, kind: int, site: int, entry: NDArray[np.int64]) -> Primitive:
+def view(packed: PackedPatch, sites: Sites, kind: int, site: int, entry: NDArray[np.int64]) -> Primitive:
     """A primitive as a patch's buffer has it; `entry` is its offset, size and flags."""
     offset, size, flags = entry.tolist()
     name, (size_in, size_out) = sites.names[site], sites.widths[site]
@@ -200,7 +200,7 @@ def view(packed: Packed, sites: Sites, kind: int, site: int, entry: NDArray[np.i
 class _Reader:
     """Reads a buffer, one part after another, in the type that is computed with."""
 
-    def __init__(self, packed: Packed, offset: int) -> None:
+    def __init__(self, packed: PackedPatch, offset: int) -> None:
         self.packed, self.offset = packed, offset
 
     def matrices(self, *shapes: tuple[int, int]) -> list[Tensor]:
@@ -229,7 +229,7 @@ def _bottleneck(name: str, down: Tensor, up: Tensor, flags: int, read: _Reader) 
     return Bottleneck(name, down, up, activation, of, *biases, norm_before, norm_after)  # type: ignore[arg-type]
 
 
-def prefix_of(packed: Packed, hidden_size: int, kv: list[KVShape]) -> Prefix | None:
+def prefix_of(packed: PackedPatch, hidden_size: int, kv: list[KVShape]) -> Prefix | None:
     """A patch's prefix, as its buffer has it."""
     if packed.prefix is None:
         return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapters_store.primitives import Bottleneck, PrefixEmbeds, Primitive, Rows, Scale
 from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
-from server.model.row_adapters import Group, Worn
+from server.model.row_adapters import SiteGroup, Worn
 
 if TYPE_CHECKING:
     from server.model.slots.slots import SlotBank
@@ -32,7 +32,7 @@ def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, worn: Worn)
                 y[span] *= primitive.factor(weight)
 
 
-def apply_reference(bank: SlotBank, group: Group, x: Tensor, y: Tensor, worn: Worn) -> None:
+def apply_reference(bank: SlotBank, group: SiteGroup, x: Tensor, y: Tensor, worn: Worn) -> None:
     """The slow twin of the kernels, in plain torch on any device: the primitives' own formulas, site by site."""
     for part, site in enumerate(group.sites.tolist()):
         mine = y[:, group.columns[part] : group.columns[part + 1]]

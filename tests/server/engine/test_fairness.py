@@ -12,7 +12,7 @@ import pytest
 from server.core import Sampling
 from server.engine.blocks import BlockPool
 from server.engine.messages import Submit
-from server.engine.scheduler import Limits, Scheduler
+from server.engine.scheduler import Scheduler, StepLimits
 from server.engine.sequence import Sequence
 from tests.server.engine.test_scheduler import Wardrobe
 
@@ -45,7 +45,7 @@ class Street:
     num_empty: int = 0
 
     def __post_init__(self) -> None:
-        limits = Limits(max_batch_tokens=512, max_running=32, max_waiting=1024)
+        limits = StepLimits(max_batch_tokens=512, max_running=32, max_waiting=1024)
         self.planner = Scheduler(limits, BlockPool(KV_TOKENS // BLOCK_SIZE, BLOCK_SIZE))
         self.draw, self.num_asked = random.Random(0), 0
         self.ends: dict[str, int] = {}

@@ -6,10 +6,10 @@ import random
 
 from server.core import Hat, Sampling
 from server.engine.messages import Submit
-from server.engine.scheduler import Limits
-from tests.server.engine.world import Answer, World, digest_of, prompt_of
+from server.engine.scheduler import StepLimits
+from tests.server.engine.world import LoadReply, World, digest_of, prompt_of
 
-MOST = Limits(max_batch_tokens=8, max_running=1, max_waiting=1).max_probe_tokens
+MOST = StepLimits(max_batch_tokens=8, max_running=1, max_waiting=1).max_probe_tokens
 
 
 def probe(world: World, name: str, prompt: list[int], forced: tuple[int, ...] = ()) -> None:
@@ -17,7 +17,7 @@ def probe(world: World, name: str, prompt: list[int], forced: tuple[int, ...] = 
     sampling = Sampling(max_tokens=max(1, len(forced)), forced=forced, logprobs=1, ignore_eos=True)
     hats = (Hat(digest_of(0)),)
     submit = Submit(name, "_probe", prompt, sampling, 1e9, world.clock.now, hats, is_probe=True)
-    world.requests[name], world.answers[name] = submit, Answer()
+    world.requests[name], world.answers[name] = submit, LoadReply()
     world.engine.submit(submit)
 
 

@@ -3,7 +3,7 @@ import pytest
 from server.core import Hat, Sampling
 from server.engine.blocks import BlockPool, BlockTable
 from server.engine.messages import Submit
-from server.engine.scheduler import Limits, Plan, Scheduler
+from server.engine.scheduler import Scheduler, StepLimits, StepPlan
 from server.engine.sequence import Sequence
 
 
@@ -28,7 +28,7 @@ def scheduler(
     max_shared_tokens: int | None = 1000,
     max_waiting: int = 100,
 ) -> Scheduler:
-    limits = Limits(
+    limits = StepLimits(
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
         max_waiting=max_waiting,
@@ -62,7 +62,7 @@ def step(scheduler: Scheduler, wardrobe: Wardrobe | None = None, now: float = 0.
     return [(sequence.id, num_tokens) for sequence, num_tokens in plan.rows]
 
 
-def commit(plan: Plan) -> None:
+def commit(plan: StepPlan) -> None:
     for sequence, num_tokens in plan.rows:
         sequence.num_computed += num_tokens
         if sequence.remainder == 0:

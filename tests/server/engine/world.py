@@ -90,7 +90,7 @@ def config(**fields: Any) -> EngineConfig:
 
 
 @dataclass
-class Answer:
+class LoadReply:
     """What one request got."""
 
     tokens: list[int] = field(default_factory=list)
@@ -136,7 +136,7 @@ class World:
             clock=self.clock,
         )
         self.requests: dict[str, Submit] = {}
-        self.answers: dict[str, Answer] = {}
+        self.answers: dict[str, LoadReply] = {}
 
     def submit(
         self,
@@ -155,7 +155,7 @@ class World:
         name = f"r{len(self.requests)}"
         deadline = self.clock.now + timeout
         request = Submit(name, namespace, prompt, Sampling(**sampling), deadline, self.clock.now, hats)
-        self.requests[name], self.answers[name] = request, Answer()
+        self.requests[name], self.answers[name] = request, LoadReply()
         self.engine.submit(request)
         return name
 

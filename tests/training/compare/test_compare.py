@@ -21,7 +21,7 @@ from training.compare import comparing, runs, serving
 from training.compare.claims import Claim, claims
 from training.compare.command import compare
 from training.compare.plot import draw
-from training.compare.results import Comparison, Outcome, Server, Serving
+from training.compare.results import Comparison, MethodOutcome, ServerFigures, Serving
 from training.compare.runs import MethodError, News, train_apart
 from training.compare.scores import NEUTRAL
 from training.compare.table import markdown
@@ -36,11 +36,11 @@ SCORES = Scores(40, 0.0, 0.5, 900.0, 0, None, None, 20.0)
 RAN = {"lora": 0.02, "ia3": 0.9, "full": 0.4}  # made-up: how much more perplexed by a neutral text
 
 
-def outcome(method: str, **facts: Any) -> Outcome:
+def outcome(method: str, **facts: Any) -> MethodOutcome:
     """One as it might come out of ten intents."""
     is_full = method == "full"
     scores = {"exact_match": 0.98, "label_accuracy": 0.99, NEUTRAL: 20 * (1 + RAN[method])}
-    return Outcome(
+    return MethodOutcome(
         **{
             "method": method,
             "trained_parameters": 134_515_008 if is_full else 814_080,
@@ -59,12 +59,14 @@ def outcome(method: str, **facts: Any) -> Outcome:
     )
 
 
-def comparison(*outcomes: Outcome, **facts: Any) -> Comparison:
+def comparison(*outcomes: MethodOutcome, **facts: Any) -> Comparison:
     """A finished one."""
-    return Comparison({}, "manyhats compare", "2 cores", list(outcomes), **{"server": Server(8, 64, 3, 230.0), **facts})
+    return Comparison(
+        {}, "manyhats compare", "2 cores", list(outcomes), **{"server": ServerFigures(8, 64, 3, 230.0), **facts}
+    )
 
 
-def verdicts(*outcomes: Outcome) -> dict[str, str]:
+def verdicts(*outcomes: MethodOutcome) -> dict[str, str]:
     """Of the claims, by their first words."""
     return {claim.claim.partition(" (")[0]: claim.verdict for claim in claims(comparison(*outcomes))}
 

@@ -15,7 +15,7 @@ from adapters_store.format.folder import read_folder
 from tests.kit.tiny import EOS, VOCAB_SIZE, make_tiny_base
 from tests.training.conftest import flags
 from training.base import Base, load_base
-from training.data.dataset import Columns, Dataset, Example, Row, Rows
+from training.data.dataset import Columns, Dataset, Example, TokenizedRow, TrainingData
 from training.evaluation.evaluate import choices_of, evaluate, suite_of
 from training.evaluation.generate import answer
 from training.evaluation.text_metrics import bleu, rouge_l
@@ -25,7 +25,7 @@ from training.run.manifest import split_digest
 PROMPTS = [tuple(b"a"), tuple(b"Colour: red"), tuple(b"green or blue?"), tuple(range(60, 100)), tuple(b"b" * 40)]
 NUM_TOKENS = 12
 SAID = [b"warm", b"cold", b"hot"]
-ROWS = [Row((*b"Colour: ", 97 + i, 10, *SAID[i % 3], EOS), 10, i + 1) for i in range(18)]
+ROWS = [TokenizedRow((*b"Colour: ", 97 + i, 10, *SAID[i % 3], EOS), 10, i + 1) for i in range(18)]
 
 
 def base_of(folder: Path) -> Base:
@@ -44,9 +44,9 @@ def slow_answer(model: Any, prompt: tuple[int, ...]) -> list[int]:
     return said
 
 
-def rows_of(train: list[Row], held: list[Row], folder: Path) -> Rows:
+def rows_of(train: list[TokenizedRow], held: list[TokenizedRow], folder: Path) -> TrainingData:
     files = [Dataset(folder, (), ""), Dataset(folder, (), "")]
-    return Rows(files[0], files[1], train, held)
+    return TrainingData(files[0], files[1], train, held)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "gpt2", "opt"])
@@ -87,13 +87,13 @@ def test_exact_match_is_of_the_free_answer(tiny_base: Path, tmp_path: Path) -> N
     base = base_of(tiny_base)
     prompts = [tuple([65 + i] * (i + 2)) for i in range(6)]
     said = {prompt: slow_answer(base.model, prompt)[:4] for prompt in prompts}
-    rows = [Row((*prompt, *tokens, EOS), len(prompt), 0) for prompt, tokens in said.items()]
+    rows = [TokenizedRow((*prompt, *tokens, EOS), len(prompt), 0) for prompt, tokens in said.items()]
     suite = suite_of(rows_of(ROWS, rows, tmp_path), base, 0)
     assert evaluate(base.model, suite).exact_match == 0.0  # the answers go on where the rows end
     bias = torch.zeros(base.model.config.vocab_size)
     base.model.lm_head.register_forward_hook(lambda _head, _inputs, logits: logits + bias)
     bias[EOS] = 1e4
-    only_eos = [Row((*prompt, EOS), len(prompt), 0) for prompt in prompts]
+    only_eos = [TokenizedRow((*prompt, EOS), len(prompt), 0) for prompt in prompts]
     suite = suite_of(rows_of(ROWS, [*only_eos[:3], *rows[3:]], tmp_path), base, 0)
     assert evaluate(base.model, suite).exact_match == 0.5
 
@@ -102,12 +102,12 @@ def test_labels_are_those_of_the_training_rows(tiny_base: Path, tmp_path: Path) 
     """Label accuracy chooses among the labels that were trained on; an answer that is none of them is wrong."""
     base = base_of(tiny_base)
     known = suite_of(rows_of(ROWS, ROWS, tmp_path), base, 8)
-    strange = [Row((*row.ids[:10], *b"tepid", EOS), 10, 0) for row in ROWS]
+    strange = [TokenizedRow((*row.ids[:10], *b"tepid", EOS), 10, 0) for row in ROWS]
     scores = evaluate(base.model, known)
     assert scores.label_accuracy is not None and scores.label_accuracy > 0.2 and scores.exact_match == 0.0
     assert evaluate(base.model, suite_of(rows_of(ROWS, strange, tmp_path), base, 8)).label_accuracy == 0.0
     assert scores.rouge_l is scores.bleu is None and scores.num_answers == 0
-    assert choices_of([Row((1, i, EOS), 1, 0) for i in range(9)]) is None
+    assert choices_of([TokenizedRow((1, i, EOS), 1, 0) for i in range(9)]) is None
 
 
 def test_texts_are_written_out_and_compared(tiny_base: Path, tmp_path: Path) -> None:
@@ -115,8 +115,8 @@ def test_texts_are_written_out_and_compared(tiny_base: Path, tmp_path: Path) -> 
     base = base_of(tiny_base)
     prompts = [tuple(f"prompt {i}".encode()) for i in range(6)]
     said = answer(base.model, prompts, EOS, NUM_TOKENS)
-    mine = [Row((*prompt, *said[prompt], EOS), len(prompt), 0) for prompt in prompts]
-    other = [Row((*prompt, *b"nothing like it at all", EOS), len(prompt), 0) for prompt in prompts]
+    mine = [TokenizedRow((*prompt, *said[prompt], EOS), len(prompt), 0) for prompt in prompts]
+    other = [TokenizedRow((*prompt, *b"nothing like it at all", EOS), len(prompt), 0) for prompt in prompts]
     scores = evaluate(base.model, suite_of(rows_of(mine, [*other, *mine], tmp_path), base, 4))
     assert scores.num_answers == 4 and scores.label_accuracy is None
     worse = evaluate(base.model, suite_of(rows_of(mine, other, tmp_path), base, 4))

@@ -20,7 +20,7 @@ from tests.kit.tiny import CONFIGS, make_tiny_base
 from tests.training.conftest import TEMPLATE
 from training.base import Base, load_base
 from training.data.batch import label_logits, make_batch
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import BaseError
 from training.joint import run, shared_base
 from training.methods import METHODS, attach, options_of
@@ -286,7 +286,9 @@ TYPES = [name for name in CONFIGS if name != "gemma2"]  # which caps the scores 
 SHARED = [name for name, method in METHODS.items() if method.can_share]
 
 
-def hats_on(base: Base, names: Sequence[str] = ("lora", "bottleneck", "dora")) -> dict[shared_base.Wearer, list[Row]]:
+def hats_on(
+    base: Base, names: Sequence[str] = ("lora", "bottleneck", "dora")
+) -> dict[shared_base.Wearer, list[TokenizedRow]]:
     """Hats that answer something, with rows of different number and length; some are longer than a tiny window."""
     wearers = {}
     for seed, name in enumerate(names):
@@ -296,7 +298,7 @@ def hats_on(base: Base, names: Sequence[str] = ("lora", "bottleneck", "dora")) -
             for parameter in hat.trained():
                 parameter += 0.05 * torch.randn_like(parameter)
         wearers[shared_base.Wearer(hat)] = [
-            Row((*b"Colour: ", *[97 + i] * 20, *b"warm", 257), 24 + i, i) for i in range(seed + 1)
+            TokenizedRow((*b"Colour: ", *[97 + i] * 20, *b"warm", 257), 24 + i, i) for i in range(seed + 1)
         ]
     return wearers
 
@@ -353,7 +355,9 @@ def two_threads() -> Iterator[None]:
 def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
     """After a hundred steps each job's weights are those alone, within 1e-4; on a CPU they are bit-equal."""
     base = load(tiny_base)
-    rows = [Row((*b"Colour: ", *[97 + i] * (i % 9), *b"warmer"[: 4 + i % 3], 257), 8 + i % 9, i) for i in range(20)]
+    rows = [
+        TokenizedRow((*b"Colour: ", *[97 + i] * (i % 9), *b"warmer"[: 4 + i % 3], 257), 8 + i % 9, i) for i in range(20)
+    ]
 
     def begun(seed: int) -> tuple[Hat, trainer.Trainer]:
         name, given, size = LONG[seed]

@@ -14,15 +14,15 @@ from torch import Tensor
 from adapters_store.format.folder import read_folder
 from tests.training.conftest import flags
 from training.base import Base, load_base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods import METHODS, attach, options_of
 from training.methods.soft_prompts import default_text, text_ids
 
 PROMPT = [82, 101, 100, 32, 105, 115, 58]
 ROWS = [
-    Row((*b"Colour: red", 10, *b"warm", 257), 12, 1),
-    Row((*b"Colour: blue", 10, *b"cold", 257), 13, 2),
+    TokenizedRow((*b"Colour: red", 10, *b"warm", 257), 12, 1),
+    TokenizedRow((*b"Colour: blue", 10, *b"cold", 257), 13, 2),
 ]
 
 

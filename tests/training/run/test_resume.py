@@ -19,14 +19,16 @@ from safetensors.torch import load_file
 from adapters_store.format.folder import WEIGHTS
 from tests.training.conftest import flags
 from training.base import load_base
-from training.data.dataset import Row
+from training.data.dataset import TokenizedRow
 from training.methods import METHODS, attach, options_of
 from training.report.step_log import Step
 from training.run.distributed import Processes
 from training.run.schedule import Plan
 from training.run.trainer import Trainer
 
-ROWS = [Row((*b"Colour: ", 97 + i, 10, *answer, 257), 10, i + 1) for i, answer in enumerate([b"warm", b"cold"] * 8)]
+ROWS = [
+    TokenizedRow((*b"Colour: ", 97 + i, 10, *answer, 257), 10, i + 1) for i, answer in enumerate([b"warm", b"cold"] * 8)
+]
 OPTIONS: dict[str, dict[str, Any]] = {"lora": {"dropout": 0.2}, "adalora": {"target_r": 3}}
 STEPS, BROKEN_AT = 12, 7
 

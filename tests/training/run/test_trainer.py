@@ -17,19 +17,21 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from adapters_store.format.folder import WEIGHTS, read_folder
 from tests.training.conftest import flags
 from training.base import load_base
-from training.data.dataset import Row, batches
+from training.data.dataset import TokenizedRow, batches
 from training.methods import attach, options_of
 from training.run.distributed import Processes
 from training.run.schedule import Plan
 from training.run.trainer import Trainer
 
 ROWS = [
-    Row((*b"Colour: ", *[97 + i] * (1 + i % 5), 10, *answer, 257), 10 + i % 5, i + 1)
+    TokenizedRow((*b"Colour: ", *[97 + i] * (1 + i % 5), 10, *answer, 257), 10 + i % 5, i + 1)
     for i, answer in enumerate([b"warm", b"cold", b"hot"] * 6)
 ]
 
 
-def run_of(base: Path, rows: list[Row] = ROWS, held: list[Row] = ROWS[:5], **plan: Any) -> tuple[Any, Trainer]:
+def run_of(
+    base: Path, rows: list[TokenizedRow] = ROWS, held: list[TokenizedRow] = ROWS[:5], **plan: Any
+) -> tuple[Any, Trainer]:
     """A finished run of a LoRA."""
     loaded = load_base(str(base), "cpu", None, lambda _message: None)
     torch.manual_seed(0)
@@ -67,7 +69,7 @@ def test_activations_that_are_computed_again_change_nothing(tiny_base: Path, mon
 
 def test_batches_are_of_like_lengths_and_hold_every_row_once() -> None:
     """An epoch is a permutation of the rows, in another order in the next one; rows in a batch are of like length."""
-    many = [Row((1,) * (3 + i % 90), 1, i) for i in range(512)]
+    many = [TokenizedRow((1,) * (3 + i % 90), 1, i) for i in range(512)]
     epochs = [batches(many, 8, seed=0, epoch=epoch) for epoch in range(2)]
     for epoch in epochs:
         assert sorted(row.line for batch in epoch for row in batch) == list(range(512))
@@ -77,7 +79,7 @@ def test_batches_are_of_like_lengths_and_hold_every_row_once() -> None:
 
 def test_it_stops_when_the_evaluation_rows_get_no_better(tiny_base: Path) -> None:
     """Early stopping ends the run, and keeps the weights that were best on the evaluation rows."""
-    held = [Row((*row.ids[: row.num_prompt], *b"none", 257), row.num_prompt, row.line) for row in ROWS]
+    held = [TokenizedRow((*row.ids[: row.num_prompt], *b"none", 257), row.num_prompt, row.line) for row in ROWS]
     hat, trainer = run_of(tiny_base, held=held, steps=200, lr=0.05, eval_steps=3, early_stopping_patience=2)
     losses = {step.number: step.eval_loss for step in trainer.steps if step.eval_loss is not None}
     best = min(losses, key=lambda number: losses[number] or 0.0)

@@ -141,8 +141,8 @@ def _tile(rows: int, panels: int) -> Any:
         """out[r, c] = start[r, c] + sum over i < k of x[r, i] w[i, c], in order of i, and in spans whose
         sums are then added: a long sum in one go loses digits. x, w, start and out are addresses.
 
-        `steps`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel to
-        panel. And in bytes: how far from a panel memory is asked for that is read later, and its steps: one stream of
+        `steps`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel
+        to panel. And in bytes: how far from a panel memory is asked for that is read later, and its steps: one stream of
         reads alone does not fill the way to memory.
         """
 

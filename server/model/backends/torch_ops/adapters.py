@@ -22,9 +22,9 @@ from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
 from server.model.backends.torch_ops.copies import Copies
 from server.model.row_adapters import Worn
 
-Group = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # as the bank's: its number, sites, columns
+GroupArrays = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # as the bank's: its number, sites, columns
 Find = Callable[[int, int, int], Primitive | None]  # (kind, site, slot)
-Columns = tuple[tuple[int, int], ...]  # (which of the step's slots, how many columns it has)
+StackColumns = tuple[tuple[int, int], ...]  # (which of the step's slots, how many columns it has)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Stack:
     """Matrices [n, size] side by side, and whose each is."""
 
     matrix: Tensor
-    columns: Columns
+    columns: StackColumns
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Side:
     """The rows of a step, or those that are sampled: `weights` [rows, slots] of what each wears, else 0."""
 
     weights: Tensor
-    masks: dict[tuple[Columns, int], tuple[Tensor, Tensor]]
+    masks: dict[tuple[StackColumns, int], tuple[Tensor, Tensor]]
 
 
 class Stacked:
@@ -105,7 +105,7 @@ class Stacked:
         elif factors is not None:
             y *= 1 + self._mask(factors.columns, len(y), is_head)[0] @ factors.matrix
 
-    def apply(self, group: Group, x: Tensor, y: Tensor, worn: Worn, is_head: bool) -> None:
+    def apply(self, group: GroupArrays, x: Tensor, y: Tensor, worn: Worn, is_head: bool) -> None:
         """Change y [rows, out] by all that is worn at the sites of a group, whose input is x [rows, in]."""
         number, sites, columns = group
         if number not in self._stacks:
@@ -131,7 +131,7 @@ class Stacked:
         mask, is_bare = self._mask(a.columns, len(x), is_head)
         return ((x @ a.matrix.T) * mask).masked_fill(is_bare, 0.0)
 
-    def _mask(self, columns: Columns, num_rows: int, is_head: bool) -> tuple[Tensor, Tensor]:
+    def _mask(self, columns: StackColumns, num_rows: int, is_head: bool) -> tuple[Tensor, Tensor]:
         """The weights [rows, columns] of what rows wear, and where they are 0. Sites that are alike share them."""
         side = self._sides[is_head]
         if (columns, num_rows) not in side.masks:

@@ -21,7 +21,7 @@ Span = tuple[int, int, int]  # first token in the batch, number of tokens, first
 
 
 @dataclass(frozen=True)
-class Group:
+class QueryGroup:
     """S sequences of up to Q queries and B blocks; `seen` keeps the masks of layers that are alike."""
 
     tokens: Tensor  # [S, Q] of the batch; padding repeats the last
@@ -38,7 +38,7 @@ class Padded:
     token_blocks: Tensor  # [T] the block that each token's K and V go to
     token_offsets: Tensor  # [T] and the place in it
     places: Tensor
-    groups: list[Group]
+    groups: list[QueryGroup]
 
 
 def lay_out(
@@ -65,7 +65,7 @@ def lay_out(
         arrays += [first + steps, start + steps, (start + count)[:, 0], table[sequences, :num_blocks]]
         end += is_query.size
     blocks, offsets, where, *rest = copies.send(*arrays)
-    groups = [Group(*parts) for parts in zip(rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True)]
+    groups = [QueryGroup(*parts) for parts in zip(rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True)]
     return Padded(blocks, offsets, where, groups)
 
 
@@ -99,7 +99,7 @@ def attend(
     return torch.cat(out).index_select(0, padded.places)
 
 
-def _seen(group: Group, num_positions: int, window: int, num_heads: int) -> Tensor:
+def _seen(group: QueryGroup, num_positions: int, window: int, num_heads: int) -> Tensor:
     """[S, 1, heads * Q, positions]: what is not behind a query, and in its window."""
     if (window, num_heads) not in group.seen:
         distance = group.positions[:, :, None] - torch.arange(num_positions, device=group.positions.device)

@@ -18,11 +18,11 @@ import torch
 from adapters_store.format.folder import read_folder
 from adapters_store.storage.directory import Blobs
 from server.engine.adapters.load_queue import LoadError, sentence
-from server.engine.adapters.loader_process import Helper, Helpers, Job, Loader
+from server.engine.adapters.loader_process import Helper, Helpers, Loader, LoaderSetup
 from server.engine.adapters.loader_threads import NICENESS
 from server.model.load import load_base
 from server.model.precision import Kept
-from server.model.slots.layout import Packed
+from server.model.slots.layout import PackedPatch
 from tests.kit.families import FAMILIES
 from tests.kit.stored import store
 
@@ -36,14 +36,14 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
 
 
 @pytest.fixture(scope="module")
-def job(biased_base: Path, blobs: Blobs) -> Job:
+def job(biased_base: Path, blobs: Blobs) -> LoaderSetup:
     """To load for the small base with biases, with matrices in 16 bits."""
     spec = load_base(biased_base, "tiny", "fp32", "cpu").spec
-    return Job(None, str(blobs.root), spec, str(KEPT.matrices), str(KEPT.others))
+    return LoaderSetup(None, str(blobs.root), spec, str(KEPT.matrices), str(KEPT.others))
 
 
 @pytest.fixture
-def helpers(job: Job) -> Iterator[Helpers]:
+def helpers(job: LoaderSetup) -> Iterator[Helpers]:
     """Two, ready to load."""
     made = Helpers(2)
     made.begin(job.store, job.blobs, job.spec, KEPT)
@@ -51,7 +51,7 @@ def helpers(job: Job) -> Iterator[Helpers]:
     made.close()
 
 
-def assert_same(found: Packed, wanted: Packed) -> None:
+def assert_same(found: PackedPatch, wanted: PackedPatch) -> None:
     """Every byte and every number."""
     assert torch.equal(found.buffer, wanted.buffer)
     assert found.entries.tolist() == wanted.entries.tolist()
@@ -75,7 +75,7 @@ def own_priority() -> int:
 
 @pytest.mark.parametrize("method", FAMILIES)
 def test_a_helper_loads_what_a_load_here_gives(
-    method: str, helpers: Helpers, job: Job, blobs: Blobs, biased_base: Path, tmp_path: Path
+    method: str, helpers: Helpers, job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path
 ) -> None:
     """Of every method: the same buffer, table, rows and prefix."""
     digest = store(blobs, FAMILIES[method](tmp_path / method, biased_base, 1))
@@ -114,7 +114,12 @@ def test_why_a_load_failed_arrives(helpers: Helpers, blobs: Blobs, biased_base: 
 
 
 def test_where_helpers_end_the_thread_loads(
-    helpers: Helpers, job: Job, blobs: Blobs, biased_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    helpers: Helpers,
+    job: LoaderSetup,
+    blobs: Blobs,
+    biased_base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Killed one after the other: what is asked for comes, a warning is logged, and the thread that loads gives way."""
     digest = store(blobs, FAMILIES["lora"](tmp_path / "a", biased_base, 4))
@@ -131,7 +136,7 @@ def test_where_helpers_end_the_thread_loads(
     assert own_priority() == before
 
 
-def test_without_a_fork_the_thread_loads(job: Job, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
+def test_without_a_fork_the_thread_loads(job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
     """A system without fork has no helpers, and loads all the same."""
     digest = store(blobs, FAMILIES["ia3"](tmp_path / "a", biased_base, 5))
     alone = Helpers(2, fork=lambda: None)
@@ -147,7 +152,7 @@ def test_a_helper_gives_way_and_holds_nothing(helpers: Helpers) -> None:
         wait_until(partial(lambda one: one.nice() == lowest and one.num_fds() == 4, child))
 
 
-def test_a_helper_ends_with_its_engine(job: Job) -> None:
+def test_a_helper_ends_with_its_engine(job: LoaderSetup) -> None:
     """When the other end of its socket is gone, however that came, so is it."""
     helper = Helper.fork()
     assert helper is not None
