@@ -33,7 +33,7 @@ class Row(msgspec.Struct):
 
     The first `num_virtual` positions of the sequence are virtual: their tokens are -1, -2, …, they are those of the
     prefixes of its hats, and they are not in `history`.
-    `hats` lists (slot, weight): none is the base, several compose. `sampling` is None where no token is wanted
+    `adapters` lists (slot, weight): none is the base, several compose. `sampling` is None where no token is wanted
     (a prompt's chunk that is not its last). `history` is every token of the sequence so far, of which the first
     `num_prompt` are the prompt; it ends with `tokens`.
     """
@@ -41,7 +41,7 @@ class Row(msgspec.Struct):
     tokens: list[int]
     start: int
     blocks: list[int]
-    hats: tuple[tuple[int, float], ...] = ()
+    adapters: tuple[tuple[int, float], ...] = ()
     sampling: Sampling | None = None
     history: list[int] = []
     num_prompt: int = 0
@@ -81,7 +81,7 @@ class Runner(Protocol):
         ...
 
 
-class Hat(msgspec.Struct, frozen=True):
+class AdapterRef(msgspec.Struct, frozen=True):
     """One adapter that a sequence wears; `num_virtual` positions of its prefix come before the prompt."""
 
     digest: str

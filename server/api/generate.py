@@ -81,7 +81,7 @@ def _head(job: GenerationJob, request_id: str) -> dict[str, Any]:
             "method": version.method,
             "weight": w,
         }
-        for version, w in job.worn.hats
+        for version, w in job.worn.adapters
     ]
     adapter = {key: worn[0][key] for key in ("version", "digest", "method")} if worn else None
     head: dict[str, Any] = {"id": request_id, "task": job.worn.task, "adapter": adapter}

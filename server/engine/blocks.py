@@ -26,10 +26,10 @@ class InvariantError(RuntimeError):
     """The engine's books do not add up: a bug, and a reason to start anew."""
 
 
-def root_key(hats: Iterable[tuple[str, float]]) -> BlockKey:
+def root_key(adapters: Iterable[tuple[str, float]]) -> BlockKey:
     """The parent of a sequence's first block: sha256 over (digest, weight) of each hat in order."""
     hashed = hashlib.sha256()
-    for digest, weight in hats:
+    for digest, weight in adapters:
         encoded = digest.encode()
         hashed.update(struct.pack("<Qd", len(encoded), weight) + encoded)
     return hashed.digest()

@@ -143,7 +143,10 @@ class Engine(Generic[P]):
 
     def _refusal(self, submit: Submit) -> EngineFailure | None:
         """Why a sequence cannot even queue. The front refuses the malformed before; this is the engine's own guard."""
-        num_tokens, most = len(submit.prompt) + sum(hat.num_virtual for hat in submit.hats), self.max_sequence_tokens
+        num_tokens, most = (
+            len(submit.prompt) + sum(adapter.num_virtual for adapter in submit.adapters),
+            self.max_sequence_tokens,
+        )
         if not submit.prompt or num_tokens >= most or submit.sampling.max_tokens < 1:
             message = f"a prompt of {num_tokens} tokens for {submit.sampling.max_tokens} more; between 1 and {most} fit"
             return EngineFailure("internal", message)
@@ -152,7 +155,7 @@ class Engine(Generic[P]):
         if self.scheduler.is_full(submit.namespace):
             most = self.scheduler.limits.max_waiting
             return EngineFailure("overloaded", f"{most} requests wait already; try again in a moment")
-        return self.adapters.refusal(tuple(hat.digest for hat in submit.hats))
+        return self.adapters.refusal(tuple(adapter.digest for adapter in submit.adapters))
 
     def _schedule(self) -> StepPlan:
         now, scheduler = self._clock(), self.scheduler
@@ -216,7 +219,7 @@ class Engine(Generic[P]):
             tokens=sequence.tokens[start:end],
             start=start,
             blocks=sequence.table.blocks,
-            hats=tuple((self.adapters.slot(hat.digest), hat.weight) for hat in sequence.hats),
+            adapters=tuple((self.adapters.slot(adapter.digest), adapter.weight) for adapter in sequence.adapters),
             sampling=sequence.sampling if is_last else None,
             history=sequence.tokens[virtual:end] if virtual or not is_last else sequence.tokens,
             num_prompt=sequence.num_prompt - virtual,

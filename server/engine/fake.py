@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from adapters_store.base.spec import BaseSpec, ItemBytes, LinearSite
-from server.core import EngineFailure, Hat, Logprobs, Timing
+from server.core import AdapterRef, EngineFailure, Logprobs, Timing
 from server.engine.client import EngineUnavailable
 from server.engine.messages import Output, Ready, Stats, Submit
 
@@ -30,16 +30,16 @@ def fake_ready(**fields: Any) -> Ready:
     return Ready(**defaults | fields)
 
 
-def shift_of(hats: tuple[Hat, ...]) -> int:
+def shift_of(adapters: tuple[AdapterRef, ...]) -> int:
     """By how much hats move every token of the echo: 0 for the base, 1 or more for any adapter."""
-    if not hats:
+    if not adapters:
         return 0
-    worn = ",".join(f"{hat.digest}*{hat.weight!r}" for hat in hats)
+    worn = ",".join(f"{adapter.digest}*{adapter.weight!r}" for adapter in adapters)
     return 1 + hashlib.sha256(worn.encode()).digest()[0]
 
 
 class FakeEngineClient:
-    """Echoes the prompt's tokens, each moved by `shift_of(hats)` within the vocabulary, then ends ("stop").
+    """Echoes the prompt's tokens, each moved by `shift_of(adapters)` within the vocabulary, then ends ("stop").
 
     With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
     (at least one) for a request.
@@ -101,7 +101,7 @@ class FakeEngineClient:
                 yield output
             return
         self.submitted.append(submit)
-        self.states |= {hat.digest: "slot" for hat in submit.hats}
+        self.states |= {adapter.digest: "slot" for adapter in submit.adapters}
         self.stats.num_running += 1
         is_over = False
         try:
@@ -187,7 +187,7 @@ class FakeEngineClient:
         return Output(submit.sequence_id, [token], [Logprobs(-0.25, top)])
 
     def _echo(self, submit: Submit) -> list[int]:
-        shift, vocab = shift_of(submit.hats), self._description.spec.vocab_size
+        shift, vocab = shift_of(submit.adapters), self._description.spec.vocab_size
         echo = [(token + shift) % vocab for token in submit.prompt]
         if submit.sampling.ignore_eos:
             times = -(-submit.sampling.max_tokens // len(echo))

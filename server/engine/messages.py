@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from adapters_store.base.spec import BaseSpec, ItemBytes
-from server.core import EngineFailure, Hat, Logprobs, Sampling, Timing
+from server.core import AdapterRef, EngineFailure, Logprobs, Sampling, Timing
 
 FP32_MAX = 3.4028234663852886e38
 
@@ -56,7 +56,7 @@ class Submit(msgspec.Struct, tag=True):
     sampling: Sampling
     deadline: float
     arrived: float
-    hats: tuple[Hat, ...] = ()
+    adapters: tuple[AdapterRef, ...] = ()
     share: float = 1.0
     max_running: int | None = None
     is_probe: bool = False

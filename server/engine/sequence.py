@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from server.core import Hat, Sampling
+from server.core import AdapterRef, Sampling
 from server.engine.blocks import BlockTable, namespace_salt, root_key
 from server.engine.messages import Submit
 
@@ -28,7 +28,7 @@ class Sequence:
 
     id: str
     namespace: str
-    hats: tuple[Hat, ...]
+    adapters: tuple[AdapterRef, ...]
     tokens: list[int]  # virtual ones (-1, -2, …), the prompt, then the output
     num_prompt: int  # virtual ones included
     sampling: Sampling
@@ -52,19 +52,19 @@ class Sequence:
     @classmethod
     def of(cls, submit: Submit) -> Sequence:
         """The sequence that a request asks for."""
-        num_virtual = sum(hat.num_virtual for hat in submit.hats)
-        root = root_key((hat.digest, hat.weight) for hat in submit.hats)
+        num_virtual = sum(adapter.num_virtual for adapter in submit.adapters)
+        root = root_key((adapter.digest, adapter.weight) for adapter in submit.adapters)
         return cls(
             id=submit.sequence_id,
             namespace=submit.namespace,
-            hats=submit.hats,
+            adapters=submit.adapters,
             tokens=[*range(-1, -1 - num_virtual, -1), *submit.prompt],
             num_prompt=num_virtual + len(submit.prompt),
             sampling=submit.sampling,
             deadline=submit.deadline,
             arrived=submit.arrived,
             table=BlockTable(root, namespace_salt(submit.namespace), num_virtual),
-            digests=tuple(dict.fromkeys(hat.digest for hat in submit.hats)),
+            digests=tuple(dict.fromkeys(adapter.digest for adapter in submit.adapters)),
             share=submit.share,
             max_running=submit.max_running,
             is_probe=submit.is_probe,

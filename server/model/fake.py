@@ -47,9 +47,9 @@ class FakeBank:
         del self.slots[slot]
 
 
-def chain_start(hats: Iterable[tuple[str, float]]) -> int:
+def chain_start(adapters: Iterable[tuple[str, float]]) -> int:
     """The hash before the first position: it depends on (digest, weight) of each hat, in order."""
-    return int.from_bytes(hashlib.sha256(repr(list(hats)).encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(repr(list(adapters)).encode()).digest()[:7], "big")
 
 
 def chain(start: int, tokens: Iterable[int]) -> list[int]:
@@ -110,8 +110,8 @@ class FakeRunner:
         context = [*range(-1, -1 - row.num_virtual, -1)][:end] + row.history
         if context[row.start :] != row.tokens:
             raise FakeKVError("the history does not end with the row's tokens")
-        hats = [(self.bank.slots[slot].digest, weight) for slot, weight in row.hats]
-        cells = chain(chain_start(hats), context)
+        adapters = [(self.bank.slots[slot].digest, weight) for slot, weight in row.adapters]
+        cells = chain(chain_start(adapters), context)
         places = [
             row.blocks[at // self.block_size] * self.block_size + at % self.block_size for at in range(len(cells))
         ]
@@ -127,7 +127,7 @@ class FakeRunner:
     def _sample(self, row: Row, last: int) -> Sampled | None:
         if row.sampling is None:
             return None
-        digests = {self.bank.slots[slot].digest for slot, _ in row.hats}
+        digests = {self.bank.slots[slot].digest for slot, _ in row.adapters}
         if digests & self.nonfinite_on:
             return Sampled(error="the logits are not finite")
         num_top, place = row.sampling.logprobs, len(row.history) - row.num_prompt
@@ -138,7 +138,7 @@ class FakeRunner:
 
 def answer_alone(
     prompt: Sequence[int],
-    hats: Iterable[tuple[str, float]],
+    adapters: Iterable[tuple[str, float]],
     sampling: Sampling,
     num_virtual: int = 0,
     *,
@@ -148,7 +148,7 @@ def answer_alone(
 ) -> tuple[list[int], str]:
     """The tokens and the finish reason that a request must get, whatever else runs."""
     context = [*range(-1, -1 - num_virtual, -1), *prompt]
-    cell, output, eos = chain(chain_start(hats), context)[-1], [], set(eos_token_ids)
+    cell, output, eos = chain(chain_start(adapters), context)[-1], [], set(eos_token_ids)
     while True:
         token = choose(cell, sampling, vocab_size)
         output.append(token)

@@ -25,7 +25,7 @@ from server.model.backends.cpu.weights import rounded
 from server.model.errors import UnsupportedBaseError
 from server.model.instrument.fuser import Fuser, Seen
 from server.model.instrument.hooks import SiteHooks
-from server.model.instrument.linear import HatLinear
+from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.whole_decoder import Direct
 from server.model.precision import compute_dtype, kept
 from server.model.slots.slots import SlotBank
@@ -116,7 +116,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     whole = Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
-        setattr(model.get_submodule(parent), child, HatLinear([linear], pack, bank, [site], linear is head))
+        setattr(model.get_submodule(parent), child, AdapterLinear([linear], pack, bank, [site], linear is head))
     compute: Forward = partial(forward, model)
     logits = proof.run(compute, paged)
     proof.compare(logits, spec.architecture, bank.kept)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_ROWS = 24  # of a tile: whole parts for kernels that take six or four rows at once, and work for every thread
-Hats = tuple[tuple[int, float], ...]
+SlotWeights = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -30,27 +30,27 @@ class Worn:
 
     def segments(self) -> Iterator[tuple[slice, list[tuple[int, float]]]]:
         """All neighbouring rows that wear the same, and the hats that they wear."""
-        for (first_hat, last_hat), run in groupby(self.tiles.tolist(), lambda tile: tile[2:]):
-            tiles, hats = list(run), slice(first_hat, last_hat)
-            worn = zip(self.slots[hats].tolist(), self.weights[hats].tolist(), strict=True)
+        for (first_adapter, last_adapter), run in groupby(self.tiles.tolist(), lambda tile: tile[2:]):
+            tiles, adapters = list(run), slice(first_adapter, last_adapter)
+            worn = zip(self.slots[adapters].tolist(), self.weights[adapters].tolist(), strict=True)
             yield slice(tiles[0][0], tiles[-1][0] + tiles[-1][1]), list(worn)
 
 
-def wear(rows: Iterable[tuple[Hats, int]]) -> Worn:
+def wear(rows: Iterable[tuple[SlotWeights, int]]) -> Worn:
     """Lay out rows, given as hats and the number of neighbours that wear them."""
-    runs: list[tuple[Hats, int, int]] = []  # hats, first row, number of rows
+    runs: list[tuple[SlotWeights, int, int]] = []  # hats, first row, number of rows
     num_rows = 0
-    for hats, count in rows:
-        if runs and runs[-1][0] == hats:
-            runs[-1] = (hats, runs[-1][1], runs[-1][2] + count)
+    for adapters, count in rows:
+        if runs and runs[-1][0] == adapters:
+            runs[-1] = (adapters, runs[-1][1], runs[-1][2] + count)
         elif count:
-            runs.append((hats, num_rows, count))
+            runs.append((adapters, num_rows, count))
         num_rows += count
-    flat = [hat for hats, _, _ in runs for hat in hats]
+    flat = [adapter for adapters, _, _ in runs for adapter in adapters]
     tiles, end = [], 0
-    for hats, first, count in runs:
-        begin, end = end, end + len(hats)
-        if hats:
+    for adapters, first, count in runs:
+        begin, end = end, end + len(adapters)
+        if adapters:
             tiles += [(first + at, min(MAX_ROWS, count - at), begin, end) for at in range(0, count, MAX_ROWS)]
     return Worn(
         num_rows,

@@ -104,14 +104,14 @@ class PagedRunner:
         return [next(sampled) if row.sampling else None for row in rows]
 
     def _check_prefix(self, row: Row) -> None:
-        num_virtual = sum(self.base.bank.slots[slot].num_virtual for slot, _ in row.hats)
+        num_virtual = sum(self.base.bank.slots[slot].num_virtual for slot, _ in row.adapters)
         if num_virtual != row.num_virtual:
             raise ValueError(f"a row counts {row.num_virtual} virtual positions, its hats have {num_virtual}")
 
     def _fill(self, row: Row) -> Row:
         """Write the KV that prefixes give as it is, and leave the rest of a row's tokens to be computed."""
         before = 0
-        for slot, _ in row.hats if row.start < row.num_virtual else ():
+        for slot, _ in row.adapters if row.start < row.num_virtual else ():
             prefix = self.base.bank.prefix(slot)
             if isinstance(prefix, PrefixKV):
                 first, last = max(row.start, before), min(row.start + len(row.tokens), before + prefix.num_tokens)

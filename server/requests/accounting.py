@@ -44,9 +44,9 @@ def close_books(front: Front, job: GenerationJob, answer: Answer, status: str) -
 def _judge_version(front: Front, job: GenerationJob, answer: Answer, status: str) -> None:
     """What a canary is judged by: requests that wear it alone. Who left early says nothing of it but that."""
     metrics, worn = front.metrics, job.worn
-    if len(worn.hats) != 1:
+    if len(worn.adapters) != 1:
         return
-    version = worn.hats[0][0]
+    version = worn.adapters[0][0]
     labels = metrics.version_label(version.task, version.number)
     metrics.version_requests.labels(*labels, status).inc()
     if status == "200":

@@ -14,7 +14,7 @@ from typing import TypeVar
 from fastapi import Request
 
 from server.api.deps import caller_of
-from server.core import EngineFailure, Hat, Sampling
+from server.core import AdapterRef, EngineFailure, Sampling
 from server.engine.client import EngineUnavailable
 from server.engine.messages import Output, Submit
 from server.errors import EngineFailedError, ServerError, UnavailableError, VersionGoneError
@@ -61,14 +61,14 @@ async def _pieces(front: Front, job: GenerationJob, answer: Answer) -> AsyncIter
     """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
     worn = job.worn
     status: str | None = "cancelled"
-    places = [(worn.tenant, one.task, one.number) for one, _ in worn.hats] or [(worn.tenant, worn.task, 0)]
+    places = [(worn.tenant, one.task, one.number) for one, _ in worn.adapters] or [(worn.tenant, worn.task, 0)]
     with front.usage.running(Bill(places, answer.used)):
         try:
             with (
                 front.in_use.hold(worn.digests),
                 front.meters.generating(worn.tenant, job.limits, job.num_choices, job.most_tokens, answer),
             ):
-                await front.check_kept(worn.tenant, [version for version, _ in worn.hats])
+                await front.check_kept(worn.tenant, [version for version, _ in worn.adapters])
                 async with aclosing(_merged(front, job, answer)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         yield piece
@@ -159,7 +159,9 @@ def _submit(job: GenerationJob, prompt: int, number: int) -> Submit:
         sampling=_with_seed(job.sampling, seed),
         deadline=job.arrived + job.timeout_s,
         arrived=job.arrived,
-        hats=tuple(Hat(version.digest, weight, version.num_virtual) for version, weight in job.worn.hats),
+        adapters=tuple(
+            AdapterRef(version.digest, weight, version.num_virtual) for version, weight in job.worn.adapters
+        ),
         share=job.limits.share,
         max_running=job.limits.max_running,
     )

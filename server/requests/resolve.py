@@ -28,12 +28,12 @@ class Worn:
 
     tenant: str
     task: str
-    hats: tuple[tuple[Version, float], ...] = ()
+    adapters: tuple[tuple[Version, float], ...] = ()
 
     @property
     def prompt_format(self) -> PromptFormat | None:
         """How chat turns are written. Raises `InvalidFieldError` where several adapters disagree."""
-        formats = [version.prompt_format for version, _ in self.hats]
+        formats = [version.prompt_format for version, _ in self.adapters]
         if any(other != formats[0] for other in formats[1:]):
             raise InvalidFieldError(
                 "these adapters were trained with different prompt formats: send a prompt", "messages"
@@ -43,17 +43,17 @@ class Worn:
     @property
     def num_virtual(self) -> int:
         """Virtual tokens before every prompt."""
-        return sum(version.num_virtual for version, _ in self.hats)
+        return sum(version.num_virtual for version, _ in self.adapters)
 
     @property
     def label(self) -> str:
         """What metrics call it: a task's name, or one word for all mixtures, of which there is no end."""
-        return self.task if len(self.hats) < 2 else SEVERAL
+        return self.task if len(self.adapters) < 2 else SEVERAL
 
     @property
     def digests(self) -> list[str]:
         """The artifacts to keep while the request runs."""
-        return [version.digest for version, _ in self.hats]
+        return [version.digest for version, _ in self.adapters]
 
 
 def task_of(task: str | None) -> str:
@@ -76,23 +76,23 @@ async def wear(front: Front, tenant: str, task: str, version: int | None = None,
 
 async def wear_many(front: Front, tenant: str, tasks: list[WeightedTask], user: str | None = None) -> Worn:
     """Resolve several hats that one request wears at once, unmerged."""
-    if any(hat.task == BASE for hat in tasks):
+    if any(adapter.task == BASE for adapter in tasks):
         raise InvalidFieldError("the base is always worn; list only adapters' tasks", "adapters")
-    names = [hat.task for hat in tasks]
+    names = [adapter.task for adapter in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InvalidFieldError(f"the task {twice} is listed twice: a request wears a task once", "adapters")
-    hats = [(await front.resolve(tenant, hat.task, None, user), hat.weight) for hat in tasks]
-    _check_prefixes(hats)
-    return Worn(tenant, "+".join(names), tuple(hats))
+    adapters = [(await front.resolve(tenant, adapter.task, None, user), adapter.weight) for adapter in tasks]
+    _check_prefixes(adapters)
+    return Worn(tenant, "+".join(names), tuple(adapters))
 
 
-def _check_prefixes(hats: list[tuple[Version, float]]) -> None:
+def _check_prefixes(adapters: list[tuple[Version, float]]) -> None:
     """Prefixes stand one after another, each whole. Raises `InvalidFieldError` for what does not compose so.
 
     Keys and values that are given, and not computed, would ignore the embeddings that stand before them.
     """
     computed: str | None = None
-    for version, weight in hats:
+    for version, weight in adapters:
         if version.num_virtual and weight != 1.0:
             raise InvalidFieldError(
                 f"the task {version.task} puts {version.num_virtual} virtual tokens before the prompt, which cannot be "

@@ -28,7 +28,7 @@ from adapters_store.methods.compile import Room, compile_patch
 from adapters_store.methods.shared.unused_tensors import idle_tensors, tracked
 from adapters_store.primitives import Patch
 from adapters_store.registry.registry import Facts
-from server.core import EngineFailure, Hat, Logprobs, Sampling
+from server.core import AdapterRef, EngineFailure, Logprobs, Sampling
 from server.engine.client import EngineUnavailable
 from server.engine.messages import Ready, Submit
 from server.errors import EngineFailedError, ProbeLateError, ServerError, UnavailableError
@@ -161,13 +161,13 @@ def _check_virtual(patch: Patch, ready: Ready) -> None:
 
 async def _probe(front: Front, artifact: Artifact, patch: Patch) -> list[Check]:
     """Let the engine wear an artifact, staged or stored. Raises `ProbeError`, `ParityError`, or `ServerError`."""
-    ready, hat = front.ready(), Hat(artifact.digest, 1.0, patch.num_virtual)
+    ready, adapter = front.ready(), AdapterRef(artifact.digest, 1.0, patch.num_virtual)
     cases = parity_cases(artifact, ready, patch.num_virtual)
     prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
     deadline = time.monotonic() + PROBE_WITHIN_S
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + PROBE_WITHIN_S):
-            answers = await _ask_all(front, hat, prompts, deadline)
+            answers = await _ask_all(front, adapter, prompts, deadline)
     except TimeoutError:
         raise _late() from None
     except EngineUnavailable as error:
@@ -197,10 +197,12 @@ def plain_cases(ready: Ready, num_virtual: int) -> list[ParityCase]:
     return [ParityCase(prompt, [], [0] * min(2, room - len(prompt))) for prompt in prompts]
 
 
-async def _ask_all(front: Front, hat: Hat, cases: Sequence[ParityCase], deadline: float) -> list[ProbeAnswer]:
+async def _ask_all(
+    front: Front, adapter: AdapterRef, cases: Sequence[ParityCase], deadline: float
+) -> list[ProbeAnswer]:
     """In a namespace of its own: nothing that was computed before is taken for what is to be proved."""
     namespace = f"{NAMESPACE} {uuid.uuid4().hex}"
-    submits = [_submit(front.ready(), namespace, hat, case, deadline) for case in cases]
+    submits = [_submit(front.ready(), namespace, adapter, case, deadline) for case in cases]
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_ask(front, submit)) for submit in submits]
@@ -209,7 +211,7 @@ async def _ask_all(front: Front, hat: Hat, cases: Sequence[ParityCase], deadline
     return [task.result() for task in tasks]
 
 
-def _submit(ready: Ready, namespace: str, hat: Hat, case: ParityCase, deadline: float) -> Submit:
+def _submit(ready: Ready, namespace: str, adapter: AdapterRef, case: ParityCase, deadline: float) -> Submit:
     sampling = Sampling(
         max_tokens=max(1, len(case.continuation)),
         logprobs=min(NUM_TOP, ready.spec.vocab_size),
@@ -223,7 +225,7 @@ def _submit(ready: Ready, namespace: str, hat: Hat, case: ParityCase, deadline: 
         sampling,
         deadline,
         time.monotonic(),
-        (hat,),
+        (adapter,),
         max_running=MAX_AT_ONCE,
         is_probe=True,
     )

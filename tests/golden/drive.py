@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
-from server.core import Hat, Row, Sampled, Sampling
+from server.core import AdapterRef, Row, Sampled, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Output, Submit
 from server.model.runner import Loaded, PagedRunner, RunnerConfig, load
@@ -55,7 +55,7 @@ class FirstLogits:
         self.most_rows = max(self.most_rows, len(rows))
         for row, logits in zip((row for row in rows if row.sampling), self.runner.last_logits, strict=False):
             if len(row.history) == row.num_prompt:
-                self.logits[row.hats, tuple(row.history)] = logits.clone()
+                self.logits[row.adapters, tuple(row.history)] = logits.clone()
         return sampled
 
 
@@ -117,7 +117,9 @@ def _submit(index: int, request: Request, virtual: dict[str, int]) -> Submit:
         sampling=Sampling(max_tokens=request.num_tokens, ignore_eos=True),
         deadline=time.monotonic() + 3600,
         arrived=time.monotonic(),
-        hats=() if request.adapter == "base" else (Hat(request.adapter, num_virtual=virtual[request.adapter]),),
+        adapters=()
+        if request.adapter == "base"
+        else (AdapterRef(request.adapter, num_virtual=virtual[request.adapter]),),
     )
 
 

@@ -17,7 +17,7 @@ from tests.laws.world import Asked, World, load_tiny
 
 NUM_REQUESTS = 32  # a world, so that each has 31 others; 9 worlds are 288 needles
 WORLDS = [*((seed, "fp32") for seed in range(7)), (8, "fp16"), (10, "int8")]  # the last two share prefixes
-Hats = tuple[tuple[str, float], ...]
+SlotWeights = tuple[tuple[str, float], ...]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def tight(biased_base: Path) -> Callable[..., Loaded]:
     return cache(lambda num_blocks, precision="fp32": load_tiny(biased_base, num_blocks, BLOCK_SIZE, precision))
 
 
-def random_hats(world: World, draw: random.Random) -> Hats:
+def random_hats(world: World, draw: random.Random) -> SlotWeights:
     """None, one of any family, or several with weights: up to two prefixes in an order that composes, and up to two
     others.
     """
@@ -37,20 +37,20 @@ def random_hats(world: World, draw: random.Random) -> Hats:
     if kind < 0.6:
         return ((draw.choice(names), 1.0),)
     weighed = [name for name in names if not world.patch(name).num_virtual]
-    hats = [(name, draw.choice([1.0, 0.5, 0.25, -0.2, 0.0])) for name in draw.sample(weighed, draw.randrange(1, 3))]
+    adapters = [(name, draw.choice([1.0, 0.5, 0.25, -0.2, 0.0])) for name in draw.sample(weighed, draw.randrange(1, 3))]
     prefixes = draw.sample([name for name in names if world.patch(name).num_virtual], draw.randrange(3))
     prefixes.sort(key=lambda name: isinstance(world.patch(name).prefix, PrefixEmbeds))  # keys and values come first
-    return (*((name, 1.0) for name in prefixes), *hats)
+    return (*((name, 1.0) for name in prefixes), *adapters)
 
 
 def random_request(world: World, draw: random.Random, earlier: list[Asked]) -> Asked:
     """Prompts of 1-600 tokens; some begin as an earlier one does, under its hats or others, for the prefix cache."""
     prompt = tuple(draw.randrange(256) for _ in range(draw.choice([draw.randrange(1, 30), draw.randrange(1, 601)])))
-    hats = random_hats(world, draw)
+    adapters = random_hats(world, draw)
     if earlier and draw.random() < 0.4:
         like = draw.choice(earlier)
         prompt = (like.prompt[: draw.randrange(1, len(like.prompt) + 1)] + prompt)[:600]
-        hats = draw.choice([like.hats, hats])
+        adapters = draw.choice([like.adapters, adapters])
     sampling = Sampling(
         max_tokens=draw.randrange(1, 24),
         temperature=draw.choice([0.0, 0.8]),
@@ -59,7 +59,7 @@ def random_request(world: World, draw: random.Random, earlier: list[Asked]) -> A
         repetition_penalty=draw.choice([1.0, 1.2]),
     )
     arrives = (earlier[-1].arrives if earlier else 0) + draw.choice([0, 0, 1, 4])
-    return Asked(hats, prompt, sampling, arrives, tenant=draw.choice("tu"))
+    return Asked(adapters, prompt, sampling, arrives, tenant=draw.choice("tu"))
 
 
 @pytest.mark.parametrize(("seed", "precision"), WORLDS)
@@ -69,7 +69,7 @@ def test_the_needle(seed: int, precision: str, families: World, tight: Callable[
     world = families.on(tight(draw.choice([24, 32, 100]), precision))
     for _ in range(NUM_REQUESTS):
         asked.append(random_request(world, draw, asked))
-    most = max(world.num_bytes(*{name for name, _ in one.hats}) for one in asked)
+    most = max(world.num_bytes(*{name for name, _ in one.adapters}) for one in asked)
     with world.engine(
         max_batch_tokens=draw.choice([17, 64, 512]),
         max_running=draw.randrange(2, 17),
@@ -79,7 +79,7 @@ def test_the_needle(seed: int, precision: str, families: World, tight: Callable[
     ) as engine:
         together = world.answer(engine, asked)
     alone = [world.solo(one) for one in asked]
-    wrong = [(one.hats, got, want) for one, got, want in zip(asked, together, alone, strict=True) if got != want]
+    wrong = [(one.adapters, got, want) for one, got, want in zip(asked, together, alone, strict=True) if got != want]
     assert not wrong, wrong
 
 

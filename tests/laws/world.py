@@ -13,7 +13,7 @@ from typing import Any
 from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Patch
-from server.core import Hat, Sampling
+from server.core import AdapterRef, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Submit
 from server.model.precision import kept
@@ -43,7 +43,7 @@ def load_tiny(base: Path, num_blocks: int, block_size: int, precision: str = "fp
 class Asked:
     """A request: its hats as (adapter's name, weight), prompt, sampling, the step at which it comes, and its tenant."""
 
-    hats: tuple[tuple[str, float], ...]
+    adapters: tuple[tuple[str, float], ...]
     prompt: tuple[int, ...]
     sampling: Sampling
     arrives: int = 0
@@ -145,10 +145,12 @@ class World:
 
     def key(self, asked: Asked) -> str:
         """What a solo answer depends on, and is kept by."""
-        return repr(([(self.patch(name).digest, weight) for name, weight in asked.hats], asked.prompt, asked.sampling))
+        return repr(
+            ([(self.patch(name).digest, weight) for name, weight in asked.adapters], asked.prompt, asked.sampling)
+        )
 
     def _submit(self, sequence_id: str, asked: Asked) -> Submit:
-        worn = [(self.patch(name), weight) for name, weight in asked.hats]
+        worn = [(self.patch(name), weight) for name, weight in asked.adapters]
         return Submit(
             sequence_id=sequence_id,
             namespace=asked.tenant,
@@ -156,5 +158,5 @@ class World:
             sampling=asked.sampling,
             deadline=time.monotonic() + 600,
             arrived=time.monotonic(),
-            hats=tuple(Hat(patch.digest, weight, patch.num_virtual) for patch, weight in worn),
+            adapters=tuple(AdapterRef(patch.digest, weight, patch.num_virtual) for patch, weight in worn),
         )

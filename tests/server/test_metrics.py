@@ -132,8 +132,8 @@ async def test_no_request_makes_a_label(anyio_backend: str, tiny_base: Path, tmp
             await ask_for(site, f"unknown{number}")
         for first in "abc":
             for second in "abc".replace(first, ""):
-                hats = [{"task": first}, {"task": second}]
-                assert (await site.post("/generate", {"prompt": "x", "adapters": hats})).status_code == 200
+                adapters = [{"task": first}, {"task": second}]
+                assert (await site.post("/generate", {"prompt": "x", "adapters": adapters})).status_code == 200
         assert (await site.post("/generate", {"prompt": "x", "adapters": [{"task": "b"}]})).status_code == 200
         assert tasks_of((await site.http.get("/metrics")).text) == {"_several", "b"}
 

@@ -48,7 +48,7 @@ def assert_parity(artifact: Artifact, base: Path) -> None:
                         [*virtual, *tokens],
                         0,
                         BLOCKS,
-                        hats=((slot, 1.0),),
+                        adapters=((slot, 1.0),),
                         sampling=Sampling(),
                         history=tokens,
                         num_prompt=len(tokens),

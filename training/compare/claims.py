@@ -26,15 +26,21 @@ class Claim(NamedTuple):
 
 def claims(comparison: Comparison) -> list[Claim]:
     """All of them."""
-    hats, full = [outcome for outcome in comparison.outcomes if outcome.is_peft], comparison.of(FULL)
-    if not hats:
+    adapters, full = [outcome for outcome in comparison.outcomes if outcome.is_peft], comparison.of(FULL)
+    if not adapters:
         return []
-    return [_share(hats), _bytes(hats, full), _memory(hats, full), _forgetting(hats, full), _quality(hats, full)]
+    return [
+        _share(adapters),
+        _bytes(adapters, full),
+        _memory(adapters, full),
+        _forgetting(adapters, full),
+        _quality(adapters, full),
+    ]
 
 
-def _share(hats: list[MethodOutcome]) -> Claim:
-    figures = _range(hats, lambda one: one.trained_share, lambda value: f"{value:.3%}")
-    bad = [one.method for one in hats if one.trained_share > MOST_SHARE]
+def _share(adapters: list[MethodOutcome]) -> Claim:
+    figures = _range(adapters, lambda one: one.trained_share, lambda value: f"{value:.3%}")
+    bad = [one.method for one in adapters if one.trained_share > MOST_SHARE]
     return Claim(f"a small share of the parameters (at most {MOST_SHARE:.0%})", figures, _verdict(bad))
 
 
@@ -43,30 +49,30 @@ def megabytes(num_bytes: float) -> str:
     return f"{num_bytes / MEGA:,.2f} MB" if num_bytes < 100 * MEGA else f"{num_bytes / MEGA:,.0f} MB"
 
 
-def _bytes(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
-    figures = _range(hats, lambda one: one.artifact_bytes, megabytes)
+def _bytes(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
+    figures = _range(adapters, lambda one: one.artifact_bytes, megabytes)
     beside = f"; full: {megabytes(full.artifact_bytes)}" if full else ""
-    bad = [one.method for one in hats if one.artifact_bytes > MOST_BYTES]
+    bad = [one.method for one in adapters if one.artifact_bytes > MOST_BYTES]
     return Claim(f"megabytes per task (at most {MOST_BYTES / MEGA:.0f})", figures + beside, _verdict(bad))
 
 
-def _memory(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
+def _memory(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     claim = "less memory to train than full fine-tuning"
     if full is None:
         return _without_full(claim)
     most = full.memory_bytes
     if not most:  # a base so small that no page was added
         return Claim(claim, "full fine-tuning took no memory that could be measured", "not measured")
-    figures = _range(hats, lambda one: one.memory_bytes / most, lambda value: f"{value:.2f}")
-    bad = [one.method for one in hats if one.memory_bytes >= most]
+    figures = _range(adapters, lambda one: one.memory_bytes / most, lambda value: f"{value:.2f}")
+    bad = [one.method for one in adapters if one.memory_bytes >= most]
     return Claim(claim, f"{figures} of its {megabytes(most)} above the loaded base", _verdict(bad))
 
 
-def _forgetting(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
+def _forgetting(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     claim = "less forgetting than full fine-tuning"
     if full is None:
         return _without_full(claim)
-    bound, known = forgotten(full), [one for one in hats if forgotten(one) is not None]
+    bound, known = forgotten(full), [one for one in adapters if forgotten(one) is not None]
     if bound is None or not known:
         return Claim(claim, "", "not measured")
     figures = _range(known, forgotten, lambda value: f"{value:+.2%}")
@@ -74,13 +80,13 @@ def _forgetting(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     return Claim(claim, f"perplexity of a neutral text: {figures}; full: {bound:+.2%}", _verdict(bad))
 
 
-def _quality(hats: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
+def _quality(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     claim = f"as good as full fine-tuning in the same budget (within {NEAR * 100:.0f} point)"
     if full is None:
         return _without_full(claim)
     score = scores_of(full)[0]
-    figures = _range(hats, quality, score.show)
-    bad = [one.method for one in hats if quality(one) < quality(full) - NEAR]
+    figures = _range(adapters, quality, score.show)
+    bad = [one.method for one in adapters if quality(one) < quality(full) - NEAR]
     return Claim(claim, f"{score.name}: {figures}; full: {score.show(quality(full))}", _verdict(bad))
 
 
@@ -88,9 +94,9 @@ def _without_full(claim: str) -> Claim:
     return Claim(claim, "", f"not measured: {FULL} was not trained")
 
 
-def _range(hats: list[MethodOutcome], value: Value, show: Callable[[float], str]) -> str:
+def _range(adapters: list[MethodOutcome], value: Value, show: Callable[[float], str]) -> str:
     """From the least to the most, each with its method."""
-    found = sorted((value(one) or 0.0, one.method) for one in hats)
+    found = sorted((value(one) or 0.0, one.method) for one in adapters)
     shown = [f"{show(figure)} ({method})" for figure, method in (found[0], found[-1])]
     return " to ".join(shown if len(found) > 1 else shown[:1])
 

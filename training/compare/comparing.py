@@ -28,7 +28,7 @@ from training.methods import METHODS
 from training.run.job import Job
 
 TABLE, PLOT = "compare.md", "compare.png"
-NO_HAT = "it is a new base, and no hat"
+NO_ADAPTER = "it is a new base, and no hat"
 
 
 @dataclass
@@ -95,25 +95,25 @@ class Comparing:
 
     def _serve(self, progress: Progress) -> None:
         """All that a server takes, on one server. What does not come up is told, and costs nothing that is known."""
-        hats = [one for one in self.comparison.outcomes if METHODS[one.method].is_uploadable]
+        adapters = [one for one in self.comparison.outcomes if METHODS[one.method].is_uploadable]
         for outcome in self.comparison.outcomes:
-            outcome.not_served = "" if outcome in hats else NO_HAT
-        if not hats:
+            outcome.not_served = "" if outcome in adapters else NO_ADAPTER
+        if not adapters:
             return
-        task = progress.add_task("serving", total=len(hats) * serving.NUM_ROUNDS, facts="starting a server")
+        task = progress.add_task("serving", total=len(adapters) * serving.NUM_ROUNDS, facts="starting a server")
         job = next(iter(self.jobs.values()))
         try:
             with serving.serve(job.base, job.device, job.cache) as client:
                 progress.update(task, facts="decoding in turn with the base")
-                folders = {outcome.method: self.jobs[outcome.method].out for outcome in hats}
+                folders = {outcome.method: self.jobs[outcome.method].out for outcome in adapters}
                 served = serving.measure(client, folders, lambda: progress.advance(task))
         except serving.ServingError as error:
             self._fail(progress, task, f"nothing is served: {error}")
-            for outcome in hats:
+            for outcome in adapters:
                 outcome.not_served = str(error).splitlines()[0]
             return
         self.comparison.server = served.server
-        for outcome in hats:
+        for outcome in adapters:
             outcome.serving = served.methods.get(outcome.method)
             outcome.not_served = served.refused.get(outcome.method, "")
 

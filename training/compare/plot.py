@@ -10,7 +10,7 @@ from training.compare.results import Comparison, MethodOutcome
 from training.compare.scores import forgotten, quality, scores_of
 
 BAR_INCHES, PANEL_INCHES = 0.34, 4.2
-HAT, FULL, LINE = "#1f5fa8", "#d1883c", "#8a8a8a"
+ADAPTER, FULL, LINE = "#1f5fa8", "#d1883c", "#8a8a8a"
 MEGA = 1e6
 
 
@@ -67,7 +67,7 @@ def _panels(outcomes: Sequence[MethodOutcome]) -> list[Panel]:
 def _panel(axes: Any, panel: Panel, outcomes: Sequence[MethodOutcome]) -> None:
     """Bars from top to bottom, `-` where there is no value, a dashed line where the base is."""
     values = [panel.value(outcome) for outcome in outcomes]
-    colors = [HAT if outcome.is_peft else FULL for outcome in outcomes]
+    colors = [ADAPTER if outcome.is_peft else FULL for outcome in outcomes]
     begin = panel.base or 0.0 if panel.is_log else 0.0  # how many times the base's, and not how far from nothing
     lengths = [0.0 if value is None else value - begin for value in values]
     bars = axes.barh(range(len(outcomes)), lengths, left=begin, color=colors, height=0.72)

@@ -103,7 +103,7 @@ class _Crew:
         readies = [(named, ready) for named, ready in zip(jobs, prepared, strict=True) if ready is not None]
         with self._show.trainings([named.label for named, _ in readies]) as tells:
             members = [
-                Member(named, ready, Wearer(ready.hat), on_step(ready, tell, self._processes))
+                Member(named, ready, Wearer(ready.adapter), on_step(ready, tell, self._processes))
                 for (named, ready), tell in zip(readies, tells, strict=True)
             ]
             if members:

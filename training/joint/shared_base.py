@@ -27,7 +27,7 @@ from training.base import Base
 from training.data.batch import Batch, cut_before_head, label_logits, make_batch
 from training.data.dataset import TokenizedRow
 from training.errors import BaseError
-from training.methods.trainable import Hat
+from training.methods.trainable import TrainableAdapter
 from training.run.trainer import Turn
 
 NAME = "manyhats_jobs"  # of our attention among transformers'
@@ -48,11 +48,11 @@ def twin(base: Base) -> Base:
 class Wearer:
     """A hat on its twin, whose layers can be asked one by one, with random numbers of its own."""
 
-    def __init__(self, hat: Hat) -> None:
-        self.model = hat.model
-        modules = hat.model.named_modules()
+    def __init__(self, adapter: TrainableAdapter) -> None:
+        self.model = adapter.model
+        modules = adapter.model.named_modules()
         self.layers = {name.removeprefix(INSIDE): one for name, one in modules if isinstance(one, BaseTunerLayer)}
-        self._random: Any = torch.cuda if hat.model.device.type == "cuda" else torch
+        self._random: Any = torch.cuda if adapter.model.device.type == "cuda" else torch
         self._state = self._random.get_rng_state()
 
     def seed(self, seed: int) -> None:

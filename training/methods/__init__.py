@@ -15,7 +15,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods import adalora, bottleneck, ia3, lora, lora_variants, prefixes, selective, soft_prompts
-from training.methods.trainable import Hat
+from training.methods.trainable import TrainableAdapter
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TrainingMethod:
     """
 
     options: type[Any]
-    make: Callable[[Any, Base, Sequence[TokenizedRow]], Hat]
+    make: Callable[[Any, Base, Sequence[TokenizedRow]], TrainableAdapter]
     lr: float
     is_uploadable: bool = True
     can_share: bool = False
@@ -89,6 +89,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def attach(name: str, options: Any, base: Base, rows: Sequence[TokenizedRow]) -> Hat:
+def attach(name: str, options: Any, base: Base, rows: Sequence[TokenizedRow]) -> TrainableAdapter:
     """Put a method on a frozen base. Raises `OptionError`."""
     return METHODS[name].make(options, base, rows)

@@ -14,7 +14,7 @@ from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.lora import check_rank, whole
 from training.methods.targets import where
-from training.methods.trainable import PeftHat, put_on
+from training.methods.trainable import PeftAdapter, put_on
 
 WARM, FINAL = 0.1, 0.3  # shares of the run in which no rank is taken yet, and none any more
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT remembers of each value's importance
@@ -32,7 +32,7 @@ class AdaLoraOptions:
     layers: str = "last:10"
 
 
-def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
+def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """Through PEFT. Raises `OptionError`."""
     from peft import AdaLoraConfig
 
@@ -47,10 +47,10 @@ def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) 
         task_type="CAUSAL_LM",
         **where(options.target_modules, options.layers, base),
     )
-    return AdaLoraHat(put_on(base, config))
+    return AdaLoraAdapter(put_on(base, config))
 
 
-class AdaLoraHat(PeftHat):
+class AdaLoraAdapter(PeftAdapter):
     """Its budget falls with the steps, so it must know how many there are."""
 
     def begin(self, num_steps: int | None) -> None:

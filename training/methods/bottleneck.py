@@ -10,7 +10,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import parse_layers
-from training.methods.trainable import PeftHat, put_on
+from training.methods.trainable import PeftAdapter, put_on
 
 SCALINGS = ("learned", "channel")
 
@@ -29,7 +29,7 @@ class BottleneckOptions:
     layers: str = "last:10"
 
 
-def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
+def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """Through the tuner of ours. Raises `OptionError`."""
     from training.methods.bottleneck_layers import BottleneckTunerConfig
 
@@ -47,7 +47,7 @@ def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[Tokenized
         layers_to_transform=None if len(chosen) == base.spec.num_layers else chosen,
         task_type="CAUSAL_LM",
     )
-    return PeftHat(put_on(base, config))
+    return PeftAdapter(put_on(base, config))
 
 
 def _check(options: BottleneckOptions) -> None:

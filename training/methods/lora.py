@@ -18,7 +18,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import where
-from training.methods.trainable import NAME, PeftHat, put_on
+from training.methods.trainable import NAME, PeftAdapter, put_on
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 
@@ -46,9 +46,9 @@ class KinOptions:
     layers: str = "last:10"
 
 
-def lora(options: LoraOptions | KinOptions, base: Base, _rows: Sequence[TokenizedRow], **more: Any) -> PeftHat:
+def lora(options: LoraOptions | KinOptions, base: Base, _rows: Sequence[TokenizedRow], **more: Any) -> PeftAdapter:
     """`more` are keys of PEFT's LoraConfig."""
-    return PeftHat(put_on(base, lora_config(options, base, **more)))
+    return PeftAdapter(put_on(base, lora_config(options, base, **more)))
 
 
 def lora_config(options: LoraOptions | KinOptions, base: Base, **more: Any) -> Any:
@@ -77,7 +77,7 @@ def whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-class PartHat(PeftHat):
+class ResidualLoraAdapter(PeftAdapter):
     """PiSSA and OLoRA, whose initialisation took s B0 A0 off the base's weights.
 
     It is written as the plain LoRA [A; A0], [B, -B0] of twice the rank, which fits the base as it is.
@@ -124,6 +124,6 @@ class PartHat(PeftHat):
         }
 
 
-def part(options: KinOptions, base: Base, _rows: Sequence[TokenizedRow], init: str) -> PartHat:
+def part(options: KinOptions, base: Base, _rows: Sequence[TokenizedRow], init: str) -> ResidualLoraAdapter:
     """A LoRA that begins with a part of the weights; `init` is PEFT's name of the way."""
-    return PartHat(put_on(base, lora_config(options, base, init_lora_weights=init)))
+    return ResidualLoraAdapter(put_on(base, lora_config(options, base, init_lora_weights=init)))

@@ -9,7 +9,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.methods.lora import check_rank, whole
 from training.methods.targets import where
-from training.methods.trainable import PeftHat, put_on
+from training.methods.trainable import PeftAdapter, put_on
 
 TASK_TYPE = "CAUSAL_LM"
 
@@ -55,38 +55,42 @@ class OftOptions:
     layers: str = "last:10"
 
 
-def vera(options: VeraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
+def vera(options: VeraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """Trains vectors around two shared random matrices (arXiv:2310.11454), which are saved along."""
     from peft import VeraConfig
 
     check_rank(options.r)
     place = where(options.target_modules, options.layers, base)
-    return PeftHat(put_on(base, VeraConfig(r=options.r, vera_dropout=options.dropout, task_type=TASK_TYPE, **place)))
+    return PeftAdapter(
+        put_on(base, VeraConfig(r=options.r, vera_dropout=options.dropout, task_type=TASK_TYPE, **place))
+    )
 
 
-def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[TokenizedRow], kind: str) -> PeftHat:
+def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[TokenizedRow], kind: str) -> PeftAdapter:
     """Hadamard (LoHa, arXiv:2108.06098) or Kronecker products (LoKr, arXiv:2309.14859); `kind` is PEFT's config."""
     import peft
 
     check_rank(options.r)
     alpha, place = whole(options.alpha), where(options.target_modules, options.layers, base)
     config = getattr(peft, kind)(r=options.r, alpha=alpha, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
-    return PeftHat(put_on(base, config))
+    return PeftAdapter(put_on(base, config))
 
 
-def miss(options: MissOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
+def miss(options: MissOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """Sums of the input, once a residue (arXiv:2409.15371)."""
     from peft import MissConfig
 
     check_rank(options.r)
     place = where(options.target_modules, options.layers, base)
-    return PeftHat(put_on(base, MissConfig(r=options.r, miss_dropout=options.dropout, task_type=TASK_TYPE, **place)))
+    return PeftAdapter(
+        put_on(base, MissConfig(r=options.r, miss_dropout=options.dropout, task_type=TASK_TYPE, **place))
+    )
 
 
-def oft(options: OftOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
+def oft(options: OftOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """Rotations of the input, block by block (arXiv:2306.07280)."""
     from peft import OFTConfig
 
     place = where(options.target_modules, options.layers, base)
     config = OFTConfig(oft_block_size=options.block_size, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
-    return PeftHat(put_on(base, config))
+    return PeftAdapter(put_on(base, config))

@@ -14,7 +14,7 @@ import torch
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
-from training.methods.soft_prompts import EMBEDDINGS, RANDOM, PromptHat, check_num_tokens, default_text, text_ids
+from training.methods.soft_prompts import EMBEDDINGS, RANDOM, PromptAdapter, check_num_tokens, default_text, text_ids
 from training.methods.trainable import NAME, put_on
 
 
@@ -37,13 +37,13 @@ class CartridgeOptions:
     num_frozen_tokens: int = 1
 
 
-class KVHat(PromptHat):
+class PrefixAdapter(PromptAdapter):
     """Its prefix is a cache, which transformers drops where activations are computed again."""
 
     can_checkpoint = False
 
 
-class CartridgeHat(KVHat):
+class CartridgeAdapter(PrefixAdapter):
     """PEFT keeps its frozen and its trained tokens apart."""
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class CartridgeHat(KVHat):
         self.model.prompt_encoder[NAME].load_prompt_embeddings(self.tensors()[EMBEDDINGS].to(dtype).float())
 
 
-def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[TokenizedRow]) -> KVHat:
+def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[TokenizedRow]) -> PrefixAdapter:
     """Through PEFT. Raises `OptionError`."""
     from peft import PrefixTuningConfig
 
@@ -65,10 +65,10 @@ def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[TokenizedRo
         task_type="CAUSAL_LM",
     )
     text = RANDOM if options.prefix_projection else options.init_text
-    return _kv_hat(config, text, base, rows, KVHat)
+    return _prefix_adapter(config, text, base, rows, PrefixAdapter)
 
 
-def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[TokenizedRow]) -> KVHat:
+def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[TokenizedRow]) -> PrefixAdapter:
     """Through PEFT. Raises `OptionError`."""
     from peft import CartridgeConfig
 
@@ -79,10 +79,12 @@ def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[TokenizedRow
         num_frozen_tokens=options.num_frozen_tokens,
         task_type="CAUSAL_LM",
     )
-    return _kv_hat(config, options.init_text, base, rows, CartridgeHat)
+    return _prefix_adapter(config, options.init_text, base, rows, CartridgeAdapter)
 
 
-def _kv_hat(config: Any, text: str, base: Base, rows: Sequence[TokenizedRow], kind: type[KVHat]) -> KVHat:
+def _prefix_adapter(
+    config: Any, text: str, base: Base, rows: Sequence[TokenizedRow], kind: type[PrefixAdapter]
+) -> PrefixAdapter:
     from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 
     num_tokens = config.num_virtual_tokens

@@ -20,12 +20,12 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import linear_sites, sites_in
-from training.methods.trainable import Hat, PeftHat, put_on
+from training.methods.trainable import PeftAdapter, TrainableAdapter, put_on
 
 SEEN = "seen"  # of --token-indices: those of the training rows
 
 
-class SelectiveHat(Hat):
+class SelectiveAdapter(TrainableAdapter):
     """The base itself, with some of its parameters free."""
 
     def __init__(self, base: Base, names: Sequence[str]) -> None:
@@ -83,7 +83,7 @@ class FullOptions:
     """Nothing can be said of it."""
 
 
-def selective(options: SelectiveOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveHat:
+def selective(options: SelectiveOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveAdapter:
     """Chosen layers, modules or parameters in full. Raises `OptionError`."""
     runs = [run.strip() for run in options.parameters.split(",") if run.strip()]
     known = _parameters(base.spec)
@@ -91,39 +91,39 @@ def selective(options: SelectiveOptions, base: Base, _rows: Sequence[TokenizedRo
         if not any(_has(name, run) for name in known):
             raise OptionError(f"--parameters names {run!r}, which no parameter of {base.name} has in its name.")
     found = [name for name in known if not runs or any(_has(name, run) for run in runs)]
-    return SelectiveHat(base, _some(sites_in(options.layers, found, base), options.layers))
+    return SelectiveAdapter(base, _some(sites_in(options.layers, found, base), options.layers))
 
 
-def bitfit(options: LayerOptions, base: Base, rows: Sequence[TokenizedRow]) -> Hat:
+def bitfit(options: LayerOptions, base: Base, rows: Sequence[TokenizedRow]) -> TrainableAdapter:
     """All biases; where the base has none, as llamas, every linear gets one, as BEFT writes it."""
     biases = [name for name in _parameters(base.spec) if name.endswith(".bias")]
     if not biases:
         return beft(BiasOptions(layers=options.layers), base, rows)
-    return SelectiveHat(base, _some(sites_in(options.layers, biases, base), options.layers))
+    return SelectiveAdapter(base, _some(sites_in(options.layers, biases, base), options.layers))
 
 
-def full(_options: FullOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveHat:
+def full(_options: FullOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveAdapter:
     """Every parameter."""
-    return SelectiveHat(base, [name for name, _ in base.model.named_parameters()])
+    return SelectiveAdapter(base, [name for name, _ in base.model.named_parameters()])
 
 
-def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
+def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """Every norm, through PEFT. Raises `OptionError`."""
     from peft import LNTuningConfig
 
     norms = _some(sites_in(options.layers, list(base.spec.norms), base), options.layers)
-    return PeftHat(put_on(base, LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM")))
+    return PeftAdapter(put_on(base, LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM")))
 
 
-def beft(options: BiasOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftHat:
+def beft(options: BiasOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """A bias for linears that have none, through PEFT. Raises `OptionError`."""
     from peft import BeftConfig
 
     sites = linear_sites(options.target_modules, options.layers, base)
-    return PeftHat(put_on(base, BeftConfig(target_modules=sites, task_type="CAUSAL_LM")))
+    return PeftAdapter(put_on(base, BeftConfig(target_modules=sites, task_type="CAUSAL_LM")))
 
 
-def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[TokenizedRow]) -> PeftHat:
+def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[TokenizedRow]) -> PeftAdapter:
     """New rows of the embedding, and of a tied head, through PEFT. Raises `OptionError`."""
     from peft import TrainableTokensConfig
 
@@ -132,7 +132,7 @@ def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[Tokenized
     else:
         ids = _token_ids(options.token_indices, base.spec.vocab_size)
     config = TrainableTokensConfig(token_indices=ids, target_modules=[base.spec.embedding], task_type="CAUSAL_LM")
-    return PeftHat(put_on(base, config))
+    return PeftAdapter(put_on(base, config))
 
 
 def _token_ids(text: str, vocab_size: int) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
-from training.methods.trainable import NAME, PeftHat, put_on
+from training.methods.trainable import NAME, PeftAdapter, put_on
 
 TASK_TYPE = "CAUSAL_LM"
 RANDOM = "random"  # what --init-text says for none
@@ -58,7 +58,7 @@ class CptOptions:
     epsilon: float = 0.2
 
 
-class PromptHat(PeftHat):
+class PromptAdapter(PeftAdapter):
     """A hat of virtual tokens. What its encoder says when training ends is what is stored."""
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ def _begin_with(model: Any, embeds: Tensor | None) -> None:
         model.prompt_encoder[NAME].embedding.weight.data.copy_(embeds)
 
 
-def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptHat:
+def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptAdapter:
     """Through PEFT. Raises `OptionError`."""
     from peft import PromptTuningConfig
 
@@ -123,10 +123,10 @@ def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRo
     embeds = _text_embeds(options, base, rows)
     model = put_on(base, PromptTuningConfig(num_virtual_tokens=options.num_virtual_tokens, task_type=TASK_TYPE))
     _begin_with(model, embeds)
-    return PromptHat(model)
+    return PromptAdapter(model)
 
 
-def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PromptHat:
+def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PromptAdapter:
     """Through PEFT. Raises `OptionError`."""
     from peft import PromptEncoderConfig
 
@@ -140,10 +140,10 @@ def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[TokenizedRow])
         encoder_hidden_size=options.encoder_hidden_size,
         task_type=TASK_TYPE,
     )
-    return PromptHat(put_on(base, config))
+    return PromptAdapter(put_on(base, config))
 
 
-class MultitaskHat(PeftHat):
+class MultitaskAdapter(PeftAdapter):
     """The prompt is E * (C R); all three are trained and stored. C R begins as ones, and so the prompt as the text."""
 
     def __init__(self, model: Any, num_ranks: int) -> None:
@@ -156,7 +156,7 @@ class MultitaskHat(PeftHat):
         model.forward = partial(model.forward, task_ids=torch.tensor([0], device=model.device))
 
 
-def multitask(options: MultitaskOptions, base: Base, rows: Sequence[TokenizedRow]) -> MultitaskHat:
+def multitask(options: MultitaskOptions, base: Base, rows: Sequence[TokenizedRow]) -> MultitaskAdapter:
     """Of one task, through PEFT. Raises `OptionError`."""
     from peft import MultitaskPromptTuningConfig
 
@@ -169,10 +169,10 @@ def multitask(options: MultitaskOptions, base: Base, rows: Sequence[TokenizedRow
     )
     model = put_on(base, config)
     _begin_with(model, embeds)
-    return MultitaskHat(model, options.num_ranks)
+    return MultitaskAdapter(model, options.num_ranks)
 
 
-def cpt(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptHat:
+def cpt(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptAdapter:
     """The context's embeddings, moved by at most `epsilon` each, through PEFT. The loss is on the completions alone."""
     from peft import CPTConfig
 
@@ -186,7 +186,7 @@ def cpt(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> Prompt
         opt_projection_format_epsilon=options.epsilon,
         task_type=TASK_TYPE,
     )
-    return PromptHat(put_on(base, config))
+    return PromptAdapter(put_on(base, config))
 
 
 def _context(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> tuple[list[int], list[int]]:

@@ -18,7 +18,7 @@ from training.errors import OptionError
 NAME = "default"  # PEFT's name of the one adapter in a model
 
 
-class Hat:
+class TrainableAdapter:
     """`model` is called as the base is; those of its parameters that require a gradient are trained.
 
     A method whose training needs more than gradients overrides `begin`, `penalty`, `after_step`, `state` and `restore`.
@@ -65,7 +65,7 @@ class Hat:
         raise NotImplementedError
 
 
-class PeftHat(Hat):
+class PeftAdapter(TrainableAdapter):
     """A hat that PEFT made: `model` is a PeftModel."""
 
     @property

@@ -22,7 +22,7 @@ from training.errors import DivergedError, OptionError
 from training.evaluation.evaluate import Scores, Suite, evaluate, suite_of
 from training.evaluation.parity import parity
 from training.methods import METHODS, attach
-from training.methods.trainable import Hat
+from training.methods.trainable import TrainableAdapter
 from training.report.curves import draw
 from training.report.progress import Show
 from training.report.step_log import LOG, LiveLog, Step, lines
@@ -49,7 +49,7 @@ class PreparedJob:
     checkpoint: Checkpoint
     log: LiveLog
     before: Scores | None
-    hat: Hat
+    adapter: TrainableAdapter
     memory: PeakMemory
     trainer: Trainer
     num_jobs: int
@@ -93,14 +93,14 @@ def prepare(
     base.touch()
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
     memory = PeakMemory(base.model.device)
-    hat = _attach(job, options, base, rows)
+    adapter = _attach(job, options, base, rows)
     dtype = dtype_of(job.precision, base)
-    trainer = Trainer(hat, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype, clock)
+    trainer = Trainer(adapter, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype, clock)
     if job.is_resumed and checkpoint.exists():
         trainer.restore(checkpoint.load())
         show.say(f"going on after step {len(trainer.steps)}")
     log = LiveLog(job.out)
-    return PreparedJob(job, options, base, rows, suite, checkpoint, log, before, hat, memory, trainer, num_jobs)
+    return PreparedJob(job, options, base, rows, suite, checkpoint, log, before, adapter, memory, trainer, num_jobs)
 
 
 def score_base(job: Job, show: Show, processes: Processes) -> Scores:
@@ -137,34 +137,34 @@ def forgotten_if_failed(ready: PreparedJob) -> Iterator[None]:
 
 def finish(ready: PreparedJob, run: Run, show: Show, processes: Processes) -> Done | None:
     """Score and prove what is stored, not what was trained, and write it: the main process does."""
-    job, base, hat, rows = ready.job, ready.base, ready.hat, ready.rows
+    job, base, adapter, rows = ready.job, ready.base, ready.adapter, ready.rows
     if ready.before is None:
         return None
     ready.log.remove()
     memory = (ready.memory.base, ready.memory.peak())
     training = manifest.of_run(job, ready.options, rows, run, memory, processes.size)
-    hat.settle(DTYPES[job.save_dtype])
-    after = score(hat.model, ready.suite, show, "scoring the adapter")
+    adapter.settle(DTYPES[job.save_dtype])
+    after = score(adapter.model, ready.suite, show, "scoring the adapter")
     written = Manifest(
         format_version=FORMAT_VERSION,
-        method=_server_name(job.method, hat),
+        method=_server_name(job.method, adapter),
         base=base.ref,
         prompt_format=None if rows.train.is_chat else job.template.prompt_format(),
-        parity=parity(hat.model, rows.held_rows, rows.train_rows, base.tokenizer.eos_token_id),
+        parity=parity(adapter.model, rows.held_rows, rows.train_rows, base.tokenizer.eos_token_id),
         training={**training, "num_jobs": ready.num_jobs},
         evaluation=manifest.of_scores(rows, job.columns, ready.before, after),
     )
-    num_bytes = _write(job, hat, written, ready.trainer.steps)
+    num_bytes = _write(job, adapter, written, ready.trainer.steps)
     ready.checkpoint.remove()
     return Done(run, ready.before, after, num_bytes)
 
 
-def _attach(job: Job, options: Any, base: Base, rows: TrainingData) -> Hat:
+def _attach(job: Job, options: Any, base: Base, rows: TrainingData) -> TrainableAdapter:
     torch.manual_seed(job.plan.seed)
-    hat = attach(job.method, options, base, rows.train_rows)
+    adapter = attach(job.method, options, base, rows.train_rows)
     if METHODS[job.method].is_uploadable:
-        _check_form(hat, base)
-    return hat
+        _check_form(adapter, base)
+    return adapter
 
 
 def _rows(job: Job, base: Base) -> TrainingData:
@@ -196,11 +196,11 @@ def score(model: Any, suite: Suite, show: Show, what: str) -> Scores:
         return evaluate(model, suite, more)
 
 
-def _check_form(hat: Hat, base: Base) -> None:
+def _check_form(adapter: TrainableAdapter, base: Base) -> None:
     """Raise `OptionError` where the server would not take what this run is going to write."""
-    tensors = {name: tensor.detach().cpu() + NUDGE for name, tensor in hat.tensors().items()}
+    tensors = {name: tensor.detach().cpu() + NUDGE for name, tensor in adapter.tensors().items()}
     try:
-        compile_patch(Artifact(hat.config(), tensors, None, "", 0), base.spec)
+        compile_patch(Artifact(adapter.config(), tensors, None, "", 0), base.spec)
     except ArtifactError as error:
         raise OptionError(f"The server would not take this adapter: {error}.") from error
 
@@ -213,18 +213,18 @@ def dtype_of(precision: str, base: Base) -> torch.dtype:
     return DTYPES[precision]
 
 
-def _server_name(method: str, hat: Hat) -> str:
+def _server_name(method: str, adapter: TrainableAdapter) -> str:
     """What the server calls the method; `full` is none of its."""
     if not METHODS[method].is_uploadable:
         return method
-    return method_of(Artifact(hat.config(), {}, None, "", 0)).name
+    return method_of(Artifact(adapter.config(), {}, None, "", 0)).name
 
 
-def _write(job: Job, hat: Hat, manifest: Manifest, steps: Sequence[Step]) -> int:
+def _write(job: Job, adapter: TrainableAdapter, manifest: Manifest, steps: Sequence[Step]) -> int:
     """The folder with log and curves among its files; the bytes of its weights."""
-    tensors = hat.tensors()
+    tensors = adapter.tensors()
     stored = {name: tensors[name].detach().to("cpu", DTYPES[job.save_dtype]).contiguous() for name in sorted(tensors)}
     weights = save(stored, metadata={"format": "pt"})
     curves = draw(steps, f"{job.method} on {job.data.name}")
-    write_folder(job.out, hat.config(), weights, manifest, {LOG: lines(steps).encode(), CURVES: curves})
+    write_folder(job.out, adapter.config(), weights, manifest, {LOG: lines(steps).encode(), CURVES: curves})
     return len(weights)

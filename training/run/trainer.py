@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from training.data.batch import label_logits, make_batch
 from training.data.dataset import TokenizedRow, batches
 from training.errors import DivergedError, OptionError
-from training.methods.trainable import Hat
+from training.methods.trainable import TrainableAdapter
 from training.report.step_log import Step
 from training.run.distributed import Processes
 from training.run.schedule import Plan
@@ -82,7 +82,7 @@ class Trainer:
 
     def __init__(
         self,
-        hat: Hat,
+        adapter: TrainableAdapter,
         rows: Sequence[TokenizedRow],
         plan: Plan,
         processes: Processes,
@@ -91,9 +91,9 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._hat, self._rows, self._plan, self._held = hat, rows, plan, held
+        self._adapter, self._rows, self._plan, self._held = adapter, rows, plan, held
         self._processes, self._dtype, self._clock = processes, dtype, clock
-        self._trained = hat.trained()
+        self._trained = adapter.trained()
         self._num_base = num_base
         self._optimizer = torch.optim.AdamW(self._trained, lr=plan.lr, weight_decay=plan.weight_decay)
         self._per_epoch = math.ceil(len(rows) / plan.rows_per_step)
@@ -103,9 +103,9 @@ class Trainer:
         self._began = clock()
         self._stream: Iterator[list[TokenizedRow]] = iter(())
         self.steps: list[Step] = []
-        hat.begin(self._num_steps)
+        adapter.begin(self._num_steps)
         if plan.gradient_checkpointing:
-            _checkpoint_activations(hat)
+            _checkpoint_activations(adapter)
 
     def run(self, on_step: Callable[[Step], None] = lambda _step: None) -> Run:
         """Train to the first limit of the plan, at least one step. Raises `DivergedError` if the loss is no number."""
@@ -119,7 +119,7 @@ class Trainer:
         """Start the clock."""
         self._began = self._clock()
         self._stream = self._rows_from(len(self.steps))
-        self._hat.model.train()
+        self._adapter.model.train()
 
     def next_turn(self) -> Turn | None:
         """The step to take now; None when the run has reached its end."""
@@ -143,14 +143,14 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = turn.lr
         self._optimizer.step()
-        self._hat.after_step(turn.number)
+        self._adapter.after_step(turn.number)
         self._optimizer.zero_grad()
         self.steps.append(self._step_facts(turn, loss))
         return self.steps[-1]
 
     def end(self) -> Run:
         """What the run was. The hat has its last weights, or with early stopping the best."""
-        self._hat.model.eval()
+        self._adapter.model.eval()
         self._keep_best()
         return self._summary()
 
@@ -159,7 +159,7 @@ class Trainer:
         return {
             "trained": [parameter.detach() for parameter in self._trained],
             "optimizer": self._optimizer.state_dict(),
-            "hat": self._hat.state(),
+            "hat": self._adapter.state(),
             "best": None if self._best is None else dataclasses.asdict(self._best),
             "steps": [dataclasses.asdict(step) for step in self.steps],
         }
@@ -170,7 +170,7 @@ class Trainer:
         for parameter, value in zip(self._trained, state["trained"], strict=True):
             parameter.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
-        self._hat.restore(state["hat"])
+        self._adapter.restore(state["hat"])
         self._best = None if state["best"] is None else Best(**state["best"])
         self.steps = [Step(**step) for step in state["steps"]]
         self._before = self.steps[-1].seconds
@@ -209,11 +209,11 @@ class Trainer:
         """The sum over the rows' label tokens."""
         batch = make_batch(rows, self._trained[0].device)
         with torch.autocast(batch.ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            logits = label_logits(self._hat.model, batch)
+            logits = label_logits(self._adapter.model, batch)
         return cross_entropy(logits, batch.targets, reduction="sum")
 
     def _penalise(self) -> float:
-        penalty = self._hat.penalty() if self._processes.is_main else None
+        penalty = self._adapter.penalty() if self._processes.is_main else None
         if penalty is None:
             return 0.0
         penalty.backward()
@@ -228,12 +228,12 @@ class Trainer:
 
     def _evaluate(self, step: int) -> float:
         """The mean loss on the evaluation rows; the best weights so far are remembered where they may be asked for."""
-        self._hat.model.eval()
+        self._adapter.model.eval()
         mine = sorted(self._processes.share(self._held), key=lambda row: len(row.ids))
         with torch.inference_mode():
             parts = [mine[i : i + EVAL_BATCH] for i in range(0, len(mine), EVAL_BATCH)]
             (total,) = self._processes.sum(sum(self._loss(part).item() for part in parts))
-        self._hat.model.train()
+        self._adapter.model.train()
         loss = total / sum(len(row.completion) for row in self._held)
         if self._plan.early_stopping_patience is not None:
             if self._best is None or loss < self._best.loss:
@@ -274,8 +274,8 @@ class Trainer:
         )
 
 
-def _checkpoint_activations(hat: Hat) -> None:
+def _checkpoint_activations(adapter: TrainableAdapter) -> None:
     """Have transformers compute activations again. Raises `OptionError` where the method cannot."""
-    if not hat.can_checkpoint:
+    if not adapter.can_checkpoint:
         raise OptionError("--gradient-checkpointing cannot be used with a prefix of keys and values: leave it out.")
-    hat.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    adapter.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -16,7 +16,7 @@ from server.model.attention.params import Manner
 from server.model.backends import cpu
 from server.model.backends.base import Packer
 from server.model.backends.cpu import layers
-from server.model.instrument.linear import HatLinear
+from server.model.instrument.linear import AdapterLinear
 from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import SlotBank
 
@@ -44,10 +44,10 @@ class GatedMLP(nn.Module):
 
     def __init__(self, mlp: Any, site: str, bank: SlotBank, pack: Packer) -> None:
         super().__init__()
-        self.gate_up = HatLinear(
+        self.gate_up = AdapterLinear(
             [mlp.gate_proj, mlp.up_proj], pack, bank, [f"{site}.gate_proj", f"{site}.up_proj"], False
         )
-        self.down = HatLinear([mlp.down_proj], pack, bank, [f"{site}.down_proj"], False)
+        self.down = AdapterLinear([mlp.down_proj], pack, bank, [f"{site}.down_proj"], False)
         self.group = bank.group(site)
         self.act_fn = mlp.act_fn
         self.gate = next((code for name, code in layers.GATES.items() if _is_act(mlp.act_fn, name)), None)
@@ -75,8 +75,8 @@ class Attention(nn.Module):
         super().__init__()
         projections = [stock.q_proj, stock.k_proj, stock.v_proj]
         sites = [f"{site}.q_proj", f"{site}.k_proj", f"{site}.v_proj"]
-        self.qkv = HatLinear(projections, pack, bank, sites, False)
-        self.out = HatLinear([stock.o_proj], pack, bank, [f"{site}.o_proj"], False)
+        self.qkv = AdapterLinear(projections, pack, bank, sites, False)
+        self.out = AdapterLinear([stock.o_proj], pack, bank, [f"{site}.o_proj"], False)
         self.group = bank.group(site)
         self.layer_idx, self.manner, self.is_turned = stock.layer_idx, manner, is_turned
 

@@ -18,7 +18,7 @@ from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import SlotBank
 
 
-class HatLinear(nn.Module):
+class AdapterLinear(nn.Module):
     """Linear layers of the base that share an input, and what patches add: y = W x + b, then the slots' primitives.
 
     Several are one product, whose output has theirs side by side. `is_head` marks the output head, which sees only the

@@ -16,7 +16,7 @@ from server.model.attention.paged_batch import PagedBatch
 from server.model.backends.cpu import decoder
 from server.model.backends.cpu.weights import PackedProduct
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
-from server.model.instrument.linear import HatLinear
+from server.model.instrument.linear import AdapterLinear
 from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import SlotBank
 
@@ -144,7 +144,7 @@ def _norm(norm: RMSNorm) -> tuple[Any, ...]:
     return norm.weight.data_ptr(), norm.eps, _group(norm.group)
 
 
-def _linear(linear: HatLinear) -> tuple[Any, ...]:
+def _linear(linear: AdapterLinear) -> tuple[Any, ...]:
     product = linear.product
     if not isinstance(product, PackedProduct):
         raise TypeError("a layer in one call needs packed weights")

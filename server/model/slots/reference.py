@@ -24,7 +24,7 @@ def embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None:
 
 
 def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, worn: Worn) -> None:
-    """The slow twin of `hats.scale`, in plain torch on any device."""
+    """The slow twin of `adapters.scale`, in plain torch on any device."""
     for span, worn_here in worn.segments():
         for slot, weight in worn_here:
             primitive = bank.primitive(kind, site, slot)

@@ -131,7 +131,7 @@ class SlotBank:
         )
         slot, group = self.put(self.pack(Patch("warm-up", "", primitives))), self.group(site)
         try:
-            self.dress([Row([0], 0, [0], hats=((slot, 1.0),))])
+            self.dress([Row([0], 0, [0], adapters=((slot, 1.0),))])
             x = self.enter(group, of_x.to(self.device))
             self.apply(group, x, of_y.to(self.device, copy=True))
         finally:
@@ -145,8 +145,8 @@ class SlotBank:
 
     def dress(self, rows: list[Row]) -> None:
         """Say what the next forward's rows wear; [] undresses. A virtual position is a token -1, -2, … of its row."""
-        self.tokens = wear((row.hats, len(row.tokens)) for row in rows)
-        self.sampled = wear((row.hats, 1) for row in rows if row.sampling)
+        self.tokens = wear((row.adapters, len(row.tokens)) for row in rows)
+        self.sampled = wear((row.adapters, 1) for row in rows if row.sampling)
         self._mark()
         for slot in self.tokens.slots.tolist():
             self.copies.wait(slot)
@@ -161,7 +161,7 @@ class SlotBank:
         """Whether anything that these rows wear changes what the base computes of their tokens."""
         if any(row.start < row.num_virtual for row in rows):
             return True
-        return bool(self._acts_of(slot for row in rows for slot, _ in row.hats).array.any())
+        return bool(self._acts_of(slot for row in rows for slot, _ in row.adapters).array.any())
 
     def _forget(self) -> None:
         """A slot or a group came or went: whoever dresses next sees anew what acts where."""
@@ -197,7 +197,7 @@ class SlotBank:
     def _virtual(self, row: Row, first: int) -> Iterable[tuple[int, int, int, int]]:
         """The parts of its hats' embeddings that a row's tokens are."""
         start, end, before = row.start, row.start + len(row.tokens), 0
-        for slot, _ in row.hats if start < row.num_virtual else ():
+        for slot, _ in row.adapters if start < row.num_virtual else ():
             after = before + self.slots[slot].num_virtual
             low, high = max(start, before), min(end, after)
             if low < high:

@@ -20,7 +20,7 @@ from tests.kit.services import s3
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a real HTTP server with the bucket `hats`."""
+    """The environment of a real HTTP server with the bucket `adapters`."""
     with s3(tmp_path_factory.mktemp("moto"), "hats") as environment:
         yield environment
 

@@ -30,7 +30,7 @@ SMALL = {"slot_bytes": 96 * 2**10, "host_bytes": 160 * 2**10}
 
 
 @dataclass(frozen=True)
-class Hat:
+class AdapterRef:
     """An adapter with its golden answers, one a prompt."""
 
     name: str
@@ -45,7 +45,7 @@ class Churn:
 
     site: Site
     golden: Golden
-    hats: dict[str, Hat]
+    adapters: dict[str, AdapterRef]
     draw: random.Random
     until: float  # monotonic seconds
     needles: list[tuple[str, dict[str, Any], list[int]]] = field(default_factory=list)  # digest, request, tokens
@@ -72,7 +72,7 @@ class Churn:
         kind = draw.choice(["upload", "upload", "upload", "route", "route", "version", "task", "rollback", "pin"])
         numbers = [draw.randrange(1, 12) for _ in range(2)]
         if kind == "upload":
-            answer = await self.site.upload(task, draw.choice(list(self.hats.values())).body)
+            answer = await self.site.upload(task, draw.choice(list(self.adapters.values())).body)
         elif kind == "route":
             answer = await http.put(f"/tasks/{task}/route", json={"versions": {str(number): 1 for number in numbers}})
         elif kind == "version":
@@ -110,13 +110,13 @@ class Churn:
             self.wrong.append((answer.status_code, answer.text))
             return
         found = answer.json()
-        hat, tokens = self.hats[found["adapter"]["digest"]], found["choices"][0]["token_ids"]
+        adapter, tokens = self.adapters[found["adapter"]["digest"]], found["choices"][0]["token_ids"]
         if index is None:
-            self.needles.append((hat.digest, body, tokens))
-        elif is_answer(hat.answers[index], tokens):
+            self.needles.append((adapter.digest, body, tokens))
+        elif is_answer(adapter.answers[index], tokens):
             self.num_right += 1
         else:
-            self.wrong.append((hat.name, index, tokens))
+            self.wrong.append((adapter.name, index, tokens))
 
 
 def is_answer(want: Answer, tokens: list[int]) -> bool:
@@ -132,23 +132,25 @@ def golden() -> Golden:
     return read(cases.HERE / "golden_families.json")["qwen2"]
 
 
-def make_hats(folder: Path, base: Path, golden: Golden) -> dict[str, Hat]:
+def make_hats(folder: Path, base: Path, golden: Golden) -> dict[str, AdapterRef]:
     """The adapters that the golden answers are of, by digest, but for those that would fill all slots alone."""
     names = [name for name, adapter in golden.adapters.items() if adapter.config["family"] != "lora-saved"]
     made = cases.make_adapters(folder, base, {name: golden.adapters[name].config for name in names}, golden.strength)
-    hats = [Hat(name, read_folder(made[name]).digest, zip_folder(made[name]), golden.answers[name]) for name in names]
-    return {hat.digest: hat for hat in hats}
+    adapters = [
+        AdapterRef(name, read_folder(made[name]).digest, zip_folder(made[name]), golden.answers[name]) for name in names
+    ]
+    return {adapter.digest: adapter for adapter in adapters}
 
 
 async def test_golden_and_needle_while_adapters_churn(
     anyio_backend: str, biased_base: Path, tmp_path: Path, golden: Golden, churn_seconds: float
 ) -> None:
     """Each answer is that of the version that it says, golden or as it is alone; slots are reused; 0 mismatches."""
-    hats = make_hats(tmp_path / "hats", biased_base, golden)
+    adapters = make_hats(tmp_path / "hats", biased_base, golden)
     async with serve_real(biased_base, tmp_path / "data", **SMALL, max_waiting=200) as site:
-        for number, hat in enumerate(hats.values()):
-            assert (await site.upload(f"t{number % NUM_TASKS}", hat.body)).status_code == 201
-        churn = Churn(site, golden, hats, random.Random(0), time.monotonic() + churn_seconds)
+        for number, adapter in enumerate(adapters.values()):
+            assert (await site.upload(f"t{number % NUM_TASKS}", adapter.body)).status_code == 201
+        churn = Churn(site, golden, adapters, random.Random(0), time.monotonic() + churn_seconds)
         await asyncio.gather(churn.change(), *(churn.ask() for _ in range(NUM_CLIENTS)))
         await check_needles(churn)
         stats = site.front.client.stats
@@ -160,13 +162,13 @@ async def test_golden_and_needle_while_adapters_churn(
 
 async def check_needles(churn: Churn) -> None:
     """Ask every needle again, alone."""
-    for digest, hat in churn.hats.items():
-        await churn.site.upload("alone", hat.body)
+    for digest, adapter in churn.adapters.items():
+        await churn.site.upload("alone", adapter.body)
         for body, tokens in [(body, tokens) for found, body, tokens in churn.needles if found == digest]:
             found = await churn.site.ask("alone", **body)
             assert found["adapter"]["digest"] == digest
             if found["choices"][0]["token_ids"] != tokens:
-                churn.wrong.append((hat.name, body, tokens))
+                churn.wrong.append((adapter.name, body, tokens))
 
 
 @dataclass

@@ -40,14 +40,14 @@ class Served:
         """A task's artifact, compiled here."""
         return compile_patch(read_folder(self.folders[task]), self.site.front.ready().spec)
 
-    def wanted(self, *hats: tuple[str, float]) -> list[int]:
+    def wanted(self, *adapters: tuple[str, float]) -> list[int]:
         """The greedy answer of the stock model with the patches' formulas."""
         prompt = self.site.front.tokenizer.encode(PROMPT)
-        return reference.greedy(self.stock, [(self.patch(task), weight) for task, weight in hats], prompt, 16)
+        return reference.greedy(self.stock, [(self.patch(task), weight) for task, weight in adapters], prompt, 16)
 
-    async def worn(self, *hats: tuple[str, float]) -> dict[str, Any]:
+    async def worn(self, *adapters: tuple[str, float]) -> dict[str, Any]:
         """The answer to several hats at once."""
-        listed = [{"task": task, "weight": weight} for task, weight in hats]
+        listed = [{"task": task, "weight": weight} for task, weight in adapters]
         answer = await self.site.post("/generate", {**BODY, "adapters": listed})
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
@@ -136,12 +136,14 @@ MIXTURES: list[list[tuple[str, float]]] = [
 
 async def test_several_families_on_one_request(served: Served) -> None:
     """Hats of several families compose as the formulas do, with weights; prefixes stand in the order of the list."""
-    wanted = [served.wanted(*hats) for hats in MIXTURES]
-    together = await asyncio.gather(*(served.worn(*hats) for hats in MIXTURES))
+    wanted = [served.wanted(*adapters) for adapters in MIXTURES]
+    together = await asyncio.gather(*(served.worn(*adapters) for adapters in MIXTURES))
     assert [tokens(answer) for answer in together] == wanted
     assert wanted[7] != wanted[8]
-    for hats, answer in zip(MIXTURES, together, strict=True):
-        assert answer["usage"]["virtual_tokens"] == sum(num_virtual(served.folders[task]) for task, _ in hats), hats
+    for adapters, answer in zip(MIXTURES, together, strict=True):
+        assert answer["usage"]["virtual_tokens"] == sum(num_virtual(served.folders[task]) for task, _ in adapters), (
+            adapters
+        )
 
 
 async def test_what_does_not_compose(served: Served) -> None:

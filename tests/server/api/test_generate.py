@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from server.core import Hat, Sampling
+from server.core import AdapterRef, Sampling
 from server.engine.fake import shift_of
 from tests.kit.tiny import EOS, VOCAB_SIZE
 from tests.server.world import MAX_TOKENS, Site
@@ -32,9 +32,9 @@ async def test_task_wears_its_adapter(shared: Site) -> None:
     version = (await shared.http.get("/tasks/one")).json()["versions"][0]
     answer = await shared.ask("one", prompt="ab", max_tokens=2)
     assert answer["adapter"] == {"version": 1, "digest": version["digest"], "method": "lora"}
-    hat = Hat(version["digest"], 1.0)
-    assert shared.engine.submitted[-1].hats == (hat,)
-    assert answer["choices"][0]["token_ids"] == [(ord(c) + shift_of((hat,))) % VOCAB_SIZE for c in "ab"]
+    adapter = AdapterRef(version["digest"], 1.0)
+    assert shared.engine.submitted[-1].adapters == (adapter,)
+    assert answer["choices"][0]["token_ids"] == [(ord(c) + shift_of((adapter,))) % VOCAB_SIZE for c in "ab"]
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
@@ -166,7 +166,7 @@ async def test_several_adapters(shared: Site) -> None:
     digests = [(await shared.http.get(f"/tasks/{name}")).json()["versions"][0]["digest"] for name in ("one", "two")]
     body = {"prompt": "a", "adapters": [{"task": "two", "weight": -0.5}, {"task": "one"}]}
     answer = (await shared.post("/generate", body)).json()
-    assert shared.engine.submitted[-1].hats == (Hat(digests[1], -0.5), Hat(digests[0], 1.0))
+    assert shared.engine.submitted[-1].adapters == (AdapterRef(digests[1], -0.5), AdapterRef(digests[0], 1.0))
     assert answer["task"] == "two+one"
     assert [(worn["task"], worn["weight"]) for worn in answer["adapters"]] == [("two", -0.5), ("one", 1.0)]
 

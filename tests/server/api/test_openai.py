@@ -25,7 +25,7 @@ RENDERED = "<user>hi🎩\n<assistant>"
 async def server(
     anyio_backend: str, tiny_base: Path, zips: list[bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Site]:
-    """A server on loopback with an admin key and the task `hat`."""
+    """A server on loopback with an admin key and the task `adapter`."""
     async with serve_site(tiny_base, tmp_path_factory.mktemp("openai"), admin_key=KEY) as site:
         site.http.headers["Authorization"] = f"Bearer {KEY}"
         assert (await site.upload("hat", zips[0])).status_code == 201
@@ -138,7 +138,7 @@ async def test_chat(client: AsyncOpenAI, server: Site) -> None:
     submit = server.engine.submitted[-1]
     assert submit.sampling.temperature == 1.0
     assert submit.sampling.max_tokens == MAX_TOKENS - len(submit.prompt), "the rest of the context"
-    assert not submit.hats
+    assert not submit.adapters
 
 
 async def test_chat_fields(client: AsyncOpenAI, server: Site) -> None:
@@ -150,7 +150,7 @@ async def test_chat_fields(client: AsyncOpenAI, server: Site) -> None:
     assert answer.usage is not None and answer.usage.completion_tokens == 5
     submit = server.engine.submitted[-1]
     assert bytes(submit.prompt) == b"<user>ab\n<assistant>"
-    assert len(submit.hats) == 1 and (submit.sampling.seed, submit.sampling.top_p) == (3, 0.5)
+    assert len(submit.adapters) == 1 and (submit.sampling.seed, submit.sampling.top_p) == (3, 0.5)
     limited = await client.chat.completions.create(model="base", messages=TURNS, max_tokens=2)
     assert limited.choices[0].message.content == "<u"
     stopped = await client.chat.completions.create(model="base", messages=TURNS, stop=["hi", "x"])
@@ -187,8 +187,8 @@ async def test_chat_logprobs(client: AsyncOpenAI) -> None:
     first = logprobs.content[0]
     assert (first.token, first.logprob, first.bytes) == ("<", -0.25, [60])
     assert [(top.token, top.logprob) for top in first.top_logprobs] == [("<", -0.25), ("=", -0.5)]
-    hat = RENDERED.encode().index("🎩".encode())
-    assert logprobs.content[hat].bytes is None
+    adapter = RENDERED.encode().index("🎩".encode())
+    assert logprobs.content[adapter].bytes is None
     assert len(logprobs.content) == len(RENDERED.encode()) + 1
     streamed = []
     async for chunk in await client.chat.completions.create(**body, stream=True):

@@ -86,8 +86,8 @@ async def test_several_hats(real: Site, loras: list[Path]) -> None:
     await real.upload("t0-again", zip_folder(loras[0]))
     prompt = {"prompt": "Once upon", "max_tokens": 12, "ignore_eos": True}
 
-    async def worn(*hats: tuple[str, float]) -> list[int]:
-        listed = [{"task": task, "weight": weight} for task, weight in hats]
+    async def worn(*adapters: tuple[str, float]) -> list[int]:
+        listed = [{"task": task, "weight": weight} for task, weight in adapters]
         answer = await real.post("/generate", {**prompt, "adapters": listed})
         assert answer.status_code == 200, answer.text
         ids: list[int] = answer.json()["choices"][0]["token_ids"]

@@ -41,8 +41,8 @@ async def test_a_canary(routed: Site) -> None:
     task = await put(routed, "/tasks/a/route", versions={"1": 1, "3": 1})
     assert task["route"] == {"versions": {"1": 1, "3": 1}, "sticky": None} and task["task"] == "a"
     assert set(Counter([await version(routed) for _ in range(40)])) == {1, 3}
-    hats = {hat.digest for hat in [submit.hats[0] for submit in routed.engine.submitted]}
-    assert hats == {task["versions"][0]["digest"], task["versions"][2]["digest"]}
+    adapters = {adapter.digest for adapter in [submit.adapters[0] for submit in routed.engine.submitted]}
+    assert adapters == {task["versions"][0]["digest"], task["versions"][2]["digest"]}
     assert await version(routed, version=2) == 2, "a version that is named is no matter of the route"
 
 
@@ -62,7 +62,7 @@ async def test_a_user_stays(routed: Site) -> None:
         await routed.post("/generate", {"adapters": [{"task": "a"}], "user": user, "prompt": "x", "max_tokens": 1})
         await version(routed, user=user)
         assert len(routed.engine.submitted) == 4
-        assert len({submit.hats[0].digest for submit in routed.engine.submitted}) == 1
+        assert len({submit.adapters[0].digest for submit in routed.engine.submitted}) == 1
 
 
 async def test_a_rollback(routed: Site) -> None:

@@ -45,12 +45,12 @@ def test_uncomputed_blocks_are_not_shared() -> None:
     assert len(pool.lookup(BlockTable(ROOT), TOKENS).full) == 2
 
 
-def table_of(namespace: str, hats: list[tuple[str, float]], num_virtual: int = 0) -> BlockTable:
-    return BlockTable(root_key(hats), namespace_salt(namespace), num_virtual)
+def table_of(namespace: str, adapters: list[tuple[str, float]], num_virtual: int = 0) -> BlockTable:
+    return BlockTable(root_key(adapters), namespace_salt(namespace), num_virtual)
 
 
 @pytest.mark.parametrize(
-    ("namespace", "hats"),
+    ("namespace", "adapters"),
     [
         ("u", []),
         ("t", [("a", 1.0)]),
@@ -62,14 +62,14 @@ def table_of(namespace: str, hats: list[tuple[str, float]], num_virtual: int = 0
         ("t", [("", 1.0), ("a", 1.0)]),
     ],
 )
-def test_no_block_crosses_tenants_adapters_or_weights(namespace: str, hats: list[tuple[str, float]]) -> None:
+def test_no_block_crosses_tenants_adapters_or_weights(namespace: str, adapters: list[tuple[str, float]]) -> None:
     """Another namespace, digest, weight or order of hats finds nothing, and is known by another key."""
     pool = BlockPool(64, 4)
     for table in (table_of("t", [("c", 1.0)]), table_of("t", [])):
         pool.allocate(table, TOKENS)
         pool.publish(table, TOKENS, len(TOKENS))
     assert len(pool.lookup(table_of("t", []), TOKENS).full) == 4
-    assert pool.lookup(table_of(namespace, hats), TOKENS).full == []
+    assert pool.lookup(table_of(namespace, adapters), TOKENS).full == []
 
 
 def test_keys_are_framed_by_length() -> None:

@@ -17,7 +17,8 @@ def test_base_and_adapters_share_a_step() -> None:
     """Rows with no hat, one and two run in one forward pass, each as it would alone."""
     world = World(max_batch_tokens=64)
     names = [
-        world.submit(PROMPT, *hats, max_tokens=9, ignore_eos=True) for hats in ((), (1,), (2,), ((1, 0.5), (2, 0.5)))
+        world.submit(PROMPT, *adapters, max_tokens=9, ignore_eos=True)
+        for adapters in ((), (1,), (2,), ((1, 0.5), (2, 0.5)))
     ]
     world.executor.run_all()
     world.run()
@@ -29,8 +30,8 @@ def test_base_and_adapters_share_a_step() -> None:
 def test_hats_take_turns_in_slots() -> None:
     """none, A, B, none, and B alone in A's old slot: no answer is another hat's."""
     world = World(slot_bytes=DIGEST_BYTES)
-    for hats in ((), (1,), (2,), (), (1,)):
-        name = world.submit(PROMPT, *hats, max_tokens=5)
+    for adapters in ((), (1,), (2,), (), (1,)):
+        name = world.submit(PROMPT, *adapters, max_tokens=5)
         world.run()
         assert world.is_right(name)
 

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from server.core import EngineFailure, Hat, Row, Sampling
+from server.core import AdapterRef, EngineFailure, Row, Sampling
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.fake import FakeEngineClient, fake_ready, shift_of
 from server.engine.messages import Output, Submit
@@ -12,8 +12,8 @@ from tests.server.engine.world import config
 
 
 def request(*digests: str, prompt: list[int] | None = None, **sampling: object) -> Submit:
-    hats = tuple(Hat(digest) for digest in digests)
-    return Submit("r", "t", prompt or [5, 6, 7], Sampling(**sampling), 1e9, 0.0, hats)  # type: ignore[arg-type]
+    adapters = tuple(AdapterRef(digest) for digest in digests)
+    return Submit("r", "t", prompt or [5, 6, 7], Sampling(**sampling), 1e9, 0.0, adapters)  # type: ignore[arg-type]
 
 
 def ask(client: FakeEngineClient, submit: Submit) -> list[Output]:
@@ -47,7 +47,7 @@ def test_fake_answers_differ_by_hats() -> None:
     assert shift_of(()) == 0
     answers = {tuple(tokens(ask(FakeEngineClient(), request(*digests)))) for digests in ((), ("a",), ("b",))}
     assert len(answers) == 3
-    assert shift_of((Hat("a", 0.5),)) != shift_of((Hat("a"),))
+    assert shift_of((AdapterRef("a", 0.5),)) != shift_of((AdapterRef("a"),))
 
 
 def test_fake_obeys_max_tokens_and_ignore_eos() -> None:
@@ -96,8 +96,8 @@ def runner(num_blocks: int = 4) -> FakeRunner:
     return FakeRunner(bank, num_blocks, block_size=2)
 
 
-def row(tokens: list[int], start: int, blocks: list[int], *hats: int) -> Row:
-    return Row(tokens[start:], start, blocks, tuple((slot, 1.0) for slot in hats), Sampling(), tokens, len(tokens))
+def row(tokens: list[int], start: int, blocks: list[int], *adapters: int) -> Row:
+    return Row(tokens[start:], start, blocks, tuple((slot, 1.0) for slot in adapters), Sampling(), tokens, len(tokens))
 
 
 def test_fake_runner_accepts_its_own_kv() -> None:

@@ -32,19 +32,24 @@ def ask(draw: random.Random, world: World) -> str:
     most, vocab = world.engine.max_sequence_tokens - 1, world.runner.vocab_size
     prompt = prompt_of(draw, draw.choice([1, 2, draw.randrange(1, 20), draw.randrange(1, 601)]), vocab)
     often = draw.randrange(1 + draw.randrange(12))  # low numbers are worn more
-    hats: list[int | tuple[int, float]] = [*draw.choice([[], [often], [often], [(often, 0.5)]])]
+    adapters: list[int | tuple[int, float]] = [*draw.choice([[], [often], [often], [(often, 0.5)]])]
     if draw.random() < 0.1:
-        hats = [(number, 0.5) for number in draw.sample(range(12), 2)]
+        adapters = [(number, 0.5) for number in draw.sample(range(12), 2)]
     namespace = draw.choice(["t", "t", "t", "u"])
     if world.requests and draw.random() < 0.4:
         before = draw.choice([*world.requests.values()])
-        hats, namespace = [(int(hat.digest[:8]), hat.weight) for hat in before.hats], before.namespace
+        adapters, namespace = (
+            [(int(adapter.digest[:8]), adapter.weight) for adapter in before.adapters],
+            before.namespace,
+        )
         prompt = before.prompt[: draw.randrange(1, len(before.prompt) + 1)] + prompt[: draw.randrange(30)]
-    num_virtual = sum(virtual_of(hat if isinstance(hat, int) else hat[0]) for hat in hats if world.has_prefixes)
-    hats, most = (hats, most - num_virtual) if num_virtual < most else ([], most)
+    num_virtual = sum(
+        virtual_of(adapter if isinstance(adapter, int) else adapter[0]) for adapter in adapters if world.has_prefixes
+    )
+    adapters, most = (adapters, most - num_virtual) if num_virtual < most else ([], most)
     return world.submit(
         prompt[:most],
-        *hats,
+        *adapters,
         namespace=namespace,
         timeout=draw.choice([1e9, 1e9, 1e9, draw.random()]),
         max_tokens=draw.randrange(1, 40),

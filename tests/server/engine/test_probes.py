@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from server.core import Hat, Sampling
+from server.core import AdapterRef, Sampling
 from server.engine.messages import Submit
 from server.engine.scheduler import StepLimits
 from tests.server.engine.world import LoadReply, World, digest_of, prompt_of
@@ -15,8 +15,8 @@ MOST = StepLimits(max_batch_tokens=8, max_running=1, max_waiting=1).max_probe_to
 def probe(world: World, name: str, prompt: list[int], forced: tuple[int, ...] = ()) -> None:
     """Ask as the door does."""
     sampling = Sampling(max_tokens=max(1, len(forced)), forced=forced, logprobs=1, ignore_eos=True)
-    hats = (Hat(digest_of(0)),)
-    submit = Submit(name, "_probe", prompt, sampling, 1e9, world.clock.now, hats, is_probe=True)
+    adapters = (AdapterRef(digest_of(0)),)
+    submit = Submit(name, "_probe", prompt, sampling, 1e9, world.clock.now, adapters, is_probe=True)
     world.requests[name], world.answers[name] = submit, LoadReply()
     world.engine.submit(submit)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.core import Hat, Sampling
+from server.core import AdapterRef, Sampling
 from server.engine.client import EngineStartError, EngineUnavailable
 from server.engine.messages import Output, Submit
 from server.engine.process_client import Patience, ProcessEngineClient
@@ -36,7 +36,7 @@ async def engine(name: str = "fake", patience: Patience = FAST) -> AsyncIterator
 
 def request(name: str, *digests: str, max_tokens: int = 20, timeout: float = 60) -> Submit:
     now, sampling = time.monotonic(), Sampling(max_tokens=max_tokens, ignore_eos=True)
-    return Submit(name, "t", PROMPT, sampling, now + timeout, now, tuple(Hat(digest) for digest in digests))
+    return Submit(name, "t", PROMPT, sampling, now + timeout, now, tuple(AdapterRef(digest) for digest in digests))
 
 
 async def answer(client: ProcessEngineClient, submit: Submit) -> list[Output]:
@@ -48,9 +48,9 @@ def tokens(outputs: list[Output]) -> list[int]:
 
 
 def alone(submit: Submit) -> list[int]:
-    hats = [(hat.digest, hat.weight) for hat in submit.hats]
+    adapters = [(adapter.digest, adapter.weight) for adapter in submit.adapters]
     limits = {"vocab_size": 512, "eos_token_ids": [0], "max_sequence_tokens": 256}
-    return answer_alone(submit.prompt, hats, submit.sampling, **limits)[0]  # type: ignore[arg-type]
+    return answer_alone(submit.prompt, adapters, submit.sampling, **limits)[0]  # type: ignore[arg-type]
 
 
 async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:

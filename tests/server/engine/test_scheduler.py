@@ -1,6 +1,6 @@
 import pytest
 
-from server.core import Hat, Sampling
+from server.core import AdapterRef, Sampling
 from server.engine.blocks import BlockPool, BlockTable
 from server.engine.messages import Submit
 from server.engine.scheduler import Scheduler, StepLimits, StepPlan
@@ -42,13 +42,13 @@ def add(
     scheduler: Scheduler,
     name: str,
     num_tokens: int,
-    hats: str = "",
+    adapters: str = "",
     namespace: str = "t",
     share: float = 1.0,
     max_running: int | None = None,
     arrived: float = 0.0,
 ) -> Sequence:
-    worn = tuple(Hat(digest) for digest in hats)
+    worn = tuple(AdapterRef(digest) for digest in adapters)
     submit = Submit(name, namespace, [1] * num_tokens, Sampling(), 1e9, arrived, worn, share, max_running)
     sequence = Sequence.of(submit)
     scheduler.add(sequence)
@@ -302,8 +302,8 @@ def test_cached_tokens_are_not_charged() -> None:
 def test_wanted_is_in_the_order_of_admission() -> None:
     """Adapters are wanted in the order in which the queue will be served, namespaces in turn, each digest once."""
     planner = scheduler()
-    for name, hats, namespace in (("1", "A", "t"), ("2", "B", "t"), ("3", "C", "u"), ("4", "AD", "u")):
-        add(planner, name, 10, hats, namespace)
+    for name, adapters, namespace in (("1", "A", "t"), ("2", "B", "t"), ("3", "C", "u"), ("4", "AD", "u")):
+        add(planner, name, 10, adapters, namespace)
     assert planner.wanted() == ["A", "C", "B", "D"]
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapters_store.storage.directory import Blobs
-from server.core import Hat, Sampling
+from server.core import AdapterRef, Sampling
 from server.engine.client import EngineStartError
 from server.engine.messages import EngineConfig, Submit
 from server.engine.process_client import ProcessEngineClient
@@ -27,7 +27,7 @@ NUM_TOKENS = 12
 
 def ask(name: str, *digests: str) -> Submit:
     now, sampling = time.monotonic(), Sampling(max_tokens=NUM_TOKENS, ignore_eos=True)
-    return Submit(name, "t", PROMPT, sampling, now + 60, now, tuple(Hat(digest) for digest in digests))
+    return Submit(name, "t", PROMPT, sampling, now + 60, now, tuple(AdapterRef(digest) for digest in digests))
 
 
 def reference(base: Path, adapter: Path | None) -> list[int]:
@@ -72,8 +72,8 @@ def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_p
                 assert (failure.code if failure else None) == ("adapter_failed" if submit.sequence_id == "r3" else None)
                 return [token for output in outputs for token in output.token_ids]
 
-            hats = [(), (digests[0],), (digests[1],), ("f" * 64,)]
-            answers = await asyncio.gather(*(answer(ask(f"r{at}", *worn)) for at, worn in enumerate(hats)))
+            adapters = [(), (digests[0],), (digests[1],), ("f" * 64,)]
+            answers = await asyncio.gather(*(answer(ask(f"r{at}", *worn)) for at, worn in enumerate(adapters)))
             assert await client.residency() == {digests[0]: "slot", digests[1]: "slot", "f" * 64: "failed"}
             return answers
         finally:

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.core import EngineFailure, Hat, Sampling
+from server.core import AdapterRef, EngineFailure, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Output, StepDone, Submit
 from server.model.fake import FakeBank, FakePacked, FakeRunner, answer_alone
@@ -148,13 +148,13 @@ class World:
     ) -> str:
         """Ask; the hats are numbers of adapters, with or without a weight."""
         weighted = [(number, 1.0) if isinstance(number, int) else number for number in numbers]
-        hats = tuple(
-            Hat(digest_of(number), weight, virtual_of(number) if self.has_prefixes else 0)
+        adapters = tuple(
+            AdapterRef(digest_of(number), weight, virtual_of(number) if self.has_prefixes else 0)
             for number, weight in weighted
         )
         name = f"r{len(self.requests)}"
         deadline = self.clock.now + timeout
-        request = Submit(name, namespace, prompt, Sampling(**sampling), deadline, self.clock.now, hats)
+        request = Submit(name, namespace, prompt, Sampling(**sampling), deadline, self.clock.now, adapters)
         self.requests[name], self.answers[name] = request, LoadReply()
         self.engine.submit(request)
         return name
@@ -183,9 +183,9 @@ class World:
         request = self.requests[name]
         return answer_alone(
             request.prompt,
-            [(hat.digest, hat.weight) for hat in request.hats],
+            [(adapter.digest, adapter.weight) for adapter in request.adapters],
             request.sampling,
-            sum(hat.num_virtual for hat in request.hats),
+            sum(adapter.num_virtual for adapter in request.adapters),
             vocab_size=self.runner.vocab_size,
             eos_token_ids=EOS,
             max_sequence_tokens=self.engine.max_sequence_tokens,

@@ -123,8 +123,8 @@ def test_a_space_after_special_tokens_stays(sentencepiece: Tokenizer) -> None:
 
 def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
     """Special tokens show nothing, also in the middle of a character."""
-    hat = [*"🎩".encode()]
-    assert "".join(streamed(tokenizer, [EOS, *hat[:2], EOS, *hat[2:], EOS], [])[0]) == "🎩"
+    adapter = [*"🎩".encode()]
+    assert "".join(streamed(tokenizer, [EOS, *adapter[:2], EOS, *adapter[2:], EOS], [])[0]) == "🎩"
     assert tokenizer.is_special(EOS) and not tokenizer.is_special(97)
 
 

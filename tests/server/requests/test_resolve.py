@@ -25,12 +25,14 @@ class Counting(FakeEngineClient):
 
     def _output(self, submit: Submit, token: int) -> Output:
         output = super()._output(submit, token)
-        output.virtual_tokens = sum(hat.num_virtual for hat in submit.hats)
+        output.virtual_tokens = sum(adapter.num_virtual for adapter in submit.adapters)
         return output
 
 
 @pytest.fixture(scope="module")
-async def hats(anyio_backend: str, tiny_base: Path, loras: list[Path], tmp_path_factory: Any) -> AsyncIterator[Site]:
+async def adapters(
+    anyio_backend: str, tiny_base: Path, loras: list[Path], tmp_path_factory: Any
+) -> AsyncIterator[Site]:
     """A server with two LoRA, two soft prompts and two prefixes of keys and values."""
     root: Path = tmp_path_factory.mktemp("hats")
     folders = {
@@ -47,29 +49,32 @@ async def hats(anyio_backend: str, tiny_base: Path, loras: list[Path], tmp_path_
         yield site
 
 
-def worn(*hats: tuple[str, float] | str) -> dict[str, Any]:
+def worn(*adapters: tuple[str, float] | str) -> dict[str, Any]:
     """The body of a request that wears these, of weight 1 if not said."""
-    listed = [{"task": hat} if isinstance(hat, str) else {"task": hat[0], "weight": hat[1]} for hat in hats]
+    listed = [
+        {"task": adapter} if isinstance(adapter, str) else {"task": adapter[0], "weight": adapter[1]}
+        for adapter in adapters
+    ]
     return {"prompt": "ab", "max_tokens": 2, "adapters": listed}
 
 
-async def test_what_a_prefix_takes_is_shown(hats: Site) -> None:
+async def test_what_a_prefix_takes_is_shown(adapters: Site) -> None:
     """A task's versions show what each takes: of its files, of the device in fp32, and of a sequence."""
-    shown = {task["task"]: task["versions"] for task in (await hats.http.get("/tasks")).json()["tasks"]}
+    shown = {task["task"]: task["versions"] for task in (await adapters.http.get("/tasks")).json()["tasks"]}
     assert [shown[task][0]["virtual_tokens"] for task in ("soft", "kv-too", "lora")] == [SOFT, KV_TOO, 0]
-    (soft,) = (await hats.http.get("/tasks/soft")).json()["versions"]
+    (soft,) = (await adapters.http.get("/tasks/soft")).json()["versions"]
     assert (soft["method"], soft["num_parameters"], soft["slot_bytes"]) == ("prompt_tuning", SOFT * 64, SOFT * 64 * 4)
     assert soft["bytes"] > soft["slot_bytes"] and soft["residency"] == "disk"
     assert shown["kv"][0]["slot_bytes"] == KV * 2 * 2 * 32 * 4
 
 
-async def test_the_hat_brings_its_virtual_tokens(hats: Site) -> None:
+async def test_the_hat_brings_its_virtual_tokens(adapters: Site) -> None:
     """The engine is told of each hat how many virtual tokens it has, and the answer counts them once a prompt."""
-    answer = await hats.ask("soft", prompt=["ab", "c"], max_tokens=2, n=2)
-    (hat,) = hats.engine.submitted[-1].hats
-    assert (hat.weight, hat.num_virtual) == (1.0, SOFT)
+    answer = await adapters.ask("soft", prompt=["ab", "c"], max_tokens=2, n=2)
+    (adapter,) = adapters.engine.submitted[-1].adapters
+    assert (adapter.weight, adapter.num_virtual) == (1.0, SOFT)
     assert answer["usage"]["virtual_tokens"] == 2 * SOFT and answer["usage"]["prompt_tokens"] == 3
-    assert (await hats.ask("lora", prompt="ab"))["usage"]["virtual_tokens"] == 0
+    assert (await adapters.ask("lora", prompt="ab"))["usage"]["virtual_tokens"] == 0
 
 
 COMPOSED: dict[str, list[tuple[str, float] | str]] = {
@@ -83,15 +88,15 @@ COMPOSED: dict[str, list[tuple[str, float] | str]] = {
 
 
 @pytest.mark.parametrize("listed", COMPOSED.values(), ids=COMPOSED)
-async def test_what_composes(hats: Site, listed: list[tuple[str, float] | str]) -> None:
+async def test_what_composes(adapters: Site, listed: list[tuple[str, float] | str]) -> None:
     """Updates compose with any weight, whole prefixes one after another; the engine gets all hats in order."""
-    answer = await hats.post("/generate", worn(*listed))
+    answer = await adapters.post("/generate", worn(*listed))
     assert answer.status_code == 200, answer.text
-    expected = [hat if isinstance(hat, tuple) else (hat, 1.0) for hat in listed]
-    assert [(hat["task"], hat["weight"]) for hat in answer.json()["adapters"]] == expected
+    expected = [adapter if isinstance(adapter, tuple) else (adapter, 1.0) for adapter in listed]
+    assert [(adapter["task"], adapter["weight"]) for adapter in answer.json()["adapters"]] == expected
     virtual = {"soft": SOFT, "softer": SOFTER, "kv": KV, "kv-too": KV_TOO}
     numbers = [virtual.get(task, 0) for task, _ in expected]
-    assert [hat.num_virtual for hat in hats.engine.submitted[-1].hats] == numbers
+    assert [adapter.num_virtual for adapter in adapters.engine.submitted[-1].adapters] == numbers
     assert answer.json()["usage"]["virtual_tokens"] == sum(numbers)
 
 
@@ -109,63 +114,63 @@ REFUSED: dict[str, tuple[list[tuple[str, float] | str], str]] = {
 
 
 @pytest.mark.parametrize(("listed", "reason"), REFUSED.values(), ids=REFUSED)
-async def test_what_does_not_compose(hats: Site, listed: list[tuple[str, float] | str], reason: str) -> None:
+async def test_what_does_not_compose(adapters: Site, listed: list[tuple[str, float] | str], reason: str) -> None:
     """A prefix cannot be weighed, given keys cannot see what is before them, a task is worn once: 422 that says so."""
-    before = len(hats.engine.submitted)
-    answer = await hats.post("/generate", worn(*listed))
+    before = len(adapters.engine.submitted)
+    answer = await adapters.post("/generate", worn(*listed))
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_field", "adapters")
     assert re.search(reason, error["message"]), error["message"]
-    assert len(hats.engine.submitted) == before
+    assert len(adapters.engine.submitted) == before
 
 
-async def test_virtual_tokens_take_room(hats: Site) -> None:
+async def test_virtual_tokens_take_room(adapters: Site) -> None:
     """Prompt, virtual tokens and max_tokens must fit together: what fits exactly is served, one more is 400."""
     fits = {"prompt": "a" * (MAX_TOKENS - SOFT - 5), "max_tokens": 5}
-    assert (await hats.ask("soft", **fits))["usage"]["virtual_tokens"] == SOFT
-    answer = await hats.post("/generate?task=soft", {**fits, "max_tokens": 6})
+    assert (await adapters.ask("soft", **fits))["usage"]["virtual_tokens"] == SOFT
+    answer = await adapters.post("/generate?task=soft", {**fits, "max_tokens": 6})
     error = error_of(answer)
     assert (answer.status_code, error["param"]) == (400, "prompt")
     for number in (MAX_TOKENS - SOFT - 5, SOFT, 6, MAX_TOKENS):
         assert f" {number}" in error["message"]
-    assert (await hats.ask("lora", **{**fits, "max_tokens": 6}))["usage"]["virtual_tokens"] == 0
+    assert (await adapters.ask("lora", **{**fits, "max_tokens": 6}))["usage"]["virtual_tokens"] == 0
 
 
-async def test_two_prefixes_take_room_together(hats: Site) -> None:
+async def test_two_prefixes_take_room_together(adapters: Site) -> None:
     """The virtual tokens of all hats are counted."""
     body = worn("kv", "softer") | {"prompt": "a" * (MAX_TOKENS - KV - SOFTER - 5)}
-    assert (await hats.post("/generate", {**body, "max_tokens": 5})).status_code == 200
-    answer = await hats.post("/generate", {**body, "max_tokens": 6})
+    assert (await adapters.post("/generate", {**body, "max_tokens": 5})).status_code == 200
+    answer = await adapters.post("/generate", {**body, "max_tokens": 6})
     assert answer.status_code == 400 and f"{KV + SOFTER} virtual tokens" in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
-async def test_virtual_tokens_take_room_in_openais_shape(hats: Site, route: str) -> None:
+async def test_virtual_tokens_take_room_in_openais_shape(adapters: Site, route: str) -> None:
     """So it is in OpenAI's shape."""
     text = "a" * (MAX_TOKENS - SOFT)
     asked = {"prompt": text} if route == "completions" else {"messages": [{"role": "user", "content": text}]}
-    answer = await hats.post(f"/v1/{route}", {"model": "soft", "max_tokens": 1, **asked})
+    answer = await adapters.post(f"/v1/{route}", {"model": "soft", "max_tokens": 1, **asked})
     assert answer.status_code == 400 and f"{SOFT} virtual tokens" in error_of(answer)["message"]
 
 
-async def test_a_chat_takes_the_rest_of_the_context(hats: Site) -> None:
+async def test_a_chat_takes_the_rest_of_the_context(adapters: Site) -> None:
     """Where max_tokens is not said it is what prompt and virtual tokens leave."""
     asked = {"model": "softer", "messages": [{"role": "user", "content": "hi"}]}
-    assert (await hats.post("/v1/chat/completions", asked)).status_code == 200
-    submit = hats.engine.submitted[-1]
+    assert (await adapters.post("/v1/chat/completions", asked)).status_code == 200
+    submit = adapters.engine.submitted[-1]
     assert submit.sampling.max_tokens == MAX_TOKENS - SOFTER - len(submit.prompt)
 
 
-async def test_a_prefix_that_leaves_no_room_is_refused(hats: Site, tiny_base: Path, tmp_path: Path) -> None:
+async def test_a_prefix_that_leaves_no_room_is_refused(adapters: Site, tiny_base: Path, tmp_path: Path) -> None:
     """An adapter whose virtual tokens leave no room for a prompt and an answer is 413 when it comes."""
-    body, ready = zip_folder(make_prompt_tuning(tmp_path / "hat", tiny_base, 2)), hats.front.ready()
+    body, ready = zip_folder(make_prompt_tuning(tmp_path / "hat", tiny_base, 2)), adapters.front.ready()
     ready.max_sequence_tokens = 38
     try:
-        answer = await hats.upload("long", body)
+        answer = await adapters.upload("long", body)
         ready.max_sequence_tokens = 39
-        assert (await hats.upload("long", body)).status_code == 201
+        assert (await adapters.upload("long", body)).status_code == 201
     finally:
         ready.max_sequence_tokens = MAX_TOKENS
-        await hats.http.delete("/tasks/long")
+        await adapters.http.delete("/tasks/long")
     assert (answer.status_code, error_of(answer)["code"]) == (413, "artifact_too_large")
     assert "37 virtual tokens" in error_of(answer)["message"] and "38 tokens" in error_of(answer)["message"]

@@ -56,7 +56,7 @@ async def test_an_upload_is_probed_before_it_is_kept(site: Site, zips: list[byte
     probes, digest = site.engine.probed, read_folder(loras[0]).digest
     assert len(probes) == 8 and len({probe.namespace for probe in probes}) == 1
     assert sorted(len(probe.prompt) for probe in probes) == list(validation.PROBE_LENGTHS)
-    assert all(probe.is_probe and probe.hats[0].digest == digest for probe in probes)
+    assert all(probe.is_probe and probe.adapters[0].digest == digest for probe in probes)
     assert (checks[-1]["name"], checks[-1]["figure"]) == ("probe", 8)
     assert str(site.data / "artifacts" / "staging") in staged[0] and staged[1:] == ["None"]
     assert site.engine.staged == {} and not site.engine.submitted

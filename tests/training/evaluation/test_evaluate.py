@@ -62,14 +62,14 @@ def test_a_batch_of_answers_is_what_each_gives_alone(kind: str, tmp_path: Path) 
 def test_every_hat_answers_with_a_cache_as_without(method: str, biased_base: Path) -> None:
     """A trained hat's free answers are those of its whole forward, virtual tokens included."""
     base = base_of(biased_base)
-    hat = attach(method, options_of(method, {}), base, ROWS)
+    adapter = attach(method, options_of(method, {}), base, ROWS)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in hat.trained():
+        for parameter in adapter.trained():
             parameter += 0.1 * torch.randn(parameter.shape)
-    hat.settle(torch.float32)
-    found = answer(hat.model.eval(), PROMPTS, EOS, NUM_TOKENS)
-    assert found == {prompt: slow_answer(hat.model, prompt) for prompt in PROMPTS}
+    adapter.settle(torch.float32)
+    found = answer(adapter.model.eval(), PROMPTS, EOS, NUM_TOKENS)
+    assert found == {prompt: slow_answer(adapter.model, prompt) for prompt in PROMPTS}
 
 
 def test_an_answer_ends_at_its_eos(tiny_base: Path) -> None:

@@ -24,7 +24,7 @@ from training.data.dataset import TokenizedRow
 from training.errors import BaseError
 from training.joint import run, shared_base
 from training.methods import METHODS, attach, options_of
-from training.methods.trainable import Hat
+from training.methods.trainable import TrainableAdapter
 from training.run import pipeline as job_module
 from training.run import trainer
 from training.run.distributed import Processes
@@ -292,12 +292,12 @@ def hats_on(
     """Hats that answer something, with rows of different number and length; some are longer than a tiny window."""
     wearers = {}
     for seed, name in enumerate(names):
-        hat = attach(name, options_of(name, {"layers": "all"}), shared_base.twin(base), [])
+        adapter = attach(name, options_of(name, {"layers": "all"}), shared_base.twin(base), [])
         torch.manual_seed(seed)
         with torch.no_grad():
-            for parameter in hat.trained():
+            for parameter in adapter.trained():
                 parameter += 0.05 * torch.randn_like(parameter)
-        wearers[shared_base.Wearer(hat)] = [
+        wearers[shared_base.Wearer(adapter)] = [
             TokenizedRow((*b"Colour: ", *[97 + i] * 20, *b"warm", 257), 24 + i, i) for i in range(seed + 1)
         ]
     return wearers
@@ -359,17 +359,17 @@ def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
         TokenizedRow((*b"Colour: ", *[97 + i] * (i % 9), *b"warmer"[: 4 + i % 3], 257), 8 + i % 9, i) for i in range(20)
     ]
 
-    def begun(seed: int) -> tuple[Hat, trainer.Trainer]:
+    def begun(seed: int) -> tuple[TrainableAdapter, trainer.Trainer]:
         name, given, size = LONG[seed]
         torch.manual_seed(seed)
-        hat = attach(name, options_of(name, given), shared_base.twin(base), rows)
+        adapter = attach(name, options_of(name, given), shared_base.twin(base), rows)
         plan = Plan(lr=0.01, steps=STEPS, batch_size=size, seed=seed)
-        found = trainer.Trainer(hat, rows, plan, Processes(is_cpu=True))
+        found = trainer.Trainer(adapter, rows, plan, Processes(is_cpu=True))
         found.begin()
-        return hat, found
+        return adapter, found
 
-    hats, together = zip(*(begun(seed) for seed in range(len(LONG))), strict=True)
-    wearers = [shared_base.Wearer(hat) for hat in hats]
+    adapters, together = zip(*(begun(seed) for seed in range(len(LONG))), strict=True)
+    wearers = [shared_base.Wearer(adapter) for adapter in adapters]
     trainer = shared_base.SharedBase(base)
     for _ in range(STEPS):
         turns = [turn for one in together if (turn := one.next_turn()) is not None]

@@ -76,17 +76,17 @@ def test_a_soft_prompt_begins_as_a_text(name: str, text: str, base: Base) -> Non
 def test_cpt_begins_as_its_context(base: Base) -> None:
     """The context is the first rows that fit whole, each with its answer and a line's end."""
     context = [*ROWS[0].ids[:-1], 10]
-    hat = hat_of("cpt", base, num_virtual_tokens=30)
-    assert hat.config()["cpt_token_ids"] == context
-    assert torch.allclose(logits(hat.model, PROMPT), logits(base.model, [*context, *PROMPT]), atol=1e-4)
+    adapter = hat_of("cpt", base, num_virtual_tokens=30)
+    assert adapter.config()["cpt_token_ids"] == context
+    assert torch.allclose(logits(adapter.model, PROMPT), logits(base.model, [*context, *PROMPT]), atol=1e-4)
 
 
 @pytest.mark.parametrize("layers", ["0", "last:1", "all"])
 @pytest.mark.parametrize("name", ["lora", "bottleneck", "ia3", "ln_tuning", "beft", "bitfit", "selective", "oft"])
 def test_layers_are_the_ones_that_are_trained(name: str, layers: str, base: Base) -> None:
     """--layers says in which layers a method has parameters."""
-    hat = hat_of(name, base, layers=layers)
-    found = {number for number in (0, 1) for tensor in hat.tensors() if f".layers.{number}." in tensor}
+    adapter = hat_of(name, base, layers=layers)
+    found = {number for number in (0, 1) for tensor in adapter.tensors() if f".layers.{number}." in tensor}
     assert found == {"0": {0}, "last:1": {1}, "all": {0, 1}}[layers]
 
 
@@ -102,12 +102,12 @@ def test_a_part_of_the_weights_is_written_as_plain_lora(
     init: str, dtype: torch.dtype, base: Base, biased_base: Path
 ) -> None:
     """What PiSSA and OLoRA trained answers the same, as a plain LoRA of twice the rank on the base as it is."""
-    hat = hat_of(init, base, r=2, layers="all")
+    adapter = hat_of(init, base, r=2, layers="all")
     with torch.no_grad():
-        for parameter in hat.trained():
+        for parameter in adapter.trained():
             parameter += 0.05 * torch.randn(parameter.shape)
-    hat.settle(dtype)
-    config, tensors = hat.config(), hat.tensors()
+    adapter.settle(dtype)
+    config, tensors = adapter.config(), adapter.tensors()
     assert (config["r"], config["init_lora_weights"]) == (4, True)
     model = load_base(str(biased_base), "cpu", None, lambda _message: None).model
     plain, scale = logits(model, PROMPT), config["lora_alpha"] / config["r"]
@@ -117,7 +117,7 @@ def test_a_part_of_the_weights_is_written_as_plain_lora(
                 weight = model.get_parameter(name.removeprefix("base_model.model.").replace(".lora_A", ""))
                 weight += scale * tensors[name.replace("lora_A", "lora_B")] @ a
     assert all(torch.equal(tensor, tensor.to(dtype).float()) for tensor in tensors.values())
-    ours = logits(hat.model, PROMPT)
+    ours = logits(adapter.model, PROMPT)
     assert torch.allclose(ours, logits(model, PROMPT), atol=1e-3) and not torch.allclose(ours, plain, atol=0.1)
 
 

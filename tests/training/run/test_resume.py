@@ -41,9 +41,9 @@ def trainer_of(name: str, base: Path) -> tuple[Any, Trainer]:
     """Of a method on a base of its own."""
     loaded = load_base(str(base), "cpu", None, lambda _message: None)
     torch.manual_seed(0)
-    hat = attach(name, options_of(name, OPTIONS.get(name, {})), loaded, ROWS)
+    adapter = attach(name, options_of(name, OPTIONS.get(name, {})), loaded, ROWS)
     plan = Plan(lr=0.01, steps=STEPS, batch_size=3, eval_steps=2, early_stopping_patience=9)
-    return hat, Trainer(hat, ROWS, plan, Processes(is_cpu=True), ROWS[:4])
+    return adapter, Trainer(adapter, ROWS, plan, Processes(is_cpu=True), ROWS[:4])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -64,8 +64,8 @@ def test_every_method_goes_on_as_if_never_broken(name: str, biased_base: Path, t
     going_on.restore(torch.load(tmp_path / "state", weights_only=True))
     assert going_on.run().kept_step == run.kept_step
     assert [step.loss for step in going_on.steps] == [step.loss for step in unbroken.steps]
-    for hat in (whole, resumed):
-        hat.settle(torch.float32)
+    for adapter in (whole, resumed):
+        adapter.settle(torch.float32)
     assert resumed.config() == whole.config()
     ours, theirs = resumed.tensors(), whole.tensors()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -35,10 +35,10 @@ def run_of(
     """A finished run of a LoRA."""
     loaded = load_base(str(base), "cpu", None, lambda _message: None)
     torch.manual_seed(0)
-    hat = attach("lora", options_of("lora", {}), loaded, rows)
-    trainer = Trainer(hat, rows, Plan(**{"lr": 0.01, "steps": 6, **plan}), Processes(is_cpu=True), held)
+    adapter = attach("lora", options_of("lora", {}), loaded, rows)
+    trainer = Trainer(adapter, rows, Plan(**{"lr": 0.01, "steps": 6, **plan}), Processes(is_cpu=True), held)
     trainer.run()
-    return hat, trainer
+    return adapter, trainer
 
 
 def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], within: float) -> None:
@@ -80,21 +80,21 @@ def test_batches_are_of_like_lengths_and_hold_every_row_once() -> None:
 def test_it_stops_when_the_evaluation_rows_get_no_better(tiny_base: Path) -> None:
     """Early stopping ends the run, and keeps the weights that were best on the evaluation rows."""
     held = [TokenizedRow((*row.ids[: row.num_prompt], *b"none", 257), row.num_prompt, row.line) for row in ROWS]
-    hat, trainer = run_of(tiny_base, held=held, steps=200, lr=0.05, eval_steps=3, early_stopping_patience=2)
+    adapter, trainer = run_of(tiny_base, held=held, steps=200, lr=0.05, eval_steps=3, early_stopping_patience=2)
     losses = {step.number: step.eval_loss for step in trainer.steps if step.eval_loss is not None}
     best = min(losses, key=lambda number: losses[number] or 0.0)
     assert len(trainer.steps) == best + 6 < 200
     kept = run_of(tiny_base, held=held, steps=200, lr=0.05, eval_steps=best, early_stopping_patience=1)[0]
-    assert_near(kept.tensors(), hat.tensors(), within=1e-9)
+    assert_near(kept.tensors(), adapter.tensors(), within=1e-9)
 
 
 def test_time_bounds_a_run(tiny_base: Path) -> None:
     """The learning rate follows the clock where time is the limit, up and then down, and the run ends with it."""
     loaded = load_base(str(tiny_base), "cpu", None, lambda _message: None)
-    hat = attach("lora", options_of("lora", {}), loaded, ROWS)
+    adapter = attach("lora", options_of("lora", {}), loaded, ROWS)
     ticks = iter(range(1000))
     trainer = Trainer(
-        hat, ROWS, Plan(lr=1.0, max_seconds=100), Processes(is_cpu=True), clock=lambda: float(next(ticks))
+        adapter, ROWS, Plan(lr=1.0, max_seconds=100), Processes(is_cpu=True), clock=lambda: float(next(ticks))
     )
     trainer.run()
     rates = [step.lr for step in trainer.steps]

@@ -25,7 +25,7 @@ OUTPUTS = 32  # of a delta that a thread computes for all rows in turn: 36 KB of
 # Flags of a branch: its activation's code, then bits. No flag at all is a LoRA.
 ACTIVATION, IS_BIASED, NORM_BEFORE, NORM_AFTER, OF_OUTPUT, OF_STREAM = 15, 16, 32, 64, 128, 256
 OFFSET, SIZE, FLAGS = 0, 1, 2  # columns of a slot's table
-FIRST, COUNT, FIRST_HAT, LAST_HAT = 0, 1, 2, 3  # columns of the tiles
+FIRST, COUNT, FIRST_ADAPTER, LAST_ADAPTER = 0, 1, 2, 3  # columns of the tiles
 
 
 @njit(inline="always")
@@ -174,16 +174,16 @@ def _scale(rows, v, weight, y, y_stride):
 def _scales(tile, kind, site, size, y, y_stride, worn):
     """Scales of the inputs or outputs of a site, for a tile's rows of y."""
     _tiles, slots, weights, addresses, table, _acts, _max_rank, _unit = worn
-    for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
-        scale, address = table[kind, site, slots[hat]], addresses[slots[hat]]
+    for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
+        scale, address = table[kind, site, slots[adapter]], addresses[slots[adapter]]
         if scale[SIZE] > 0:
-            _scale(tile[COUNT], _view(address + scale[OFFSET], size), weights[hat], y, y_stride)
+            _scale(tile[COUNT], _view(address + scale[OFFSET], size), weights[adapter], y, y_stride)
 
 
 @njit(parallel=True, cache=True)
 def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
     """Scales of y, then what branches and biases add to it, those of y itself last, one after another."""
-    tiles, hat_slots, hat_weights, addresses, table, _acts, max_rank, unit = worn
+    tiles, slot_numbers, adapter_weights, addresses, table, _acts, max_rank, unit = worn
     parts, width = sites.shape[0], y.shape[1]
     for index in prange(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
@@ -193,8 +193,8 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
         if is_scaling:
             _scales(tile, SCALE_OUT, site, size_out, y_at, width, worn)
         for is_late in range(2 if is_adding else 0):
-            for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
-                slot, weight = hat_slots[hat], hat_weights[hat]
+            for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
+                slot, weight = slot_numbers[adapter], adapter_weights[adapter]
                 if not is_late and table[BIAS, site, slot, SIZE] > 0:
                     bias = _view(addresses[slot] + table[BIAS, site, slot, OFFSET], size_out)
                     _add(rows, bias, weight, y_at, width)
@@ -220,12 +220,12 @@ def errands(size_in, group, worn):
     """What branches of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
     (_, sites, columns), (tiles, slots, _, addresses, table, _, _, unit) = group, worn
     parts = sites.shape[0]
-    out, count = np.empty((parts * (tiles[:, LAST_HAT] - tiles[:, FIRST_HAT]).sum(), 2), np.int64), 0
+    out, count = np.empty((parts * (tiles[:, LAST_ADAPTER] - tiles[:, FIRST_ADAPTER]).sum(), 2), np.int64), 0
     for index in range(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
-        for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
-            branch, size_out = table[BRANCH, sites[part], slots[hat]], columns[part + 1] - columns[part]
-            out[count, 0] = addresses[slots[hat]] + branch[OFFSET]
+        for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
+            branch, size_out = table[BRANCH, sites[part], slots[adapter]], columns[part + 1] - columns[part]
+            out[count, 0] = addresses[slots[adapter]] + branch[OFFSET]
             out[count, 1] = branch[SIZE] * (size_in + size_out) * unit.itemsize
             count += 1
     return out
@@ -245,7 +245,7 @@ def deltas(x, y, first_column, last_column, table, worn):
 
     A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
     """
-    tiles, hat_slots, hat_weights, addresses, unit = worn[0], worn[1], worn[2], worn[3], worn[7]
+    tiles, slot_numbers, adapter_weights, addresses, unit = worn[0], worn[1], worn[2], worn[3], worn[7]
     size_in, size_out, most = x.shape[1], last_column - first_column, 0
     for index in range(tiles.shape[0]):
         most = max(most, tiles[index, COUNT])
@@ -254,15 +254,15 @@ def deltas(x, y, first_column, last_column, table, worn):
         t = np.empty((most, OUTPUTS), np.float32)
         for index in range(tiles.shape[0]):
             tile = tiles[index]
-            for hat in range(tile[FIRST_HAT], tile[LAST_HAT]):
-                slot = hat_slots[hat]
+            for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
+                slot = slot_numbers[adapter]
                 if table[slot, SIZE] > 0:
                     rows, x_at = tile[COUNT], at(x) + 4 * tile[FIRST] * size_in
                     matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * unit.itemsize
                     _down(rows, x_at, size_in, matrix, size_in, last - first, at(t), OUTPUTS, unit)
                     for r in range(rows):
                         for o in range(first, last):
-                            y[tile[FIRST] + r, first_column + o] += hat_weights[hat] * t[r, o - first]
+                            y[tile[FIRST] + r, first_column + o] += adapter_weights[adapter] * t[r, o - first]
 
 
 @njit(parallel=True, cache=True)

@@ -67,7 +67,7 @@ def _product(x, linear, first, last, unit, threads, wanted):
 
 @njit(cache=True)
 def _linear(x, linear, unit, worn, threads):
-    """What a `HatLinear` computes."""
+    """What a `AdapterLinear` computes."""
     group = _group(linear.group)
     acts = worn[5][group[0]]
     if acts[SCALE_IN]:

@@ -90,8 +90,8 @@ class Stacked:
 
     def _matrix(self, worn: Worn) -> NDArray[np.float32]:
         weights = np.zeros((worn.num_rows, len(self._slots)), np.float32)
-        for span, hats in worn.segments():
-            for slot, weight in hats:
+        for span, adapters in worn.segments():
+            for slot, weight in adapters:
                 weights[span, self._slots.index(slot)] += weight
         return weights
 
@@ -121,8 +121,8 @@ class Stacked:
                 first += len(b)
             if biases is not None:
                 mine.addmm_(self._mask(biases.columns, len(y), is_head)[0], biases.matrix)
-            for span, hats in worn.segments() if stacks.has_more[part] else ():
-                self._update_by_segment(site, x[span], mine[span], span, hats, but=(LowRank, Bias))
+            for span, adapters in worn.segments() if stacks.has_more[part] else ():
+                self._update_by_segment(site, x[span], mine[span], span, adapters, but=(LowRank, Bias))
 
     def _inner(self, a: Stack | None, x: Tensor, is_head: bool) -> Tensor | None:
         """w A x [rows, ranks], and 0 where a row does not wear it: also where a stranger's A x is not finite."""

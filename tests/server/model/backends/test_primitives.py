@@ -68,16 +68,18 @@ def run_all(loaded: Loaded, wearers: list[Worn], prompts: list[list[int]], chunk
         tokens = [-1 - at for at in range(num_virtual)] + prompt
         blocks = list(range(next_block, next_block + len(tokens) // BLOCK + 1))
         next_block += len(blocks)
-        hats = tuple((slots[patch.digest], weight) for patch, weight in worn)
-        contexts.append((tokens, num_virtual, blocks, hats))
+        adapters = tuple((slots[patch.digest], weight) for patch, weight in worn)
+        contexts.append((tokens, num_virtual, blocks, adapters))
     logits: list[torch.Tensor] = [torch.empty(0)] * len(wearers)
     for start in range(0, max(len(tokens) for tokens, *_ in contexts), chunk):
         rows, whose = [], []
-        for index, (tokens, num_virtual, blocks, hats) in enumerate(contexts):
+        for index, (tokens, num_virtual, blocks, adapters) in enumerate(contexts):
             if start < len(tokens):
                 is_last = start + chunk >= len(tokens)
                 sampling = Sampling() if is_last else None
-                rows.append(Row(tokens[start : start + chunk], start, blocks, hats, sampling, num_virtual=num_virtual))
+                rows.append(
+                    Row(tokens[start : start + chunk], start, blocks, adapters, sampling, num_virtual=num_virtual)
+                )
                 whose += [index] if is_last else []
         loaded.runner.run(rows)
         for index, row in zip(whose, loaded.runner.last_logits, strict=True) if whose else ():
@@ -164,8 +166,8 @@ def dressed(
     draw, worn = random.Random(3), {name: [(patch, 1.0)] for name, patch in patches.items()}
     weighed = [patch for patch in patches.values() if not patch.num_virtual]
     for at in range(4):
-        hats = [(patch, draw.choice([0.5, -0.2])) for patch in draw.sample(weighed, 3)]
-        worn[f"several {at}"] = [(patches["cartridge"], 1.0), (patches["cpt"], 1.0)][:at] + hats
+        adapters = [(patch, draw.choice([0.5, -0.2])) for patch in draw.sample(weighed, 3)]
+        worn[f"several {at}"] = [(patches["cartridge"], 1.0), (patches["cpt"], 1.0)][:at] + adapters
     return loaded, {"base": [], **worn}
 
 

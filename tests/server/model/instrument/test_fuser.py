@@ -142,9 +142,9 @@ def test_whole_layers_give_the_same_bits(model_type: str, precision: str, tmp_pa
     rows = []
     for at, worn in enumerate([[], *([patch] for patch in patches), patches[:5]]):
         num_virtual = sum(patch.num_virtual for patch in worn)
-        hats = tuple((slots[patch.digest], 1.0 if len(worn) == 1 else 0.5) for patch in worn)
+        adapters = tuple((slots[patch.digest], 1.0 if len(worn) == 1 else 0.5) for patch in worn)
         tokens = [*range(-1, -1 - num_virtual, -1), *range(5, 6 + 5 * at)]
-        rows.append(Row(tokens, 0, [4 * at + n for n in range(4)], hats, Sampling(), num_virtual=num_virtual))
+        rows.append(Row(tokens, 0, [4 * at + n for n in range(4)], adapters, Sampling(), num_virtual=num_virtual))
     loaded.runner.run(rows)
     in_one_call = loaded.runner.last_logits
     unjoin(loaded)

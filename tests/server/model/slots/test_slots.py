@@ -50,8 +50,8 @@ def by_hand(patch: Patch, site: str, x: Tensor) -> Tensor:
     return primitive.b @ (primitive.a @ x)
 
 
-def rows(hats: list[tuple[tuple[int, float], ...]], num_tokens: int = 3) -> list[Row]:
-    return [Row([0] * num_tokens, 0, [0], hats=hat, sampling=Sampling()) for hat in hats]
+def rows(adapters: list[tuple[tuple[int, float], ...]], num_tokens: int = 3) -> list[Row]:
+    return [Row([0] * num_tokens, 0, [0], adapters=adapter, sampling=Sampling()) for adapter in adapters]
 
 
 HATS: list[tuple[tuple[int, float], ...]] = [
@@ -73,8 +73,8 @@ def test_what_branches_read_is_known_before(kept: Kept) -> None:
     """While the base's product computes, just the matrices of the hats of the step are asked for, in their order."""
     bank = SlotBank(SPEC, "cpu", kept)
     slots = [bank.put(bank.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
-    hats = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
-    bank.dress(rows(hats))
+    adapters = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
+    bank.dress(rows(adapters))
     found = errands(SITES["a"][0], tuple(bank.group("a", "head")), bank.arrays(bank.tokens))
     wanted = []
     for site, slot in (("a", 1), ("head", 1), ("a", 0), ("a", 1), ("head", 0), ("head", 1)):
@@ -109,8 +109,8 @@ def test_rows_are_bit_equal_alone_and_in_a_batch() -> None:
     bank.dress(rows(HATS, 1))
     together = torch.zeros(1, len(HATS), 24)
     bank.apply(bank.group("a"), x, together, False)
-    for index, hat in enumerate(HATS):
-        bank.dress(rows([hat], 1))
+    for index, adapter in enumerate(HATS):
+        bank.dress(rows([adapter], 1))
         alone = torch.zeros(1, 1, 24)
         bank.apply(bank.group("a"), x[:, index : index + 1].contiguous(), alone, False)
         assert torch.equal(alone[0, 0], together[0, index])

@@ -139,7 +139,7 @@ def test_a_strangers_overflow_is_not_mine(bases: Any) -> None:
     for primitive in bad.primitives:
         primitive.a.fill_(3e38)  # type: ignore[union-attr]
     slots = [bank.put(bank.pack(patch)) for patch in (good, bad)]
-    rows = [Row([5, 6, 7], 0, [at], hats, Sampling()) for at, hats in enumerate([((slots[0], 1.0),), ()])]
+    rows = [Row([5, 6, 7], 0, [at], adapters, Sampling()) for at, adapters in enumerate([((slots[0], 1.0),), ()])]
     loaded.runner.run(rows)
     before = loaded.runner.last_logits
     mine, none, its = loaded.runner.run([*rows, Row([5, 6, 7], 0, [2], ((slots[1], 1.0),), Sampling())])
@@ -186,13 +186,13 @@ def test_nothing_waits_for_the_device(
         for at, worn in enumerate(wearers):
             num_virtual = sum(patch.num_virtual for patch, _ in worn)
             tokens = [*range(-1, -1 - num_virtual, -1), *range(5, 12 + at)]
-            hats = tuple((slots[patch.digest], weight) for patch, weight in worn)
+            adapters = tuple((slots[patch.digest], weight) for patch, weight in worn)
             blocks = list(range(12 * at, 12 * at + 12))
-            rows.append(Row(tokens, 0, blocks, hats, Sampling(), num_virtual=num_virtual))
+            rows.append(Row(tokens, 0, blocks, adapters, Sampling(), num_virtual=num_virtual))
         loaded.runner.run(rows)
         check_logits(loaded, len(rows))
         for at, row in enumerate(rows[3:], 3):
-            rows[at] = Row([7], len(row.tokens), row.blocks, row.hats, Sampling(), num_virtual=row.num_virtual)
+            rows[at] = Row([7], len(row.tokens), row.blocks, row.adapters, Sampling(), num_virtual=row.num_virtual)
         loaded.runner.run(rows)
         check_logits(loaded, len(rows))
         captures = list[torch.Tensor]()
