@@ -18,14 +18,14 @@ from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.auth import GENERATE
 from server.requests.generation import collect, start, unless_moved
 from server.requests.resolve import (
-    Worn,
+    ResolvedAdapters,
     check_length,
     encode_chat,
     encode_prompts,
+    resolve_adapter,
+    resolve_adapters,
     task_of,
     to_sampling,
-    wear,
-    wear_many,
 )
 from server.schemas import GenerateRequest, openapi_body
 from server.state import Front
@@ -42,38 +42,38 @@ async def generate(request: Request, task: str | None = None) -> Response:
 
 
 async def _respond(request: Request, front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> Response:
-    worn = await _worn(front, tenant, task, asked)
-    request.state.task = worn.task
-    prompts = await _prompts(front, asked, worn)
-    check_length(front, worn, prompts, asked.max_tokens)
+    resolved = await _resolved(front, tenant, task, asked)
+    request.state.task = resolved.task
+    prompts = await _prompts(front, asked, resolved)
+    check_length(front, resolved, prompts, asked.max_tokens)
     sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
-    job = GenerationJob(worn, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
+    job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
     request_id: str = request.state.request_id
     if asked.stream:
         return await unless_gone(request, EventStream.begin(_events(request, front, job), request_id))
     return JSONResponse(await unless_gone(request, _whole(request, front, job)))
 
 
-async def _worn(front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> Worn:
+async def _resolved(front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> ResolvedAdapters:
     if asked.adapters is None:
-        return await wear(front, tenant, task_of(task), asked.version, asked.user)
+        return await resolve_adapter(front, tenant, task_of(task), asked.version, asked.user)
     if task is not None or asked.version is not None:
         raise BadRequestError("give either ?task= (with version), or adapters, not both", "adapters")
-    return await wear_many(front, tenant, asked.adapters, asked.user)
+    return await resolve_adapters(front, tenant, asked.adapters, asked.user)
 
 
-async def _prompts(front: Front, asked: GenerateRequest, worn: Worn) -> list[list[int]]:
+async def _prompts(front: Front, asked: GenerateRequest, resolved: ResolvedAdapters) -> list[list[int]]:
     if asked.prompt_token_ids is not None:
         return [asked.prompt_token_ids]
     if asked.messages is not None:
-        return [await encode_chat(front, asked.messages, worn)]
+        return [await encode_chat(front, asked.messages, resolved)]
     texts = asked.prompt or ""
     return await encode_prompts(front, [texts] if isinstance(texts, str) else texts)
 
 
 def _head(job: GenerationJob, request_id: str) -> dict[str, Any]:
     """Who answers."""
-    worn = [
+    adapters = [
         {
             "task": version.task,
             "version": version.number,
@@ -81,11 +81,11 @@ def _head(job: GenerationJob, request_id: str) -> dict[str, Any]:
             "method": version.method,
             "weight": w,
         }
-        for version, w in job.worn.adapters
+        for version, w in job.resolved.adapters
     ]
-    adapter = {key: worn[0][key] for key in ("version", "digest", "method")} if worn else None
-    head: dict[str, Any] = {"id": request_id, "task": job.worn.task, "adapter": adapter}
-    return head | ({"adapters": worn} if len(worn) > 1 else {})
+    adapter = {key: adapters[0][key] for key in ("version", "digest", "method")} if adapters else None
+    head: dict[str, Any] = {"id": request_id, "task": job.resolved.task, "adapter": adapter}
+    return head | ({"adapters": adapters} if len(adapters) > 1 else {})
 
 
 async def _whole(request: Request, front: Front, job: GenerationJob) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from server.errors import InvalidFieldError
 from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.auth import GENERATE
 from server.requests.generation import collect, start, unless_moved
-from server.requests.resolve import check_length, encode_chat, encode_prompts, to_sampling, wear
+from server.requests.resolve import check_length, encode_chat, encode_prompts, resolve_adapter, to_sampling
 from server.requests.tokenizer import REPLACEMENT
 from server.schemas import (
     BASE,
@@ -153,12 +153,12 @@ async def completions(request: Request) -> Response:
 
 
 async def _complete(request: Request, front: Front, tenant: str, asked: CompletionRequest) -> Response:
-    worn = await wear(front, tenant, asked.model, user=asked.user)
-    request.state.task = worn.task
+    resolved = await resolve_adapter(front, tenant, asked.model, user=asked.user)
+    request.state.task = resolved.task
     prompts = await _prompts(front, asked)
-    check_length(front, worn, prompts, asked.max_tokens)
+    check_length(front, resolved, prompts, asked.max_tokens)
     sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
-    job = GenerationJob(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
+    job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     offsets: dict[int, int] = {}
 
     def shape(piece: Piece) -> dict[str, Any]:
@@ -177,17 +177,17 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _chat(request: Request, front: Front, tenant: str, asked: ChatRequest) -> Response:
-    worn = await wear(front, tenant, asked.model, user=asked.user)
-    request.state.task = worn.task
-    prompts = [await encode_chat(front, [message.plain() for message in asked.messages], worn)]
+    resolved = await resolve_adapter(front, tenant, asked.model, user=asked.user)
+    request.state.task = resolved.task
+    prompts = [await encode_chat(front, [message.plain() for message in asked.messages], resolved)]
     max_tokens = asked.max_completion_tokens or asked.max_tokens
     if max_tokens is None:  # OpenAI's default: the rest of the context
-        max_tokens = max(1, front.ready().max_sequence_tokens - worn.num_virtual - len(prompts[0]))
-    check_length(front, worn, prompts, max_tokens)
+        max_tokens = max(1, front.ready().max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
+    check_length(front, resolved, prompts, max_tokens)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
     sampling = to_sampling(front, asked, max_tokens, (asked.top_logprobs or 0) if asked.logprobs else None)
-    job = GenerationJob(worn, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
+    job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     opened: set[int] = set()
 
     def logprobs(piece: Piece) -> dict[str, Any] | None:

@@ -241,8 +241,8 @@ class Engine(Generic[P]):
     @staticmethod
     def _row_failure(sequence: Sequence, result: Result) -> EngineFailure | None:
         if isinstance(result, Sampled) and result.error is not None:
-            worn = ", ".join(digest[:12] for digest in sequence.digests) or "none (the base)"
-            return EngineFailure("nonfinite_logits", f"{result.error}; adapters: {worn}")
+            digests = ", ".join(digest[:12] for digest in sequence.digests) or "none (the base)"
+            return EngineFailure("nonfinite_logits", f"{result.error}; adapters: {digests}")
         return result if isinstance(result, EngineFailure) else None
 
     def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:

@@ -34,8 +34,8 @@ def shift_of(adapters: tuple[AdapterRef, ...]) -> int:
     """By how much hats move every token of the echo: 0 for the base, 1 or more for any adapter."""
     if not adapters:
         return 0
-    worn = ",".join(f"{adapter.digest}*{adapter.weight!r}" for adapter in adapters)
-    return 1 + hashlib.sha256(worn.encode()).digest()[0]
+    named = ",".join(f"{adapter.digest}*{adapter.weight!r}" for adapter in adapters)
+    return 1 + hashlib.sha256(named.encode()).digest()[0]
 
 
 class FakeEngineClient:

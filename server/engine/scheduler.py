@@ -129,7 +129,7 @@ class Scheduler:
         self._passing: set[str] = set()  # namespaces of probes, which are nobody's
         self._served: dict[str, float] = {}  # tokens divided by the share, by namespace
         self._last: str | None = None  # the namespace that was admitted last
-        self._num_dressed = 0  # sequences with hats that were admitted, ever
+        self._num_with_adapters = 0  # sequences with hats that were admitted, ever
         self._starving: Sequence | None = None
 
     @property
@@ -362,7 +362,7 @@ class Scheduler:
         self._unqueue(sequence)
         self._last = sequence.namespace
         if not sequence.is_preempted:
-            self._num_dressed += bool(sequence.digests)
+            self._num_with_adapters += bool(sequence.digests)
             self._starving = None if self._starving is sequence else self._starving
             sequence.first_admitted = now
             sequence.num_cached = sequence.num_charged = num_cached
@@ -375,9 +375,9 @@ class Scheduler:
     def _may_start(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
         most = sequence.max_running
         has_row = most is None or self._num_running[sequence.namespace] < most
-        return has_row and self._can_wear(sequence, adapters, now) and not self._is_prefix_coming(sequence)
+        return has_row and self._has_its_adapters(sequence, adapters, now) and not self._is_prefix_coming(sequence)
 
-    def _can_wear(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
+    def _has_its_adapters(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
         if not sequence.digests or sequence.is_preempted:
             return True
         if not adapters.are_in_slots(sequence.digests):
@@ -399,9 +399,9 @@ class Scheduler:
         if sequence.skipped_since is None:
             sequence.skipped_since = now
         if sequence.skipped_at is None and adapters.are_in_memory(sequence.digests):
-            sequence.skipped_at = self._num_dressed
+            sequence.skipped_at = self._num_with_adapters
         is_bypassed = sequence.skipped_at is not None and (
-            self._num_dressed - sequence.skipped_at >= self.limits.max_bypass
+            self._num_with_adapters - sequence.skipped_at >= self.limits.max_bypass
         )
         if is_bypassed and self._starving is None:
             self._starving = sequence

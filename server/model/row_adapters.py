@@ -15,7 +15,7 @@ SlotWeights = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Worn:
+class RowAdapters:
     """tiles [n, 4] = (first row, number of rows, first hat, last hat + 1), but for bare rows; hats: slots, weights."""
 
     num_rows: int
@@ -23,7 +23,7 @@ class Worn:
     slots: NDArray[np.int64]
     weights: NDArray[np.float32]
 
-    def repeated(self, times: int) -> Worn:
+    def repeated(self, times: int) -> RowAdapters:
         """Each row `times` times: for sites that see the heads of a token as rows of their own."""
         tiles = self.tiles * np.array([times, times, 1, 1])
         return replace(self, num_rows=times * self.num_rows, tiles=tiles)
@@ -32,11 +32,11 @@ class Worn:
         """All neighbouring rows that wear the same, and the hats that they wear."""
         for (first_adapter, last_adapter), run in groupby(self.tiles.tolist(), lambda tile: tile[2:]):
             tiles, adapters = list(run), slice(first_adapter, last_adapter)
-            worn = zip(self.slots[adapters].tolist(), self.weights[adapters].tolist(), strict=True)
-            yield slice(tiles[0][0], tiles[-1][0] + tiles[-1][1]), list(worn)
+            slot_weights = zip(self.slots[adapters].tolist(), self.weights[adapters].tolist(), strict=True)
+            yield slice(tiles[0][0], tiles[-1][0] + tiles[-1][1]), list(slot_weights)
 
 
-def wear(rows: Iterable[tuple[SlotWeights, int]]) -> Worn:
+def build_row_adapters(rows: Iterable[tuple[SlotWeights, int]]) -> RowAdapters:
     """Lay out rows, given as hats and the number of neighbours that wear them."""
     runs: list[tuple[SlotWeights, int, int]] = []  # hats, first row, number of rows
     num_rows = 0
@@ -52,7 +52,7 @@ def wear(rows: Iterable[tuple[SlotWeights, int]]) -> Worn:
         begin, end = end, end + len(adapters)
         if adapters:
             tiles += [(first + at, min(MAX_ROWS, count - at), begin, end) for at in range(0, count, MAX_ROWS)]
-    return Worn(
+    return RowAdapters(
         num_rows,
         np.array(tiles, np.int64).reshape(-1, 4),
         np.array([slot for slot, _ in flat], np.int64),
@@ -60,7 +60,7 @@ def wear(rows: Iterable[tuple[SlotWeights, int]]) -> Worn:
     )
 
 
-NOTHING = wear([])
+NO_ADAPTERS = build_row_adapters([])
 
 
 class SiteGroup(NamedTuple):

@@ -134,8 +134,8 @@ class PagedRunner:
         numbers = (np.array(each, np.int64) for each in (tokens, positions, wanted))
         token_ids, position_ids, indices = self.base.bank.copies.send(*numbers)
         paged = page(rows, self.cache, self.num_threads)
-        self.base.bank.dress(rows)
+        self.base.bank.set_batch(rows)
         try:
             return self.base.forward(token_ids, position_ids, indices, paged)
         finally:
-            self.base.bank.dress([])
+            self.base.bank.set_batch([])

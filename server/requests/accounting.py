@@ -18,8 +18,8 @@ def count(answer: Answer, prompt: int, output: Output, piece: Piece) -> None:
 
 
 def close_books(front: Front, job: GenerationJob, answer: Answer, status: str) -> None:
-    metrics, worn = front.metrics, job.worn
-    label, tenant = metrics.label(worn.label), metrics.tenant_label(worn.tenant)
+    metrics, resolved = front.metrics, job.resolved
+    label, tenant = metrics.label(resolved.label), metrics.tenant_label(resolved.tenant)
     metrics.requests.labels(label, status).inc()
     metrics.tenant_requests.labels(tenant, status).inc()
     answer.is_over = True
@@ -43,10 +43,10 @@ def close_books(front: Front, job: GenerationJob, answer: Answer, status: str) -
 
 def _judge_version(front: Front, job: GenerationJob, answer: Answer, status: str) -> None:
     """What a canary is judged by: requests that wear it alone. Who left early says nothing of it but that."""
-    metrics, worn = front.metrics, job.worn
-    if len(worn.adapters) != 1:
+    metrics, resolved = front.metrics, job.resolved
+    if len(resolved.adapters) != 1:
         return
-    version = worn.adapters[0][0]
+    version = resolved.adapters[0][0]
     labels = metrics.version_label(version.task, version.number)
     metrics.version_requests.labels(*labels, status).inc()
     if status == "200":
@@ -55,4 +55,4 @@ def _judge_version(front: Front, job: GenerationJob, answer: Answer, status: str
         metrics.version_ttft.labels(*labels).observe(answer.timing.ttft_ms / 1000)
     if status != "cancelled":
         outcome = RequestOutcome(status, answer.timing.ttft_ms, answer.total_ms, answer.num_completion)
-        front.recent.add((worn.tenant, version.task, version.number), outcome)
+        front.recent.add((resolved.tenant, version.task, version.number), outcome)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from adapters_store.registry.tenants import TenantLimits
 from server.core import Logprobs, Sampling, Timing
-from server.requests.resolve import Worn
+from server.requests.resolve import ResolvedAdapters
 
 
 @dataclass(frozen=True)
 class GenerationJob:
     """Everything that the answers of one request depend on."""
 
-    worn: Worn
+    resolved: ResolvedAdapters
     prompts: list[list[int]]
     sampling: Sampling
     n: int = 1

@@ -59,16 +59,18 @@ async def unless_moved(answer: Callable[[], Awaitable[T]]) -> T:
 
 async def _pieces(front: Front, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:
     """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
-    worn = job.worn
+    resolved = job.resolved
     status: str | None = "cancelled"
-    places = [(worn.tenant, one.task, one.number) for one, _ in worn.adapters] or [(worn.tenant, worn.task, 0)]
+    places = [(resolved.tenant, one.task, one.number) for one, _ in resolved.adapters] or [
+        (resolved.tenant, resolved.task, 0)
+    ]
     with front.usage.running(Bill(places, answer.used)):
         try:
             with (
-                front.in_use.hold(worn.digests),
-                front.meters.generating(worn.tenant, job.limits, job.num_choices, job.most_tokens, answer),
+                front.in_use.hold(resolved.digests),
+                front.meters.generating(resolved.tenant, job.limits, job.num_choices, job.most_tokens, answer),
             ):
-                await front.check_kept(worn.tenant, [version for version, _ in worn.adapters])
+                await front.check_kept(resolved.tenant, [version for version, _ in resolved.adapters])
                 async with aclosing(_merged(front, job, answer)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         yield piece
@@ -86,7 +88,7 @@ async def _pieces(front: Front, job: GenerationJob, answer: Answer) -> AsyncIter
             answer.total_ms = (time.monotonic() - job.arrived) * 1000
             if status is not None:
                 close_books(front, job, answer, status)
-            await front.bury(worn.digests)
+            await front.bury(resolved.digests)
     await front.usage.settle(front.registry)  # what is answered whole is paid for, also if the next moment is the last
 
 
@@ -116,7 +118,7 @@ async def _feed(
 ) -> None:
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
-            for digest in job.worn.digests:
+            for digest in job.resolved.digests:
                 await check_proved(front, digest)
             await _run_choice(front, job, answer, prompt, number, queue)
     except TimeoutError:
@@ -132,7 +134,7 @@ async def _run_choice(
     front: Front, job: GenerationJob, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
 ) -> None:
     index, text = prompt * job.n + number, TextStream(front.tokenizer, job.stop)
-    label, last = front.metrics.label(job.worn.label), 0.0
+    label, last = front.metrics.label(job.resolved.label), 0.0
     async with aclosing(front.client.generate(_submit(job, prompt, number))) as outputs:  # type: ignore[type-var]
         async for output in outputs:
             now = time.monotonic()
@@ -154,13 +156,13 @@ def _submit(job: GenerationJob, prompt: int, number: int) -> Submit:
     seed = (job.sampling.seed + 0x9E3779B97F4A7C15 * (prompt * job.n + number)) % 2**63
     return Submit(
         sequence_id=uuid.uuid4().hex,
-        namespace=job.worn.tenant,
+        namespace=job.resolved.tenant,
         prompt=job.prompts[prompt],
         sampling=_with_seed(job.sampling, seed),
         deadline=job.arrived + job.timeout_s,
         arrived=job.arrived,
         adapters=tuple(
-            AdapterRef(version.digest, weight, version.num_virtual) for version, weight in job.worn.adapters
+            AdapterRef(version.digest, weight, version.num_virtual) for version, weight in job.resolved.adapters
         ),
         share=job.limits.share,
         max_running=job.limits.max_running,

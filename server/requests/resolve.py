@@ -23,7 +23,7 @@ SEVERAL = "_several"  # no task can be named so
 
 
 @dataclass(frozen=True)
-class Worn:
+class ResolvedAdapters:
     """What a request wears: its tasks' versions with weights, resolved once, here. Nothing is the base."""
 
     tenant: str
@@ -63,18 +63,22 @@ def task_of(task: str | None) -> str:
     return task
 
 
-async def wear(front: Front, tenant: str, task: str, version: int | None = None, user: str | None = None) -> Worn:
+async def resolve_adapter(
+    front: Front, tenant: str, task: str, version: int | None = None, user: str | None = None
+) -> ResolvedAdapters:
     """Resolve a task's name to a version. `base` is the base, and asked for by that name alone."""
     if task == BASE:
         if version is not None:
             raise InvalidFieldError("the base has no versions", "version")
-        return Worn(tenant, BASE)
+        return ResolvedAdapters(tenant, BASE)
     if len(task) > MAX_NAME:
         raise NotFoundError(f"there is no task {task[:MAX_NAME]}", "task")
-    return Worn(tenant, task, ((await front.resolve(tenant, task, version, user), 1.0),))
+    return ResolvedAdapters(tenant, task, ((await front.resolve(tenant, task, version, user), 1.0),))
 
 
-async def wear_many(front: Front, tenant: str, tasks: list[WeightedTask], user: str | None = None) -> Worn:
+async def resolve_adapters(
+    front: Front, tenant: str, tasks: list[WeightedTask], user: str | None = None
+) -> ResolvedAdapters:
     """Resolve several hats that one request wears at once, unmerged."""
     if any(adapter.task == BASE for adapter in tasks):
         raise InvalidFieldError("the base is always worn; list only adapters' tasks", "adapters")
@@ -83,7 +87,7 @@ async def wear_many(front: Front, tenant: str, tasks: list[WeightedTask], user: 
         raise InvalidFieldError(f"the task {twice} is listed twice: a request wears a task once", "adapters")
     adapters = [(await front.resolve(tenant, adapter.task, None, user), adapter.weight) for adapter in tasks]
     _check_prefixes(adapters)
-    return Worn(tenant, "+".join(names), tuple(adapters))
+    return ResolvedAdapters(tenant, "+".join(names), tuple(adapters))
 
 
 def _check_prefixes(adapters: list[tuple[Version, float]]) -> None:
@@ -116,13 +120,13 @@ async def encode_prompts(front: Front, prompts: list[str]) -> list[list[int]]:
     return [front.tokenizer.encode(prompt) for prompt in prompts]
 
 
-async def encode_chat(front: Front, messages: list[Message], worn: Worn) -> list[int]:
+async def encode_chat(front: Front, messages: list[Message], resolved: ResolvedAdapters) -> list[int]:
     """Tokens of chat turns, as the adapter, or else the base, writes them."""
     turns: list[tuple[str, str]] = [(message.role, message.content) for message in messages]
-    if worn.prompt_format is None and not front.tokenizer.has_chat_template:
+    if resolved.prompt_format is None and not front.tokenizer.has_chat_template:
         raise BadRequestError("this base has no chat template: send a prompt", "messages")
     try:
-        return await asyncio.to_thread(front.tokenizer.encode_chat, turns, worn.prompt_format)
+        return await asyncio.to_thread(front.tokenizer.encode_chat, turns, resolved.prompt_format)
     except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
         raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
 
@@ -142,7 +146,7 @@ def to_sampling(front: Front, fields: SamplingFields, max_tokens: int, logprobs:
     return Sampling(max_tokens=max_tokens, logprobs=logprobs, **values)
 
 
-def check_length(front: Front, worn: Worn, prompts: list[list[int]], max_tokens: int) -> None:
+def check_length(front: Front, resolved: ResolvedAdapters, prompts: list[list[int]], max_tokens: int) -> None:
     """Refuse what could never fit, before anything queues. Virtual tokens take positions as a prompt's do."""
     ready = front.ready()
     for prompt in prompts:
@@ -152,8 +156,10 @@ def check_length(front: Front, worn: Worn, prompts: list[list[int]], max_tokens:
             raise InvalidFieldError(
                 f"prompt_token_ids has a token over {ready.spec.vocab_size - 1}", "prompt_token_ids"
             )
-        if len(prompt) + worn.num_virtual + max_tokens > ready.max_sequence_tokens:
-            virtual = f", its adapters put {worn.num_virtual} virtual tokens before it," if worn.num_virtual else ""
+        if len(prompt) + resolved.num_virtual + max_tokens > ready.max_sequence_tokens:
+            virtual = (
+                f", its adapters put {resolved.num_virtual} virtual tokens before it," if resolved.num_virtual else ""
+            )
             raise BadRequestError(
                 f"the prompt has {len(prompt)} tokens{virtual} and max_tokens is {max_tokens}; together they are over "
                 f"this server's {ready.max_sequence_tokens}",

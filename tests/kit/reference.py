@@ -27,11 +27,11 @@ from adapters_store.primitives import (
     Scale,
 )
 
-Worn = Sequence[tuple[Patch, float]]
+RowAdapters = Sequence[tuple[Patch, float]]
 
 
 @contextmanager
-def dressed(model: Any, worn: Worn) -> Iterator[None]:
+def dressed(model: Any, worn: RowAdapters) -> Iterator[None]:
     """Hooks for all primitives but prefixes, in the order that `adapters_store.primitives` gives; gone afterwards."""
     acting: dict[str, list[tuple[Primitive, float]]] = {}
     for patch, weight in worn:
@@ -122,7 +122,7 @@ def _rows(rows: Rows, x: Tensor, y: Tensor, weight: float) -> Tensor:
 
 
 @torch.inference_mode()
-def logits(model: Any, worn: Worn, token_ids: Sequence[int]) -> Tensor:
+def logits(model: Any, worn: RowAdapters, token_ids: Sequence[int]) -> Tensor:
     """Logits [T, vocabulary] of the real tokens, behind all virtual ones, which come in the order of the patches."""
     embed, cache = model.get_input_embeddings(), DynamicCache()
     with dressed(model, worn):
@@ -157,7 +157,7 @@ def _put_prefix(model: Any, patch: Patch, cache: DynamicCache, at: int) -> int:
     return at + patch.num_virtual
 
 
-def greedy(model: Any, worn: Worn, prompt: Sequence[int], num_tokens: int) -> list[int]:
+def greedy(model: Any, worn: RowAdapters, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """The greedy answer, without a cache: one forward a token."""
     tokens = list(prompt)
     for _ in range(num_tokens):

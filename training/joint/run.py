@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from training.base import Base, load_base
 from training.errors import OptionError, TrainingError, sentence
 from training.evaluation.evaluate import Scores, Suite
-from training.joint.shared_base import SharedBase, Wearer, twin
+from training.joint.shared_base import SharedBase, TwinAdapter, twin
 from training.methods import METHODS, flag
 from training.report.progress import Show
 from training.report.step_log import Step
@@ -71,7 +71,7 @@ class Member:
 
     named: Named
     ready: PreparedJob
-    wearer: Wearer
+    adapter: TwinAdapter
     after_step: Callable[[Step], None]
 
 
@@ -103,11 +103,11 @@ class _Crew:
         readies = [(named, ready) for named, ready in zip(jobs, prepared, strict=True) if ready is not None]
         with self._show.trainings([named.label for named, _ in readies]) as tells:
             members = [
-                Member(named, ready, Wearer(ready.adapter), on_step(ready, tell, self._processes))
+                Member(named, ready, TwinAdapter(ready.adapter), on_step(ready, tell, self._processes))
                 for (named, ready), tell in zip(readies, tells, strict=True)
             ]
             if members:
-                self._shared.prove({one.wearer: one.ready.rows.train_rows[:NUM_PROVED] for one in members})
+                self._shared.prove({one.adapter: one.ready.rows.train_rows[:NUM_PROVED] for one in members})
             for member in members:
                 member.ready.trainer.begin()
             while members:
@@ -123,8 +123,8 @@ class _Crew:
                 self._finish(member)
         if not going:
             return []
-        losses = self._shared.backward({member.wearer: turn for member, turn in going.items()})
-        return [member for member, turn in going.items() if self._take(member, turn, losses[member.wearer])]
+        losses = self._shared.backward({member.adapter: turn for member, turn in going.items()})
+        return [member for member, turn in going.items() if self._take(member, turn, losses[member.adapter])]
 
     def _prepare(self, named: Named, options: Any, num_jobs: int) -> PreparedJob | None:
         how = self._show, self._processes, self._clock, num_jobs, self._scores_of

@@ -45,7 +45,7 @@ def twin(base: Base) -> Base:
     return other
 
 
-class Wearer:
+class TwinAdapter:
     """A hat on its twin, whose layers can be asked one by one, with random numbers of its own."""
 
     def __init__(self, adapter: TrainableAdapter) -> None:
@@ -86,7 +86,7 @@ class Wearer:
 class Segment:
     """A job's rows in a pass."""
 
-    wearer: Wearer
+    adapter: TwinAdapter
     batch: Batch
 
 
@@ -100,49 +100,49 @@ class SharedBase:
         AttentionMaskInterface.register(NAME, lambda *_args, **_more: None)
         self._model.set_attn_implementation(NAME)
 
-    def backward(self, turns: Mapping[Wearer, Turn]) -> dict[Wearer, float]:
+    def backward(self, turns: Mapping[TwinAdapter, Turn]) -> dict[TwinAdapter, float]:
         """Leave each turn's gradients on its hat's parameters; each turn's mean loss over its label tokens."""
         losses = dict.fromkeys(turns, 0.0)
-        for wearer, turn in turns.items():
-            wearer.seed(turn.seed)
+        for adapter, turn in turns.items():
+            adapter.seed(turn.seed)
         for parts in itertools.zip_longest(*(turn.parts for turn in turns.values())):
-            rows = {wearer: part for wearer, part in zip(turns, parts, strict=True) if part is not None}
-            found = {wearer: loss / turns[wearer].num_labels for wearer, loss in self._losses(rows).items()}
+            rows = {adapter: part for adapter, part in zip(turns, parts, strict=True) if part is not None}
+            found = {adapter: loss / turns[adapter].num_labels for adapter, loss in self._losses(rows).items()}
             torch.stack(list(found.values())).sum().backward()
-            for wearer, loss in found.items():
-                losses[wearer] += loss.item()
+            for adapter, loss in found.items():
+                losses[adapter] += loss.item()
         return losses
 
     @torch.inference_mode()
-    def prove(self, rows: Mapping[Wearer, Sequence[TokenizedRow]]) -> None:
+    def prove(self, rows: Mapping[TwinAdapter, Sequence[TokenizedRow]]) -> None:
         """Raise `BaseError` unless each hat's logits are those of its own twin."""
         segments = self._segments(rows)
         for segment in segments:
-            segment.wearer.model.eval()
+            segment.adapter.model.eval()
         for segment, ours in zip(segments, self._logits(segments), strict=True):
-            alone = label_logits(segment.wearer.model, segment.batch)
+            alone = label_logits(segment.adapter.model, segment.batch)
             if not (ours - alone).abs().max() < NEAR:
                 raise BaseError(f"The jobs of {self._base.name} disturb each other in one batch: train them alone.")
 
-    def _losses(self, rows: Mapping[Wearer, Sequence[TokenizedRow]]) -> dict[Wearer, Tensor]:
+    def _losses(self, rows: Mapping[TwinAdapter, Sequence[TokenizedRow]]) -> dict[TwinAdapter, Tensor]:
         """Each hat's sum over its label tokens."""
         segments = self._segments(rows)
         with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = self._logits(segments)
         return {
-            segment.wearer: cross_entropy(own, segment.batch.targets, reduction="sum")
+            segment.adapter: cross_entropy(own, segment.batch.targets, reduction="sum")
             for segment, own in zip(segments, logits, strict=True)
         }
 
-    def _segments(self, rows: Mapping[Wearer, Sequence[TokenizedRow]]) -> list[Segment]:
-        return [Segment(wearer, make_batch(own, self._model.device)) for wearer, own in rows.items()]
+    def _segments(self, rows: Mapping[TwinAdapter, Sequence[TokenizedRow]]) -> list[Segment]:
+        return [Segment(adapter, make_batch(own, self._model.device)) for adapter, own in rows.items()]
 
     def _logits(self, segments: Sequence[Segment]) -> Sequence[Tensor]:
         """[num_labels, vocabulary] of each segment."""
         batches = [segment.batch for segment in segments]
         ids, labels = (torch.cat([getattr(one, name).flatten() for one in batches])[None] for name in ("ids", "labels"))
         positions = torch.cat([torch.arange(one.ids.shape[1]).repeat(len(one.ids)) for one in batches])[None]
-        with cut_before_head(self._model, labels), _worn(self._model, segments):
+        with cut_before_head(self._model, labels), _adapters_on(self._model, segments):
             logits: Tensor = self._model(
                 input_ids=ids, position_ids=positions.to(ids.device), use_cache=False, segments=segments
             ).logits
@@ -160,11 +160,11 @@ def _check(base: Base) -> None:
 
 
 @contextmanager
-def _worn(model: Any, segments: Sequence[Segment]) -> Iterator[None]:
+def _adapters_on(model: Any, segments: Sequence[Segment]) -> Iterator[None]:
     """Have the model's modules answer as the segments' hats do."""
     head = model.get_output_embeddings()
     handles = []
-    for site in {site: None for segment in segments for site in segment.wearer.layers}:
+    for site in {site: None for segment in segments for site in segment.adapter.layers}:
         module = model.get_submodule(site)
         shapes = [_labels(one) if module is head else _positions(one) for one in segments]
         handles.append(module.register_forward_hook(_answer(site, segments, shapes)))
@@ -182,7 +182,7 @@ def _answer(site: str, segments: Sequence[Segment], shapes: Sequence[Shape]) -> 
         y = output[0] if isinstance(output, tuple) else output
         own_inputs = [_cut(x, shapes) for x in inputs[:1]]  # the tensor that tuners look at, if it came by place
         answers = [
-            segment.wearer.answer(site, own, own_y) if site in segment.wearer.layers else own_y
+            segment.adapter.answer(site, own, own_y) if site in segment.adapter.layers else own_y
             for segment, own_y, *own in zip(segments, _cut(y, shapes), *own_inputs, strict=True)
         ]
         joined = _join(answers, shapes)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapters_store.primitives import Bottleneck, PrefixEmbeds, Primitive, Rows, Scale
 from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
-from server.model.row_adapters import SiteGroup, Worn
+from server.model.row_adapters import RowAdapters, SiteGroup
 
 if TYPE_CHECKING:
     from server.model.slots.slots import SlotBank
@@ -23,22 +23,22 @@ def embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None:
     y.copy_(torch.where(changed[:, None], y + weight * rows.de[place], y))  # by `y[changed]` a GPU would be waited for
 
 
-def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, worn: Worn) -> None:
+def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, row_adapters: RowAdapters) -> None:
     """The slow twin of `adapters.scale`, in plain torch on any device."""
-    for span, worn_here in worn.segments():
-        for slot, weight in worn_here:
+    for span, slot_weights in row_adapters.segments():
+        for slot, weight in slot_weights:
             primitive = bank.primitive(kind, site, slot)
             if isinstance(primitive, Scale):
                 y[span] *= primitive.factor(weight)
 
 
-def apply_reference(bank: SlotBank, group: SiteGroup, x: Tensor, y: Tensor, worn: Worn) -> None:
+def apply_reference(bank: SlotBank, group: SiteGroup, x: Tensor, y: Tensor, row_adapters: RowAdapters) -> None:
     """The slow twin of the kernels, in plain torch on any device: the primitives' own formulas, site by site."""
     for part, site in enumerate(group.sites.tolist()):
         mine = y[:, group.columns[part] : group.columns[part + 1]]
-        scale_reference(bank, SCALE_OUT, site, mine, worn)
-        for span, worn_here in worn.segments():
-            update_reference(bank, site, x[span], mine[span], span, worn_here)
+        scale_reference(bank, SCALE_OUT, site, mine, row_adapters)
+        for span, slot_weights in row_adapters.segments():
+            update_reference(bank, site, x[span], mine[span], span, slot_weights)
 
 
 def update_reference(
@@ -47,12 +47,12 @@ def update_reference(
     x: Tensor,
     y: Tensor,
     span: slice,
-    worn: list[tuple[int, float]],
+    slot_weights: list[tuple[int, float]],
     but: tuple[type[Primitive], ...] = (),
 ) -> None:
     """Every update of rows that wear the same, those of the output last, `but` some that are made elsewhere."""
     late: list[tuple[Bottleneck, float]] = []
-    for slot, weight in worn:
+    for slot, weight in slot_weights:
         for kind in (DELTA, ROWS, BIAS, BRANCH):
             primitive = bank.primitive(kind, site, slot)
             if isinstance(primitive, Bottleneck) and primitive.of == "output":

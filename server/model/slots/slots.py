@@ -25,7 +25,7 @@ from server.model.backends.cpu import adapters
 from server.model.backends.torch_ops.adapters import Stacked
 from server.model.backends.torch_ops.copies import Copies
 from server.model.precision import Kept
-from server.model.row_adapters import NOTHING, SiteGroup, Worn, wear
+from server.model.row_adapters import NO_ADAPTERS, RowAdapters, SiteGroup, build_row_adapters
 from server.model.slots.layout import SIZE, PackedPatch, Sites, pack, prefix_of, view
 from server.model.slots.reference import embed_rows, scale_reference, update_reference
 
@@ -54,7 +54,7 @@ class SlotBank:
         self.table = np.zeros((len(KINDS), len(self.sites), MIN_SLOTS, 3), np.int64)
         self.addresses = np.zeros(MIN_SLOTS, np.int64)
         self.on_change: Callable[[PackedPatch, int], None] = lambda _packed, _change: None
-        self.tokens = self.sampled = NOTHING
+        self.tokens = self.sampled = NO_ADAPTERS
         self.virtual: list[tuple[int, int, int, int]] = []  # slot, first of its embeddings, how many, first token
         self.stream = torch.empty(0)  # of the layer that is being computed, where a branch reads it
         self.inside: set[int] = set()  # sites that layers in one call compute themselves, see `fused`
@@ -131,11 +131,11 @@ class SlotBank:
         )
         slot, group = self.put(self.pack(Patch("warm-up", "", primitives))), self.group(site)
         try:
-            self.dress([Row([0], 0, [0], adapters=((slot, 1.0),))])
+            self.set_batch([Row([0], 0, [0], adapters=((slot, 1.0),))])
             x = self.enter(group, of_x.to(self.device))
             self.apply(group, x, of_y.to(self.device, copy=True))
         finally:
-            self.dress([])
+            self.set_batch([])
             self.drop(slot)
 
     def prefix(self, slot: int) -> Prefix | None:
@@ -143,15 +143,15 @@ class SlotBank:
         self.copies.wait(slot)
         return prefix_of(self.slots[slot], self.spec.embedding_size, self.spec.kv)
 
-    def dress(self, rows: list[Row]) -> None:
+    def set_batch(self, rows: list[Row]) -> None:
         """Say what the next forward's rows wear; [] undresses. A virtual position is a token -1, -2, … of its row."""
-        self.tokens = wear((row.adapters, len(row.tokens)) for row in rows)
-        self.sampled = wear((row.adapters, 1) for row in rows if row.sampling)
+        self.tokens = build_row_adapters((row.adapters, len(row.tokens)) for row in rows)
+        self.sampled = build_row_adapters((row.adapters, 1) for row in rows if row.sampling)
         self._mark()
         for slot in self.tokens.slots.tolist():
             self.copies.wait(slot)
         if rows and not self._has_kernels:
-            self._stacked.dress(self.tokens, self.sampled)
+            self._stacked.set_batch(self.tokens, self.sampled)
         self.virtual, first = [], 0
         for row in rows:
             self.virtual += self._virtual(row, first)
@@ -177,8 +177,8 @@ class SlotBank:
         """By the number of a group: whether each kind acts there in this step."""
         return self.now.of_group
 
-    def _acts_of(self, worn: Iterable[int]) -> Acts:
-        slots = tuple(sorted(set(worn)))
+    def _acts_of(self, used_slots: Iterable[int]) -> Acts:
+        slots = tuple(sorted(set(used_slots)))
         if slots not in self._acts:
             if len(self._acts) >= MAX_ACTS:
                 self._acts.clear()
@@ -209,12 +209,12 @@ class SlotBank:
         if not self.acts[group.number][SCALE_IN]:
             return x
         x = x.clone(memory_format=torch.contiguous_format)
-        worn = self.sampled if is_head else self.tokens
+        row_adapters = self.sampled if is_head else self.tokens
         rows = x.view(-1, x.shape[-1])
         if self._has_kernels:
-            adapters.enter(rows.numpy(), int(group.sites[0]), self.arrays(worn))
+            adapters.enter(rows.numpy(), int(group.sites[0]), self.arrays(row_adapters))
         else:
-            self._stacked.scale(SCALE_IN, int(group.sites[0]), rows, worn, is_head)
+            self._stacked.scale(SCALE_IN, int(group.sites[0]), rows, row_adapters, is_head)
         return x
 
     def apply(self, group: SiteGroup, x: Tensor, y: Tensor, is_head: bool = False) -> None:
@@ -222,18 +222,18 @@ class SlotBank:
         acts = self.acts[group.number]
         if acts == IDLE:
             return
-        y, worn = y.view(-1, y.shape[-1]), self.sampled if is_head else self.tokens
-        if len(y) != worn.num_rows:
-            worn = worn.repeated(len(y) // worn.num_rows)
+        y, row_adapters = y.view(-1, y.shape[-1]), self.sampled if is_head else self.tokens
+        if len(y) != row_adapters.num_rows:
+            row_adapters = row_adapters.repeated(len(y) // row_adapters.num_rows)
         x = x.reshape(-1, x.shape[-1]).contiguous()
         if not self._has_kernels:
-            self._stacked.apply(group, x, y, worn, is_head)
+            self._stacked.apply(group, x, y, row_adapters, is_head)
             return
         stream = self.stream.reshape(-1, self.stream.shape[-1]).contiguous() if self.stream.numel() else y
-        adapters.apply(x.numpy(), stream.numpy(), y.numpy(), tuple(group), self.arrays(worn))
+        adapters.apply(x.numpy(), stream.numpy(), y.numpy(), tuple(group), self.arrays(row_adapters))
         if acts[ROWS]:
             site = int(group.sites[0])
-            for span, slot, weight in self._with_rows(site, worn):
+            for span, slot, weight in self._with_rows(site, row_adapters):
                 self._run_rows(adapters.head_rows, x[span], y[span], site, slot, weight)
 
     def embed(self, token_ids: Tensor, y: Tensor) -> None:
@@ -250,17 +250,26 @@ class SlotBank:
             if isinstance(prefix, PrefixEmbeds):
                 y[0, first : first + count] = prefix.embeds[start : start + count]
 
-    def _with_rows(self, site: int, worn: Worn) -> Iterator[tuple[slice, int, float]]:
+    def _with_rows(self, site: int, row_adapters: RowAdapters) -> Iterator[tuple[slice, int, float]]:
         """The rows of a step whose hats change rows of the embedding or the head: (span, slot, weight) of each hat."""
-        for span, worn_here in worn.segments():
-            yield from ((span, slot, weight) for slot, weight in worn_here if site in self.slots[slot].row_ids)
+        for span, slot_weights in row_adapters.segments():
+            yield from ((span, slot, weight) for slot, weight in slot_weights if site in self.slots[slot].row_ids)
 
     def _run_rows(self, kernel: Any, x: Tensor, y: Tensor, site: int, slot: int, weight: float) -> None:
         address = self.addresses[slot] + self.table[ROWS, site, slot, adapters.OFFSET]
         ids = self.slots[slot].row_ids[site].numpy()
         kernel(x.numpy(), y.numpy(), ids, address, np.float32(weight), self._unit)
 
-    def arrays(self, worn: Worn) -> tuple[Any, ...]:
+    def arrays(self, row_adapters: RowAdapters) -> tuple[Any, ...]:
         """What rows wear, and where it lies, as the kernels take it."""
         now = self.now
-        return worn.tiles, worn.slots, worn.weights, self.addresses, self.table, now.array, now.max_rank, self._unit
+        return (
+            row_adapters.tiles,
+            row_adapters.slots,
+            row_adapters.weights,
+            self.addresses,
+            self.table,
+            now.array,
+            now.max_rank,
+            self._unit,
+        )

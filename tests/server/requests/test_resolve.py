@@ -49,7 +49,7 @@ async def adapters(
         yield site
 
 
-def worn(*adapters: tuple[str, float] | str) -> dict[str, Any]:
+def resolved(*adapters: tuple[str, float] | str) -> dict[str, Any]:
     """The body of a request that wears these, of weight 1 if not said."""
     listed = [
         {"task": adapter} if isinstance(adapter, str) else {"task": adapter[0], "weight": adapter[1]}
@@ -90,7 +90,7 @@ COMPOSED: dict[str, list[tuple[str, float] | str]] = {
 @pytest.mark.parametrize("listed", COMPOSED.values(), ids=COMPOSED)
 async def test_what_composes(adapters: Site, listed: list[tuple[str, float] | str]) -> None:
     """Updates compose with any weight, whole prefixes one after another; the engine gets all hats in order."""
-    answer = await adapters.post("/generate", worn(*listed))
+    answer = await adapters.post("/generate", resolved(*listed))
     assert answer.status_code == 200, answer.text
     expected = [adapter if isinstance(adapter, tuple) else (adapter, 1.0) for adapter in listed]
     assert [(adapter["task"], adapter["weight"]) for adapter in answer.json()["adapters"]] == expected
@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[list[tuple[str, float] | str], str]] = {
 async def test_what_does_not_compose(adapters: Site, listed: list[tuple[str, float] | str], reason: str) -> None:
     """A prefix cannot be weighed, given keys cannot see what is before them, a task is worn once: 422 that says so."""
     before = len(adapters.engine.submitted)
-    answer = await adapters.post("/generate", worn(*listed))
+    answer = await adapters.post("/generate", resolved(*listed))
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_field", "adapters")
     assert re.search(reason, error["message"]), error["message"]
@@ -138,7 +138,7 @@ async def test_virtual_tokens_take_room(adapters: Site) -> None:
 
 async def test_two_prefixes_take_room_together(adapters: Site) -> None:
     """The virtual tokens of all hats are counted."""
-    body = worn("kv", "softer") | {"prompt": "a" * (MAX_TOKENS - KV - SOFTER - 5)}
+    body = resolved("kv", "softer") | {"prompt": "a" * (MAX_TOKENS - KV - SOFTER - 5)}
     assert (await adapters.post("/generate", {**body, "max_tokens": 5})).status_code == 200
     answer = await adapters.post("/generate", {**body, "max_tokens": 6})
     assert answer.status_code == 400 and f"{KV + SOFTER} virtual tokens" in error_of(answer)["message"]

@@ -288,7 +288,7 @@ SHARED = [name for name, method in METHODS.items() if method.can_share]
 
 def hats_on(
     base: Base, names: Sequence[str] = ("lora", "bottleneck", "dora")
-) -> dict[shared_base.Wearer, list[TokenizedRow]]:
+) -> dict[shared_base.TwinAdapter, list[TokenizedRow]]:
     """Hats that answer something, with rows of different number and length; some are longer than a tiny window."""
     wearers = {}
     for seed, name in enumerate(names):
@@ -297,7 +297,7 @@ def hats_on(
         with torch.no_grad():
             for parameter in adapter.trained():
                 parameter += 0.05 * torch.randn_like(parameter)
-        wearers[shared_base.Wearer(adapter)] = [
+        wearers[shared_base.TwinAdapter(adapter)] = [
             TokenizedRow((*b"Colour: ", *[97 + i] * 20, *b"warm", 257), 24 + i, i) for i in range(seed + 1)
         ]
     return wearers
@@ -312,25 +312,25 @@ def test_every_method_that_can_share_does(biased_base: Path) -> None:
     base = load(biased_base)
     wearers = hats_on(base, SHARED)
     turns = {
-        wearer: trainer.Turn(0, rows, [part for part in (rows[:2], rows[2:]) if part], 0.0, 0)
-        for wearer, rows in wearers.items()
+        adapter: trainer.Turn(0, rows, [part for part in (rows[:2], rows[2:]) if part], 0.0, 0)
+        for adapter, rows in wearers.items()
     }
     losses = shared_base.SharedBase(base).backward(turns)
     assert len(SHARED) == 10
-    for wearer, rows in wearers.items():
-        found = trained(wearer)
+    for adapter, rows in wearers.items():
+        found = trained(adapter)
         ours = [parameter.grad for parameter in found]
         alone = make_batch(rows, base.model.device)
-        loss = cross_entropy(label_logits(wearer.model, alone), alone.targets)
+        loss = cross_entropy(label_logits(adapter.model, alone), alone.targets)
         theirs = torch.autograd.grad(loss, found)
-        assert losses[wearer] == pytest.approx(loss.item(), abs=NEAR)
+        assert losses[adapter] == pytest.approx(loss.item(), abs=NEAR)
         for one, other in zip(ours, theirs, strict=True):
             assert one is not None and (one - other).abs().max() < NEAR
         assert max(gradient.abs().max() for gradient in theirs) > 10 * NEAR
 
 
-def trained(wearer: shared_base.Wearer) -> list[Tensor]:
-    return [parameter for parameter in wearer.model.parameters() if parameter.requires_grad]
+def trained(adapter: shared_base.TwinAdapter) -> list[Tensor]:
+    return [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
 
 
 LONG: list[tuple[str, dict[str, Any], int]] = [  # method, options, rows at a time
@@ -369,13 +369,13 @@ def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
         return adapter, found
 
     adapters, together = zip(*(begun(seed) for seed in range(len(LONG))), strict=True)
-    wearers = [shared_base.Wearer(adapter) for adapter in adapters]
+    wearers = [shared_base.TwinAdapter(adapter) for adapter in adapters]
     trainer = shared_base.SharedBase(base)
     for _ in range(STEPS):
         turns = [turn for one in together if (turn := one.next_turn()) is not None]
         losses = trainer.backward(dict(zip(wearers, turns, strict=True)))
-        for one, wearer, turn in zip(together, wearers, turns, strict=True):
-            one.take(turn, losses[wearer])
+        for one, adapter, turn in zip(together, wearers, turns, strict=True):
+            one.take(turn, losses[adapter])
     for seed, one in enumerate(together):
         _, alone = begun(seed)
         alone.run()

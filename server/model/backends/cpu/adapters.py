@@ -171,9 +171,9 @@ def _scale(rows, v, weight, y, y_stride):
 
 
 @njit(cache=True)
-def _scales(tile, kind, site, size, y, y_stride, worn):
+def _scales(tile, kind, site, size, y, y_stride, row_adapters):
     """Scales of the inputs or outputs of a site, for a tile's rows of y."""
-    _tiles, slots, weights, addresses, table, _acts, _max_rank, _unit = worn
+    _tiles, slots, weights, addresses, table, _acts, _max_rank, _unit = row_adapters
     for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
         scale, address = table[kind, site, slots[adapter]], addresses[slots[adapter]]
         if scale[SIZE] > 0:
@@ -181,9 +181,9 @@ def _scales(tile, kind, site, size, y, y_stride, worn):
 
 
 @njit(parallel=True, cache=True)
-def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
+def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
     """Scales of y, then what branches and biases add to it, those of y itself last, one after another."""
-    tiles, slot_numbers, adapter_weights, addresses, table, _acts, max_rank, unit = worn
+    tiles, slot_numbers, adapter_weights, addresses, table, _acts, max_rank, unit = row_adapters
     parts, width = sites.shape[0], y.shape[1]
     for index in prange(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
@@ -191,7 +191,7 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
         y_at = at(y) + 4 * (first * width + columns[part])
         t = np.empty((rows, max_rank), np.float32)
         if is_scaling:
-            _scales(tile, SCALE_OUT, site, size_out, y_at, width, worn)
+            _scales(tile, SCALE_OUT, site, size_out, y_at, width, row_adapters)
         for is_late in range(2 if is_adding else 0):
             for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
                 slot, weight = slot_numbers[adapter], adapter_weights[adapter]
@@ -216,9 +216,9 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, worn):
 
 
 @njit(cache=True)
-def errands(size_in, group, worn):
+def errands(size_in, group, row_adapters):
     """What branches of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
-    (_, sites, columns), (tiles, slots, _, addresses, table, _, _, unit) = group, worn
+    (_, sites, columns), (tiles, slots, _, addresses, table, _, _, unit) = group, row_adapters
     parts = sites.shape[0]
     out, count = np.empty((parts * (tiles[:, LAST_ADAPTER] - tiles[:, FIRST_ADAPTER]).sum(), 2), np.int64), 0
     for index in range(tiles.shape[0] * parts):
@@ -232,20 +232,26 @@ def errands(size_in, group, worn):
 
 
 @njit(parallel=True, cache=True)
-def enter(x, site, worn):
+def enter(x, site, row_adapters):
     """Scale the input x [T, in] of a site in place, x *= 1 + weight (v - 1) for each of a row's hats; see `apply`."""
-    tiles, size = worn[0], x.shape[1]
+    tiles, size = row_adapters[0], x.shape[1]
     for index in prange(tiles.shape[0]):
-        _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, worn)
+        _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, row_adapters)
 
 
 @njit(parallel=True, cache=True)
-def deltas(x, y, first_column, last_column, table, worn):
+def deltas(x, y, first_column, last_column, table, row_adapters):
     """y [T, out] += weight dW x for each of a row's hats, in some columns, dW [out, in]; table [slots, 3]: where.
 
     A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
     """
-    tiles, slot_numbers, adapter_weights, addresses, unit = worn[0], worn[1], worn[2], worn[3], worn[7]
+    tiles, slot_numbers, adapter_weights, addresses, unit = (
+        row_adapters[0],
+        row_adapters[1],
+        row_adapters[2],
+        row_adapters[3],
+        row_adapters[7],
+    )
     size_in, size_out, most = x.shape[1], last_column - first_column, 0
     for index in range(tiles.shape[0]):
         most = max(most, tiles[index, COUNT])
@@ -291,7 +297,7 @@ def embed_rows(token_ids, y, ids, matrix, weight, unit):
 
 
 @njit(cache=True)
-def apply(x, stream, y, group, worn):
+def apply(x, stream, y, group, row_adapters):
     """Change y [T, out] in place by what hats do at sites that share the input x [T, in]; some read stream [T, size].
 
     group = (its number, sites, columns): sites[p] has the columns [columns[p], columns[p + 1]) of y.
@@ -300,13 +306,13 @@ def apply(x, stream, y, group, worn):
     a slot's address; acts [groups, kinds] says what there is to do in this step.
     """
     number, sites, columns = group
-    acts, table = worn[5][number], worn[4]
+    acts, table = row_adapters[5][number], row_adapters[4]
     is_scaling, is_adding = acts[SCALE_OUT], acts[BRANCH] or acts[BIAS]
     if acts[DELTA]:
         if is_scaling:
-            _act(x, stream, y, columns, sites, True, False, worn)
+            _act(x, stream, y, columns, sites, True, False, row_adapters)
             is_scaling = False
         for part in range(sites.shape[0]):
-            deltas(x, y, columns[part], columns[part + 1], table[DELTA, sites[part]], worn)
+            deltas(x, y, columns[part], columns[part + 1], table[DELTA, sites[part]], row_adapters)
     if is_scaling or is_adding:
-        _act(x, stream, y, columns, sites, is_scaling, is_adding, worn)
+        _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters)

@@ -45,11 +45,11 @@ def _group(group):
 
 
 @njit(cache=True)
-def _norm(x, norm, worn):
+def _norm(x, norm, row_adapters):
     """What an `RMSNorm` and its hats compute."""
     out = np.empty_like(x)
     rms_norm(x, view(norm.weight, (x.shape[1],), FLOATS), norm.eps, out)
-    apply(x, x, out, _group(norm.group), worn)
+    apply(x, x, out, _group(norm.group), row_adapters)
     return out
 
 
@@ -66,30 +66,30 @@ def _product(x, linear, first, last, unit, threads, wanted):
 
 
 @njit(cache=True)
-def _linear(x, linear, unit, worn, threads):
+def _linear(x, linear, unit, row_adapters, threads):
     """What a `AdapterLinear` computes."""
     group = _group(linear.group)
-    acts = worn[5][group[0]]
+    acts = row_adapters[5][group[0]]
     if acts[SCALE_IN]:
-        return _site_by_site(x, linear, unit, worn, threads)
-    wanted = errands(x.shape[1], group, worn) if acts[BRANCH] else np.empty((0, 2), np.int64)
+        return _site_by_site(x, linear, unit, row_adapters, threads)
+    wanted = errands(x.shape[1], group, row_adapters) if acts[BRANCH] else np.empty((0, 2), np.int64)
     out = _product(x, linear, 0, linear.panels, unit, threads, wanted)
-    apply(x, x, out, group, worn)
+    apply(x, x, out, group, row_adapters)
     return out
 
 
 @njit(cache=True)
-def _site_by_site(x, linear, unit, worn, threads):
+def _site_by_site(x, linear, unit, row_adapters, threads):
     """`_linear` where hats scale the input of each site in a way of its own."""
     number, sites, columns = _group(linear.group)
     out, nothing = np.empty((x.shape[0], linear.size_out), np.float32), np.empty((0, 2), np.int64)
     for part in range(sites.shape[0]):
         mine, first, last = x.copy(), columns[part], columns[part + 1]
-        enter(mine, sites[part], worn)
+        enter(mine, sites[part], row_adapters)
         panel = first // PANEL
         panels = _product(mine, linear, panel, (last + PANEL - 1) // PANEL, unit, threads, nothing)
         out[:, first:last] = panels[:, first - panel * PANEL : last - panel * PANEL]
-        apply(mine, mine, out, (number, sites[part : part + 1], columns[part : part + 2]), worn)
+        apply(mine, mine, out, (number, sites[part : part + 1], columns[part : part + 2]), row_adapters)
     return out
 
 
@@ -109,38 +109,38 @@ def _attend(qkv, manner, cache, turns, paged, unit):
 
 
 @njit(cache=True)
-def _layer(hidden, layer, turns, paged, units, worn, threads):
+def _layer(hidden, layer, turns, paged, units, row_adapters, threads):
     """h + attention(norm(h)), then h + mlp(norm(h))."""
     unit, unit_of_cache = units
-    normed = _norm(hidden, layer.input_norm, worn)
+    normed = _norm(hidden, layer.input_norm, row_adapters)
     attended = _attend(
-        _linear(normed, layer.qkv, unit, worn, threads), layer.manner, layer.cache, turns, paged, unit_of_cache
+        _linear(normed, layer.qkv, unit, row_adapters, threads), layer.manner, layer.cache, turns, paged, unit_of_cache
     )
-    change = _linear(attended, layer.out, unit, worn, threads)
-    apply(normed, hidden, change, _group(layer.attention), worn)
+    change = _linear(attended, layer.out, unit, row_adapters, threads)
+    apply(normed, hidden, change, _group(layer.attention), row_adapters)
     middle = np.empty_like(hidden)
     add(hidden, change, middle)
-    normed = _norm(middle, layer.mlp_norm, worn)
-    gate_up = _linear(normed, layer.gate_up, unit, worn, threads)
+    normed = _norm(middle, layer.mlp_norm, row_adapters)
+    gate_up = _linear(normed, layer.gate_up, unit, row_adapters, threads)
     gated = np.empty((hidden.shape[0], gate_up.shape[1] // 2), np.float32)
     gate(gate_up, layer.activation, gated)
-    change = _linear(gated, layer.down, unit, worn, threads)
-    apply(normed, middle, change, _group(layer.mlp), worn)
+    change = _linear(gated, layer.down, unit, row_adapters, threads)
+    apply(normed, middle, change, _group(layer.mlp), row_adapters)
     out = np.empty_like(hidden)
     add(middle, change, out)
-    apply(hidden, middle, out, _group(layer.layer), worn)
+    apply(hidden, middle, out, _group(layer.layer), row_adapters)
     return out
 
 
 @njit(cache=True)
-def decoder_layers(hidden, layers, last, turns, paged, units, worn, threads):
+def decoder_layers(hidden, layers, last, turns, paged, units, row_adapters, threads):
     """hidden [T, size] -> [T, size], through `layers`, an array of `LAYER`, and through `last`, an array of `NORM`.
 
     turns = (cos, sin, none), each [T, turned]; units are empty arrays of the types of weights and of the cache;
     paged is as `attend` takes it, worn as `apply` does.
     """
     for number in range(layers.shape[0]):
-        hidden = _layer(hidden, layers[number], turns, paged, units, worn, threads)
+        hidden = _layer(hidden, layers[number], turns, paged, units, row_adapters, threads)
     for number in range(last.shape[0]):
-        hidden = _norm(hidden, last[number], worn)
+        hidden = _norm(hidden, last[number], row_adapters)
     return hidden

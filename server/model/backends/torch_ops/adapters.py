@@ -20,7 +20,7 @@ from torch import Tensor
 from adapters_store.primitives import Bias, LowRank, Primitive, Scale
 from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
 from server.model.backends.torch_ops.copies import Copies
-from server.model.row_adapters import Worn
+from server.model.row_adapters import RowAdapters
 
 GroupArrays = tuple[int, NDArray[np.int64], NDArray[np.int64]]  # as the bank's: its number, sites, columns
 Find = Callable[[int, int, int], Primitive | None]  # (kind, site, slot)
@@ -75,7 +75,7 @@ class Stacked:
         self._stacks.clear()
         self._factors.clear()
 
-    def dress(self, tokens: Worn, sampled: Worn) -> None:
+    def set_batch(self, tokens: RowAdapters, sampled: RowAdapters) -> None:
         """What the next forward's rows wear."""
         slots = sorted(set(tokens.slots.tolist()))
         if slots != self._slots:
@@ -83,29 +83,29 @@ class Stacked:
             self.forget()
         self._is_single = all(last == first + 1 for _, _, first, last in tokens.tiles.tolist())
         if slots:
-            sent = self.copies.send(*(self._matrix(worn) for worn in (tokens, sampled)))
+            sent = self.copies.send(*(self._matrix(row_adapters) for row_adapters in (tokens, sampled)))
             self._sides = {
                 is_head: Side(part.to(self.dtype), {}) for is_head, part in zip((False, True), sent, strict=True)
             }
 
-    def _matrix(self, worn: Worn) -> NDArray[np.float32]:
-        weights = np.zeros((worn.num_rows, len(self._slots)), np.float32)
-        for span, adapters in worn.segments():
+    def _matrix(self, row_adapters: RowAdapters) -> NDArray[np.float32]:
+        weights = np.zeros((row_adapters.num_rows, len(self._slots)), np.float32)
+        for span, adapters in row_adapters.segments():
             for slot, weight in adapters:
                 weights[span, self._slots.index(slot)] += weight
         return weights
 
-    def scale(self, kind: int, site: int, y: Tensor, worn: Worn, is_head: bool) -> None:
+    def scale(self, kind: int, site: int, y: Tensor, row_adapters: RowAdapters, is_head: bool) -> None:
         """y [rows, size] *= 1 + w (v - 1), each row by its own."""
         if (kind, site) not in self._factors:
             self._factors[kind, site] = self._stack(kind, site, Scale, lambda primitive: (primitive.v - 1)[None])
         factors = self._factors[kind, site]
         if factors is not None and not self._is_single:
-            self._scale_by_segment(kind, site, y, worn)
+            self._scale_by_segment(kind, site, y, row_adapters)
         elif factors is not None:
             y *= 1 + self._mask(factors.columns, len(y), is_head)[0] @ factors.matrix
 
-    def apply(self, group: GroupArrays, x: Tensor, y: Tensor, worn: Worn, is_head: bool) -> None:
+    def apply(self, group: GroupArrays, x: Tensor, y: Tensor, row_adapters: RowAdapters, is_head: bool) -> None:
         """Change y [rows, out] by all that is worn at the sites of a group, whose input is x [rows, in]."""
         number, sites, columns = group
         if number not in self._stacks:
@@ -114,14 +114,14 @@ class Stacked:
         inner, first = self._inner(stacks.a, x, is_head), 0
         for part, site in enumerate(sites.tolist()):
             mine = y[:, int(columns[part]) : int(columns[part + 1])]
-            self.scale(SCALE_OUT, site, mine, worn, is_head)
+            self.scale(SCALE_OUT, site, mine, row_adapters, is_head)
             b, biases = stacks.b[part], stacks.biases[part]
             if b is not None and inner is not None:
                 mine.addmm_(inner[:, first : first + len(b)], b)
                 first += len(b)
             if biases is not None:
                 mine.addmm_(self._mask(biases.columns, len(y), is_head)[0], biases.matrix)
-            for span, adapters in worn.segments() if stacks.has_more[part] else ():
+            for span, adapters in row_adapters.segments() if stacks.has_more[part] else ():
                 self._update_by_segment(site, x[span], mine[span], span, adapters, but=(LowRank, Bias))
 
     def _inner(self, a: Stack | None, x: Tensor, is_head: bool) -> Tensor | None:

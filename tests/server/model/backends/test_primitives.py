@@ -25,7 +25,7 @@ from tests.kit.patches import KINDS, random_patch
 from tests.kit.tiny import CONFIGS, make_tiny_base
 
 BLOCK = 16
-Worn = Sequence[tuple[Patch, float]]
+RowAdapters = Sequence[tuple[Patch, float]]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def load_one(folder: Path, precision: str = "fp32", num_threads: int = 1, kv_cac
     return load(config)
 
 
-def run_all(loaded: Loaded, wearers: list[Worn], prompts: list[list[int]], chunk: int) -> list[torch.Tensor]:
+def run_all(loaded: Loaded, wearers: list[RowAdapters], prompts: list[list[int]], chunk: int) -> list[torch.Tensor]:
     """The last logits of each prompt in one mixed batch, its virtual and real tokens in chunks of `chunk`."""
     bank, slots = loaded.bank, {}
     for worn in wearers:
@@ -89,7 +89,7 @@ def run_all(loaded: Loaded, wearers: list[Worn], prompts: list[list[int]], chunk
     return logits
 
 
-def compare(base: tuple[Loaded, Any], wearers: list[Worn], seed: int, chunk: int = 1000) -> list[float]:
+def compare(base: tuple[Loaded, Any], wearers: list[RowAdapters], seed: int, chunk: int = 1000) -> list[float]:
     """Largest gaps between the batch's logits and the reference's, alone."""
     loaded, stock = base
     draw = random.Random(seed)
@@ -114,19 +114,19 @@ def test_each_primitive_on_each_type(model_type: str, kind: str, bases: Any) -> 
     assert max(gaps) < 1e-3, gaps
 
 
-def mixed(spec: BaseSpec, seed: int, draw: random.Random) -> list[Worn]:
+def mixed(spec: BaseSpec, seed: int, draw: random.Random) -> list[RowAdapters]:
     """The base, each kind alone, several with weights, and prefixes behind one another, in any order."""
-    one_each: list[Worn] = [[(random_patch(spec, kind, seed), 1.0)] for kind in KINDS]
+    one_each: list[RowAdapters] = [[(random_patch(spec, kind, seed), 1.0)] for kind in KINDS]
     weighted = ["low_rank", "scale", "bias", "norm", "delta", "rows", "bottleneck"]
-    several: list[Worn] = [
+    several: list[RowAdapters] = [
         [(random_patch(spec, kind, at), draw.choice([1.0, 0.5, -0.3, 0.0])) for kind in draw.sample(weighted, 3)]
         for at in range(3)
     ]
-    prefixed: list[Worn] = [
+    prefixed: list[RowAdapters] = [
         [(random_patch(spec, name, 7), 1.0) for name in names]
         for names in (["prefix_kv", "prefix_embeds"], ["prefix_embeds", "low_rank"], ["bottleneck", "prefix_kv"])
     ]
-    wearers: list[Worn] = [[], *one_each, *several, *prefixed, []]
+    wearers: list[RowAdapters] = [[], *one_each, *several, *prefixed, []]
     draw.shuffle(wearers)
     return wearers
 
@@ -155,7 +155,7 @@ def test_a_step_that_only_writes_a_prefix(bases: Any) -> None:
 @pytest.fixture(scope="module", params=PACKERS)
 def dressed(
     request: pytest.FixtureRequest, biased_base: Path, artifact: Callable[[str, int], Path]
-) -> tuple[Loaded, dict[str, Worn]]:
+) -> tuple[Loaded, dict[str, RowAdapters]]:
     """The biased base in each precision, and the base alone, each family, and hats of several families with weights,
     by name."""
     loaded = load_one(biased_base, request.param, num_threads=2)
@@ -172,14 +172,14 @@ def dressed(
 
 
 @pytest.fixture(scope="module")
-def prompts(dressed: tuple[Loaded, dict[str, Worn]]) -> list[list[int]]:
+def prompts(dressed: tuple[Loaded, dict[str, RowAdapters]]) -> list[list[int]]:
     """One for each that is dressed, of 1 to 70 tokens."""
     draw = random.Random(4)
     return [[draw.randrange(200) for _ in range(draw.randrange(1, 71))] for _ in dressed[1]]
 
 
 @pytest.fixture(scope="module")
-def alone(dressed: tuple[Loaded, dict[str, Worn]], prompts: list[list[int]]) -> list[torch.Tensor]:
+def alone(dressed: tuple[Loaded, dict[str, RowAdapters]], prompts: list[list[int]]) -> list[torch.Tensor]:
     """The last logits of each, in a batch of its own and in one piece."""
     loaded, wearers = dressed
     return [run_all(loaded, [worn], [prompt], 1000)[0] for worn, prompt in zip(wearers.values(), prompts, strict=True)]
@@ -189,7 +189,7 @@ def alone(dressed: tuple[Loaded, dict[str, Worn]], prompts: list[list[int]]) -> 
 def test_a_row_does_not_depend_on_the_batch(
     chunk: int,
     num_threads: int,
-    dressed: tuple[Loaded, dict[str, Worn]],
+    dressed: tuple[Loaded, dict[str, RowAdapters]],
     prompts: list[list[int]],
     alone: list[torch.Tensor],
 ) -> None:
@@ -210,7 +210,9 @@ def test_a_row_of_the_real_base_does_not_either(precision: str, real_base: Path)
     """At SmolLM2's sizes, too, in every precision: each kind of primitive and none, alone by one thread and in one
     batch by two, gives the same bits."""
     loaded = load_one(real_base, precision, num_threads=2, kv_cache_bytes=2**27)
-    kinds: list[Worn] = [[(random_patch(loaded.spec, kind, 1), 1.0)] for kind in ("low_rank", "scale", "bottleneck")]
+    kinds: list[RowAdapters] = [
+        [(random_patch(loaded.spec, kind, 1), 1.0)] for kind in ("low_rank", "scale", "bottleneck")
+    ]
     wearers, draw = [[], *kinds, [*kinds[0], (kinds[2][0][0], 0.5)], []], random.Random(0)
     prompts = [[draw.randrange(40_000) for _ in range(draw.choice([1, 5, 40]))] for _ in wearers]
     set_num_threads(1)

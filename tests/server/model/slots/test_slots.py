@@ -15,7 +15,7 @@ from server.model.backends.base import BRANCH
 from server.model.backends.cpu.adapters import errands
 from server.model.backends.torch_ops.copies import Copies
 from server.model.precision import Kept
-from server.model.row_adapters import MAX_ROWS, NOTHING, wear
+from server.model.row_adapters import MAX_ROWS, NO_ADAPTERS, build_row_adapters
 from server.model.slots.reference import apply_reference
 from server.model.slots.slots import SlotBank
 
@@ -74,7 +74,7 @@ def test_what_branches_read_is_known_before(kept: Kept) -> None:
     bank = SlotBank(SPEC, "cpu", kept)
     slots = [bank.put(bank.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
     adapters = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
-    bank.dress(rows(adapters))
+    bank.set_batch(rows(adapters))
     found = errands(SITES["a"][0], tuple(bank.group("a", "head")), bank.arrays(bank.tokens))
     wanted = []
     for site, slot in (("a", 1), ("head", 1), ("a", 0), ("a", 1), ("head", 0), ("head", 1)):
@@ -92,7 +92,7 @@ def test_kernel_equals_its_twin_and_the_formula(site: str) -> None:
     bank, patches = make_bank()
     x = torch.randn(1, 3 * len(HATS), SITES[site][0], generator=torch.Generator().manual_seed(1))
     start = torch.randn(1, 3 * len(HATS), SITES[site][1], generator=torch.Generator().manual_seed(2))
-    bank.dress(rows(HATS))
+    bank.set_batch(rows(HATS))
     fast, slow = start.clone(), start[0].clone()
     bank.apply(bank.group(site), x, fast, False)
     apply_reference(bank, bank.group(site), x[0], slow, bank.tokens)
@@ -106,11 +106,11 @@ def test_rows_are_bit_equal_alone_and_in_a_batch() -> None:
     """A row's result does not depend, to the last bit, on the rows beside it."""
     bank, _ = make_bank()
     x = torch.randn(1, len(HATS), 40, generator=torch.Generator().manual_seed(1))
-    bank.dress(rows(HATS, 1))
+    bank.set_batch(rows(HATS, 1))
     together = torch.zeros(1, len(HATS), 24)
     bank.apply(bank.group("a"), x, together, False)
     for index, adapter in enumerate(HATS):
-        bank.dress(rows([adapter], 1))
+        bank.set_batch(rows([adapter], 1))
         alone = torch.zeros(1, 1, 24)
         bank.apply(bank.group("a"), x[:, index : index + 1].contiguous(), alone, False)
         assert torch.equal(alone[0, 0], together[0, index])
@@ -146,7 +146,7 @@ def test_a_copy_is_waited_for_by_who_wears_it() -> None:
     slots = [bank.put(bank.pack(make_patch(number, 4))) for number in range(2)]
     assert asked == [("pin", None), ("start", 0), ("pin", None), ("start", 1)]
     asked.clear()
-    bank.dress(rows([(), ((slots[1], 1.0),)]))
+    bank.set_batch(rows([(), ((slots[1], 1.0),)]))
     bank.prefix(slots[0])
     bank.drop(slots[0])
     assert asked == [("wait", 1), ("wait", 0), ("forget", 0)]
@@ -157,7 +157,7 @@ def test_the_head_sees_the_sampled_rows_alone() -> None:
     bank, patches = make_bank()
     batch = rows([((0, 1.0),), ((5, 1.0),)], 4)
     batch[0].sampling = None
-    bank.dress(batch)
+    bank.set_batch(batch)
     x, y = torch.randn(1, 1, 40), torch.zeros(1, 1, 32)
     bank.apply(bank.group("head"), x, y, True)
     torch.testing.assert_close(y[0, 0], by_hand(patches[5], "head", x[0, 0]), atol=1e-4, rtol=1e-5)
@@ -166,9 +166,9 @@ def test_the_head_sees_the_sampled_rows_alone() -> None:
 def test_an_undressed_bank_does_nothing() -> None:
     """Without hats nothing is added, and nothing is read."""
     bank, _ = make_bank()
-    bank.dress(rows(HATS))
-    bank.dress([])
-    assert bank.tokens.slots.size == NOTHING.slots.size
+    bank.set_batch(rows(HATS))
+    bank.set_batch([])
+    assert bank.tokens.slots.size == NO_ADAPTERS.slots.size
     y = torch.zeros(1, 1, 24)
     bank.apply(bank.group("a"), torch.ones(1, 1, 40), y, False)
     assert not y.any()
@@ -180,7 +180,7 @@ def test_a_site_without_a_primitive_is_left_alone() -> None:
     bank.drop(5)
     slot = bank.put(bank.pack(make_patch(99, 4, ("b",))))
     assert slot == 5
-    bank.dress(rows([((slot, 1.0),)], 1))
+    bank.set_batch(rows([((slot, 1.0),)], 1))
     y = torch.zeros(1, 1, 24)
     bank.apply(bank.group("a"), torch.ones(1, 1, 40), y, False)
     assert not y.any()
@@ -193,7 +193,7 @@ def test_slots_are_true_rank_and_grow() -> None:
     assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_items for n in range(40)]
     slots = [bank.put(p) for p in packed]
     assert slots == list(range(40))
-    bank.dress(rows([((slot, 1.0),) for slot in slots], 1))
+    bank.set_batch(rows([((slot, 1.0),) for slot in slots], 1))
     x, y = torch.ones(1, 40, 40), torch.zeros(1, 40, 24)
     bank.apply(bank.group("a"), x, y, False)
     for number in (0, 17, 39):
@@ -204,7 +204,7 @@ def test_slots_are_true_rank_and_grow() -> None:
 def test_tiles_are_neighbours_that_wear_the_same() -> None:
     """Neighbouring rows that wear the same are one tile, but for a limit of rows; bare rows are in none."""
     many = MAX_ROWS + 3
-    worn = wear([((), 1), (((1, 1.0),), 2), (((1, 1.0),), many - 2), (((1, 0.5), (2, 1.0)), 1), ((), 4)])
+    worn = build_row_adapters([((), 1), (((1, 1.0),), 2), (((1, 1.0),), many - 2), (((1, 0.5), (2, 1.0)), 1), ((), 4)])
     assert worn.num_rows == many + 6 and worn.tiles.tolist() == [
         [1, MAX_ROWS, 0, 1],
         [1 + MAX_ROWS, 3, 0, 1],

@@ -38,7 +38,7 @@ from server.model.slots.slots import SlotBank
 from tests.kit.patches import KINDS, random_patch
 from tests.kit.tiny import make_tiny_base
 from tests.server.model.attention import test_attend
-from tests.server.model.backends.test_primitives import BLOCK, Worn, compare, mixed
+from tests.server.model.backends.test_primitives import BLOCK, RowAdapters, compare, mixed
 
 TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3"]
 
@@ -128,7 +128,7 @@ def test_each_primitive_in_many_rows(kind: str, bases: Any) -> None:
     """Rows that wear one hat each, more than a tile of neighbours, are the stock model's with the same formulas."""
     base_ = bases("qwen3")
     patches = [random_patch(base_[0].spec, kind, seed) for seed in range(2)]
-    wearers: list[Worn] = [[(patches[0], 1.0)], [(patches[0], 1.0)], [], [(patches[1], 0.5)]]
+    wearers: list[RowAdapters] = [[(patches[0], 1.0)], [(patches[0], 1.0)], [], [(patches[1], 0.5)]]
     assert max(compare(base_, wearers, seed=5)) < 1e-3
 
 
@@ -155,7 +155,7 @@ def test_half_precision_is_proved_and_near(model_type: str, dtype: torch.dtype, 
     """Activations, KV and hats in 16 bits pass the proof of their type, and mixed batches are near fp32's answers."""
     loaded, stock = bases(model_type, dtype)
     assert loaded.runner.cache.keys[0].dtype == dtype
-    wearers: list[Worn] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
+    wearers: list[RowAdapters] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
     gaps = compare((loaded, stock), wearers, 3)
     assert max(gaps) < 3 * verify.PROOF_TOLERANCE[Kept(dtype, dtype)], gaps
 
@@ -248,7 +248,7 @@ def test_on_a_gpu(model_type: str, precision: str, most: float, tmp_path: Path) 
     folder = make_tiny_base(tmp_path / "base", model_type)
     loaded = load(config_of(folder, "cuda", precision))
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    wearers: list[Worn] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
+    wearers: list[RowAdapters] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
     gaps = compare((loaded, stock), wearers, 3, chunk=16)
     assert max(gaps) < most, gaps
 
