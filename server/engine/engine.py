@@ -11,7 +11,7 @@ from typing import Generic
 
 from server.core import EngineFailure, Row, Runner, Sampled, Timing
 from server.engine.adapters.load_queue import P
-from server.engine.adapters.manager import AdapterManager, Budgets, SlotBank
+from server.engine.adapters.manager import AdapterManager, Budgets, SlotStore
 from server.engine.blocks import BlockPool
 from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
 from server.engine.scheduler import Scheduler, StepLimits, StepPlan
@@ -36,7 +36,7 @@ class Engine(Generic[P]):
     def __init__(
         self,
         runner: Runner,
-        bank: SlotBank[P],
+        adapter_slots: SlotStore[P],
         load: Callable[[str], P],
         config: EngineConfig,
         *,
@@ -63,7 +63,7 @@ class Engine(Generic[P]):
             copy_bytes_per_step=config.copy_bytes_per_step,
             max_loading=config.num_loaders,
         )
-        self.adapters = AdapterManager(bank, load, budgets, executor, clock, on_loaded)
+        self.adapters = AdapterManager(adapter_slots, load, budgets, executor, clock, on_loaded)
         self.sequences: dict[str, Sequence] = {}
         self._clock, self._own_clock, self._eos = clock, own_clock or clock, frozenset(eos_token_ids)
         self._outputs: list[Output] = []  # of the step that goes on, or before the next one

@@ -65,15 +65,15 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     process_memory.keep_imports()
     helpers = Helpers(config.num_loaders)
     loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
-    helpers.begin(config.store, config.blobs, loaded.spec, loaded.bank.kept)
+    helpers.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.kept)
     staged = dict[str, str]()
 
     def load_adapter(digest: str) -> PackedPatch:
-        return loaded.bank.pin(helpers.load(digest, staged.get(digest)))
+        return loaded.adapter_slots.pin(helpers.load(digest, staged.get(digest)))
 
     engine = Engine(
         loaded.runner,
-        loaded.bank,
+        loaded.adapter_slots,
         load_adapter,
         msgspec.structs.replace(config, max_sequence_tokens=loaded.max_sequence_tokens),
         eos_token_ids=loaded.eos_token_ids,
@@ -88,10 +88,10 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         eos_token_ids=loaded.eos_token_ids,
         max_sequence_tokens=engine.max_sequence_tokens,
         max_adapter_bytes=min(config.slot_bytes, config.host_bytes),
-        item_bytes=loaded.bank.kept.item_bytes,
+        item_bytes=loaded.adapter_slots.kept.item_bytes,
         precision=loaded.precision,
         load_seconds=loaded.load_seconds,
-        largest_value=torch.finfo(loaded.bank.kept.matrices).max,
+        largest_value=torch.finfo(loaded.adapter_slots.kept.matrices).max,
     )
     return ready, engine
 

@@ -27,7 +27,7 @@ class FakePacked:
     num_bytes: int
 
 
-class FakeBank:
+class FakeSlots:
     """Slots that remember whose they are; used ones are given out again first, so that staleness shows."""
 
     def __init__(self, slot_bytes: int) -> None:
@@ -76,13 +76,18 @@ class FakeRunner:
 
     def __init__(
         self,
-        bank: FakeBank,
+        adapter_slots: FakeSlots,
         num_blocks: int = 64,
         block_size: int = 4,
         vocab_size: int = 512,
         step_seconds: float = 0.0,
     ) -> None:
-        self.bank, self.num_blocks, self.block_size, self.vocab_size = bank, num_blocks, block_size, vocab_size
+        self.adapter_slots, self.num_blocks, self.block_size, self.vocab_size = (
+            adapter_slots,
+            num_blocks,
+            block_size,
+            vocab_size,
+        )
         self.step_seconds = step_seconds
         self.raises_on: set[int] = set()
         self.nonfinite_on: set[str] = set()
@@ -110,7 +115,7 @@ class FakeRunner:
         context = [*range(-1, -1 - row.num_virtual, -1)][:end] + row.history
         if context[row.start :] != row.tokens:
             raise FakeKVError("the history does not end with the row's tokens")
-        adapters = [(self.bank.slots[slot].digest, weight) for slot, weight in row.adapters]
+        adapters = [(self.adapter_slots.slots[slot].digest, weight) for slot, weight in row.adapters]
         cells = chain(chain_start(adapters), context)
         places = [
             row.blocks[at // self.block_size] * self.block_size + at % self.block_size for at in range(len(cells))
@@ -127,7 +132,7 @@ class FakeRunner:
     def _sample(self, row: Row, last: int) -> Sampled | None:
         if row.sampling is None:
             return None
-        digests = {self.bank.slots[slot].digest for slot, _ in row.adapters}
+        digests = {self.adapter_slots.slots[slot].digest for slot, _ in row.adapters}
         if digests & self.nonfinite_on:
             return Sampled(error="the logits are not finite")
         num_top, place = row.sampling.logprobs, len(row.history) - row.num_prompt

@@ -28,7 +28,7 @@ from server.model.instrument.hooks import SiteHooks
 from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.whole_decoder import Direct
 from server.model.precision import compute_dtype, kept
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 from server.model.verify import PROOF_TOKENS, Forward, Proof
 
 ROUNDED_ROWS = 128
@@ -40,7 +40,7 @@ class InstrumentedBase:
 
     model: nn.Module
     spec: BaseSpec
-    bank: SlotBank
+    adapter_slots: AdapterSlots
     hooks: SiteHooks
     precision: str
     device: str
@@ -108,22 +108,24 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * PROOF_TOKENS):
         proof.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
-    bank = SlotBank(spec, device, kept(precision, device))
-    hooks.serve(bank)
+    adapter_slots = AdapterSlots(spec, device, kept(precision, device))
+    hooks.serve(adapter_slots)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
-    cache = KVCache(spec.kv, 2, PROOF_TOKENS, bank.kept, device)
+    cache = KVCache(spec.kv, 2, PROOF_TOKENS, adapter_slots.kept, device)
     paged = proof.paged(cache)
-    whole = Fuser(model, bank, pack, probe.manners, seen, paged).fuse()
+    whole = Fuser(model, adapter_slots, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
-        setattr(model.get_submodule(parent), child, AdapterLinear([linear], pack, bank, [site], linear is head))
+        setattr(
+            model.get_submodule(parent), child, AdapterLinear([linear], pack, adapter_slots, [site], linear is head)
+        )
     compute: Forward = partial(forward, model)
     logits = proof.run(compute, paged)
-    proof.compare(logits, spec.architecture, bank.kept)
+    proof.compare(logits, spec.architecture, adapter_slots.kept)
     if whole is not None:
         direct = Direct(model, whole)
         compute = direct if torch.equal(proof.run(direct, paged), logits) else compute
-    return InstrumentedBase(model, spec, bank, hooks, precision, device, _eos_token_ids(model), compute)
+    return InstrumentedBase(model, spec, adapter_slots, hooks, precision, device, _eos_token_ids(model), compute)
 
 
 def _settle(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
 from server.model.load import InstrumentedBase, load_base
 from server.model.sampler import sample
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Loaded:
     """A base that is ready to run."""
 
     runner: PagedRunner
-    bank: SlotBank
+    adapter_slots: AdapterSlots
     spec: BaseSpec
     eos_token_ids: list[int]
     max_sequence_tokens: int
@@ -65,13 +65,13 @@ def load(config: RunnerConfig) -> Loaded:
     if torch.device(config.device).type == "cuda":
         log.warning("the GPU path was not run on a GPU yet: compare its answers with a CPU's before you rely on them")
     base = load_base(Path(config.folder), config.name, precision, config.device)
-    base.bank.warm_up()
+    base.adapter_slots.warm_up()
     runner = PagedRunner(base, config)
     most = min(base.spec.max_positions, runner.num_blocks * runner.block_size)
     if config.max_sequence_tokens is not None:
         most = min(most, config.max_sequence_tokens)
     seconds = time.monotonic() - began
-    return Loaded(runner, base.bank, base.spec, base.eos_token_ids, most, precision, seconds)
+    return Loaded(runner, base.adapter_slots, base.spec, base.eos_token_ids, most, precision, seconds)
 
 
 class PagedRunner:
@@ -79,7 +79,7 @@ class PagedRunner:
 
     def __init__(self, base: InstrumentedBase, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
-        kept = base.bank.kept
+        kept = base.adapter_slots.kept
         per_block = KVCache.block_bytes(base.spec.kv, config.block_size, kept.matrices.itemsize)
         self.num_blocks = config.kv_cache_bytes // per_block
         if self.num_blocks < 2:
@@ -104,7 +104,7 @@ class PagedRunner:
         return [next(sampled) if row.sampling else None for row in rows]
 
     def _check_prefix(self, row: Row) -> None:
-        num_virtual = sum(self.base.bank.slots[slot].num_virtual for slot, _ in row.adapters)
+        num_virtual = sum(self.base.adapter_slots.slots[slot].num_virtual for slot, _ in row.adapters)
         if num_virtual != row.num_virtual:
             raise ValueError(f"a row counts {row.num_virtual} virtual positions, its hats have {num_virtual}")
 
@@ -112,7 +112,7 @@ class PagedRunner:
         """Write the KV that prefixes give as it is, and leave the rest of a row's tokens to be computed."""
         before = 0
         for slot, _ in row.adapters if row.start < row.num_virtual else ():
-            prefix = self.base.bank.prefix(slot)
+            prefix = self.base.adapter_slots.prefix(slot)
             if isinstance(prefix, PrefixKV):
                 first, last = max(row.start, before), min(row.start + len(row.tokens), before + prefix.num_tokens)
                 if first < last:
@@ -122,7 +122,7 @@ class PagedRunner:
         return row
 
     def _forward(self, rows: list[Row]) -> Tensor:
-        if self.graphs is not None and self.graphs.can_run(rows) and not self.base.bank.acts_in(rows):
+        if self.graphs is not None and self.graphs.can_run(rows) and not self.base.adapter_slots.acts_in(rows):
             return self.graphs.run(rows)
         tokens = [max(token, 0) for row in rows for token in row.tokens]
         positions = [row.start + i for row in rows for i in range(len(row.tokens))]
@@ -132,10 +132,10 @@ class PagedRunner:
             if row.sampling:
                 wanted.append(end - 1)
         numbers = (np.array(each, np.int64) for each in (tokens, positions, wanted))
-        token_ids, position_ids, indices = self.base.bank.copies.send(*numbers)
+        token_ids, position_ids, indices = self.base.adapter_slots.copies.send(*numbers)
         paged = page(rows, self.cache, self.num_threads)
-        self.base.bank.set_batch(rows)
+        self.base.adapter_slots.set_batch(rows)
         try:
             return self.base.forward(token_ids, position_ids, indices, paged)
         finally:
-            self.base.bank.set_batch([])
+            self.base.adapter_slots.set_batch([])

@@ -73,8 +73,8 @@ def engine_of(loaded: Loaded, runner: FirstLogits, folders: dict[str, Path], **l
     with ThreadPoolExecutor(1) as executor:
         yield Engine(
             runner,
-            loaded.bank,
-            lambda name: loaded.bank.pack(compile_patch(read_folder(folders[name]), loaded.spec)),
+            loaded.adapter_slots,
+            lambda name: loaded.adapter_slots.pack(compile_patch(read_folder(folders[name]), loaded.spec)),
             config,
             eos_token_ids=loaded.eos_token_ids,
             executor=executor,

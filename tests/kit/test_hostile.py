@@ -102,7 +102,9 @@ def test_a_mutated_artifact_is_refused_or_finite(
     loaded.runner.run([bare])
     alone = loaded.runner.last_logits[0].clone()
     try:
-        slot = loaded.bank.put(loaded.bank.pack(take_in((mutated(sound, draw), SAFETENSORS_TYPE), room, loaded.spec)))
+        slot = loaded.adapter_slots.put(
+            loaded.adapter_slots.pack(take_in((mutated(sound, draw), SAFETENSORS_TYPE), room, loaded.spec))
+        )
     except ArtifactError as error:
         assert 10 < len(str(error)) < 500
         return
@@ -112,4 +114,4 @@ def test_a_mutated_artifact_is_refused_or_finite(
         assert worn.error == "the logits are not finite" or bool(torch.isfinite(loaded.runner.last_logits[1]).all())
         assert torch.equal(loaded.runner.last_logits[0], alone)
     finally:
-        loaded.bank.drop(slot)
+        loaded.adapter_slots.drop(slot)

@@ -72,7 +72,7 @@ class World:
         config = EngineConfig(
             folder="", name="law", blobs="", **{"max_sequence_tokens": self.loaded.max_sequence_tokens, **limits}
         )
-        assert not self.loaded.bank.slots, "another engine is there"
+        assert not self.loaded.adapter_slots.slots, "another engine is there"
         try:
             with ThreadPoolExecutor(2) as executor:
                 engine = self._engine(config, executor)
@@ -80,15 +80,15 @@ class World:
                 for digest in {patch.digest for patch in self.patches.values()}:
                     engine.forget(digest)
                 engine.step()
-            assert not self.loaded.bank.slots, "a slot was left behind"
+            assert not self.loaded.adapter_slots.slots, "a slot was left behind"
         finally:  # of a test that failed: the next one is not to fail for it
-            for slot in tuple(self.loaded.bank.slots):
-                self.loaded.bank.drop(slot)
+            for slot in tuple(self.loaded.adapter_slots.slots):
+                self.loaded.adapter_slots.drop(slot)
 
     def _engine(self, config: EngineConfig, executor: ThreadPoolExecutor) -> Engine[Any]:
         return Engine(
             self.loaded.runner,
-            self.loaded.bank,
+            self.loaded.adapter_slots,
             self._load,
             config,
             eos_token_ids=self.loaded.eos_token_ids,
@@ -105,11 +105,11 @@ class World:
 
     def num_bytes(self, *names: str) -> int:
         """What the adapters take in slots together."""
-        return sum(self.loaded.bank.pack(self.patch(name)).num_bytes for name in names)
+        return sum(self.loaded.adapter_slots.pack(self.patch(name)).num_bytes for name in names)
 
     def _load(self, digest: str) -> PackedPatch:
         patch = next(patch for patch in tuple(self.patches.values()) if patch.digest == digest)
-        return self.loaded.bank.pack(patch)
+        return self.loaded.adapter_slots.pack(patch)
 
     def answer(self, engine: Engine[Any], asked: list[Asked]) -> list[list[int]]:
         """The tokens of all requests, each submitted at its step. Fails where one fails, never ends, or keeps what it

@@ -38,7 +38,10 @@ def assert_parity(artifact: Artifact, base: Path) -> None:
     loaded = load(config)
     assert artifact.manifest.base.identity == loaded.spec.identity
     patch = compile_patch(artifact, loaded.spec)
-    slot, virtual = loaded.bank.put(loaded.bank.pack(patch)), list(range(-1, -1 - patch.num_virtual, -1))
+    slot, virtual = (
+        loaded.adapter_slots.put(loaded.adapter_slots.pack(patch)),
+        list(range(-1, -1 - patch.num_virtual, -1)),
+    )
     for case in artifact.manifest.parity:
         tokens = list(case.prompt_token_ids)
         for i, expected in enumerate(case.continuation):

@@ -34,7 +34,7 @@ CORRUPT = "artifact_corrupt"
 P_contra = TypeVar("P_contra", bound=SizedAdapter, contravariant=True)
 
 
-class SlotBank(Protocol[P_contra]):
+class SlotStore(Protocol[P_contra]):
     """The slots of one base on one device (`server.model.slots.slots`)."""
 
     def put(self, packed: P_contra) -> int:
@@ -93,7 +93,7 @@ class AdapterManager(Generic[P]):
 
     def __init__(
         self,
-        bank: SlotBank[P],
+        adapter_slots: SlotStore[P],
         load: Callable[[str], P],
         budgets: Budgets,
         executor: Executor,
@@ -104,7 +104,7 @@ class AdapterManager(Generic[P]):
         self.host, self.slots = Level(budgets.host_bytes), Level(budgets.slot_bytes)
         self.loads_total = self.load_failures_total = self.evictions_total = 0
         self.load_seconds_total = 0.0
-        self._bank, self._clock = bank, clock
+        self._adapter_slots, self._clock = adapter_slots, clock
         self._loads = Loads(load, executor, clock, on_loaded)
         self._entries: dict[str, AdapterEntry[P]] = {}
         self._kept: dict[str, None] = {}  # in the order in which they get room
@@ -323,7 +323,7 @@ class AdapterManager(Generic[P]):
 
     def _put(self, digest: str, packed: P) -> bool:
         try:
-            slot = self._bank.put(packed)
+            slot = self._adapter_slots.put(packed)
         except Exception as error:  # noqa: BLE001 - a device without memory must not end the engine
             self._fail(digest, EngineFailure("adapter_failed", sentence(digest, error)))
             return False
@@ -377,7 +377,7 @@ class AdapterManager(Generic[P]):
     def _clear_slot(self, digest: str) -> None:
         entry = self._entries[digest]
         if entry.slot is not None:
-            self._bank.drop(entry.slot)
+            self._adapter_slots.drop(entry.slot)
         self.slots.pop(digest)
         entry.slot = None
 

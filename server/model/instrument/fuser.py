@@ -21,7 +21,7 @@ from server.model.backends.base import Packer
 from server.model.backends.choose import pack_torch
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
 from server.model.instrument.whole_decoder import WholeLayers, is_whole
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 
 # Of the largest magnitude, by what keys and values are kept in; what is computed in decides where they are coarse.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4}
@@ -59,7 +59,7 @@ class Fuser:
     """Replaces the parts of a model. `paged` is a batch of the tokens that `seen` is of, with room of its own."""
 
     model: Any
-    bank: SlotBank
+    adapter_slots: AdapterSlots
     pack: Packer
     manners: dict[int, Manner]
     seen: Seen
@@ -68,15 +68,17 @@ class Fuser:
 
     def fuse(self) -> WholeLayers | None:
         """Every norm, and every part of every layer, that can be; all layers as one call, where they are."""
-        for site in self.bank.spec.norms:
+        for site in self.adapter_slots.spec.norms:
             self._replace_alike(site, self._norm)
-        for layer in self.bank.spec.layers:
+        for layer in self.adapter_slots.spec.layers:
             if layer.mlp is not None and _has_linears(self._stock(layer.mlp), "gate_proj", "up_proj", "down_proj"):
                 self._replace_alike(layer.mlp, self._mlp)
             if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
                 self._replace(layer.attention, self._attention(is_turned=True), self._attention(is_turned=False))
-        sites = [layer.layer for layer in self.bank.spec.layers]
-        if cpu.serve(self.bank.device, self.bank.kept.others) and all(is_whole(self._stock(site)) for site in sites):
+        sites = [layer.layer for layer in self.adapter_slots.spec.layers]
+        if cpu.serve(self.adapter_slots.device, self.adapter_slots.kept.others) and all(
+            is_whole(self._stock(site)) for site in sites
+        ):
             return self._join(sites)
         return None
 
@@ -84,15 +86,15 @@ class Fuser:
         return self.model.get_submodule(site)
 
     def _norm(self, site: str, _pack: Packer) -> nn.Module:
-        return RMSNorm(self._stock(site), self.bank.spec.norms[site].offset, self.bank.group(site))
+        return RMSNorm(self._stock(site), self.adapter_slots.spec.norms[site].offset, self.adapter_slots.group(site))
 
     def _mlp(self, site: str, pack: Packer) -> nn.Module:
-        return GatedMLP(self._stock(site), site, self.bank, pack)
+        return GatedMLP(self._stock(site), site, self.adapter_slots, pack)
 
     def _attention(self, is_turned: bool) -> Maker:
         def make(site: str, pack: Packer) -> nn.Module:
             stock = self._stock(site)
-            return Attention(stock, site, self.bank, pack, self.manners[int(stock.layer_idx)], is_turned)
+            return Attention(stock, site, self.adapter_slots, pack, self.manners[int(stock.layer_idx)], is_turned)
 
         return make
 
@@ -119,7 +121,11 @@ class Fuser:
 
     def _join(self, sites: list[str]) -> WholeLayers | None:
         """One call for all layers, if that computes what the layers' fused parts do."""
-        whole = WholeLayers([self._stock(site) for site in sites], self.bank, [self.bank.group(site) for site in sites])
+        whole = WholeLayers(
+            [self._stock(site) for site in sites],
+            self.adapter_slots,
+            [self.adapter_slots.group(site) for site in sites],
+        )
         args, kwargs = self._call(sites[0])
         hidden = args[0]
         for site, stock in zip(sites, whole.stock, strict=True):
@@ -145,7 +151,7 @@ class Fuser:
         except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
             return False  # it has the names of such a part, but is another
         is_exact = wanted.dtype == torch.float32
-        tolerance = TOLERANCE[self.bank.kept.matrices] if is_exact else COARSE_TOLERANCE
+        tolerance = TOLERANCE[self.adapter_slots.kept.matrices] if is_exact else COARSE_TOLERANCE
         return got.shape == wanted.shape and bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adapters_store.base.spec import BaseSpec
 from server.model.slots.layout import PackedPatch
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 
 
 class SiteHooks:
@@ -25,18 +25,18 @@ class SiteHooks:
         self.heads_first: set[str] = set()
         self._handles: dict[int, list[RemovableHandle]] = {}
 
-    def serve(self, bank: SlotBank) -> None:
+    def serve(self, adapter_slots: AdapterSlots) -> None:
         """Hand over to this bank from now on."""
-        self.bank = bank
-        self._counts = [0] * len(bank.sites)  # slots that act at each site
+        self.adapter_slots = adapter_slots
+        self._counts = [0] * len(adapter_slots.sites)  # slots that act at each site
         self._hooked = {  # linears are ours, and the embedding has its hook from the start
             site
-            for site, name in enumerate(bank.sites.names)
-            if not bank.sites.is_linear[site] and name != self.spec.embedding
+            for site, name in enumerate(adapter_slots.sites.names)
+            if not adapter_slots.sites.is_linear[site] and name != self.spec.embedding
         }
-        bank.on_change = self._change
+        adapter_slots.on_change = self._change
         embedding = self.model.get_submodule(self.spec.embedding)
-        embedding.register_forward_hook(lambda _module, args, output: bank.embed(args[0], output))
+        embedding.register_forward_hook(lambda _module, args, output: adapter_slots.embed(args[0], output))
 
     @contextmanager
     def learning(self, num_tokens: int) -> Iterator[None]:
@@ -66,28 +66,28 @@ class SiteHooks:
                 for handle in self._handles.pop(site):
                     handle.remove()
             elif site not in self._handles:
-                self._handles[site] = self._install(site, self.bank.sites.names[site])
+                self._handles[site] = self._install(site, self.adapter_slots.sites.names[site])
 
     def _install(self, site: int, name: str) -> list[RemovableHandle]:
         handles = [self.model.get_submodule(name).register_forward_hook(self._leave(site), with_kwargs=True)]
-        if norm := self.bank.sites.stream_of.get(name):
+        if norm := self.adapter_slots.sites.stream_of.get(name):
             handles.append(self.model.get_submodule(norm).register_forward_pre_hook(self._note_stream))
         return handles
 
     def _note_stream(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.bank.stream = args[0]
+        self.adapter_slots.stream = args[0]
 
     def _leave(self, site: int) -> Callable[..., Any]:
-        name = self.bank.sites.names[site]
-        group, is_heads_first = self.bank.group(name), name in self.heads_first
+        name = self.adapter_slots.sites.names[site]
+        group, is_heads_first = self.adapter_slots.group(name), name in self.heads_first
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if site in self.bank.inside:
+            if site in self.adapter_slots.inside:
                 return output
             y = output[0] if isinstance(output, tuple) else output
             x = args[0] if args else kwargs["hidden_states"]
             rows = y.transpose(1, 2).contiguous() if is_heads_first else y.contiguous()
-            self.bank.apply(group, x, rows)
+            self.adapter_slots.apply(group, x, rows)
             y = rows.transpose(1, 2) if is_heads_first else rows
             return (y, *output[1:]) if isinstance(output, tuple) else y
 

@@ -18,7 +18,7 @@ from server.model.backends.base import Packer
 from server.model.backends.cpu import layers
 from server.model.instrument.linear import AdapterLinear
 from server.model.row_adapters import SiteGroup
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 
 
 class RMSNorm(nn.Module):
@@ -42,13 +42,13 @@ class RMSNorm(nn.Module):
 class GatedMLP(nn.Module):
     """y = W_down (act(W_gate x) * W_up x): gate and up are one product (arXiv:2002.05202)."""
 
-    def __init__(self, mlp: Any, site: str, bank: SlotBank, pack: Packer) -> None:
+    def __init__(self, mlp: Any, site: str, adapter_slots: AdapterSlots, pack: Packer) -> None:
         super().__init__()
         self.gate_up = AdapterLinear(
-            [mlp.gate_proj, mlp.up_proj], pack, bank, [f"{site}.gate_proj", f"{site}.up_proj"], False
+            [mlp.gate_proj, mlp.up_proj], pack, adapter_slots, [f"{site}.gate_proj", f"{site}.up_proj"], False
         )
-        self.down = AdapterLinear([mlp.down_proj], pack, bank, [f"{site}.down_proj"], False)
-        self.group = bank.group(site)
+        self.down = AdapterLinear([mlp.down_proj], pack, adapter_slots, [f"{site}.down_proj"], False)
+        self.group = adapter_slots.group(site)
         self.act_fn = mlp.act_fn
         self.gate = next((code for name, code in layers.GATES.items() if _is_act(mlp.act_fn, name)), None)
 
@@ -70,14 +70,14 @@ class Attention(nn.Module):
     """Attention with q, k and v as one product; queries and keys are turned in the kernel where `is_turned`."""
 
     def __init__(
-        self, stock: Any, site: str, bank: SlotBank, pack: Packer, manner: Manner, is_turned: bool = True
+        self, stock: Any, site: str, adapter_slots: AdapterSlots, pack: Packer, manner: Manner, is_turned: bool = True
     ) -> None:
         super().__init__()
         projections = [stock.q_proj, stock.k_proj, stock.v_proj]
         sites = [f"{site}.q_proj", f"{site}.k_proj", f"{site}.v_proj"]
-        self.qkv = AdapterLinear(projections, pack, bank, sites, False)
-        self.out = AdapterLinear([stock.o_proj], pack, bank, [f"{site}.o_proj"], False)
-        self.group = bank.group(site)
+        self.qkv = AdapterLinear(projections, pack, adapter_slots, sites, False)
+        self.out = AdapterLinear([stock.o_proj], pack, adapter_slots, [f"{site}.o_proj"], False)
+        self.group = adapter_slots.group(site)
         self.layer_idx, self.manner, self.is_turned = stock.layer_idx, manner, is_turned
 
     def forward(

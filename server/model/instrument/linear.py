@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.model.backends.base import SCALE_IN, Packer
 from server.model.row_adapters import SiteGroup
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 
 
 class AdapterLinear(nn.Module):
@@ -26,28 +26,33 @@ class AdapterLinear(nn.Module):
     """
 
     def __init__(
-        self, linears: Sequence[nn.Linear | Conv1D], pack: Packer, bank: SlotBank, sites: Sequence[str], is_head: bool
+        self,
+        linears: Sequence[nn.Linear | Conv1D],
+        pack: Packer,
+        adapter_slots: AdapterSlots,
+        sites: Sequence[str],
+        is_head: bool,
     ) -> None:
         super().__init__()
         self.product = pack(*stacked(linears))
-        self.bank, self.is_head = bank, is_head
-        self.group, self.parts = bank.group(*sites), [bank.group(site) for site in sites]
+        self.adapter_slots, self.is_head = adapter_slots, is_head
+        self.group, self.parts = adapter_slots.group(*sites), [adapter_slots.group(site) for site in sites]
 
     def forward(self, x: Tensor) -> Tensor:
-        acts = self.bank.acts[self.group.number]
+        acts = self.adapter_slots.acts[self.group.number]
         if len(self.parts) > 1 and acts[SCALE_IN]:
             return torch.cat([self._alone(x, part, number) for number, part in enumerate(self.parts)], -1)
-        x = self.bank.enter(self.group, x, self.is_head)
+        x = self.adapter_slots.enter(self.group, x, self.is_head)
         y = self.product(x)
-        self.bank.apply(self.group, x, y, self.is_head)
+        self.adapter_slots.apply(self.group, x, y, self.is_head)
         return y
 
     def _alone(self, x: Tensor, part: SiteGroup, number: int) -> Tensor:
         """One of several layers, where hats scale their inputs differently."""
-        x = self.bank.enter(part, x, self.is_head)
+        x = self.adapter_slots.enter(part, x, self.is_head)
         first, last = self.group.columns[number : number + 2]
         y = self.product(x)[..., first:last].contiguous()
-        self.bank.apply(part, x, y, self.is_head)
+        self.adapter_slots.apply(part, x, y, self.is_head)
         return y
 
 

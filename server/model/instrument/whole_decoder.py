@@ -18,7 +18,7 @@ from server.model.backends.cpu.weights import PackedProduct
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
 from server.model.instrument.linear import AdapterLinear
 from server.model.row_adapters import SiteGroup
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 
 STEADY = {"default", "linear", "llama3", "yarn"}  # kinds of rotary embeddings that no length of a sequence changes
 KNOWN = 8192  # positions whose turns are kept: 4 MiB of SmolLM2
@@ -31,8 +31,8 @@ class WholeLayers:
     kernels, so that the results are the same bits.
     """
 
-    def __init__(self, layers: list[Any], bank: SlotBank, groups: list[SiteGroup]) -> None:
-        self.stock, self.bank = [layer.forward for layer in layers], bank
+    def __init__(self, layers: list[Any], adapter_slots: AdapterSlots, groups: list[SiteGroup]) -> None:
+        self.stock, self.adapter_slots = [layer.forward for layer in layers], adapter_slots
         self.layers, self.groups = layers, groups
         self.unit = layers[0].mlp.down.product.arrays[0][:0, 0, 0]
         self.records = np.zeros(0, decoder.LAYER)
@@ -57,7 +57,7 @@ class WholeLayers:
             (cos, sin, cos[:, :0]),
             paged.arrays(),
             (self.unit, paged.cache.arrays(0)[0][:0, 0, 0, 0]),
-            self.bank.arrays(self.bank.tokens),
+            self.adapter_slots.arrays(self.adapter_slots.tokens),
             torch.get_num_threads(),
         )
         return torch.from_numpy(out)
@@ -67,7 +67,7 @@ class WholeLayers:
         self.layers[0].forward = self
         for layer in self.layers[1:]:
             layer.forward = _hand_on
-        self.bank.inside |= {int(own.sites[0]) for own in self.groups}
+        self.adapter_slots.inside |= {int(own.sites[0]) for own in self.groups}
 
     def _records(self, cache: KVCache) -> NDArray[np.void]:
         """What the kernel takes of every layer."""

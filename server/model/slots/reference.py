@@ -12,7 +12,7 @@ from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
 from server.model.row_adapters import RowAdapters, SiteGroup
 
 if TYPE_CHECKING:
-    from server.model.slots.slots import SlotBank
+    from server.model.slots.slots import AdapterSlots
 
 
 def embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None:
@@ -23,26 +23,28 @@ def embed_rows(rows: Rows, token_ids: Tensor, y: Tensor, weight: float) -> None:
     y.copy_(torch.where(changed[:, None], y + weight * rows.de[place], y))  # by `y[changed]` a GPU would be waited for
 
 
-def scale_reference(bank: SlotBank, kind: int, site: int, y: Tensor, row_adapters: RowAdapters) -> None:
+def scale_reference(adapter_slots: AdapterSlots, kind: int, site: int, y: Tensor, row_adapters: RowAdapters) -> None:
     """The slow twin of `adapters.scale`, in plain torch on any device."""
     for span, slot_weights in row_adapters.segments():
         for slot, weight in slot_weights:
-            primitive = bank.primitive(kind, site, slot)
+            primitive = adapter_slots.primitive(kind, site, slot)
             if isinstance(primitive, Scale):
                 y[span] *= primitive.factor(weight)
 
 
-def apply_reference(bank: SlotBank, group: SiteGroup, x: Tensor, y: Tensor, row_adapters: RowAdapters) -> None:
+def apply_reference(
+    adapter_slots: AdapterSlots, group: SiteGroup, x: Tensor, y: Tensor, row_adapters: RowAdapters
+) -> None:
     """The slow twin of the kernels, in plain torch on any device: the primitives' own formulas, site by site."""
     for part, site in enumerate(group.sites.tolist()):
         mine = y[:, group.columns[part] : group.columns[part + 1]]
-        scale_reference(bank, SCALE_OUT, site, mine, row_adapters)
+        scale_reference(adapter_slots, SCALE_OUT, site, mine, row_adapters)
         for span, slot_weights in row_adapters.segments():
-            update_reference(bank, site, x[span], mine[span], span, slot_weights)
+            update_reference(adapter_slots, site, x[span], mine[span], span, slot_weights)
 
 
 def update_reference(
-    bank: SlotBank,
+    adapter_slots: AdapterSlots,
     site: int,
     x: Tensor,
     y: Tensor,
@@ -54,11 +56,15 @@ def update_reference(
     late: list[tuple[Bottleneck, float]] = []
     for slot, weight in slot_weights:
         for kind in (DELTA, ROWS, BIAS, BRANCH):
-            primitive = bank.primitive(kind, site, slot)
+            primitive = adapter_slots.primitive(kind, site, slot)
             if isinstance(primitive, Bottleneck) and primitive.of == "output":
                 late.append((primitive, weight))
             elif isinstance(primitive, Bottleneck):
-                stream = bank.stream.reshape(-1, bank.stream.shape[-1])[span] if primitive.of == "stream" else x
+                stream = (
+                    adapter_slots.stream.reshape(-1, adapter_slots.stream.shape[-1])[span]
+                    if primitive.of == "stream"
+                    else x
+                )
                 y += weight * primitive.update(stream)
             elif isinstance(primitive, Rows):
                 y[:, primitive.ids] += weight * (x @ primitive.de.T)

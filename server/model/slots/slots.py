@@ -44,7 +44,7 @@ class Acts:
     max_rank: int
 
 
-class SlotBank:
+class AdapterSlots:
     """The slots of one base on one device. `on_change` is told which sites a slot acts at when it comes and goes."""
 
     def __init__(self, spec: BaseSpec, device: str, kept: Kept) -> None:

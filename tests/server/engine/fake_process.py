@@ -12,7 +12,7 @@ from server.engine.engine import Engine
 from server.engine.fake import fake_ready
 from server.engine.messages import EngineConfig, Ready
 from server.engine.worker import OnLoaded, main
-from server.model.fake import FakeBank, FakePacked, FakeRunner
+from server.model.fake import FakePacked, FakeRunner, FakeSlots
 
 
 def load(digest: str) -> FakePacked:
@@ -33,12 +33,19 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Fake
         os.write(int(sys.argv[-1]), b"\0\0\0\1\xc1")
     if config.name in ("garbles", "loads"):
         time.sleep(60)
-    bank = FakeBank(config.slot_bytes)
+    adapter_slots = FakeSlots(config.slot_bytes)
     seconds = {"slow": 0.02, "hangs": 60.0}.get(config.name, 0.0)
-    runner = FakeRunner(bank, step_seconds=seconds)
+    runner = FakeRunner(adapter_slots, step_seconds=seconds)
     executor = ThreadPoolExecutor(config.num_loaders)
     engine = Engine(
-        runner, bank, load, config, eos_token_ids=[0], executor=executor, clock=time.monotonic, on_loaded=on_loaded
+        runner,
+        adapter_slots,
+        load,
+        config,
+        eos_token_ids=[0],
+        executor=executor,
+        clock=time.monotonic,
+        on_loaded=on_loaded,
     )
     return fake_ready(name=config.name), engine
 

@@ -245,13 +245,13 @@ def test_loading_stalls_nobody() -> None:
 def test_copies_between_steps_count_as_stall(seconds: float, stall: float) -> None:
     """What a copy takes while others run is counted, as stall where it is over 2 ms; while nobody runs it is not."""
     world = World()
-    put = world.bank.put
+    put = world.adapter_slots.put
 
     def slow(packed: object) -> int:
         world.clock.now += seconds
         return put(packed)  # type: ignore[arg-type]
 
-    world.bank.put = slow  # type: ignore[method-assign, assignment]
+    world.adapter_slots.put = slow  # type: ignore[method-assign, assignment]
     world.submit(PROMPT, 1, max_tokens=50, ignore_eos=True)
     world.step()
     world.executor.run_all()
@@ -300,7 +300,7 @@ def test_adapters_that_do_not_fit_together_are_refused() -> None:
 def test_bank_that_raises_fails_that_adapter_alone() -> None:
     """A device that cannot take a copy fails those who wait for it, and nobody else."""
     world = World()
-    world.bank.slot_bytes = DIGEST_BYTES
+    world.adapter_slots.slot_bytes = DIGEST_BYTES
     first, second = world.submit(PROMPT, 1, max_tokens=3), world.submit(PROMPT, 2, max_tokens=3)
     world.run()
     assert sorted([code(world, first) or "", code(world, second) or ""]) == ["", "adapter_failed"]
@@ -375,7 +375,7 @@ def test_everything_returns_after_every_way_out(way_out: object) -> None:
         way_out(world)  # type: ignore[operator]
         world.run()
         world.assert_at_rest()
-        assert sorted(world.bank.slots) == list(range(len(world.bank.slots)))
+        assert sorted(world.adapter_slots.slots) == list(range(len(world.adapter_slots.slots)))
         world.clock.now += 100
 
 
@@ -392,7 +392,7 @@ def test_forgotten_adapter_leaves_when_unused() -> None:
     world.run()
     assert world.is_right(name)
     assert world.engine.adapters.states() == {}
-    assert world.bank.slots == {}
+    assert world.adapter_slots.slots == {}
 
 
 def test_stats_count() -> None:

@@ -7,7 +7,7 @@ from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.fake import FakeEngineClient, fake_ready, shift_of
 from server.engine.messages import Output, Submit
 from server.engine.process_client import ProcessEngineClient
-from server.model.fake import FakeBank, FakeKVError, FakePacked, FakeRunner
+from server.model.fake import FakeKVError, FakePacked, FakeRunner, FakeSlots
 from tests.server.engine.world import config
 
 
@@ -90,10 +90,10 @@ def test_fake_fails_and_dies_like_the_real_one() -> None:
 
 
 def runner(num_blocks: int = 4) -> FakeRunner:
-    bank = FakeBank(100)
+    adapter_slots = FakeSlots(100)
     for digest in "ab":
-        bank.put(FakePacked(digest, 10))
-    return FakeRunner(bank, num_blocks, block_size=2)
+        adapter_slots.put(FakePacked(digest, 10))
+    return FakeRunner(adapter_slots, num_blocks, block_size=2)
 
 
 def row(tokens: list[int], start: int, blocks: list[int], *adapters: int) -> Row:

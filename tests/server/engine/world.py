@@ -12,7 +12,7 @@ from typing import Any
 from server.core import AdapterRef, EngineFailure, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Output, StepDone, Submit
-from server.model.fake import FakeBank, FakePacked, FakeRunner, answer_alone
+from server.model.fake import FakePacked, FakeRunner, FakeSlots, answer_alone
 
 EOS = [7]
 DIGEST_BYTES = 10
@@ -124,11 +124,11 @@ class World:
     ) -> None:
         self.config, self.has_prefixes = config(**fields), has_prefixes
         self.clock, self.executor, self.loader = Clock(), LateExecutor(), Loader()
-        self.bank = FakeBank(self.config.slot_bytes)
-        self.runner = FakeRunner(self.bank, num_blocks, block_size, vocab_size)
+        self.adapter_slots = FakeSlots(self.config.slot_bytes)
+        self.runner = FakeRunner(self.adapter_slots, num_blocks, block_size, vocab_size)
         self.engine: Engine[FakePacked] = Engine(
             self.runner,
-            self.bank,
+            self.adapter_slots,
             self.loader,
             self.config,
             eos_token_ids=EOS,
@@ -201,7 +201,9 @@ class World:
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_blocks_used, stats.num_pins) == (0, 0, 0, 0)
         assert not self.engine.sequences
-        assert sorted(packed.digest for packed in self.bank.slots.values()) == sorted(self.engine.adapters.slots.sizes)
+        assert sorted(packed.digest for packed in self.adapter_slots.slots.values()) == sorted(
+            self.engine.adapters.slots.sizes
+        )
         self.engine.assert_consistent()
 
 

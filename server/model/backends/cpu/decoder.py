@@ -17,7 +17,7 @@ from server.model.backends.cpu.vector import FLOATS, PANEL, view
 
 INTEGERS = np.empty(0, np.int64)
 INT, FLOAT = np.int64, np.float32
-# Sites that share an input: `bank.Group`, with the addresses of its arrays.
+# Sites that share an input: `adapter_slots.Group`, with the addresses of its arrays.
 GROUP = np.dtype([("number", INT), ("parts", INT), ("sites", INT), ("columns", INT)])
 NORM = np.dtype([("weight", INT), ("eps", FLOAT), ("group", GROUP)], align=True)
 # `PackedProduct` with the addresses of its arrays; scales and bias have `factors` items.

@@ -7,7 +7,7 @@ import pytest
 from adapters_store.errors import ArtifactCorruptError
 from server.engine.adapters.manager import MAX_FAILURES, QUARANTINE_S, AdapterManager, Budgets
 from server.engine.blocks import InvariantError
-from server.model.fake import FakeBank, FakePacked
+from server.model.fake import FakePacked, FakeSlots
 from tests.server.engine.world import Clock, LateExecutor, Loader
 
 
@@ -17,12 +17,17 @@ class Room:
     def __init__(
         self, slot_bytes: int = 30, host_bytes: int = 40, copy_bytes: int = 1000, max_loading: int = 8
     ) -> None:
-        self.bank, self.loader, self.executor, self.clock = FakeBank(slot_bytes), Loader(), LateExecutor(), Clock()
+        self.adapter_slots, self.loader, self.executor, self.clock = (
+            FakeSlots(slot_bytes),
+            Loader(),
+            LateExecutor(),
+            Clock(),
+        )
         budgets = Budgets(
             slot_bytes=slot_bytes, host_bytes=host_bytes, copy_bytes_per_step=copy_bytes, max_loading=max_loading
         )
         self.manager: AdapterManager[FakePacked] = AdapterManager(
-            self.bank, self.loader, budgets, self.executor, self.clock
+            self.adapter_slots, self.loader, budgets, self.executor, self.clock
         )
         self.users: Counter[str] = Counter()
         self.pins: Counter[str] = Counter()
@@ -77,10 +82,10 @@ def test_states_from_absent_to_slot() -> None:
     assert room.manager.are_in_memory(("a",)) and not room.manager.are_in_slots(("a",))
     room.advance("a")
     assert room.manager.states() == {"a": "slot"}
-    assert room.bank.slots[room.manager.slot("a")].digest == "a"
+    assert room.adapter_slots.slots[room.manager.slot("a")].digest == "a"
     room.release("a", is_pinned=False)
     room.manager.forget("a")
-    assert room.manager.states() == {} and room.bank.slots == {}
+    assert room.manager.states() == {} and room.adapter_slots.slots == {}
 
 
 def test_thundering_herd_loads_once() -> None:
@@ -315,7 +320,7 @@ def test_loads_run_in_other_threads_and_wake_the_engine() -> None:
 
     budgets = Budgets(slot_bytes=10, host_bytes=10, copy_bytes_per_step=10)
     with ThreadPoolExecutor(1, "loader") as executor:
-        manager: AdapterManager[FakePacked] = AdapterManager(FakeBank(10), load, budgets, executor, Clock(), woken.set)
+        manager: AdapterManager[FakePacked] = AdapterManager(FakeSlots(10), load, budgets, executor, Clock(), woken.set)
         manager.use("a")
         manager.advance(["a"], 1)
         assert woken.wait(5)

@@ -57,11 +57,11 @@ def load_one(folder: Path, precision: str = "fp32", num_threads: int = 1, kv_cac
 
 def run_all(loaded: Loaded, wearers: list[RowAdapters], prompts: list[list[int]], chunk: int) -> list[torch.Tensor]:
     """The last logits of each prompt in one mixed batch, its virtual and real tokens in chunks of `chunk`."""
-    bank, slots = loaded.bank, {}
+    adapter_slots, slots = loaded.adapter_slots, {}
     for worn in wearers:
         for patch, _ in worn:
             if patch.digest not in slots:
-                slots[patch.digest] = bank.put(bank.pack(patch))
+                slots[patch.digest] = adapter_slots.put(adapter_slots.pack(patch))
     contexts, next_block = [], 0
     for worn, prompt in zip(wearers, prompts, strict=True):
         num_virtual = sum(patch.num_virtual for patch, _ in worn)
@@ -85,7 +85,7 @@ def run_all(loaded: Loaded, wearers: list[RowAdapters], prompts: list[list[int]]
         for index, row in zip(whose, loaded.runner.last_logits, strict=True) if whose else ():
             logits[index] = row.to("cpu", copy=True)
     for slot in slots.values():
-        bank.drop(slot)
+        adapter_slots.drop(slot)
     return logits
 
 
@@ -144,12 +144,12 @@ def test_a_step_that_only_writes_a_prefix(bases: Any) -> None:
     """A chunk of keys and values that are given, after a step that sampled, computes and samples nothing."""
     loaded, _stock = bases("llama")
     patch = random_patch(loaded.spec, "prefix_kv", seed=0)
-    slot = loaded.bank.put(loaded.bank.pack(patch))
+    slot = loaded.adapter_slots.put(loaded.adapter_slots.pack(patch))
     tokens = [*range(-1, -1 - patch.num_virtual, -1), 65]
     assert loaded.runner.run([Row([65], 0, [4], sampling=Sampling())])[0] is not None
     row = Row(tokens[:-1], 0, [0, 1, 2, 3], ((slot, 1.0),), num_virtual=patch.num_virtual)
     assert loaded.runner.run([row]) == [None]
-    loaded.bank.drop(slot)
+    loaded.adapter_slots.drop(slot)
 
 
 @pytest.fixture(scope="module", params=PACKERS)

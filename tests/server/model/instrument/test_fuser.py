@@ -135,10 +135,10 @@ def test_whole_layers_give_the_same_bits(model_type: str, precision: str, tmp_pa
     """All layers in one call and layers of parts that transformers calls give the same bits, whatever rows wear."""
     folder = make_tiny_base(tmp_path / "base", model_type)
     loaded = load(RunnerConfig(folder=str(folder), name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
-    bank, spec = loaded.bank, loaded.spec
+    adapter_slots, spec = loaded.adapter_slots, loaded.spec
     kinds = [random_patch(spec, kind, 1) for kind in ("low_rank", "bias", "norm", "delta", "bottleneck", "prefix_kv")]
     patches = [scales(spec), *kinds]
-    slots = {patch.digest: bank.put(bank.pack(patch)) for patch in patches}
+    slots = {patch.digest: adapter_slots.put(adapter_slots.pack(patch)) for patch in patches}
     rows = []
     for at, worn in enumerate([[], *([patch] for patch in patches), patches[:5]]):
         num_virtual = sum(patch.num_virtual for patch in worn)
@@ -162,4 +162,4 @@ def unjoin(loaded: Loaded) -> None:
     assert isinstance(whole, whole_decoder.WholeLayers)
     for layer, stock in zip(layers, whole.stock, strict=True):
         layer.forward = stock
-    loaded.bank.inside.clear()
+    loaded.adapter_slots.inside.clear()

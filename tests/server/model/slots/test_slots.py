@@ -17,7 +17,7 @@ from server.model.backends.torch_ops.copies import Copies
 from server.model.precision import Kept
 from server.model.row_adapters import MAX_ROWS, NO_ADAPTERS, build_row_adapters
 from server.model.slots.reference import apply_reference
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 
 SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
 SPEC = BaseSpec("toy", "0" * 64, "Toy", 32, 40, 1, 64, {site: LinearSite(*widths) for site, widths in SITES.items()})
@@ -38,11 +38,11 @@ def make_patch(number: int, rank: int, sites: tuple[str, ...] = ("a", "b", "head
     return Patch(f"{number}", "lora", tuple(made))
 
 
-def make_bank() -> tuple[SlotBank, dict[int, Patch]]:
+def make_bank() -> tuple[AdapterSlots, dict[int, Patch]]:
     """A bank with a slot of each rank, and the patches by slot."""
-    bank = SlotBank(SPEC, "cpu", EXACT)
+    adapter_slots = AdapterSlots(SPEC, "cpu", EXACT)
     patches = [make_patch(number, rank) for number, rank in enumerate(RANKS)]
-    return bank, {bank.put(bank.pack(patch)): patch for patch in patches}
+    return adapter_slots, {adapter_slots.put(adapter_slots.pack(patch)): patch for patch in patches}
 
 
 def by_hand(patch: Patch, site: str, x: Tensor) -> Tensor:
@@ -71,31 +71,31 @@ HATS: list[tuple[tuple[int, float], ...]] = [
 @pytest.mark.parametrize("kept", [EXACT, HALVED])
 def test_what_branches_read_is_known_before(kept: Kept) -> None:
     """While the base's product computes, just the matrices of the hats of the step are asked for, in their order."""
-    bank = SlotBank(SPEC, "cpu", kept)
-    slots = [bank.put(bank.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
+    adapter_slots = AdapterSlots(SPEC, "cpu", kept)
+    slots = [adapter_slots.put(adapter_slots.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
     adapters = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
-    bank.set_batch(rows(adapters))
-    found = errands(SITES["a"][0], tuple(bank.group("a", "head")), bank.arrays(bank.tokens))
+    adapter_slots.set_batch(rows(adapters))
+    found = errands(SITES["a"][0], tuple(adapter_slots.group("a", "head")), adapter_slots.arrays(adapter_slots.tokens))
     wanted = []
     for site, slot in (("a", 1), ("head", 1), ("a", 0), ("a", 1), ("head", 0), ("head", 1)):
-        matrices = bank.primitive(BRANCH, bank.sites.index[site], slots[slot])
+        matrices = adapter_slots.primitive(BRANCH, adapter_slots.sites.index[site], slots[slot])
         assert isinstance(matrices, LowRank)
-        offset = bank.table[BRANCH, bank.sites.index[site], slots[slot], 0]
+        offset = adapter_slots.table[BRANCH, adapter_slots.sites.index[site], slots[slot], 0]
         num_bytes = kept.matrices.itemsize * (matrices.a.numel() + matrices.b.numel())
-        wanted.append([bank.slots[slots[slot]].buffer.data_ptr() + offset, num_bytes])
+        wanted.append([adapter_slots.slots[slots[slot]].buffer.data_ptr() + offset, num_bytes])
     assert found.tolist() == wanted
 
 
 @pytest.mark.parametrize("site", ["a", "b"])
 def test_kernel_equals_its_twin_and_the_formula(site: str) -> None:
     """Rows of all ranks, of several hats with weights and of none get y += w B (A x), each its own."""
-    bank, patches = make_bank()
+    adapter_slots, patches = make_bank()
     x = torch.randn(1, 3 * len(HATS), SITES[site][0], generator=torch.Generator().manual_seed(1))
     start = torch.randn(1, 3 * len(HATS), SITES[site][1], generator=torch.Generator().manual_seed(2))
-    bank.set_batch(rows(HATS))
+    adapter_slots.set_batch(rows(HATS))
     fast, slow = start.clone(), start[0].clone()
-    bank.apply(bank.group(site), x, fast, False)
-    apply_reference(bank, bank.group(site), x[0], slow, bank.tokens)
+    adapter_slots.apply(adapter_slots.group(site), x, fast, False)
+    apply_reference(adapter_slots, adapter_slots.group(site), x[0], slow, adapter_slots.tokens)
     torch.testing.assert_close(fast[0], slow, atol=1e-4, rtol=1e-5)
     for token, y in enumerate(fast[0]):
         added = sum((w * by_hand(patches[slot], site, x[0, token]) for slot, w in HATS[token // 3]), torch.zeros(()))
@@ -104,15 +104,15 @@ def test_kernel_equals_its_twin_and_the_formula(site: str) -> None:
 
 def test_rows_are_bit_equal_alone_and_in_a_batch() -> None:
     """A row's result does not depend, to the last bit, on the rows beside it."""
-    bank, _ = make_bank()
+    adapter_slots, _ = make_bank()
     x = torch.randn(1, len(HATS), 40, generator=torch.Generator().manual_seed(1))
-    bank.set_batch(rows(HATS, 1))
+    adapter_slots.set_batch(rows(HATS, 1))
     together = torch.zeros(1, len(HATS), 24)
-    bank.apply(bank.group("a"), x, together, False)
+    adapter_slots.apply(adapter_slots.group("a"), x, together, False)
     for index, adapter in enumerate(HATS):
-        bank.set_batch(rows([adapter], 1))
+        adapter_slots.set_batch(rows([adapter], 1))
         alone = torch.zeros(1, 1, 24)
-        bank.apply(bank.group("a"), x[:, index : index + 1].contiguous(), alone, False)
+        adapter_slots.apply(adapter_slots.group("a"), x[:, index : index + 1].contiguous(), alone, False)
         assert torch.equal(alone[0, 0], together[0, index])
 
 
@@ -141,61 +141,61 @@ class WrittenDown(Copies):
 def test_a_copy_is_waited_for_by_who_wears_it() -> None:
     """What is packed is pinned, a slot is filled without a wait, and only a step that wears it, or reads its prefix,
     waits for it; who frees it does not."""
-    bank, asked = SlotBank(SPEC, "cpu", EXACT), list[tuple[str, object]]()
-    bank.copies = WrittenDown(asked)
-    slots = [bank.put(bank.pack(make_patch(number, 4))) for number in range(2)]
+    adapter_slots, asked = AdapterSlots(SPEC, "cpu", EXACT), list[tuple[str, object]]()
+    adapter_slots.copies = WrittenDown(asked)
+    slots = [adapter_slots.put(adapter_slots.pack(make_patch(number, 4))) for number in range(2)]
     assert asked == [("pin", None), ("start", 0), ("pin", None), ("start", 1)]
     asked.clear()
-    bank.set_batch(rows([(), ((slots[1], 1.0),)]))
-    bank.prefix(slots[0])
-    bank.drop(slots[0])
+    adapter_slots.set_batch(rows([(), ((slots[1], 1.0),)]))
+    adapter_slots.prefix(slots[0])
+    adapter_slots.drop(slots[0])
     assert asked == [("wait", 1), ("wait", 0), ("forget", 0)]
 
 
 def test_the_head_sees_the_sampled_rows_alone() -> None:
     """At the output head, row i is the i-th row that is sampled, not the i-th token."""
-    bank, patches = make_bank()
+    adapter_slots, patches = make_bank()
     batch = rows([((0, 1.0),), ((5, 1.0),)], 4)
     batch[0].sampling = None
-    bank.set_batch(batch)
+    adapter_slots.set_batch(batch)
     x, y = torch.randn(1, 1, 40), torch.zeros(1, 1, 32)
-    bank.apply(bank.group("head"), x, y, True)
+    adapter_slots.apply(adapter_slots.group("head"), x, y, True)
     torch.testing.assert_close(y[0, 0], by_hand(patches[5], "head", x[0, 0]), atol=1e-4, rtol=1e-5)
 
 
 def test_an_undressed_bank_does_nothing() -> None:
     """Without hats nothing is added, and nothing is read."""
-    bank, _ = make_bank()
-    bank.set_batch(rows(HATS))
-    bank.set_batch([])
-    assert bank.tokens.slots.size == NO_ADAPTERS.slots.size
+    adapter_slots, _ = make_bank()
+    adapter_slots.set_batch(rows(HATS))
+    adapter_slots.set_batch([])
+    assert adapter_slots.tokens.slots.size == NO_ADAPTERS.slots.size
     y = torch.zeros(1, 1, 24)
-    bank.apply(bank.group("a"), torch.ones(1, 1, 40), y, False)
+    adapter_slots.apply(adapter_slots.group("a"), torch.ones(1, 1, 40), y, False)
     assert not y.any()
 
 
 def test_a_site_without_a_primitive_is_left_alone() -> None:
     """A patch acts at its own sites only, also in a slot whose former patch acted elsewhere."""
-    bank, _ = make_bank()
-    bank.drop(5)
-    slot = bank.put(bank.pack(make_patch(99, 4, ("b",))))
+    adapter_slots, _ = make_bank()
+    adapter_slots.drop(5)
+    slot = adapter_slots.put(adapter_slots.pack(make_patch(99, 4, ("b",))))
     assert slot == 5
-    bank.set_batch(rows([((slot, 1.0),)], 1))
+    adapter_slots.set_batch(rows([((slot, 1.0),)], 1))
     y = torch.zeros(1, 1, 24)
-    bank.apply(bank.group("a"), torch.ones(1, 1, 40), y, False)
+    adapter_slots.apply(adapter_slots.group("a"), torch.ones(1, 1, 40), y, False)
     assert not y.any()
 
 
 def test_slots_are_true_rank_and_grow() -> None:
     """A packed patch has the bytes of its own numbers, and there are as many slots as are needed."""
-    bank = SlotBank(SPEC, "cpu", EXACT)
-    packed = [bank.pack(make_patch(number, 1 + number % 5)) for number in range(40)]
+    adapter_slots = AdapterSlots(SPEC, "cpu", EXACT)
+    packed = [adapter_slots.pack(make_patch(number, 1 + number % 5)) for number in range(40)]
     assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_items for n in range(40)]
-    slots = [bank.put(p) for p in packed]
+    slots = [adapter_slots.put(p) for p in packed]
     assert slots == list(range(40))
-    bank.set_batch(rows([((slot, 1.0),) for slot in slots], 1))
+    adapter_slots.set_batch(rows([((slot, 1.0),) for slot in slots], 1))
     x, y = torch.ones(1, 40, 40), torch.zeros(1, 40, 24)
-    bank.apply(bank.group("a"), x, y, False)
+    adapter_slots.apply(adapter_slots.group("a"), x, y, False)
     for number in (0, 17, 39):
         wanted = by_hand(make_patch(number, 1 + number % 5), "a", x[0, 0])
         torch.testing.assert_close(y[0, number], wanted, atol=1e-4, rtol=1e-5)

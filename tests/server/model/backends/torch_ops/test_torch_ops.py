@@ -34,7 +34,7 @@ from server.model.instrument.fuser import Fuser
 from server.model.precision import Kept
 from server.model.runner import Loaded, RunnerConfig, load
 from server.model.slots.layout import Sites, pack
-from server.model.slots.slots import SlotBank
+from server.model.slots.slots import AdapterSlots
 from tests.kit.patches import KINDS, random_patch
 from tests.kit.tiny import make_tiny_base
 from tests.server.model.attention import test_attend
@@ -135,10 +135,10 @@ def test_each_primitive_in_many_rows(kind: str, bases: Any) -> None:
 def test_a_strangers_overflow_is_not_mine(bases: Any) -> None:
     """A hat whose values overflow makes its own row fail, and changes no other."""
     loaded, _ = bases("llama")
-    bank, good, bad = loaded.bank, *(random_patch(loaded.spec, "low_rank", seed) for seed in (1, 2))
+    adapter_slots, good, bad = loaded.adapter_slots, *(random_patch(loaded.spec, "low_rank", seed) for seed in (1, 2))
     for primitive in bad.primitives:
         primitive.a.fill_(3e38)  # type: ignore[union-attr]
-    slots = [bank.put(bank.pack(patch)) for patch in (good, bad)]
+    slots = [adapter_slots.put(adapter_slots.pack(patch)) for patch in (good, bad)]
     rows = [Row([5, 6, 7], 0, [at], adapters, Sampling()) for at, adapters in enumerate([((slots[0], 1.0),), ()])]
     loaded.runner.run(rows)
     before = loaded.runner.last_logits
@@ -146,7 +146,7 @@ def test_a_strangers_overflow_is_not_mine(bases: Any) -> None:
     assert mine and none and its and its.error and not mine.error and not none.error
     torch.testing.assert_close(loaded.runner.last_logits[:2], before)
     for slot in slots:
-        bank.drop(slot)
+        adapter_slots.drop(slot)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -175,13 +175,13 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(verify.Proof, "paged", lambda _self, cache: page(proof, cache, 1))
     monkeypatch.setattr(Fuser, "_gives", lambda _self, compute, wanted: _tensor(compute()).shape == wanted.shape)
     monkeypatch.setattr(load_module, "_load_model", fake_model)
-    monkeypatch.setattr(SlotBank, "warm_up", lambda _self: None)  # it packs, which is the host's
+    monkeypatch.setattr(AdapterSlots, "warm_up", lambda _self: None)  # it packs, which is the host's
     wearers = mixed(spec, 0, random.Random(0))
     patches = {patch.digest: patch for worn in wearers for patch, _ in worn}
     packed = [pack(patch, Sites(spec), Kept(torch.bfloat16, torch.bfloat16)) for patch in patches.values()]
     with as_on_gpu(torch.bfloat16), FakeTensorMode(allow_non_fake_inputs=True):
         loaded = load(config_of(Path(spec.folder), "meta", "bf16"))
-        slots = {one.digest: loaded.bank.put(one) for one in packed}
+        slots = {one.digest: loaded.adapter_slots.put(one) for one in packed}
         rows = []
         for at, worn in enumerate(wearers):
             num_virtual = sum(patch.num_virtual for patch, _ in worn)
@@ -277,7 +277,7 @@ def test_decode_steps_are_replayed(bases: Any) -> None:
         Row([7 + at], len(prompt), mine, sampling=Sampling())
         for at, (prompt, mine) in enumerate(zip(prompts, blocks, strict=True))
     ]
-    slot = loaded.bank.put(loaded.bank.pack(random_patch(loaded.spec, "low_rank", 3)))
+    slot = loaded.adapter_slots.put(loaded.adapter_slots.pack(random_patch(loaded.spec, "low_rank", 3)))
     batches = [
         steps,
         steps[::-1],
@@ -295,5 +295,5 @@ def test_decode_steps_are_replayed(bases: Any) -> None:
         runner.run(batch)
         torch.testing.assert_close(runner.last_logits, wanted)
     runner.graphs = None
-    loaded.bank.drop(slot)
+    loaded.adapter_slots.drop(slot)
     assert [len(out) for out in captures] == [4, 1]
