@@ -24,12 +24,12 @@ from server.metrics import Metrics
 from server.requests.auth import Callers
 from server.requests.tokenizer import Tokenizer
 from server.settings import Settings
-from server.state import Front
+from server.state import ServerState
 from server.uploads.preload import import_tree
 from server.uploads.revalidation import find_unproved, prove_all
 from server.uploads.validation import ground_of
 
-OnReady = Callable[[Front], None]
+OnReady = Callable[[ServerState], None]
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -47,8 +47,8 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                app.state.front = await _open(settings, base_folder, engine, stack)
-                on_ready(app.state.front)
+                app.state.server = await _open(settings, base_folder, engine, stack)
+                on_ready(app.state.server)
             except Exception as error:
                 app.state.start_failure = str(error) or type(error).__name__
                 raise
@@ -70,7 +70,7 @@ def create_app(
     return app
 
 
-async def _open(settings: Settings, base_folder: Path, engine: EngineClient, stack: AsyncExitStack) -> Front:
+async def _open(settings: Settings, base_folder: Path, engine: EngineClient, stack: AsyncExitStack) -> ServerState:
     """Start every room; `stack` ends them in the opposite order, also where a later one cannot start."""
     settings.data.mkdir(parents=True, exist_ok=True)
     stack.enter_context(alone_in(settings.data))
@@ -85,15 +85,15 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
     callers = Callers(store, admin_key, settings.host)
     ground = ground_of(base_folder, settings.precision, settings.device)
-    front = Front(settings, engine, registry, blobs, tokenizer, metrics, store, callers, ground=ground)
-    stack.push_async_callback(asyncio.to_thread, front.usage.flush, registry)
-    await find_unproved(front)
-    await stack.enter_async_context(_beside(front.usage.keep_flushing(front.registry)))
+    state = ServerState(settings, engine, registry, blobs, tokenizer, metrics, store, callers, ground=ground)
+    stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
+    await find_unproved(state)
+    await stack.enter_async_context(_beside(state.usage.keep_flushing(state.registry)))
     if settings.import_ is not None:
-        await import_tree(front, settings.import_)
-    await front.keep_pinned()
-    await stack.enter_async_context(_beside(prove_all(front)))
-    return front
+        await import_tree(state, settings.import_)
+    await state.keep_pinned()
+    await stack.enter_async_context(_beside(prove_all(state)))
+    return state
 
 
 def _open_store(settings: Settings, registry: Registry) -> Blobs:

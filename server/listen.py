@@ -21,7 +21,7 @@ from server.settings import Settings
 if TYPE_CHECKING:  # the engine starts before these are imported: they bring torch, which takes a second
     from fastapi import FastAPI
 
-    from server.state import Front
+    from server.state import ServerState
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -121,17 +121,17 @@ class DrainingServer(uvicorn.Server):
         self._drained_by: float | None = None
 
     @property
-    def _front(self) -> Front | None:
-        return getattr(self._app.state, "front", None)
+    def _state(self) -> ServerState | None:
+        return getattr(self._app.state, "server", None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own
         """A signal. It is not raised once more at the end: to stop when asked to is no failure."""
-        if self._front is None or not self.started:
+        if self._state is None or not self.started:
             self.should_exit = True
         elif self._drained_by is not None:
             self.should_exit = self.force_exit = True
         else:
-            self._front.is_draining = True
+            self._state.is_draining = True
             self._drained_by = time.monotonic() + self._drain_s
             log.info("draining", extra={"running": len(self.server_state.tasks), "drain_s": self._drain_s})
 
@@ -139,9 +139,9 @@ class DrainingServer(uvicorn.Server):
         """Ten times a second: has the drain ended?"""
         if self._drained_by is not None and not self.should_exit:
             is_late = time.monotonic() >= self._drained_by
-            if is_late and self._front is not None:
+            if is_late and self._state is not None:
                 log.warning("what still runs is ended", extra={"running": len(self.server_state.tasks)})
-                await self._front.client.close()  # whoever waits gets an error with a code
+                await self._state.client.close()  # whoever waits gets an error with a code
             self.should_exit = is_late or not self.server_state.tasks
         return await super().on_tick(counter)
 

@@ -35,7 +35,7 @@ MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in mem
 
 
 @dataclass
-class Front:
+class ServerState:
     """The front process: everything that a route may need."""
 
     settings: Settings

@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 from adapters_store.errors import ArtifactError
 from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
 from server.api.body import body_parts
-from server.api.deps import admit, front_of, may, refuse_unknown_query, tenant_of
+from server.api.deps import admit, may, refuse_unknown_query, state_of, tenant_of
 from server.errors import ArtifactRefusedError, InvalidFieldError, ServerError, UnavailableError, UnsupportedTypeError
 from server.requests.auth import DEPLOY
 from server.schemas import BASE, NAME, identity
-from server.state import Front
+from server.state import ServerState
 from server.uploads.register import FOLDER, keep
 from server.uploads.validation import Proved, prove
 
@@ -41,58 +41,58 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
     Once the body is here it is taken in or refused, also where the client has left: threads that write into the staging
     folder cannot be called off.
     """
-    front, tenant = front_of(request), tenant_of(request)
+    state, tenant = state_of(request), tenant_of(request)
     request.state.task = task
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if task == BASE:
         raise InvalidFieldError("the task name base is the base itself", "task")
     if kind not in (ZIP_TYPE, SAFETENSORS_TYPE):
         raise UnsupportedTypeError(f"send {ZIP_TYPE} or {SAFETENSORS_TYPE}, not {kind[:80] or 'no content type'}")
-    front.ready()  # or 503, before a long body comes
+    state.ready()  # or 503, before a long body comes
     try:
-        with front.blobs.staging() as staging:
-            await _receive(request, front, staging / "body")
-            async with _turn(front):
-                proved = await _prove_body(front, staging, kind)
-                version, is_new = await keep(front, tenant, task, staging / FOLDER, proved, activate, note)
+        with state.blobs.staging() as staging:
+            await _receive(request, state, staging / "body")
+            async with _turn(state):
+                proved = await _prove_body(state, staging, kind)
+                version, is_new = await keep(state, tenant, task, staging / FOLDER, proved, activate, note)
     except ArtifactError as error:
-        front.metrics.uploads.labels("refused").inc()
+        state.metrics.uploads.labels("refused").inc()
         raise ArtifactRefusedError(error) from None
     except ServerError as error:
-        front.metrics.uploads.labels("refused" if error.status < 500 else "failed").inc()
+        state.metrics.uploads.labels("refused" if error.status < 500 else "failed").inc()
         raise
     except OSError:
-        front.metrics.uploads.labels("failed").inc()
+        state.metrics.uploads.labels("failed").inc()
         raise
-    front.metrics.uploads.labels("taken").inc()
-    shown = {"task": version.task, **identity(version, front.item_bytes()), "checks": proved.checks}
+    state.metrics.uploads.labels("taken").inc()
+    shown = {"task": version.task, **identity(version, state.item_bytes()), "checks": proved.checks}
     return JSONResponse(shown, 201 if is_new else 200)
 
 
 @asynccontextmanager
-async def _turn(front: Front) -> AsyncIterator[None]:
+async def _turn(state: ServerState) -> AsyncIterator[None]:
     """One of the few uploads that are checked at once. Raises `UnavailableError` where too many wait for it."""
     try:
         async with asyncio.timeout(TURN_WITHIN_S):
-            await front.intake.acquire()
+            await state.intake.acquire()
     except TimeoutError:
         raise UnavailableError("too many uploads wait to be checked; nothing was stored", retry_after=5) from None
     try:
         yield
     finally:
-        front.intake.release()
+        state.intake.release()
 
 
-async def _receive(request: Request, front: Front, path: Path) -> None:
+async def _receive(request: Request, state: ServerState, path: Path) -> None:
     """Stream the body to a file, capped."""
-    settings = front.settings
+    settings = state.settings
     with path.open("wb") as file:
         async for part in body_parts(request, settings.max_upload_bytes, settings.body_timeout_s):
             await asyncio.to_thread(file.write, part)
 
 
-async def _prove_body(front: Front, staging: Path, kind: str) -> Proved:
+async def _prove_body(state: ServerState, staging: Path, kind: str) -> Proved:
     folder = staging / FOLDER
     folder.mkdir()
-    await asyncio.to_thread(unpack_upload, staging / "body", kind, folder, int(front.settings.max_upload_bytes))
-    return await prove(front, folder)
+    await asyncio.to_thread(unpack_upload, staging / "body", kind, folder, int(state.settings.max_upload_bytes))
+    return await prove(state, folder)

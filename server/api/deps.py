@@ -12,13 +12,13 @@ from fastapi.routing import APIRoute
 from adapters_store.registry.audit import act_as
 from server.errors import DrainingError, ForbiddenError, InvalidFieldError
 from server.requests.auth import Caller
-from server.state import Front
+from server.state import ServerState
 
 
-def front_of(request: Request) -> Front:
+def state_of(request: Request) -> ServerState:
     """The front that the application was made with."""
-    front: Front = request.app.state.front
-    return front
+    state: ServerState = request.app.state.server
+    return state
 
 
 async def identify(request: Request) -> None:
@@ -27,11 +27,11 @@ async def identify(request: Request) -> None:
     Raises `ForbiddenError`, `UnauthorizedError`, `NotFoundError` for a tenant that is absent, or `DrainingError` but to
     who only looks.
     """
-    front, headers = front_of(request), request.headers
-    front.callers.check_origin(headers.get("host"), headers.get("origin"))
-    caller = await front.callers.identify(headers.get("authorization", ""), headers.get("x-tenant"))
+    state, headers = state_of(request), request.headers
+    state.callers.check_origin(headers.get("host"), headers.get("origin"))
+    caller = await state.callers.identify(headers.get("authorization", ""), headers.get("x-tenant"))
     act_as(caller.name, request.state.request_id)
-    if front.is_draining and request.method != "GET":
+    if state.is_draining and request.method != "GET":
         raise DrainingError("the server is stopping: ask again in a moment", retry_after=5)
     request.state.caller, request.state.tenant = caller, caller.tenant
 
@@ -43,7 +43,7 @@ async def admit(request: Request) -> None:
     """
     await identify(request)
     caller = caller_of(request)
-    front_of(request).meters.count_request(caller.tenant, caller.limits)
+    state_of(request).meters.count_request(caller.tenant, caller.limits)
 
 
 def may(scope: str, looking: bool = False) -> Callable[[Request], Coroutine[Any, Any, None]]:

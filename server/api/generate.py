@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from server.api.deps import admit, front_of, may, refuse_unknown_query, tenant_of
+from server.api.deps import admit, may, refuse_unknown_query, state_of, tenant_of
 from server.api.disconnect import unless_gone
 from server.api.sse import EventStream
 from server.core import Logprobs
@@ -28,7 +28,7 @@ from server.requests.resolve import (
     to_sampling,
 )
 from server.schemas import GenerateRequest, openapi_body
-from server.state import Front
+from server.state import ServerState
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)])
 
@@ -36,39 +36,41 @@ router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends
 @router.post("/generate", openapi_extra=openapi_body(GenerateRequest))
 async def generate(request: Request, task: str | None = None) -> Response:
     """Answer with a task's adapter; see the HTTP contract for the body."""
-    front, tenant = front_of(request), tenant_of(request)
-    asked = await front.body(request, GenerateRequest)
-    return await unless_moved(lambda: _respond(request, front, tenant, task, asked))
+    state, tenant = state_of(request), tenant_of(request)
+    asked = await state.body(request, GenerateRequest)
+    return await unless_moved(lambda: _respond(request, state, tenant, task, asked))
 
 
-async def _respond(request: Request, front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> Response:
-    resolved = await _resolved(front, tenant, task, asked)
+async def _respond(
+    request: Request, state: ServerState, tenant: str, task: str | None, asked: GenerateRequest
+) -> Response:
+    resolved = await _resolved(state, tenant, task, asked)
     request.state.task = resolved.task
-    prompts = await _prompts(front, asked, resolved)
-    check_length(front, resolved, prompts, asked.max_tokens)
-    sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
+    prompts = await _prompts(state, asked, resolved)
+    check_length(state, resolved, prompts, asked.max_tokens)
+    sampling = to_sampling(state, asked, asked.max_tokens, asked.logprobs)
     job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stop, asked.timeout_s)
     request_id: str = request.state.request_id
     if asked.stream:
-        return await unless_gone(request, EventStream.begin(_events(request, front, job), request_id))
-    return JSONResponse(await unless_gone(request, _whole(request, front, job)))
+        return await unless_gone(request, EventStream.begin(_events(request, state, job), request_id))
+    return JSONResponse(await unless_gone(request, _whole(request, state, job)))
 
 
-async def _resolved(front: Front, tenant: str, task: str | None, asked: GenerateRequest) -> ResolvedAdapters:
+async def _resolved(state: ServerState, tenant: str, task: str | None, asked: GenerateRequest) -> ResolvedAdapters:
     if asked.adapters is None:
-        return await resolve_adapter(front, tenant, task_of(task), asked.version, asked.user)
+        return await resolve_adapter(state, tenant, task_of(task), asked.version, asked.user)
     if task is not None or asked.version is not None:
         raise BadRequestError("give either ?task= (with version), or adapters, not both", "adapters")
-    return await resolve_adapters(front, tenant, asked.adapters, asked.user)
+    return await resolve_adapters(state, tenant, asked.adapters, asked.user)
 
 
-async def _prompts(front: Front, asked: GenerateRequest, resolved: ResolvedAdapters) -> list[list[int]]:
+async def _prompts(state: ServerState, asked: GenerateRequest, resolved: ResolvedAdapters) -> list[list[int]]:
     if asked.prompt_token_ids is not None:
         return [asked.prompt_token_ids]
     if asked.messages is not None:
-        return [await encode_chat(front, asked.messages, resolved)]
+        return [await encode_chat(state, asked.messages, resolved)]
     texts = asked.prompt or ""
-    return await encode_prompts(front, [texts] if isinstance(texts, str) else texts)
+    return await encode_prompts(state, [texts] if isinstance(texts, str) else texts)
 
 
 def _head(job: GenerationJob, request_id: str) -> dict[str, Any]:
@@ -88,9 +90,9 @@ def _head(job: GenerationJob, request_id: str) -> dict[str, Any]:
     return head | ({"adapters": adapters} if len(adapters) > 1 else {})
 
 
-async def _whole(request: Request, front: Front, job: GenerationJob) -> dict[str, Any]:
-    answer, pieces = start(request, front, job)
-    choices = [_choice(front, job, choice) for choice in await collect(pieces, job)]
+async def _whole(request: Request, state: ServerState, job: GenerationJob) -> dict[str, Any]:
+    answer, pieces = start(request, state, job)
+    choices = [_choice(state, job, choice) for choice in await collect(pieces, job)]
     return _head(job, request.state.request_id) | {"choices": choices} | _tail(answer)
 
 
@@ -98,7 +100,7 @@ def _tail(answer: Answer) -> dict[str, Any]:
     return {"usage": answer.usage(), "timing": answer.times()}
 
 
-def _choice(front: Front, job: GenerationJob, piece: Piece) -> dict[str, Any]:
+def _choice(state: ServerState, job: GenerationJob, piece: Piece) -> dict[str, Any]:
     choice: dict[str, Any] = {
         "text": piece.text,
         "token_ids": piece.token_ids,
@@ -106,24 +108,24 @@ def _choice(front: Front, job: GenerationJob, piece: Piece) -> dict[str, Any]:
     }
     if job.sampling.logprobs is not None:
         pairs = zip(piece.token_ids, piece.logprobs, strict=True)
-        choice["logprobs"] = [_logprobs(front, token_id, logprobs) for token_id, logprobs in pairs]
+        choice["logprobs"] = [_logprobs(state, token_id, logprobs) for token_id, logprobs in pairs]
     return choice
 
 
-def _logprobs(front: Front, token_id: int, logprobs: Logprobs) -> dict[str, Any]:
-    return _token(front, token_id, logprobs.chosen) | {"top": [_token(front, *pair) for pair in logprobs.top]}
+def _logprobs(state: ServerState, token_id: int, logprobs: Logprobs) -> dict[str, Any]:
+    return _token(state, token_id, logprobs.chosen) | {"top": [_token(state, *pair) for pair in logprobs.top]}
 
 
-def _token(front: Front, token_id: int, logprob: float) -> dict[str, Any]:
-    return {"token": front.tokenizer.decode([token_id], skip_special=False), "token_id": token_id, "logprob": logprob}
+def _token(state: ServerState, token_id: int, logprob: float) -> dict[str, Any]:
+    return {"token": state.tokenizer.decode([token_id], skip_special=False), "token_id": token_id, "logprob": logprob}
 
 
-async def _events(request: Request, front: Front, job: GenerationJob) -> AsyncGenerator[dict[str, Any]]:
+async def _events(request: Request, state: ServerState, job: GenerationJob) -> AsyncGenerator[dict[str, Any]]:
     """One event a step that has text or ends a choice; the very last carries usage and timing.
 
     The tokens of a step whose text is held back come with the next event of the choice.
     """
-    answer, pieces = start(request, front, job)
+    answer, pieces = start(request, state, job)
     head, held = _head(job, request.state.request_id), {index: Piece.empty(index) for index in range(job.num_choices)}
     async with aclosing(pieces) as coming:  # type: ignore[type-var]
         async for piece in coming:
@@ -133,5 +135,5 @@ async def _events(request: Request, front: Front, job: GenerationJob) -> AsyncGe
                 held[piece.index] = piece
                 continue
             held[piece.index] = Piece.empty(piece.index)
-            event = head | {"index": piece.index} | _choice(front, job, piece)
+            event = head | {"index": piece.index} | _choice(state, job, piece)
             yield event | (_tail(answer) if answer.ended == len(held) and piece.finish_reason is not None else {})

@@ -7,7 +7,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
-from server.api.deps import front_of, identify, only_operator
+from server.api.deps import identify, only_operator, state_of
 
 router = APIRouter()
 
@@ -21,9 +21,9 @@ async def live() -> dict[str, str]:
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """200 only while the engine answers and the server takes new work."""
-    front, client = front_of(request), front_of(request).client
-    if client.ready is None or front.is_draining:
-        reason = "the server is stopping" if front.is_draining else client.last_error or "the engine is starting"
+    state, client = state_of(request), state_of(request).client
+    if client.ready is None or state.is_draining:
+        reason = "the server is stopping" if state.is_draining else client.last_error or "the engine is starting"
         status = {"status": "not ready", "reason": reason}
         return JSONResponse(status, 503, {"Retry-After": "2"})
     body = {"status": "ready", "base": client.ready.spec.name, "precision": client.ready.precision}
@@ -33,7 +33,7 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", dependencies=[Depends(identify), Depends(only_operator)])
 async def metrics(request: Request) -> Response:
     """Prometheus's text format."""
-    return Response(front_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/openapi.json", dependencies=[Depends(identify)])

@@ -68,7 +68,7 @@ class RequestLog:
             await (await _server_error(Request(scope), InternalError(SEE_LOG)))(scope, receive, tell)
         finally:
             route = getattr(scope.get("route"), "path", "none")  # its pattern: no request can make a new one
-            scope["app"].state.front.metrics.responses.labels(route, str(status or CLIENT_CLOSED_REQUEST)).inc()
+            scope["app"].state.server.metrics.responses.labels(route, str(status or CLIENT_CLOSED_REQUEST)).inc()
             if not scope["path"].startswith(("/health", "/metrics")):
                 facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
                 timing = {"status": status, "seconds": round(time.monotonic() - began, 4)}
@@ -85,7 +85,7 @@ async def _server_error(request: Request, error: Exception) -> Response:
     known = error if isinstance(error, ServerError) else InternalError(SEE_LOG)
     request.state.error = known.code
     if isinstance(known, TenantLimitError):
-        metrics, tenant = request.app.state.front.metrics, request.scope["state"].get("tenant", "")
+        metrics, tenant = request.app.state.server.metrics, request.scope["state"].get("tenant", "")
         metrics.tenant_refusals.labels(metrics.tenant_label(tenant), known.param or "storage").inc()
     headers = {} if known.retry_after is None else {"Retry-After": str(known.retry_after)}
     if known.status == 401:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.registry.registry import Task
-from server.api.deps import admit, front_of, may, tenant_of
+from server.api.deps import admit, may, state_of, tenant_of
 from server.api.disconnect import unless_gone
 from server.api.sse import EventStream
 from server.errors import InvalidFieldError
@@ -34,7 +34,7 @@ from server.schemas import (
     User,
     openapi_body,
 )
-from server.state import Front
+from server.state import ServerState
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(may(GENERATE, looking=True))])
 
@@ -126,16 +126,16 @@ Shape = Callable[[Piece], dict[str, Any]]
 @router.get("/models")
 async def models(request: Request) -> Response:
     """The base and all tasks of the tenant."""
-    front, tenant = front_of(request), tenant_of(request)
-    tasks = await asyncio.to_thread(front.registry.tasks, tenant)
+    state, tenant = state_of(request), tenant_of(request)
+    tasks = await asyncio.to_thread(state.registry.tasks, tenant)
     return JSONResponse({"object": "list", "data": [_model(tenant), *(_model(tenant, task) for task in tasks)]})
 
 
 @router.get("/models/{name}")
 async def model(request: Request, name: str) -> Response:
     """The base, or one task."""
-    front, tenant = front_of(request), tenant_of(request)
-    task = None if name == BASE else await front.absent_is_404(front.registry.task, tenant, name)
+    state, tenant = state_of(request), tenant_of(request)
+    task = None if name == BASE else await state.absent_is_404(state.registry.task, tenant, name)
     return JSONResponse(_model(tenant, task))
 
 
@@ -147,51 +147,51 @@ def _model(tenant: str, task: Task | None = None) -> dict[str, Any]:
 @router.post("/completions", openapi_extra=openapi_body(CompletionRequest))
 async def completions(request: Request) -> Response:
     """OpenAI's completions."""
-    front, tenant = front_of(request), tenant_of(request)
-    asked = await front.body(request, CompletionRequest)
-    return await unless_moved(lambda: _complete(request, front, tenant, asked))
+    state, tenant = state_of(request), tenant_of(request)
+    asked = await state.body(request, CompletionRequest)
+    return await unless_moved(lambda: _complete(request, state, tenant, asked))
 
 
-async def _complete(request: Request, front: Front, tenant: str, asked: CompletionRequest) -> Response:
-    resolved = await resolve_adapter(front, tenant, asked.model, user=asked.user)
+async def _complete(request: Request, state: ServerState, tenant: str, asked: CompletionRequest) -> Response:
+    resolved = await resolve_adapter(state, tenant, asked.model, user=asked.user)
     request.state.task = resolved.task
-    prompts = await _prompts(front, asked)
-    check_length(front, resolved, prompts, asked.max_tokens)
-    sampling = to_sampling(front, asked, asked.max_tokens, asked.logprobs)
+    prompts = await _prompts(state, asked)
+    check_length(state, resolved, prompts, asked.max_tokens)
+    sampling = to_sampling(state, asked, asked.max_tokens, asked.logprobs)
     job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     offsets: dict[int, int] = {}
 
     def shape(piece: Piece) -> dict[str, Any]:
-        logprobs = None if asked.logprobs is None else _completion_logprobs(front, piece, offsets)
+        logprobs = None if asked.logprobs is None else _completion_logprobs(state, piece, offsets)
         return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish_reason, "logprobs": logprobs}
 
-    return await _answer(request, front, job, asked, "text_completion", shape, shape)
+    return await _answer(request, state, job, asked, "text_completion", shape, shape)
 
 
 @router.post("/chat/completions", openapi_extra=openapi_body(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """OpenAI's chat completions."""
-    front, tenant = front_of(request), tenant_of(request)
-    asked = await front.body(request, ChatRequest)
-    return await unless_moved(lambda: _chat(request, front, tenant, asked))
+    state, tenant = state_of(request), tenant_of(request)
+    asked = await state.body(request, ChatRequest)
+    return await unless_moved(lambda: _chat(request, state, tenant, asked))
 
 
-async def _chat(request: Request, front: Front, tenant: str, asked: ChatRequest) -> Response:
-    resolved = await resolve_adapter(front, tenant, asked.model, user=asked.user)
+async def _chat(request: Request, state: ServerState, tenant: str, asked: ChatRequest) -> Response:
+    resolved = await resolve_adapter(state, tenant, asked.model, user=asked.user)
     request.state.task = resolved.task
-    prompts = [await encode_chat(front, [message.plain() for message in asked.messages], resolved)]
+    prompts = [await encode_chat(state, [message.plain() for message in asked.messages], resolved)]
     max_tokens = asked.max_completion_tokens or asked.max_tokens
     if max_tokens is None:  # OpenAI's default: the rest of the context
-        max_tokens = max(1, front.ready().max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
-    check_length(front, resolved, prompts, max_tokens)
+        max_tokens = max(1, state.ready().max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
+    check_length(state, resolved, prompts, max_tokens)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
-    sampling = to_sampling(front, asked, max_tokens, (asked.top_logprobs or 0) if asked.logprobs else None)
+    sampling = to_sampling(state, asked, max_tokens, (asked.top_logprobs or 0) if asked.logprobs else None)
     job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     opened: set[int] = set()
 
     def logprobs(piece: Piece) -> dict[str, Any] | None:
-        return {"content": _chat_logprobs(front, piece), "refusal": None} if asked.logprobs else None
+        return {"content": _chat_logprobs(state, piece), "refusal": None} if asked.logprobs else None
 
     def whole(piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
@@ -204,44 +204,44 @@ async def _chat(request: Request, front: Front, tenant: str, asked: ChatRequest)
         rest = {"finish_reason": piece.finish_reason, "logprobs": logprobs(piece)}
         return {"index": piece.index, "delta": {**role, "content": piece.text}, **rest}
 
-    return await _answer(request, front, job, asked, "chat.completion", whole, delta)
+    return await _answer(request, state, job, asked, "chat.completion", whole, delta)
 
 
-async def _prompts(front: Front, asked: CompletionRequest) -> list[list[int]]:
+async def _prompts(state: ServerState, asked: CompletionRequest) -> list[list[int]]:
     prompt = asked.prompt
     texts = [prompt] if isinstance(prompt, str) else [text for text in prompt if isinstance(text, str)]
     if texts:
-        return await encode_prompts(front, texts)
+        return await encode_prompts(state, texts)
     many = [ids for ids in prompt if isinstance(ids, list)]
     return many or [[token for token in prompt if isinstance(token, int)]]
 
 
 async def _answer(
-    request: Request, front: Front, job: GenerationJob, asked: OpenAIFields, kind: str, whole: Shape, delta: Shape
+    request: Request, state: ServerState, job: GenerationJob, asked: OpenAIFields, kind: str, whole: Shape, delta: Shape
 ) -> Response:
     request_id: str = request.state.request_id
     prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
     head = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": asked.model}
     if not asked.stream:
-        return JSONResponse(await unless_gone(request, _whole(request, front, job, head | {"object": kind}, whole)))
+        return JSONResponse(await unless_gone(request, _whole(request, state, job, head | {"object": kind}, whole)))
     include_usage = asked.stream_options is not None and asked.stream_options.include_usage
     chunk_kind = kind + ".chunk" if kind.startswith("chat") else kind
-    events = _chunks(request, front, job, head | {"object": chunk_kind}, delta, include_usage)
+    events = _chunks(request, state, job, head | {"object": chunk_kind}, delta, include_usage)
     return await unless_gone(request, EventStream.begin(events, request_id))
 
 
 async def _whole(
-    request: Request, front: Front, job: GenerationJob, head: dict[str, Any], shape: Shape
+    request: Request, state: ServerState, job: GenerationJob, head: dict[str, Any], shape: Shape
 ) -> dict[str, Any]:
-    answer, pieces = start(request, front, job)
+    answer, pieces = start(request, state, job)
     choices = [shape(choice) for choice in await collect(pieces, job)]
     return head | {"choices": choices, "usage": _usage(answer)}
 
 
 async def _chunks(
-    request: Request, front: Front, job: GenerationJob, head: dict[str, Any], shape: Shape, include_usage: bool
+    request: Request, state: ServerState, job: GenerationJob, head: dict[str, Any], shape: Shape, include_usage: bool
 ) -> AsyncGenerator[dict[str, Any]]:
-    answer, pieces = start(request, front, job)
+    answer, pieces = start(request, state, job)
     usage: dict[str, Any] = {"usage": None} if include_usage else {}
     async with aclosing(pieces) as coming:  # type: ignore[type-var]
         async for piece in coming:
@@ -261,24 +261,24 @@ def _usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _completion_logprobs(front: Front, piece: Piece, offsets: dict[int, int]) -> dict[str, Any]:
+def _completion_logprobs(state: ServerState, piece: Piece, offsets: dict[int, int]) -> dict[str, Any]:
     """OpenAI's older form: parallel lists; `text_offset` counts characters of the answer, also over chunks."""
-    tokens = [front.tokenizer.decode([token], skip_special=False) for token in piece.token_ids]
+    tokens = [state.tokenizer.decode([token], skip_special=False) for token in piece.token_ids]
     starts = []
     for token in tokens:
         starts.append(offsets.get(piece.index, 0))
         offsets[piece.index] = starts[-1] + len(token)
     tops = [
-        {front.tokenizer.decode([token], skip_special=False): value for token, value in logprobs.top}
+        {state.tokenizer.decode([token], skip_special=False): value for token, value in logprobs.top}
         for logprobs in piece.logprobs
     ]
     chosen = [logprobs.chosen for logprobs in piece.logprobs]
     return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": starts}
 
 
-def _chat_logprobs(front: Front, piece: Piece) -> list[dict[str, Any]]:
+def _chat_logprobs(state: ServerState, piece: Piece) -> list[dict[str, Any]]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        token = front.tokenizer.decode([token_id], skip_special=False)
+        token = state.tokenizer.decode([token_id], skip_special=False)
         is_part = REPLACEMENT in token  # of a character: its own bytes are not known here
         return {"token": token, "logprob": logprob, "bytes": None if is_part else list(token.encode())}
 

@@ -14,11 +14,11 @@ from adapters_store.format.archive import ZIP_TYPE, zipped
 from adapters_store.registry.registry import Task, Usage, Version
 from adapters_store.registry.routes import Route
 from adapters_store.storage.directory import Blobs
-from server.api.deps import admit, front_of, may, refuse_unknown_query, tenant_of
+from server.api.deps import admit, may, refuse_unknown_query, state_of, tenant_of
 from server.errors import ArtifactRefusedError, ConflictError, InvalidFieldError
 from server.requests.auth import DEPLOY
 from server.schemas import BASE, PinRequest, RouteRequest, identity, openapi_body
-from server.state import Front
+from server.state import ServerState
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)])
 
@@ -26,24 +26,24 @@ router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=Tru
 @router.get("/tasks")
 async def list_tasks(request: Request) -> Response:
     """All tasks of the tenant, and the base."""
-    front, tenant = front_of(request), tenant_of(request)
-    found = await asyncio.to_thread(front.registry.tasks, tenant)
-    look = await _look(front, tenant)
+    state, tenant = state_of(request), tenant_of(request)
+    found = await asyncio.to_thread(state.registry.tasks, tenant)
+    look = await _look(state, tenant)
     return JSONResponse({"tasks": [_base(look.used), *(_task(task, look) for task in found)]})
 
 
 @router.get("/tasks/{task}")
 async def get_task(request: Request, task: str) -> Response:
     """One task: versions, route, residency, use."""
-    front, tenant = front_of(request), tenant_of(request)
+    state, tenant = state_of(request), tenant_of(request)
     if task == BASE:
-        return JSONResponse(_base(await asyncio.to_thread(front.registry.usage, tenant)))
-    return JSONResponse(await _shown(front, tenant, task))
+        return JSONResponse(_base(await asyncio.to_thread(state.registry.usage, tenant)))
+    return JSONResponse(await _shown(state, tenant, task))
 
 
-async def _shown(front: Front, tenant: str, task: str) -> dict[str, Any]:
-    found = await front.absent_is_404(front.registry.task, tenant, task)
-    return _task(found, await _look(front, tenant))
+async def _shown(state: ServerState, tenant: str, task: str) -> dict[str, Any]:
+    found = await state.absent_is_404(state.registry.task, tenant, task)
+    return _task(found, await _look(state, tenant))
 
 
 @router.put("/tasks/{task}/route", openapi_extra=openapi_body(RouteRequest))
@@ -52,76 +52,76 @@ async def put_route(request: Request, task: str) -> Response:
 
     With `sticky: "user"`, requests of the same `user` get the same version.
     """
-    front, tenant = front_of(request), tenant_of(request)
+    state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "routed")
-    asked = await front.body(request, RouteRequest)
+    asked = await state.body(request, RouteRequest)
     route = Route({int(number): weight for number, weight in asked.versions.items()}, asked.sticky)
-    await front.absent_is_404(front.registry.set_route, tenant, task, route)
-    return await _changed(front, tenant, task)
+    await state.absent_is_404(state.registry.set_route, tenant, task, route)
+    return await _changed(state, tenant, task)
 
 
 @router.post("/tasks/{task}/rollback")
 async def roll_back(request: Request, task: str) -> Response:
     """The route before this one, less versions that were deleted since; asked again, the one before that."""
-    front, tenant = front_of(request), tenant_of(request)
+    state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "routed")
     try:
-        await front.absent_is_404(front.registry.roll_back, tenant, task)
+        await state.absent_is_404(state.registry.roll_back, tenant, task)
     except NoEarlierRouteError as error:
         raise ConflictError(str(error), "task") from None
-    return await _changed(front, tenant, task)
+    return await _changed(state, tenant, task)
 
 
 @router.put("/tasks/{task}/pin", openapi_extra=openapi_body(PinRequest))
 async def put_pin(request: Request, task: str) -> Response:
     """Keep what the task routes to on the device, or not."""
-    front, tenant = front_of(request), tenant_of(request)
+    state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "pinned: it is always there")
-    asked = await front.body(request, PinRequest)
-    await front.absent_is_404(front.registry.set_pinned, tenant, task, asked.pinned)
-    return await _changed(front, tenant, task)
+    asked = await state.body(request, PinRequest)
+    await state.absent_is_404(state.registry.set_pinned, tenant, task, asked.pinned)
+    return await _changed(state, tenant, task)
 
 
-async def _changed(front: Front, tenant: str, task: str) -> Response:
-    await front.keep_pinned()
-    return JSONResponse(await _shown(front, tenant, task))
+async def _changed(state: ServerState, tenant: str, task: str) -> Response:
+    await state.keep_pinned()
+    return JSONResponse(await _shown(state, tenant, task))
 
 
 @router.delete("/tasks/{task}", status_code=204)
 async def delete_task(request: Request, task: str) -> Response:
     """Gone for new requests at once; running ones finish with what they began with."""
-    front, tenant = front_of(request), tenant_of(request)
+    state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
-    digests = await front.absent_is_404(front.registry.delete_task, tenant, task)
-    await front.keep_pinned()
-    await front.give_up(digests)
+    digests = await state.absent_is_404(state.registry.delete_task, tenant, task)
+    await state.keep_pinned()
+    await state.give_up(digests)
     return Response(status_code=204)
 
 
 @router.delete("/tasks/{task}/versions/{number}", status_code=204)
 async def delete_version(request: Request, task: str, number: int) -> Response:
     """Gone for new requests at once, also from the route."""
-    front, tenant = front_of(request), tenant_of(request)
+    state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
-    digest = await front.absent_is_404(front.registry.delete_version, tenant, task, number)
-    await front.keep_pinned()
-    await front.give_up([digest])
+    digest = await state.absent_is_404(state.registry.delete_version, tenant, task, number)
+    await state.keep_pinned()
+    await state.give_up([digest])
     return Response(status_code=204)
 
 
 @router.get("/tasks/{task}/versions/{number}/artifact", dependencies=[Depends(may(DEPLOY))])
 async def get_artifact(request: Request, task: str, number: int) -> Response:
     """The PEFT folder back, as a zip."""
-    front, tenant = front_of(request), tenant_of(request)
-    version = await front.resolve(tenant, task, number)
+    state, tenant = state_of(request), tenant_of(request)
+    version = await state.resolve(tenant, task, number)
     try:
-        with front.in_use.hold([version.digest]):
-            await front.check_kept(tenant, [version])
-            body = await front.absent_is_404(_zip, front.blobs, version.digest)
+        with state.in_use.hold([version.digest]):
+            await state.check_kept(tenant, [version])
+            body = await state.absent_is_404(_zip, state.blobs, version.digest)
     except ArtifactError as error:
         raise ArtifactRefusedError(error) from error
     finally:
-        await front.bury([version.digest])
+        await state.bury([version.digest])
     headers = {"Content-Disposition": f'attachment; filename="{task}-{number}.zip"', "ETag": f'"{version.digest}"'}
     return Response(body, media_type=ZIP_TYPE, headers=headers)
 
@@ -143,15 +143,15 @@ def _base(used: list[Usage]) -> dict[str, Any]:
 class Look:
     """What is known of a tenant's versions beside the registry: where each digest is, and what it was used for."""
 
-    front: Front
+    state: ServerState
     tenant: str
     used: list[Usage]
     where: dict[str, str]
 
 
-async def _look(front: Front, tenant: str) -> Look:
-    used = await asyncio.to_thread(front.registry.usage, tenant)
-    return Look(front, tenant, used, await front.client.residency())
+async def _look(state: ServerState, tenant: str) -> Look:
+    used = await asyncio.to_thread(state.registry.usage, tenant)
+    return Look(state, tenant, used, await state.client.residency())
 
 
 def _task(task: Task, look: Look) -> dict[str, Any]:
@@ -172,14 +172,14 @@ def _route(route: Route) -> dict[str, Any]:
 
 def _version(version: Version, look: Look) -> dict[str, Any]:
     return {
-        **identity(version, look.front.item_bytes()),
+        **identity(version, look.state.item_bytes()),
         "note": version.note,
         "created": version.created,
         "residency": "quarantined"
-        if look.front.unproved.get(version.digest)
+        if look.state.unproved.get(version.digest)
         else look.where.get(version.digest, "disk"),
         "use": _use(look.used, version.task, version.number),
-        "recent": look.front.recent.summary((look.tenant, version.task, version.number)),
+        "recent": look.state.recent.summary((look.tenant, version.task, version.number)),
     }
 
 

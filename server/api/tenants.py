@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
 from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantLimits
-from server.api.deps import caller_of, front_of, identify, may, only_operator, refuse_unknown_query
+from server.api.deps import caller_of, identify, may, only_operator, refuse_unknown_query, state_of
 from server.errors import ConflictError, ForbiddenError, NotFoundError
 from server.requests.auth import ADMIN
 from server.schemas import NAME, Strict, openapi_body
-from server.state import Front
+from server.state import ServerState
 
 router = APIRouter(dependencies=[Depends(identify), Depends(may(ADMIN)), Depends(refuse_unknown_query)])
 OPERATOR = [Depends(only_operator)]
@@ -60,10 +60,10 @@ class KeyBody(Strict):
 @router.post("/tenants", status_code=201, dependencies=OPERATOR, openapi_extra=openapi_body(TenantBody))
 async def add_tenant(request: Request) -> Response:
     """A new tenant. A name is given once: that of a tenant which was deleted is refused, too."""
-    front = _with_keys(request)
-    asked = await front.body(request, TenantBody)
+    state = _with_keys(request)
+    asked = await state.body(request, TenantBody)
     try:
-        tenant = await _changed(front, front.tenants.add, asked.name, asked.limits.limits())
+        tenant = await _changed(state, state.tenants.add, asked.name, asked.limits.limits())
     except NameTakenError as error:
         raise ConflictError(str(error), "name") from None
     return JSONResponse(_tenant(tenant), 201)
@@ -72,76 +72,76 @@ async def add_tenant(request: Request) -> Response:
 @router.get("/tenants")
 async def list_tenants(request: Request) -> Response:
     """All tenants, with their limits and what they hold; to a tenant's key its own alone."""
-    front, caller = front_of(request), caller_of(request)
+    state, caller = state_of(request), caller_of(request)
     if caller.is_operator:
-        found = await asyncio.to_thread(front.tenants.all)
+        found = await asyncio.to_thread(state.tenants.all)
     else:
-        found = [await front.absent_is_404(front.tenants.get, caller.tenant, param="tenant")]
+        found = [await state.absent_is_404(state.tenants.get, caller.tenant, param="tenant")]
     return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
 
 
 @router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR)
 async def delete_tenant(request: Request, tenant: str) -> Response:
     """Gone with its keys, tasks and versions, for new requests at once; running ones finish. Its usage stays."""
-    front = front_of(request)
+    state = state_of(request)
     if tenant == DEFAULT_TENANT:
         raise ConflictError(f"the tenant {DEFAULT_TENANT} is always there", "tenant")
-    await front.give_up(await _changed(front, front.tenants.delete, tenant))
+    await state.give_up(await _changed(state, state.tenants.delete, tenant))
     return Response(status_code=204)
 
 
 @router.put("/tenants/{tenant}/limits", dependencies=OPERATOR, openapi_extra=openapi_body(LimitsBody))
 async def set_limits(request: Request, tenant: str) -> Response:
     """Other limits in place of those before, for new requests at once."""
-    front = front_of(request)
-    asked = await front.body(request, LimitsBody)
-    return JSONResponse(_tenant(await _changed(front, front.tenants.set_limits, tenant, asked.limits())))
+    state = state_of(request)
+    asked = await state.body(request, LimitsBody)
+    return JSONResponse(_tenant(await _changed(state, state.tenants.set_limits, tenant, asked.limits())))
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=openapi_body(KeyBody))
 async def add_key(request: Request, tenant: str) -> Response:
     """A new key. `key` is shown here and never again."""
-    front = _with_keys(request)
+    state = _with_keys(request)
     _own(request, tenant)
-    asked = await front.body(request, KeyBody)
-    key, sent = await _changed(front, front.tenants.add_key, tenant, list(asked.scopes), asked.note)
+    asked = await state.body(request, KeyBody)
+    key, sent = await _changed(state, state.tenants.add_key, tenant, list(asked.scopes), asked.note)
     return JSONResponse(_key(key) | {"key": sent}, 201)
 
 
 @router.get("/tenants/{tenant}/keys")
 async def list_keys(request: Request, tenant: str) -> Response:
     """A tenant's keys, without their secrets."""
-    front = front_of(request)
+    state = state_of(request)
     _own(request, tenant)
-    found = await front.absent_is_404(front.tenants.keys, tenant, param="tenant")
+    found = await state.absent_is_404(state.tenants.keys, tenant, param="tenant")
     return JSONResponse({"keys": [_key(key) for key in found]})
 
 
 @router.post("/tenants/{tenant}/keys/{key_id}/rotate")
 async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
     """Another secret for a key, shown here and never again; the old one is no key any more."""
-    front = front_of(request)
+    state = state_of(request)
     _own(request, tenant)
-    key, sent = await _changed(front, front.tenants.rotate_key, tenant, key_id)
+    key, sent = await _changed(state, state.tenants.rotate_key, tenant, key_id)
     return JSONResponse(_key(key) | {"key": sent})
 
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
 async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
     """No key any more, within a second; requests that run with it finish."""
-    front = front_of(request)
+    state = state_of(request)
     _own(request, tenant)
-    await _changed(front, front.tenants.revoke_key, tenant, key_id)
+    await _changed(state, state.tenants.revoke_key, tenant, key_id)
     return Response(status_code=204)
 
 
 @router.get("/usage")
 async def usage(request: Request, tenant: TenantQuery = None) -> Response:
     """What tenants used, by task and version (0: the base); to a tenant's key its own."""
-    front = front_of(request)
+    state = state_of(request)
     chosen = _chosen(request, tenant)
-    await front.usage.settle(front.registry)
-    found = await asyncio.to_thread(front.registry.usages, chosen)
+    await state.usage.settle(state.registry)
+    found = await asyncio.to_thread(state.registry.usages, chosen)
     rows = [{"tenant": name} | msgspec.to_builtins(one) for name, many in found.items() for one in many]
     return JSONResponse({"usage": rows})
 
@@ -154,28 +154,28 @@ async def audit(
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
 ) -> Response:
     """Every change, the newest first: who, what, when, in which request; `before` is a `number`, for the next page."""
-    front = front_of(request)
+    state = state_of(request)
     chosen = _chosen(request, tenant)
-    found = await asyncio.to_thread(front.tenants.changes, chosen, before, limit)
+    found = await asyncio.to_thread(state.tenants.changes, chosen, before, limit)
     return JSONResponse({"changes": [msgspec.to_builtins(entry) for entry in found]})
 
 
-async def _changed(front: Front, call: Any, *arguments: object) -> Any:
+async def _changed(state: ServerState, call: Any, *arguments: object) -> Any:
     """The result of a change, which is true for the next request."""
     try:
-        return await front.absent_is_404(call, *arguments, param="tenant")
+        return await state.absent_is_404(call, *arguments, param="tenant")
     finally:
-        front.callers.forget()
+        state.callers.forget()
 
 
-def _with_keys(request: Request) -> Front:
+def _with_keys(request: Request) -> ServerState:
     """Raise `ForbiddenError` where no key is asked for: others would be let in without one as well."""
-    front = front_of(request)
-    if not front.callers.asks_for_keys:
+    state = state_of(request)
+    if not state.callers.asks_for_keys:
         raise ForbiddenError(
             f"this server asks for no key and has the one tenant {DEFAULT_TENANT}: start it with MANYHATS_ADMIN_KEY"
         )
-    return front
+    return state
 
 
 def _own(request: Request, tenant: str) -> None:

@@ -29,7 +29,7 @@ from server.engine.process_client import ProcessEngineClient
 from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
 
 if TYPE_CHECKING:
-    from server.state import Front
+    from server.state import ServerState
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,9 @@ def serve(**flags: Any) -> None:
         is_loading = stack.enter_context(contextlib.ExitStack())
         is_loading.enter_context(process_memory.loading())
 
-        def on_ready(front: Front) -> None:
+        def on_ready(state: ServerState) -> None:
             is_loading.close()
-            _greet(front, url, console, time.monotonic() - began)
+            _greet(state, url, console, time.monotonic() - began)
 
         failure = listen.run(_serve(settings, folder, sockets, on_ready), sockets)
     if failure is not None:
@@ -92,7 +92,7 @@ def serve(**flags: Any) -> None:
 
 
 async def _serve(
-    settings: Settings, folder: Path, sockets: list[socket], on_ready: Callable[[Front], None]
+    settings: Settings, folder: Path, sockets: list[socket], on_ready: Callable[[ServerState], None]
 ) -> str | None:
     """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal.
 
@@ -101,8 +101,8 @@ async def _serve(
     engine = ProcessEngineClient(settings.engine_config(folder))
     starting = asyncio.create_task(engine.start())
     try:
-        front = await asyncio.to_thread(import_module, "server.app")
-        app = front.create_app(settings, folder, engine, on_ready)
+        application = await asyncio.to_thread(import_module, "server.app")
+        app = application.create_app(settings, folder, engine, on_ready)
         with contextlib.suppress(SystemExit):  # it could not start
             await listen.DrainingServer(app, settings).serve(sockets)
         failure: str | None = app.state.start_failure
@@ -129,12 +129,12 @@ def _stop(console: Console, reason: str, what: str = "cannot start:") -> typer.E
     return typer.Exit(1)
 
 
-def _greet(front: Front, url: str, console: Console, seconds: float) -> None:
+def _greet(state: ServerState, url: str, console: Console, seconds: float) -> None:
     """Say where it serves, and a curl that works when pasted."""
     from adapters_store.registry.registry import DEFAULT_TENANT  # by now it is here
 
-    settings, ready = front.settings, front.ready()
-    tasks = [task.name for task in front.registry.tasks(DEFAULT_TENANT)]
+    settings, ready = state.settings, state.ready()
+    tasks = [task.name for task in state.registry.tasks(DEFAULT_TENANT)]
     key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
     task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)
     console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from server.engine.messages import Output
 from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.version_stats import RequestOutcome
-from server.state import Front
+from server.state import ServerState
 
 
 def count(answer: Answer, prompt: int, output: Output, piece: Piece) -> None:
@@ -17,13 +17,13 @@ def count(answer: Answer, prompt: int, output: Output, piece: Piece) -> None:
         answer.timing = output.timing
 
 
-def close_books(front: Front, job: GenerationJob, answer: Answer, status: str) -> None:
-    metrics, resolved = front.metrics, job.resolved
+def close_books(state: ServerState, job: GenerationJob, answer: Answer, status: str) -> None:
+    metrics, resolved = state.metrics, job.resolved
     label, tenant = metrics.label(resolved.label), metrics.tenant_label(resolved.tenant)
     metrics.requests.labels(label, status).inc()
     metrics.tenant_requests.labels(tenant, status).inc()
     answer.is_over = True
-    _judge_version(front, job, answer, status)
+    _judge_version(state, job, answer, status)
     if status == "200":
         metrics.latency.labels(label).observe(answer.total_ms / 1000)
         metrics.ttft.labels(label).observe(answer.timing.ttft_ms / 1000)
@@ -41,9 +41,9 @@ def close_books(front: Front, job: GenerationJob, answer: Answer, status: str) -
     metrics.tenant_tokens.labels(tenant, "completion").inc(counts["completion_tokens"])
 
 
-def _judge_version(front: Front, job: GenerationJob, answer: Answer, status: str) -> None:
+def _judge_version(state: ServerState, job: GenerationJob, answer: Answer, status: str) -> None:
     """What a canary is judged by: requests that wear it alone. Who left early says nothing of it but that."""
-    metrics, resolved = front.metrics, job.resolved
+    metrics, resolved = state.metrics, job.resolved
     if len(resolved.adapters) != 1:
         return
     version = resolved.adapters[0][0]
@@ -55,4 +55,4 @@ def _judge_version(front: Front, job: GenerationJob, answer: Answer, status: str
         metrics.version_ttft.labels(*labels).observe(answer.timing.ttft_ms / 1000)
     if status != "cancelled":
         outcome = RequestOutcome(status, answer.timing.ttft_ms, answer.total_ms, answer.num_completion)
-        front.recent.add((resolved.tenant, version.task, version.number), outcome)
+        state.recent.add((resolved.tenant, version.task, version.number), outcome)

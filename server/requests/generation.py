@@ -22,7 +22,7 @@ from server.requests.accounting import close_books, count
 from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.detokenizer import TextStream
 from server.requests.usage import Bill
-from server.state import Front
+from server.state import ServerState
 from server.uploads.revalidation import check_proved
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ T = TypeVar("T")
 GRACE_S = 5.0  # the engine ends what is late; the front does where the engine is stuck
 
 
-def start(request: Request, front: Front, job: GenerationJob) -> tuple[Answer, AsyncIterator[Piece]]:
+def start(request: Request, state: ServerState, job: GenerationJob) -> tuple[Answer, AsyncIterator[Piece]]:
     """The answer's books, and its pieces as they come, of all choices. The request's log line gets the books too."""
     answer = request.state.answer = Answer(sum(map(len, job.prompts)))
-    return answer, _pieces(front, replace(job, limits=caller_of(request).limits), answer)
+    return answer, _pieces(state, replace(job, limits=caller_of(request).limits), answer)
 
 
 async def collect(pieces: AsyncIterator[Piece], job: GenerationJob) -> list[Piece]:
@@ -57,21 +57,21 @@ async def unless_moved(answer: Callable[[], Awaitable[T]]) -> T:
             log.info("a request is routed anew", extra={"reason": str(error)})
 
 
-async def _pieces(front: Front, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:
+async def _pieces(state: ServerState, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:
     """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
     resolved = job.resolved
     status: str | None = "cancelled"
     places = [(resolved.tenant, one.task, one.number) for one, _ in resolved.adapters] or [
         (resolved.tenant, resolved.task, 0)
     ]
-    with front.usage.running(Bill(places, answer.used)):
+    with state.usage.running(Bill(places, answer.used)):
         try:
             with (
-                front.in_use.hold(resolved.digests),
-                front.meters.generating(resolved.tenant, job.limits, job.num_choices, job.most_tokens, answer),
+                state.in_use.hold(resolved.digests),
+                state.meters.generating(resolved.tenant, job.limits, job.num_choices, job.most_tokens, answer),
             ):
-                await front.check_kept(resolved.tenant, [version for version, _ in resolved.adapters])
-                async with aclosing(_merged(front, job, answer)) as pieces:  # type: ignore[type-var]
+                await state.check_kept(resolved.tenant, [version for version, _ in resolved.adapters])
+                async with aclosing(_merged(state, job, answer)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         yield piece
             status = "200"
@@ -87,16 +87,16 @@ async def _pieces(front: Front, job: GenerationJob, answer: Answer) -> AsyncIter
         finally:
             answer.total_ms = (time.monotonic() - job.arrived) * 1000
             if status is not None:
-                close_books(front, job, answer, status)
-            await front.bury(resolved.digests)
-    await front.usage.settle(front.registry)  # what is answered whole is paid for, also if the next moment is the last
+                close_books(state, job, answer, status)
+            await state.bury(resolved.digests)
+    await state.usage.settle(state.registry)  # what is answered whole is paid for, also if the next moment is the last
 
 
-async def _merged(front: Front, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:
+async def _merged(state: ServerState, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:
     """Run all choices at once. Whatever ends this ends them all."""
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
     choices = [
-        asyncio.create_task(_feed(front, job, answer, prompt, number, queue))
+        asyncio.create_task(_feed(state, job, answer, prompt, number, queue))
         for prompt in range(len(job.prompts))
         for number in range(job.n)
     ]
@@ -114,13 +114,18 @@ async def _merged(front: Front, job: GenerationJob, answer: Answer) -> AsyncIter
 
 
 async def _feed(
-    front: Front, job: GenerationJob, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
+    state: ServerState,
+    job: GenerationJob,
+    answer: Answer,
+    prompt: int,
+    number: int,
+    queue: asyncio.Queue[Piece | Exception],
 ) -> None:
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
             for digest in job.resolved.digests:
-                await check_proved(front, digest)
-            await _run_choice(front, job, answer, prompt, number, queue)
+                await check_proved(state, digest)
+            await _run_choice(state, job, answer, prompt, number, queue)
     except TimeoutError:
         failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
         queue.put_nowait(EngineFailedError(failure))
@@ -131,17 +136,22 @@ async def _feed(
 
 
 async def _run_choice(
-    front: Front, job: GenerationJob, answer: Answer, prompt: int, number: int, queue: asyncio.Queue[Piece | Exception]
+    state: ServerState,
+    job: GenerationJob,
+    answer: Answer,
+    prompt: int,
+    number: int,
+    queue: asyncio.Queue[Piece | Exception],
 ) -> None:
-    index, text = prompt * job.n + number, TextStream(front.tokenizer, job.stop)
-    label, last = front.metrics.label(job.resolved.label), 0.0
-    async with aclosing(front.client.generate(_submit(job, prompt, number))) as outputs:  # type: ignore[type-var]
+    index, text = prompt * job.n + number, TextStream(state.tokenizer, job.stop)
+    label, last = state.metrics.label(job.resolved.label), 0.0
+    async with aclosing(state.client.generate(_submit(job, prompt, number))) as outputs:  # type: ignore[type-var]
         async for output in outputs:
             now = time.monotonic()
             if output.failure is not None:
                 raise EngineFailedError(output.failure)
             if last and output.token_ids:
-                front.metrics.gap.labels(label).observe(now - last)
+                state.metrics.gap.labels(label).observe(now - last)
             last = now
             piece = _piece(index, output, text)
             count(answer, prompt, output, piece)

@@ -14,7 +14,7 @@ from adapters_store.registry.registry import Version
 from server.core import Sampling
 from server.errors import BadRequestError, InvalidFieldError, NotFoundError
 from server.schemas import BASE, Message, SamplingFields, WeightedTask
-from server.state import Front
+from server.state import ServerState
 
 THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
 MIN_TEMPERATURE = 1e-3
@@ -64,7 +64,7 @@ def task_of(task: str | None) -> str:
 
 
 async def resolve_adapter(
-    front: Front, tenant: str, task: str, version: int | None = None, user: str | None = None
+    state: ServerState, tenant: str, task: str, version: int | None = None, user: str | None = None
 ) -> ResolvedAdapters:
     """Resolve a task's name to a version. `base` is the base, and asked for by that name alone."""
     if task == BASE:
@@ -73,11 +73,11 @@ async def resolve_adapter(
         return ResolvedAdapters(tenant, BASE)
     if len(task) > MAX_NAME:
         raise NotFoundError(f"there is no task {task[:MAX_NAME]}", "task")
-    return ResolvedAdapters(tenant, task, ((await front.resolve(tenant, task, version, user), 1.0),))
+    return ResolvedAdapters(tenant, task, ((await state.resolve(tenant, task, version, user), 1.0),))
 
 
 async def resolve_adapters(
-    front: Front, tenant: str, tasks: list[WeightedTask], user: str | None = None
+    state: ServerState, tenant: str, tasks: list[WeightedTask], user: str | None = None
 ) -> ResolvedAdapters:
     """Resolve several hats that one request wears at once, unmerged."""
     if any(adapter.task == BASE for adapter in tasks):
@@ -85,7 +85,7 @@ async def resolve_adapters(
     names = [adapter.task for adapter in tasks]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InvalidFieldError(f"the task {twice} is listed twice: a request wears a task once", "adapters")
-    adapters = [(await front.resolve(tenant, adapter.task, None, user), adapter.weight) for adapter in tasks]
+    adapters = [(await state.resolve(tenant, adapter.task, None, user), adapter.weight) for adapter in tasks]
     _check_prefixes(adapters)
     return ResolvedAdapters(tenant, "+".join(names), tuple(adapters))
 
@@ -113,30 +113,30 @@ def _check_prefixes(adapters: list[tuple[Version, float]]) -> None:
             computed = version.task
 
 
-async def encode_prompts(front: Front, prompts: list[str]) -> list[list[int]]:
+async def encode_prompts(state: ServerState, prompts: list[str]) -> list[list[int]]:
     """Tokens of texts."""
     if sum(map(len, prompts)) > THREAD_CHARS:
-        return await asyncio.to_thread(lambda: [front.tokenizer.encode(prompt) for prompt in prompts])
-    return [front.tokenizer.encode(prompt) for prompt in prompts]
+        return await asyncio.to_thread(lambda: [state.tokenizer.encode(prompt) for prompt in prompts])
+    return [state.tokenizer.encode(prompt) for prompt in prompts]
 
 
-async def encode_chat(front: Front, messages: list[Message], resolved: ResolvedAdapters) -> list[int]:
+async def encode_chat(state: ServerState, messages: list[Message], resolved: ResolvedAdapters) -> list[int]:
     """Tokens of chat turns, as the adapter, or else the base, writes them."""
     turns: list[tuple[str, str]] = [(message.role, message.content) for message in messages]
-    if resolved.prompt_format is None and not front.tokenizer.has_chat_template:
+    if resolved.prompt_format is None and not state.tokenizer.has_chat_template:
         raise BadRequestError("this base has no chat template: send a prompt", "messages")
     try:
-        return await asyncio.to_thread(front.tokenizer.encode_chat, turns, resolved.prompt_format)
+        return await asyncio.to_thread(state.tokenizer.encode_chat, turns, resolved.prompt_format)
     except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
         raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
 
 
-def to_sampling(front: Front, fields: SamplingFields, max_tokens: int, logprobs: int | None) -> Sampling:
+def to_sampling(state: ServerState, fields: SamplingFields, max_tokens: int, logprobs: int | None) -> Sampling:
     """The engine's form; a seed is drawn where none was given. Raises `InvalidFieldError` for unknown token ids.
 
     A temperature under `MIN_TEMPERATURE` is greedy: logits divided by less would not be finite.
     """
-    ready = front.ready()
+    ready = state.ready()
     bias = {int(token): value for token, value in fields.logit_bias.items()}
     if any(token >= ready.spec.vocab_size for token in bias):
         raise InvalidFieldError(f"logit_bias names a token over {ready.spec.vocab_size - 1}", "logit_bias")
@@ -146,9 +146,9 @@ def to_sampling(front: Front, fields: SamplingFields, max_tokens: int, logprobs:
     return Sampling(max_tokens=max_tokens, logprobs=logprobs, **values)
 
 
-def check_length(front: Front, resolved: ResolvedAdapters, prompts: list[list[int]], max_tokens: int) -> None:
+def check_length(state: ServerState, resolved: ResolvedAdapters, prompts: list[list[int]], max_tokens: int) -> None:
     """Refuse what could never fit, before anything queues. Virtual tokens take positions as a prompt's do."""
-    ready = front.ready()
+    ready = state.ready()
     for prompt in prompts:
         if not prompt:
             raise BadRequestError("the prompt has no tokens", "prompt")

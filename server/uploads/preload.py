@@ -12,14 +12,14 @@ from adapters_store.errors import AbsentError, ArtifactError
 from adapters_store.format.folder import CONFIG, find_parts, read_folder
 from adapters_store.registry.registry import DEFAULT_TENANT
 from server.schemas import BASE, NAME
-from server.state import Front
+from server.state import ServerState
 from server.uploads.register import FOLDER, keep
 from server.uploads.validation import prove
 
 log = logging.getLogger(__name__)
 
 
-async def import_tree(front: Front, tree: Path) -> None:
+async def import_tree(state: ServerState, tree: Path) -> None:
     """Every folder with an adapter_config.json that is no task yet becomes one; the same checks as an upload's.
 
     What was deleted stays deleted: bytes that a task had and lost come back by an upload alone.
@@ -28,27 +28,27 @@ async def import_tree(front: Front, tree: Path) -> None:
         raise NotADirectoryError(f"{tree} is no folder: --import takes a folder of PEFT folders")
     for config in sorted(tree.glob(f"*/{CONFIG}")):
         try:
-            await _import_folder(front, config.parent)
+            await _import_folder(state, config.parent)
         except Exception as error:  # noqa: BLE001 - whatever a folder holds, the server starts
             log.error("an adapter was not taken in", extra={"folder": str(config.parent), "reason": str(error)})
 
 
-async def _import_folder(front: Front, folder: Path) -> None:
+async def _import_folder(state: ServerState, folder: Path) -> None:
     task = folder.name.lower()
     if not re.fullmatch(NAME, task) or task == BASE:
         raise ArtifactError(f"{folder.name} is no task name ({NAME})")
     try:
-        front.registry.task(DEFAULT_TENANT, task)
+        state.registry.task(DEFAULT_TENANT, task)
     except AbsentError:
-        with front.blobs.staging() as staging:
+        with state.blobs.staging() as staging:
             copy = staging / FOLDER
             copy.mkdir()
             for name, path in find_parts(folder).items():
                 shutil.copyfile(path, copy / name)
             digest = read_folder(copy).digest
-            if await asyncio.to_thread(front.registry.was_removed, DEFAULT_TENANT, task, digest):
+            if await asyncio.to_thread(state.registry.was_removed, DEFAULT_TENANT, task, digest):
                 log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
                 return
-            proved = await prove(front, copy)
-            await keep(front, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
+            proved = await prove(state, copy)
+            await keep(state, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
         log.info("an adapter was taken in", extra={"task": task, "digest": proved.facts.digest})

@@ -32,7 +32,7 @@ from server.core import AdapterRef, EngineFailure, Logprobs, Sampling
 from server.engine.client import EngineUnavailable
 from server.engine.messages import Ready, Submit
 from server.errors import EngineFailedError, ProbeLateError, ServerError, UnavailableError
-from server.state import Front
+from server.state import ServerState
 from server.uploads import parity
 
 MIN_ROOM = 2  # positions that a prefix must leave: one for a prompt, one for an answer
@@ -57,22 +57,22 @@ class Proved:
     checks: list[Check]
 
 
-async def prove(front: Front, folder: Path) -> Proved:
+async def prove(state: ServerState, folder: Path) -> Proved:
     """Put a PEFT folder of the staging area to the proof. Raises `ArtifactError`, or `ServerError` where it cannot be.
 
     What fails leaves nothing behind in the engine.
     """
-    artifact, patch, checks = await asyncio.to_thread(check_folder, front.ready(), folder)
+    artifact, patch, checks = await asyncio.to_thread(check_folder, state.ready(), folder)
     digest = artifact.digest
     try:
-        async with front.probing:
-            with front.in_use.hold([digest]), _staged(front, digest, folder):
-                checks = checks + await _probe(front, artifact, patch)
+        async with state.probing:
+            with state.in_use.hold([digest]), _staged(state, digest, folder):
+                checks = checks + await _probe(state, artifact, patch)
     except BaseException:
-        await front.give_up([digest])
+        await state.give_up([digest])
         raise
     finally:
-        await front.bury([digest])
+        await state.bury([digest])
     facts = Facts(
         digest=digest,
         method=patch.method,
@@ -86,12 +86,12 @@ async def prove(front: Front, folder: Path) -> Proved:
     return Proved(facts, checks)
 
 
-async def prove_stored(front: Front, digest: str) -> None:
+async def prove_stored(state: ServerState, digest: str) -> None:
     """Put what lies in the store to the same proof. Raises what `prove` raises, and what `Blobs.read` does."""
-    artifact = await asyncio.to_thread(front.blobs.read, digest)
-    _, patch, _ = await asyncio.to_thread(_check_artifact, front.ready(), artifact)
-    async with front.probing:
-        await _probe(front, artifact, patch)
+    artifact = await asyncio.to_thread(state.blobs.read, digest)
+    _, patch, _ = await asyncio.to_thread(_check_artifact, state.ready(), artifact)
+    async with state.probing:
+        await _probe(state, artifact, patch)
 
 
 def ground_of(base: Path, precision: str, device: str) -> str:
@@ -101,13 +101,13 @@ def ground_of(base: Path, precision: str, device: str) -> str:
 
 
 @contextmanager
-def _staged(front: Front, digest: str, folder: Path) -> Iterator[None]:
+def _staged(state: ServerState, digest: str, folder: Path) -> Iterator[None]:
     """While the block runs the engine reads the artifact from the staging area."""
-    front.client.stage(digest, str(folder))
+    state.client.stage(digest, str(folder))
     try:
         yield
     finally:
-        front.client.stage(digest, None)
+        state.client.stage(digest, None)
 
 
 def check_folder(ready: Ready, folder: Path) -> tuple[Artifact, Patch, list[Check]]:
@@ -159,15 +159,15 @@ def _check_virtual(patch: Patch, ready: Ready) -> None:
         )
 
 
-async def _probe(front: Front, artifact: Artifact, patch: Patch) -> list[Check]:
+async def _probe(state: ServerState, artifact: Artifact, patch: Patch) -> list[Check]:
     """Let the engine wear an artifact, staged or stored. Raises `ProbeError`, `ParityError`, or `ServerError`."""
-    ready, adapter = front.ready(), AdapterRef(artifact.digest, 1.0, patch.num_virtual)
+    ready, adapter = state.ready(), AdapterRef(artifact.digest, 1.0, patch.num_virtual)
     cases = parity_cases(artifact, ready, patch.num_virtual)
     prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
     deadline = time.monotonic() + PROBE_WITHIN_S
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + PROBE_WITHIN_S):
-            answers = await _ask_all(front, adapter, prompts, deadline)
+            answers = await _ask_all(state, adapter, prompts, deadline)
     except TimeoutError:
         raise _late() from None
     except EngineUnavailable as error:
@@ -198,14 +198,14 @@ def plain_cases(ready: Ready, num_virtual: int) -> list[ParityCase]:
 
 
 async def _ask_all(
-    front: Front, adapter: AdapterRef, cases: Sequence[ParityCase], deadline: float
+    state: ServerState, adapter: AdapterRef, cases: Sequence[ParityCase], deadline: float
 ) -> list[ProbeAnswer]:
     """In a namespace of its own: nothing that was computed before is taken for what is to be proved."""
     namespace = f"{NAMESPACE} {uuid.uuid4().hex}"
-    submits = [_submit(front.ready(), namespace, adapter, case, deadline) for case in cases]
+    submits = [_submit(state.ready(), namespace, adapter, case, deadline) for case in cases]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_ask(front, submit)) for submit in submits]
+            tasks = [group.create_task(_ask(state, submit)) for submit in submits]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -231,9 +231,9 @@ def _submit(ready: Ready, namespace: str, adapter: AdapterRef, case: ParityCase,
     )
 
 
-async def _ask(front: Front, submit: Submit) -> ProbeAnswer:
+async def _ask(state: ServerState, submit: Submit) -> ProbeAnswer:
     found: ProbeAnswer = []
-    async with aclosing(front.client.generate(submit)) as outputs:  # type: ignore[type-var]
+    async with aclosing(state.client.generate(submit)) as outputs:  # type: ignore[type-var]
         async for output in outputs:
             if output.failure is not None:
                 raise _failure(output.failure)

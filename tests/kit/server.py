@@ -35,8 +35,8 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         """The front, and the engine below it."""
-        front = psutil.Process(self.process.pid)
-        return [front, *front.children(recursive=True)]
+        state = psutil.Process(self.process.pid)
+        return [state, *state.children(recursive=True)]
 
     def memory(self) -> dict[str, int]:
         """Bytes of front and engine together: `rss` as each sees it, `pss` with shared pages counted once."""

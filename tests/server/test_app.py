@@ -85,7 +85,7 @@ async def test_one_server_a_folder(anyio_backend: str, tiny_base: Path, tmp_path
         (tmp_path / "artifacts" / "staging" / "an upload in flight").mkdir()
         assert "another server uses" in await failure_of(tiny_base, tmp_path, Watched(tiny_base))
         assert (tmp_path / "artifacts" / "staging" / "an upload in flight").is_dir()
-        assert site.front.blobs.digests() == {digest}
+        assert site.state.blobs.digests() == {digest}
         assert (await site.ask("a", prompt="x"))["adapter"]["digest"] == digest
 
 

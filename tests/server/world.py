@@ -26,7 +26,7 @@ from server.engine.fake import FakeEngineClient, fake_ready
 from server.engine.messages import Ready
 from server.engine.process_client import Patience, ProcessEngineClient
 from server.settings import Settings
-from server.state import Front
+from server.state import ServerState
 from tests.kit.tiny import EOS
 
 MAX_TOKENS = 400  # of a sequence
@@ -63,10 +63,10 @@ class Site:
     http: httpx.AsyncClient
 
     @property
-    def front(self) -> Front:
+    def state(self) -> ServerState:
         """Its rooms."""
-        front: Front = self.app.state.front
-        return front
+        state: ServerState = self.app.state.server
+        return state
 
     async def post(self, path: str, body: object) -> httpx.Response:
         """POST a body as JSON; bytes and text go as they are."""
@@ -101,7 +101,7 @@ class Site:
     def stored(self) -> set[str]:
         """Digests on the disk; nothing may be staged between uploads."""
         assert not self.staged()
-        return self.front.blobs.digests()
+        return self.state.blobs.digests()
 
 
 def sent(text: str) -> list[tuple[str, str]]:

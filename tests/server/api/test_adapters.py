@@ -103,9 +103,9 @@ async def test_restart(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips
     async with open_site(tiny_base, tmp_path) as site:
         kept = (await site.upload("a", zips[0])).json()["digest"]
         await site.ask("a", prompt="x")
-        with site.front.blobs.staging() as staging:
-            shutil.copytree(site.front.blobs.path(kept), staging / "f")
-            site.front.blobs.put(staging / "f", "f" * 64)
+        with site.state.blobs.staging() as staging:
+            shutil.copytree(site.state.blobs.path(kept), staging / "f")
+            site.state.blobs.put(staging / "f", "f" * 64)
         (site.data / "artifacts" / "staging" / "left").mkdir()
     async with open_site(tiny_base, tmp_path) as site:
         assert site.stored() == {kept}
@@ -276,9 +276,9 @@ async def test_what_is_compiled_counts_on_the_device(
     """A slot holds what an artifact compiles to, which may be less than what was trained: 4 bytes a number."""
     folder = make_multitask(tmp_path / "hat", tiny_base, 1)
     async with open_site(tiny_base, tmp_path / "data") as site:
-        monkeypatch.setattr(site.front.ready(), "max_adapter_bytes", 20 * 64 * 4 - 1)
+        monkeypatch.setattr(site.state.ready(), "max_adapter_bytes", 20 * 64 * 4 - 1)
         assert (await site.upload("a", zip_folder(folder))).status_code == 413
-        monkeypatch.setattr(site.front.ready(), "max_adapter_bytes", 20 * 64 * 4)
+        monkeypatch.setattr(site.state.ready(), "max_adapter_bytes", 20 * 64 * 4)
         body = (await site.upload("a", zip_folder(folder))).json()
         assert (body["slot_bytes"], body["virtual_tokens"]) == (20 * 64 * 4, 20)
         assert body["num_parameters"] == 20 * 64 + 2 * (20 + 64)
@@ -395,7 +395,7 @@ async def test_a_registry_that_cannot_write(good: Site, zips: list[bytes], monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(good.front.registry, "add_version", full)
+        patch.setattr(good.state.registry, "add_version", full)
         answer = await good.upload("bad", zips[0])
     assert (answer.status_code, error_of(answer)["code"]) == (507, "storage_failed")
     assert "No space left" in error_of(answer)["message"] and len(good.stored()) == 1
@@ -432,7 +432,7 @@ async def test_whoever_leaves_after_the_body(site: Site, zips: list[bytes]) -> N
     scope = {"type": "http", "method": "POST", "path": "/adapters", "query_string": b"task=a", "headers": headers}
     await site.app(scope, receive, send)
     (digest,) = site.stored()
-    assert site.front.blobs.read(digest).digest == digest
+    assert site.state.blobs.read(digest).digest == digest
     assert (await site.ask("a", prompt="x"))["adapter"]["digest"] == digest
 
 

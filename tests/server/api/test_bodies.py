@@ -234,7 +234,7 @@ async def test_wrong_adapters(shared: Site, body: dict[str, Any], path: str, sta
 async def test_a_template_that_refuses(shared: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that the base's chat template refuses are 400 with the template's own reason."""
     template = "{{ raise_exception('turns must alternate') }}"
-    monkeypatch.setattr(shared.front.tokenizer._tokenizer, "chat_template", template)
+    monkeypatch.setattr(shared.state.tokenizer._tokenizer, "chat_template", template)
     answer = await shared.post("/generate?task=base", {"messages": [{"role": "user", "content": "a"}]})
     assert (answer.status_code, error_of(answer)["param"]) == (400, "messages")
     assert "turns must alternate" in error_of(answer)["message"]
@@ -242,7 +242,7 @@ async def test_a_template_that_refuses(shared: Site, monkeypatch: pytest.MonkeyP
 
 async def test_a_base_without_template(shared: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages to a base that has no chat template are 400 and say what to do."""
-    monkeypatch.setattr(shared.front.tokenizer._tokenizer, "chat_template", None)
+    monkeypatch.setattr(shared.state.tokenizer._tokenizer, "chat_template", None)
     answer = await shared.post("/generate?task=base", {"messages": [{"role": "user", "content": "a"}]})
     assert answer.status_code == 400 and "send a prompt" in error_of(answer)["message"]
 

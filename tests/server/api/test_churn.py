@@ -153,11 +153,11 @@ async def test_golden_and_needle_while_adapters_churn(
         churn = Churn(site, golden, adapters, random.Random(0), time.monotonic() + churn_seconds)
         await asyncio.gather(churn.change(), *(churn.ask() for _ in range(NUM_CLIENTS)))
         await check_needles(churn)
-        stats = site.front.client.stats
+        stats = site.state.client.stats
         print(f"{churn.num_changes} changes, {churn.num_right} golden, {len(churn.needles)} needles, {stats}")
         assert not churn.wrong, churn.wrong[:5]
         assert stats.evictions_total > 10 and stats.loads_total > 10, "slots were not reused"
-        assert site.front.client.num_starts == 1  # type: ignore[attr-defined]
+        assert site.state.client.num_starts == 1  # type: ignore[attr-defined]
 
 
 async def check_needles(churn: Churn) -> None:

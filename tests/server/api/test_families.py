@@ -38,11 +38,11 @@ class Served:
 
     def patch(self, task: str) -> Patch:
         """A task's artifact, compiled here."""
-        return compile_patch(read_folder(self.folders[task]), self.site.front.ready().spec)
+        return compile_patch(read_folder(self.folders[task]), self.site.state.ready().spec)
 
     def wanted(self, *adapters: tuple[str, float]) -> list[int]:
         """The greedy answer of the stock model with the patches' formulas."""
-        prompt = self.site.front.tokenizer.encode(PROMPT)
+        prompt = self.site.state.tokenizer.encode(PROMPT)
         return reference.greedy(self.stock, [(self.patch(task), weight) for task, weight in adapters], prompt, 16)
 
     async def worn(self, *adapters: tuple[str, float]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ async def test_alone_in_a_stream_and_all_at_once(served: Served) -> None:
     assert [[token for event in events for token in event["token_ids"]] for events in streams] == [*wanted.values()]
     versions = [task["versions"][0] for task in (await site.http.get("/tasks")).json()["tasks"][1:]]
     assert {version["residency"] for version in versions} == {"slot"}
-    await until(lambda: (site.front.client.stats.num_running, site.front.client.stats.num_pins) == (0, 0))
+    await until(lambda: (site.state.client.stats.num_running, site.state.client.stats.num_pins) == (0, 0))
 
 
 MIXTURES: list[list[tuple[str, float]]] = [
@@ -176,8 +176,8 @@ async def test_uploaded_again_with_other_weights(
     old, folder = tokens(await served.site.ask(family, **BODY)), artifact(family, 1)
     uploaded = await served.site.upload(family, zip_folder(folder))
     assert (uploaded.status_code, uploaded.json()["version"]) == (201, 2), uploaded.text
-    patch = compile_patch(read_folder(folder), served.site.front.ready().spec)
-    prompt = served.site.front.tokenizer.encode(PROMPT)
+    patch = compile_patch(read_folder(folder), served.site.state.ready().spec)
+    prompt = served.site.state.tokenizer.encode(PROMPT)
     new = reference.greedy(served.stock, [(patch, 1.0)], prompt, 16)
     assert tokens(await served.site.ask(family, **BODY)) == new != old
     assert tokens(await served.site.ask(family, version=1, **BODY)) == old

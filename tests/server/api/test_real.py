@@ -46,7 +46,7 @@ async def tokens(site: Site, task: str, prompt: str = "Once upon", **body: Any) 
 
 def idle(site: Site) -> bool:
     """Whether the engine has nothing to do and nothing is pinned."""
-    stats = site.front.client.stats
+    stats = site.state.client.stats
     return (stats.num_running, stats.num_waiting, stats.num_pins) == (0, 0, 0)
 
 
@@ -121,7 +121,7 @@ async def test_beginnings_that_were_asked_before_are_told(real: Site) -> None:
         counted += 4 * blocks + 3 * blocks - BLOCK_SIZE
     grown = {name: value - before[name] for name, value in (await counters(real)).items()}
     assert grown["manyhats_cached_prompt_tokens_total"] == counted
-    await until(lambda: real.front.client.stats.cache_hit_tokens_total >= counted)
+    await until(lambda: real.state.client.stats.cache_hit_tokens_total >= counted)
     grown = {name: value - before[name] for name, value in (await counters(real)).items()}
     assert grown["manyhats_engine_cache_hit_tokens_total"] == counted
     assert grown["manyhats_engine_cache_query_tokens_total"] == grown["manyhats_prompt_tokens_total"] > counted
@@ -165,11 +165,11 @@ EXTREMES: list[dict[str, Any]] = [
 async def test_extreme_sampling_hurts_nobody(real: Site) -> None:
     """Every value of a sampling field that is taken is answered, and the neighbours' tokens are what they were."""
     before = await tokens(real, "t1")
-    starts = real.front.client.num_starts  # type: ignore[attr-defined]
+    starts = real.state.client.num_starts  # type: ignore[attr-defined]
     for body in EXTREMES:
         got, neighbour = await asyncio.gather(tokens(real, "t0", max_tokens=5, **body), tokens(real, "t1"))
         assert len(got) == 5 and neighbour == before, body
-    assert real.front.client.num_starts == starts  # type: ignore[attr-defined]
+    assert real.state.client.num_starts == starts  # type: ignore[attr-defined]
 
 
 async def test_logprobs_are_numbers(real: Site) -> None:
@@ -209,7 +209,7 @@ async def test_whoever_leaves_frees_the_engine(real: Site) -> None:
     """A client that hangs up, plain or stream, frees what its sequences held."""
     body = {"prompt": "a" * 50, "max_tokens": 500, "ignore_eos": True, "n": 3}
     asking = asyncio.create_task(real.post("/generate?task=t0", body))
-    await until(lambda: real.front.client.stats.num_running == 3)
+    await until(lambda: real.state.client.stats.num_running == 3)
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     await until(lambda: idle(real))
@@ -226,11 +226,11 @@ async def test_deleted_while_it_runs(real: Site, tiny_base: Path, tmp_path: Path
     asked = {"prompt": "Once upon", "max_tokens": 150, "ignore_eos": True}
     before = (await real.ask("gone", **asked))["choices"][0]["text"]
     running = asyncio.create_task(real.events("/generate?task=gone", **asked))
-    await until(lambda: real.front.client.stats.num_running)
+    await until(lambda: real.state.client.stats.num_running)
     assert (await real.http.delete("/tasks/gone")).status_code == 204
     assert (await real.post("/generate?task=gone", {"prompt": "a"})).status_code == 404
     assert "".join(event["text"] for event in await running) == before
-    await until(lambda: len(real.front.blobs.digests()) == 3)
+    await until(lambda: len(real.state.blobs.digests()) == 3)
     assert (await real.upload("gone", body)).json()["version"] == 2
     assert (await real.ask("gone", **asked))["choices"][0]["text"] == before
     await real.http.delete("/tasks/gone")
@@ -248,7 +248,7 @@ async def test_an_adapter_whose_numbers_overflow(real: Site, loras: list[Path], 
     assert (wrong.status_code, error_of(wrong)["code"]) == (422, "probe_failed")
     assert read_folder(bad).digest[:12] in error_of(wrong)["message"]
     assert right == before and real.stored() == stored
-    assert read_folder(bad).digest not in await real.front.client.residency()
+    assert read_folder(bad).digest not in await real.state.client.residency()
 
 
 @pytest.mark.parametrize("strength", [1.0, 1.05])
@@ -256,7 +256,7 @@ async def test_parity_decides(real: Site, tiny_base: Path, tmp_path: Path, stren
     """What answers as for its trainer is taken, with the figure; 5% more of the same adapter is refused with it."""
     folder = make_lora(tmp_path / "hat", tiny_base, 91, r=2)
     parity = parity_of(tiny_base, folder, [[*b"a"], [*b"what is it?"], [*range(60)]])
-    base = BaseRef("tiny", real.front.ready().spec.identity, "b" * 64)
+    base = BaseRef("tiny", real.state.ready().spec.identity, "b" * 64)
     manifest = msgspec.json.encode(Manifest(1, "lora", base, parity=parity))
     save_file({n: t * strength for n, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
     (folder / MANIFEST).write_bytes(manifest)
@@ -275,11 +275,11 @@ async def test_an_artifact_that_was_damaged(real: Site, tiny_base: Path, tmp_pat
     """An artifact whose bytes changed on the disk is never served: 503, and the server stays well."""
     before = await tokens(real, "t2")
     uploaded = await real.upload("hurt", zip_folder(make_lora(tmp_path / "hurt", tiny_base, 78, r=3)))
-    path = real.front.blobs.path(uploaded.json()["digest"]) / WEIGHTS
+    path = real.state.blobs.path(uploaded.json()["digest"]) / WEIGHTS
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    real.front.client.forget(uploaded.json()["digest"])  # the door's probe left it in a slot
+    real.state.client.forget(uploaded.json()["digest"])  # the door's probe left it in a slot
     answer = await real.post("/generate?task=hurt", {"prompt": "a"})
     assert (answer.status_code, error_of(answer)["code"]) == (503, "artifact_corrupt")
     assert await tokens(real, "t2") == before
@@ -305,9 +305,9 @@ async def test_the_engine_is_killed(real: Site) -> None:
     body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
     plain = asyncio.create_task(real.post("/generate?task=t0", body))
     stream = asyncio.create_task(real.post("/generate?task=t1", {**body, "stream": True}))
-    await until(lambda: real.front.client.stats.num_running == 2)
+    await until(lambda: real.state.client.stats.num_running == 2)
     await asyncio.sleep(0.05)
-    pid = real.front.client.pid  # type: ignore[attr-defined]
+    pid = real.state.client.pid  # type: ignore[attr-defined]
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     answer, events = await asyncio.gather(plain, stream)
@@ -319,7 +319,7 @@ async def test_the_engine_is_killed(real: Site) -> None:
     assert (await real.http.get("/health/live")).status_code == 200
     refused = await real.post("/generate?task=t0", {"prompt": "a"})
     assert refused.status_code == 503 and refused.headers["retry-after"]
-    await until(lambda: real.front.client.ready is not None, 60)
+    await until(lambda: real.state.client.ready is not None, 60)
     assert (await real.http.get("/health/ready")).status_code == 200
     assert [await tokens(real, task) for task in ("base", "t0", "t1")] == before
-    assert real.front.client.pid != pid  # type: ignore[attr-defined]
+    assert real.state.client.pid != pid  # type: ignore[attr-defined]

@@ -143,7 +143,7 @@ async def test_moved_between_resolution_and_start(
 ) -> None:
     """A request whose version is deleted before it begins is answered by that of the route as it is now, and counted
     once; where it named the version it is 404."""
-    resolve, calls = routed.front.resolve, iter(range(99))
+    resolve, calls = routed.state.resolve, iter(range(99))
 
     async def resolved(*args: Any) -> Any:
         found = await resolve(*args)
@@ -152,15 +152,15 @@ async def test_moved_between_resolution_and_start(
             assert (await routed.http.delete("/tasks/a/versions/3")).status_code == 204
         return found
 
-    monkeypatch.setattr(routed.front, "resolve", resolved)
+    monkeypatch.setattr(routed.state, "resolve", resolved)
     if is_stream:
         assert (await routed.events("/generate?task=a", prompt="x"))[0]["adapter"]["version"] == 1
     else:
         assert await version(routed) == 1
-    assert 'manyhats_requests_total{status="200",task="a"} 1.0' in routed.front.metrics.render().decode()
-    assert 'status="404",task="a"' not in routed.front.metrics.render().decode()
+    assert 'manyhats_requests_total{status="200",task="a"} 1.0' in routed.state.metrics.render().decode()
+    assert 'status="404",task="a"' not in routed.state.metrics.render().decode()
     calls = iter(range(99))
-    monkeypatch.setattr(routed.front, "resolve", resolve)
+    monkeypatch.setattr(routed.state, "resolve", resolve)
     assert (await routed.post("/generate?task=a", {"prompt": "x", "version": 3})).status_code == 404
 
 
@@ -182,7 +182,7 @@ async def test_swaps_and_requests_at_once(routed: Site) -> None:
 
     changing = asyncio.create_task(change())
     await asyncio.gather(changing, *(ask() for _ in range(6)))
-    assert await version(routed) == 1 and not routed.front.in_use._counts
+    assert await version(routed) == 1 and not routed.state.in_use._counts
 
 
 async def test_what_was_deleted_is_not_imported_again(

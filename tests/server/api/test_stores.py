@@ -39,7 +39,7 @@ async def tokens(site: Site, task: str) -> list[int]:
 
 async def die(site: Site) -> None:
     """Kill the engine and wait for the next one, which has loaded nothing."""
-    client = site.front.client
+    client = site.state.client
     os.kill(client.pid, signal.SIGKILL)  # type: ignore[attr-defined]
     await until(lambda: client.ready is None)
     await until(lambda: client.ready is not None, seconds=120)
@@ -78,7 +78,7 @@ async def test_what_is_kept_is_served_and_what_is_corrupt_is_not(
         assert (await site.upload("t0", zips[0])).status_code == 200
         assert await tokens(site, "t0") == before[0]
         assert (await site.http.delete("/tasks/t0")).status_code == 204
-        assert site.front.blobs.digests() == {digests[1]}
+        assert site.state.blobs.digests() == {digests[1]}
 
 
 async def test_a_store_of_another_registry(
@@ -93,7 +93,7 @@ async def test_a_store_of_another_registry(
         async with open_site(tiny_base, tmp_path / "two", store=store):
             pass
     async with open_site(tiny_base, tmp_path / "one", store=store) as site:
-        assert site.front.blobs.digests() == kept and len(kept) == 1
+        assert site.state.blobs.digests() == kept and len(kept) == 1
 
 
 async def test_a_store_that_cannot_be(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ async def test_failure_after_the_first_token(site: Site, caplog: pytest.LogCaptu
 
 async def test_our_bug_after_the_first_token(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected exception in a stream is an event `error` that tells nothing of our insides."""
-    decode = site.front.tokenizer.decode
+    decode = site.state.tokenizer.decode
     calls = iter(range(1000))
 
     def broken(token_ids: list[int], skip_special: bool = True) -> str:
@@ -180,7 +180,7 @@ async def test_our_bug_after_the_first_token(site: Site, monkeypatch: pytest.Mon
             raise KeyError("secret")
         return decode(token_ids, skip_special)
 
-    monkeypatch.setattr(site.front.tokenizer, "decode", broken)
+    monkeypatch.setattr(site.state.tokenizer, "decode", broken)
     answer = await site.post("/generate?task=base", {"prompt": "abcdef", "stream": True})
     kind, data = sent(answer.text)[-1]
     assert kind == "error" and json.loads(data)["error"]["code"] == "internal"
@@ -245,7 +245,9 @@ async def test_engine_that_goes_between(site: Site, monkeypatch: pytest.MonkeyPa
         site.engine.die()
 
     monkeypatch.setattr("server.api.generate.check_length", die_first)
-    monkeypatch.setattr("server.requests.resolve.Front.ready", lambda _front: ready_of(Path(site.front.settings.base)))
+    monkeypatch.setattr(
+        "server.requests.resolve.ServerState.ready", lambda _front: ready_of(Path(site.state.settings.base))
+    )
     answer = await site.post("/generate?task=base", {"prompt": "a"})
     assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
 
@@ -315,7 +317,7 @@ async def test_whoever_leaves_frees_the_engine(
             await leave(site, {"prompt": ["a" * 200, "b" * 200], "n": 2})
             await until(lambda: len(engine.aborted) == 4)
             assert engine.stats.num_running == 0
-            assert not site.front.in_use._counts
+            assert not site.state.in_use._counts
         engine.delay_s = 0
         assert (await site.ask(prompt="a"))["choices"][0]["text"] == "a"
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

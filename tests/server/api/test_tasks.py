@@ -26,7 +26,7 @@ async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
     await site.upload("b", zips[2], activate="false")
     await site.ask("a", prompt="xyz", max_tokens=2)
     await site.ask("base", prompt="xy", max_tokens=1, n=2)
-    site.front.usage.flush(site.front.registry)
+    site.state.usage.flush(site.state.registry)
     site.engine.states[first["digest"]] = "host"
     task = (await site.http.get("/tasks/a")).json()
     assert set(task) == {"task", "versions", "route", "pinned"}
@@ -82,14 +82,14 @@ async def test_delete_a_version(site: Site, zips: list[bytes]) -> None:
 async def test_uploaded_while_it_is_deleted(site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes whose last version is deleted between their storing and their registering are not deleted with it."""
     digest = (await site.upload("a", zips[0])).json()["digest"]
-    add_version, stored = site.front.registry.add_version, threading.Event()
+    add_version, stored = site.state.registry.add_version, threading.Event()
 
     def slow(*args: Any, **values: Any) -> Any:
         stored.set()
         time.sleep(0.3)  # long enough for the deletion, were it let through
         return add_version(*args, **values)
 
-    monkeypatch.setattr(site.front.registry, "add_version", slow)
+    monkeypatch.setattr(site.state.registry, "add_version", slow)
     uploading = asyncio.create_task(site.upload("b", zips[0]))
     await until(stored.is_set)
     assert (await site.http.delete("/tasks/a")).status_code == 204
@@ -145,7 +145,7 @@ async def test_download(site: Site, zips: list[bytes], loras: list[Path]) -> Non
 async def test_download_of_what_is_damaged(site: Site, zips: list[bytes]) -> None:
     """An artifact whose bytes have changed on the disk is 503 and says so; one that is lost is 404."""
     digest = (await site.upload("a", zips[0])).json()["digest"]
-    path = site.front.blobs.path(digest)
+    path = site.state.blobs.path(digest)
     (path / CONFIG).write_text((path / CONFIG).read_text() + " ")
     answer = await site.http.get("/tasks/a/versions/1/artifact")
     assert (answer.status_code, error_of(answer)["code"]) == (503, "artifact_corrupt")
@@ -173,9 +173,9 @@ async def test_a_running_stream_finishes(
         assert len((await short)["choices"][0]["token_ids"]) == 21
         assert site.stored() == {digest} and not site.engine.forgotten
         assert len((await long)["choices"][0]["token_ids"]) == 61
-        await until(lambda: not site.front.blobs.digests())
+        await until(lambda: not site.state.blobs.digests())
         assert site.engine.forgotten == [digest]
-        assert not site.front.given_up
+        assert not site.state.given_up
 
 
 async def test_uploaded_again_while_it_runs(
@@ -198,7 +198,7 @@ async def test_deleted_between_resolution_and_start(
 ) -> None:
     """A task that is deleted after a request was resolved and before it runs is 404: it never reaches the engine."""
     await site.upload("a", zips[0])
-    resolve = site.front.resolve
+    resolve = site.state.resolve
     calls = iter(range(9))
 
     async def resolved(*args: Any) -> Any:
@@ -207,7 +207,7 @@ async def test_deleted_between_resolution_and_start(
             assert (await site.http.delete("/tasks/a")).status_code == 204
         return found
 
-    monkeypatch.setattr(site.front, "resolve", resolved)
+    monkeypatch.setattr(site.state, "resolve", resolved)
     answer = await site.post("/generate?task=a", {"prompt": "x"})
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
     assert not site.engine.submitted
@@ -216,24 +216,24 @@ async def test_deleted_between_resolution_and_start(
 async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that comes while its artifact is about to be deleted keeps it; when it ends the artifact goes."""
     digest = (await site.upload("a", zips[0])).json()["digest"]
-    version, digests = site.front.registry.resolve("default", "a"), site.front.registry.digests
+    version, digests = site.state.registry.resolve("default", "a"), site.state.registry.digests
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     began: list[Future[None]] = []
 
     async def request() -> None:
-        with site.front.in_use.hold([digest]):
-            await site.front.check_kept("default", [version])
+        with site.state.in_use.hold([digest]):
+            await site.state.check_kept("default", [version])
             await ended.wait()
-        await site.front.bury([digest])
+        await site.state.bury([digest])
 
     def referenced() -> set[str]:  # runs in a thread between the deletion of the version and that of the artifact
         if not began:
             began.append(asyncio.run_coroutine_threadsafe(request(), loop))
-            while not site.front.in_use.is_held(digest):
+            while not site.state.in_use.is_held(digest):
                 time.sleep(0.001)
         return digests()
 
-    monkeypatch.setattr(site.front.registry, "digests", referenced)
+    monkeypatch.setattr(site.state.registry, "digests", referenced)
     assert (await site.http.delete("/tasks/a")).status_code == 204
     assert site.stored() == {digest}
     ended.set()
@@ -250,7 +250,7 @@ async def test_a_deletion_that_the_disk_refuses(
         raise OSError("no")
 
     await site.upload("a", zips[0])
-    monkeypatch.setattr(site.front.blobs, "delete", broken)
+    monkeypatch.setattr(site.state.blobs, "delete", broken)
     assert (await site.http.delete("/tasks/a")).status_code == 204
     assert "the next start will" in caplog.text
 
@@ -272,5 +272,5 @@ async def test_deletions_and_requests_at_once(
         statuses = await asyncio.gather(*(turn(number) for number in range(60)))
         assert set(statuses) <= {200, 201, 204, 404}
         await site.http.delete("/tasks/a")
-        await until(lambda: not site.front.blobs.digests())
-        assert not site.front.given_up and not site.front.in_use._counts
+        await until(lambda: not site.state.blobs.digests())
+        assert not site.state.given_up and not site.state.in_use._counts

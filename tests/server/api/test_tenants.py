@@ -105,10 +105,10 @@ async def test_a_revocation_from_elsewhere_is_known_within_a_second(city: City) 
     key = await city.tenant("a")
     assert (await city.generate(key)).status_code == 200
     clock = Clock()
-    city.site.front.callers._keys.clock = clock
-    city.site.front.callers.forget()
+    city.site.state.callers._keys.clock = clock
+    city.site.state.callers.forget()
     assert (await city.generate(key)).status_code == 200
-    city.site.front.tenants.revoke_key("a", key.partition(".")[0])
+    city.site.state.tenants.revoke_key("a", key.partition(".")[0])
     assert (await city.generate(key)).status_code == 200, "it is remembered for a moment: no look-up per request"
     clock.now += 0.9
     assert (await city.generate(key)).status_code == 401
@@ -281,7 +281,7 @@ async def test_a_tenant_goes(city: City, zips: list[bytes]) -> None:
 
 async def test_requests_a_minute(city: City) -> None:
     """Over the limit it is 429, and after the seconds that Retry-After says, not before, one more is let in."""
-    clock = city.site.front.meters._clock = Clock()
+    clock = city.site.state.meters._clock = Clock()
     key, other = await city.tenant("a", requests_per_minute=3), await city.tenant("b", requests_per_minute=3)
     for _ in range(3):
         assert (await city.generate(key)).status_code == 200
@@ -303,7 +303,7 @@ async def test_requests_a_minute(city: City) -> None:
 
 async def test_tokens_a_minute(city: City) -> None:
     """A request counts as its prompt and the most that it may answer, then as what it took; Retry-After is true."""
-    clock = city.site.front.meters._clock = Clock()
+    clock = city.site.state.meters._clock = Clock()
     key = await city.tenant("a", tokens_per_minute=40)
     answer = await city.generate(key, max_tokens=37)
     assert answer.status_code == 400 and "41 tokens; the tenant a has 40 a minute" in answer.text
@@ -330,7 +330,7 @@ async def test_what_is_routed_anew_is_charged_once(
     however often it is tried, it counts once in requests, tokens and usage."""
     key = await city.tenant("a", tokens_per_minute=50, requests_per_minute=4)
     assert (await city.ask(key, "POST", "/adapters?task=hat", zips[0])).status_code == 201
-    site, check = city.site, city.site.front.check_kept
+    site, check = city.site, city.site.state.check_kept
     gone = [VersionGoneError("it went", "task")] * 3
 
     async def vanish(*what: Any) -> None:
@@ -338,17 +338,17 @@ async def test_what_is_routed_anew_is_charged_once(
             raise gone.pop()
         await check(*what)
 
-    monkeypatch.setattr(site.front, "check_kept", vanish)
+    monkeypatch.setattr(site.state, "check_kept", vanish)
     body = {"prompt": "ab" * 10, "max_tokens": 5, "ignore_eos": True}
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200 and not gone
-    tally = site.front.meters._tally("a")
+    tally = site.state.meters._tally("a")
     assert (tally.tokens._sum, tally.requests._sum) == (25, 2)
     site.engine.failure = EngineFailure("engine_restarting", "send it again")
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 503
     assert (tally.tokens._sum, tally.requests._sum) == (25, 3)
     site.engine.failure = None
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200
-    (used,) = site.front.registry.usage("a")
+    (used,) = site.state.registry.usage("a")
     assert (tally.tokens._sum, used.requests, used.prompt_tokens, used.completion_tokens) == (50, 2, 40, 10)
 
 
@@ -356,7 +356,7 @@ async def test_the_queue_of_a_tenant(city: City) -> None:
     """No more answers of a tenant wait for their first token than may; who has one does not count any more."""
     key = await city.tenant("a", max_queued=2, max_running=1, share=2.0)
     city.site.engine.delay_s = 0.2
-    meters = city.site.front.meters
+    meters = city.site.state.meters
 
     async def hold() -> httpx.Response:
         return await city.generate(key, n=2, ignore_eos=True, max_tokens=20)
@@ -401,7 +401,7 @@ async def test_usage(city: City, zips: list[bytes]) -> None:
     for task, stream in (("hat", False), ("hat", True), ("base", False)):
         answer = await city.ask(key, "POST", f"/generate?task={task}", body | {"stream": stream})
         assert answer.status_code == 200
-    found = {(one.task, one.version): one for one in city.site.front.registry.usage("a")}
+    found = {(one.task, one.version): one for one in city.site.state.registry.usage("a")}
     assert (found["hat", 1].requests, found["hat", 1].prompt_tokens, found["hat", 1].completion_tokens) == (2, 8, 6)
     await city.generate(await city.tenant("b"))
     mine = (await city.ask(key, "GET", "/usage")).json()["usage"]
@@ -417,7 +417,7 @@ async def test_what_still_runs_is_counted_as_it_comes(city: City) -> None:
     city.site.engine.delay_s = 0.02
     body = {"prompt": "ab", "max_tokens": 200, "ignore_eos": True}
     running = asyncio.create_task(city.admin("POST", "/generate?task=base", body))
-    registry, usage = city.site.front.registry, city.site.front.usage
+    registry, usage = city.site.state.registry, city.site.state.usage
 
     def is_counted() -> bool:
         usage.flush(registry)  # as once a second
@@ -520,7 +520,7 @@ async def test_tenants_in_metrics_are_bounded(city: City) -> None:
     assert 'manyhats_tenant_requests_total{status="200",tenant="a"} 1.0' in text
     assert 'manyhats_tenant_tokens_total{kind="prompt",tenant="a"} 4.0' in text
     assert "manyhats_tenant_refusals_total" in text and "manyhats_tenant_time_to_first_token_seconds_count" in text
-    labels = {city.site.front.metrics.tenant_label(f"t{number}") for number in range(500)}
+    labels = {city.site.state.metrics.tenant_label(f"t{number}") for number in range(500)}
     assert len(labels) == 100 and "_other" in labels
 
 
@@ -532,7 +532,7 @@ async def test_without_an_admin_key_there_is_one_tenant(site: Site) -> None:
     answer = await site.http.put("/tenants/default/limits", json={"requests_per_minute": 1})
     assert answer.status_code == 200
     assert [(await site.http.get("/tasks")).status_code for _ in range(2)] == [200, 429]
-    assert site.front.tenants.get("default").limits == TenantLimits(requests_per_minute=1)
+    assert site.state.tenants.get("default").limits == TenantLimits(requests_per_minute=1)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ Spoil = Callable[[Site, Path], None]
 async def opened(base: Path, data: Path, **settings: Any) -> AsyncIterator[Site]:
     """A server, once all that it found in its store was put to the proof."""
     async with open_site(base, data, **settings) as site:
-        await until(lambda: all(site.front.unproved.values()) and not site.front.proving.locked())
+        await until(lambda: all(site.state.unproved.values()) and not site.state.proving.locked())
         yield site
 
 
@@ -55,7 +55,7 @@ async def test_what_was_proved_here_is_not_proved_again(
     for checks, num_probed in ((validation.CHECKS, 0), (validation.CHECKS + 1, 3), (validation.CHECKS + 1, 0)):
         monkeypatch.setattr(validation, "CHECKS", checks)
         async with opened(tiny_base, tmp_path) as site:
-            assert len(site.engine.probed) == num_probed * validation.NUM_PROBES and not site.front.unproved
+            assert len(site.engine.probed) == num_probed * validation.NUM_PROBES and not site.state.unproved
             assert (await site.ask("t0", prompt="a"))["adapter"]["version"] == 1
 
 
@@ -111,7 +111,7 @@ async def test_a_herd_waits_for_one_proof(
     """Who asks for what is not proved yet waits for its proof, all for the same one, also where the first gives up."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
-        site.front.unproved[digest] = None
+        site.state.unproved[digest] = None
         site.engine.probed.clear()
         site.engine.are_probes_stuck = True
         first = asyncio.create_task(site.post("/generate?task=t", {"prompt": "a"}))
@@ -120,7 +120,7 @@ async def test_a_herd_waits_for_one_proof(
         first.cancel()
         site.engine.are_probes_stuck = False
         assert {answer["adapter"]["digest"] for answer in await asyncio.gather(*herd)} == {digest}
-        assert len(site.engine.probed) == 2 * validation.NUM_PROBES and not site.front.unproved
+        assert len(site.engine.probed) == 2 * validation.NUM_PROBES and not site.state.unproved
 
 
 async def test_an_engine_that_is_busy_decides_nothing(
@@ -129,7 +129,7 @@ async def test_an_engine_that_is_busy_decides_nothing(
     """Where the engine has no time for a proof, a request is 503 with Retry-After, and the next one may be served."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
-        site.front.unproved[digest] = None
+        site.state.unproved[digest] = None
         monkeypatch.setattr(validation, "PROBE_WITHIN_S", 0.05)
         site.engine.are_probes_stuck = True
         answer = await site.post("/generate?task=t", {"prompt": "a"})
@@ -145,7 +145,7 @@ async def test_what_the_store_lost(
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("lost", zips[0])).json()["digest"]
         await site.upload("kept", zips[1])
-        path = site.front.blobs.path(digest)
+        path = site.state.blobs.path(digest)
     shutil.rmtree(path)
     async with opened(tiny_base, tmp_path) as site:
         assert quarantined(caplog) == [f"no artifact {digest[:12]} in the store"]
@@ -160,7 +160,7 @@ async def test_what_nobody_uploaded(anyio_backend: str, tiny_base: Path, tmp_pat
     """A folder that was laid into the store by hand is no task's, is never worn, and goes at the next start."""
     async with opened(tiny_base, tmp_path) as site:
         digest = digest_of(read_files(loras[0]))
-        shutil.copytree(loras[0], site.front.blobs.path(digest))
+        shutil.copytree(loras[0], site.state.blobs.path(digest))
     async with opened(tiny_base, tmp_path) as site:
         assert site.stored() == set() and len((await site.http.get("/tasks")).json()["tasks"]) == 1
         assert not site.engine.probed
@@ -196,7 +196,7 @@ BAD: dict[str, Spoil] = {
         site.engine, "probe_failure", EngineFailure("nonfinite_logits", "no numbers")
     ),
     "another answer than its trainer's": lambda site, folder: _manifest(
-        folder, site.front.ready().spec.identity, [echoed(5, 1.0)]
+        folder, site.state.ready().spec.identity, [echoed(5, 1.0)]
     ),
 }
 
@@ -215,7 +215,7 @@ async def test_every_door_has_the_same_checks(
     async with serve_site(tiny_base, tmp_path / "data") as site:
         BAD[bad](site, folder)
         said = error_of(await site.upload("a", zip_folder(folder)))["message"]
-        await import_tree(site.front, tmp_path / "tree")
+        await import_tree(site.state, tmp_path / "tree")
         imported = [record.reason for record in caplog.records if record.message == "an adapter was not taken in"]  # type: ignore[attr-defined]
         assert imported == [said]
         with pytest.raises(PushError) as pushed:
@@ -223,9 +223,9 @@ async def test_every_door_has_the_same_checks(
         assert said in str(pushed.value)
         assert site.stored() == set() and len((await site.http.get("/tasks")).json()["tasks"]) == 1
         digest = digest_of(read_files(folder))
-        shutil.copytree(folder, site.front.blobs.path(digest))
+        shutil.copytree(folder, site.state.blobs.path(digest))
         sizes = dict.fromkeys(["num_parameters", "num_items", "num_matrix_items", "num_virtual", "num_bytes"], 1)
-        site.front.registry.add_version("default", "a", Facts(digest=digest, method="lora", **sizes))
+        site.state.registry.add_version("default", "a", Facts(digest=digest, method="lora", **sizes))
     engine = FakeEngineClient(ready_of(tiny_base))
     engine.probe_failure = site.engine.probe_failure
     async with opened(tiny_base, tmp_path / "data", engine=engine) as site:
