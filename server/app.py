@@ -26,8 +26,8 @@ from server.requests.tokenizer import Tokenizer
 from server.settings import Settings
 from server.state import ServerState
 from server.uploads.preload import import_tree
-from server.uploads.revalidation import find_unproved, prove_all
-from server.uploads.validation import ground_of
+from server.uploads.revalidation import find_unvalidated, validate_all
+from server.uploads.validation import compute_validation_fingerprint
 
 OnReady = Callable[[ServerState], None]
 T = TypeVar("T")
@@ -84,15 +84,25 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     store = Tenants(registry.engine)
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
     callers = Callers(store, admin_key, settings.host)
-    ground = ground_of(base_folder, settings.precision, settings.device)
-    state = ServerState(settings, engine, registry, blobs, tokenizer, metrics, store, callers, ground=ground)
+    validation_fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device)
+    state = ServerState(
+        settings,
+        engine,
+        registry,
+        blobs,
+        tokenizer,
+        metrics,
+        store,
+        callers,
+        validation_fingerprint=validation_fingerprint,
+    )
     stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
-    await find_unproved(state)
+    await find_unvalidated(state)
     await stack.enter_async_context(_beside(state.usage.keep_flushing(state.registry)))
     if settings.import_ is not None:
         await import_tree(state, settings.import_)
     await state.keep_pinned()
-    await stack.enter_async_context(_beside(prove_all(state)))
+    await stack.enter_async_context(_beside(validate_all(state)))
     return state
 
 

@@ -54,9 +54,11 @@ class ServerState:
     gone: dict[str, None] = field(default_factory=dict)  # the last digests whose artifacts were deleted, or will be
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one artifact at a time is worn by the engine
-    proving: asyncio.Lock = field(default_factory=asyncio.Lock)  # one of the store's at a time is put to the proof
-    ground: str = ""  # what a proof holds for: see `ground_of`
-    unproved: dict[str, EngineFailure | None] = field(default_factory=dict)  # stored digests; why one may not be worn
+    validating: asyncio.Lock = field(default_factory=asyncio.Lock)  # one of the store's at a time is put to the proof
+    validation_fingerprint: str = ""  # what a proof holds for: see `compute_validation_fingerprint`
+    unvalidated: dict[str, EngineFailure | None] = field(
+        default_factory=dict
+    )  # stored digests; why one may not be worn
     is_draining: bool = False  # about to end: what runs may finish, nothing new begins
     last_item_bytes: ItemBytes | None = None
     store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together

@@ -136,9 +136,9 @@ class Registry:
         *,
         note: str = "",
         activate: bool = True,
-        proved: str | None = None,
+        validated: str | None = None,
     ) -> tuple[Version, bool]:
-        """Add a version, and route to it unless told not to; durable on return. `proved` is as for `set_proved`.
+        """Add a version, and route to it unless told not to; durable on return. `validated` is as for `set_validated`.
 
         The same digest again is the same version, routed to in the same way; then the second item is False. Raises
         `QuotaError` where the tenant may have no more.
@@ -155,8 +155,8 @@ class Registry:
                 audit.note(connection, tenant, "version.add", task=task, version=number, digest=facts.digest)
             connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == facts.digest))
             version = _version(task, connection.execute(known).one())
-            if proved is not None:
-                connection.execute(_proved(facts.digest, proved))
+            if validated is not None:
+                connection.execute(_set_validated(facts.digest, validated))
             if activate:
                 set_route(connection, task_id, Route({version.number: WHOLE}))
             return version, is_new
@@ -252,14 +252,14 @@ class Registry:
                 connection.execute(insert(identity).values(id=found))
             return str(found)
 
-    def set_proved(self, digest: str, under: str) -> None:
-        """Bytes passed the proof `under` a base and a software: so did every version of them."""
+    def set_validated(self, digest: str, fingerprint: str) -> None:
+        """Bytes passed the proof `fingerprint` a base and a software: so did every version of them."""
         with self._write() as connection:
-            connection.execute(_proved(digest, under))
+            connection.execute(_set_validated(digest, fingerprint))
 
-    def unproved(self, under: str) -> list[str]:
+    def unvalidated(self, fingerprint: str) -> list[str]:
         """The digests of versions that were proved under something else, or never; the newest first."""
-        query = select(versions.c.digest).where(func.coalesce(versions.c.proved, "") != under)
+        query = select(versions.c.digest).where(func.coalesce(versions.c.proved, "") != fingerprint)
         with self._read() as connection:
             found = connection.execute(query.order_by(versions.c.created.desc())).scalars()
             return list(dict.fromkeys(found))
@@ -348,8 +348,8 @@ class Registry:
         return int(number)
 
 
-def _proved(digest: str, under: str) -> Update:
-    return update(versions).where(versions.c.digest == digest).values(proved=under)
+def _set_validated(digest: str, fingerprint: str) -> Update:
+    return update(versions).where(versions.c.digest == digest).values(proved=fingerprint)
 
 
 def _version(task: str, row: Row[Any]) -> Version:

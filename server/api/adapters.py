@@ -20,7 +20,7 @@ from server.requests.auth import DEPLOY
 from server.schemas import BASE, NAME, identity
 from server.state import ServerState
 from server.uploads.register import FOLDER, keep
-from server.uploads.validation import Proved, prove
+from server.uploads.validation import ValidatedArtifact, validate
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)])
 TURN_WITHIN_S = 60.0
@@ -53,8 +53,8 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
         with state.blobs.staging() as staging:
             await _receive(request, state, staging / "body")
             async with _turn(state):
-                proved = await _prove_body(state, staging, kind)
-                version, is_new = await keep(state, tenant, task, staging / FOLDER, proved, activate, note)
+                validated = await _validate_body(state, staging, kind)
+                version, is_new = await keep(state, tenant, task, staging / FOLDER, validated, activate, note)
     except ArtifactError as error:
         state.metrics.uploads.labels("refused").inc()
         raise ArtifactRefusedError(error) from None
@@ -65,7 +65,7 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
         state.metrics.uploads.labels("failed").inc()
         raise
     state.metrics.uploads.labels("taken").inc()
-    shown = {"task": version.task, **identity(version, state.item_bytes()), "checks": proved.checks}
+    shown = {"task": version.task, **identity(version, state.item_bytes()), "checks": validated.checks}
     return JSONResponse(shown, 201 if is_new else 200)
 
 
@@ -91,8 +91,8 @@ async def _receive(request: Request, state: ServerState, path: Path) -> None:
             await asyncio.to_thread(file.write, part)
 
 
-async def _prove_body(state: ServerState, staging: Path, kind: str) -> Proved:
+async def _validate_body(state: ServerState, staging: Path, kind: str) -> ValidatedArtifact:
     folder = staging / FOLDER
     folder.mkdir()
     await asyncio.to_thread(unpack_upload, staging / "body", kind, folder, int(state.settings.max_upload_bytes))
-    return await prove(state, folder)
+    return await validate(state, folder)

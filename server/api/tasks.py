@@ -176,7 +176,7 @@ def _version(version: Version, look: Look) -> dict[str, Any]:
         "note": version.note,
         "created": version.created,
         "residency": "quarantined"
-        if look.state.unproved.get(version.digest)
+        if look.state.unvalidated.get(version.digest)
         else look.where.get(version.digest, "disk"),
         "use": _use(look.used, version.task, version.number),
         "recent": look.state.recent.summary((look.tenant, version.task, version.number)),

@@ -29,7 +29,7 @@ from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.whole_decoder import Direct
 from server.model.precision import compute_dtype, kept
 from server.model.slots.slots import AdapterSlots
-from server.model.verify import PROOF_TOKENS, Forward, Proof
+from server.model.verify import REFERENCE_TOKENS, Forward, ReferenceCheck
 
 ROUNDED_ROWS = 128
 
@@ -99,20 +99,20 @@ def _round(model: nn.Module, precision: str) -> None:
 
 def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> InstrumentedBase:
     """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
-    proof = Proof(model)
+    reference = ReferenceCheck(model)
     interface.install()
     model.set_attn_implementation(interface.NAME)
     probe, seen = Probe(), Seen()
     hooks = SiteHooks(model, spec)
     parts = [site for layer in spec.layers for site in (layer.layer, layer.attention, layer.mlp) if site]
-    with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * PROOF_TOKENS):
-        proof.run(partial(forward, model), probe)
+    with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * REFERENCE_TOKENS):
+        reference.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
     adapter_slots = AdapterSlots(spec, device, kept(precision, device))
     hooks.serve(adapter_slots)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
-    cache = KVCache(spec.kv, 2, PROOF_TOKENS, adapter_slots.kept, device)
-    paged = proof.paged(cache)
+    cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, adapter_slots.kept, device)
+    paged = reference.paged(cache)
     whole = Fuser(model, adapter_slots, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
@@ -120,11 +120,11 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
             model.get_submodule(parent), child, AdapterLinear([linear], pack, adapter_slots, [site], linear is head)
         )
     compute: Forward = partial(forward, model)
-    logits = proof.run(compute, paged)
-    proof.compare(logits, spec.architecture, adapter_slots.kept)
+    logits = reference.run(compute, paged)
+    reference.compare(logits, spec.architecture, adapter_slots.kept)
     if whole is not None:
         direct = Direct(model, whole)
-        compute = direct if torch.equal(proof.run(direct, paged), logits) else compute
+        compute = direct if torch.equal(reference.run(direct, paged), logits) else compute
     return InstrumentedBase(model, spec, adapter_slots, hooks, precision, device, _eos_token_ids(model), compute)
 
 

@@ -14,10 +14,10 @@ from server.model.attention.paged_batch import PagedBatch, page
 from server.model.errors import UnsupportedBaseError
 from server.model.precision import Kept
 
-PROOF_TOKENS = 24
+REFERENCE_TOKENS = 24
 Forward = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # as `forward`, of one model
 # Of the largest logit's magnitude, by what keys and values are kept in and what is computed in.
-PROOF_TOLERANCE = {
+REFERENCE_TOLERANCE = {
     Kept(torch.float32, torch.float32): 1e-3,
     Kept(torch.float16, torch.float32): 5e-3,
     Kept(torch.float16, torch.float16): 5e-2,
@@ -25,20 +25,20 @@ PROOF_TOLERANCE = {
 }
 
 
-class Proof:
+class ReferenceCheck:
     """What the stock model answers to two short sequences, taken before it is instrumented."""
 
     def __init__(self, model: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         vocab_size = model.config.get_text_config().vocab_size
-        self.tokens = torch.randint(0, vocab_size, (2, PROOF_TOKENS), generator=generator).to(model.device)
+        self.tokens = torch.randint(0, vocab_size, (2, REFERENCE_TOKENS), generator=generator).to(model.device)
         self.logits = torch.cat([model(input_ids=row[None], use_cache=False).logits[0].float() for row in self.tokens])
 
     def run(self, compute: Forward, paged: Any) -> Tensor:
         """Both sequences in one batch: the logits of every token."""
         device = self.tokens.device
-        positions = torch.arange(PROOF_TOKENS, device=device).repeat(2)
-        return compute(self.tokens.flatten(), positions, torch.arange(2 * PROOF_TOKENS, device=device), paged)
+        positions = torch.arange(REFERENCE_TOKENS, device=device).repeat(2)
+        return compute(self.tokens.flatten(), positions, torch.arange(2 * REFERENCE_TOKENS, device=device), paged)
 
     def paged(self, cache: KVCache) -> PagedBatch:
         """Them as a batch, each in a block of its own."""
@@ -48,7 +48,7 @@ class Proof:
     def compare(self, logits: Tensor, architecture: str, kept: Kept) -> None:
         """Raises `UnsupportedBaseError` where the logits are not those of the stock model."""
         gap = ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
-        if not gap <= PROOF_TOLERANCE[kept]:
+        if not gap <= REFERENCE_TOLERANCE[kept]:
             raise UnsupportedBaseError(
                 f"{architecture} computes other logits in this server than in transformers "
                 f"(largest relative gap {gap:.2g}): it does something that is not passed to the attention interface"

@@ -23,7 +23,7 @@ from server.requests.answer import Answer, GenerationJob, Piece
 from server.requests.detokenizer import TextStream
 from server.requests.usage import Bill
 from server.state import ServerState
-from server.uploads.revalidation import check_proved
+from server.uploads.revalidation import ensure_validated
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -124,7 +124,7 @@ async def _feed(
     try:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
             for digest in job.resolved.digests:
-                await check_proved(state, digest)
+                await ensure_validated(state, digest)
             await _run_choice(state, job, answer, prompt, number, queue)
     except TimeoutError:
         failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")

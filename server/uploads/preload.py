@@ -14,7 +14,7 @@ from adapters_store.registry.registry import DEFAULT_TENANT
 from server.schemas import BASE, NAME
 from server.state import ServerState
 from server.uploads.register import FOLDER, keep
-from server.uploads.validation import prove
+from server.uploads.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,6 @@ async def _import_folder(state: ServerState, folder: Path) -> None:
             if await asyncio.to_thread(state.registry.was_removed, DEFAULT_TENANT, task, digest):
                 log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
                 return
-            proved = await prove(state, copy)
-            await keep(state, DEFAULT_TENANT, task, copy, proved, True, f"imported from {folder.name}")
-        log.info("an adapter was taken in", extra={"task": task, "digest": proved.facts.digest})
+            validated = await validate(state, copy)
+            await keep(state, DEFAULT_TENANT, task, copy, validated, True, f"imported from {folder.name}")
+        log.info("an adapter was taken in", extra={"task": task, "digest": validated.facts.digest})

@@ -13,24 +13,24 @@ from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactErr
 from server.core import EngineFailure
 from server.errors import EngineFailedError, ProbeLateError, ServerError
 from server.state import ServerState
-from server.uploads.validation import prove_stored
+from server.uploads.validation import validate_stored
 
 log = logging.getLogger(__name__)
 
 
-async def find_unproved(state: ServerState) -> None:
+async def find_unvalidated(state: ServerState) -> None:
     """At start: what is to be proved before it is worn. What the store has lost cannot pass."""
-    unproved = await asyncio.to_thread(state.registry.unproved, state.ground)
+    unvalidated = await asyncio.to_thread(state.registry.unvalidated, state.validation_fingerprint)
     lost = await asyncio.to_thread(state.registry.digests) - await asyncio.to_thread(state.blobs.digests)
-    state.unproved = dict.fromkeys([*unproved, *lost])
+    state.unvalidated = dict.fromkeys([*unvalidated, *lost])
 
 
-async def prove_all(state: ServerState) -> None:
+async def validate_all(state: ServerState) -> None:
     """One after another. What the engine has no time for now is proved when it is asked for."""
-    for digest in list(state.unproved):
+    for digest in list(state.unvalidated):
         with state.in_use.hold([digest]):
             try:
-                await check_proved(state, digest)
+                await ensure_validated(state, digest)
             except EngineFailedError:
                 pass  # it is in the log
             except ServerError as error:
@@ -40,32 +40,32 @@ async def prove_all(state: ServerState) -> None:
         await state.bury([digest])
 
 
-async def check_proved(state: ServerState, digest: str) -> None:
+async def ensure_validated(state: ServerState, digest: str) -> None:
     """Return when an artifact of the store passed the proof. Raises `EngineFailedError` where it failed.
 
     Whoever else waits for the same has its outcome; `UnavailableError` is that of an engine that is away or busy.
     """
-    if digest not in state.unproved:
+    if digest not in state.unvalidated:
         return
-    async with state.proving:
-        if (failure := state.unproved.get(digest)) is not None:
+    async with state.validating:
+        if (failure := state.unvalidated.get(digest)) is not None:
             raise EngineFailedError(failure)
-        if digest not in state.unproved:
+        if digest not in state.unvalidated:
             return
         try:
-            await prove_stored(state, digest)
+            await validate_stored(state, digest)
         except ProbeLateError:
             raise ProbeLateError("a stored adapter waits to be proved, for the engine is busy", retry_after=5) from None
         except (ArtifactError, AbsentError) as error:
             raise EngineFailedError(_quarantine(state, digest, error)) from None
-        await asyncio.to_thread(state.registry.set_proved, digest, state.ground)
-        state.unproved.pop(digest, None)
+        await asyncio.to_thread(state.registry.set_validated, digest, state.validation_fingerprint)
+        state.unvalidated.pop(digest, None)
 
 
 def _quarantine(state: ServerState, digest: str, error: ArtifactError | AbsentError) -> EngineFailure:
     code = error.code if isinstance(error, ArtifactCorruptError) else "adapter_failed"
     failure = EngineFailure(code, f"adapter {digest[:12]} is not served: {error}; upload it again")
-    if digest in state.unproved:  # else it was uploaded again meanwhile
-        state.unproved[digest] = failure
+    if digest in state.unvalidated:  # else it was uploaded again meanwhile
+        state.unvalidated[digest] = failure
     log.error("a stored adapter was quarantined", extra={"digest": digest, "reason": str(error)})
     return failure

@@ -50,14 +50,14 @@ ProbeAnswer = list[Logprobs]  # of a prompt, by the tokens after it
 
 
 @dataclass(frozen=True)
-class Proved:
+class ValidatedArtifact:
     """An artifact that passed every check, each with its figure."""
 
     facts: Facts
     checks: list[Check]
 
 
-async def prove(state: ServerState, folder: Path) -> Proved:
+async def validate(state: ServerState, folder: Path) -> ValidatedArtifact:
     """Put a PEFT folder of the staging area to the proof. Raises `ArtifactError`, or `ServerError` where it cannot be.
 
     What fails leaves nothing behind in the engine.
@@ -83,18 +83,18 @@ async def prove(state: ServerState, folder: Path) -> Proved:
         num_bytes=artifact.num_bytes,
         prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
     )
-    return Proved(facts, checks)
+    return ValidatedArtifact(facts, checks)
 
 
-async def prove_stored(state: ServerState, digest: str) -> None:
-    """Put what lies in the store to the same proof. Raises what `prove` raises, and what `Blobs.read` does."""
+async def validate_stored(state: ServerState, digest: str) -> None:
+    """Put what lies in the store to the same proof. Raises what `validate` raises, and what `Blobs.read` does."""
     artifact = await asyncio.to_thread(state.blobs.read, digest)
     _, patch, _ = await asyncio.to_thread(_check_artifact, state.ready(), artifact)
     async with state.probing:
         await _probe(state, artifact, patch)
 
 
-def ground_of(base: Path, precision: str, device: str) -> str:
+def compute_validation_fingerprint(base: Path, precision: str, device: str) -> str:
     """What a proof holds for: this base as it lies there, how it is computed, and these checks."""
     said = [version("manyhats"), CHECKS, precision, device, stamp_of(base)]
     return hashlib.sha256(repr(said).encode()).hexdigest()

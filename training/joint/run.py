@@ -26,7 +26,7 @@ from training.run.trainer import Turn
 
 T = TypeVar("T")
 SAME = ("base", "device", "precision", "cache")  # of all jobs, as there is one base
-NUM_PROVED = 2  # rows of each job
+NUM_CHECKED = 2  # rows of each job
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Crew:
                 for (named, ready), tell in zip(readies, tells, strict=True)
             ]
             if members:
-                self._shared.prove({one.adapter: one.ready.rows.train_rows[:NUM_PROVED] for one in members})
+                self._shared.check_isolation({one.adapter: one.ready.rows.train_rows[:NUM_CHECKED] for one in members})
             for member in members:
                 member.ready.trainer.begin()
             while members:

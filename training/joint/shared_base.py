@@ -114,7 +114,7 @@ class SharedBase:
         return losses
 
     @torch.inference_mode()
-    def prove(self, rows: Mapping[TwinAdapter, Sequence[TokenizedRow]]) -> None:
+    def check_isolation(self, rows: Mapping[TwinAdapter, Sequence[TokenizedRow]]) -> None:
         """Raise `BaseError` unless each hat's logits are those of its own twin."""
         segments = self._segments(rows)
         for segment in segments:

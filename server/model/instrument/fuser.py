@@ -64,7 +64,7 @@ class Fuser:
     manners: dict[int, Manner]
     seen: Seen
     paged: PagedBatch
-    _proved: dict[str, bool] = field(default_factory=dict)
+    _checked: dict[str, bool] = field(default_factory=dict)
 
     def fuse(self) -> WholeLayers | None:
         """Every norm, and every part of every layer, that can be; all layers as one call, where they are."""
@@ -110,9 +110,9 @@ class Fuser:
         Attention is none of them, for layers may turn their queries or not; and all are proved together in the end.
         """
         kind = repr(self._stock(site))
-        if kind not in self._proved and site in self.seen.calls:
-            self._proved[kind] = self._is_equal(site, make)
-        if self._proved.get(kind):
+        if kind not in self._checked and site in self.seen.calls:
+            self._checked[kind] = self._is_equal(site, make)
+        if self._checked.get(kind):
             self._set(site, make)
 
     def _set(self, site: str, make: Maker) -> None:

@@ -35,7 +35,7 @@ Spoil = Callable[[Site, Path], None]
 async def opened(base: Path, data: Path, **settings: Any) -> AsyncIterator[Site]:
     """A server, once all that it found in its store was put to the proof."""
     async with open_site(base, data, **settings) as site:
-        await until(lambda: all(site.state.unproved.values()) and not site.state.proving.locked())
+        await until(lambda: all(site.state.unvalidated.values()) and not site.state.validating.locked())
         yield site
 
 
@@ -55,18 +55,21 @@ async def test_what_was_proved_here_is_not_proved_again(
     for checks, num_probed in ((validation.CHECKS, 0), (validation.CHECKS + 1, 3), (validation.CHECKS + 1, 0)):
         monkeypatch.setattr(validation, "CHECKS", checks)
         async with opened(tiny_base, tmp_path) as site:
-            assert len(site.engine.probed) == num_probed * validation.NUM_PROBES and not site.state.unproved
+            assert len(site.engine.probed) == num_probed * validation.NUM_PROBES and not site.state.unvalidated
             assert (await site.ask("t0", prompt="a"))["adapter"]["version"] == 1
 
 
 async def test_another_base_is_another_ground(tiny_base: Path, tmp_path: Path) -> None:
     """A proof holds for a base's files as they lie there, and for how it is computed."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    grounds = [validation.ground_of(base, "fp32", "cpu"), validation.ground_of(base, "int8", "cpu")]
-    grounds.append(validation.ground_of(base, "fp32", "cuda"))
+    grounds = [
+        validation.compute_validation_fingerprint(base, "fp32", "cpu"),
+        validation.compute_validation_fingerprint(base, "int8", "cpu"),
+    ]
+    grounds.append(validation.compute_validation_fingerprint(base, "fp32", "cuda"))
     (base / "model.safetensors").touch()
-    grounds.append(validation.ground_of(base, "fp32", "cpu"))
-    assert len(set(grounds)) == 4 and grounds[-1] == validation.ground_of(base, "fp32", "cpu")
+    grounds.append(validation.compute_validation_fingerprint(base, "fp32", "cpu"))
+    assert len(set(grounds)) == 4 and grounds[-1] == validation.compute_validation_fingerprint(base, "fp32", "cpu")
 
 
 async def test_what_fails_under_the_new_base_is_quarantined(
@@ -111,7 +114,7 @@ async def test_a_herd_waits_for_one_proof(
     """Who asks for what is not proved yet waits for its proof, all for the same one, also where the first gives up."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
-        site.state.unproved[digest] = None
+        site.state.unvalidated[digest] = None
         site.engine.probed.clear()
         site.engine.are_probes_stuck = True
         first = asyncio.create_task(site.post("/generate?task=t", {"prompt": "a"}))
@@ -120,7 +123,7 @@ async def test_a_herd_waits_for_one_proof(
         first.cancel()
         site.engine.are_probes_stuck = False
         assert {answer["adapter"]["digest"] for answer in await asyncio.gather(*herd)} == {digest}
-        assert len(site.engine.probed) == 2 * validation.NUM_PROBES and not site.state.unproved
+        assert len(site.engine.probed) == 2 * validation.NUM_PROBES and not site.state.unvalidated
 
 
 async def test_an_engine_that_is_busy_decides_nothing(
@@ -129,7 +132,7 @@ async def test_an_engine_that_is_busy_decides_nothing(
     """Where the engine has no time for a proof, a request is 503 with Retry-After, and the next one may be served."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
-        site.state.unproved[digest] = None
+        site.state.unvalidated[digest] = None
         monkeypatch.setattr(validation, "PROBE_WITHIN_S", 0.05)
         site.engine.are_probes_stuck = True
         answer = await site.post("/generate?task=t", {"prompt": "a"})

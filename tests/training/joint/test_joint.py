@@ -388,7 +388,7 @@ def test_bases_of_every_type_are_shared(model_type: str, tmp_path: Path, monkeyp
     """Each hat's logits in one batch are those of its own model, windows of attention and all, within 1e-4."""
     monkeypatch.setattr(shared_base, "NEAR", NEAR)
     base = load(make_tiny_base(tmp_path / model_type, model_type))
-    shared_base.SharedBase(base).prove(hats_on(base))
+    shared_base.SharedBase(base).check_isolation(hats_on(base))
 
 
 def test_a_base_that_mixes_rows_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,7 +403,7 @@ def test_a_base_that_mixes_rows_is_refused(tiny_base: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(shared_base, "sdpa_attention_forward", forward)
     with pytest.raises(BaseError, match="disturb each other"):
-        trainer.prove(wearers)
+        trainer.check_isolation(wearers)
 
 
 @pytest.mark.parametrize(

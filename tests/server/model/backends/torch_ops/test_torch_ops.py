@@ -157,7 +157,7 @@ def test_half_precision_is_proved_and_near(model_type: str, dtype: torch.dtype, 
     assert loaded.runner.cache.keys[0].dtype == dtype
     wearers: list[RowAdapters] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
     gaps = compare((loaded, stock), wearers, 3)
-    assert max(gaps) < 3 * verify.PROOF_TOLERANCE[Kept(dtype, dtype)], gaps
+    assert max(gaps) < 3 * verify.REFERENCE_TOLERANCE[Kept(dtype, dtype)], gaps
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -170,9 +170,9 @@ def test_nothing_waits_for_the_device(
     spec = bases(model_type)[0].spec
     monkeypatch.setattr(load_module, "describe", lambda *_: spec)
     monkeypatch.setattr(runner, "sample", lambda logits, rows: [torch.empty(logits.shape)] * len(rows))
-    monkeypatch.setattr(verify.Proof, "compare", lambda _self, logits, *_: logits)
-    proof = [Row([5] * verify.PROOF_TOKENS, 0, [at]) for at in range(2)]
-    monkeypatch.setattr(verify.Proof, "paged", lambda _self, cache: page(proof, cache, 1))
+    monkeypatch.setattr(verify.ReferenceCheck, "compare", lambda _self, logits, *_: logits)
+    reference = [Row([5] * verify.REFERENCE_TOKENS, 0, [at]) for at in range(2)]
+    monkeypatch.setattr(verify.ReferenceCheck, "paged", lambda _self, cache: page(reference, cache, 1))
     monkeypatch.setattr(Fuser, "_gives", lambda _self, compute, wanted: _tensor(compute()).shape == wanted.shape)
     monkeypatch.setattr(load_module, "_load_model", fake_model)
     monkeypatch.setattr(AdapterSlots, "warm_up", lambda _self: None)  # it packs, which is the host's
