@@ -101,7 +101,7 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     await stack.enter_async_context(_beside(state.usage.keep_flushing(state.registry)))
     if settings.import_ is not None:
         await import_tree(state, settings.import_)
-    await state.keep_pinned()
+    await state.sync_pinned()
     await stack.enter_async_context(_beside(validate_all(state)))
     return state
 

@@ -87,14 +87,14 @@ class Protocol(HttpToolsProtocol):
 
     def _arm(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._give_up)
+            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._time_out)
 
     def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _give_up(self) -> None:
+    def _time_out(self) -> None:
         self._timer = None
         self.transport.close()
 

@@ -27,7 +27,7 @@ from server.requests.tokenizer import Tokenizer
 from server.requests.usage import UsageBuffer
 from server.requests.version_stats import Recent
 from server.settings import Settings
-from server.uploads.retention import MAX_GONE, InUse
+from server.uploads.retention import MAX_RECENTLY_DELETED, InUse
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -50,8 +50,12 @@ class ServerState:
     in_use: InUse = field(default_factory=lambda: InUse())
     usage: UsageBuffer = field(default_factory=UsageBuffer)
     recent: Recent = field(default_factory=Recent)
-    given_up: set[str] = field(default_factory=set)  # digests of deleted versions that some request may still wear
-    gone: dict[str, None] = field(default_factory=dict)  # the last digests whose artifacts were deleted, or will be
+    marked_for_deletion: set[str] = field(
+        default_factory=set
+    )  # digests of deleted versions that some request may still wear
+    recently_deleted: dict[str, None] = field(
+        default_factory=dict
+    )  # the last digests whose artifacts were deleted, or will be
     intake: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_INTAKES))
     probing: asyncio.Lock = field(default_factory=asyncio.Lock)  # one artifact at a time is worn by the engine
     validating: asyncio.Lock = field(default_factory=asyncio.Lock)  # one of the store's at a time is put to the proof
@@ -90,40 +94,40 @@ class ServerState:
         """A request's JSON, within the settings' bounds. Raises what `read_json` raises."""
         return await read_json(request, model, self.settings.max_body_bytes, self.settings.body_timeout_s)
 
-    async def check_kept(self, tenant: str, versions: Iterable[Version]) -> None:
+    async def ensure_not_deleted(self, tenant: str, versions: Iterable[Version]) -> None:
         """Raise `VersionGoneError` for a version that was deleted after it was resolved and before it was held.
 
         Once this has passed, a held artifact stays. One that is lost in another way is for the engine to report.
         """
         for version in versions:
-            if version.digest in self.gone:
+            if version.digest in self.recently_deleted:
                 try:
                     await self.resolve(tenant, version.task, version.number)
                 except NotFoundError as error:
                     raise VersionGoneError(str(error), error.param) from None
 
-    async def keep_pinned(self) -> None:
+    async def sync_pinned(self) -> None:
         """Tell the engine what pinned tasks route to: after every change of a route, a pin or a version."""
         self.client.keep(await asyncio.to_thread(self.registry.pinned_digests))
 
-    async def give_up(self, digests: list[str]) -> None:
+    async def mark_for_deletion(self, digests: list[str]) -> None:
         """Versions were deleted, or never made: their artifacts go as soon as nothing needs them."""
-        self.given_up.update(digests)
-        await self.bury(digests)
+        self.marked_for_deletion.update(digests)
+        await self.delete_if_unreferenced(digests)
 
-    async def bury(self, digests: list[str]) -> None:
+    async def delete_if_unreferenced(self, digests: list[str]) -> None:
         """Delete those of the artifacts that were given up, that no version refers to, and no request wears.
 
         A failure is logged: at the next start what no version refers to is swept.
         """
-        if not any(digest in self.given_up and not self.in_use.is_held(digest) for digest in digests):
+        if not any(digest in self.marked_for_deletion and not self.in_use.is_held(digest) for digest in digests):
             return
         try:
             async with self.store_lock:
                 referenced = await asyncio.to_thread(self.registry.digests)
-                for digest in self.given_up.intersection(digests):
+                for digest in self.marked_for_deletion.intersection(digests):
                     if not self.in_use.is_held(digest):  # its end would bury it
-                        self.given_up.discard(digest)
+                        self.marked_for_deletion.discard(digest)
                         await self._delete(digest, digest in referenced)
         except Exception:
             log.exception("an artifact could not be deleted; the next start will", extra={"digests": digests})
@@ -131,8 +135,8 @@ class ServerState:
     async def _delete(self, digest: str, is_referenced: bool) -> None:
         if is_referenced:
             return
-        self.gone[digest] = None
-        if len(self.gone) > MAX_GONE:
-            del self.gone[next(iter(self.gone))]
+        self.recently_deleted[digest] = None
+        if len(self.recently_deleted) > MAX_RECENTLY_DELETED:
+            del self.recently_deleted[next(iter(self.recently_deleted))]
         self.client.forget(digest)
         await asyncio.to_thread(self.blobs.delete, digest)

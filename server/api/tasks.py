@@ -83,7 +83,7 @@ async def put_pin(request: Request, task: str) -> Response:
 
 
 async def _changed(state: ServerState, tenant: str, task: str) -> Response:
-    await state.keep_pinned()
+    await state.sync_pinned()
     return JSONResponse(await _shown(state, tenant, task))
 
 
@@ -93,8 +93,8 @@ async def delete_task(request: Request, task: str) -> Response:
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
     digests = await state.absent_is_404(state.registry.delete_task, tenant, task)
-    await state.keep_pinned()
-    await state.give_up(digests)
+    await state.sync_pinned()
+    await state.mark_for_deletion(digests)
     return Response(status_code=204)
 
 
@@ -104,8 +104,8 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
     digest = await state.absent_is_404(state.registry.delete_version, tenant, task, number)
-    await state.keep_pinned()
-    await state.give_up([digest])
+    await state.sync_pinned()
+    await state.mark_for_deletion([digest])
     return Response(status_code=204)
 
 
@@ -116,12 +116,12 @@ async def get_artifact(request: Request, task: str, number: int) -> Response:
     version = await state.resolve(tenant, task, number)
     try:
         with state.in_use.hold([version.digest]):
-            await state.check_kept(tenant, [version])
+            await state.ensure_not_deleted(tenant, [version])
             body = await state.absent_is_404(_zip, state.blobs, version.digest)
     except ArtifactError as error:
         raise ArtifactRefusedError(error) from error
     finally:
-        await state.bury([version.digest])
+        await state.delete_if_unreferenced([version.digest])
     headers = {"Content-Disposition": f'attachment; filename="{task}-{number}.zip"', "ETag": f'"{version.digest}"'}
     return Response(body, media_type=ZIP_TYPE, headers=headers)
 

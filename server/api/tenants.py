@@ -86,7 +86,7 @@ async def delete_tenant(request: Request, tenant: str) -> Response:
     state = state_of(request)
     if tenant == DEFAULT_TENANT:
         raise ConflictError(f"the tenant {DEFAULT_TENANT} is always there", "tenant")
-    await state.give_up(await _changed(state, state.tenants.delete, tenant))
+    await state.mark_for_deletion(await _changed(state, state.tenants.delete, tenant))
     return Response(status_code=204)
 
 

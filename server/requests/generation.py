@@ -70,7 +70,7 @@ async def _pieces(state: ServerState, job: GenerationJob, answer: Answer) -> Asy
                 state.in_use.hold(resolved.digests),
                 state.meters.generating(resolved.tenant, job.limits, job.num_choices, job.most_tokens, answer),
             ):
-                await state.check_kept(resolved.tenant, [version for version, _ in resolved.adapters])
+                await state.ensure_not_deleted(resolved.tenant, [version for version, _ in resolved.adapters])
                 async with aclosing(_merged(state, job, answer)) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         yield piece
@@ -88,7 +88,7 @@ async def _pieces(state: ServerState, job: GenerationJob, answer: Answer) -> Asy
             answer.total_ms = (time.monotonic() - job.arrived) * 1000
             if status is not None:
                 close_books(state, job, answer, status)
-            await state.bury(resolved.digests)
+            await state.delete_if_unreferenced(resolved.digests)
     await state.usage.settle(state.registry)  # what is answered whole is paid for, also if the next moment is the last
 
 

@@ -26,7 +26,7 @@ async def keep(
             state.unvalidated.pop(facts.digest, None)
             state.client.renew(facts.digest)
     except Exception:
-        await state.give_up([facts.digest])
+        await state.mark_for_deletion([facts.digest])
         raise
-    await state.keep_pinned()
+    await state.sync_pinned()
     return version, is_new

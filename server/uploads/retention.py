@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MAX_GONE = 4096  # far more than go between a request's resolution and its start
+MAX_RECENTLY_DELETED = 4096  # far more than go between a request's resolution and its start
 
 
 class InUse:

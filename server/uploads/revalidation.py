@@ -37,7 +37,7 @@ async def validate_all(state: ServerState) -> None:
                 log.info("a stored adapter is proved later", extra={"digest": digest, "reason": str(error)})
             except Exception:
                 log.exception("a stored adapter could not be proved", extra={"digest": digest})
-        await state.bury([digest])
+        await state.delete_if_unreferenced([digest])
 
 
 async def ensure_validated(state: ServerState, digest: str) -> None:

@@ -69,10 +69,10 @@ async def validate(state: ServerState, folder: Path) -> ValidatedArtifact:
             with state.in_use.hold([digest]), _staged(state, digest, folder):
                 checks = checks + await _probe(state, artifact, patch)
     except BaseException:
-        await state.give_up([digest])
+        await state.mark_for_deletion([digest])
         raise
     finally:
-        await state.bury([digest])
+        await state.delete_if_unreferenced([digest])
     facts = Facts(
         digest=digest,
         method=patch.method,

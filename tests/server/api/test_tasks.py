@@ -175,7 +175,7 @@ async def test_a_running_stream_finishes(
         assert len((await long)["choices"][0]["token_ids"]) == 61
         await until(lambda: not site.state.blobs.digests())
         assert site.engine.forgotten == [digest]
-        assert not site.state.given_up
+        assert not site.state.marked_for_deletion
 
 
 async def test_uploaded_again_while_it_runs(
@@ -222,9 +222,9 @@ async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatc
 
     async def request() -> None:
         with site.state.in_use.hold([digest]):
-            await site.state.check_kept("default", [version])
+            await site.state.ensure_not_deleted("default", [version])
             await ended.wait()
-        await site.state.bury([digest])
+        await site.state.delete_if_unreferenced([digest])
 
     def referenced() -> set[str]:  # runs in a thread between the deletion of the version and that of the artifact
         if not began:
@@ -273,4 +273,4 @@ async def test_deletions_and_requests_at_once(
         assert set(statuses) <= {200, 201, 204, 404}
         await site.http.delete("/tasks/a")
         await until(lambda: not site.state.blobs.digests())
-        assert not site.state.given_up and not site.state.in_use._counts
+        assert not site.state.marked_for_deletion and not site.state.in_use._counts
