@@ -21,7 +21,7 @@ from typing import Generic, Protocol, TypeVar
 
 from server.core import EngineFailure
 from server.engine.adapters.load_queue import Arrival, Loads, P, SizedAdapter, sentence
-from server.engine.adapters.memory_tier import Level
+from server.engine.adapters.memory_tier import MemoryTier
 from server.engine.blocks import InvariantError
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class AdapterManager(Generic[P]):
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.budgets = budgets
-        self.host, self.slots = Level(budgets.host_bytes), Level(budgets.slot_bytes)
+        self.host, self.slots = MemoryTier(budgets.host_bytes), MemoryTier(budgets.slot_bytes)
         self.loads_total = self.load_failures_total = self.evictions_total = 0
         self.load_seconds_total = 0.0
         self._adapter_slots, self._clock = adapter_slots, clock
@@ -227,9 +227,9 @@ class AdapterManager(Generic[P]):
         in_host = {digest for digest, entry in self._entries.items() if entry.packed is not None}
         if in_slots != set(self.slots.sizes) or in_host != set(self.host.sizes):
             raise InvariantError("the adapters' entries and the levels disagree")
-        for level in (self.host, self.slots):
-            if level.used != sum(level.sizes.values()) or level.used > level.max_bytes:
-                raise InvariantError(f"{level.used} bytes of adapters are counted, at most {level.max_bytes} may be")
+        for tier in (self.host, self.slots):
+            if tier.used != sum(tier.sizes.values()) or tier.used > tier.max_bytes:
+                raise InvariantError(f"{tier.used} bytes of adapters are counted, at most {tier.max_bytes} may be")
 
     def _take_in(self, arrival: Arrival[P], order: Mapping[str, int]) -> None:
         digest, entry = arrival.digest, self._entries[arrival.digest]
@@ -272,10 +272,10 @@ class AdapterManager(Generic[P]):
             lambda other: self._entries[other].slot is None and (is_spared(other) or order.get(other, inf) < place),
         )
 
-    def _spare(self, level: Level, num_bytes: float) -> Callable[[str], bool]:
+    def _spare(self, tier: MemoryTier, num_bytes: float) -> Callable[[str], bool]:
         """Whether one is kept; nobody is, where `num_bytes` would not fit beside all that are."""
-        kept = {other: level.sizes[other] for other in self._kept if other in level.sizes}
-        return kept.__contains__ if num_bytes + sum(kept.values()) <= level.max_bytes else lambda _other: False
+        kept = {other: tier.sizes[other] for other in self._kept if other in tier.sizes}
+        return kept.__contains__ if num_bytes + sum(kept.values()) <= tier.max_bytes else lambda _other: False
 
     def _start_loads(self, wanted: list[str], order: Mapping[str, int]) -> None:
         """In order, up to `max_loading`, and only what will find room in host memory as far as its size is known."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from math import inf
 
 
-class Level:
+class MemoryTier:
     """Digests under a byte budget, least recently used first."""
 
     def __init__(self, max_bytes: int) -> None:
