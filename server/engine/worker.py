@@ -57,19 +57,19 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
 
     import torch
 
-    from server.engine.adapters.loader_process import Helpers
-    from server.engine.adapters.loader_threads import Loaders
+    from server.engine.adapters.loader_process import LoaderPool
+    from server.engine.adapters.loader_threads import LoaderThreads
     from server.model.runner import RunnerConfig, load
     from server.model.slots.layout import PackedPatch
 
     process_memory.keep_imports()
-    helpers = Helpers(config.num_loaders)
+    loader_pool = LoaderPool(config.num_loaders)
     loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
-    helpers.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.kept)
+    loader_pool.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.kept)
     staged = dict[str, str]()
 
     def load_adapter(digest: str) -> PackedPatch:
-        return loaded.adapter_slots.pin(helpers.load(digest, staged.get(digest)))
+        return loaded.adapter_slots.pin(loader_pool.load(digest, staged.get(digest)))
 
     engine = Engine(
         loaded.runner,
@@ -77,7 +77,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         load_adapter,
         msgspec.structs.replace(config, max_sequence_tokens=loaded.max_sequence_tokens),
         eos_token_ids=loaded.eos_token_ids,
-        executor=Loaders(config.num_loaders),
+        executor=LoaderThreads(config.num_loaders),
         clock=time.monotonic,
         on_loaded=on_loaded,
         staged=staged,

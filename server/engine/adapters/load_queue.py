@@ -25,7 +25,7 @@ P = TypeVar("P", bound=SizedAdapter)
 
 
 @dataclass
-class Arrival(Generic[P]):
+class LoadResult(Generic[P]):
     """What a loading thread brings back: a packed patch, or the error that it raised."""
 
     digest: str
@@ -34,7 +34,7 @@ class Arrival(Generic[P]):
     error: Exception | None = None
 
 
-class Loads(Generic[P]):
+class LoadQueue(Generic[P]):
     """Runs `load` (digest -> packed patch) on an executor; `on_loaded` is called there after each."""
 
     def __init__(
@@ -46,20 +46,20 @@ class Loads(Generic[P]):
     ) -> None:
         self.num_running = 0  # those not taken in yet included
         self._load, self._executor, self._clock, self._on_loaded = load, executor, clock, on_loaded
-        self._arrivals: SimpleQueue[Arrival[P]] = SimpleQueue()
+        self._results: SimpleQueue[LoadResult[P]] = SimpleQueue()
 
     def start(self, digest: str) -> None:
         """Begin a load."""
         self.num_running += 1
         self._executor.submit(self._run, digest)
 
-    def arrivals(self) -> Iterator[Arrival[P]]:
+    def results(self) -> Iterator[LoadResult[P]]:
         """All loads that have ended since the last call."""
         try:
             while True:
-                arrival = self._arrivals.get_nowait()
+                result = self._results.get_nowait()
                 self.num_running -= 1
-                yield arrival
+                yield result
         except Empty:
             return
 
@@ -71,7 +71,7 @@ class Loads(Generic[P]):
             packed = self._load(digest)
         except Exception as raised:  # noqa: BLE001 - nothing that an artifact contains may end the engine
             error = raised
-        self._arrivals.put(Arrival(digest, self._clock() - began, packed, error))
+        self._results.put(LoadResult(digest, self._clock() - began, packed, error))
         self._on_loaded()
 
 

@@ -71,13 +71,13 @@ class LoadReply(msgspec.Struct):
     reason: str = ""
 
 
-class Loader:
+class ArtifactLoader:
     """Reads, compiles and packs; any process, any thread."""
 
-    def __init__(self, job: LoaderSetup) -> None:
-        self._blobs = open_blobs(job.store, Path(job.blobs))
-        self._spec, self._sites = job.spec, Sites(job.spec)
-        self._kept = Kept(DTYPES[job.matrices], DTYPES[job.others])
+    def __init__(self, setup: LoaderSetup) -> None:
+        self._blobs = open_blobs(setup.store, Path(setup.blobs))
+        self._spec, self._sites = setup.spec, Sites(setup.spec)
+        self._kept = Kept(DTYPES[setup.matrices], DTYPES[setup.others])
 
     def load(self, digest: str, folder: str | None) -> PackedPatch:
         """The packed patch of an artifact. Raises what the store and `compile_patch` raise."""
@@ -87,37 +87,37 @@ class Loader:
         return pack(compile_patch(artifact, self._spec), self._sites, self._kept)
 
 
-class Helper:
+class LoaderProcess:
     """One process, for one caller at a time."""
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
         self.pid, self._socket = pid, connection
 
     @classmethod
-    def fork(cls) -> Helper | None:
+    def fork(cls) -> LoaderProcess | None:
         """A new process that waits for its job; None where the system has no fork. Before torch has threads."""
         if not hasattr(os, "fork"):
             return None
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if not pid:
-            _help(theirs)
+            _run_loader(theirs)
         theirs.close()
         return cls(pid, ours)
 
-    def begin(self, job: LoaderSetup) -> None:
+    def begin(self, setup: LoaderSetup) -> None:
         """Tell it its job. Raises `OSError` where it has ended."""
-        self._socket.sendall(frames.encode(job))
+        self._socket.sendall(frames.encode(setup))
 
     def load(self, digest: str, folder: str | None, kept: Kept) -> PackedPatch:
         """The packed patch. Raises `LoadError` where there is none, and `OSError` where the process has ended."""
         self._socket.sendall(frames.encode(LoadRequest(digest, folder)))
         num_buffer, num_frame = HEAD.unpack(self._receive(HEAD.size).numpy().tobytes())
         body = self._receive(num_buffer + num_frame)
-        answer = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=LoadReply)
-        if answer.code is not None:
-            raise LoadError(answer.code, answer.reason)
-        return _packed(answer, body[:num_buffer], kept)
+        reply = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=LoadReply)
+        if reply.code is not None:
+            raise LoadError(reply.code, reply.reason)
+        return _packed(reply, body[:num_buffer], kept)
 
     def close(self) -> None:
         """Let it end, and wait for that."""
@@ -137,65 +137,65 @@ class Helper:
         return into
 
 
-class Helpers:
+class LoaderPool:
     """The loads of an engine: each by a helper that is free, or in the calling thread where there is none any more."""
 
-    def __init__(self, num_helpers: int, fork: Callable[[], Helper | None] = Helper.fork) -> None:
-        self._helpers = [helper for _ in range(num_helpers) if (helper := fork()) is not None]
-        self._free: SimpleQueue[Helper] = SimpleQueue()
+    def __init__(self, num_processes: int, fork: Callable[[], LoaderProcess | None] = LoaderProcess.fork) -> None:
+        self._processes = [process for _ in range(num_processes) if (process := fork()) is not None]
+        self._free: SimpleQueue[LoaderProcess] = SimpleQueue()
 
     def begin(self, store: str | None, blobs: str, spec: BaseSpec, kept: Kept) -> None:
         """From now on they can load. Raises `StoreError` where the store cannot be opened."""
-        job = LoaderSetup(store, blobs, spec, str(kept.matrices), str(kept.others))
-        self._loader, self._kept = Loader(job), kept
-        for helper in self._helpers:
+        setup = LoaderSetup(store, blobs, spec, str(kept.matrices), str(kept.others))
+        self._loader, self._kept = ArtifactLoader(setup), kept
+        for process in self._processes:
             try:
-                helper.begin(job)
+                process.begin(setup)
             except OSError as error:
-                _give_up(helper, error)
+                _retire(process, error)
             else:
-                self._free.put(helper)
+                self._free.put(process)
 
     def load(self, digest: str, folder: str | None) -> PackedPatch:
         """The packed patch of an artifact; at most as many threads as there are helpers call it at once."""
         try:
-            helper = self._free.get_nowait()
+            process = self._free.get_nowait()
         except Empty:
             give_way()
             return self._loader.load(digest, folder)
         try:
-            packed = helper.load(digest, folder, self._kept)
+            packed = process.load(digest, folder, self._kept)
         except LoadError:
-            self._free.put(helper)
+            self._free.put(process)
             raise
         except OSError as error:
-            _give_up(helper, error)
+            _retire(process, error)
             return self.load(digest, folder)
-        self._free.put(helper)
+        self._free.put(process)
         return packed
 
     def close(self) -> None:
         """Let all end."""
-        for helper in self._helpers:
-            helper.close()
+        for process in self._processes:
+            process.close()
 
 
-def _give_up(helper: Helper, error: OSError) -> None:
+def _retire(process: LoaderProcess, error: OSError) -> None:
     log.warning("a process that loads adapters has ended; threads load", extra={"reason": str(error)})
-    helper.close()
+    process.close()
 
 
-def _help(connection: socket.socket) -> None:
+def _run_loader(connection: socket.socket) -> None:
     """In the new process: answer until the engine has gone."""
     try:
         _keep_only(connection.fileno())
         gc.enable()
         torch.set_num_threads(1)
         give_way()
-        job = frames.read(connection, msgspec.msgpack.Decoder(LoaderSetup))
-        loader, decoder = job and Loader(job), msgspec.msgpack.Decoder(LoadRequest)
-        while loader and (ask := frames.read(connection, decoder)) is not None:
-            _answer(connection, loader, ask)
+        setup = frames.read(connection, msgspec.msgpack.Decoder(LoaderSetup))
+        loader, decoder = setup and ArtifactLoader(setup), msgspec.msgpack.Decoder(LoadRequest)
+        while loader and (request := frames.read(connection, decoder)) is not None:
+            _reply(connection, loader, request)
     except BaseException as error:  # noqa: BLE001 - nothing of the engine's stack above may run here
         log.error("a process that loads adapters ends", extra={"reason": str(error)})
     finally:
@@ -210,30 +210,30 @@ def _keep_only(descriptor: int) -> None:
                 os.close(inherited)
 
 
-def _answer(connection: socket.socket, loader: Loader, ask: LoadRequest) -> None:
+def _reply(connection: socket.socket, loader: ArtifactLoader, request: LoadRequest) -> None:
     buffer = np.empty(0, np.uint8)
     try:
-        packed = loader.load(ask.digest, ask.folder)
+        packed = loader.load(request.digest, request.folder)
     except Exception as error:  # noqa: BLE001 - nothing that an artifact contains may end the process
-        answer = LoadReply(
-            ask.digest, code=getattr(error, "code", "adapter_failed"), reason=reason_of(ask.digest, error)
+        reply = LoadReply(
+            request.digest, code=getattr(error, "code", "adapter_failed"), reason=reason_of(request.digest, error)
         )
     else:
         buffer = packed.buffer.numpy()
-        answer = _answer_of(packed)
-    frame = msgspec.msgpack.encode(answer)
+        reply = _reply_of(packed)
+    frame = msgspec.msgpack.encode(reply)
     for part in (HEAD.pack(len(buffer), len(frame)), buffer.data, frame):
         connection.sendall(part)
 
 
-def _answer_of(packed: PackedPatch) -> LoadReply:
+def _reply_of(packed: PackedPatch) -> LoadReply:
     prefix = packed.prefix and (packed.prefix[0].__name__, *packed.prefix[1:])
     row_ids = {site: ids.numpy().tobytes() for site, ids in packed.row_ids.items()}
     return LoadReply(packed.digest, packed.entries.tobytes(), row_ids, prefix)
 
 
-def _packed(answer: LoadReply, buffer: torch.Tensor, kept: Kept) -> PackedPatch:
-    entries = np.frombuffer(bytearray(answer.entries), np.int64).reshape(-1, 5)
-    row_ids = {site: torch.frombuffer(bytearray(ids), dtype=torch.int32) for site, ids in answer.row_ids.items()}
-    prefix = answer.prefix and (PREFIXES[answer.prefix[0]], *answer.prefix[1:])
-    return PackedPatch(answer.digest, buffer, kept, entries, row_ids, prefix)
+def _packed(reply: LoadReply, buffer: torch.Tensor, kept: Kept) -> PackedPatch:
+    entries = np.frombuffer(bytearray(reply.entries), np.int64).reshape(-1, 5)
+    row_ids = {site: torch.frombuffer(bytearray(ids), dtype=torch.int32) for site, ids in reply.row_ids.items()}
+    prefix = reply.prefix and (PREFIXES[reply.prefix[0]], *reply.prefix[1:])
+    return PackedPatch(reply.digest, buffer, kept, entries, row_ids, prefix)

@@ -22,7 +22,7 @@ def give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICENESS, os.nice(0)))
 
 
-class Loaders(Executor):
+class LoaderThreads(Executor):
     """Threads that run torch's operators alone, each job in the first that is free; the caller's stay as they are.
 
     They are daemons: an engine that ends waits for no load. `submit` is called between two steps. So it takes no lock

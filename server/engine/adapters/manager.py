@@ -20,7 +20,7 @@ from math import inf
 from typing import Generic, Protocol, TypeVar
 
 from server.core import EngineFailure
-from server.engine.adapters.load_queue import Arrival, Loads, P, SizedAdapter, sentence
+from server.engine.adapters.load_queue import LoadQueue, LoadResult, P, SizedAdapter, sentence
 from server.engine.adapters.memory_tier import MemoryTier
 from server.engine.blocks import InvariantError
 
@@ -105,7 +105,7 @@ class AdapterManager(Generic[P]):
         self.loads_total = self.load_failures_total = self.evictions_total = 0
         self.load_seconds_total = 0.0
         self._adapter_slots, self._clock = adapter_slots, clock
-        self._loads = Loads(load, executor, clock, on_loaded)
+        self._load_queue = LoadQueue(load, executor, clock, on_loaded)
         self._entries: dict[str, AdapterEntry[P]] = {}
         self._kept: dict[str, None] = {}  # in the order in which they get room
 
@@ -207,12 +207,12 @@ class AdapterManager(Generic[P]):
         """
         wanted = list(dict.fromkeys([*wanted, *self._kept]))
         order = {digest: place for place, digest in enumerate(wanted)}
-        arrivals = list(self._loads.arrivals())
-        for arrival in arrivals:
-            self._take_in(arrival, order)
+        results = list(self._load_queue.results())
+        for result in results:
+            self._take_in(result, order)
         has_failed = self._copy(wanted, order, max_copies)
         self._start_loads(wanted, order)
-        return bool(arrivals) or has_failed
+        return bool(results) or has_failed
 
     def assert_consistent(self, pins: Counter[str], users: Counter[str]) -> None:
         """Raise `InvariantError` unless the books agree with the digests that sequences wear and use now."""
@@ -231,24 +231,24 @@ class AdapterManager(Generic[P]):
             if tier.used != sum(tier.sizes.values()) or tier.used > tier.max_bytes:
                 raise InvariantError(f"{tier.used} bytes of adapters are counted, at most {tier.max_bytes} may be")
 
-    def _take_in(self, arrival: Arrival[P], order: Mapping[str, int]) -> None:
-        digest, entry = arrival.digest, self._entries[arrival.digest]
+    def _take_in(self, result: LoadResult[P], order: Mapping[str, int]) -> None:
+        digest, entry = result.digest, self._entries[result.digest]
         entry.is_loading = False
-        self.load_seconds_total += arrival.seconds
+        self.load_seconds_total += result.seconds
         most = min(self.budgets.slot_bytes, self.budgets.host_bytes)
         if entry.is_forgotten and not entry.num_users:
             log.info("an adapter was deleted while it loaded", extra={"digest": digest})
-        elif arrival.packed is None:
-            code = CORRUPT if getattr(arrival.error, "code", "") == CORRUPT else "adapter_failed"
-            self._fail(digest, EngineFailure(code, sentence(digest, arrival.error)))
-        elif arrival.packed.num_bytes > most:
-            failure = self._too_large(f"adapter {digest[:12]}", arrival.packed.num_bytes, most)
+        elif result.packed is None:
+            code = CORRUPT if getattr(result.error, "code", "") == CORRUPT else "adapter_failed"
+            self._fail(digest, EngineFailure(code, sentence(digest, result.error)))
+        elif result.packed.num_bytes > most:
+            failure = self._too_large(f"adapter {digest[:12]}", result.packed.num_bytes, most)
             self._fail(digest, failure, is_final=True)
         else:
             self.loads_total += 1
             self._absolve(entry)
-            entry.num_bytes = arrival.packed.num_bytes
-            self._keep_in_host(digest, arrival.packed, order)
+            entry.num_bytes = result.packed.num_bytes
+            self._keep_in_host(digest, result.packed, order)
         self._prune(digest)
 
     def _keep_in_host(self, digest: str, packed: P, order: Mapping[str, int]) -> None:
@@ -286,11 +286,11 @@ class AdapterManager(Generic[P]):
                 continue
             num_bytes = reserved + (entry.num_bytes or 1)
             is_hopeless = self._host_victims(digest, num_bytes, order) is None
-            if is_hopeless or self._loads.num_running >= self.budgets.max_loading:
+            if is_hopeless or self._load_queue.num_running >= self.budgets.max_loading:
                 return
             reserved = num_bytes
             entry.is_loading = True
-            self._loads.start(digest)
+            self._load_queue.start(digest)
 
     def _copy(self, wanted: list[str], order: Mapping[str, int], max_copies: int) -> bool:
         """Copy into slots, in order, until rows, bytes or room end; True where a copy failed."""

@@ -106,9 +106,9 @@ def test_helpers_end_with_the_engine(tiny_base: Path, tmp_path: Path) -> None:
         await client.start()
         try:
             assert client.pid is not None
-            helpers = psutil.Process(client.pid).children()
+            loader_pool = psutil.Process(client.pid).children()
             os.kill(client.pid, signal.SIGKILL)
-            return await asyncio.to_thread(lambda: psutil.wait_procs(helpers, 30)[0])
+            return await asyncio.to_thread(lambda: psutil.wait_procs(loader_pool, 30)[0])
         finally:
             await client.close()
 

@@ -58,7 +58,7 @@ class LateExecutor(Executor):
             self.run_one()
 
 
-class Loader:
+class ArtifactLoader:
     """Makes fake patches; a digest in `errors` raises, one in `sizes` is not of `DIGEST_BYTES`."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class World:
         **fields: Any,
     ) -> None:
         self.config, self.has_prefixes = config(**fields), has_prefixes
-        self.clock, self.executor, self.loader = Clock(), LateExecutor(), Loader()
+        self.clock, self.executor, self.loader = Clock(), LateExecutor(), ArtifactLoader()
         self.adapter_slots = FakeSlots(self.config.slot_bytes)
         self.runner = FakeRunner(self.adapter_slots, num_blocks, block_size, vocab_size)
         self.engine: Engine[FakePacked] = Engine(

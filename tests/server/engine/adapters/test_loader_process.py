@@ -18,7 +18,7 @@ import torch
 from adapters_store.format.folder import read_folder
 from adapters_store.storage.directory import Blobs
 from server.engine.adapters.load_queue import LoadError, sentence
-from server.engine.adapters.loader_process import Helper, Helpers, Loader, LoaderSetup
+from server.engine.adapters.loader_process import ArtifactLoader, LoaderPool, LoaderProcess, LoaderSetup
 from server.engine.adapters.loader_threads import NICENESS
 from server.model.load import load_base
 from server.model.precision import Kept
@@ -43,9 +43,9 @@ def job(biased_base: Path, blobs: Blobs) -> LoaderSetup:
 
 
 @pytest.fixture
-def helpers(job: LoaderSetup) -> Iterator[Helpers]:
+def processes(job: LoaderSetup) -> Iterator[LoaderPool]:
     """Two, ready to load."""
-    made = Helpers(2)
+    made = LoaderPool(2)
     made.begin(job.store, job.blobs, job.spec, KEPT)
     yield made
     made.close()
@@ -75,27 +75,27 @@ def own_priority() -> int:
 
 @pytest.mark.parametrize("method", FAMILIES)
 def test_a_helper_loads_what_a_load_here_gives(
-    method: str, helpers: Helpers, job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path
+    method: str, processes: LoaderPool, job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path
 ) -> None:
     """Of every method: the same buffer, table, rows and prefix."""
     digest = store(blobs, FAMILIES[method](tmp_path / method, biased_base, 1))
-    assert_same(helpers.load(digest, None), Loader(job).load(digest, None))
+    assert_same(processes.load(digest, None), ArtifactLoader(job).load(digest, None))
 
 
 def test_what_is_staged_is_read_from_its_folder(
-    helpers: Helpers, blobs: Blobs, biased_base: Path, tmp_path: Path
+    processes: LoaderPool, blobs: Blobs, biased_base: Path, tmp_path: Path
 ) -> None:
     """An artifact that is not in the store yet is loaded from a folder, where it is the one that was checked."""
     folder = FAMILIES["lora"](tmp_path / "staged", biased_base, 9)
     digest = read_folder(folder).digest
-    assert helpers.load(digest, str(folder)).digest == digest
+    assert processes.load(digest, str(folder)).digest == digest
     with pytest.raises(LoadError, match="is not what was checked") as raised:
-        helpers.load("0" * 64, str(folder))
+        processes.load("0" * 64, str(folder))
     assert raised.value.code == "artifact_corrupt"
     assert digest not in blobs.digests()
 
 
-def test_why_a_load_failed_arrives(helpers: Helpers, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
+def test_why_a_load_failed_arrives(processes: LoaderPool, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
     """The sentence and the code are those of a load in this process, and the helper goes on."""
     digest = store(blobs, FAMILIES["lora"](tmp_path / "a", biased_base, 2))
     with (blobs.path(digest) / "adapter_model.safetensors").open("r+b") as file:
@@ -105,16 +105,16 @@ def test_why_a_load_failed_arrives(helpers: Helpers, blobs: Blobs, biased_base: 
         file.write(bytes([last[0] ^ 1]))
     for wanted, code, reason in ((digest, "artifact_corrupt", "corrupt"), ("f" * 64, "not_found", "no artifact")):
         with pytest.raises(LoadError) as raised:
-            helpers.load(wanted, None)
+            processes.load(wanted, None)
         assert raised.value.code == code
         assert reason in sentence(wanted, raised.value)
     whole = store(blobs, FAMILIES["lora"](tmp_path / "b", biased_base, 3))
-    assert helpers.load(whole, None).digest == whole
+    assert processes.load(whole, None).digest == whole
     assert len(children()) == 2
 
 
 def test_where_helpers_end_the_thread_loads(
-    helpers: Helpers,
+    processes: LoaderPool,
     job: LoaderSetup,
     blobs: Blobs,
     biased_base: Path,
@@ -123,13 +123,13 @@ def test_where_helpers_end_the_thread_loads(
 ) -> None:
     """Killed one after the other: what is asked for comes, a warning is logged, and the thread that loads gives way."""
     digest = store(blobs, FAMILIES["lora"](tmp_path / "a", biased_base, 4))
-    before, wanted = os.getpriority(os.PRIO_PROCESS, 0), Loader(job).load(digest, None)
+    before, wanted = os.getpriority(os.PRIO_PROCESS, 0), ArtifactLoader(job).load(digest, None)
     with ThreadPoolExecutor(1) as threads:
         for child in children():
             assert threads.submit(own_priority).result() == before
             child.send_signal(signal.SIGKILL)
-            assert_same(threads.submit(helpers.load, digest, None).result(), wanted)
-        assert_same(threads.submit(helpers.load, digest, None).result(), wanted)
+            assert_same(threads.submit(processes.load, digest, None).result(), wanted)
+        assert_same(threads.submit(processes.load, digest, None).result(), wanted)
         assert threads.submit(own_priority).result() == max(before, NICENESS)
     assert not children()
     assert caplog.text.count("threads load") == 2
@@ -139,13 +139,13 @@ def test_where_helpers_end_the_thread_loads(
 def test_without_a_fork_the_thread_loads(job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
     """A system without fork has no helpers, and loads all the same."""
     digest = store(blobs, FAMILIES["ia3"](tmp_path / "a", biased_base, 5))
-    alone = Helpers(2, fork=lambda: None)
+    alone = LoaderPool(2, fork=lambda: None)
     alone.begin(job.store, job.blobs, job.spec, KEPT)
     with ThreadPoolExecutor(1) as threads:
-        assert_same(threads.submit(alone.load, digest, None).result(), Loader(job).load(digest, None))
+        assert_same(threads.submit(alone.load, digest, None).result(), ArtifactLoader(job).load(digest, None))
 
 
-def test_a_helper_gives_way_and_holds_nothing(helpers: Helpers) -> None:
+def test_a_helper_gives_way_and_holds_nothing(processes: LoaderPool) -> None:
     """It runs at low priority and has no descriptor of the engine's but its own socket."""
     lowest = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
     for child in children():
@@ -154,11 +154,11 @@ def test_a_helper_gives_way_and_holds_nothing(helpers: Helpers) -> None:
 
 def test_a_helper_ends_with_its_engine(job: LoaderSetup) -> None:
     """When the other end of its socket is gone, however that came, so is it."""
-    helper = Helper.fork()
-    assert helper is not None
-    helper.begin(job)
-    helper._socket.close()
-    assert os.waitpid(helper.pid, 0) == (helper.pid, 0)
+    process = LoaderProcess.fork()
+    assert process is not None
+    process.begin(job)
+    process._socket.close()
+    assert os.waitpid(process.pid, 0) == (process.pid, 0)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:

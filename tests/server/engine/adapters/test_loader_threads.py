@@ -9,7 +9,7 @@ from queue import SimpleQueue
 import psutil
 import torch
 
-from server.engine.adapters.loader_threads import NICENESS, Loaders, give_way
+from server.engine.adapters.loader_threads import NICENESS, LoaderThreads, give_way
 
 
 def test_loaders_compute_alone_and_give_way() -> None:
@@ -19,7 +19,7 @@ def test_loaders_compute_alone_and_give_way() -> None:
     large.mul(large)  # the caller's own count is in use
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     try:
-        loaders, found = Loaders(3), SimpleQueue[tuple[int, int, int]]()
+        loaders, found = LoaderThreads(3), SimpleQueue[tuple[int, int, int]]()
 
         def look(_: int) -> None:
             give_way()

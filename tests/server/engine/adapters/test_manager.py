@@ -8,7 +8,7 @@ from adapters_store.errors import ArtifactCorruptError
 from server.engine.adapters.manager import MAX_FAILURES, QUARANTINE_S, AdapterManager, Budgets
 from server.engine.blocks import InvariantError
 from server.model.fake import FakePacked, FakeSlots
-from tests.server.engine.world import Clock, LateExecutor, Loader
+from tests.server.engine.world import ArtifactLoader, Clock, LateExecutor
 
 
 class Room:
@@ -19,7 +19,7 @@ class Room:
     ) -> None:
         self.adapter_slots, self.loader, self.executor, self.clock = (
             FakeSlots(slot_bytes),
-            Loader(),
+            ArtifactLoader(),
             LateExecutor(),
             Clock(),
         )
