@@ -28,8 +28,8 @@ INTERNAL = EngineFailure("internal", "the engine failed on this request; its log
 class Engine(Generic[P]):
     """Runs sequences over one runner and one bank. All methods belong to one thread; `load` runs in others.
 
-    `staged` tells `load` what is not in the store yet: digest -> folder. `own_clock` stands still while the thread has
-    no core (`own_time`); by default it is `clock`.
+    `staged` tells `load` what is not in the store yet: digest -> folder. `thread_clock` stands still while the
+    thread has no core (`thread_clock`); by default it is `clock`.
     A sequence ends in `_finish` and nowhere else: by a finish, a failure, its deadline or an abort.
     """
 
@@ -45,7 +45,7 @@ class Engine(Generic[P]):
         clock: Callable[[], float],
         on_loaded: Callable[[], None] = lambda: None,
         staged: dict[str, str] | None = None,
-        own_clock: Callable[[], float] | None = None,
+        thread_clock: Callable[[], float] | None = None,
     ) -> None:
         self.runner, self._staged = runner, {} if staged is None else staged
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
@@ -65,7 +65,7 @@ class Engine(Generic[P]):
         )
         self.adapters = AdapterManager(adapter_slots, load, budgets, executor, clock, on_loaded)
         self.sequences: dict[str, Sequence] = {}
-        self._clock, self._own_clock, self._eos = clock, own_clock or clock, frozenset(eos_token_ids)
+        self._clock, self._thread_clock, self._eos = clock, thread_clock or clock, frozenset(eos_token_ids)
         self._outputs: list[Output] = []  # of the step that goes on, or before the next one
         self._stats = Stats(num_blocks=runner.num_blocks)
 
@@ -178,11 +178,11 @@ class Engine(Generic[P]):
 
         Where sequences run these wait meanwhile. All of it is counted, and what takes longer than books may is a stall.
         """
-        scheduler, adapters, began = self.scheduler, self.adapters, self._own_clock()
+        scheduler, adapters, began = self.scheduler, self.adapters, self._thread_clock()
         num_free_rows = scheduler.limits.max_running - len(scheduler.running)
         has_news = adapters.advance(scheduler.wanted(), num_free_rows)
         if scheduler.running:
-            seconds = self._own_clock() - began
+            seconds = self._thread_clock() - began
             self._stats.adapter_seconds_total += seconds
             self._stats.stall_seconds_total += seconds if seconds > NO_STALL_S else 0.0
         for sequence in list(scheduler.waiting()) if has_news else ():

@@ -38,7 +38,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
-from server.engine.thread_clock import own_time
+from server.engine.thread_clock import thread_clock
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         clock=time.monotonic,
         on_loaded=on_loaded,
         staged=staged,
-        own_clock=own_time(),
+        thread_clock=thread_clock(),
     )
     ready = Ready(
         spec=loaded.spec,

@@ -16,7 +16,7 @@ import pytest
 from server.engine import thread_clock
 
 needs_turns = pytest.mark.skipif(
-    not thread_clock.TURNS.exists(), reason="this system does not say when a thread had no core"
+    not thread_clock.SCHEDSTAT.exists(), reason="this system does not say when a thread had no core"
 )
 BUSY = "import os\nos.sched_setaffinity(0, {%d})\nprint(flush=True)\nwhile True: pass"
 
@@ -53,7 +53,7 @@ def test_it_stands_still_without_a_core() -> None:
     found: list[float] = []
 
     def compute() -> None:
-        clock = thread_clock.own_time()
+        clock = thread_clock.thread_clock()
         began = clock(), time.monotonic(), time.thread_time()
         while time.thread_time() - began[2] < 0.2:
             pass
@@ -70,7 +70,7 @@ def test_a_reading_is_of_one_moment() -> None:
     steps: list[float] = []
 
     def read() -> None:
-        clock = thread_clock.own_time()
+        clock = thread_clock.thread_clock()
         now, end = clock(), time.monotonic() + 2
         while time.monotonic() < end:
             last, now = now, clock()
@@ -83,7 +83,7 @@ def test_a_reading_is_of_one_moment() -> None:
 @needs_turns
 def test_it_goes_on_while_the_thread_waits() -> None:
     """Waiting for a lock or a time is the thread's own time."""
-    clock = thread_clock.own_time()
+    clock = thread_clock.thread_clock()
     assert clock is not time.monotonic
     began = clock()
     threading.Event().wait(0.05)
@@ -92,5 +92,5 @@ def test_it_goes_on_while_the_thread_waits() -> None:
 
 def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the system's word it is the monotonic clock: a stall is never hidden."""
-    monkeypatch.setattr(thread_clock, "TURNS", Path("/nowhere"))
-    assert thread_clock.own_time() is time.monotonic
+    monkeypatch.setattr(thread_clock, "SCHEDSTAT", Path("/nowhere"))
+    assert thread_clock.thread_clock() is time.monotonic
