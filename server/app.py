@@ -98,11 +98,11 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     )
     stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
     await find_unvalidated(state)
-    await stack.enter_async_context(_beside(state.usage.keep_flushing(state.registry)))
+    await stack.enter_async_context(_in_background(state.usage.keep_flushing(state.registry)))
     if settings.import_ is not None:
         await import_tree(state, settings.import_)
     await state.sync_pinned()
-    await stack.enter_async_context(_beside(validate_all(state)))
+    await stack.enter_async_context(_in_background(validate_all(state)))
     return state
 
 
@@ -125,7 +125,7 @@ async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> t
 
 
 @asynccontextmanager
-async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """While the block runs so does the work; at its end it is called off."""
     task = asyncio.create_task(work)
     try:

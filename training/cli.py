@@ -16,7 +16,7 @@ Option = typer.Option
 API_KEY = "TRAIN_API_KEY"  # no MANYHATS_ variable: those are the server's settings alone
 NEEDED = ("data", "out")  # of every job
 OF_PUSH = ("push", "task", "note", "force", "api_key")  # of one run
-BESIDE_JOBS = ("jobs", "resume")  # what is said beside --jobs, and not in its file
+WITH_JOBS = ("jobs", "resume")  # what is said beside --jobs, and not in its file
 PANEL = "Options of methods (one that the chosen method does not read is refused)"
 
 
@@ -208,7 +208,7 @@ def _train_many(given: dict[str, Any], show: Any, processes: Any) -> int:
     from training.joint.run import Named, run_jobs
 
     for name, parameter in inspect.signature(train).parameters.items():
-        if name not in BESIDE_JOBS and given[name] != parameter.default:
+        if name not in WITH_JOBS and given[name] != parameter.default:
             flag = name.replace("_", "-")
             if name in OF_PUSH:
                 raise OptionError(f"--{flag} cannot stand beside --jobs: `manyhats push` takes each artifact.")

@@ -18,7 +18,7 @@ from adapters_store.methods import lora
 from adapters_store.methods.lora import MAX_ALPHA, MAX_RANK
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
-from adapters_store.methods.shared.extras import Beside, split
+from adapters_store.methods.shared.extras import ExtrasConfig, split_extras
 from adapters_store.methods.shared.low_rank import Branch, compile_branch
 from adapters_store.methods.shared.targets import check_targets
 from adapters_store.primitives import Primitive
@@ -44,7 +44,7 @@ SERVED_VALUES: dict[str, tuple[Any, ...]] = {**lora.SERVED_VALUES, "lora_bias": 
 EPS = 1e-5  # that PEFT adds to the rank it divides by
 
 
-class AdaLoraConfig(Beside, kw_only=True):
+class AdaLoraConfig(ExtrasConfig, kw_only=True):
     """The keys of PEFT's AdaLoraConfig that say what to compute."""
 
     lora_alpha: int | float
@@ -64,7 +64,7 @@ def compile_adalora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]
     """A `LowRank` a site that has a rank left, and what is beside. Raises `ArtifactError`."""
     config = read_config(artifact.config, AdaLoraConfig, "AdaLoRA", SILENT, SERVED_VALUES)
     _check_numbers(config)
-    parts = split(artifact, config, spec, *ENDS)
+    parts = split_extras(artifact, config, spec, *ENDS)
     sites = by_site(parts.branches, ENDS, parts.sites, spec.name)
     if unknown := sorted(config.rank_pattern.keys() - {site + E_END for site in sites}):
         raise ArtifactError(f"rank_pattern has {unknown[0][:200]}, which is no tensor's name", "rank_pattern")

@@ -8,7 +8,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_exactly
-from adapters_store.methods.shared.extras import Beside, saved_sites, split
+from adapters_store.methods.shared.extras import ExtrasConfig, saved_sites, split_extras
 from adapters_store.methods.shared.full_modules import changed, parameters, whole
 from adapters_store.methods.shared.targets import check_targets
 from adapters_store.primitives import Primitive
@@ -31,8 +31,8 @@ def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
     PEFT copies what it targets: the head of a tied base is its own then, as with `modules_to_save`.
     """
     read = read_config(artifact.config, LNTuningConfig, "layer-norm tuning")
-    config = Beside(**msgspec.structs.asdict(read))
-    parts, saved = split(artifact, config, spec, WEIGHT_END), saved_sites(config, spec)
+    config = ExtrasConfig(**msgspec.structs.asdict(read))
+    parts, saved = split_extras(artifact, config, spec, WEIGHT_END), saved_sites(config, spec)
     sites = [site for site in (*spec.norms, *spec.linears, spec.embedding) if site not in saved]
     found = by_site(parts.branches, (WEIGHT_END, BIAS_END), sites, spec.name)
     check_targets(config, found, sites, spec, lambda site: PREFIX + site + WEIGHT_END)

@@ -20,7 +20,7 @@ from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.embedding_lora import A_END as EMBEDDING_A_END
 from adapters_store.methods.shared.embedding_lora import compile_embedding, has_branch
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
-from adapters_store.methods.shared.extras import Beside, saved_sites, split
+from adapters_store.methods.shared.extras import ExtrasConfig, saved_sites, split_extras
 from adapters_store.methods.shared.init_residual import check_removal, removed
 from adapters_store.methods.shared.low_rank import Branch, compile_branch
 from adapters_store.methods.shared.targets import by_pattern, check_alphas, check_ranks, check_targets
@@ -59,7 +59,7 @@ INITS_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_RANK, MAX_ALPHA = 4096, 1e6
 
 
-class LoraConfig(Beside, kw_only=True):
+class LoraConfig(ExtrasConfig, kw_only=True):
     """The keys of PEFT's LoraConfig that say what to compute."""
 
     r: int
@@ -99,7 +99,7 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     config, taker = _read(artifact.config), Taker(artifact)
     at_embedding = [spec.embedding] if has_branch(artifact, spec) else []
     rows = _rows(config, taker, spec) if at_embedding else []
-    parts = split(taker.rest(), config, spec, *config.ends)
+    parts = split_extras(taker.rest(), config, spec, *config.ends)
     is_alone = at_embedding and not parts.branches.tensors
     sites = {} if is_alone else by_site(parts.branches, config.ends, parts.sites, spec.name)
     branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
@@ -114,7 +114,7 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
 
 def _rows(config: LoraConfig, taker: Taker, spec: BaseSpec) -> list[Primitive]:
     """A LoRA on the embedding, where nothing else is done there."""
-    beside = {
+    extras = {
         "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": bool(config.removal),
         "lora_bias": config.lora_bias,
@@ -122,7 +122,7 @@ def _rows(config: LoraConfig, taker: Taker, spec: BaseSpec) -> list[Primitive]:
         "trainable_token_indices": config.trainable_token_indices is not None,
         "use_dora": config.use_dora,
     }
-    for key, is_used in beside.items():
+    for key, is_used in extras.items():
         if is_used:
             raise MethodUnsupportedError(f"LoRA on the embedding is not served beside {key}: {spec.embedding}", key)
     return compile_embedding(taker, spec, config.rank(spec.embedding), config.scale(spec.embedding))

@@ -51,9 +51,9 @@ def megabytes(num_bytes: float) -> str:
 
 def _bytes(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     figures = _range(adapters, lambda one: one.artifact_bytes, megabytes)
-    beside = f"; full: {megabytes(full.artifact_bytes)}" if full else ""
+    suffix = f"; full: {megabytes(full.artifact_bytes)}" if full else ""
     bad = [one.method for one in adapters if one.artifact_bytes > MOST_BYTES]
-    return Claim(f"megabytes per task (at most {MOST_BYTES / MEGA:.0f})", figures + beside, _verdict(bad))
+    return Claim(f"megabytes per task (at most {MOST_BYTES / MEGA:.0f})", figures + suffix, _verdict(bad))
 
 
 def _memory(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:

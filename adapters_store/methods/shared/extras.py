@@ -31,7 +31,7 @@ TOKENS, TOKENS_END = "trainable_token_indices", ".token_adapter.trainable_tokens
 TIED_NAMES = ("embed_tokens", "lm_head")
 
 
-class Beside(Targets, kw_only=True):
+class ExtrasConfig(Targets, kw_only=True):
     """The keys of LoRA and its kin that say what is trained beside the branches."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -41,7 +41,7 @@ class Beside(Targets, kw_only=True):
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class ArtifactParts:
     """An artifact's tensors told apart.
 
     `branches` has what is left for branches, at the linears `sites`; `biases` are the new biases of those that have
@@ -54,7 +54,7 @@ class Split:
     primitives: list[Primitive]
 
 
-def split(artifact: Artifact, config: Beside, spec: BaseSpec, *ends: str) -> Split:
+def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends: str) -> ArtifactParts:
     """Take out what is beside the branches; a linear has a branch where its name and one of `ends` are a tensor's.
 
     Raises `ArtifactError` where a tensor is missing or does not fit.
@@ -72,10 +72,10 @@ def split(artifact: Artifact, config: Beside, spec: BaseSpec, *ends: str) -> Spl
         elif site not in saved:
             made += whole(spec, site, None, taker.take(f"{site}.bias", [size]))
     drop_copies(taker, spec)
-    return Split(taker.rest(), sites, biases, made)
+    return ArtifactParts(taker.rest(), sites, biases, made)
 
 
-def saved_sites(config: Beside, spec: BaseSpec) -> dict[str, str]:
+def saved_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, str]:
     """The linears, norms and embedding that are, or lie in, a module whose name ends as one of `modules_to_save`.
 
     Each with the name of that module, the outermost one.
@@ -98,12 +98,12 @@ def _modules(site: str) -> Iterator[str]:
     return (".".join(parts[: end + 1]) for end in range(len(parts)))
 
 
-def _is_saved_tied(config: Beside, spec: BaseSpec) -> bool:
+def _is_saved_tied(config: ExtrasConfig, spec: BaseSpec) -> bool:
     ends = {name.rpartition(".")[2] for name in config.modules_to_save or ()}
     return config.ensure_weight_tying and spec.is_tied and not ends.isdisjoint(TIED_NAMES)
 
 
-def _saved(taker: Taker, config: Beside, spec: BaseSpec, saved: dict[str, str]) -> list[Primitive]:
+def _saved(taker: Taker, config: ExtrasConfig, spec: BaseSpec, saved: dict[str, str]) -> list[Primitive]:
     made: list[Primitive] = []
     weights: dict[str, Tensor] = {}
     for site, module in saved.items():
@@ -120,7 +120,7 @@ def _saved(taker: Taker, config: Beside, spec: BaseSpec, saved: dict[str, str]) 
     return made
 
 
-def _token_sites(config: Beside, spec: BaseSpec) -> dict[str, list[int]]:
+def _token_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, list[int]]:
     """The embedding and head that have tokens of their own."""
     indices = config.trainable_token_indices
     if indices is None:
@@ -134,7 +134,7 @@ def _token_sites(config: Beside, spec: BaseSpec) -> dict[str, list[int]]:
     return found
 
 
-def _tokens(taker: Taker, config: Beside, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
+def _tokens(taker: Taker, config: ExtrasConfig, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
     """As in PEFT, a tied head has the embedding's new rows, unless it has other tokens of its own."""
     is_mixed = spec.head in tokens and tokens[spec.head] != tokens.get(spec.embedding)
     if spec.is_tied and is_mixed and spec.embedding in tokens and config.ensure_weight_tying:
@@ -150,7 +150,7 @@ def _tokens(taker: Taker, config: Beside, spec: BaseSpec, tokens: dict[str, list
     return made
 
 
-def _biased(config: Beside, spec: BaseSpec, branches: set[str]) -> Iterator[tuple[str, int]]:
+def _biased(config: ExtrasConfig, spec: BaseSpec, branches: set[str]) -> Iterator[tuple[str, int]]:
     """Sites that have a new bias, and its size."""
     if config.bias != "none":
         linears = ((site, linear.out_features) for site, linear in spec.linears.items() if linear.has_bias)
