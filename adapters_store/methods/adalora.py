@@ -19,7 +19,7 @@ from adapters_store.methods.lora import MAX_ALPHA, MAX_RANK
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
 from adapters_store.methods.shared.extras import ExtrasConfig, split_extras
-from adapters_store.methods.shared.low_rank import Branch, compile_branch
+from adapters_store.methods.shared.low_rank import LowRankUpdate, compile_low_rank
 from adapters_store.methods.shared.targets import check_targets
 from adapters_store.primitives import Primitive
 
@@ -65,21 +65,25 @@ def compile_adalora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]
     config = read_config(artifact.config, AdaLoraConfig, "AdaLoRA", SILENT, SERVED_VALUES)
     _check_numbers(config)
     parts = split_extras(artifact, config, spec, *ENDS)
-    sites = by_site(parts.branches, ENDS, parts.sites, spec.name)
+    sites = by_site(parts.low_rank, ENDS, parts.sites, spec.name)
     if unknown := sorted(config.rank_pattern.keys() - {site + E_END for site in sites}):
         raise ArtifactError(f"rank_pattern has {unknown[0][:200]}, which is no tensor's name", "rank_pattern")
-    branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
+    updates = [_update(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
     check_targets(config, sites, parts.sites, spec, lambda site: PREFIX + site + A_END)
-    made = [primitive for branch in branches for primitive in compile_branch(branch, spec)]
+    made = [primitive for update in updates for primitive in compile_low_rank(update, spec)]
     return (*made, *parts.primitives)
 
 
-def _branch(artifact: Artifact, config: AdaLoraConfig, site: str, spec: BaseSpec, base_bias: Tensor | None) -> Branch:
+def _update(
+    artifact: Artifact, config: AdaLoraConfig, site: str, spec: BaseSpec, base_bias: Tensor | None
+) -> LowRankUpdate:
     linear, rank, name = spec.linears[site], config.rank(site), PREFIX + site
     a = expect_shape(artifact, name + A_END, [rank, linear.in_features]).float()
     b = expect_shape(artifact, name + B_END, [linear.out_features, rank]).float()
     e = expect_shape(artifact, name + E_END, [rank, 1]).float()
-    return Branch(site, finite(a * e, name + A_END), finite(b * config.scale(site), name + B_END), base_bias=base_bias)
+    return LowRankUpdate(
+        site, finite(a * e, name + A_END), finite(b * config.scale(site), name + B_END), base_bias=base_bias
+    )
 
 
 def _check_numbers(config: AdaLoraConfig) -> None:

@@ -18,11 +18,11 @@ from adapters_store.errors import MethodUnsupportedError
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.embedding_lora import A_END as EMBEDDING_A_END
-from adapters_store.methods.shared.embedding_lora import compile_embedding, has_branch
+from adapters_store.methods.shared.embedding_lora import compile_embedding, has_embedding_lora
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
 from adapters_store.methods.shared.extras import ExtrasConfig, saved_sites, split_extras
 from adapters_store.methods.shared.init_residual import check_removal, removed
-from adapters_store.methods.shared.low_rank import Branch, compile_branch
+from adapters_store.methods.shared.low_rank import LowRankUpdate, compile_low_rank
 from adapters_store.methods.shared.targets import by_pattern, check_alphas, check_ranks, check_targets
 from adapters_store.methods.shared.tensor_pool import Taker
 from adapters_store.primitives import Primitive
@@ -97,18 +97,18 @@ class LoraConfig(ExtrasConfig, kw_only=True):
 def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """A low-rank branch a site, the scale folded into B once, in fp32, and what is beside. Raises `ArtifactError`."""
     config, taker = _read(artifact.config), Taker(artifact)
-    at_embedding = [spec.embedding] if has_branch(artifact, spec) else []
+    at_embedding = [spec.embedding] if has_embedding_lora(artifact, spec) else []
     rows = _rows(config, taker, spec) if at_embedding else []
     parts = split_extras(taker.rest(), config, spec, *config.ends)
-    is_alone = at_embedding and not parts.branches.tensors
-    sites = {} if is_alone else by_site(parts.branches, config.ends, parts.sites, spec.name)
-    branches = [_branch(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
+    is_alone = at_embedding and not parts.low_rank.tensors
+    sites = {} if is_alone else by_site(parts.low_rank, config.ends, parts.sites, spec.name)
+    updates = [_update(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
     can_have = [*parts.sites, *_embedding(config, spec)]
     check_targets(config, [*sites, *at_embedding], can_have, spec, lambda site: _a_name(site, spec))
     if config.removal:
         check_removal(spec, sites, config.removal)
-        branches = [_without_removed(branch, config, spec) for branch in branches]
-    made = [primitive for branch in branches for primitive in compile_branch(branch, spec)]
+        updates = [_without_removed(update, config, spec) for update in updates]
+    made = [primitive for update in updates for primitive in compile_low_rank(update, spec)]
     return (*made, *rows, *parts.primitives)
 
 
@@ -138,20 +138,22 @@ def _a_name(site: str, spec: BaseSpec) -> str:
     return PREFIX + site + (EMBEDDING_A_END if site == spec.embedding else A_END)
 
 
-def _branch(artifact: Artifact, config: LoraConfig, site: str, spec: BaseSpec, base_bias: Tensor | None) -> Branch:
+def _update(
+    artifact: Artifact, config: LoraConfig, site: str, spec: BaseSpec, base_bias: Tensor | None
+) -> LowRankUpdate:
     linear, rank, scale = spec.linears[site], config.rank(site), config.scale(site)
     size = [linear.out_features]
     a = expect_shape(artifact, PREFIX + site + A_END, [rank, linear.in_features])
     b = expect_shape(artifact, PREFIX + site + B_END, [*size, rank])
     bias = expect_shape(artifact, PREFIX + site + BIAS_END, size).float() * scale if config.lora_bias else None
     magnitude = expect_shape(artifact, PREFIX + site + MAGNITUDE_END, size) if config.use_dora else None
-    return Branch(site, a.float(), finite(b.float() * scale, PREFIX + site + B_END), magnitude, bias, base_bias)
+    return LowRankUpdate(site, a.float(), finite(b.float() * scale, PREFIX + site + B_END), magnitude, bias, base_bias)
 
 
-def _without_removed(branch: Branch, config: LoraConfig, spec: BaseSpec) -> Branch:
+def _without_removed(update: LowRankUpdate, config: LoraConfig, spec: BaseSpec) -> LowRankUpdate:
     """The branch, and less what its initialisation took off the base's weight: twice the rank."""
-    a, b = removed(spec, branch.site, config.removal, config.rank(branch.site), config.scale(branch.site))
-    return dataclasses.replace(branch, a=torch.cat([branch.a, a]), b=torch.cat([branch.b, -b], dim=1))
+    a, b = removed(spec, update.site, config.removal, config.rank(update.site), config.scale(update.site))
+    return dataclasses.replace(update, a=torch.cat([update.a, a]), b=torch.cat([update.b, -b], dim=1))
 
 
 def _read(config: dict[str, Any]) -> LoraConfig:

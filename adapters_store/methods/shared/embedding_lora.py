@@ -20,7 +20,7 @@ from adapters_store.primitives import Primitive
 A_END, B_END = ".lora_embedding_A", ".lora_embedding_B"
 
 
-def has_branch(artifact: Artifact, spec: BaseSpec) -> bool:
+def has_embedding_lora(artifact: Artifact, spec: BaseSpec) -> bool:
     """Whether there is a LoRA on the embedding."""
     return any(PREFIX + spec.embedding + end in artifact.tensors for end in (A_END, B_END))
 

@@ -44,11 +44,11 @@ class ExtrasConfig(Targets, kw_only=True):
 class ArtifactParts:
     """An artifact's tensors told apart.
 
-    `branches` has what is left for branches, at the linears `sites`; `biases` are the new biases of those that have
+    `low_rank` has what is left for branches, at the linears `sites`; `biases` are the new biases of those that have
     one; `primitives` is what all the rest compiles to.
     """
 
-    branches: Artifact
+    low_rank: Artifact
     sites: list[str]
     biases: dict[str, Tensor]
     primitives: list[Primitive]
@@ -64,10 +64,10 @@ def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends
         raise ArtifactError(f"{min(both)} is in modules_to_save and in {TOKENS}", TOKENS)
     made = _saved(taker, config, spec, saved) + _tokens(taker, config, spec, tokens)
     sites = [site for site in spec.linears if site not in saved and site not in tokens]
-    branches = {site for site in sites if any(taker.has(site + end) for end in ends)}
+    low_rank_sites = {site for site in sites if any(taker.has(site + end) for end in ends)}
     biases: dict[str, Tensor] = {}
-    for site, size in _biased(config, spec, branches):
-        if site in branches:
+    for site, size in _biased(config, spec, low_rank_sites):
+        if site in low_rank_sites:
             biases[site] = taker.take(f"{site}.base_layer.bias", [size])
         elif site not in saved:
             made += whole(spec, site, None, taker.take(f"{site}.bias", [size]))
@@ -150,10 +150,10 @@ def _tokens(taker: Taker, config: ExtrasConfig, spec: BaseSpec, tokens: dict[str
     return made
 
 
-def _biased(config: ExtrasConfig, spec: BaseSpec, branches: set[str]) -> Iterator[tuple[str, int]]:
+def _biased(config: ExtrasConfig, spec: BaseSpec, low_rank_sites: set[str]) -> Iterator[tuple[str, int]]:
     """Sites that have a new bias, and its size."""
     if config.bias != "none":
         linears = ((site, linear.out_features) for site, linear in spec.linears.items() if linear.has_bias)
-        yield from (found for found in linears if config.bias == "all" or found[0] in branches)
+        yield from (found for found in linears if config.bias == "all" or found[0] in low_rank_sites)
     if config.bias == "all":
         yield from ((site, norm.size) for site, norm in spec.norms.items() if norm.has_bias)

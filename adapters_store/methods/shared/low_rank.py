@@ -14,7 +14,7 @@ from adapters_store.primitives import Bias, LowRank, Primitive, Scale
 
 
 @dataclass(frozen=True)
-class Branch:
+class LowRankUpdate:
     """A [r, in] and B [out, r] with the scale folded in, and what the artifact has beside them, [out] each.
 
     `magnitude` is DoRA's (arXiv:2402.09353), `bias` is added by the branch, `base_bias` replaces the base's.
@@ -28,20 +28,20 @@ class Branch:
     base_bias: Tensor | None = None
 
 
-def compile_branch(branch: Branch, spec: BaseSpec) -> list[Primitive]:
+def compile_low_rank(update: LowRankUpdate, spec: BaseSpec) -> list[Primitive]:
     """`LowRank`, with a magnitude m also `Scale(v)`, v = m / |W + B A|, by rows, and `Bias` where one is needed.
 
     PEFT's DoRA answers v (W + B A) x + b, so the base's bias, which `Scale` scales too, is made good by the `Bias`.
     Raises `ArtifactError` where a number is not finite.
     """
-    site, v, b, made = branch.site, None, branch.b, list[Primitive]()
-    if branch.magnitude is not None:
-        v = finite(branch.magnitude.float() / _norms(branch, spec), f"{site}.lora_magnitude_vector")
+    site, v, b, made = update.site, None, update.b, list[Primitive]()
+    if update.magnitude is not None:
+        v = finite(update.magnitude.float() / _norms(update, spec), f"{site}.lora_magnitude_vector")
         b = finite(v[:, None] * b, f"{site}.lora_B")
         made.append(Scale(site, v))
-    if len(branch.a):  # AdaLoRA leaves some sites without a rank
-        made.append(LowRank(site, branch.a, b))
-    bias = _bias(branch, v, spec)
+    if len(update.a):  # AdaLoRA leaves some sites without a rank
+        made.append(LowRank(site, update.a, b))
+    bias = _bias(update, v, spec)
     return made if bias is None else [*made, Bias(site, finite(bias, f"{site}.bias"))]
 
 
@@ -51,19 +51,19 @@ def linear_weight(spec: BaseSpec, site: str) -> Tensor:
     return weight.T if spec.linears[site].is_transposed else weight
 
 
-def _norms(branch: Branch, spec: BaseSpec) -> Tensor:
-    norms: Tensor = torch.linalg.norm(linear_weight(spec, branch.site) + branch.b @ branch.a, dim=1)
+def _norms(update: LowRankUpdate, spec: BaseSpec) -> Tensor:
+    norms: Tensor = torch.linalg.norm(linear_weight(spec, update.site) + update.b @ update.a, dim=1)
     return norms
 
 
-def _bias(branch: Branch, v: Tensor | None, spec: BaseSpec) -> Tensor | None:
+def _bias(update: LowRankUpdate, v: Tensor | None, spec: BaseSpec) -> Tensor | None:
     """What makes v (W x + b) into v W x + b' + the branch's own; None where that is nothing."""
-    is_scaled = v is not None and spec.linears[branch.site].has_bias
-    if not is_scaled and branch.base_bias is None and branch.bias is None:
+    is_scaled = v is not None and spec.linears[update.site].has_bias
+    if not is_scaled and update.base_bias is None and update.bias is None:
         return None
-    change = torch.zeros(len(branch.b)) if branch.bias is None else branch.bias.float()
-    if is_scaled or branch.base_bias is not None:
-        base = base_weight(spec, f"{branch.site}.bias")
-        new = base if branch.base_bias is None else branch.base_bias.float()
+    change = torch.zeros(len(update.b)) if update.bias is None else update.bias.float()
+    if is_scaled or update.base_bias is not None:
+        base = base_weight(spec, f"{update.site}.bias")
+        new = base if update.base_bias is None else update.base_bias.float()
         change = change + new - (base if v is None else v * base)
     return change

@@ -11,4 +11,4 @@ Packer = Callable[[Tensor, Tensor | None], Product]  # weight [out, in], bias [o
 
 
 # The kinds of primitives, in the order in which they act.
-SCALE_IN, SCALE_OUT, DELTA, ROWS, BRANCH, BIAS = KINDS = range(6)
+SCALE_IN, SCALE_OUT, DELTA, ROWS, PROJECTION, BIAS = KINDS = range(6)

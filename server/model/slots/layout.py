@@ -33,7 +33,7 @@ from adapters_store.primitives import (
     Rows,
     Scale,
 )
-from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_IN, SCALE_OUT
+from server.model.backends.base import BIAS, DELTA, PROJECTION, ROWS, SCALE_IN, SCALE_OUT
 from server.model.backends.cpu import adapters as codes
 from server.model.precision import Kept
 
@@ -165,11 +165,11 @@ def _entry(primitive: Primitive) -> tuple[int, int, int]:
     """Kind, size, flags."""
     match primitive:
         case LowRank():
-            return BRANCH, primitive.rank, 0
+            return PROJECTION, primitive.rank, 0
         case Bottleneck():
             norms = codes.NORM_BEFORE * bool(primitive.norm_before) | codes.NORM_AFTER * bool(primitive.norm_after)
             activation = CODE_OF[primitive.activation]
-            return BRANCH, len(primitive.down), codes.IS_BIASED | activation | norms | SOURCES[primitive.of]
+            return PROJECTION, len(primitive.down), codes.IS_BIASED | activation | norms | SOURCES[primitive.of]
         case Scale(v=v, on=on):
             return SCALE_IN if on == "input" else SCALE_OUT, len(v), 0
         case Bias(b=b):
@@ -186,7 +186,7 @@ def view(packed: PackedPatch, sites: Sites, kind: int, site: int, entry: NDArray
     offset, size, flags = entry.tolist()
     name, (size_in, size_out) = sites.names[site], sites.widths[site]
     read = _Reader(packed, offset)
-    if kind == BRANCH:
+    if kind == PROJECTION:
         a, b = read.matrices((size, size_in), (size, size_out))
         return _bottleneck(name, a, b.T, flags, read) if flags else LowRank(name, a, b.T)
     if kind == DELTA:

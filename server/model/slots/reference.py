@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.primitives import Bottleneck, PrefixEmbeds, Primitive, Rows, Scale
-from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
+from server.model.backends.base import BIAS, DELTA, PROJECTION, ROWS, SCALE_OUT
 from server.model.row_adapters import RowAdapters, SiteGroup
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def update_reference(
     """Every update of rows that wear the same, those of the output last, `but` some that are made elsewhere."""
     late: list[tuple[Bottleneck, float]] = []
     for slot, weight in slot_weights:
-        for kind in (DELTA, ROWS, BIAS, BRANCH):
+        for kind in (DELTA, ROWS, BIAS, PROJECTION):
             primitive = adapter_slots.primitive(kind, site, slot)
             if isinstance(primitive, Bottleneck) and primitive.of == "output":
                 late.append((primitive, weight))

@@ -20,7 +20,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.primitives import Bias, Delta, LowRank, Patch, Prefix, PrefixEmbeds, Primitive, Rows, Scale
 from server.core import Row
 from server.model.backends import cpu
-from server.model.backends.base import BRANCH, KINDS, ROWS, SCALE_IN
+from server.model.backends.base import KINDS, PROJECTION, ROWS, SCALE_IN
 from server.model.backends.cpu import adapters
 from server.model.backends.torch_ops.adapters import Stacked
 from server.model.backends.torch_ops.copies import Copies
@@ -191,7 +191,7 @@ class AdapterSlots:
         return Acts(
             np.ascontiguousarray(acts.T),
             [tuple(mine) for mine in acts.T.tolist()],
-            int(sizes[BRANCH].max(initial=1)),
+            int(sizes[PROJECTION].max(initial=1)),
         )
 
     def _virtual(self, row: Row, first: int) -> Iterable[tuple[int, int, int, int]]:

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from server.model.backends.base import BIAS, BRANCH, DELTA, SCALE_IN, SCALE_OUT
+from server.model.backends.base import BIAS, DELTA, PROJECTION, SCALE_IN, SCALE_OUT
 from server.model.backends.cpu.product import at, multiply
 from server.model.backends.cpu.threads import FASTMATH
 from server.model.backends.cpu.vector import FLOATS, PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, view, widened
@@ -198,7 +198,7 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
                 if not is_late and table[BIAS, site, slot, SIZE] > 0:
                     bias = _view(addresses[slot] + table[BIAS, site, slot, OFFSET], size_out)
                     _add(rows, bias, weight, y_at, width)
-                rank, flags = table[BRANCH, site, slot, SIZE], table[BRANCH, site, slot, FLAGS]
+                rank, flags = table[PROJECTION, site, slot, SIZE], table[PROJECTION, site, slot, FLAGS]
                 if rank == 0 or (flags & OF_OUTPUT > 0) != (is_late > 0):
                     continue
                 h, h_stride, size_in = at(x) + 4 * first * x.shape[1], x.shape[1], x.shape[1]
@@ -206,7 +206,7 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
                     h, h_stride, size_in = y_at, width, size_out
                 elif flags & OF_STREAM:
                     h, h_stride, size_in = at(stream) + 4 * first * stream.shape[1], stream.shape[1], stream.shape[1]
-                address = addresses[slot] + table[BRANCH, site, slot, OFFSET]
+                address = addresses[slot] + table[PROJECTION, site, slot, OFFSET]
                 if flags:
                     _bottleneck(
                         rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, unit
@@ -224,9 +224,9 @@ def errands(size_in, group, row_adapters):
     for index in range(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
         for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
-            branch, size_out = table[BRANCH, sites[part], slots[adapter]], columns[part + 1] - columns[part]
-            out[count, 0] = addresses[slots[adapter]] + branch[OFFSET]
-            out[count, 1] = branch[SIZE] * (size_in + size_out) * unit.itemsize
+            projection, size_out = table[PROJECTION, sites[part], slots[adapter]], columns[part + 1] - columns[part]
+            out[count, 0] = addresses[slots[adapter]] + projection[OFFSET]
+            out[count, 1] = projection[SIZE] * (size_in + size_out) * unit.itemsize
             count += 1
     return out
 
@@ -307,7 +307,7 @@ def apply(x, stream, y, group, row_adapters):
     """
     number, sites, columns = group
     acts, table = row_adapters[5][number], row_adapters[4]
-    is_scaling, is_adding = acts[SCALE_OUT], acts[BRANCH] or acts[BIAS]
+    is_scaling, is_adding = acts[SCALE_OUT], acts[PROJECTION] or acts[BIAS]
     if acts[DELTA]:
         if is_scaling:
             _act(x, stream, y, columns, sites, True, False, row_adapters)

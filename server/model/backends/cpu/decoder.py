@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from server.model.backends.base import BRANCH, SCALE_IN
+from server.model.backends.base import PROJECTION, SCALE_IN
 from server.model.backends.cpu.adapters import apply, enter, errands
 from server.model.backends.cpu.attention import attend
 from server.model.backends.cpu.layers import add, gate, rms_norm
@@ -72,7 +72,7 @@ def _linear(x, linear, unit, row_adapters, threads):
     acts = row_adapters[5][group[0]]
     if acts[SCALE_IN]:
         return _site_by_site(x, linear, unit, row_adapters, threads)
-    wanted = errands(x.shape[1], group, row_adapters) if acts[BRANCH] else np.empty((0, 2), np.int64)
+    wanted = errands(x.shape[1], group, row_adapters) if acts[PROJECTION] else np.empty((0, 2), np.int64)
     out = _product(x, linear, 0, linear.panels, unit, threads, wanted)
     apply(x, x, out, group, row_adapters)
     return out

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store.primitives import Bias, LowRank, Primitive, Scale
-from server.model.backends.base import BIAS, BRANCH, DELTA, ROWS, SCALE_OUT
+from server.model.backends.base import BIAS, DELTA, PROJECTION, ROWS, SCALE_OUT
 from server.model.backends.torch_ops.copies import Copies
 from server.model.row_adapters import RowAdapters
 
@@ -143,8 +143,8 @@ class Stacked:
         return side.masks[columns, num_rows]
 
     def _stacks_of(self, sites: list[int]) -> Stacks:
-        a = [self._stack(BRANCH, site, LowRank, lambda primitive: primitive.a) for site in sites]
-        b = [self._stack(BRANCH, site, LowRank, lambda primitive: primitive.b.T) for site in sites]
+        a = [self._stack(PROJECTION, site, LowRank, lambda primitive: primitive.a) for site in sites]
+        b = [self._stack(PROJECTION, site, LowRank, lambda primitive: primitive.b.T) for site in sites]
         present = [stack for stack in a if stack is not None]
         columns = tuple(column for stack in present for column in stack.columns)
         return Stacks(
@@ -163,5 +163,5 @@ class Stacked:
         return Stack(torch.cat([part for _, part in parts]), tuple((number, len(part)) for number, part in parts))
 
     def _has_more(self, site: int) -> bool:
-        primitives = [self.find(kind, site, slot) for kind in (DELTA, ROWS, BRANCH) for slot in self._slots]
+        primitives = [self.find(kind, site, slot) for kind in (DELTA, ROWS, PROJECTION) for slot in self._slots]
         return any(primitive is not None and not isinstance(primitive, LowRank) for primitive in primitives)

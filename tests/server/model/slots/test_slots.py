@@ -11,7 +11,7 @@ from torch import Tensor
 from adapters_store.base.spec import BaseSpec, LinearSite
 from adapters_store.primitives import LowRank, Patch
 from server.core import Row, Sampling
-from server.model.backends.base import BRANCH
+from server.model.backends.base import PROJECTION
 from server.model.backends.cpu.adapters import errands
 from server.model.backends.torch_ops.copies import Copies
 from server.model.precision import Kept
@@ -78,9 +78,9 @@ def test_what_branches_read_is_known_before(kept: Kept) -> None:
     found = errands(SITES["a"][0], tuple(adapter_slots.group("a", "head")), adapter_slots.arrays(adapter_slots.tokens))
     wanted = []
     for site, slot in (("a", 1), ("head", 1), ("a", 0), ("a", 1), ("head", 0), ("head", 1)):
-        matrices = adapter_slots.primitive(BRANCH, adapter_slots.sites.index[site], slots[slot])
+        matrices = adapter_slots.primitive(PROJECTION, adapter_slots.sites.index[site], slots[slot])
         assert isinstance(matrices, LowRank)
-        offset = adapter_slots.table[BRANCH, adapter_slots.sites.index[site], slots[slot], 0]
+        offset = adapter_slots.table[PROJECTION, adapter_slots.sites.index[site], slots[slot], 0]
         num_bytes = kept.matrices.itemsize * (matrices.a.numel() + matrices.b.numel())
         wanted.append([adapter_slots.slots[slots[slot]].buffer.data_ptr() + offset, num_bytes])
     assert found.tolist() == wanted
