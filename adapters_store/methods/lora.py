@@ -24,7 +24,7 @@ from adapters_store.methods.shared.extras import ExtrasConfig, saved_sites, spli
 from adapters_store.methods.shared.init_residual import check_removal, removed
 from adapters_store.methods.shared.low_rank import LowRankUpdate, compile_low_rank
 from adapters_store.methods.shared.targets import by_pattern, check_alphas, check_ranks, check_targets
-from adapters_store.methods.shared.tensor_pool import Taker
+from adapters_store.methods.shared.tensor_pool import TensorPool
 from adapters_store.primitives import Primitive
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
@@ -96,10 +96,10 @@ class LoraConfig(ExtrasConfig, kw_only=True):
 
 def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """A low-rank branch a site, the scale folded into B once, in fp32, and what is beside. Raises `ArtifactError`."""
-    config, taker = _read(artifact.config), Taker(artifact)
+    config, pool = _read(artifact.config), TensorPool(artifact)
     at_embedding = [spec.embedding] if has_embedding_lora(artifact, spec) else []
-    rows = _rows(config, taker, spec) if at_embedding else []
-    parts = split_extras(taker.rest(), config, spec, *config.ends)
+    rows = _rows(config, pool, spec) if at_embedding else []
+    parts = split_extras(pool.remaining(), config, spec, *config.ends)
     is_alone = at_embedding and not parts.low_rank.tensors
     sites = {} if is_alone else by_site(parts.low_rank, config.ends, parts.sites, spec.name)
     updates = [_update(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
@@ -112,7 +112,7 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     return (*made, *rows, *parts.primitives)
 
 
-def _rows(config: LoraConfig, taker: Taker, spec: BaseSpec) -> list[Primitive]:
+def _rows(config: LoraConfig, pool: TensorPool, spec: BaseSpec) -> list[Primitive]:
     """A LoRA on the embedding, where nothing else is done there."""
     extras = {
         "ensure_weight_tying": config.ensure_weight_tying,
@@ -125,7 +125,7 @@ def _rows(config: LoraConfig, taker: Taker, spec: BaseSpec) -> list[Primitive]:
     for key, is_used in extras.items():
         if is_used:
             raise MethodUnsupportedError(f"LoRA on the embedding is not served beside {key}: {spec.embedding}", key)
-    return compile_embedding(taker, spec, config.rank(spec.embedding), config.scale(spec.embedding))
+    return compile_embedding(pool, spec, config.rank(spec.embedding), config.scale(spec.embedding))
 
 
 def _embedding(config: LoraConfig, spec: BaseSpec) -> list[str]:

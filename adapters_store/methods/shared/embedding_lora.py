@@ -13,7 +13,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.expect import PREFIX, finite
 from adapters_store.methods.shared.full_modules import parameters, whole_embedding
-from adapters_store.methods.shared.tensor_pool import Taker
+from adapters_store.methods.shared.tensor_pool import TensorPool
 from adapters_store.methods.shared.unused_tensors import settle
 from adapters_store.primitives import Primitive
 
@@ -25,22 +25,22 @@ def has_embedding_lora(artifact: Artifact, spec: BaseSpec) -> bool:
     return any(PREFIX + spec.embedding + end in artifact.tensors for end in (A_END, B_END))
 
 
-def compile_embedding(taker: Taker, spec: BaseSpec, rank: int, scale: float) -> list[Primitive]:
+def compile_embedding(pool: TensorPool, spec: BaseSpec, rank: int, scale: float) -> list[Primitive]:
     """`Rows` of the tokens whose embedding the branch changes. Raises `ArtifactError`."""
     site = spec.embedding
-    a = taker.take(site + A_END, [rank, spec.vocab_size]).float()
-    b = taker.take(site + B_END, [spec.embedding_size, rank]).float() * scale
+    a = pool.pop(site + A_END, [rank, spec.vocab_size]).float()
+    b = pool.pop(site + B_END, [spec.embedding_size, rank]).float() * scale
     return whole_embedding(spec, site, finite((b @ a).T + base_weight(spec, f"{site}.weight"), PREFIX + site + B_END))
 
 
-def drop_copies(taker: Taker, spec: BaseSpec) -> None:
+def drop_copies(pool: TensorPool, spec: BaseSpec) -> None:
     """Take the embedding and head that PEFT saved along. Raises `ArtifactError` where they are not the base's."""
     for site in filter(None, (spec.embedding, spec.head)):
         for end, shape in parameters(spec, site).items():
             for name in (f"{site}.base_layer.{end}", f"{site}.{end}"):
-                if not taker.has(name):
+                if not pool.has(name):
                     continue
-                copy = taker.take(name, shape)
+                copy = pool.pop(name, shape)
                 if not _is_equal(copy, base_weight(spec, f"{site}.{end}")):
                     raise ArtifactError(
                         f"{PREFIX}{name} is not as {spec.name} has it, and modules_to_save does not name it: "

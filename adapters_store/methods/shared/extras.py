@@ -21,7 +21,7 @@ from adapters_store.methods.shared.embedding_lora import drop_copies
 from adapters_store.methods.shared.expect import PREFIX
 from adapters_store.methods.shared.full_modules import parameters, whole
 from adapters_store.methods.shared.targets import MAX_PATTERNS, Targets
-from adapters_store.methods.shared.tensor_pool import Taker
+from adapters_store.methods.shared.tensor_pool import TensorPool
 from adapters_store.methods.shared.unused_tensors import settle
 from adapters_store.methods.trainable_tokens import row_width, token_ids, token_rows
 from adapters_store.primitives import Primitive
@@ -59,20 +59,20 @@ def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends
 
     Raises `ArtifactError` where a tensor is missing or does not fit.
     """
-    taker, saved, tokens = Taker(artifact), saved_sites(config, spec), _token_sites(config, spec)
+    pool, saved, tokens = TensorPool(artifact), saved_sites(config, spec), _token_sites(config, spec)
     if both := tokens.keys() & saved.keys():
         raise ArtifactError(f"{min(both)} is in modules_to_save and in {TOKENS}", TOKENS)
-    made = _saved(taker, config, spec, saved) + _tokens(taker, config, spec, tokens)
+    made = _saved(pool, config, spec, saved) + _tokens(pool, config, spec, tokens)
     sites = [site for site in spec.linears if site not in saved and site not in tokens]
-    low_rank_sites = {site for site in sites if any(taker.has(site + end) for end in ends)}
+    low_rank_sites = {site for site in sites if any(pool.has(site + end) for end in ends)}
     biases: dict[str, Tensor] = {}
     for site, size in _biased(config, spec, low_rank_sites):
         if site in low_rank_sites:
-            biases[site] = taker.take(f"{site}.base_layer.bias", [size])
+            biases[site] = pool.pop(f"{site}.base_layer.bias", [size])
         elif site not in saved:
-            made += whole(spec, site, None, taker.take(f"{site}.bias", [size]))
-    drop_copies(taker, spec)
-    return ArtifactParts(taker.rest(), sites, biases, made)
+            made += whole(spec, site, None, pool.pop(f"{site}.bias", [size]))
+    drop_copies(pool, spec)
+    return ArtifactParts(pool.remaining(), sites, biases, made)
 
 
 def saved_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, str]:
@@ -103,17 +103,17 @@ def _is_saved_tied(config: ExtrasConfig, spec: BaseSpec) -> bool:
     return config.ensure_weight_tying and spec.is_tied and not ends.isdisjoint(TIED_NAMES)
 
 
-def _saved(taker: Taker, config: ExtrasConfig, spec: BaseSpec, saved: dict[str, str]) -> list[Primitive]:
+def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[str, str]) -> list[Primitive]:
     made: list[Primitive] = []
     weights: dict[str, Tensor] = {}
     for site, module in saved.items():
-        found = {name: taker.take(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
+        found = {name: pool.pop(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
         weights[site] = found["weight"]
         made += whole(spec, site, found["weight"], found.get("bias"))
         if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
             inner, size = site.removeprefix(module), list(found["bias"].shape)
             for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
-                settle(taker.take(f"{module}.{copy}{inner}.bias", size))
+                settle(pool.pop(f"{module}.{copy}{inner}.bias", size))
     if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
         name, other = f"{PREFIX}{spec.embedding}.weight", f"{PREFIX}{spec.head}.weight"
         raise ArtifactError(f"{other} differs from {name}, but ensure_weight_tying ties them", other)
@@ -134,7 +134,7 @@ def _token_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, list[int]]:
     return found
 
 
-def _tokens(taker: Taker, config: ExtrasConfig, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
+def _tokens(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
     """As in PEFT, a tied head has the embedding's new rows, unless it has other tokens of its own."""
     is_mixed = spec.head in tokens and tokens[spec.head] != tokens.get(spec.embedding)
     if spec.is_tied and is_mixed and spec.embedding in tokens and config.ensure_weight_tying:
@@ -145,7 +145,7 @@ def _tokens(taker: Taker, config: ExtrasConfig, spec: BaseSpec, tokens: dict[str
         if is_tied and site == spec.head:
             continue
         ids, order = token_ids(indices, spec, TOKENS)
-        rows = taker.take(site + TOKENS_END, [len(ids), row_width(spec, site)]).float()[order]
+        rows = pool.pop(site + TOKENS_END, [len(ids), row_width(spec, site)]).float()[order]
         made += token_rows(spec, site, ids, rows, is_tied)
     return made
 

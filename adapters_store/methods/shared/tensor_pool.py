@@ -10,22 +10,22 @@ from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.expect import PREFIX, expect_shape
 
 
-class Taker:
+class TensorPool:
     """Takes tensors out of an artifact by their names without PEFT's prefix."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact, self._taken = artifact, set[str]()
+        self._artifact, self._popped = artifact, set[str]()
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor that was not taken yet."""
-        return PREFIX + name in self._artifact.tensors and PREFIX + name not in self._taken
+        return PREFIX + name in self._artifact.tensors and PREFIX + name not in self._popped
 
-    def take(self, name: str, shape: list[int]) -> Tensor:
+    def pop(self, name: str, shape: list[int]) -> Tensor:
         """The tensor. Raises `ArtifactError` where it is missing or has another shape."""
-        self._taken.add(PREFIX + name)
+        self._popped.add(PREFIX + name)
         return expect_shape(self._artifact, PREFIX + name, shape)
 
-    def rest(self) -> Artifact:
+    def remaining(self) -> Artifact:
         """The artifact with what was not taken."""
-        left = {name: tensor for name, tensor in self._artifact.tensors.items() if name not in self._taken}
+        left = {name: tensor for name, tensor in self._artifact.tensors.items() if name not in self._popped}
         return dataclasses.replace(self._artifact, tensors=left)
