@@ -23,7 +23,7 @@ from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBa
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.bottleneck import MAX_SIZE, Names, Of, Place, feed_forward, form_of, make
 from adapters_store.methods.shared.config import read_config
-from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Bottleneck
 
 # The model types whose code in `adapters` computes what the formulas say, with their architectures' names.
@@ -201,5 +201,5 @@ def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not torch.equal(kept.setdefault(written, tensor), tensor):
             raise ArtifactError(f"{name} is not equal to its other name's, {written}", name)
         if kept[written] is not tensor:
-            settle(tensor)
+            mark_redundant(tensor)
     return kept

@@ -16,7 +16,7 @@ from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
 from adapters_store.methods.shared.targets import Targets, check_targets
-from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Bias, Primitive, Rows
 
 END = ".trainable_tokens_delta"
@@ -93,4 +93,4 @@ def _check_tied(artifact: Artifact, spec: BaseSpec) -> None:
         return
     if not torch.equal(tensors[name], tensors[other]):
         raise ArtifactError(f"{other} differs from {name}, but {spec.name} ties its head to its embedding", other)
-    settle(tensors[other])
+    mark_redundant(tensors[other])

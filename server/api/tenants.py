@@ -140,7 +140,7 @@ async def usage(request: Request, tenant: TenantQuery = None) -> Response:
     """What tenants used, by task and version (0: the base); to a tenant's key its own."""
     state = state_of(request)
     chosen = _chosen(request, tenant)
-    await state.usage.settle(state.registry)
+    await state.usage.wait_until_durable(state.registry)
     found = await asyncio.to_thread(state.registry.usages, chosen)
     rows = [{"tenant": name} | msgspec.to_builtins(one) for name, many in found.items() for one in many]
     return JSONResponse({"usage": rows})

@@ -61,7 +61,7 @@ def load_base(folder: Path, name: str, precision: str, device: str) -> Instrumen
     try:
         with torch.inference_mode():
             base = _instrument(model, spec, precision, device)
-            _settle(model)
+            _release_files(model)
             return base
     except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         raise UnsupportedBaseError(
@@ -128,7 +128,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     return InstrumentedBase(model, spec, adapter_slots, hooks, precision, device, _eos_token_ids(model), compute)
 
 
-def _settle(model: nn.Module) -> None:
+def _release_files(model: nn.Module) -> None:
     """Leave nothing mapped of the base's files, which others can change, and give back what packing freed."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":

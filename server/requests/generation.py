@@ -89,7 +89,9 @@ async def _pieces(state: ServerState, job: GenerationJob, answer: Answer) -> Asy
             if status is not None:
                 close_books(state, job, answer, status)
             await state.delete_if_unreferenced(resolved.digests)
-    await state.usage.settle(state.registry)  # what is answered whole is paid for, also if the next moment is the last
+    await state.usage.wait_until_durable(
+        state.registry
+    )  # what is answered whole is paid for, also if the next moment is the last
 
 
 async def _merged(state: ServerState, job: GenerationJob, answer: Answer) -> AsyncIterator[Piece]:

@@ -33,7 +33,7 @@ class UsageBuffer:
     """Counts at once, writes in one transaction: at the end of an answer, and what still runs once a second."""
 
     def __init__(self) -> None:
-        self._lock, self._turn = threading.Lock(), asyncio.Lock()
+        self._lock, self._flush_lock = threading.Lock(), asyncio.Lock()
         self._counts: dict[UsageKey, list[int]] = {}
         self._open: dict[int, Bill] = {}
 
@@ -49,10 +49,10 @@ class UsageBuffer:
                 del self._open[id(bill)]
                 self._count(bill)
 
-    async def settle(self, registry: Registry) -> None:
+    async def wait_until_durable(self, registry: Registry) -> None:
         """Return when all that was counted before is durable. Those who come meanwhile are written together."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S), self._turn:
+            async with asyncio.timeout(PATIENCE_S), self._flush_lock:
                 if self._counts:
                     await asyncio.to_thread(self.flush, registry)
 
@@ -76,7 +76,7 @@ class UsageBuffer:
         """Flush once a second until cancelled."""
         while True:
             await asyncio.sleep(EVERY_S)
-            async with self._turn:
+            async with self._flush_lock:
                 await asyncio.to_thread(self.flush, registry)
 
     def _count(self, bill: Bill) -> None:

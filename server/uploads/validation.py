@@ -25,7 +25,7 @@ from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ParityEr
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.format.manifest import ParityCase
 from adapters_store.methods.compile import Room, compile_patch
-from adapters_store.methods.shared.unused_tensors import idle_tensors, tracked
+from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from adapters_store.registry.registry import Facts
 from server.core import AdapterRef, EngineFailure, Logprobs, Sampling
@@ -116,13 +116,11 @@ def check_folder(ready: Ready, folder: Path) -> tuple[Artifact, Patch, list[Chec
 
 
 def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, list[Check]]:
-    followed = tracked(artifact)
+    traced = with_grad_tracking(artifact)
     with torch.enable_grad():
-        patch = compile_patch(
-            followed, ready.spec, Room(ready.max_adapter_bytes, ready.item_bytes, ready.largest_value)
-        )
-    if idle := idle_tensors(followed, patch):
-        raise ArtifactError(f"the tensor {idle[0]} would act nowhere in {ready.spec.name}", idle[0])
+        patch = compile_patch(traced, ready.spec, Room(ready.max_adapter_bytes, ready.item_bytes, ready.largest_value))
+    if unused := unused_tensors(traced, patch):
+        raise ArtifactError(f"the tensor {unused[0]} would act nowhere in {ready.spec.name}", unused[0])
     _check_virtual(patch, ready)
     count, is_named = len(artifact.tensors), artifact.manifest is not None
     checks: dict[str, tuple[float | str, str]] = {
@@ -134,14 +132,14 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
             f"identity {ready.spec.identity[:12]} matches" if is_named else "no manifest: shapes alone tell",
         ),
         "shapes": (len(patch.primitives), f"{len(patch.primitives)} primitives for {ready.spec.name}"),
-        "applied": (count, _applied(followed, patch)),
+        "applied": (count, _applied(traced, patch)),
     }
     return artifact, patch, [_check(name, figure, said) for name, (figure, said) in checks.items()]
 
 
-def _applied(followed: Artifact, patch: Patch) -> str:
+def _applied(traced: Artifact, patch: Patch) -> str:
     """None is idle: those that left no trace are settled."""
-    count, acting = len(followed.tensors), sum(tensor.requires_grad for tensor in followed.tensors.values())
+    count, acting = len(traced.tensors), sum(tensor.requires_grad for tensor in traced.tensors.values())
     repeats = ", the others repeat the base or one another" if acting < count else ""
     return f"{acting} of {count} tensors act in {len(patch.primitives)} primitives{repeats}"
 

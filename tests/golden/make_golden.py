@@ -32,10 +32,10 @@ PACKAGES = ("torch", "transformers", "peft")
 
 def load(folder: Path) -> Any:
     """The stock model in fp32, told to ignore end tokens."""
-    return settle(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    return finalize(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
-def settle(model: Any) -> Any:
+def finalize(model: Any) -> Any:
     """A model that answers to the last token that is asked for."""
     model.eval()
     model.generation_config.eos_token_id = None
@@ -98,9 +98,9 @@ def make(base: Path, adapters: dict[str, Any], strength: float, texts: list[str]
 def oracle(base: Path, folder: Path, family: str) -> Any:
     """What an artifact's own library makes of it."""
     if family.startswith("bottleneck"):
-        return settle(bottleneck.adapted(base, folder))
+        return finalize(bottleneck.adapted(base, folder))
     if family.startswith(("selective", "bitfit")):
-        return settle(selective.trained(base, folder))
+        return finalize(selective.trained(base, folder))
     return PeftModel.from_pretrained(load(base), folder).eval()
 
 

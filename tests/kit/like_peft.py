@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared import config
-from adapters_store.methods.shared.unused_tensors import idle_tensors, tracked
+from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from tests.kit import reference
 from tests.kit.forge import spec_of
@@ -29,9 +29,9 @@ def assert_answers_as_peft(base: Path, folder: Path, **inputs: Tensor) -> Patch:
 
     No tensor is idle: the door would refuse it. `inputs` are what PEFT's model must be told beside the tokens.
     """
-    followed = tracked(read_folder(folder))
+    followed = with_grad_tracking(read_folder(folder))
     with torch.enable_grad():
-        assert idle_tensors(followed, compile_patch(followed, spec_of(base))) == []
+        assert unused_tensors(followed, compile_patch(followed, spec_of(base))) == []
     patch = compile_patch(read_folder(folder), spec_of(base))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     ours, plain = reference.logits(model, [(patch, 1.0)], TOKENS), reference.logits(model, [], TOKENS)

@@ -88,9 +88,9 @@ class AdaLoraAdapter(PeftAdapter):
             setattr(self.model.base_model.rankallocator, name, state[name])
 
     @torch.no_grad()
-    def settle(self, dtype: torch.dtype) -> None:
+    def finalize(self, dtype: torch.dtype) -> None:
         """Values that were not kept are nothing."""
         if self.peft_config.rank_pattern:
             allocator = self.model.base_model.rankallocator
             allocator.mask_using_rank_pattern(self.model.base_model.model, self.peft_config.rank_pattern)
-        super().settle(dtype)
+        super().finalize(dtype)

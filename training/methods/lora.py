@@ -88,7 +88,7 @@ class ResidualLoraAdapter(PeftAdapter):
         self._begun = {name: tensor.clone() for name, tensor in super().tensors().items()}
 
     @torch.no_grad()
-    def settle(self, dtype: torch.dtype) -> None:
+    def finalize(self, dtype: torch.dtype) -> None:
         """What rounding changes of B0 A0, the base's weights get back."""
         for name in [name for name in self._begun if name.endswith(A_END)]:
             site = name.removesuffix(A_END)

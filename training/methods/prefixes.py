@@ -47,7 +47,7 @@ class CartridgeAdapter(PrefixAdapter):
     """PEFT keeps its frozen and its trained tokens apart."""
 
     @torch.no_grad()
-    def settle(self, dtype: torch.dtype) -> None:
+    def finalize(self, dtype: torch.dtype) -> None:
         """Round both."""
         self.model.prompt_encoder[NAME].load_prompt_embeddings(self.tensors()[EMBEDDINGS].to(dtype).float())
 

@@ -62,7 +62,7 @@ class PromptAdapter(PeftAdapter):
     """A hat of virtual tokens. What its encoder says when training ends is what is stored."""
 
     @torch.no_grad()
-    def settle(self, dtype: torch.dtype) -> None:
+    def finalize(self, dtype: torch.dtype) -> None:
         """Put the rounded embeddings in the encoder's place."""
         embeds = self.model.get_prompt_embedding_to_save(NAME).to(dtype).float()
         encoder, device = self.model.prompt_encoder[NAME], self.model.device

@@ -51,7 +51,7 @@ class TrainableAdapter:
         """Take a `state` back."""
 
     @torch.no_grad()
-    def settle(self, dtype: torch.dtype) -> None:
+    def finalize(self, dtype: torch.dtype) -> None:
         """Become what is stored: training is over, and every stored number is one of `dtype`."""
         for tensor in (*self.trained(), *self.tensors().values()):
             tensor.copy_(tensor.to(dtype).to(tensor.dtype))
@@ -96,11 +96,11 @@ def put_on(base: Base, config: Any) -> Any:
             model = get_peft_model(base.model, config)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise OptionError(f"PEFT refuses the options of {config.peft_type.value.lower()}: {error}") from error
-    settled = model.peft_config[NAME]
-    settled.base_model_name_or_path = base.name  # as the user says it, not a path in a cache
+    stored_config = model.peft_config[NAME]
+    stored_config.base_model_name_or_path = base.name  # as the user says it, not a path in a cache
     for key in ("target_modules", "feedforward_modules", "exclude_modules"):
-        if isinstance(getattr(settled, key, None), set):
-            setattr(settled, key, sorted(getattr(settled, key)))
+        if isinstance(getattr(stored_config, key, None), set):
+            setattr(stored_config, key, sorted(getattr(stored_config, key)))
     return model
 
 

@@ -143,7 +143,7 @@ def finish(ready: PreparedJob, run: Run, show: Show, processes: Processes) -> Do
     ready.log.remove()
     memory = (ready.memory.base, ready.memory.peak())
     training = manifest.of_run(job, ready.options, rows, run, memory, processes.size)
-    adapter.settle(DTYPES[job.save_dtype])
+    adapter.finalize(DTYPES[job.save_dtype])
     after = score(adapter.model, ready.suite, show, "scoring the adapter")
     written = Manifest(
         format_version=FORMAT_VERSION,

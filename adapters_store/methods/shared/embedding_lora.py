@@ -14,7 +14,7 @@ from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.expect import PREFIX, finite
 from adapters_store.methods.shared.full_modules import parameters, whole_embedding
 from adapters_store.methods.shared.tensor_pool import TensorPool
-from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Primitive
 
 A_END, B_END = ".lora_embedding_A", ".lora_embedding_B"
@@ -47,7 +47,7 @@ def drop_copies(pool: TensorPool, spec: BaseSpec) -> None:
                         "the artifact was trained on a base with another embedding or head",
                         PREFIX + name,
                     )
-                settle(copy)
+                mark_redundant(copy)
 
 
 def _is_equal(copy: Tensor, weight: Tensor) -> bool:

@@ -22,7 +22,7 @@ from adapters_store.methods.shared.expect import PREFIX
 from adapters_store.methods.shared.full_modules import parameters, whole
 from adapters_store.methods.shared.targets import MAX_PATTERNS, Targets
 from adapters_store.methods.shared.tensor_pool import TensorPool
-from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.methods.trainable_tokens import row_width, token_ids, token_rows
 from adapters_store.primitives import Primitive
 
@@ -113,7 +113,7 @@ def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[s
         if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
             inner, size = site.removeprefix(module), list(found["bias"].shape)
             for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
-                settle(pool.pop(f"{module}.{copy}{inner}.bias", size))
+                mark_redundant(pool.pop(f"{module}.{copy}{inner}.bias", size))
     if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
         name, other = f"{PREFIX}{spec.embedding}.weight", f"{PREFIX}{spec.head}.weight"
         raise ArtifactError(f"{other} differs from {name}, but ensure_weight_tying ties them", other)

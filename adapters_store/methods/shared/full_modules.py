@@ -13,7 +13,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.base.weights import base_weight
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
 from adapters_store.methods.shared.expect import finite
-from adapters_store.methods.shared.unused_tensors import settle
+from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Bias, Delta, Primitive, Rows, Scale
 
 
@@ -39,9 +39,9 @@ def whole(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None)
         made = [] if weight is None else whole_embedding(spec, site, weight)
     kinds = {type(primitive) for primitive in made}
     if weight is not None and kinds <= {Bias}:  # it is the base's, and so answers right
-        settle(weight)
+        mark_redundant(weight)
     if bias is not None and Bias not in kinds:
-        settle(bias)
+        mark_redundant(bias)
     return made
 
 

@@ -12,18 +12,18 @@ from adapters_store.format.folder import Artifact
 from adapters_store.primitives import Patch
 
 
-def tracked(artifact: Artifact) -> Artifact:
+def with_grad_tracking(artifact: Artifact) -> Artifact:
     """The same artifact, with tensors that leave a trace in all that is computed of them where gradients are on."""
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in artifact.tensors.items()}
     return dataclasses.replace(artifact, tensors=tensors)
 
 
-def settle(tensor: Tensor) -> None:
+def mark_redundant(tensor: Tensor) -> None:
     """Say of an artifact's tensor that it repeats the base or another, or is not read by PEFT: it need not act."""
     tensor.requires_grad_(False)
 
 
-def idle_tensors(artifact: Artifact, patch: Patch) -> list[str]:
+def unused_tensors(artifact: Artifact, patch: Patch) -> list[str]:
     """The names of a tracked artifact's tensors that neither act in its patch nor are settled. An empty one cannot."""
     reached = _leaves(tensor for primitive in patch.primitives for tensor in _tensors(primitive))
     left = {name: tensor for name, tensor in artifact.tensors.items() if tensor.requires_grad and tensor.numel()}

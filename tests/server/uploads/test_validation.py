@@ -17,7 +17,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import MANIFEST, WEIGHTS, read_folder
 from adapters_store.format.manifest import ParityCase
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.shared.unused_tensors import idle_tensors, tracked
+from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from server.core import EngineFailure, Logprobs
 from server.uploads import parity, validation
@@ -194,11 +194,11 @@ def test_the_coarser_of_base_and_adapter_decides(precision: str, dtype: torch.dt
 @pytest.mark.parametrize("family", [*FAMILIES, *FAMILIES_OF_BIASED])
 def test_every_tensor_acts(biased_base: Path, artifact: Callable[[str, int], Path], family: str) -> None:
     """Of every family, each tensor that an artifact carries acts in a primitive; an empty patch leaves all idle."""
-    followed = tracked(read_folder(artifact(family, 0)))
+    followed = with_grad_tracking(read_folder(artifact(family, 0)))
     with torch.enable_grad():
         patch = compile_patch(followed, spec_of(biased_base))
-    assert idle_tensors(followed, patch) == []
-    assert idle_tensors(followed, Patch("", "", ())) == [name for name, t in followed.tensors.items() if t.numel()]
+    assert unused_tensors(followed, patch) == []
+    assert unused_tensors(followed, Patch("", "", ())) == [name for name, t in followed.tensors.items() if t.numel()]
 
 
 def test_what_repeats_the_base_is_counted_apart(tiny_base: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_part_of_the_weights_is_written_as_plain_lora(
     with torch.no_grad():
         for parameter in adapter.trained():
             parameter += 0.05 * torch.randn(parameter.shape)
-    adapter.settle(dtype)
+    adapter.finalize(dtype)
     config, tensors = adapter.config(), adapter.tensors()
     assert (config["r"], config["init_lora_weights"]) == (4, True)
     model = load_base(str(biased_base), "cpu", None, lambda _message: None).model

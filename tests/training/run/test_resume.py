@@ -65,7 +65,7 @@ def test_every_method_goes_on_as_if_never_broken(name: str, biased_base: Path, t
     assert going_on.run().kept_step == run.kept_step
     assert [step.loss for step in going_on.steps] == [step.loss for step in unbroken.steps]
     for adapter in (whole, resumed):
-        adapter.settle(torch.float32)
+        adapter.finalize(torch.float32)
     assert resumed.config() == whole.config()
     ours, theirs = resumed.tensors(), whole.tensors()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
