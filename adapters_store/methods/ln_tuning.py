@@ -9,7 +9,7 @@ from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_exactly
 from adapters_store.methods.shared.extras import ExtrasConfig, saved_sites, split_extras
-from adapters_store.methods.shared.full_modules import changed, parameters, whole
+from adapters_store.methods.shared.full_modules import parameters, replace_module, require_changes
 from adapters_store.methods.shared.targets import check_targets
 from adapters_store.primitives import Primitive
 
@@ -40,8 +40,8 @@ def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
     expect_exactly(parts.low_rank, {_name(site, name): shapes[site][name] for site in found for name in shapes[site]})
     made = parts.primitives
     for site in found:
-        made += whole(spec, site, *(artifact.tensors.get(_name(site, name)) for name in ("weight", "bias")))
-    return changed(made, spec)
+        made += replace_module(spec, site, *(artifact.tensors.get(_name(site, name)) for name in ("weight", "bias")))
+    return require_changes(made, spec)
 
 
 def _name(site: str, name: str) -> str:

@@ -17,7 +17,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.expect import PREFIX, expect_exactly
-from adapters_store.methods.shared.full_modules import changed, parameters, whole
+from adapters_store.methods.shared.full_modules import parameters, replace_module, require_changes
 from adapters_store.primitives import Primitive, Rows
 
 
@@ -38,7 +38,7 @@ def compile_selective(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
         if name.removeprefix(PREFIX) not in known or not name.startswith(PREFIX):
             raise ArtifactError(f"the tensor {name} has no site in {spec.name}: {_WHERE}", name)
     expect_exactly(artifact, {PREFIX + name: known[name] for name in _named(config.parameters, known, spec)})
-    return changed([primitive for site in _sites(spec) for primitive in _whole(artifact, spec, site)], spec)
+    return require_changes([primitive for site in _sites(spec) for primitive in _whole(artifact, spec, site)], spec)
 
 
 _WHERE = "only the parameters of linears, norms and the embedding are served"
@@ -46,7 +46,7 @@ _WHERE = "only the parameters of linears, norms and the embedding are served"
 
 def _whole(artifact: Artifact, spec: BaseSpec, site: str) -> Iterator[Primitive]:
     weight, bias = (artifact.tensors.get(f"{PREFIX}{site}.{name}") for name in ("weight", "bias"))
-    for primitive in whole(spec, site, weight, bias):
+    for primitive in replace_module(spec, site, weight, bias):
         yield primitive
         if isinstance(primitive, Rows) and spec.is_tied:
             yield Rows(spec.head, primitive.ids, primitive.de / spec.embedding_scale)

@@ -32,7 +32,7 @@ from adapters_store.registry.database import (
     usage,
     versions,
 )
-from adapters_store.registry.routes import WHOLE, Route, current_route, roll_back, route_of, set_route
+from adapters_store.registry.routes import FULL_ROUTE, Route, current_route, roll_back, route_of, set_route
 from adapters_store.registry.tenants import DEFAULT_TENANT, check_quota
 
 __all__ = ["DEFAULT_TENANT", "Facts", "Registry", "Task", "Usage", "Version"]
@@ -158,7 +158,7 @@ class Registry:
             if validated is not None:
                 connection.execute(_set_validated(facts.digest, validated))
             if activate:
-                set_route(connection, task_id, Route({version.number: WHOLE}))
+                set_route(connection, task_id, Route({version.number: FULL_ROUTE}))
             return version, is_new
 
     def resolve(self, tenant: str, task: str, version: int | None = None, user: str | None = None) -> Version:
@@ -168,7 +168,7 @@ class Registry:
         """
         with self._read() as connection:
             task_id = self._task_id(connection, tenant, task)
-            route = Route({version: WHOLE}) if version is not None else current_route(connection, task_id)
+            route = Route({version: FULL_ROUTE}) if version is not None else current_route(connection, task_id)
             number = route.choose(route.place(tenant, task, user))
             if number is None:
                 raise AbsentError(f"task {task} has no version in its route: name a version, or route to one")

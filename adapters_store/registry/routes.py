@@ -18,7 +18,7 @@ from adapters_store.errors import AbsentError, NoEarlierRouteError
 from adapters_store.registry import audit
 from adapters_store.registry.database import routes, tasks, versions
 
-WHOLE = 100.0  # the weight of a version that is the whole route
+FULL_ROUTE = 100.0  # the weight of a version that is the whole route
 MAX_HISTORY = 100  # routes of a task that are kept
 STICKY_BY_USER = "user"
 RESOLUTION = 2**53  # of a place on the line

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
-from training.methods.lora import check_rank, whole
+from training.methods.lora import check_rank, int_if_whole
 from training.methods.targets import where
 from training.methods.trainable import PeftAdapter, put_on
 
@@ -41,7 +41,7 @@ def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) 
     config = AdaLoraConfig(
         init_r=options.init_r,
         target_r=options.target_r,
-        lora_alpha=whole(options.alpha),
+        lora_alpha=int_if_whole(options.alpha),
         lora_dropout=options.dropout,
         total_step=1,  # until the plan is known
         task_type="CAUSAL_LM",

@@ -58,7 +58,7 @@ def lora_config(options: LoraOptions | KinOptions, base: Base, **more: Any) -> A
     check_rank(options.r)
     return LoraConfig(
         r=options.r,
-        lora_alpha=whole(options.alpha),
+        lora_alpha=int_if_whole(options.alpha),
         lora_dropout=options.dropout,
         task_type="CAUSAL_LM",
         **where(options.target_modules, options.layers, base),
@@ -72,7 +72,7 @@ def check_rank(rank: int) -> None:
         raise OptionError(f"--r must be at least 1, not {rank}.")
 
 
-def whole(number: float) -> float:
+def int_if_whole(number: float) -> float:
     """A number as PEFT's own configs have it: an int where it is one."""
     return int(number) if number == int(number) else number
 

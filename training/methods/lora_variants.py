@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from training.base import Base
 from training.data.dataset import TokenizedRow
-from training.methods.lora import check_rank, whole
+from training.methods.lora import check_rank, int_if_whole
 from training.methods.targets import where
 from training.methods.trainable import PeftAdapter, put_on
 
@@ -71,7 +71,7 @@ def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[TokenizedRow], 
     import peft
 
     check_rank(options.r)
-    alpha, place = whole(options.alpha), where(options.target_modules, options.layers, base)
+    alpha, place = int_if_whole(options.alpha), where(options.target_modules, options.layers, base)
     config = getattr(peft, kind)(r=options.r, alpha=alpha, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
     return PeftAdapter(put_on(base, config))
 

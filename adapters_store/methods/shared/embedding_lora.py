@@ -12,7 +12,7 @@ from adapters_store.base.weights import base_weight
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.expect import PREFIX, finite
-from adapters_store.methods.shared.full_modules import parameters, whole_embedding
+from adapters_store.methods.shared.full_modules import parameters, replace_embedding
 from adapters_store.methods.shared.tensor_pool import TensorPool
 from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Primitive
@@ -30,7 +30,7 @@ def compile_embedding(pool: TensorPool, spec: BaseSpec, rank: int, scale: float)
     site = spec.embedding
     a = pool.pop(site + A_END, [rank, spec.vocab_size]).float()
     b = pool.pop(site + B_END, [spec.embedding_size, rank]).float() * scale
-    return whole_embedding(spec, site, finite((b @ a).T + base_weight(spec, f"{site}.weight"), PREFIX + site + B_END))
+    return replace_embedding(spec, site, finite((b @ a).T + base_weight(spec, f"{site}.weight"), PREFIX + site + B_END))
 
 
 def drop_copies(pool: TensorPool, spec: BaseSpec) -> None:

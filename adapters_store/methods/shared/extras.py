@@ -19,7 +19,7 @@ from adapters_store.errors import ArtifactError, MethodUnsupportedError
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.embedding_lora import drop_copies
 from adapters_store.methods.shared.expect import PREFIX
-from adapters_store.methods.shared.full_modules import parameters, whole
+from adapters_store.methods.shared.full_modules import parameters, replace_module
 from adapters_store.methods.shared.targets import MAX_PATTERNS, Targets
 from adapters_store.methods.shared.tensor_pool import TensorPool
 from adapters_store.methods.shared.unused_tensors import mark_redundant
@@ -70,7 +70,7 @@ def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends
         if site in low_rank_sites:
             biases[site] = pool.pop(f"{site}.base_layer.bias", [size])
         elif site not in saved:
-            made += whole(spec, site, None, pool.pop(f"{site}.bias", [size]))
+            made += replace_module(spec, site, None, pool.pop(f"{site}.bias", [size]))
     drop_copies(pool, spec)
     return ArtifactParts(pool.remaining(), sites, biases, made)
 
@@ -109,7 +109,7 @@ def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[s
     for site, module in saved.items():
         found = {name: pool.pop(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
         weights[site] = found["weight"]
-        made += whole(spec, site, found["weight"], found.get("bias"))
+        made += replace_module(spec, site, found["weight"], found.get("bias"))
         if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
             inner, size = site.removeprefix(module), list(found["bias"].shape)
             for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):

@@ -29,14 +29,14 @@ def parameters(spec: BaseSpec, site: str) -> dict[str, list[int]]:
     return {"weight": [spec.vocab_size, spec.embedding_size]} if site == spec.embedding else {}
 
 
-def whole(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
+def replace_module(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
     """What makes the module at a site of `parameters` act as if it had these. Raises `ArtifactError`."""
     if site in spec.linears:
-        made = whole_linear(spec, site, weight, bias)
+        made = replace_linear(spec, site, weight, bias)
     elif site in spec.norms:
-        made = whole_norm(spec, site, weight, bias)
+        made = replace_norm(spec, site, weight, bias)
     else:
-        made = [] if weight is None else whole_embedding(spec, site, weight)
+        made = [] if weight is None else replace_embedding(spec, site, weight)
     kinds = {type(primitive) for primitive in made}
     if weight is not None and kinds <= {Bias}:  # it is the base's, and so answers right
         mark_redundant(weight)
@@ -45,14 +45,14 @@ def whole(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None)
     return made
 
 
-def changed(made: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:
+def require_changes(made: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:
     """What an artifact made. Raises `ArtifactError` where that is nothing: no adapter answers as the base."""
     if not made:
         raise ArtifactError(f"every tensor is as {spec.name} has it: the artifact changes nothing")
     return tuple(made)
 
 
-def whole_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
+def replace_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
     """`Delta(W' - W)` and `Bias(b' - b)`; weight as the base keeps it, [in, out] where it is transposed."""
     made: list[Primitive] = []
     if weight is not None:
@@ -62,7 +62,7 @@ def whole_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor 
     return made + _bias(site, None if bias is None else _change(spec, f"{site}.bias", bias))
 
 
-def whole_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
+def replace_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
     """`Scale(v)`, v = (offset + w') / (offset + w), and `Bias(b' - v b)`.
 
     Raises `MethodUnsupportedError` where the base multiplies by exactly 0, and the artifact does not.
@@ -78,7 +78,7 @@ def whole_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | 
     return made + _bias(site, finite((base if bias is None else bias.float()) - v * base, f"{site}.bias"))
 
 
-def whole_embedding(spec: BaseSpec, site: str, weight: Tensor) -> list[Primitive]:
+def replace_embedding(spec: BaseSpec, site: str, weight: Tensor) -> list[Primitive]:
     """`Rows` of the tokens whose rows differ, times `embedding_scale`. A tied head stays as it is."""
     de = _change(spec, f"{site}.weight", weight)
     ids = de.any(dim=1).nonzero()[:, 0]
