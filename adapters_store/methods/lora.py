@@ -21,7 +21,7 @@ from adapters_store.methods.shared.embedding_lora import A_END as EMBEDDING_A_EN
 from adapters_store.methods.shared.embedding_lora import compile_embedding, has_embedding_lora
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, finite
 from adapters_store.methods.shared.extras import ExtrasConfig, saved_sites, split_extras
-from adapters_store.methods.shared.init_residual import check_removal, removed
+from adapters_store.methods.shared.init_residual import check_init_residual, init_residual
 from adapters_store.methods.shared.low_rank import LowRankUpdate, compile_low_rank
 from adapters_store.methods.shared.targets import by_pattern, check_alphas, check_ranks, check_targets
 from adapters_store.methods.shared.tensor_pool import TensorPool
@@ -82,7 +82,7 @@ class LoraConfig(ExtrasConfig, kw_only=True):
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @property
-    def removal(self) -> str:
+    def residual_init(self) -> str:
         """The initialisation that took a part off the base's weights; empty where none did."""
         init = str(self.init_lora_weights)
         return "olora" if init.lower() == "olora" else init if init in EXACT_INITS else ""
@@ -105,9 +105,9 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     updates = [_update(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
     can_have = [*parts.sites, *_embedding(config, spec)]
     check_targets(config, [*sites, *at_embedding], can_have, spec, lambda site: _a_name(site, spec))
-    if config.removal:
-        check_removal(spec, sites, config.removal)
-        updates = [_without_removed(update, config, spec) for update in updates]
+    if config.residual_init:
+        check_init_residual(spec, sites, config.residual_init)
+        updates = [_without_init_residual(update, config, spec) for update in updates]
     made = [primitive for update in updates for primitive in compile_low_rank(update, spec)]
     return (*made, *rows, *parts.primitives)
 
@@ -116,7 +116,7 @@ def _rows(config: LoraConfig, pool: TensorPool, spec: BaseSpec) -> list[Primitiv
     """A LoRA on the embedding, where nothing else is done there."""
     extras = {
         "ensure_weight_tying": config.ensure_weight_tying,
-        "init_lora_weights": bool(config.removal),
+        "init_lora_weights": bool(config.residual_init),
         "lora_bias": config.lora_bias,
         "modules_to_save": spec.embedding in saved_sites(config, spec),
         "trainable_token_indices": config.trainable_token_indices is not None,
@@ -150,17 +150,17 @@ def _update(
     return LowRankUpdate(site, a.float(), finite(b.float() * scale, PREFIX + site + B_END), magnitude, bias, base_bias)
 
 
-def _without_removed(update: LowRankUpdate, config: LoraConfig, spec: BaseSpec) -> LowRankUpdate:
+def _without_init_residual(update: LowRankUpdate, config: LoraConfig, spec: BaseSpec) -> LowRankUpdate:
     """The branch, and less what its initialisation took off the base's weight: twice the rank."""
-    a, b = removed(spec, update.site, config.removal, config.rank(update.site), config.scale(update.site))
+    a, b = init_residual(spec, update.site, config.residual_init, config.rank(update.site), config.scale(update.site))
     return dataclasses.replace(update, a=torch.cat([update.a, a]), b=torch.cat([update.b, -b], dim=1))
 
 
 def _read(config: dict[str, Any]) -> LoraConfig:
     read = read_config(config, LoraConfig, "LoRA", SILENT, SERVED_VALUES)
-    if read.lora_bias and (read.use_dora or read.removal):
+    if read.lora_bias and (read.use_dora or read.residual_init):
         raise MethodUnsupportedError("PEFT has no lora_bias with use_dora, pissa or olora", "lora_bias")
-    if not read.removal:
+    if not read.residual_init:
         _check_init(read.init_lora_weights)
     check_ranks("r", read.r, read.rank_pattern, MAX_RANK)
     check_alphas("lora_alpha", read.lora_alpha, read.alpha_pattern, MAX_ALPHA)

@@ -19,7 +19,7 @@ HOW_TO_CONVERT = "save with path_initial_model_for_weight_conversion to get a pl
 MAX_WORK = 1e10  # sum of the cubes of the narrow sides that PiSSA decomposes: some 5 s of an idle core, at each load
 
 
-def check_removal(spec: BaseSpec, sites: Iterable[str], init: str) -> None:
+def check_init_residual(spec: BaseSpec, sites: Iterable[str], init: str) -> None:
     """Raise `MethodUnsupportedError` where it would take too long, or PEFT does something else."""
     linears = [spec.linears[site] for site in sites]
     if init == "olora" and any(linear.is_transposed for linear in linears):
@@ -30,7 +30,7 @@ def check_removal(spec: BaseSpec, sites: Iterable[str], init: str) -> None:
         )
 
 
-def removed(spec: BaseSpec, site: str, init: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def init_residual(spec: BaseSpec, site: str, init: str, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] whose product PEFT takes off the weight at a site. Raises `ArtifactError`."""
     weight = linear_weight(spec, site)
     if rank > min(weight.shape):
