@@ -108,7 +108,7 @@ class ServerState:
 
     async def sync_pinned(self) -> None:
         """Tell the engine what pinned tasks route to: after every change of a route, a pin or a version."""
-        self.client.keep(await asyncio.to_thread(self.registry.pinned_digests))
+        self.client.keep_resident(await asyncio.to_thread(self.registry.pinned_digests))
 
     async def mark_for_deletion(self, digests: list[str]) -> None:
         """Versions were deleted, or never made: their artifacts go as soon as nothing needs them."""

@@ -64,7 +64,7 @@ class EngineClient(Protocol):
         """Read the artifact from a folder of the staging area; None: from the store, as before."""
         ...
 
-    def keep(self, digests: list[str]) -> None:
+    def keep_resident(self, digests: list[str]) -> None:
         """These stay in slots while nobody asks for them, too, the first before the others; no others do."""
         ...
 

@@ -100,9 +100,9 @@ class Engine(Generic[P]):
             self._staged[digest] = folder
             self.adapters.renew(digest)
 
-    def keep(self, digests: list[str]) -> None:
+    def keep_resident(self, digests: list[str]) -> None:
         """Keep these in slots while nobody asks for them, too; no others are kept."""
-        self.adapters.keep(digests)
+        self.adapters.keep_resident(digests)
 
     def renew(self, digest: str) -> None:
         """The artifact was uploaded again: what failed before may be tried again at once."""

@@ -44,7 +44,7 @@ class FakeEngineClient:
     With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
     (at least one) for a request.
     `failure` ends every request instead of its first token; `delay_s` passes before each token. What was asked is
-    kept in `submitted`, `aborted`, `forgotten`, `kept` and `renewed`. Probes of uploads are kept in `probed`; they
+    kept in `submitted`, `aborted`, `forgotten`, `resident` and `renewed`. Probes of uploads are kept in `probed`; they
     get their forced tokens at once, or `probe_failure`, or never end where `are_probes_stuck`.
     """
 
@@ -67,7 +67,7 @@ class FakeEngineClient:
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
         self.forgotten: list[str] = []
-        self.kept: list[str] = []
+        self.resident: list[str] = []
         self.renewed: list[str] = []
         self.states: dict[str, str] = {}
         self._description = ready or fake_ready()
@@ -138,9 +138,9 @@ class FakeEngineClient:
         for output in self._outputs(submit):
             yield await self._unless_dead(output, 0.0)
 
-    def keep(self, digests: list[str]) -> None:
-        """Keep the digests in `kept`."""
-        self.kept = digests
+    def keep_resident(self, digests: list[str]) -> None:
+        """Keep the digests in `resident`."""
+        self.resident = digests
 
     def renew(self, digest: str) -> None:
         """Keep the digest in `renewed`."""

@@ -81,7 +81,7 @@ class Stage(msgspec.Struct, tag=True):
     folder: str | None
 
 
-class Keep(msgspec.Struct, tag=True):
+class KeepResident(msgspec.Struct, tag=True):
     """From now on these stay in slots while nobody asks for them, too, the first before the others; no others do."""
 
     digests: list[str]
@@ -174,5 +174,5 @@ class StartFailed(msgspec.Struct, tag=True):
     message: str
 
 
-ToEngine = Submit | Abort | Forget | Stage | Keep | Renew | AskResidency
+ToEngine = Submit | Abort | Forget | Stage | KeepResident | Renew | AskResidency
 FromEngine = StepDone | Residency | Ready | StartFailed

@@ -22,7 +22,7 @@ from server.engine.messages import (
     EngineConfig,
     Forget,
     FromEngine,
-    Keep,
+    KeepResident,
     Output,
     Ready,
     Renew,
@@ -86,7 +86,7 @@ class ProcessEngineClient:
         self._starting: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._queues: dict[str, asyncio.Queue[Output]] = {}
-        self._kept: list[str] = []
+        self._resident: list[str] = []
         self._query_ids = itertools.count()
         self._queries: dict[int, asyncio.Future[dict[str, str]]] = {}
         self._reapers: set[asyncio.Task[None]] = set()
@@ -151,12 +151,12 @@ class ProcessEngineClient:
         if self._life is not None:
             self._life.write(Stage(digest, folder))
 
-    def keep(self, digests: list[str]) -> None:
+    def keep_resident(self, digests: list[str]) -> None:
         """See `EngineClient.keep`; a new engine is told, too."""
-        if digests != self._kept:
-            self._kept = digests
+        if digests != self._resident:
+            self._resident = digests
             if self.ready is not None and self._life is not None:
-                self._life.write(Keep(digests))
+                self._life.write(KeepResident(digests))
 
     def renew(self, digest: str) -> None:
         """See `EngineClient.renew`."""
@@ -245,8 +245,8 @@ class ProcessEngineClient:
             await self._end(life)
             raise
         self._life, self.ready, self.last_error = life, message, None
-        if self._kept:
-            life.write(Keep(self._kept))
+        if self._resident:
+            life.write(KeepResident(self._resident))
         return life
 
     async def _first_message(self, life: _Life) -> FromEngine | None:

@@ -28,7 +28,7 @@ from server.engine.messages import (
     AskResidency,
     EngineConfig,
     Forget,
-    Keep,
+    KeepResident,
     Ready,
     Renew,
     Residency,
@@ -65,7 +65,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     process_memory.keep_imports()
     loader_pool = LoaderPool(config.num_loaders)
     loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
-    loader_pool.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.kept)
+    loader_pool.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.dtypes)
     staged = dict[str, str]()
 
     def load_adapter(digest: str) -> PackedPatch:
@@ -88,10 +88,10 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         eos_token_ids=loaded.eos_token_ids,
         max_sequence_tokens=engine.max_sequence_tokens,
         max_adapter_bytes=min(config.slot_bytes, config.host_bytes),
-        item_bytes=loaded.adapter_slots.kept.item_bytes,
+        item_bytes=loaded.adapter_slots.dtypes.item_bytes,
         precision=loaded.precision,
         load_seconds=loaded.load_seconds,
-        largest_value=torch.finfo(loaded.adapter_slots.kept.matrices).max,
+        largest_value=torch.finfo(loaded.adapter_slots.dtypes.matrices).max,
     )
     return ready, engine
 
@@ -150,8 +150,8 @@ class Service:
                 self.engine.forget(message.digest)
             case Stage():
                 self.engine.stage(message.digest, message.folder)
-            case Keep():
-                self.engine.keep(message.digests)
+            case KeepResident():
+                self.engine.keep_resident(message.digests)
             case Renew():
                 self.engine.renew(message.digest)
             case AskResidency():

@@ -27,7 +27,7 @@ from server.model.instrument.fuser import Fuser, Seen
 from server.model.instrument.hooks import SiteHooks
 from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.whole_decoder import Direct
-from server.model.precision import compute_dtype, kept
+from server.model.precision import choose_storage_dtypes, compute_dtype
 from server.model.slots.slots import AdapterSlots
 from server.model.verify import REFERENCE_TOKENS, Forward, ReferenceCheck
 
@@ -90,11 +90,11 @@ def _round(model: nn.Module, precision: str) -> None:
     """
     for linear in linears(model).values():
         weight, is_turned = linear.weight.detach(), isinstance(linear, Conv1D)
-        kept_of = torch.empty_like(weight)
-        parts = (each.split(ROUNDED_ROWS, dim=int(is_turned)) for each in (weight, kept_of))
+        rounded_weight = torch.empty_like(weight)
+        parts = (each.split(ROUNDED_ROWS, dim=int(is_turned)) for each in (weight, rounded_weight))
         for part, target in zip(*parts, strict=True):
             target.copy_(rounded(part.T, precision).T if is_turned else rounded(part, precision))
-        linear.weight = nn.Parameter(kept_of, requires_grad=False)
+        linear.weight = nn.Parameter(rounded_weight, requires_grad=False)
 
 
 def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> InstrumentedBase:
@@ -108,10 +108,10 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * REFERENCE_TOKENS):
         reference.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
-    adapter_slots = AdapterSlots(spec, device, kept(precision, device))
+    adapter_slots = AdapterSlots(spec, device, choose_storage_dtypes(precision, device))
     hooks.serve(adapter_slots)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
-    cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, adapter_slots.kept, device)
+    cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, adapter_slots.dtypes, device)
     paged = reference.paged(cache)
     whole = Fuser(model, adapter_slots, pack, probe.manners, seen, paged).fuse()
     for site, linear in linears(model).items():
@@ -121,7 +121,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
         )
     compute: Forward = partial(forward, model)
     logits = reference.run(compute, paged)
-    reference.compare(logits, spec.architecture, adapter_slots.kept)
+    reference.compare(logits, spec.architecture, adapter_slots.dtypes)
     if whole is not None:
         direct = Direct(model, whole)
         compute = direct if torch.equal(reference.run(direct, paged), logits) else compute

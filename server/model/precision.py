@@ -18,11 +18,11 @@ def compute_dtype(precision: str, device: str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else DTYPES[precision]
 
 
-def kept(precision: str, device: str) -> Kept:
+def choose_storage_dtypes(precision: str, device: str) -> StorageDtypes:
     """What slots and the KV cache keep: on CPU matrices, keys and values in 16 bits, but where the base is exact."""
     is_halved = torch.device(device).type == "cpu" and precision != "fp32" and has_halves()
     dtype = compute_dtype(precision, device)
-    return Kept(torch.float16 if is_halved else dtype, dtype)
+    return StorageDtypes(torch.float16 if is_halved else dtype, dtype)
 
 
 def has_halves() -> bool:
@@ -31,7 +31,7 @@ def has_halves() -> bool:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StorageDtypes:
     """The types that a slot keeps matrices and everything else in; what is read of it is of the latter.
 
     The KV cache is kept as matrices are.

@@ -79,12 +79,12 @@ class PagedRunner:
 
     def __init__(self, base: InstrumentedBase, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
-        kept = base.adapter_slots.kept
-        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, kept.matrices.itemsize)
+        dtypes = base.adapter_slots.dtypes
+        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, dtypes.matrices.itemsize)
         self.num_blocks = config.kv_cache_bytes // per_block
         if self.num_blocks < 2:
             raise UnsupportedBaseError(f"a KV cache of {config.kv_cache_bytes} bytes holds no 2 blocks of {per_block}")
-        self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, kept, base.device)
+        self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, dtypes, base.device)
         self.graphs = DecodeGraphs(base.forward, self.cache) if config.cuda_graphs else None
         self.last_logits = torch.empty(0, base.spec.vocab_size)
 

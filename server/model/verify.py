@@ -12,16 +12,16 @@ from server.core import Row
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import PagedBatch, page
 from server.model.errors import UnsupportedBaseError
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 
 REFERENCE_TOKENS = 24
 Forward = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # as `forward`, of one model
 # Of the largest logit's magnitude, by what keys and values are kept in and what is computed in.
 REFERENCE_TOLERANCE = {
-    Kept(torch.float32, torch.float32): 1e-3,
-    Kept(torch.float16, torch.float32): 5e-3,
-    Kept(torch.float16, torch.float16): 5e-2,
-    Kept(torch.bfloat16, torch.bfloat16): 1e-1,
+    StorageDtypes(torch.float32, torch.float32): 1e-3,
+    StorageDtypes(torch.float16, torch.float32): 5e-3,
+    StorageDtypes(torch.float16, torch.float16): 5e-2,
+    StorageDtypes(torch.bfloat16, torch.bfloat16): 1e-1,
 }
 
 
@@ -45,10 +45,10 @@ class ReferenceCheck:
         rows = [Row(row.tolist(), 0, [index]) for index, row in enumerate(self.tokens)]
         return page(rows, cache, torch.get_num_threads())
 
-    def compare(self, logits: Tensor, architecture: str, kept: Kept) -> None:
+    def compare(self, logits: Tensor, architecture: str, dtypes: StorageDtypes) -> None:
         """Raises `UnsupportedBaseError` where the logits are not those of the stock model."""
         gap = ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
-        if not gap <= REFERENCE_TOLERANCE[kept]:
+        if not gap <= REFERENCE_TOLERANCE[dtypes]:
             raise UnsupportedBaseError(
                 f"{architecture} computes other logits in this server than in transformers "
                 f"(largest relative gap {gap:.2g}): it does something that is not passed to the attention interface"

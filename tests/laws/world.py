@@ -16,7 +16,7 @@ from adapters_store.primitives import Patch
 from server.core import AdapterRef, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Submit
-from server.model.precision import kept
+from server.model.precision import choose_storage_dtypes
 from server.model.runner import Loaded, RunnerConfig, load
 from server.model.slots.layout import PackedPatch
 
@@ -25,7 +25,9 @@ NUMBERS_A_POSITION = 2 * 2 * 2 * 16  # layers, keys and values, kv heads, width 
 
 def load_tiny(base: Path, num_blocks: int, block_size: int, precision: str = "fp32") -> Loaded:
     """A tiny llama or qwen2 with so many blocks of KV cache."""
-    kv_cache_bytes = num_blocks * block_size * NUMBERS_A_POSITION * kept(precision, "cpu").matrices.itemsize
+    kv_cache_bytes = (
+        num_blocks * block_size * NUMBERS_A_POSITION * choose_storage_dtypes(precision, "cpu").matrices.itemsize
+    )
     config = RunnerConfig(
         folder=str(base),
         name="tiny",

@@ -32,7 +32,7 @@ from adapters_store.storage.bucket import open_blobs
 from server.engine import frames
 from server.engine.adapters.load_queue import LoadError, reason_of
 from server.engine.adapters.loader_threads import give_way
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch, Sites, pack
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class ArtifactLoader:
     def __init__(self, setup: LoaderSetup) -> None:
         self._blobs = open_blobs(setup.store, Path(setup.blobs))
         self._spec, self._sites = setup.spec, Sites(setup.spec)
-        self._kept = Kept(DTYPES[setup.matrices], DTYPES[setup.others])
+        self._kept = StorageDtypes(DTYPES[setup.matrices], DTYPES[setup.others])
 
     def load(self, digest: str, folder: str | None) -> PackedPatch:
         """The packed patch of an artifact. Raises what the store and `compile_patch` raise."""
@@ -109,7 +109,7 @@ class LoaderProcess:
         """Tell it its job. Raises `OSError` where it has ended."""
         self._socket.sendall(frames.encode(setup))
 
-    def load(self, digest: str, folder: str | None, kept: Kept) -> PackedPatch:
+    def load(self, digest: str, folder: str | None, dtypes: StorageDtypes) -> PackedPatch:
         """The packed patch. Raises `LoadError` where there is none, and `OSError` where the process has ended."""
         self._socket.sendall(frames.encode(LoadRequest(digest, folder)))
         num_buffer, num_frame = HEAD.unpack(self._receive(HEAD.size).numpy().tobytes())
@@ -117,7 +117,7 @@ class LoaderProcess:
         reply = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=LoadReply)
         if reply.code is not None:
             raise LoadError(reply.code, reply.reason)
-        return _packed(reply, body[:num_buffer], kept)
+        return _packed(reply, body[:num_buffer], dtypes)
 
     def close(self) -> None:
         """Let it end, and wait for that."""
@@ -144,10 +144,10 @@ class LoaderPool:
         self._processes = [process for _ in range(num_processes) if (process := fork()) is not None]
         self._free: SimpleQueue[LoaderProcess] = SimpleQueue()
 
-    def begin(self, store: str | None, blobs: str, spec: BaseSpec, kept: Kept) -> None:
+    def begin(self, store: str | None, blobs: str, spec: BaseSpec, dtypes: StorageDtypes) -> None:
         """From now on they can load. Raises `StoreError` where the store cannot be opened."""
-        setup = LoaderSetup(store, blobs, spec, str(kept.matrices), str(kept.others))
-        self._loader, self._kept = ArtifactLoader(setup), kept
+        setup = LoaderSetup(store, blobs, spec, str(dtypes.matrices), str(dtypes.others))
+        self._loader, self._kept = ArtifactLoader(setup), dtypes
         for process in self._processes:
             try:
                 process.begin(setup)
@@ -232,8 +232,8 @@ def _reply_of(packed: PackedPatch) -> LoadReply:
     return LoadReply(packed.digest, packed.entries.tobytes(), row_ids, prefix)
 
 
-def _packed(reply: LoadReply, buffer: torch.Tensor, kept: Kept) -> PackedPatch:
+def _packed(reply: LoadReply, buffer: torch.Tensor, dtypes: StorageDtypes) -> PackedPatch:
     entries = np.frombuffer(bytearray(reply.entries), np.int64).reshape(-1, 5)
     row_ids = {site: torch.frombuffer(bytearray(ids), dtype=torch.int32) for site, ids in reply.row_ids.items()}
     prefix = reply.prefix and (PREFIXES[reply.prefix[0]], *reply.prefix[1:])
-    return PackedPatch(reply.digest, buffer, kept, entries, row_ids, prefix)
+    return PackedPatch(reply.digest, buffer, dtypes, entries, row_ids, prefix)

@@ -107,7 +107,7 @@ class AdapterManager(Generic[P]):
         self._adapter_slots, self._clock = adapter_slots, clock
         self._load_queue = LoadQueue(load, executor, clock, on_loaded)
         self._entries: dict[str, AdapterEntry[P]] = {}
-        self._kept: dict[str, None] = {}  # in the order in which they get room
+        self._resident: dict[str, None] = {}  # in the order in which they get room
 
     @property
     def num_quarantined(self) -> int:
@@ -184,10 +184,10 @@ class AdapterManager(Generic[P]):
             self._drop(digest)
             self._prune(digest)
 
-    def keep(self, digests: Iterable[str]) -> None:
+    def keep_resident(self, digests: Iterable[str]) -> None:
         """Keep these in slots while nobody asks for them, too, the first before the others; no others are kept."""
-        before, self._kept = self._kept, dict.fromkeys(digests)
-        for digest in self._kept:
+        before, self._resident = self._resident, dict.fromkeys(digests)
+        for digest in self._resident:
             self._entries.setdefault(digest, AdapterEntry())
         for digest in before:
             self._prune(digest)
@@ -205,7 +205,7 @@ class AdapterManager(Generic[P]):
         At most `max_copies` copies are made, one of them whatever its size. True where a load ended, well or not: then
         what `refusal` says of waiting sequences may have changed.
         """
-        wanted = list(dict.fromkeys([*wanted, *self._kept]))
+        wanted = list(dict.fromkeys([*wanted, *self._resident]))
         order = {digest: place for place, digest in enumerate(wanted)}
         results = list(self._load_queue.results())
         for result in results:
@@ -248,10 +248,10 @@ class AdapterManager(Generic[P]):
             self.loads_total += 1
             self._absolve(entry)
             entry.num_bytes = result.packed.num_bytes
-            self._keep_in_host(digest, result.packed, order)
+            self._hold_in_host(digest, result.packed, order)
         self._prune(digest)
 
-    def _keep_in_host(self, digest: str, packed: P, order: Mapping[str, int]) -> None:
+    def _hold_in_host(self, digest: str, packed: P, order: Mapping[str, int]) -> None:
         """Without room it is dropped: its size is known now, so that it loads again only when there is room."""
         if self._make_host_room(digest, packed.num_bytes, order):
             self._entries[digest].packed = packed
@@ -274,7 +274,7 @@ class AdapterManager(Generic[P]):
 
     def _spare(self, tier: MemoryTier, num_bytes: float) -> Callable[[str], bool]:
         """Whether one is kept; nobody is, where `num_bytes` would not fit beside all that are."""
-        kept = {other: tier.sizes[other] for other in self._kept if other in tier.sizes}
+        kept = {other: tier.sizes[other] for other in self._resident if other in tier.sizes}
         return kept.__contains__ if num_bytes + sum(kept.values()) <= tier.max_bytes else lambda _other: False
 
     def _start_loads(self, wanted: list[str], order: Mapping[str, int]) -> None:
@@ -385,5 +385,5 @@ class AdapterManager(Generic[P]):
         """Forget what nothing is known of and nobody uses; what failed is known as long as that counts."""
         entry = self._entries[digest]
         is_known = entry.state is not None or entry.num_failures > 0
-        if not entry.num_users and not is_known and digest not in self._kept:
+        if not entry.num_users and not is_known and digest not in self._resident:
             del self._entries[digest]

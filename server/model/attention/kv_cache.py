@@ -14,7 +14,7 @@ from adapters_store.primitives import PrefixKV
 from server.model.backends import cpu
 from server.model.backends.cpu.vector import whole_panels
 from server.model.backends.torch_ops.copies import Copies
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 
 
 def _empty(sizes: Sequence[tuple[int, ...]], like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -37,11 +37,11 @@ class KVCache:
     """
 
     def __init__(
-        self, shapes: list[KVShape], num_blocks: int, block_size: int, kept: Kept, device: str = "cpu"
+        self, shapes: list[KVShape], num_blocks: int, block_size: int, dtypes: StorageDtypes, device: str = "cpu"
     ) -> None:
         self.shapes, self.num_blocks, self.block_size = shapes, num_blocks, block_size
-        self.has_kernels = cpu.serve(device, kept.others)
-        self.copies, like = Copies(device), torch.empty(0, dtype=kept.matrices, device=device)
+        self.has_kernels = cpu.serve(device, dtypes.others)
+        self.copies, like = Copies(device), torch.empty(0, dtype=dtypes.matrices, device=device)
         width = whole_panels(block_size)
         self.keys, of_keys = _empty([(num_blocks, s.num_kv_heads, s.key_dim, width) for s in shapes], like)
         sizes = [(num_blocks, s.num_kv_heads, block_size, whole_panels(s.value_dim)) for s in shapes]

@@ -76,7 +76,7 @@ class Fuser:
             if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
                 self._replace(layer.attention, self._attention(is_turned=True), self._attention(is_turned=False))
         sites = [layer.layer for layer in self.adapter_slots.spec.layers]
-        if cpu.serve(self.adapter_slots.device, self.adapter_slots.kept.others) and all(
+        if cpu.serve(self.adapter_slots.device, self.adapter_slots.dtypes.others) and all(
             is_whole(self._stock(site)) for site in sites
         ):
             return self._join(sites)
@@ -151,7 +151,7 @@ class Fuser:
         except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
             return False  # it has the names of such a part, but is another
         is_exact = wanted.dtype == torch.float32
-        tolerance = TOLERANCE[self.adapter_slots.kept.matrices] if is_exact else COARSE_TOLERANCE
+        tolerance = TOLERANCE[self.adapter_slots.dtypes.matrices] if is_exact else COARSE_TOLERANCE
         return got.shape == wanted.shape and bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 

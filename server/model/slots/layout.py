@@ -35,7 +35,7 @@ from adapters_store.primitives import (
 )
 from server.model.backends.base import BIAS, DELTA, PROJECTION, ROWS, SCALE_IN, SCALE_OUT
 from server.model.backends.cpu import adapters as codes
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 
 SIZE = codes.SIZE  # the table's column that is 0 where nothing acts
 CODE_OF = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -74,7 +74,7 @@ class PackedPatch:
 
     digest: str
     buffer: Tensor  # uint8
-    kept: Kept
+    dtypes: StorageDtypes
     entries: NDArray[np.int64]  # [primitives, 5]
     row_ids: dict[int, Tensor] = field(default_factory=dict)  # site -> ids of `Rows`, int32
     prefix: tuple[type[Prefix], int, int] | None = None  # kind, offset, number of positions
@@ -90,7 +90,7 @@ class PackedPatch:
         return 0 if self.prefix is None else self.prefix[2]
 
 
-def pack(patch: Patch, sites: Sites, kept: Kept) -> PackedPatch:
+def pack(patch: Patch, sites: Sites, dtypes: StorageDtypes) -> PackedPatch:
     """Lay a patch out, in host memory. Raises `ValueError` for two of a kind at a site and values that do not fit."""
     entries: dict[tuple[int, int], tuple[int, ...]] = {}
     layout, row_ids, prefix = _Layout(), dict[int, Tensor](), None
@@ -107,10 +107,10 @@ def pack(patch: Patch, sites: Sites, kept: Kept) -> PackedPatch:
                 row_ids[site] = primitive.ids.to(torch.int32)
         matrices = list(_matrices(primitive))
         is_odd = sum(matrix.numel() for matrix in matrices) % 2
-        layout.add(matrices + [torch.zeros(1)] * is_odd, kept.matrices)  # see `patch.even`
-        layout.add(_vectors(primitive), kept.others)
+        layout.add(matrices + [torch.zeros(1)] * is_odd, dtypes.matrices)  # see `patch.even`
+        layout.add(_vectors(primitive), dtypes.others)
     table = np.array(list(entries.values()), np.int64).reshape(-1, 5)
-    return PackedPatch(patch.digest, layout.write(), kept, table, row_ids, prefix)
+    return PackedPatch(patch.digest, layout.write(), dtypes, table, row_ids, prefix)
 
 
 class _Layout:
@@ -132,10 +132,10 @@ class _Layout:
         for dtype, run in groupby(self._parts, itemgetter(0)):
             tensors = [tensor for _, tensor in run]
             begin, end = end, end + sum(tensor.numel() for tensor in tensors) * dtype.itemsize
-            kept = buffer[begin:end].view(dtype)
-            for tensor, part in zip(tensors, kept.split([tensor.numel() for tensor in tensors]), strict=True):
+            stored = buffer[begin:end].view(dtype)
+            for tensor, part in zip(tensors, stored.split([tensor.numel() for tensor in tensors]), strict=True):
                 part.view(tensor.shape).copy_(tensor)
-            if not is_finite(kept):
+            if not is_finite(stored):
                 largest = max(tensor.abs().max().item() for tensor in tensors if tensor.numel())
                 raise ValueError(f"a value of {largest:g} does not fit this server's 16 bits: use --precision fp32")
         return buffer
@@ -205,18 +205,18 @@ class _Reader:
 
     def matrices(self, *shapes: tuple[int, int]) -> list[Tensor]:
         """The matrices of one primitive."""
-        found = [self._take(self.packed.kept.matrices, shape) for shape in shapes]
+        found = [self._take(self.packed.dtypes.matrices, shape) for shape in shapes]
         if sum(map(math.prod, shapes)) % 2:
-            self.offset += self.packed.kept.matrices.itemsize
+            self.offset += self.packed.dtypes.matrices.itemsize
         return found
 
     def other(self, *shape: int) -> Tensor:
         """Anything else."""
-        return self._take(self.packed.kept.others, shape)
+        return self._take(self.packed.dtypes.others, shape)
 
-    def _take(self, kept: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        start, self.offset = self.offset, self.offset + math.prod(shape) * kept.itemsize
-        return self.packed.buffer[start : self.offset].view(kept).view(shape).to(self.packed.kept.others)
+    def _take(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        start, self.offset = self.offset, self.offset + math.prod(shape) * dtype.itemsize
+        return self.packed.buffer[start : self.offset].view(dtype).view(shape).to(self.packed.dtypes.others)
 
 
 def _bottleneck(name: str, down: Tensor, up: Tensor, flags: int, read: _Reader) -> Bottleneck:

@@ -24,7 +24,7 @@ from server.model.backends.base import KINDS, PROJECTION, ROWS, SCALE_IN
 from server.model.backends.cpu import adapters
 from server.model.backends.torch_ops.adapters import Stacked
 from server.model.backends.torch_ops.copies import Copies
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 from server.model.row_adapters import NO_ADAPTERS, RowAdapters, SiteGroup, build_row_adapters
 from server.model.slots.layout import SIZE, PackedPatch, Sites, pack, prefix_of, view
 from server.model.slots.reference import embed_rows, scale_reference, update_reference
@@ -47,9 +47,9 @@ class Acts:
 class AdapterSlots:
     """The slots of one base on one device. `on_change` is told which sites a slot acts at when it comes and goes."""
 
-    def __init__(self, spec: BaseSpec, device: str, kept: Kept) -> None:
+    def __init__(self, spec: BaseSpec, device: str, dtypes: StorageDtypes) -> None:
         self.spec, self.sites = spec, Sites(spec)
-        self.device, self.kept = device, kept
+        self.device, self.dtypes = device, dtypes
         self.slots: dict[int, PackedPatch] = {}
         self.table = np.zeros((len(KINDS), len(self.sites), MIN_SLOTS, 3), np.int64)
         self.addresses = np.zeros(MIN_SLOTS, np.int64)
@@ -61,11 +61,11 @@ class AdapterSlots:
         self._groups: dict[tuple[str, ...], SiteGroup] = {}
         self._members = self._firsts = np.zeros(0, np.int64)  # sites of all groups, and where each group begins there
         self._acts: dict[tuple[int, ...], Acts] = {}  # by the slots that act
-        self._has_kernels = cpu.serve(device, kept.others)
-        self._unit = UNITS.get(kept.matrices)
+        self._has_kernels = cpu.serve(device, dtypes.others)
+        self._unit = UNITS.get(dtypes.matrices)
         self.copies = Copies(device)
         by_segment = partial(scale_reference, self), partial(update_reference, self)
-        self._stacked = Stacked(self.primitive, kept.others, self.copies, *by_segment)
+        self._stacked = Stacked(self.primitive, dtypes.others, self.copies, *by_segment)
         self.group(spec.embedding)
 
     def group(self, *names: str) -> SiteGroup:
@@ -82,7 +82,7 @@ class AdapterSlots:
 
     def pack(self, patch: Patch) -> PackedPatch:
         """Lay a patch out for a slot; any thread. Raises `ValueError` where a value does not fit."""
-        return self.pin(pack(patch, self.sites, self.kept))
+        return self.pin(pack(patch, self.sites, self.dtypes))
 
     def pin(self, packed: PackedPatch) -> PackedPatch:
         """The same in memory that the device reads by itself; any thread."""
@@ -120,7 +120,7 @@ class AdapterSlots:
     def warm_up(self) -> None:
         """Run every kernel once: its first call compiles it, and that must not be a user's."""
         site, linear = next(iter(self.spec.linears.items()))
-        zeros = partial(torch.zeros, dtype=self.kept.others)
+        zeros = partial(torch.zeros, dtype=self.dtypes.others)
         of_x, of_y = zeros(1, linear.in_features), zeros(1, linear.out_features)
         primitives = (
             Scale(site, zeros(linear.in_features), "input"),

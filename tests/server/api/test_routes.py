@@ -121,20 +121,20 @@ async def test_a_pin_follows_the_route(anyio_backend: str, tiny_base: Path, tmp_
     async with open_site(tiny_base, tmp_path) as site:
         first, second = [(await site.upload("a", body)).json()["digest"] for body in zips[:2]]
         assert (await put(site, "/tasks/a/pin", pinned=True))["pinned"] is True
-        assert site.engine.kept == [second]
+        assert site.engine.resident == [second]
         await put(site, "/tasks/a/route", versions={"1": 1})
-        assert site.engine.kept == [first]
+        assert site.engine.resident == [first]
         third = (await site.upload("a", zips[2])).json()["digest"]
-        assert site.engine.kept == [third]
+        assert site.engine.resident == [third]
         await site.http.post("/tasks/a/rollback")
-        assert site.engine.kept == [first]
+        assert site.engine.resident == [first]
     async with open_site(tiny_base, tmp_path) as site:
-        assert site.engine.kept == [first] and (await site.http.get("/tasks/a")).json()["pinned"]
+        assert site.engine.resident == [first] and (await site.http.get("/tasks/a")).json()["pinned"]
         await site.http.delete("/tasks/a/versions/1")
-        assert site.engine.kept == []
+        assert site.engine.resident == []
         await put(site, "/tasks/a/route", versions={"2": 1})
         assert (await put(site, "/tasks/a/pin", pinned=False))["pinned"] is False
-        assert site.engine.kept == []
+        assert site.engine.resident == []
 
 
 @pytest.mark.parametrize("is_stream", [False, True])

@@ -103,8 +103,10 @@ def test_logits_alone_in_chunks_and_in_a_batch(tiny_base: Path, precision: str) 
 def test_the_proof_reads_what_it_says() -> None:
     """Every precision that is served has its tolerance."""
     served = {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")}
-    kept = {precision.kept(precision, device) for device, names in served.items() for precision in names}
-    assert set(verify.REFERENCE_TOLERANCE) == kept
+    dtypes = {
+        precision.choose_storage_dtypes(precision, device) for device, names in served.items() for precision in names
+    }
+    assert set(verify.REFERENCE_TOLERANCE) == dtypes
 
 
 def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

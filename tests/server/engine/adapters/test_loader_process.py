@@ -21,12 +21,12 @@ from server.engine.adapters.load_queue import LoadError, sentence
 from server.engine.adapters.loader_process import ArtifactLoader, LoaderPool, LoaderProcess, LoaderSetup
 from server.engine.adapters.loader_threads import NICENESS
 from server.model.load import load_base
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch
 from tests.kit.families import FAMILIES
 from tests.kit.stored import store
 
-KEPT = Kept(torch.float16, torch.float32)
+KEPT = StorageDtypes(torch.float16, torch.float32)
 
 
 @pytest.fixture(scope="module")

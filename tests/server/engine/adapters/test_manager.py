@@ -332,14 +332,14 @@ def test_loads_run_in_other_threads_and_wake_the_engine() -> None:
 def test_kept_ones_are_brought_and_stay() -> None:
     """Kept adapters come into slots with nobody asking, stay while others come and go, and go when kept no more."""
     room = Room()
-    room.manager.keep("ab")
+    room.manager.keep_resident("ab")
     room.advance("")
     room.executor.run_all()
     room.advance("")
     assert room.slots == "ab"
     room.bring("cdefg")
     assert room.slots == "abg"
-    room.manager.keep("b")
+    room.manager.keep_resident("b")
     room.bring("hi")
     assert "b" in room.slots and "a" not in room.slots
 
@@ -347,7 +347,7 @@ def test_kept_ones_are_brought_and_stay() -> None:
 def test_kept_ones_are_wanted_last() -> None:
     """What a sequence waits for comes before what is only kept."""
     room = Room(slot_bytes=10)
-    room.manager.keep("a")
+    room.manager.keep_resident("a")
     room.use("b")
     room.advance("b")
     room.executor.run_all()
@@ -364,7 +364,7 @@ def test_kept_ones_are_wanted_last() -> None:
 def test_kept_ones_starve_nobody() -> None:
     """Where kept adapters fill the slots, what a sequence waits for still gets room: the last kept one goes for it."""
     room = Room()
-    room.manager.keep("abcd")
+    room.manager.keep_resident("abcd")
     for _ in range(3):
         room.advance("")
         room.executor.run_all()
@@ -423,7 +423,7 @@ def test_a_kept_one_that_fails_is_tried_again() -> None:
     """Nobody has to ask for it."""
     room = Room()
     room.loader.errors["a"] = OSError(5, "Input/output error")
-    room.manager.keep("a")
+    room.manager.keep_resident("a")
     room.advance("")
     room.executor.run_all()
     room.advance("")

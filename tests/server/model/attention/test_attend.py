@@ -13,7 +13,7 @@ from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import PagedBatch, page
 from server.model.attention.params import Manner
 from server.model.attention.reference import attend_reference
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 
 BLOCK = 8
 WHOLE = 16  # a block whose positions fill panels: the scores of many are softened at once
@@ -27,7 +27,7 @@ def make_cache(
     dtype: torch.dtype = torch.float32,
     block: int = BLOCK,
 ) -> KVCache:
-    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, block, Kept(dtype, torch.float32))
+    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, block, StorageDtypes(dtype, torch.float32))
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # what is stale must never be read
     return cache
@@ -115,7 +115,7 @@ def test_every_tile_is_dealt_once() -> None:
 def test_a_block_is_copied_in_all_layers(value_dims: tuple[int, int]) -> None:
     """Keys and values of a block come along in every layer, whether layers are alike or not, and of no other block."""
     shapes = [KVShape(2, 16, value_dim) for value_dim in value_dims]
-    cache = KVCache(shapes, 3, BLOCK, Kept(torch.float32, torch.float32))
+    cache = KVCache(shapes, 3, BLOCK, StorageDtypes(torch.float32, torch.float32))
     for number, tensor in enumerate((*cache.keys, *cache.values)):
         tensor[:] = torch.arange(3.0).view(3, 1, 1, 1) + 10 * number
     cache.copy(2, 0)

@@ -67,9 +67,9 @@ def test_what_does_not_fit_16_bits_is_refused() -> None:
 def test_what_is_kept_is_what_is_computed_with(precision: str) -> None:
     """`rounded` is the weight of the packed product, and rounding it again changes nothing."""
     weight = torch.randn(33, 40, generator=torch.Generator().manual_seed(0))
-    kept = weights.rounded(weight, precision)
-    torch.testing.assert_close(weights.PACKERS[precision](weight, None)(torch.eye(40)).T, kept, atol=1e-7, rtol=1e-6)
-    torch.testing.assert_close(weights.rounded(kept, precision), kept, atol=1e-7, rtol=1e-6)
+    dtypes = weights.rounded(weight, precision)
+    torch.testing.assert_close(weights.PACKERS[precision](weight, None)(torch.eye(40)).T, dtypes, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(weights.rounded(dtypes, precision), dtypes, atol=1e-7, rtol=1e-6)
 
 
 def test_int8_keeps_each_output_to_its_own_scale() -> None:

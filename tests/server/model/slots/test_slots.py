@@ -14,14 +14,14 @@ from server.core import Row, Sampling
 from server.model.backends.base import PROJECTION
 from server.model.backends.cpu.adapters import errands
 from server.model.backends.torch_ops.copies import Copies
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 from server.model.row_adapters import MAX_ROWS, NO_ADAPTERS, build_row_adapters
 from server.model.slots.reference import apply_reference
 from server.model.slots.slots import AdapterSlots
 
 SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
 SPEC = BaseSpec("toy", "0" * 64, "Toy", 32, 40, 1, 64, {site: LinearSite(*widths) for site, widths in SITES.items()})
-EXACT, HALVED = Kept(torch.float32, torch.float32), Kept(torch.float16, torch.float32)
+EXACT, HALVED = StorageDtypes(torch.float32, torch.float32), StorageDtypes(torch.float16, torch.float32)
 RANKS = (1, 2, 3, 4, 7, 8, 16, 33)
 
 
@@ -68,10 +68,10 @@ HATS: list[tuple[tuple[int, float], ...]] = [
 ]
 
 
-@pytest.mark.parametrize("kept", [EXACT, HALVED])
-def test_what_branches_read_is_known_before(kept: Kept) -> None:
+@pytest.mark.parametrize("dtypes", [EXACT, HALVED])
+def test_what_branches_read_is_known_before(dtypes: StorageDtypes) -> None:
     """While the base's product computes, just the matrices of the hats of the step are asked for, in their order."""
-    adapter_slots = AdapterSlots(SPEC, "cpu", kept)
+    adapter_slots = AdapterSlots(SPEC, "cpu", dtypes)
     slots = [adapter_slots.put(adapter_slots.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
     adapters = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
     adapter_slots.set_batch(rows(adapters))
@@ -81,7 +81,7 @@ def test_what_branches_read_is_known_before(kept: Kept) -> None:
         matrices = adapter_slots.primitive(PROJECTION, adapter_slots.sites.index[site], slots[slot])
         assert isinstance(matrices, LowRank)
         offset = adapter_slots.table[PROJECTION, adapter_slots.sites.index[site], slots[slot], 0]
-        num_bytes = kept.matrices.itemsize * (matrices.a.numel() + matrices.b.numel())
+        num_bytes = dtypes.matrices.itemsize * (matrices.a.numel() + matrices.b.numel())
         wanted.append([adapter_slots.slots[slots[slot]].buffer.data_ptr() + offset, num_bytes])
     assert found.tolist() == wanted
 

@@ -31,7 +31,7 @@ from server.model.backends.choose import pack_torch
 from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
 from server.model.instrument.fuser import Fuser
-from server.model.precision import Kept
+from server.model.precision import StorageDtypes
 from server.model.runner import Loaded, RunnerConfig, load
 from server.model.slots.layout import Sites, pack
 from server.model.slots.slots import AdapterSlots
@@ -49,7 +49,7 @@ def as_on_gpu(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "serve", lambda _device, _dtype: False)
         patch.setattr(load_module, "choose_product", lambda _precision, _device: pack_torch)
-        patch.setattr(precision, "kept", lambda _precision, _device: Kept(dtype, dtype))
+        patch.setattr(precision, "choose_storage_dtypes", lambda _precision, _device: StorageDtypes(dtype, dtype))
         patch.setattr(precision, "compute_dtype", lambda _precision, _device: dtype)
         yield
 
@@ -157,7 +157,7 @@ def test_half_precision_is_proved_and_near(model_type: str, dtype: torch.dtype, 
     assert loaded.runner.cache.keys[0].dtype == dtype
     wearers: list[RowAdapters] = [[], *([(random_patch(loaded.spec, kind, 1), 1.0)] for kind in KINDS)]
     gaps = compare((loaded, stock), wearers, 3)
-    assert max(gaps) < 3 * verify.REFERENCE_TOLERANCE[Kept(dtype, dtype)], gaps
+    assert max(gaps) < 3 * verify.REFERENCE_TOLERANCE[StorageDtypes(dtype, dtype)], gaps
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -178,7 +178,7 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(AdapterSlots, "warm_up", lambda _self: None)  # it packs, which is the host's
     wearers = mixed(spec, 0, random.Random(0))
     patches = {patch.digest: patch for worn in wearers for patch, _ in worn}
-    packed = [pack(patch, Sites(spec), Kept(torch.bfloat16, torch.bfloat16)) for patch in patches.values()]
+    packed = [pack(patch, Sites(spec), StorageDtypes(torch.bfloat16, torch.bfloat16)) for patch in patches.values()]
     with as_on_gpu(torch.bfloat16), FakeTensorMode(allow_non_fake_inputs=True):
         loaded = load(config_of(Path(spec.folder), "meta", "bf16"))
         slots = {one.digest: loaded.adapter_slots.put(one) for one in packed}
