@@ -19,7 +19,7 @@ from server.errors import ArtifactRefusedError, InvalidFieldError, ServerError, 
 from server.requests.auth import DEPLOY
 from server.schemas import BASE, NAME, identity
 from server.state import ServerState
-from server.uploads.register import FOLDER, keep
+from server.uploads.register import FOLDER, register_artifact
 from server.uploads.validation import ValidatedArtifact, validate
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)])
@@ -54,7 +54,9 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
             await _receive(request, state, staging / "body")
             async with _turn(state):
                 validated = await _validate_body(state, staging, kind)
-                version, is_new = await keep(state, tenant, task, staging / FOLDER, validated, activate, note)
+                version, is_new = await register_artifact(
+                    state, tenant, task, staging / FOLDER, validated, activate, note
+                )
     except ArtifactError as error:
         state.metrics.uploads.labels("refused").inc()
         raise ArtifactRefusedError(error) from None

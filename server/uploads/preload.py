@@ -13,7 +13,7 @@ from adapters_store.format.folder import CONFIG, find_parts, read_folder
 from adapters_store.registry.registry import DEFAULT_TENANT
 from server.schemas import BASE, NAME
 from server.state import ServerState
-from server.uploads.register import FOLDER, keep
+from server.uploads.register import FOLDER, register_artifact
 from server.uploads.validation import validate
 
 log = logging.getLogger(__name__)
@@ -50,5 +50,5 @@ async def _import_folder(state: ServerState, folder: Path) -> None:
                 log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
                 return
             validated = await validate(state, copy)
-            await keep(state, DEFAULT_TENANT, task, copy, validated, True, f"imported from {folder.name}")
+            await register_artifact(state, DEFAULT_TENANT, task, copy, validated, True, f"imported from {folder.name}")
         log.info("an adapter was taken in", extra={"task": task, "digest": validated.facts.digest})

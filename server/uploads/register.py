@@ -12,7 +12,7 @@ from server.uploads.validation import ValidatedArtifact
 FOLDER = "folder"  # of staging: where a body is unpacked
 
 
-async def keep(
+async def register_artifact(
     state: ServerState, tenant: str, task: str, folder: Path, validated: ValidatedArtifact, activate: bool, note: str
 ) -> tuple[Version, bool]:
     """Store and register; durable on return. Where that fails, nothing is kept."""
