@@ -113,7 +113,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     pack, head = choose_product(precision, device), model.get_output_embeddings()
     cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, adapter_slots.dtypes, device)
     paged = reference.paged(cache)
-    whole = Fuser(model, adapter_slots, pack, probe.manners, seen, paged).fuse()
+    whole = Fuser(model, adapter_slots, pack, probe.params_of_layer, seen, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
         setattr(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapters_store.base.spec import KVShape
 from server.model.attention.attend import attend
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import Manner
+from server.model.attention.params import AttentionParams
 from server.model.errors import UnsupportedBaseError
 
 NAME = "manyhats"
@@ -21,12 +21,12 @@ class Probe:
 
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
-        self.manners: dict[int, Manner] = {}
+        self.params_of_layer: dict[int, AttentionParams] = {}
 
-    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, manner: Manner) -> Tensor:
+    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Note the shapes of query [T, H, d], key and value [T, kv heads, d]; answer zeros."""
         self.shapes[layer] = KVShape(key.shape[1], key.shape[2], value.shape[2])
-        self.manners[layer] = manner
+        self.params_of_layer[layer] = params
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
 
 
@@ -64,12 +64,14 @@ def _attention(
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    manner = Manner(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0)
+    params = AttentionParams(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0
+    )
     if isinstance(paged, Probe):
-        return paged.see(layer, q, k, v, manner)[None], None
+        return paged.see(layer, q, k, v, params)[None], None
     qkv = torch.cat([part.flatten(1) for part in (q, k, v)], 1)
     not_turned = qkv.new_empty(len(qkv), 0)
-    return attend(paged, layer, qkv, not_turned, not_turned, manner)[None], None
+    return attend(paged, layer, qkv, not_turned, not_turned, params)[None], None
 
 
 def install() -> None:

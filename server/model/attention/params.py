@@ -12,7 +12,7 @@ from adapters_store.base.spec import KVShape
 
 
 @dataclass(frozen=True)
-class Manner:
+class AttentionParams:
     """How one layer attends: the factor of scores, how many positions a query sees (0: all), the soft cap (0: none)."""
 
     scaling: float

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import Manner, split
+from server.model.attention.params import AttentionParams, split
 
 
-def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, manner: Manner) -> Tensor:
+def attend_reference(
+    batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, params: AttentionParams
+) -> Tensor:
     """The slow twin of `attend`, in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
     cache, shape, device = batch.cache, batch.cache.shapes[layer], qkv.device
     query, key, value = split(qkv, shape, cos, sin)
@@ -24,11 +26,11 @@ def attend_reference(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, si
         v = cache.values[layer][table, :, :, : shape.value_dim].transpose(1, 2).flatten(0, 1)[:length]
         k, v = k.to(query.dtype), v.to(query.dtype)
         k, v = (part.repeat_interleave(heads // shape.num_kv_heads, 1) for part in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", query[first : first + count], k).float() * manner.scaling
-        if manner.cap:
-            scores = manner.cap * torch.tanh(scores / manner.cap)
+        scores = torch.einsum("qhd,khd->hqk", query[first : first + count], k).float() * params.scaling
+        if params.cap:
+            scores = params.cap * torch.tanh(scores / params.cap)
         distance = torch.arange(start, length, device=device)[:, None] - torch.arange(length, device=device)
-        hidden = (distance < 0) | (distance >= (manner.window or length))
+        hidden = (distance < 0) | (distance >= (params.window or length))
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype)
         out.append(torch.einsum("hqk,khd->qhd", weights, v))
     return torch.cat(out)

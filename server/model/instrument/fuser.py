@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import Manner
+from server.model.attention.params import AttentionParams
 from server.model.backends import cpu
 from server.model.backends.base import Packer
 from server.model.backends.choose import pack_torch
@@ -61,7 +61,7 @@ class Fuser:
     model: Any
     adapter_slots: AdapterSlots
     pack: Packer
-    manners: dict[int, Manner]
+    params_of_layer: dict[int, AttentionParams]
     seen: Seen
     paged: PagedBatch
     _checked: dict[str, bool] = field(default_factory=dict)
@@ -94,7 +94,9 @@ class Fuser:
     def _attention(self, is_turned: bool) -> Maker:
         def make(site: str, pack: Packer) -> nn.Module:
             stock = self._stock(site)
-            return Attention(stock, site, self.adapter_slots, pack, self.manners[int(stock.layer_idx)], is_turned)
+            return Attention(
+                stock, site, self.adapter_slots, pack, self.params_of_layer[int(stock.layer_idx)], is_turned
+            )
 
         return make
 

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from server.model.attention import attend
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import Manner
+from server.model.attention.params import AttentionParams
 from server.model.backends import cpu
 from server.model.backends.base import Packer
 from server.model.backends.cpu import layers
@@ -70,7 +70,13 @@ class Attention(nn.Module):
     """Attention with q, k and v as one product; queries and keys are turned in the kernel where `is_turned`."""
 
     def __init__(
-        self, stock: Any, site: str, adapter_slots: AdapterSlots, pack: Packer, manner: Manner, is_turned: bool = True
+        self,
+        stock: Any,
+        site: str,
+        adapter_slots: AdapterSlots,
+        pack: Packer,
+        params: AttentionParams,
+        is_turned: bool = True,
     ) -> None:
         super().__init__()
         projections = [stock.q_proj, stock.k_proj, stock.v_proj]
@@ -78,7 +84,7 @@ class Attention(nn.Module):
         self.qkv = AdapterLinear(projections, pack, adapter_slots, sites, False)
         self.out = AdapterLinear([stock.o_proj], pack, adapter_slots, [f"{site}.o_proj"], False)
         self.group = adapter_slots.group(site)
-        self.layer_idx, self.manner, self.is_turned = stock.layer_idx, manner, is_turned
+        self.layer_idx, self.params, self.is_turned = stock.layer_idx, params, is_turned
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedBatch, **_other: Any
@@ -88,5 +94,5 @@ class Attention(nn.Module):
             cos, sin = (part[0] for part in position_embeddings)
         else:
             cos = sin = qkv.new_empty(len(qkv), 0)
-        attended = attend.attend(paged, self.layer_idx, qkv, cos, sin, self.manner)
+        attended = attend.attend(paged, self.layer_idx, qkv, cos, sin, self.params)
         return self.out(attended.flatten(1)[None]), None

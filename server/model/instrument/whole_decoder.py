@@ -81,7 +81,7 @@ class WholeLayers:
             record["gate_up"], record["down"] = map(_linear, (mlp.gate_up, mlp.down))
             record["attention"], record["mlp"], record["layer"] = map(_group, (attends.group, mlp.group, own))
             record["cache"] = _cache(cache, attends.layer_idx)
-            record["manner"] = _manner(attends, cache.shapes[attends.layer_idx])
+            record["params"] = _params(attends, cache.shapes[attends.layer_idx])
             record["activation"] = mlp.gate
         return records
 
@@ -159,8 +159,8 @@ def _cache(cache: KVCache, layer: int) -> tuple[Any, ...]:
     return keys.data_ptr(), values.data_ptr(), tuple(keys.shape), tuple(values.shape), cache.block_size
 
 
-def _manner(attends: Attention, shape: KVShape) -> tuple[Any, ...]:
-    scaling, window, softcap = attends.manner.numbers()
+def _params(attends: Attention, shape: KVShape) -> tuple[Any, ...]:
+    scaling, window, softcap = attends.params.numbers()
     heads = params.num_heads(int(attends.qkv.group.columns[-1]), shape)
     return scaling, softcap, window, heads, shape.value_dim, attends.is_turned
 

@@ -82,7 +82,7 @@ def _cap(scores, softcap):
 
 @njit(cache=True)
 def _attend_tile(
-    queries, group, keys, values, head, blocks, block_size, position, manner, zeros, sums, scores, top_sum, after
+    queries, group, keys, values, head, blocks, block_size, position, params, zeros, sums, scores, top_sum, after
 ):
     """Sums [rows, depth] of queries [rows, d], `group` rows a position from `position` on, over a sequence's blocks.
 
@@ -91,7 +91,7 @@ def _attend_tile(
     `after`: blocks lie apart, and no machine foresees where. Stale positions of a recycled block are never multiplied,
     not even by zero: they may hold another's NaN.
     """
-    (_scaling, window, softcap), rows = manner, queries.shape[0]
+    (_scaling, window, softcap), rows = params, queries.shape[0]
     (_, num_heads, dim, width), depth, stride = keys.shape, values.shape[3], scores.shape[1]
     k_size, v_size = dim * width * keys.itemsize, block_size * depth * values.itemsize
     k_begin, v_begin = at(keys) + head * k_size, at(values) + head * v_size
@@ -176,7 +176,7 @@ def _gather(qkv, first, cos, sin, scaling, group, queries):
 
 @njit(parallel=True, cache=True)
 def attend(
-    qkv, cos, sin, keys, values, block_size, token_blocks, token_offsets, block_table, tiles, bounds, manner, out
+    qkv, cos, sin, keys, values, block_size, token_blocks, token_offsets, block_table, tiles, bounds, params, out
 ):
     """Store keys and values of a step's tokens, and attend: out [T, heads, d_v].
 
@@ -186,7 +186,7 @@ def attend(
     manner = (scaling, window, softcap); window and softcap 0 are none.
     """
     num_kv_heads, dim, num_values = keys.shape[1], keys.shape[2], out.shape[2]
-    group, scaling = out.shape[1] // num_kv_heads, manner[0]
+    group, scaling = out.shape[1] // num_kv_heads, params[0]
     first_key = group * num_kv_heads * dim
     if qkv.shape[0] == 1:  # to call the other threads takes longer
         _store(qkv[0], first_key, cos[0], sin[0], keys, values, token_blocks[0], token_offsets[0], num_values)
@@ -209,7 +209,7 @@ def attend(
             _gather(qkv[span], head * group * dim, cos[span], sin[span], scaling, group, queries)
             _attend_tile(
                 queries[:rows], group, keys, values, head, block_table[sequence], block_size, position,
-                manner, zeros, sums[:rows], scores, top_sum[:rows], after,
+                params, zeros, sums[:rows], scores, top_sum[:rows], after,
             )  # fmt: skip
             for r in range(rows):
                 inverse = np.float32(1.0) / top_sum[r, 1]

@@ -26,11 +26,11 @@ LINEAR = np.dtype(
     + [("group", GROUP)]
 )
 CACHE = np.dtype([("keys", INT), ("values", INT), ("key_shape", INT, 4), ("value_shape", INT, 4), ("block_size", INT)])
-MANNER = np.dtype(
+PARAMS = np.dtype(
     [("scaling", FLOAT), ("softcap", FLOAT), ("window", INT), ("heads", INT), ("d_v", INT), ("is_turned", INT)]
 )
 _IN_ORDER = [
-    *(("input_norm", NORM), ("qkv", LINEAR), ("cache", CACHE), ("manner", MANNER), ("out", LINEAR)),
+    *(("input_norm", NORM), ("qkv", LINEAR), ("cache", CACHE), ("params", PARAMS), ("out", LINEAR)),
     *(("attention", GROUP), ("mlp_norm", NORM), ("gate_up", LINEAR), ("activation", INT), ("down", LINEAR)),
     *(("mlp", GROUP), ("layer", GROUP)),
 ]
@@ -94,18 +94,18 @@ def _site_by_site(x, linear, unit, row_adapters, threads):
 
 
 @njit(cache=True)
-def _attend(qkv, manner, cache, turns, paged, unit):
+def _attend(qkv, params, cache, turns, paged, unit):
     """What an `Attention` computes between its products: [T, heads * d_v]."""
     k, v = cache.key_shape, cache.value_shape
     keys, values = (
         view(cache.keys, (k[0], k[1], k[2], k[3]), unit),
         view(cache.values, (v[0], v[1], v[2], v[3]), unit),
     )
-    cos, sin = (turns[0], turns[1]) if manner.is_turned else (turns[2], turns[2])
-    out = np.empty((qkv.shape[0], manner.heads, manner.d_v), np.float32)
-    how = manner.scaling, manner.window, manner.softcap
+    cos, sin = (turns[0], turns[1]) if params.is_turned else (turns[2], turns[2])
+    out = np.empty((qkv.shape[0], params.heads, params.d_v), np.float32)
+    how = params.scaling, params.window, params.softcap
     attend(qkv, cos, sin, keys, values, cache.block_size, *paged, how, out)
-    return out.reshape(qkv.shape[0], manner.heads * manner.d_v)
+    return out.reshape(qkv.shape[0], params.heads * params.d_v)
 
 
 @njit(cache=True)
@@ -114,7 +114,7 @@ def _layer(hidden, layer, turns, paged, units, row_adapters, threads):
     unit, unit_of_cache = units
     normed = _norm(hidden, layer.input_norm, row_adapters)
     attended = _attend(
-        _linear(normed, layer.qkv, unit, row_adapters, threads), layer.manner, layer.cache, turns, paged, unit_of_cache
+        _linear(normed, layer.qkv, unit, row_adapters, threads), layer.params, layer.cache, turns, paged, unit_of_cache
     )
     change = _linear(attended, layer.out, unit, row_adapters, threads)
     apply(normed, hidden, change, _group(layer.attention), row_adapters)

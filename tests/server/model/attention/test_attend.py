@@ -11,7 +11,7 @@ from server.core import Row
 from server.model.attention.attend import attend
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import PagedBatch, page
-from server.model.attention.params import Manner
+from server.model.attention.params import AttentionParams
 from server.model.attention.reference import attend_reference
 from server.model.precision import StorageDtypes
 
@@ -66,8 +66,8 @@ def test_kernel_equals_its_twin(
     qkv, turns = make_qkv(sum(LENGTHS), value_dim=value_dim), make_turns(sum(LENGTHS), turned)
     fast = make_cache(NUM_BLOCKS, value_dim=value_dim, dtype=dtype, block=block)
     slow = make_cache(NUM_BLOCKS, value_dim=value_dim, dtype=dtype, block=block)
-    got = attend(whole(ROWS, fast), 0, qkv, *turns, Manner(0.3, window, cap))
-    wanted = attend_reference(whole(ROWS, slow), 0, qkv, *turns, Manner(0.3, window, cap))
+    got = attend(whole(ROWS, fast), 0, qkv, *turns, AttentionParams(0.3, window, cap))
+    wanted = attend_reference(whole(ROWS, slow), 0, qkv, *turns, AttentionParams(0.3, window, cap))
     is_exact = dtype == torch.float32
     torch.testing.assert_close(got, wanted, atol=2e-6 if is_exact else 5e-4, rtol=1e-5)
     for mine, twin in zip((*fast.keys, *fast.values), (*slow.keys, *slow.values), strict=True):
@@ -80,8 +80,8 @@ def test_kernel_equals_its_twin(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int, dtype: torch.dtype, block: int) -> None:
     """A token's attention is the same to the last bit alone, among others, and in prompt chunks of any size."""
-    qkv, (cos, sin), manner = make_qkv(sum(LENGTHS)), make_turns(sum(LENGTHS), 16), Manner(0.3, window)
-    together = attend(whole(ROWS, make_cache(NUM_BLOCKS, dtype=dtype, block=block)), 0, qkv, cos, sin, manner)
+    qkv, (cos, sin), params = make_qkv(sum(LENGTHS)), make_turns(sum(LENGTHS), 16), AttentionParams(0.3, window)
+    together = attend(whole(ROWS, make_cache(NUM_BLOCKS, dtype=dtype, block=block)), 0, qkv, cos, sin, params)
     first = 0
     for row, length in zip(ROWS, LENGTHS, strict=True):
         for size in (1, 3, 64) if length < 100 else (17, 256):
@@ -89,7 +89,7 @@ def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int, dtype: torch.
             for start in range(0, length, size):
                 chunk = slice(first + start, first + min(start + size, length))
                 alone = Row([0] * (chunk.stop - chunk.start), start, row.blocks)
-                parts.append(attend(whole([alone], cache, 1), 0, qkv[chunk], cos[chunk], sin[chunk], manner))
+                parts.append(attend(whole([alone], cache, 1), 0, qkv[chunk], cos[chunk], sin[chunk], params))
             assert torch.equal(torch.cat(parts), together[first : first + length])
         first += length
 
@@ -97,8 +97,8 @@ def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int, dtype: torch.
 def test_scattered_blocks_do_not_matter() -> None:
     """Where a sequence's blocks lie changes nothing."""
     qkv, turns = make_qkv(37), make_turns(37, 0)
-    near = attend(whole([Row([0] * 37, 0, [0, 1, 2, 3, 4])], make_cache()), 0, qkv, *turns, Manner(0.3))
-    far = attend(whole([Row([0] * 37, 0, [20, 3, 11, 0, 7])], make_cache()), 0, qkv, *turns, Manner(0.3))
+    near = attend(whole([Row([0] * 37, 0, [0, 1, 2, 3, 4])], make_cache()), 0, qkv, *turns, AttentionParams(0.3))
+    far = attend(whole([Row([0] * 37, 0, [20, 3, 11, 0, 7])], make_cache()), 0, qkv, *turns, AttentionParams(0.3))
     assert torch.equal(near, far)
 
 

@@ -24,7 +24,7 @@ from server.model import precision, runner, verify
 from server.model.attention.attend import attend
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import page
-from server.model.attention.params import Manner
+from server.model.attention.params import AttentionParams
 from server.model.attention.reference import attend_reference
 from server.model.backends import cpu
 from server.model.backends.choose import pack_torch
@@ -108,9 +108,9 @@ def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, turn
             past = torch.randn(row.start, 2, 16 + value_dim, generator=generator)
             made.store(0, blocks, places % test_attend.BLOCK, past[..., :16], past[..., 16:])
         caches.append(made)
-    manner = Manner(0.3, window, cap)
-    got = attend(page(rows, caches[0], 1), 0, qkv, *turns, manner)
-    wanted = attend_reference(page(rows, caches[1], 1), 0, qkv, *turns, manner)
+    params = AttentionParams(0.3, window, cap)
+    got = attend(page(rows, caches[0], 1), 0, qkv, *turns, params)
+    wanted = attend_reference(page(rows, caches[1], 1), 0, qkv, *turns, params)
     torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
 
 
