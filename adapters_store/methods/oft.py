@@ -73,17 +73,17 @@ def _update(artifact: Artifact, config: OftConfig, site: str, spec: BaseSpec) ->
     rows, columns = torch.triu_indices(size, size, 1)
     q[:, rows, columns] = artifact.tensors[name].float()
     q = q - q.mT
-    turn = _neumann(q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else _cayley(q)
+    rotation = _neumann(q, config.num_cayley_neumann_terms) if config.use_cayley_neumann else _cayley(q)
     blocks = weight.reshape(len(weight), -1, size)
-    dw = torch.einsum("orc,rkc->ork", blocks, turn.expand(blocks.shape[1], size, size)).reshape(weight.shape)
+    dw = torch.einsum("orc,rkc->ork", blocks, rotation.expand(blocks.shape[1], size, size)).reshape(weight.shape)
     return Delta(site, finite(dw, name))
 
 
 def _cayley(q: Tensor) -> Tensor:
     """R - I."""
     unit = torch.eye(q.shape[-1])
-    turned: Tensor = torch.linalg.solve(unit + q, unit - q, left=False)
-    return turned - unit
+    rotation: Tensor = torch.linalg.solve(unit + q, unit - q, left=False)
+    return rotation - unit
 
 
 def _neumann(q: Tensor, num_terms: int) -> Tensor:

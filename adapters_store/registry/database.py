@@ -40,7 +40,7 @@ from adapters_store.durable import fsync
 from adapters_store.errors import RegistryDownError, StoreError
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
-WRITERS_TURN, SERVERS_TURN = 0x6D616E79, 0x68617473  # advisory locks, of one database each
+WRITER_LOCK, SERVER_LOCK = 0x6D616E79, 0x68617473  # advisory locks, of one database each
 DISK_FAULTS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
@@ -197,7 +197,7 @@ def hold(engine: Engine) -> Connection | None:
         connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
     except OperationalError as error:
         raise StoreError(f"the registry's database cannot be reached: {str(error.orig).splitlines()[0]}") from None
-    if not connection.execute(select(func.pg_try_advisory_lock(SERVERS_TURN))).scalar():
+    if not connection.execute(select(func.pg_try_advisory_lock(SERVER_LOCK))).scalar():
         connection.close()
         raise StoreError("another server uses the registry's database; give this one its own")
     return connection
@@ -245,4 +245,4 @@ def _sync_names(connection: Connection) -> None:
 def _begin_postgresql(connection: Connection) -> None:
     """A writer waits for its turn before it reads anything; it ends with the transaction."""
     if connection.get_execution_options().get("is_write", False):
-        connection.execute(select(func.pg_advisory_xact_lock(WRITERS_TURN)))
+        connection.execute(select(func.pg_advisory_xact_lock(WRITER_LOCK)))

@@ -23,7 +23,7 @@ from server.uploads.register import FOLDER, register_artifact
 from server.uploads.validation import ValidatedArtifact, validate
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)])
-TURN_WITHIN_S = 60.0
+INTAKE_WITHIN_S = 60.0
 TaskQuery = Annotated[str, Query(pattern=NAME)]
 NoteQuery = Annotated[str, Query(max_length=1000, pattern=r"^[^\x00]*$")]
 BODY = {
@@ -52,7 +52,7 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
     try:
         with state.blobs.staging() as staging:
             await _receive(request, state, staging / "body")
-            async with _turn(state):
+            async with _intake_slot(state):
                 validated = await _validate_body(state, staging, kind)
                 version, is_new = await register_artifact(
                     state, tenant, task, staging / FOLDER, validated, activate, note
@@ -72,10 +72,10 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
 
 
 @asynccontextmanager
-async def _turn(state: ServerState) -> AsyncIterator[None]:
+async def _intake_slot(state: ServerState) -> AsyncIterator[None]:
     """One of the few uploads that are checked at once. Raises `UnavailableError` where too many wait for it."""
     try:
-        async with asyncio.timeout(TURN_WITHIN_S):
+        async with asyncio.timeout(INTAKE_WITHIN_S):
             await state.intake.acquire()
     except TimeoutError:
         raise UnavailableError("too many uploads wait to be checked; nothing was stored", retry_after=5) from None

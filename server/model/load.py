@@ -89,11 +89,11 @@ def _round(model: nn.Module, precision: str) -> None:
     It goes by some rows at a time, which stay in the CPU's cache. A tied embedding stays as it was.
     """
     for linear in linears(model).values():
-        weight, is_turned = linear.weight.detach(), isinstance(linear, Conv1D)
+        weight, is_transposed = linear.weight.detach(), isinstance(linear, Conv1D)
         rounded_weight = torch.empty_like(weight)
-        parts = (each.split(ROUNDED_ROWS, dim=int(is_turned)) for each in (weight, rounded_weight))
+        parts = (each.split(ROUNDED_ROWS, dim=int(is_transposed)) for each in (weight, rounded_weight))
         for part, target in zip(*parts, strict=True):
-            target.copy_(rounded(part.T, precision).T if is_turned else rounded(part, precision))
+            target.copy_(rounded(part.T, precision).T if is_transposed else rounded(part, precision))
         linear.weight = nn.Parameter(rounded_weight, requires_grad=False)
 
 

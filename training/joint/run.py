@@ -22,7 +22,7 @@ from training.report.step_log import Step
 from training.run.distributed import Processes
 from training.run.job import Done, Job, check
 from training.run.pipeline import BASE, PreparedJob, dtype_of, finish, forgotten_if_failed, on_step, prepare, score
-from training.run.trainer import Turn
+from training.run.trainer import PendingStep
 
 T = TypeVar("T")
 SAME = ("base", "device", "precision", "cache")  # of all jobs, as there is one base
@@ -116,15 +116,15 @@ class _Crew:
 
     def _step(self, members: Sequence[Member]) -> list[Member]:
         """A step of every job that is not done; the members that are left."""
-        turns = {member: member.ready.trainer.next_turn() for member in members}
-        going = {member: turn for member, turn in turns.items() if turn is not None}
+        pending_steps = {member: member.ready.trainer.next_pending() for member in members}
+        going = {member: pending for member, pending in pending_steps.items() if pending is not None}
         for member in members:
             if member not in going:
                 self._finish(member)
         if not going:
             return []
-        losses = self._shared.backward({member.adapter: turn for member, turn in going.items()})
-        return [member for member, turn in going.items() if self._take(member, turn, losses[member.adapter])]
+        losses = self._shared.backward({member.adapter: pending for member, pending in going.items()})
+        return [member for member, pending in going.items() if self._take(member, pending, losses[member.adapter])]
 
     def _prepare(self, named: Named, options: Any, num_jobs: int) -> PreparedJob | None:
         how = self._show, self._processes, self._clock, num_jobs, self._scores_of
@@ -138,12 +138,12 @@ class _Crew:
             self._scores.append((suite, known))
         return known
 
-    def _take(self, member: Member, turn: Turn, loss: float) -> bool:
+    def _take(self, member: Member, pending: PendingStep, loss: float) -> bool:
         """Whether it could be taken."""
 
         def take() -> bool:
             with forgotten_if_failed(member.ready):
-                member.after_step(member.ready.trainer.take(turn, loss))
+                member.after_step(member.ready.trainer.take(pending, loss))
             return True
 
         return self._alone(member.named, take) is not None

@@ -28,7 +28,7 @@ from training.data.batch import Batch, cut_before_head, label_logits, make_batch
 from training.data.dataset import TokenizedRow
 from training.errors import BaseError
 from training.methods.trainable import TrainableAdapter
-from training.run.trainer import Turn
+from training.run.trainer import PendingStep
 
 NAME = "manyhats_jobs"  # of our attention among transformers'
 INSIDE = "base_model.model."  # where a PeftModel keeps the base
@@ -100,14 +100,14 @@ class SharedBase:
         AttentionMaskInterface.register(NAME, lambda *_args, **_more: None)
         self._model.set_attn_implementation(NAME)
 
-    def backward(self, turns: Mapping[TwinAdapter, Turn]) -> dict[TwinAdapter, float]:
+    def backward(self, pending_steps: Mapping[TwinAdapter, PendingStep]) -> dict[TwinAdapter, float]:
         """Leave each turn's gradients on its hat's parameters; each turn's mean loss over its label tokens."""
-        losses = dict.fromkeys(turns, 0.0)
-        for adapter, turn in turns.items():
-            adapter.seed(turn.seed)
-        for parts in itertools.zip_longest(*(turn.parts for turn in turns.values())):
-            rows = {adapter: part for adapter, part in zip(turns, parts, strict=True) if part is not None}
-            found = {adapter: loss / turns[adapter].num_labels for adapter, loss in self._losses(rows).items()}
+        losses = dict.fromkeys(pending_steps, 0.0)
+        for adapter, pending in pending_steps.items():
+            adapter.seed(pending.seed)
+        for parts in itertools.zip_longest(*(pending.parts for pending in pending_steps.values())):
+            rows = {adapter: part for adapter, part in zip(pending_steps, parts, strict=True) if part is not None}
+            found = {adapter: loss / pending_steps[adapter].num_labels for adapter, loss in self._losses(rows).items()}
             torch.stack(list(found.values())).sum().backward()
             for adapter, loss in found.items():
                 losses[adapter] += loss.item()

@@ -31,7 +31,7 @@ EVAL_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Turn:
+class PendingStep:
     """A step that is to be taken: its number (from 0), rows, learning rate, and the seed of its dropout.
 
     `parts` are this process's rows, in as many parts as gradients are accumulated over.
@@ -77,7 +77,7 @@ class Trainer:
     """Trains a hat on `rows`, on the device where it is.
 
     `run` is the whole of it. Who computes gradients otherwise (`training.joint`: those of many hats at once) calls
-    `begin`, `next_turn` and `take` by turns until there is no next turn, and then `end`.
+    `begin`, `next_pending` and `take` by turns until there is no next turn, and then `end`.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class Trainer:
     def run(self, on_step: Callable[[Step], None] = lambda _step: None) -> Run:
         """Train to the first limit of the plan, at least one step. Raises `DivergedError` if the loss is no number."""
         self.begin()
-        while (turn := self.next_turn()) is not None:
-            torch.manual_seed(turn.seed)
-            on_step(self.take(turn, sum(self._backward(part, turn.num_labels) for part in turn.parts)))
+        while (pending := self.next_pending()) is not None:
+            torch.manual_seed(pending.seed)
+            on_step(self.take(pending, sum(self._backward(part, pending.num_labels) for part in pending.parts)))
         return self.end()
 
     def begin(self) -> None:
@@ -121,7 +121,7 @@ class Trainer:
         self._stream = self._rows_from(len(self.steps))
         self._adapter.model.train()
 
-    def next_turn(self) -> Turn | None:
+    def next_pending(self) -> PendingStep | None:
         """The step to take now; None when the run has reached its end."""
         number = len(self.steps)
         progress = self._progress(number)
@@ -129,23 +129,23 @@ class Trainer:
             return None
         lr = self._plan.lr_at(max(progress, self._progress_of_steps(number + 1)))
         rows = next(self._stream)
-        return Turn(number, rows, self._parts(rows), lr, hash((self._plan.seed, number, self._processes.rank)))
+        return PendingStep(number, rows, self._parts(rows), lr, hash((self._plan.seed, number, self._processes.rank)))
 
-    def take(self, turn: Turn, loss: float) -> Step:
+    def take(self, pending: PendingStep, loss: float) -> Step:
         """Take the step whose gradients are there; `loss` is the mean over its label tokens. Raises `DivergedError`."""
         (loss,) = self._processes.sum(loss + self._penalise())
         if not math.isfinite(loss):
-            raise self._diverged(turn, f"The loss became {loss}")
+            raise self._diverged(pending, f"The loss became {loss}")
         self._processes.sum_gradients(self._trained)
         norm = clip_grad_norm_(self._trained, self._plan.clip).item()
         if not math.isfinite(norm):
-            raise self._diverged(turn, f"The gradient's norm became {norm}")
+            raise self._diverged(pending, f"The gradient's norm became {norm}")
         for group in self._optimizer.param_groups:
-            group["lr"] = turn.lr
+            group["lr"] = pending.lr
         self._optimizer.step()
-        self._adapter.after_step(turn.number)
+        self._adapter.after_step(pending.number)
         self._optimizer.zero_grad()
-        self.steps.append(self._step_facts(turn, loss))
+        self.steps.append(self._step_facts(pending, loss))
         return self.steps[-1]
 
     def end(self) -> Run:
@@ -219,12 +219,12 @@ class Trainer:
         penalty.backward()
         return penalty.item()
 
-    def _step_facts(self, turn: Turn, loss: float) -> Step:
-        number = turn.number + 1
-        tokens = sum(len(row.ids) for row in turn.rows) + (self.steps[-1].tokens if self.steps else 0)
+    def _step_facts(self, pending: PendingStep, loss: float) -> Step:
+        number = pending.number + 1
+        tokens = sum(len(row.ids) for row in pending.rows) + (self.steps[-1].tokens if self.steps else 0)
         eval_loss = self._evaluate(number) if self._plan.is_eval(number, self._per_epoch) else None
         progress = min(self._progress(number), 1.0)
-        return Step(number, loss, turn.lr, progress, self._seconds(), tokens, eval_loss)
+        return Step(number, loss, pending.lr, progress, self._seconds(), tokens, eval_loss)
 
     def _evaluate(self, step: int) -> float:
         """The mean loss on the evaluation rows; the best weights so far are remembered where they may be asked for."""
@@ -252,10 +252,10 @@ class Trainer:
             for parameter, value in zip(self._trained, self._best.weights, strict=True):
                 parameter.copy_(value)
 
-    def _diverged(self, turn: Turn, what: str) -> DivergedError:
-        lines = ", ".join(str(row.line) for row in sorted(turn.rows, key=lambda row: row.line))
+    def _diverged(self, pending: PendingStep, what: str) -> DivergedError:
+        lines = ", ".join(str(row.line) for row in sorted(pending.rows, key=lambda row: row.line))
         return DivergedError(
-            f"{what} at step {turn.number + 1}, in the batch of lines {lines}: lower --lr (now {self._plan.lr:g}), "
+            f"{what} at step {pending.number + 1}, in the batch of lines {lines}: lower --lr (now {self._plan.lr:g}), "
             "or look at those lines."
         )
 

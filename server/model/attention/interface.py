@@ -70,8 +70,8 @@ def _attention(
     if isinstance(paged, Probe):
         return paged.see(layer, q, k, v, params)[None], None
     qkv = torch.cat([part.flatten(1) for part in (q, k, v)], 1)
-    not_turned = qkv.new_empty(len(qkv), 0)
-    return attend(paged, layer, qkv, not_turned, not_turned, params)[None], None
+    not_rotated = qkv.new_empty(len(qkv), 0)
+    return attend(paged, layer, qkv, not_rotated, not_rotated, params)[None], None
 
 
 def install() -> None:

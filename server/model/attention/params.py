@@ -44,7 +44,7 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     arXiv:2104.09864.
     """
-    turned, rest = x[..., : cos.shape[1]], x[..., cos.shape[1] :]
-    left, right = turned.chunk(2, -1)
-    turned = turned * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
-    return torch.cat([turned, rest], -1)
+    rotated, rest = x[..., : cos.shape[1]], x[..., cos.shape[1] :]
+    left, right = rotated.chunk(2, -1)
+    rotated = rotated * cos[:, None] + torch.cat([-right, left], -1) * sin[:, None]
+    return torch.cat([rotated, rest], -1)

@@ -74,7 +74,7 @@ class Fuser:
             if layer.mlp is not None and _has_linears(self._stock(layer.mlp), "gate_proj", "up_proj", "down_proj"):
                 self._replace_alike(layer.mlp, self._mlp)
             if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
-                self._replace(layer.attention, self._attention(is_turned=True), self._attention(is_turned=False))
+                self._replace(layer.attention, self._attention(is_rotated=True), self._attention(is_rotated=False))
         sites = [layer.layer for layer in self.adapter_slots.spec.layers]
         if cpu.serve(self.adapter_slots.device, self.adapter_slots.dtypes.others) and all(
             is_whole(self._stock(site)) for site in sites
@@ -91,11 +91,11 @@ class Fuser:
     def _mlp(self, site: str, pack: Packer) -> nn.Module:
         return GatedMLP(self._stock(site), site, self.adapter_slots, pack)
 
-    def _attention(self, is_turned: bool) -> Maker:
+    def _attention(self, is_rotated: bool) -> Maker:
         def make(site: str, pack: Packer) -> nn.Module:
             stock = self._stock(site)
             return Attention(
-                stock, site, self.adapter_slots, pack, self.params_of_layer[int(stock.layer_idx)], is_turned
+                stock, site, self.adapter_slots, pack, self.params_of_layer[int(stock.layer_idx)], is_rotated
             )
 
         return make

@@ -67,7 +67,7 @@ def _is_act(act: Any, name: str) -> bool:
 
 
 class Attention(nn.Module):
-    """Attention with q, k and v as one product; queries and keys are turned in the kernel where `is_turned`."""
+    """Attention with q, k and v as one product; queries and keys are turned in the kernel where `is_rotated`."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         adapter_slots: AdapterSlots,
         pack: Packer,
         params: AttentionParams,
-        is_turned: bool = True,
+        is_rotated: bool = True,
     ) -> None:
         super().__init__()
         projections = [stock.q_proj, stock.k_proj, stock.v_proj]
@@ -84,13 +84,13 @@ class Attention(nn.Module):
         self.qkv = AdapterLinear(projections, pack, adapter_slots, sites, False)
         self.out = AdapterLinear([stock.o_proj], pack, adapter_slots, [f"{site}.o_proj"], False)
         self.group = adapter_slots.group(site)
-        self.layer_idx, self.params, self.is_turned = stock.layer_idx, params, is_turned
+        self.layer_idx, self.params, self.is_rotated = stock.layer_idx, params, is_rotated
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedBatch, **_other: Any
     ) -> tuple[Tensor, None]:
         qkv = self.qkv(hidden_states)[0]
-        if self.is_turned:
+        if self.is_rotated:
             cos, sin = (part[0] for part in position_embeddings)
         else:
             cos = sin = qkv.new_empty(len(qkv), 0)

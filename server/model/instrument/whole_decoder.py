@@ -41,15 +41,15 @@ class WholeLayers:
         self.last = np.zeros(0, decoder.NORM)
 
     def __call__(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        cos, sin = (turn[0] for turn in kwargs["position_embeddings"])
+        cos, sin = (part[0] for part in kwargs["position_embeddings"])
         return self.run(hidden_states[0], (cos, sin), kwargs["paged"])[None]
 
-    def run(self, hidden: Tensor, turns: tuple[Tensor, ...], paged: PagedBatch, norm: RMSNorm | None = None) -> Tensor:
+    def run(self, hidden: Tensor, rotary: tuple[Tensor, ...], paged: PagedBatch, norm: RMSNorm | None = None) -> Tensor:
         """hidden [T, size] through the layers, and the norm behind them; turns = (cos, sin), each [T, turned]."""
         if paged.cache is not self.cache or norm is not self.norm:
             self.cache, self.records = paged.cache, self._records(paged.cache)
             self.norm, self.last = norm, np.array([] if norm is None else [_norm(norm)], decoder.NORM)
-        cos, sin = (turn.numpy() for turn in turns)
+        cos, sin = (part.numpy() for part in rotary)
         out = decoder.decoder_layers(
             hidden.numpy(),
             self.records,
@@ -86,7 +86,7 @@ class WholeLayers:
         return records
 
 
-class Turns:
+class RotaryTable:
     """Cosines and sines of positions by the base's own module, those of the first `KNOWN` once and for all.
 
     Only where a position's are always the same.
@@ -99,13 +99,13 @@ class Turns:
             self.table = self._compute(torch.arange(KNOWN))
 
     def _compute(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        return tuple(turn[0] for turn in self.rotary(torch.empty(0), position_ids[None]))
+        return tuple(part[0] for part in self.rotary(torch.empty(0), position_ids[None]))
 
     def __call__(self, position_ids: Tensor) -> tuple[Tensor, ...]:
         """position_ids [T] -> (cos, sin), each [T, turned]."""
         if not self.table or int(position_ids.max()) >= KNOWN:
             return self._compute(position_ids)
-        return tuple(turn.index_select(0, position_ids) for turn in self.table)
+        return tuple(part.index_select(0, position_ids) for part in self.table)
 
 
 class Direct:
@@ -118,14 +118,14 @@ class Direct:
 
     def __init__(self, model: Any, layers: WholeLayers) -> None:
         stock = model.get_decoder()
-        self.embed, self.turn, self.layers = model.get_input_embeddings(), Turns(stock.rotary_emb), layers
+        self.embed, self.rotary, self.layers = model.get_input_embeddings(), RotaryTable(stock.rotary_emb), layers
         self.norm, self.head = stock.norm, model.get_output_embeddings()
         self.inside = self.norm if isinstance(self.norm, RMSNorm) else None
 
     def __call__(self, token_ids: Tensor, position_ids: Tensor, wanted: Tensor, paged: PagedBatch) -> Tensor:
         """token_ids [T], position_ids [T], wanted [R] indices of T -> logits [R, vocabulary] in fp32."""
         hidden = self.embed(token_ids[None])[0]
-        hidden = self.layers.run(hidden, self.turn(position_ids), paged, self.inside)
+        hidden = self.layers.run(hidden, self.rotary(position_ids), paged, self.inside)
         if self.inside is None:
             hidden = self.norm(hidden[None])[0]
         logits: Tensor = self.head(hidden.index_select(0, wanted)[None])[0]
@@ -162,7 +162,7 @@ def _cache(cache: KVCache, layer: int) -> tuple[Any, ...]:
 def _params(attends: Attention, shape: KVShape) -> tuple[Any, ...]:
     scaling, window, softcap = attends.params.numbers()
     heads = params.num_heads(int(attends.qkv.group.columns[-1]), shape)
-    return scaling, softcap, window, heads, shape.value_dim, attends.is_turned
+    return scaling, softcap, window, heads, shape.value_dim, attends.is_rotated
 
 
 def is_whole(layer: Any) -> bool:

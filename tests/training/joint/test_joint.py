@@ -121,9 +121,9 @@ def test_a_job_that_is_done_leaves_the_batch(
     passes, done = list[int](), list[tuple[str, int]]()
     real_backward, real_finish = shared_base.SharedBase.backward, run.finish
 
-    def backward(self: Any, turns: Any) -> Any:
-        passes.append(len(turns))
-        return real_backward(self, turns)
+    def backward(self: Any, pending_steps: Any) -> Any:
+        passes.append(len(pending_steps))
+        return real_backward(self, pending_steps)
 
     def finish(ready: Any, *more: Any) -> Any:
         done.append((ready.job.out.name, len(passes)))
@@ -198,10 +198,10 @@ def test_a_job_that_was_killed_goes_on(
     file = write(tmp_path / "jobs.yaml", defaults, jobs)
     real = trainer.Trainer.take
 
-    def take(self: Any, turn: Any, loss: float) -> Any:
-        if turn.number == 5:
+    def take(self: Any, pending: Any, loss: float) -> Any:
+        if pending.number == 5:
             raise KeyboardInterrupt
-        return real(self, turn, loss)
+        return real(self, pending, loss)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "take", take)
@@ -311,11 +311,11 @@ def test_every_method_that_can_share_does(biased_base: Path) -> None:
     """Each method's loss and gradients in one batch of all methods are those of its own model alone, within 1e-4."""
     base = load(biased_base)
     wearers = hats_on(base, SHARED)
-    turns = {
-        adapter: trainer.Turn(0, rows, [part for part in (rows[:2], rows[2:]) if part], 0.0, 0)
+    pending_steps = {
+        adapter: trainer.PendingStep(0, rows, [part for part in (rows[:2], rows[2:]) if part], 0.0, 0)
         for adapter, rows in wearers.items()
     }
-    losses = shared_base.SharedBase(base).backward(turns)
+    losses = shared_base.SharedBase(base).backward(pending_steps)
     assert len(SHARED) == 10
     for adapter, rows in wearers.items():
         found = trained(adapter)
@@ -372,10 +372,10 @@ def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
     wearers = [shared_base.TwinAdapter(adapter) for adapter in adapters]
     trainer = shared_base.SharedBase(base)
     for _ in range(STEPS):
-        turns = [turn for one in together if (turn := one.next_turn()) is not None]
-        losses = trainer.backward(dict(zip(wearers, turns, strict=True)))
-        for one, adapter, turn in zip(together, wearers, turns, strict=True):
-            one.take(turn, losses[adapter])
+        pending_steps = [pending for one in together if (pending := one.next_pending()) is not None]
+        losses = trainer.backward(dict(zip(wearers, pending_steps, strict=True)))
+        for one, adapter, pending in zip(together, wearers, pending_steps, strict=True):
+            one.take(pending, losses[adapter])
     for seed, one in enumerate(together):
         _, alone = begun(seed)
         alone.run()

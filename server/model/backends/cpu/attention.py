@@ -149,11 +149,11 @@ def _rotate(vector, cos, sin, factor, out):
 def _store(qkv, first_key, cos, sin, keys, values, block, offset, num_values):
     """Write the keys, turned, and the values of one token, qkv [heads * d + kv heads * (d + d_v)]."""
     num_kv_heads, dim = keys.shape[1], keys.shape[2]
-    first_value, turned = first_key + num_kv_heads * dim, np.empty(dim, np.float32)
+    first_value, rotated = first_key + num_kv_heads * dim, np.empty(dim, np.float32)
     for h in range(num_kv_heads):
-        _rotate(qkv[first_key + h * dim : first_key + (h + 1) * dim], cos, sin, np.float32(1.0), turned)
+        _rotate(qkv[first_key + h * dim : first_key + (h + 1) * dim], cos, sin, np.float32(1.0), rotated)
         for i in range(dim):
-            keys[block, h, i, offset] = narrowed(turned[i], keys)
+            keys[block, h, i, offset] = narrowed(rotated[i], keys)
         for i in range(num_values):
             values[block, h, offset, i] = narrowed(qkv[first_value + h * num_values + i], values)
 

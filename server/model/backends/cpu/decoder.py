@@ -27,7 +27,7 @@ LINEAR = np.dtype(
 )
 CACHE = np.dtype([("keys", INT), ("values", INT), ("key_shape", INT, 4), ("value_shape", INT, 4), ("block_size", INT)])
 PARAMS = np.dtype(
-    [("scaling", FLOAT), ("softcap", FLOAT), ("window", INT), ("heads", INT), ("d_v", INT), ("is_turned", INT)]
+    [("scaling", FLOAT), ("softcap", FLOAT), ("window", INT), ("heads", INT), ("d_v", INT), ("is_rotated", INT)]
 )
 _IN_ORDER = [
     *(("input_norm", NORM), ("qkv", LINEAR), ("cache", CACHE), ("params", PARAMS), ("out", LINEAR)),
@@ -94,14 +94,14 @@ def _site_by_site(x, linear, unit, row_adapters, threads):
 
 
 @njit(cache=True)
-def _attend(qkv, params, cache, turns, paged, unit):
+def _attend(qkv, params, cache, rotary, paged, unit):
     """What an `Attention` computes between its products: [T, heads * d_v]."""
     k, v = cache.key_shape, cache.value_shape
     keys, values = (
         view(cache.keys, (k[0], k[1], k[2], k[3]), unit),
         view(cache.values, (v[0], v[1], v[2], v[3]), unit),
     )
-    cos, sin = (turns[0], turns[1]) if params.is_turned else (turns[2], turns[2])
+    cos, sin = (rotary[0], rotary[1]) if params.is_rotated else (rotary[2], rotary[2])
     out = np.empty((qkv.shape[0], params.heads, params.d_v), np.float32)
     how = params.scaling, params.window, params.softcap
     attend(qkv, cos, sin, keys, values, cache.block_size, *paged, how, out)
@@ -109,12 +109,12 @@ def _attend(qkv, params, cache, turns, paged, unit):
 
 
 @njit(cache=True)
-def _layer(hidden, layer, turns, paged, units, row_adapters, threads):
+def _layer(hidden, layer, rotary, paged, units, row_adapters, threads):
     """h + attention(norm(h)), then h + mlp(norm(h))."""
     unit, unit_of_cache = units
     normed = _norm(hidden, layer.input_norm, row_adapters)
     attended = _attend(
-        _linear(normed, layer.qkv, unit, row_adapters, threads), layer.params, layer.cache, turns, paged, unit_of_cache
+        _linear(normed, layer.qkv, unit, row_adapters, threads), layer.params, layer.cache, rotary, paged, unit_of_cache
     )
     change = _linear(attended, layer.out, unit, row_adapters, threads)
     apply(normed, hidden, change, _group(layer.attention), row_adapters)
@@ -133,14 +133,14 @@ def _layer(hidden, layer, turns, paged, units, row_adapters, threads):
 
 
 @njit(cache=True)
-def decoder_layers(hidden, layers, last, turns, paged, units, row_adapters, threads):
+def decoder_layers(hidden, layers, last, rotary, paged, units, row_adapters, threads):
     """hidden [T, size] -> [T, size], through `layers`, an array of `LAYER`, and through `last`, an array of `NORM`.
 
     turns = (cos, sin, none), each [T, turned]; units are empty arrays of the types of weights and of the cache;
     paged is as `attend` takes it, worn as `apply` does.
     """
     for number in range(layers.shape[0]):
-        hidden = _layer(hidden, layers[number], turns, paged, units, row_adapters, threads)
+        hidden = _layer(hidden, layers[number], rotary, paged, units, row_adapters, threads)
     for number in range(last.shape[0]):
         hidden = _norm(hidden, last[number], row_adapters)
     return hidden

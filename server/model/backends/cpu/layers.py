@@ -59,8 +59,8 @@ def _gate_row(gate_up, activation, out):
     else:
         for i in range(size):
             g = gate_up[i]
-            turned = _sigmoid(SQRT_8_PI * (g + GELU_CUBE * g * g * g))
-            out[i] = g * turned * gate_up[size + i]
+            activated = _sigmoid(SQRT_8_PI * (g + GELU_CUBE * g * g * g))
+            out[i] = g * activated * gate_up[size + i]
 
 
 @njit(parallel=True, cache=True)

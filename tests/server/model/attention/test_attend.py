@@ -38,8 +38,8 @@ def make_qkv(num_tokens: int, heads: int = 6, kv_heads: int = 2, dim: int = 16, 
     return torch.randn(num_tokens, heads * dim + kv_heads * (dim + value_dim), generator=generator)
 
 
-def make_turns(num_tokens: int, turned: int) -> tuple[Tensor, Tensor]:
-    angles = torch.randn(num_tokens, turned, generator=torch.Generator().manual_seed(turned))
+def make_turns(num_tokens: int, rotated: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(num_tokens, rotated, generator=torch.Generator().manual_seed(rotated))
     return angles.cos(), angles.sin()
 
 
@@ -53,21 +53,21 @@ NUM_BLOCKS = 5 * 9 + 67
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (11, 0.0), (0, 2.0), (5, 3.0), (1, 0.0)])
-@pytest.mark.parametrize(("value_dim", "turned"), [(16, 0), (24, 16), (32, 8)])
+@pytest.mark.parametrize(("value_dim", "rotated"), [(16, 0), (24, 16), (32, 8)])
 @pytest.mark.parametrize("block", [BLOCK, WHOLE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernel_equals_its_twin(
-    window: int, cap: float, value_dim: int, turned: int, dtype: torch.dtype, block: int
+    window: int, cap: float, value_dim: int, rotated: int, dtype: torch.dtype, block: int
 ) -> None:
     """The kernel computes what plain torch computes: all lengths, windows, soft caps, widths and turns in one batch.
 
     Also where keys and values are kept in 16 bits: they are rounded alike, but for ties of what was turned.
     """
-    qkv, turns = make_qkv(sum(LENGTHS), value_dim=value_dim), make_turns(sum(LENGTHS), turned)
+    qkv, rotary = make_qkv(sum(LENGTHS), value_dim=value_dim), make_turns(sum(LENGTHS), rotated)
     fast = make_cache(NUM_BLOCKS, value_dim=value_dim, dtype=dtype, block=block)
     slow = make_cache(NUM_BLOCKS, value_dim=value_dim, dtype=dtype, block=block)
-    got = attend(whole(ROWS, fast), 0, qkv, *turns, AttentionParams(0.3, window, cap))
-    wanted = attend_reference(whole(ROWS, slow), 0, qkv, *turns, AttentionParams(0.3, window, cap))
+    got = attend(whole(ROWS, fast), 0, qkv, *rotary, AttentionParams(0.3, window, cap))
+    wanted = attend_reference(whole(ROWS, slow), 0, qkv, *rotary, AttentionParams(0.3, window, cap))
     is_exact = dtype == torch.float32
     torch.testing.assert_close(got, wanted, atol=2e-6 if is_exact else 5e-4, rtol=1e-5)
     for mine, twin in zip((*fast.keys, *fast.values), (*slow.keys, *slow.values), strict=True):
@@ -96,9 +96,9 @@ def test_alone_in_chunks_and_in_a_batch_are_bit_equal(window: int, dtype: torch.
 
 def test_scattered_blocks_do_not_matter() -> None:
     """Where a sequence's blocks lie changes nothing."""
-    qkv, turns = make_qkv(37), make_turns(37, 0)
-    near = attend(whole([Row([0] * 37, 0, [0, 1, 2, 3, 4])], make_cache()), 0, qkv, *turns, AttentionParams(0.3))
-    far = attend(whole([Row([0] * 37, 0, [20, 3, 11, 0, 7])], make_cache()), 0, qkv, *turns, AttentionParams(0.3))
+    qkv, rotary = make_qkv(37), make_turns(37, 0)
+    near = attend(whole([Row([0] * 37, 0, [0, 1, 2, 3, 4])], make_cache()), 0, qkv, *rotary, AttentionParams(0.3))
+    far = attend(whole([Row([0] * 37, 0, [20, 3, 11, 0, 7])], make_cache()), 0, qkv, *rotary, AttentionParams(0.3))
     assert torch.equal(near, far)
 
 

@@ -19,7 +19,7 @@ from server.core import Row, Sampling
 from server.model.backends.cpu import layers
 from server.model.instrument import whole_decoder
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
-from server.model.instrument.whole_decoder import Direct, Turns, WholeLayers
+from server.model.instrument.whole_decoder import Direct, RotaryTable, WholeLayers
 from server.model.load import forward, load_base
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.patches import random_patch
@@ -112,11 +112,14 @@ def test_turns_are_those_of_the_stock_module(rope_type: str, is_kept: bool) -> N
         max_position_embeddings=2 * whole_decoder.KNOWN,
         rope_parameters=parameters,
     )
-    stock, turns = modeling_llama.LlamaRotaryEmbedding(config), Turns(modeling_llama.LlamaRotaryEmbedding(config))
-    assert bool(turns.table) == is_kept
+    stock, rotary = (
+        modeling_llama.LlamaRotaryEmbedding(config),
+        RotaryTable(modeling_llama.LlamaRotaryEmbedding(config)),
+    )
+    assert bool(rotary.table) == is_kept
     for positions in ([0, 7, 5000, whole_decoder.KNOWN - 1], [3, whole_decoder.KNOWN], [whole_decoder.KNOWN + 5]):
         wanted = stock(torch.empty(0), torch.tensor([positions]))
-        got = turns(torch.tensor(positions))
+        got = rotary(torch.tensor(positions))
         assert all(torch.equal(ours, theirs[0]) for ours, theirs in zip(got, wanted, strict=True))
 
 

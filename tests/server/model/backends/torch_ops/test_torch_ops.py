@@ -88,8 +88,8 @@ def config_of(folder: Path, device: str = "cpu", precision: str = "fp32") -> Run
 
 
 @pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (11, 0.0), (0, 2.0), (5, 3.0), (1, 0.0)])
-@pytest.mark.parametrize(("value_dim", "turned"), [(16, 0), (24, 16)])
-def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, turned: int) -> None:
+@pytest.mark.parametrize(("value_dim", "rotated"), [(16, 0), (24, 16)])
+def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, rotated: int) -> None:
     """Padded groups give what one sequence after the other gives: chunks and single tokens, windows and soft caps, in
     blocks where what is stale is not a number."""
     starts, counts = (0, 0, 0, 30, 12, 3), (1, 37, 70, 1, 1, 5)
@@ -97,7 +97,7 @@ def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, turn
         Row([0] * n, start, list(range(9 * at, 9 * at + 9)))
         for at, (start, n) in enumerate(zip(starts, counts, strict=True))
     ]
-    qkv, turns = test_attend.make_qkv(sum(counts), value_dim=value_dim), test_attend.make_turns(115, turned)
+    qkv, rotary = test_attend.make_qkv(sum(counts), value_dim=value_dim), test_attend.make_turns(115, rotated)
     caches: list[KVCache] = []
     for _ in range(2):
         made = test_attend.make_cache(54, value_dim=value_dim)
@@ -109,8 +109,8 @@ def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, turn
             made.store(0, blocks, places % test_attend.BLOCK, past[..., :16], past[..., 16:])
         caches.append(made)
     params = AttentionParams(0.3, window, cap)
-    got = attend(page(rows, caches[0], 1), 0, qkv, *turns, params)
-    wanted = attend_reference(page(rows, caches[1], 1), 0, qkv, *turns, params)
+    got = attend(page(rows, caches[0], 1), 0, qkv, *rotary, params)
+    wanted = attend_reference(page(rows, caches[1], 1), 0, qkv, *rotary, params)
     torch.testing.assert_close(got, wanted, atol=2e-6, rtol=1e-5)
 
 
