@@ -34,7 +34,7 @@ class WholeLayers:
     def __init__(self, layers: list[Any], adapter_slots: AdapterSlots, groups: list[SiteGroup]) -> None:
         self.stock, self.adapter_slots = [layer.forward for layer in layers], adapter_slots
         self.layers, self.groups = layers, groups
-        self.unit = layers[0].mlp.down.product.arrays[0][:0, 0, 0]
+        self.item_type = layers[0].mlp.down.product.arrays[0][:0, 0, 0]
         self.records = np.zeros(0, decoder.LAYER)
         self.cache: KVCache | None = None  # that `records` have addresses of
         self.norm: RMSNorm | None = None  # that `last` has the address of
@@ -56,7 +56,7 @@ class WholeLayers:
             self.last,
             (cos, sin, cos[:, :0]),
             paged.arrays(),
-            (self.unit, paged.cache.arrays(0)[0][:0, 0, 0, 0]),
+            (self.item_type, paged.cache.arrays(0)[0][:0, 0, 0, 0]),
             self.adapter_slots.arrays(self.adapter_slots.tokens),
             torch.get_num_threads(),
         )

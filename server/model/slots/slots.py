@@ -32,7 +32,7 @@ from server.model.slots.reference import embed_rows, scale_reference, update_ref
 MIN_SLOTS = 16
 MAX_ACTS = 256  # sets of slots whose acts are kept
 IDLE = (False,) * len(KINDS)
-UNITS = {torch.float32: np.empty(0, np.float32), torch.float16: np.empty(0, np.uint16)}  # of kernels, see `vector`
+ITEM_TYPES = {torch.float32: np.empty(0, np.float32), torch.float16: np.empty(0, np.uint16)}  # of kernels, see `vector`
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class AdapterSlots:
         self._members = self._firsts = np.zeros(0, np.int64)  # sites of all groups, and where each group begins there
         self._acts: dict[tuple[int, ...], Acts] = {}  # by the slots that act
         self._has_kernels = cpu.serve(device, dtypes.others)
-        self._unit = UNITS.get(dtypes.matrices)
+        self._item_type = ITEM_TYPES.get(dtypes.matrices)
         self.copies = Copies(device)
         by_segment = partial(scale_reference, self), partial(update_reference, self)
         self._stacked = Stacked(self.primitive, dtypes.others, self.copies, *by_segment)
@@ -258,7 +258,7 @@ class AdapterSlots:
     def _run_rows(self, kernel: Any, x: Tensor, y: Tensor, site: int, slot: int, weight: float) -> None:
         address = self.addresses[slot] + self.table[ROWS, site, slot, adapters.OFFSET]
         ids = self.slots[slot].row_ids[site].numpy()
-        kernel(x.numpy(), y.numpy(), ids, address, np.float32(weight), self._unit)
+        kernel(x.numpy(), y.numpy(), ids, address, np.float32(weight), self._item_type)
 
     def arrays(self, row_adapters: RowAdapters) -> tuple[Any, ...]:
         """What rows wear, and where it lies, as the kernels take it."""
@@ -271,5 +271,5 @@ class AdapterSlots:
             self.table,
             now.array,
             now.max_rank,
-            self._unit,
+            self._item_type,
         )

@@ -3,7 +3,7 @@
 A step's rows come in tiles: neighbours that wear the same, so that what is read of a patch serves all of them. A row's
 result depends on its own patches alone (see `vector`). The slow twins in plain torch are the formulas of
 `adapters_store.primitives`, as `reference.apply_reference` applies them.
-`unit` is an empty array of the type that matrices are
+`item_type` is an empty array of the type that matrices are
 kept in; everything else of a patch is fp32.
 """
 
@@ -41,36 +41,36 @@ def _aligned(num_bytes):
 
 
 @njit(cache=True)
-def _down(rows, x, x_stride, a, k, rank, t, t_stride, unit):
+def _down(rows, x, x_stride, a, k, rank, t, t_stride, item_type):
     """t [rows, rank] = x [rows, k] A^T, where A [rank, k]; addresses and strides in items."""
     row = 0
     while row + 4 <= rows:
         x_at, t_at = x + 4 * row * x_stride, t + 4 * row * t_stride
         for j in range(0, rank - 1, 2):
-            dots_4x2(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+            dots_4x2(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
         if rank % 2:
             j = rank - 1
-            dots_4x1(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+            dots_4x1(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
         row += 4
     for r in range(row, rows):
         x_at, t_at = x + 4 * r * x_stride, t + 4 * r * t_stride
         whole = rank // 8 * 8
         for j in range(0, whole, 8):
-            dots_1x8(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+            dots_1x8(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
         for j in range(whole, rank):
-            dots_1x1(x_at, x_stride, a + j * k * unit.itemsize, k, k, t_at + 4 * j, t_stride, unit)
+            dots_1x1(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
 
 
 @njit(cache=True)
-def _up(rows, t, t_stride, b, rank, n, y, y_stride, unit):
+def _up(rows, t, t_stride, b, rank, n, y, y_stride, item_type):
     """y [rows, n] += t [rows, rank] B, where B [rank, n]; addresses and strides in items."""
-    multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0, 0, 0), unit)
+    multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0, 0, 0), item_type)
     for r in range(rows if n % PANEL else 0):
         out = view(y + 4 * r * y_stride, (n,), FLOATS)
         left = view(t + 4 * r * t_stride, (rank,), FLOATS)
         for j in range(rank):
             for o in range(n // PANEL * PANEL, n):
-                out[o] += left[j] * widened(b + (j * n + o) * unit.itemsize, unit)
+                out[o] += left[j] * widened(b + (j * n + o) * item_type.itemsize, item_type)
 
 
 @njit(fastmath=FASTMATH, cache=True)
@@ -114,20 +114,20 @@ def _layer_norm(h, gamma, beta, out):
 
 
 @njit(cache=True)
-def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, weight, t, unit):
+def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, weight, t, item_type):
     """y += weight B (A h) for rows of h and y; t [rows, rank] is room."""
-    b = address + rank * size_in * unit.itemsize
-    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], unit)
+    b = address + rank * size_in * item_type.itemsize
+    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], item_type)
     for r in range(rows):
         for j in range(rank):
             t[r, j] *= weight
-    _up(rows, at(t), t.shape[1], b, rank, size_out, y, y_stride, unit)
+    _up(rows, at(t), t.shape[1], b, rank, size_out, y, y_stride, item_type)
 
 
 @njit(cache=True)
-def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, unit):
+def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, item_type):
     """y += weight N(U act(D M(h) + d) + u) for rows of h and y; t [rows, rank] is room."""
-    d = address + _aligned(rank * (size_in + size_out) * unit.itemsize)
+    d = address + _aligned(rank * (size_in + size_out) * item_type.itemsize)
     u = d + 4 * rank
     norms = u + 4 * size_out
     if flags & NORM_BEFORE:
@@ -135,15 +135,15 @@ def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank
         _layer_norms(h, h_stride, norms, at(normed), size_in, rows, size_in)
         norms += 8 * size_in
         h, h_stride = at(normed), size_in
-    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], unit)
+    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], item_type)
     down_bias, change = _view(d, rank), np.empty((rows, size_out), np.float32)
     for r in range(rows):
         for j in range(rank):
             t[r, j] += down_bias[j]
         _activate(t[r, :rank], flags & ACTIVATION)
         change[r] = _view(u, size_out)
-    up, out = address + rank * size_in * unit.itemsize, at(change)
-    _up(rows, at(t), t.shape[1], up, rank, size_out, out, size_out, unit)
+    up, out = address + rank * size_in * item_type.itemsize, at(change)
+    _up(rows, at(t), t.shape[1], up, rank, size_out, out, size_out, item_type)
     if flags & NORM_AFTER:
         _layer_norms(out, size_out, norms, out, size_out, rows, size_out)
     for r in range(rows):
@@ -173,7 +173,7 @@ def _scale(rows, v, weight, y, y_stride):
 @njit(cache=True)
 def _scales(tile, kind, site, size, y, y_stride, row_adapters):
     """Scales of the inputs or outputs of a site, for a tile's rows of y."""
-    _tiles, slots, weights, addresses, table, _acts, _max_rank, _unit = row_adapters
+    _tiles, slots, weights, addresses, table, _acts, _max_rank, _item_type = row_adapters
     for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
         scale, address = table[kind, site, slots[adapter]], addresses[slots[adapter]]
         if scale[SIZE] > 0:
@@ -183,7 +183,7 @@ def _scales(tile, kind, site, size, y, y_stride, row_adapters):
 @njit(parallel=True, cache=True)
 def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
     """Scales of y, then what branches and biases add to it, those of y itself last, one after another."""
-    tiles, slot_numbers, adapter_weights, addresses, table, _acts, max_rank, unit = row_adapters
+    tiles, slot_numbers, adapter_weights, addresses, table, _acts, max_rank, item_type = row_adapters
     parts, width = sites.shape[0], y.shape[1]
     for index in prange(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
@@ -209,16 +209,16 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
                 address = addresses[slot] + table[PROJECTION, site, slot, OFFSET]
                 if flags:
                     _bottleneck(
-                        rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, unit
+                        rows, h, h_stride, size_in, y_at, size_out, width, address, rank, flags, weight, t, item_type
                     )
                 else:
-                    _low_rank(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, weight, t, unit)
+                    _low_rank(rows, h, h_stride, size_in, y_at, size_out, width, address, rank, weight, t, item_type)
 
 
 @njit(cache=True)
-def errands(size_in, group, row_adapters):
+def list_prefetch(size_in, group, row_adapters):
     """What branches of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
-    (_, sites, columns), (tiles, slots, _, addresses, table, _, _, unit) = group, row_adapters
+    (_, sites, columns), (tiles, slots, _, addresses, table, _, _, item_type) = group, row_adapters
     parts = sites.shape[0]
     out, count = np.empty((parts * (tiles[:, LAST_ADAPTER] - tiles[:, FIRST_ADAPTER]).sum(), 2), np.int64), 0
     for index in range(tiles.shape[0] * parts):
@@ -226,7 +226,7 @@ def errands(size_in, group, row_adapters):
         for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
             projection, size_out = table[PROJECTION, sites[part], slots[adapter]], columns[part + 1] - columns[part]
             out[count, 0] = addresses[slots[adapter]] + projection[OFFSET]
-            out[count, 1] = projection[SIZE] * (size_in + size_out) * unit.itemsize
+            out[count, 1] = projection[SIZE] * (size_in + size_out) * item_type.itemsize
             count += 1
     return out
 
@@ -245,7 +245,7 @@ def deltas(x, y, first_column, last_column, table, row_adapters):
 
     A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
     """
-    tiles, slot_numbers, adapter_weights, addresses, unit = (
+    tiles, slot_numbers, adapter_weights, addresses, item_type = (
         row_adapters[0],
         row_adapters[1],
         row_adapters[2],
@@ -264,36 +264,36 @@ def deltas(x, y, first_column, last_column, table, row_adapters):
                 slot = slot_numbers[adapter]
                 if table[slot, SIZE] > 0:
                     rows, x_at = tile[COUNT], at(x) + 4 * tile[FIRST] * size_in
-                    matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * unit.itemsize
-                    _down(rows, x_at, size_in, matrix, size_in, last - first, at(t), OUTPUTS, unit)
+                    matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * item_type.itemsize
+                    _down(rows, x_at, size_in, matrix, size_in, last - first, at(t), OUTPUTS, item_type)
                     for r in range(rows):
                         for o in range(first, last):
                             y[tile[FIRST] + r, first_column + o] += adapter_weights[adapter] * t[r, o - first]
 
 
 @njit(parallel=True, cache=True)
-def head_rows(x, y, ids, matrix, weight, unit):
+def head_rows(x, y, ids, matrix, weight, item_type):
     """y[:, ids] += weight x dE^T for x [T, in], y [T, out], and dE [n, in] at the address `matrix`."""
     (rows, size_in), count = x.shape, ids.shape[0]
     for part in prange((count + OUTPUTS - 1) // OUTPUTS):
         first, last = part * OUTPUTS, min(count, (part + 1) * OUTPUTS)
         t = np.empty((rows, OUTPUTS), np.float32)
-        a = matrix + first * size_in * unit.itemsize
-        _down(rows, at(x), size_in, a, size_in, last - first, at(t), OUTPUTS, unit)
+        a = matrix + first * size_in * item_type.itemsize
+        _down(rows, at(x), size_in, a, size_in, last - first, at(t), OUTPUTS, item_type)
         for r in range(rows):
             for o in range(first, last):
                 y[r, ids[o]] += weight * t[r, o - first]
 
 
 @njit(cache=True)
-def embed_rows(token_ids, y, ids, matrix, weight, unit):
+def embed_rows(token_ids, y, ids, matrix, weight, item_type):
     """y [T, size] += weight dE[j] where a token is ids[j], ascending, and dE [n, size] lies at the address `matrix`."""
     size = y.shape[1]
     for t in range(token_ids.shape[0]):
         place = np.searchsorted(ids, token_ids[t])
         if place < ids.shape[0] and ids[place] == token_ids[t]:
             for i in range(size):
-                y[t, i] += weight * widened(matrix + (place * size + i) * unit.itemsize, unit)
+                y[t, i] += weight * widened(matrix + (place * size + i) * item_type.itemsize, item_type)
 
 
 @njit(cache=True)

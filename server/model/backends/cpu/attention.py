@@ -107,9 +107,12 @@ def _attend_tile(
         v_here = v_begin + blocks[low] * num_heads * v_size
         for b in range(low, high):
             here = k_begin + blocks[b] * num_heads * k_size
-            ahead = (k_begin + blocks[b + 1] * num_heads * k_size if b + 1 < high else v_here) - here
-            steps, out = (dim, dim, 0, stride, width, PANEL, ahead, 0, 0), scores_at + 4 * (b - begin) * width
-            multiply(rows, width // PANEL, queries_at, here, zeros_at, out, steps, keys)
+            prefetch_offset = (k_begin + blocks[b + 1] * num_heads * k_size if b + 1 < high else v_here) - here
+            strides, out = (
+                (dim, dim, 0, stride, width, PANEL, prefetch_offset, 0, 0),
+                scores_at + 4 * (b - begin) * width,
+            )
+            multiply(rows, width // PANEL, queries_at, here, zeros_at, out, strides, keys)
         if softcap > 0:
             _cap(scores[:rows], softcap)
         for r in range(rows):
@@ -130,8 +133,8 @@ def _attend_tile(
                 if first < last:
                     weights = scores_at + 4 * (n * group * stride + (b - begin) * width + first)
                     out, begun = sums_at + 4 * n * group * depth, here + first * depth * values.itemsize
-                    steps = (last - first, stride, depth, depth, depth, PANEL, v_here - here, 0, 0)
-                    multiply(rows if is_whole else group, depth // PANEL, weights, begun, out, out, steps, values)
+                    strides = (last - first, stride, depth, depth, depth, PANEL, v_here - here, 0, 0)
+                    multiply(rows if is_whole else group, depth // PANEL, weights, begun, out, out, strides, values)
 
 
 @njit(fastmath=FASTMATH, cache=True)

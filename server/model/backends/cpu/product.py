@@ -22,10 +22,12 @@ from server.model.backends.cpu.vector import (
 )
 
 ROWS = 6
-AHEAD = 4096  # bytes: a product that streams its weight from memory is then as fast as from cache (see README, Figures)
+PREFETCH_OFFSET = (
+    4096  # bytes: a product that streams its weight from memory is then as fast as from cache (see README, Figures)
+)
 LINE = 64  # bytes that memory gives at once
 SPARE = 5  # quarters of what errands need: they end between panels
-NO_ERRANDS = np.empty((0, 2), np.int64)
+NO_PREFETCH = np.empty((0, 2), np.int64)
 BLOCK = 96  # rows whose x stays in the second cache while all panels go by
 
 
@@ -36,45 +38,45 @@ def at(array):
 
 
 @njit(cache=True)
-def _one_panel(rows, x, w, start, out, steps, unit):
+def _one_panel(rows, x, w, start, out, strides, item_type):
     """`tile` of one panel for 1 to 6 rows."""
     if rows == 6:
-        tile_6x1(x, w, start, out, steps, unit)
+        tile_6x1(x, w, start, out, strides, item_type)
     elif rows == 5:
-        tile_5x1(x, w, start, out, steps, unit)
+        tile_5x1(x, w, start, out, strides, item_type)
     elif rows == 4:
-        tile_4x1(x, w, start, out, steps, unit)
+        tile_4x1(x, w, start, out, strides, item_type)
     elif rows == 3:
-        tile_3x1(x, w, start, out, steps, unit)
+        tile_3x1(x, w, start, out, strides, item_type)
     elif rows == 2:
-        tile_2x1(x, w, start, out, steps, unit)
+        tile_2x1(x, w, start, out, strides, item_type)
     else:
-        tile_1x1(x, w, start, out, steps, unit)
+        tile_1x1(x, w, start, out, strides, item_type)
 
 
 @njit(cache=True)
-def _few_rows(rows, x, w, start, out, steps, unit):
+def _few_rows(rows, x, w, start, out, strides, item_type):
     """`tile` of 4 panels for 1 row, of 2 for 2 or 3 rows."""
     if rows == 1:
-        tile_1x4(x, w, start, out, steps, unit)
+        tile_1x4(x, w, start, out, strides, item_type)
     elif rows == 2:
-        tile_2x2(x, w, start, out, steps, unit)
+        tile_2x2(x, w, start, out, strides, item_type)
     else:
-        tile_3x2(x, w, start, out, steps, unit)
+        tile_3x2(x, w, start, out, strides, item_type)
 
 
 @njit(cache=True)
-def multiply(rows, panels, x, w, start, out, steps, unit):
+def multiply(rows, panels, x, w, start, out, strides, item_type):
     """`tile` for any number of rows and of panels.
 
-    The last of `steps`: how far from here that lies which is read next, the address of what is wanted later, and how
+    The last of `strides`: how far from here that lies which is read next, the address of what is wanted later, and how
     many bytes of it a step asks for. Six rows at a time: each of these parts asks for its share of what is next, so
     that the reading is spread evenly, and if something is wanted later, the last part asks for that alone.
     """
-    k, x_stride, start_stride, out_stride, w_step, w_panel, ahead, wanted, wanted_pace = steps
+    k, x_stride, start_stride, out_stride, w_step, w_panel, prefetch_offset, later_address, later_stride = strides
     parts = (rows + ROWS - 1) // ROWS
-    sharing = parts - 1 if wanted_pace > 0 else parts
-    pace = (w_step * unit.itemsize + sharing - 1) // max(1, sharing)
+    sharing = parts - 1 if later_stride > 0 else parts
+    prefetch_stride = (w_step * item_type.itemsize + sharing - 1) // max(1, sharing)
     for part in range(parts):
         first, few = rows * part // parts, rows * (part + 1) // parts - rows * part // parts
         x_at, start_at, out_at = (
@@ -82,21 +84,25 @@ def multiply(rows, panels, x, w, start, out, steps, unit):
             start + 4 * first * start_stride,
             out + 4 * first * out_stride,
         )
-        later = (ahead + part * k * pace, pace) if part < sharing else (wanted - w, wanted_pace)
+        later = (
+            (prefetch_offset + part * k * prefetch_stride, prefetch_stride)
+            if part < sharing
+            else (later_address - w, later_stride)
+        )
         mine = k, x_stride, start_stride, out_stride, w_step, w_panel, later[0], later[1]
         panel, group = 0, 4 if few == 1 else 2
         while panel < panels:
-            w_at, move = w + panel * w_panel * unit.itemsize, 4 * panel * PANEL
+            w_at, move = w + panel * w_panel * item_type.itemsize, 4 * panel * PANEL
             if few > 3 or panel + group > panels:
-                _one_panel(few, x_at, w_at, start_at + move, out_at + move, mine, unit)
+                _one_panel(few, x_at, w_at, start_at + move, out_at + move, mine, item_type)
                 panel += 1
             else:
-                _few_rows(few, x_at, w_at, start_at + move, out_at + move, mine, unit)
+                _few_rows(few, x_at, w_at, start_at + move, out_at + move, mine, item_type)
                 panel += group
 
 
 @njit(parallel=True, cache=True)
-def product(x, weight, start, scales, bias, out, threads, errands):
+def product(x, weight, start, scales, bias, out, threads, prefetch_list):
     """out [m, n] = x [m, k] @ weight + start, weight [panels, k, 16] as `linear` packs it, start [panels * 16].
 
     For 8 bits the sums are multiplied by scales [n], and then bias [n] is added; elsewhere both are empty. Meanwhile
@@ -105,11 +111,11 @@ def product(x, weight, start, scales, bias, out, threads, errands):
     """
     m, k = x.shape
     n, size = out.shape[1], k * PANEL
-    ahead = AHEAD if m <= ROWS else size * weight.itemsize
+    prefetch_offset = PREFETCH_OFFSET if m <= ROWS else size * weight.itemsize
     for thread in prange(threads):
         low, high = weight.shape[0] * thread // threads, weight.shape[0] * (thread + 1) // threads
-        errand, last = len(errands) * thread // threads, len(errands) * (thread + 1) // threads
-        pace = min(LINE, SPARE * errands[errand:last, 1].sum() // (4 * k * max(1, high - low)) + 1)
+        entry, last = len(prefetch_list) * thread // threads, len(prefetch_list) * (thread + 1) // threads
+        prefetch_stride = min(LINE, SPARE * prefetch_list[entry:last, 1].sum() // (4 * k * max(1, high - low)) + 1)
         done = 0
         full = min(high, n // PANEL)  # the last panel may be wider than what is left of out
         rest = np.empty((BLOCK, PANEL), np.float32)
@@ -118,19 +124,25 @@ def product(x, weight, start, scales, bias, out, threads, errands):
             x_at, out_at = at(x) + 4 * row * k, at(out) + 4 * row * n
             step = max(1, full - low) if rows <= 3 else 1  # many rows: a panel stays in the first cache for all of them
             for p in range(low, full, step):
-                wanted, wanted_pace = 0, 0
-                if errand < last and m > ROWS:
-                    wanted, wanted_pace, done = errands[errand, 0] + done, pace, done + k * pace
-                    if done >= errands[errand, 1]:
-                        errand, done = errand + 1, 0
-                steps = (k, k, 0, n, PANEL, size, ahead, wanted, wanted_pace)
+                later_address, later_stride = 0, 0
+                if entry < last and m > ROWS:
+                    later_address, later_stride, done = (
+                        prefetch_list[entry, 0] + done,
+                        prefetch_stride,
+                        done + k * prefetch_stride,
+                    )
+                    if done >= prefetch_list[entry, 1]:
+                        entry, done = entry + 1, 0
+                strides = (k, k, 0, n, PANEL, size, prefetch_offset, later_address, later_stride)
                 w_at = at(weight) + p * size * weight.itemsize
                 move = 4 * p * PANEL
-                multiply(rows, step, x_at, w_at, at(start) + move, out_at + move, steps, weight)
+                multiply(rows, step, x_at, w_at, at(start) + move, out_at + move, strides, weight)
             if full < high:
                 w_at = at(weight) + full * size * weight.itemsize
                 begin = at(start) + 4 * full * PANEL
-                multiply(rows, 1, x_at, w_at, begin, at(rest), (k, k, 0, PANEL, PANEL, size, ahead, 0, 0), weight)
+                multiply(
+                    rows, 1, x_at, w_at, begin, at(rest), (k, k, 0, PANEL, PANEL, size, prefetch_offset, 0, 0), weight
+                )
                 out[row : row + rows, full * PANEL :] = rest[:rows, : n - full * PANEL]
             for r in range(row, row + rows if scales.shape[0] else row):
                 for c in range(low * PANEL, min(n, high * PANEL)):

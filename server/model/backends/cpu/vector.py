@@ -5,7 +5,7 @@ summed in which order depends on the length of the sum alone, never on R, P or J
 additions explicitly: so a row's result is the same, bit for bit, whatever it is computed beside. Compilers that
 vectorise by themselves promise neither.
 
-Matrices are kept in 32, 16 or 8 bits, and widened to fp32 as they are read; `unit` is an array of their type, of
+Matrices are kept in 32, 16 or 8 bits, and widened to fp32 as they are read; `item_type` is an array of their type, of
 which only the type is used: float32, uint16 (the bits of an IEEE half; Numba's CPU has no float16) or int8.
 """
 
@@ -42,8 +42,8 @@ Read = Callable[[], Any]  # emits what reads a vector
 class _Emit:
     """Instructions on memory by address: every offset is in items of `size` bytes."""
 
-    def __init__(self, builder: Any, unit: Any) -> None:
-        self.builder, (self.stored, self.size) = builder, _STORED[unit.dtype]
+    def __init__(self, builder: Any, item_type: Any) -> None:
+        self.builder, (self.stored, self.size) = builder, _STORED[item_type.dtype]
 
     def at(self, address: Any, offset: Any, size: int) -> Any:
         return self.builder.add(address, self.builder.mul(offset, _I64(size)))
@@ -137,19 +137,24 @@ def _tile(rows: int, panels: int) -> Any:
     at_vector = [(column * LANES // PANEL, column * LANES % PANEL) for column in range(num_vectors)]
 
     @intrinsic
-    def tile(_typing: Any, x: Any, w: Any, start: Any, out: Any, steps: Any, unit: Any) -> Any:
+    def tile(_typing: Any, x: Any, w: Any, start: Any, out: Any, strides: Any, item_type: Any) -> Any:
         """out[r, c] = start[r, c] + sum over i < k of x[r, i] w[i, c], in order of i, and in spans whose
         sums are then added: a long sum in one go loses digits. x, w, start and out are addresses.
 
-        `steps`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel
+        `strides`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel
         to panel. And in bytes: how far from a panel memory is asked for that is read later, and its steps: one stream of
         reads alone does not fill the way to memory.
         """
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-            x, w, start, out, steps, _ = args
-            k, x_stride, start_stride, out_stride, w_step, w_panel, ahead, pace = cgutils.unpack_tuple(builder, steps)
-            emit, cells = _Emit(builder, unit), [(row, column) for row in range(rows) for column in range(num_vectors)]
+            x, w, start, out, strides, _ = args
+            k, x_stride, start_stride, out_stride, w_step, w_panel, prefetch_offset, prefetch_stride = (
+                cgutils.unpack_tuple(builder, strides)
+            )
+            emit, cells = (
+                _Emit(builder, item_type),
+                [(row, column) for row in range(rows) for column in range(num_vectors)],
+            )
             xs = [emit.at(x, builder.mul(x_stride, _I64(row)), 4) for row in range(rows)]
             panel_of = [emit.at(w, builder.mul(w_panel, _I64(panel)), emit.size) for panel in range(panels)]
             ws = [builder.add(panel_of[panel], _I64(lane * emit.size)) for panel, lane in at_vector]
@@ -158,7 +163,10 @@ def _tile(rows: int, panels: int) -> Any:
                 return emit.at(base, builder.add(builder.mul(stride, _I64(row)), _I64(column * LANES)), 4)
 
             def step(index: Any, sums: list[Any]) -> list[Any]:
-                below, later = builder.mul(index, w_step), builder.add(ahead, builder.mul(index, pace))
+                below, later = (
+                    builder.mul(index, w_step),
+                    builder.add(prefetch_offset, builder.mul(index, prefetch_stride)),
+                )
                 for address in panel_of:
                     emit.prefetch(builder.add(address, later))
                 lefts = [partial(emit.splat_at, emit.at(address, index, 4)) for address in xs]
@@ -183,7 +191,7 @@ def _tile(rows: int, panels: int) -> Any:
             emit.loop(_I64(SPAN), k, SPAN, [], more)
             return context.get_dummy_value()
 
-        return types.void(x, w, start, out, steps, unit), codegen
+        return types.void(x, w, start, out, strides, item_type), codegen
 
     return tile
 
@@ -191,13 +199,13 @@ def _tile(rows: int, panels: int) -> Any:
 def _dots(rows: int, columns: int) -> Any:
     @intrinsic
     def dots(
-        _typing: Any, x: Any, x_stride: Any, a: Any, a_stride: Any, k: Any, out: Any, out_stride: Any, unit: Any
+        _typing: Any, x: Any, x_stride: Any, a: Any, a_stride: Any, k: Any, out: Any, out_stride: Any, item_type: Any
     ) -> Any:
         """out[r, j] = sum over i < k of x[r, i] a[j, i]; addresses and strides in items."""
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             x, x_stride, a, a_stride, k, out, out_stride, _ = args
-            emit, cells = _Emit(builder, unit), [(row, column) for row in range(rows) for column in range(columns)]
+            emit, cells = _Emit(builder, item_type), [(row, column) for row in range(rows) for column in range(columns)]
             xs = [emit.at(x, builder.mul(x_stride, _I64(row)), 4) for row in range(rows)]
             matrix = [emit.at(a, builder.mul(a_stride, _I64(column)), emit.size) for column in range(columns)]
             whole = builder.and_(k, _I64(-LANES))
@@ -217,7 +225,7 @@ def _dots(rows: int, columns: int) -> Any:
                 emit.store(value, emit.at(out, builder.add(builder.mul(out_stride, _I64(row)), _I64(column)), 4))
             return context.get_dummy_value()
 
-        return types.void(x, x_stride, a, a_stride, k, out, out_stride, unit), codegen
+        return types.void(x, x_stride, a, a_stride, k, out, out_stride, item_type), codegen
 
     return dots
 
@@ -251,38 +259,38 @@ def largest(_typing: Any, _address: Any, _count: Any) -> Any:
 
 
 @intrinsic
-def narrowed(_typing: Any, _value: Any, unit: Any) -> Any:
-    """A float as one of `unit`'s items, 32 or 16 bits; one that is too large for 16 is infinite."""
+def narrowed(_typing: Any, _value: Any, item_type: Any) -> Any:
+    """A float as one of `item_type`'s items, 32 or 16 bits; one that is too large for 16 is infinite."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        if unit.dtype == types.float32:
+        if item_type.dtype == types.float32:
             return args[0]
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
-    return unit.dtype(types.float32, unit), codegen
+    return item_type.dtype(types.float32, item_type), codegen
 
 
 @intrinsic
-def widened(_typing: Any, address: Any, unit: Any) -> Any:
+def widened(_typing: Any, address: Any, item_type: Any) -> Any:
     """One item of a matrix as fp32."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return _Emit(builder, unit).widened(args[0], 1)
+        return _Emit(builder, item_type).widened(args[0], 1)
 
-    return types.float32(address, unit), codegen
+    return types.float32(address, item_type), codegen
 
 
 @intrinsic
-def _pointer(_typing: Any, _address: Any, unit: Any) -> Any:
-    """An address as one of `unit`'s items."""
+def _pointer(_typing: Any, _address: Any, item_type: Any) -> Any:
+    """An address as one of `item_type`'s items."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(unit.dtype)(types.int64, unit), codegen
+    return types.CPointer(item_type.dtype)(types.int64, item_type), codegen
 
 
 @njit(inline="always")
-def view(address, shape, unit):
-    """What lies at an address, as an array of this shape and of `unit`'s type."""
-    return carray(_pointer(address, unit), shape)
+def view(address, shape, item_type):
+    """What lies at an address, as an array of this shape and of `item_type`'s type."""
+    return carray(_pointer(address, item_type), shape)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.model.backends.base import Packer, Product
-from server.model.backends.cpu.product import NO_ERRANDS, product
+from server.model.backends.cpu.product import NO_PREFETCH, product
 from server.model.backends.cpu.vector import PANEL, whole_panels
 from server.model.errors import UnsupportedBaseError
 
@@ -73,7 +73,7 @@ class PackedProduct:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = rows.new_empty(len(rows), self.size_out)
-        product(rows.numpy(), *self.arrays, out.numpy(), torch.get_num_threads(), NO_ERRANDS)
+        product(rows.numpy(), *self.arrays, out.numpy(), torch.get_num_threads(), NO_PREFETCH)
         return out.view(*x.shape[:-1], self.size_out)
 
 

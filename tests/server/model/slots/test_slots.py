@@ -12,7 +12,7 @@ from adapters_store.base.spec import BaseSpec, LinearSite
 from adapters_store.primitives import LowRank, Patch
 from server.core import Row, Sampling
 from server.model.backends.base import PROJECTION
-from server.model.backends.cpu.adapters import errands
+from server.model.backends.cpu.adapters import list_prefetch
 from server.model.backends.torch_ops.copies import Copies
 from server.model.precision import StorageDtypes
 from server.model.row_adapters import MAX_ROWS, NO_ADAPTERS, build_row_adapters
@@ -75,7 +75,9 @@ def test_what_branches_read_is_known_before(dtypes: StorageDtypes) -> None:
     slots = [adapter_slots.put(adapter_slots.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
     adapters = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
     adapter_slots.set_batch(rows(adapters))
-    found = errands(SITES["a"][0], tuple(adapter_slots.group("a", "head")), adapter_slots.arrays(adapter_slots.tokens))
+    found = list_prefetch(
+        SITES["a"][0], tuple(adapter_slots.group("a", "head")), adapter_slots.arrays(adapter_slots.tokens)
+    )
     wanted = []
     for site, slot in (("a", 1), ("head", 1), ("a", 0), ("a", 1), ("head", 0), ("head", 1)):
         matrices = adapter_slots.primitive(PROJECTION, adapter_slots.sites.index[site], slots[slot])
