@@ -17,16 +17,16 @@ from adapters_store.base.identity import base_identity
 from adapters_store.base.spec import BaseSpec, KVShape
 from server import process_memory
 from server.model.attention import interface
-from server.model.attention.interface import Probe
+from server.model.attention.interface import AttentionProbe
 from server.model.attention.kv_cache import KVCache
 from server.model.backends.choose import choose_product
 from server.model.backends.cpu.threads import wake
 from server.model.backends.cpu.weights import rounded
 from server.model.errors import UnsupportedBaseError
-from server.model.instrument.fuser import Fuser, Seen
+from server.model.instrument.fuser import CallRecorder, LayerFuser
 from server.model.instrument.hooks import SiteHooks
 from server.model.instrument.linear import AdapterLinear
-from server.model.instrument.whole_decoder import Direct
+from server.model.instrument.whole_decoder import DirectForward
 from server.model.precision import choose_storage_dtypes, compute_dtype
 from server.model.slots.slots import AdapterSlots
 from server.model.verify import REFERENCE_TOKENS, Forward, ReferenceCheck
@@ -102,10 +102,10 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     reference = ReferenceCheck(model)
     interface.install()
     model.set_attn_implementation(interface.NAME)
-    probe, seen = Probe(), Seen()
+    probe, recorder = AttentionProbe(), CallRecorder()
     hooks = SiteHooks(model, spec)
     parts = [site for layer in spec.layers for site in (layer.layer, layer.attention, layer.mlp) if site]
-    with seen.watching(model, [*spec.norms, *parts]), hooks.learning(2 * REFERENCE_TOKENS):
+    with recorder.watching(model, [*spec.norms, *parts]), hooks.learning(2 * REFERENCE_TOKENS):
         reference.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
     adapter_slots = AdapterSlots(spec, device, choose_storage_dtypes(precision, device))
@@ -113,7 +113,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     pack, head = choose_product(precision, device), model.get_output_embeddings()
     cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, adapter_slots.dtypes, device)
     paged = reference.paged(cache)
-    whole = Fuser(model, adapter_slots, pack, probe.params_of_layer, seen, paged).fuse()
+    fused_decoder = LayerFuser(model, adapter_slots, pack, probe.params_of_layer, recorder, paged).fuse()
     for site, linear in linears(model).items():
         parent, _, child = site.rpartition(".")
         setattr(
@@ -122,8 +122,8 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     compute: Forward = partial(forward, model)
     logits = reference.run(compute, paged)
     reference.compare(logits, spec.architecture, adapter_slots.dtypes)
-    if whole is not None:
-        direct = Direct(model, whole)
+    if fused_decoder is not None:
+        direct = DirectForward(model, fused_decoder)
         compute = direct if torch.equal(reference.run(direct, paged), logits) else compute
     return InstrumentedBase(model, spec, adapter_slots, hooks, precision, device, _eos_token_ids(model), compute)
 
@@ -137,7 +137,7 @@ def _release_files(model: nn.Module) -> None:
     process_memory.trim()
 
 
-def _learned_kv(spec: BaseSpec, probe: Probe) -> list[KVShape]:
+def _learned_kv(spec: BaseSpec, probe: AttentionProbe) -> list[KVShape]:
     kv = [probe.shapes[layer] for layer in sorted(probe.shapes)]
     if sorted(probe.shapes) != list(range(spec.num_layers)) or len({shape.num_kv_heads for shape in kv}) != 1:
         raise UnsupportedBaseError(

@@ -16,7 +16,7 @@ from server.model.errors import UnsupportedBaseError
 NAME = "manyhats"
 
 
-class Probe:
+class AttentionProbe:
     """Stands in for a `PagedBatch` to learn from one forward how each layer attends, whatever the config calls it."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    paged: PagedBatch | Probe | None = None,
+    paged: PagedBatch | AttentionProbe | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [1, H, T, d], k and v [1, kv heads, T, d] -> [1, T, H, d_v]."""
@@ -67,7 +67,7 @@ def _attention(
     params = AttentionParams(
         query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0
     )
-    if isinstance(paged, Probe):
+    if isinstance(paged, AttentionProbe):
         return paged.see(layer, q, k, v, params)[None], None
     qkv = torch.cat([part.flatten(1) for part in (q, k, v)], 1)
     not_rotated = qkv.new_empty(len(qkv), 0)

@@ -20,7 +20,7 @@ from server.model.backends import cpu
 from server.model.backends.base import Packer
 from server.model.backends.choose import pack_torch
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
-from server.model.instrument.whole_decoder import WholeLayers, is_whole
+from server.model.instrument.whole_decoder import FusedDecoder, is_whole
 from server.model.slots.slots import AdapterSlots
 
 # Of the largest magnitude, by what keys and values are kept in; what is computed in decides where they are coarse.
@@ -30,7 +30,7 @@ Maker = Callable[[str, Packer], nn.Module]  # the part for a site, its products 
 
 
 @dataclass
-class Seen:
+class CallRecorder:
     """What modules were called with in one forward of the stock model."""
 
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
@@ -55,18 +55,18 @@ class Seen:
 
 
 @dataclass
-class Fuser:
-    """Replaces the parts of a model. `paged` is a batch of the tokens that `seen` is of, with room of its own."""
+class LayerFuser:
+    """Replaces the parts of a model. `paged` is a batch of the tokens that `recorder` is of, with room of its own."""
 
     model: Any
     adapter_slots: AdapterSlots
     pack: Packer
     params_of_layer: dict[int, AttentionParams]
-    seen: Seen
+    recorder: CallRecorder
     paged: PagedBatch
     _checked: dict[str, bool] = field(default_factory=dict)
 
-    def fuse(self) -> WholeLayers | None:
+    def fuse(self) -> FusedDecoder | None:
         """Every norm, and every part of every layer, that can be; all layers as one call, where they are."""
         for site in self.adapter_slots.spec.norms:
             self._replace_alike(site, self._norm)
@@ -102,7 +102,7 @@ class Fuser:
 
     def _replace(self, site: str, *makers: Maker) -> None:
         """By the first kind of part that computes what the stock part does."""
-        make = next((make for make in makers if site in self.seen.calls and self._is_equal(site, make)), None)
+        make = next((make for make in makers if site in self.recorder.calls and self._is_equal(site, make)), None)
         if make is not None:
             self._set(site, make)
 
@@ -112,7 +112,7 @@ class Fuser:
         Attention is none of them, for layers may turn their queries or not; and all are proved together in the end.
         """
         kind = repr(self._stock(site))
-        if kind not in self._checked and site in self.seen.calls:
+        if kind not in self._checked and site in self.recorder.calls:
             self._checked[kind] = self._is_equal(site, make)
         if self._checked.get(kind):
             self._set(site, make)
@@ -121,21 +121,21 @@ class Fuser:
         parent, _, child = site.rpartition(".")
         setattr(self.model.get_submodule(parent), child, make(site, self.pack))
 
-    def _join(self, sites: list[str]) -> WholeLayers | None:
+    def _join(self, sites: list[str]) -> FusedDecoder | None:
         """One call for all layers, if that computes what the layers' fused parts do."""
-        whole = WholeLayers(
+        fused_decoder = FusedDecoder(
             [self._stock(site) for site in sites],
             self.adapter_slots,
             [self.adapter_slots.group(site) for site in sites],
         )
         args, kwargs = self._call(sites[0])
         hidden = args[0]
-        for site, stock in zip(sites, whole.stock, strict=True):
+        for site, stock in zip(sites, fused_decoder.stock, strict=True):
             hidden = _tensor(stock(hidden, **self._call(site)[1]))
-        if not self._gives(lambda: whole(*args, **kwargs), hidden):
+        if not self._gives(lambda: fused_decoder(*args, **kwargs), hidden):
             return None
-        whole.install()
-        return whole
+        fused_decoder.install()
+        return fused_decoder
 
     def _is_equal(self, site: str, make: Callable[[str, Packer], Callable[..., Any]]) -> bool:
         args, kwargs = self._call(site)
@@ -143,7 +143,7 @@ class Fuser:
         return self._gives(lambda: make(site, pack_torch)(*args, **kwargs), wanted)
 
     def _call(self, site: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = self.seen.calls[site]
+        args, kwargs = self.recorder.calls[site]
         return args, {**kwargs, "paged": self.paged} if "paged" in kwargs else kwargs
 
     def _gives(self, compute: Callable[[], Any], wanted: Tensor) -> bool:

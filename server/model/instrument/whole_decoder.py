@@ -24,7 +24,7 @@ STEADY = {"default", "linear", "llama3", "yarn"}  # kinds of rotary embeddings t
 KNOWN = 8192  # positions whose turns are kept: 4 MiB of SmolLM2
 
 
-class WholeLayers:
+class FusedDecoder:
     """The forward of layers whose parts are fused, h + attention(norm(h)), then h + mlp(norm(h)), as one kernel.
 
     It is that of the first; the others hand on what it gave. The stock forwards call the parts, which use the same
@@ -108,7 +108,7 @@ class RotaryTable:
         return tuple(part.index_select(0, position_ids) for part in self.table)
 
 
-class Direct:
+class DirectForward:
     """The forward of a model whose layers are one call, without what transformers does between its parts.
 
     Between steps all of Python and torch leave the CPU's caches for the weights, so that every call costs several times
@@ -116,7 +116,7 @@ class Direct:
     9.4 to 10 ms instead of 10.6. `base.forward` is the slow twin.
     """
 
-    def __init__(self, model: Any, layers: WholeLayers) -> None:
+    def __init__(self, model: Any, layers: FusedDecoder) -> None:
         stock = model.get_decoder()
         self.embed, self.rotary, self.layers = model.get_input_embeddings(), RotaryTable(stock.rotary_emb), layers
         self.norm, self.head = stock.norm, model.get_output_embeddings()

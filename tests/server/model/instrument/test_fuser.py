@@ -19,7 +19,7 @@ from server.core import Row, Sampling
 from server.model.backends.cpu import layers
 from server.model.instrument import whole_decoder
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
-from server.model.instrument.whole_decoder import Direct, RotaryTable, WholeLayers
+from server.model.instrument.whole_decoder import DirectForward, FusedDecoder, RotaryTable
 from server.model.load import forward, load_base
 from server.model.runner import Loaded, RunnerConfig, load
 from tests.kit.patches import random_patch
@@ -48,7 +48,7 @@ def test_parts_are_replaced_where_they_are_known(model_type: str, tmp_path: Path
     found = {type(module) for module in base.model.modules()} & {Attention, GatedMLP, RMSNorm}
     assert found == ({Attention, GatedMLP, RMSNorm} if model_type in ALIKE else PARTS[model_type])
     first = base.model.get_submodule(base.spec.layers[0].layer)
-    assert isinstance(first.forward, WholeLayers) == isinstance(base.forward, Direct) == (model_type in WHOLE)
+    assert isinstance(first.forward, FusedDecoder) == isinstance(base.forward, DirectForward) == (model_type in WHOLE)
 
 
 def test_what_only_looks_alike_is_left_alone(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def unjoin(loaded: Loaded) -> None:
     loaded.runner.base.forward = partial(forward, model)
     layers = [model.get_submodule(layer.layer) for layer in loaded.spec.layers]
     whole = layers[0].forward
-    assert isinstance(whole, whole_decoder.WholeLayers)
+    assert isinstance(whole, whole_decoder.FusedDecoder)
     for layer, stock in zip(layers, whole.stock, strict=True):
         layer.forward = stock
     loaded.adapter_slots.inside.clear()

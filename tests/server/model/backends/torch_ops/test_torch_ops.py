@@ -30,7 +30,7 @@ from server.model.backends import cpu
 from server.model.backends.choose import pack_torch
 from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
-from server.model.instrument.fuser import Fuser
+from server.model.instrument.fuser import LayerFuser
 from server.model.precision import StorageDtypes
 from server.model.runner import Loaded, RunnerConfig, load
 from server.model.slots.layout import Sites, pack
@@ -173,7 +173,7 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(verify.ReferenceCheck, "compare", lambda _self, logits, *_: logits)
     reference = [Row([5] * verify.REFERENCE_TOKENS, 0, [at]) for at in range(2)]
     monkeypatch.setattr(verify.ReferenceCheck, "paged", lambda _self, cache: page(reference, cache, 1))
-    monkeypatch.setattr(Fuser, "_gives", lambda _self, compute, wanted: _tensor(compute()).shape == wanted.shape)
+    monkeypatch.setattr(LayerFuser, "_gives", lambda _self, compute, wanted: _tensor(compute()).shape == wanted.shape)
     monkeypatch.setattr(load_module, "_load_model", fake_model)
     monkeypatch.setattr(AdapterSlots, "warm_up", lambda _self: None)  # it packs, which is the host's
     wearers = mixed(spec, 0, random.Random(0))
