@@ -22,7 +22,7 @@ from server.engine.messages import Ready
 from server.errors import NotFoundError, UnavailableError, VersionGoneError
 from server.metrics import Metrics
 from server.requests.auth import Callers
-from server.requests.rate_limits import Meters
+from server.requests.rate_limits import RateLimiter
 from server.requests.tokenizer import Tokenizer
 from server.requests.usage import UsageBuffer
 from server.requests.version_stats import Recent
@@ -46,7 +46,7 @@ class ServerState:
     metrics: Metrics
     tenants: Tenants
     callers: Callers
-    meters: Meters = field(default_factory=Meters)
+    rate_limiter: RateLimiter = field(default_factory=RateLimiter)
     in_use: InUse = field(default_factory=lambda: InUse())
     usage: UsageBuffer = field(default_factory=UsageBuffer)
     recent: Recent = field(default_factory=Recent)

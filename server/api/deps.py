@@ -43,7 +43,7 @@ async def admit(request: Request) -> None:
     """
     await identify(request)
     caller = caller_of(request)
-    state_of(request).meters.count_request(caller.tenant, caller.limits)
+    state_of(request).rate_limiter.count_request(caller.tenant, caller.limits)
 
 
 def may(scope: str, looking: bool = False) -> Callable[[Request], Coroutine[Any, Any, None]]:

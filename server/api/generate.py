@@ -14,7 +14,7 @@ from server.api.disconnect import unless_gone
 from server.api.sse import EventStream
 from server.core import Logprobs
 from server.errors import BadRequestError
-from server.requests.answer import Answer, GenerationJob, Piece
+from server.requests.answer import Chunk, GenerationJob, GenerationState
 from server.requests.auth import GENERATE
 from server.requests.generation import collect, start, unless_moved
 from server.requests.resolve import (
@@ -91,23 +91,23 @@ def _head(job: GenerationJob, request_id: str) -> dict[str, Any]:
 
 
 async def _whole(request: Request, state: ServerState, job: GenerationJob) -> dict[str, Any]:
-    answer, pieces = start(request, state, job)
-    choices = [_choice(state, job, choice) for choice in await collect(pieces, job)]
-    return _head(job, request.state.request_id) | {"choices": choices} | _tail(answer)
+    generation, chunks = start(request, state, job)
+    choices = [_choice(state, job, choice) for choice in await collect(chunks, job)]
+    return _head(job, request.state.request_id) | {"choices": choices} | _tail(generation)
 
 
-def _tail(answer: Answer) -> dict[str, Any]:
-    return {"usage": answer.usage(), "timing": answer.times()}
+def _tail(generation: GenerationState) -> dict[str, Any]:
+    return {"usage": generation.usage(), "timing": generation.times()}
 
 
-def _choice(state: ServerState, job: GenerationJob, piece: Piece) -> dict[str, Any]:
+def _choice(state: ServerState, job: GenerationJob, chunk: Chunk) -> dict[str, Any]:
     choice: dict[str, Any] = {
-        "text": piece.text,
-        "token_ids": piece.token_ids,
-        "finish_reason": piece.finish_reason,
+        "text": chunk.text,
+        "token_ids": chunk.token_ids,
+        "finish_reason": chunk.finish_reason,
     }
     if job.sampling.logprobs is not None:
-        pairs = zip(piece.token_ids, piece.logprobs, strict=True)
+        pairs = zip(chunk.token_ids, chunk.logprobs, strict=True)
         choice["logprobs"] = [_logprobs(state, token_id, logprobs) for token_id, logprobs in pairs]
     return choice
 
@@ -125,15 +125,17 @@ async def _events(request: Request, state: ServerState, job: GenerationJob) -> A
 
     The tokens of a step whose text is held back come with the next event of the choice.
     """
-    answer, pieces = start(request, state, job)
-    head, held = _head(job, request.state.request_id), {index: Piece.empty(index) for index in range(job.num_choices)}
-    async with aclosing(pieces) as coming:  # type: ignore[type-var]
-        async for piece in coming:
-            waiting = held[piece.index]
-            piece.token_ids, piece.logprobs = waiting.token_ids + piece.token_ids, waiting.logprobs + piece.logprobs
-            if not piece.text and piece.finish_reason is None:
-                held[piece.index] = piece
+    generation, chunks = start(request, state, job)
+    head, held = _head(job, request.state.request_id), {index: Chunk.empty(index) for index in range(job.num_choices)}
+    async with aclosing(chunks) as coming:  # type: ignore[type-var]
+        async for chunk in coming:
+            waiting = held[chunk.index]
+            chunk.token_ids, chunk.logprobs = waiting.token_ids + chunk.token_ids, waiting.logprobs + chunk.logprobs
+            if not chunk.text and chunk.finish_reason is None:
+                held[chunk.index] = chunk
                 continue
-            held[piece.index] = Piece.empty(piece.index)
-            event = head | {"index": piece.index} | _choice(state, job, piece)
-            yield event | (_tail(answer) if answer.ended == len(held) and piece.finish_reason is not None else {})
+            held[chunk.index] = Chunk.empty(chunk.index)
+            event = head | {"index": chunk.index} | _choice(state, job, chunk)
+            yield event | (
+                _tail(generation) if generation.ended == len(held) and chunk.finish_reason is not None else {}
+            )

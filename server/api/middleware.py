@@ -77,7 +77,7 @@ class RequestLog:
 
 def _told(state: dict[str, Any]) -> dict[str, Any]:
     """What the routes learned of a request: its task, its error, how many tokens."""
-    counts = state["answer"].usage() if "answer" in state else {}
+    counts = state["generation"].usage() if "generation" in state else {}
     return {"task": state.get("task"), "error": state.get("error"), **counts}
 
 

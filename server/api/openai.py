@@ -17,7 +17,7 @@ from server.api.deps import admit, may, state_of, tenant_of
 from server.api.disconnect import unless_gone
 from server.api.sse import EventStream
 from server.errors import InvalidFieldError
-from server.requests.answer import Answer, GenerationJob, Piece
+from server.requests.answer import Chunk, GenerationJob, GenerationState
 from server.requests.auth import GENERATE
 from server.requests.generation import collect, start, unless_moved
 from server.requests.resolve import check_length, encode_chat, encode_prompts, resolve_adapter, to_sampling
@@ -120,7 +120,7 @@ class ChatRequest(OpenAIFields):
     top_logprobs: int | None = Field(None, ge=0, le=5)
 
 
-Shape = Callable[[Piece], dict[str, Any]]
+Shape = Callable[[Chunk], dict[str, Any]]
 
 
 @router.get("/models")
@@ -161,9 +161,9 @@ async def _complete(request: Request, state: ServerState, tenant: str, asked: Co
     job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     offsets: dict[int, int] = {}
 
-    def shape(piece: Piece) -> dict[str, Any]:
-        logprobs = None if asked.logprobs is None else _completion_logprobs(state, piece, offsets)
-        return {"index": piece.index, "text": piece.text, "finish_reason": piece.finish_reason, "logprobs": logprobs}
+    def shape(chunk: Chunk) -> dict[str, Any]:
+        logprobs = None if asked.logprobs is None else _completion_logprobs(state, chunk, offsets)
+        return {"index": chunk.index, "text": chunk.text, "finish_reason": chunk.finish_reason, "logprobs": logprobs}
 
     return await _answer(request, state, job, asked, "text_completion", shape, shape)
 
@@ -190,19 +190,19 @@ async def _chat(request: Request, state: ServerState, tenant: str, asked: ChatRe
     job = GenerationJob(resolved, prompts, sampling, asked.n, asked.stops(), asked.timeout_s)
     opened: set[int] = set()
 
-    def logprobs(piece: Piece) -> dict[str, Any] | None:
-        return {"content": _chat_logprobs(state, piece), "refusal": None} if asked.logprobs else None
+    def logprobs(chunk: Chunk) -> dict[str, Any] | None:
+        return {"content": _chat_logprobs(state, chunk), "refusal": None} if asked.logprobs else None
 
-    def whole(piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        rest = {"finish_reason": piece.finish_reason, "logprobs": logprobs(piece)}
-        return {"index": piece.index, "message": message, **rest}
+    def whole(chunk: Chunk) -> dict[str, Any]:
+        message = {"role": "assistant", "content": chunk.text, "refusal": None}
+        rest = {"finish_reason": chunk.finish_reason, "logprobs": logprobs(chunk)}
+        return {"index": chunk.index, "message": message, **rest}
 
-    def delta(piece: Piece) -> dict[str, Any]:
-        role = {} if piece.index in opened else {"role": "assistant"}
-        opened.add(piece.index)
-        rest = {"finish_reason": piece.finish_reason, "logprobs": logprobs(piece)}
-        return {"index": piece.index, "delta": {**role, "content": piece.text}, **rest}
+    def delta(chunk: Chunk) -> dict[str, Any]:
+        role = {} if chunk.index in opened else {"role": "assistant"}
+        opened.add(chunk.index)
+        rest = {"finish_reason": chunk.finish_reason, "logprobs": logprobs(chunk)}
+        return {"index": chunk.index, "delta": {**role, "content": chunk.text}, **rest}
 
     return await _answer(request, state, job, asked, "chat.completion", whole, delta)
 
@@ -233,56 +233,56 @@ async def _answer(
 async def _whole(
     request: Request, state: ServerState, job: GenerationJob, head: dict[str, Any], shape: Shape
 ) -> dict[str, Any]:
-    answer, pieces = start(request, state, job)
-    choices = [shape(choice) for choice in await collect(pieces, job)]
-    return head | {"choices": choices, "usage": _usage(answer)}
+    generation, chunks = start(request, state, job)
+    choices = [shape(choice) for choice in await collect(chunks, job)]
+    return head | {"choices": choices, "usage": _usage(generation)}
 
 
 async def _chunks(
     request: Request, state: ServerState, job: GenerationJob, head: dict[str, Any], shape: Shape, include_usage: bool
 ) -> AsyncGenerator[dict[str, Any]]:
-    answer, pieces = start(request, state, job)
+    generation, chunks = start(request, state, job)
     usage: dict[str, Any] = {"usage": None} if include_usage else {}
-    async with aclosing(pieces) as coming:  # type: ignore[type-var]
-        async for piece in coming:
-            if piece.text or piece.finish_reason is not None or piece.logprobs:
-                yield head | {"choices": [shape(piece)]} | usage
+    async with aclosing(chunks) as coming:  # type: ignore[type-var]
+        async for chunk in coming:
+            if chunk.text or chunk.finish_reason is not None or chunk.logprobs:
+                yield head | {"choices": [shape(chunk)]} | usage
     if include_usage:
-        yield head | {"choices": [], "usage": _usage(answer)}
+        yield head | {"choices": [], "usage": _usage(generation)}
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
+def _usage(generation: GenerationState) -> dict[str, Any]:
     return {
-        "prompt_tokens": answer.num_prompt,
-        "completion_tokens": answer.num_completion,
-        "total_tokens": answer.num_prompt + answer.num_completion,
-        "prompt_tokens_details": {"cached_tokens": answer.usage()["cached_tokens"]},
-        "virtual_tokens": answer.usage()["virtual_tokens"],
+        "prompt_tokens": generation.num_prompt,
+        "completion_tokens": generation.num_completion,
+        "total_tokens": generation.num_prompt + generation.num_completion,
+        "prompt_tokens_details": {"cached_tokens": generation.usage()["cached_tokens"]},
+        "virtual_tokens": generation.usage()["virtual_tokens"],
     }
 
 
-def _completion_logprobs(state: ServerState, piece: Piece, offsets: dict[int, int]) -> dict[str, Any]:
+def _completion_logprobs(state: ServerState, chunk: Chunk, offsets: dict[int, int]) -> dict[str, Any]:
     """OpenAI's older form: parallel lists; `text_offset` counts characters of the answer, also over chunks."""
-    tokens = [state.tokenizer.decode([token], skip_special=False) for token in piece.token_ids]
+    tokens = [state.tokenizer.decode([token], skip_special=False) for token in chunk.token_ids]
     starts = []
     for token in tokens:
-        starts.append(offsets.get(piece.index, 0))
-        offsets[piece.index] = starts[-1] + len(token)
+        starts.append(offsets.get(chunk.index, 0))
+        offsets[chunk.index] = starts[-1] + len(token)
     tops = [
         {state.tokenizer.decode([token], skip_special=False): value for token, value in logprobs.top}
-        for logprobs in piece.logprobs
+        for logprobs in chunk.logprobs
     ]
-    chosen = [logprobs.chosen for logprobs in piece.logprobs]
+    chosen = [logprobs.chosen for logprobs in chunk.logprobs]
     return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": starts}
 
 
-def _chat_logprobs(state: ServerState, piece: Piece) -> list[dict[str, Any]]:
+def _chat_logprobs(state: ServerState, chunk: Chunk) -> list[dict[str, Any]]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = state.tokenizer.decode([token_id], skip_special=False)
         is_part = REPLACEMENT in token  # of a character: its own bytes are not known here
         return {"token": token, "logprob": logprob, "bytes": None if is_part else list(token.encode())}
 
-    pairs = zip(piece.token_ids, piece.logprobs, strict=True)
+    pairs = zip(chunk.token_ids, chunk.logprobs, strict=True)
     return [
         entry(token_id, logprobs.chosen) | {"top_logprobs": [entry(*top) for top in logprobs.top]}
         for token_id, logprobs in pairs

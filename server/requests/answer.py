@@ -24,7 +24,7 @@ class GenerationJob:
     limits: TenantLimits = field(default_factory=TenantLimits)
 
     @property
-    def most_tokens(self) -> int:
+    def max_total_tokens(self) -> int:
         """Tokens of the prompts, and the most that the answers can have."""
         return sum(map(len, self.prompts)) + self.num_choices * self.sampling.max_tokens
 
@@ -35,7 +35,7 @@ class GenerationJob:
 
 
 @dataclass
-class Piece:
+class Chunk:
     """What came for one choice: `finish_reason` marks its last piece."""
 
     index: int
@@ -45,20 +45,20 @@ class Piece:
     finish_reason: str | None = None
 
     @classmethod
-    def empty(cls, index: int) -> Piece:
+    def empty(cls, index: int) -> Chunk:
         """Nothing yet."""
         return cls(index, "", [], [])
 
-    def extend(self, piece: Piece) -> None:
+    def extend(self, chunk: Chunk) -> None:
         """Take in the next piece of the same choice."""
-        self.text += piece.text
-        self.token_ids += piece.token_ids
-        self.logprobs += piece.logprobs
-        self.finish_reason = piece.finish_reason
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        self.finish_reason = chunk.finish_reason
 
 
 @dataclass
-class Answer:
+class GenerationState:
     """What is known of a request's answers so far."""
 
     num_prompt: int

@@ -17,7 +17,7 @@ FIRST_PACE_S = 1.0  # between two first tokens of a tenant, before any was seen
 PACE_WEIGHT = 0.2  # of the newest
 
 
-class Window:
+class SlidingWindow:
     """What was taken in each second of the last minute: at most so much in any 60 seconds."""
 
     def __init__(self) -> None:
@@ -70,11 +70,11 @@ class GenerationProgress(Protocol):
         ...
 
 
-class Tally:
+class TenantUsage:
     """One tenant's books."""
 
     def __init__(self) -> None:
-        self.requests, self.tokens = Window(), Window()
+        self.requests, self.tokens = SlidingWindow(), SlidingWindow()
         self.open: dict[int, tuple[int, GenerationProgress]] = {}  # of requests that are answered: choices, progress
         self.pace_s = FIRST_PACE_S
 
@@ -84,18 +84,18 @@ class Tally:
         return sum(num_choices - progress.num_begun for num_choices, progress in self.open.values())
 
 
-class Meters:
+class RateLimiter:
     """Every tenant's books, and its limits held against them. All in the event loop's thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._tallies: dict[str, Tally] = {}
+        self._usages: dict[str, TenantUsage] = {}
 
     def count_request(self, tenant: str, limits: TenantLimits) -> None:
         """Count a request. Raises `TenantLimitError` with the seconds after which one more is let in."""
         if limits.requests_per_minute is None:
             return
-        now, window = self._clock(), self._tally(tenant).requests
+        now, window = self._clock(), self._usage_of(tenant).requests
         if wait := window.wait_s(1, limits.requests_per_minute, now):
             raise TenantLimitError(
                 f"the tenant {tenant} may ask {limits.requests_per_minute} times a minute", "requests_per_minute", wait
@@ -104,18 +104,18 @@ class Meters:
 
     @contextmanager
     def generating(
-        self, tenant: str, limits: TenantLimits, num_choices: int, most_tokens: int, progress: GenerationProgress
+        self, tenant: str, limits: TenantLimits, num_choices: int, max_total_tokens: int, progress: GenerationProgress
     ) -> Iterator[None]:
-        """While the block runs a request is answered; it counts as `most_tokens` until its real number is known.
+        """While the block runs a request is answered; it counts as `max_total_tokens` until its real number is known.
 
         One that fails before its first token, or is routed anew, took none.
 
         Raises `TenantLimitError`, or `BadRequestError` where no wait would help.
         """
-        tally, began = self._tally(tenant), self._clock()
-        self._check_queue(tenant, tally, limits, num_choices)
-        second = self._take_tokens(tenant, tally, limits, most_tokens, began)
-        tally.open[id(progress)] = num_choices, progress
+        usage, began = self._usage_of(tenant), self._clock()
+        self._check_queue(tenant, usage, limits, num_choices)
+        second = self._take_tokens(tenant, usage, limits, max_total_tokens, began)
+        usage.open[id(progress)] = num_choices, progress
         is_free = False
         try:
             yield
@@ -123,30 +123,32 @@ class Meters:
             is_free = not progress.num_begun
             raise
         finally:
-            del tally.open[id(progress)]
+            del usage.open[id(progress)]
             if second is not None:
                 num_tokens = 0 if is_free else progress.num_tokens
-                tally.tokens.give_back(most_tokens - num_tokens, second)
+                usage.tokens.give_back(max_total_tokens - num_tokens, second)
             if progress.num_begun:
                 newest = (self._clock() - began) / progress.num_begun
-                tally.pace_s += PACE_WEIGHT * (newest - tally.pace_s)
+                usage.pace_s += PACE_WEIGHT * (newest - usage.pace_s)
 
-    def _tally(self, tenant: str) -> Tally:
-        return self._tallies.setdefault(tenant, Tally())
+    def _usage_of(self, tenant: str) -> TenantUsage:
+        return self._usages.setdefault(tenant, TenantUsage())
 
-    def _check_queue(self, tenant: str, tally: Tally, limits: TenantLimits, num_choices: int) -> None:
+    def _check_queue(self, tenant: str, usage: TenantUsage, limits: TenantLimits, num_choices: int) -> None:
         """How long the queue takes is guessed from how long this tenant's answers took."""
         most = limits.max_queued
         if most is None:
             return
         if num_choices > most:
             raise BadRequestError(f"{num_choices} answers at once are over the {most} that {tenant} may queue", "n")
-        over = tally.num_queued + num_choices - most
+        over = usage.num_queued + num_choices - most
         if over > 0:
-            wait = max(1, math.ceil(over * tally.pace_s))
+            wait = max(1, math.ceil(over * usage.pace_s))
             raise TenantLimitError(f"{most} answers of the tenant {tenant} wait already", "max_queued", wait)
 
-    def _take_tokens(self, tenant: str, tally: Tally, limits: TenantLimits, amount: int, now: float) -> int | None:
+    def _take_tokens(
+        self, tenant: str, usage: TenantUsage, limits: TenantLimits, amount: int, now: float
+    ) -> int | None:
         most = limits.tokens_per_minute
         if most is None:
             return None
@@ -155,6 +157,6 @@ class Meters:
                 f"prompt and max_tokens of all answers are {amount} tokens; the tenant {tenant} has {most} a minute",
                 "max_tokens",
             )
-        if wait := tally.tokens.wait_s(amount, most, now):
+        if wait := usage.tokens.wait_s(amount, most, now):
             raise TenantLimitError(f"the tenant {tenant} has {most} tokens a minute", "tokens_per_minute", wait)
-        return tally.tokens.take(amount, now)
+        return usage.tokens.take(amount, now)

@@ -21,7 +21,7 @@ Counts = tuple[int, int, int]  # requests, prompt tokens, completion tokens
 
 
 @dataclass
-class Bill:
+class UsageMeter:
     """One request's: what it used so far, and how much of that was counted."""
 
     places: list[UsageKey]
@@ -35,19 +35,19 @@ class UsageBuffer:
     def __init__(self) -> None:
         self._lock, self._flush_lock = threading.Lock(), asyncio.Lock()
         self._counts: dict[UsageKey, list[int]] = {}
-        self._open: dict[int, Bill] = {}
+        self._open: dict[int, UsageMeter] = {}
 
     @contextmanager
-    def running(self, bill: Bill) -> Iterator[None]:
+    def running(self, meter: UsageMeter) -> Iterator[None]:
         """While the block runs what the bill grows by is counted as it comes, and at its end the rest."""
         with self._lock:
-            self._open[id(bill)] = bill
+            self._open[id(meter)] = meter
         try:
             yield
         finally:
             with self._lock:
-                del self._open[id(bill)]
-                self._count(bill)
+                del self._open[id(meter)]
+                self._count(meter)
 
     async def wait_until_durable(self, registry: Registry) -> None:
         """Return when all that was counted before is durable. Those who come meanwhile are written together."""
@@ -59,8 +59,8 @@ class UsageBuffer:
     def flush(self, registry: Registry) -> None:
         """Write what was used until now; kept for the next time if the registry fails."""
         with self._lock:
-            for bill in self._open.values():
-                self._count(bill)
+            for meter in self._open.values():
+                self._count(meter)
             taken, self._counts = self._counts, {}
         if not taken:
             return
@@ -79,12 +79,12 @@ class UsageBuffer:
             async with self._flush_lock:
                 await asyncio.to_thread(self.flush, registry)
 
-    def _count(self, bill: Bill) -> None:
-        used = bill.used()
-        more = [now - before for now, before in zip(used, bill.counted, strict=True)]
-        bill.counted = used
+    def _count(self, meter: UsageMeter) -> None:
+        used = meter.used()
+        more = [now - before for now, before in zip(used, meter.counted, strict=True)]
+        meter.counted = used
         if any(more):
-            for place in bill.places:
+            for place in meter.places:
                 self._add(place, more)
 
     def _add(self, place: UsageKey, counts: list[int]) -> None:

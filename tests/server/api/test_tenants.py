@@ -281,7 +281,7 @@ async def test_a_tenant_goes(city: City, zips: list[bytes]) -> None:
 
 async def test_requests_a_minute(city: City) -> None:
     """Over the limit it is 429, and after the seconds that Retry-After says, not before, one more is let in."""
-    clock = city.site.state.meters._clock = Clock()
+    clock = city.site.state.rate_limiter._clock = Clock()
     key, other = await city.tenant("a", requests_per_minute=3), await city.tenant("b", requests_per_minute=3)
     for _ in range(3):
         assert (await city.generate(key)).status_code == 200
@@ -303,7 +303,7 @@ async def test_requests_a_minute(city: City) -> None:
 
 async def test_tokens_a_minute(city: City) -> None:
     """A request counts as its prompt and the most that it may answer, then as what it took; Retry-After is true."""
-    clock = city.site.state.meters._clock = Clock()
+    clock = city.site.state.rate_limiter._clock = Clock()
     key = await city.tenant("a", tokens_per_minute=40)
     answer = await city.generate(key, max_tokens=37)
     assert answer.status_code == 400 and "41 tokens; the tenant a has 40 a minute" in answer.text
@@ -341,37 +341,37 @@ async def test_what_is_routed_anew_is_charged_once(
     monkeypatch.setattr(site.state, "ensure_not_deleted", vanish)
     body = {"prompt": "ab" * 10, "max_tokens": 5, "ignore_eos": True}
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200 and not gone
-    tally = site.state.meters._tally("a")
-    assert (tally.tokens._sum, tally.requests._sum) == (25, 2)
+    usage = site.state.rate_limiter._usage_of("a")
+    assert (usage.tokens._sum, usage.requests._sum) == (25, 2)
     site.engine.failure = EngineFailure("engine_restarting", "send it again")
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 503
-    assert (tally.tokens._sum, tally.requests._sum) == (25, 3)
+    assert (usage.tokens._sum, usage.requests._sum) == (25, 3)
     site.engine.failure = None
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200
     (used,) = site.state.registry.usage("a")
-    assert (tally.tokens._sum, used.requests, used.prompt_tokens, used.completion_tokens) == (50, 2, 40, 10)
+    assert (usage.tokens._sum, used.requests, used.prompt_tokens, used.completion_tokens) == (50, 2, 40, 10)
 
 
 async def test_the_queue_of_a_tenant(city: City) -> None:
     """No more answers of a tenant wait for their first token than may; who has one does not count any more."""
     key = await city.tenant("a", max_queued=2, max_running=1, share=2.0)
     city.site.engine.delay_s = 0.2
-    meters = city.site.state.meters
+    rate_limiter = city.site.state.rate_limiter
 
     async def hold() -> httpx.Response:
         return await city.generate(key, n=2, ignore_eos=True, max_tokens=20)
 
     held = asyncio.create_task(hold())
-    await until(lambda: meters._tally("a").num_queued == 2)
+    await until(lambda: rate_limiter._usage_of("a").num_queued == 2)
     answer = await city.generate(key)
     assert (answer.status_code, error_of(answer)["param"]) == (429, "max_queued")
     assert int(answer.headers["retry-after"]) >= 1
     assert (await city.generate(key, n=3)).status_code == 400
-    await until(lambda: meters._tally("a").num_queued == 0)
+    await until(lambda: rate_limiter._usage_of("a").num_queued == 0)
     city.site.engine.delay_s = 0.0
     assert (await city.generate(key)).status_code == 200
     assert (await held).status_code == 200
-    assert meters._tally("a").open == {}
+    assert rate_limiter._usage_of("a").open == {}
     assert {(one.share, one.max_running) for one in city.site.engine.submitted} == {(2.0, 1)}
 
 
