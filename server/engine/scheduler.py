@@ -95,7 +95,7 @@ class StepPlan:
 
 
 @dataclass
-class Line:
+class TenantQueue:
     """One namespace's queue: those that were preempted come first, then in order of arrival."""
 
     preempted: deque[Sequence] = field(default_factory=deque)
@@ -121,21 +121,21 @@ class Scheduler:
     def __init__(self, limits: StepLimits, pool: BlockPool) -> None:
         self.limits, self.pool = limits, pool
         self.running: list[Sequence] = []  # in order of admission
-        self._lines: dict[str, Line] = {}  # of the namespaces that wait
+        self._queues: dict[str, TenantQueue] = {}  # of the namespaces that wait
         self._num_active: Counter[str] = Counter()  # sequences that wait or run, by namespace
         self._num_running: Counter[str] = Counter()
         self._shares: dict[str, float] = {}  # of the namespaces that are active
-        self._seen: dict[str, float] = {}  # when a namespace was active last
-        self._passing: set[str] = set()  # namespaces of probes, which are nobody's
-        self._served: dict[str, float] = {}  # tokens divided by the share, by namespace
+        self._last_active: dict[str, float] = {}  # when a namespace was active last
+        self._probe_namespaces: set[str] = set()  # namespaces of probes, which are nobody's
+        self._virtual_counters: dict[str, float] = {}  # tokens divided by the share, by namespace
         self._last: str | None = None  # the namespace that was admitted last
         self._num_with_adapters = 0  # sequences with hats that were admitted, ever
-        self._starving: Sequence | None = None
+        self._bypassed: Sequence | None = None
 
     @property
     def num_waiting(self) -> int:
         """Sequences in the queue, preempted ones included."""
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self._queues.values()))
 
     def is_full(self, namespace: str) -> bool:
         """Whether the queue takes no more of a namespace.
@@ -145,30 +145,32 @@ class Scheduler:
         num_waiting, most = self.num_waiting, self.limits.max_waiting
         if num_waiting < most or most < MIN_QUEUED:
             return num_waiting >= most
-        return num_waiting >= 2 * most or len(self._lines.get(namespace, ())) >= most // MIN_QUEUED
+        return num_waiting >= 2 * most or len(self._queues.get(namespace, ())) >= most // MIN_QUEUED
 
-    def served(self, namespace: str) -> float:
+    def virtual_counter(self, namespace: str) -> float:
         """How many tokens, divided by its share, the namespace counts as served.
 
         Who comes from nowhere starts a step's tokens below the least of those that wait: a short prompt is computed at
         once, and nobody saves up more.
         """
-        return self._served.get(namespace, 0)
+        return self._virtual_counters.get(namespace, 0)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         namespace = sequence.namespace
         if not self._is_backlogged(namespace):
-            others = [self._served[other] for other in self._num_active if self._is_backlogged(other)]
-            least = min(others, default=self.served(self._last or namespace))
-            self._served[namespace] = max(self.served(namespace), least - self.limits.max_batch_tokens)
+            others = [self._virtual_counters[other] for other in self._num_active if self._is_backlogged(other)]
+            least = min(others, default=self.virtual_counter(self._last or namespace))
+            self._virtual_counters[namespace] = max(
+                self.virtual_counter(namespace), least - self.limits.max_batch_tokens
+            )
         self._num_active[namespace] += 1
         self._shares[namespace] = sequence.share
         if sequence.is_probe:
-            self._passing.add(namespace)
+            self._probe_namespaces.add(namespace)
         else:
-            self._seen[namespace] = max(self._seen.get(namespace, sequence.arrived), sequence.arrived)
-        self._lines.setdefault(namespace, Line()).arrived[sequence.id] = sequence
+            self._last_active[namespace] = max(self._last_active.get(namespace, sequence.arrived), sequence.arrived)
+        self._queues.setdefault(namespace, TenantQueue()).arrived[sequence.id] = sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
@@ -180,7 +182,7 @@ class Scheduler:
             self._unqueue(sequence)
         self.pool.free(sequence.table)
         sequence.state, sequence.is_preempted = State.FINISHED, False
-        self._starving = None if self._starving is sequence else self._starving
+        self._bypassed = None if self._bypassed is sequence else self._bypassed
         self._num_active[namespace] -= 1
         if not self._num_active[namespace]:
             self._retire(namespace)
@@ -190,17 +192,17 @@ class Scheduler:
 
         The order follows what is charged meanwhile; with `is_charged` as if each one were served as it is passed.
         """
-        return self._in_turn(self._lines, is_charged)
+        return self._by_least_served(self._queues, is_charged)
 
     def wanted(self) -> list[str]:
         """Digests in the order in which slots should be given to them: the starving sequence's, then the queue's."""
-        first = [] if self._starving is None else [self._starving]
+        first = [] if self._bypassed is None else [self._bypassed]
         ahead = islice(self.waiting(is_charged=True), 2 * self.limits.max_running)
         return list(dict.fromkeys(digest for sequence in (*first, *ahead) for digest in sequence.digests))
 
     def plan(self, adapters: Adapters, now: float) -> StepPlan:
         """The next step."""
-        num_preempted = self._favour(adapters, now)
+        num_preempted = self._preempt_for_fairness(adapters, now)
         num_decodes = sum(sequence.remainder == 1 for sequence in self.running)
         num_present, num_urgent = self._num_present(now), self._num_urgent(adapters, now)
         plan = StepPlan(self.limits.max_tokens(num_decodes, num_present, num_urgent), num_preempted=num_preempted)
@@ -208,44 +210,46 @@ class Scheduler:
         self._plan_prompts(plan, adapters, now)
         return plan
 
-    def _in_turn(self, lines: Mapping[str, Iterable[Sequence]], is_charged: bool = False) -> Iterator[Sequence]:
+    def _by_least_served(
+        self, queues: Mapping[str, Iterable[Sequence]], is_charged: bool = False
+    ) -> Iterator[Sequence]:
         """The sequences of all namespaces, always the next of the one that counts least.
 
         Of equals the one with fewer sequences comes first.
         """
-        passed = dict.fromkeys(lines, 0.0)
+        passed = dict.fromkeys(queues, 0.0)
         heap = [
-            (self._served[namespace], self._num_active[namespace], index, namespace, iter(tuple(line)))
-            for index, (namespace, line) in enumerate(lines.items())
+            (self._virtual_counters[namespace], self._num_active[namespace], index, namespace, iter(tuple(queue)))
+            for index, (namespace, queue) in enumerate(queues.items())
         ]
         heapq.heapify(heap)
         while heap:
-            *_, index, namespace, line = heapq.heappop(heap)
-            if (sequence := next(line, None)) is not None:
+            *_, index, namespace, queue = heapq.heappop(heap)
+            if (sequence := next(queue, None)) is not None:
                 yield sequence
                 passed[namespace] += sequence.remainder / self._shares[namespace] if is_charged else 0
-                count = self._served[namespace] + passed[namespace]
-                heapq.heappush(heap, (count, self._num_active[namespace], index, namespace, line))
+                count = self._virtual_counters[namespace] + passed[namespace]
+                heapq.heappush(heap, (count, self._num_active[namespace], index, namespace, queue))
 
     def _num_present(self, now: float) -> int:
         """How many namespaces have sequences, or had some a moment ago."""
-        self._seen.update(dict.fromkeys(self._num_active.keys() - self._passing, now))
-        for namespace in [name for name, seen in self._seen.items() if now - seen > PRESENCE_S]:
-            del self._seen[namespace]
-        return len(self._seen)
+        self._last_active.update(dict.fromkeys(self._num_active.keys() - self._probe_namespaces, now))
+        for namespace in [name for name, seen in self._last_active.items() if now - seen > PRESENCE_S]:
+            del self._last_active[namespace]
+        return len(self._last_active)
 
-    def _favour(self, adapters: Adapters, now: float) -> int:
+    def _preempt_for_fairness(self, adapters: Adapters, now: float) -> int:
         """Who is first in line, below its share, and finds no row or blocks takes them from who is above its share.
 
         How many sequences went back for it. The decodes of this step may take a block each before it is admitted.
         """
         if len(self._num_active) < 2:
             return 0
-        first = next((one for one in self.waiting() if self._may_start(one, adapters, now)), None)
+        first = next((sequence for sequence in self.waiting() if self._may_start(sequence, adapters, now)), None)
         if first is None or first.is_probe or self._holding(first.namespace) >= self._share(first.namespace):
             return 0
         num_preempted = 0
-        while self._lacks_room(first) and (victim := self._above_share(first.namespace)) is not None:
+        while self._cannot_fit(first) and (victim := self._over_share(first.namespace)) is not None:
             self._preempt(victim)
             num_preempted += 1
         return num_preempted
@@ -255,21 +259,27 @@ class Scheduler:
 
         Who was served least may only decode: then all others' prompts have time.
         """
-        active = self._num_active.keys() - self._passing
+        active = self._num_active.keys() - self._probe_namespaces
         if len(active) < 2:
             return 0
-        least = min(active, key=lambda namespace: (self._served[namespace], self._num_active[namespace], namespace))
+        least = min(
+            active, key=lambda namespace: (self._virtual_counters[namespace], self._num_active[namespace], namespace)
+        )
         if self._holding(least) >= self._share(least):
             return 0
-        begun = next((one for one in self.running if one.namespace == least and one.remainder > 1), None)
+        begun = next(
+            (sequence for sequence in self.running if sequence.namespace == least and sequence.remainder > 1), None
+        )
         if begun is not None:
             return begun.remainder
-        first = next((one for one in self._lines.get(least, ()) if self._may_start(one, adapters, now)), None)
-        if first is None or self._lacks_room(first):
+        first = next(
+            (sequence for sequence in self._queues.get(least, ()) if self._may_start(sequence, adapters, now)), None
+        )
+        if first is None or self._cannot_fit(first):
             return 0
         return first.remainder - self.pool.block_size * len(self.pool.lookup(first.table, first.tokens).full)
 
-    def _lacks_room(self, sequence: Sequence) -> bool:
+    def _cannot_fit(self, sequence: Sequence) -> bool:
         num_running = len(self.running)
         return num_running >= self.limits.max_running or not self.pool.has_room(
             sequence.table, sequence.tokens, num_spare=2 * num_running
@@ -280,13 +290,13 @@ class Scheduler:
 
     def _holding(self, namespace: str, without: Sequence | None = None) -> float:
         """The part of all rows, or of all blocks, that a namespace holds, whichever is more."""
-        its = [one for one in self.running if one.namespace == namespace and one is not without]
-        num_blocks = sum(len(one.table.blocks) for one in its)
+        its = [sequence for sequence in self.running if sequence.namespace == namespace and sequence is not without]
+        num_blocks = sum(len(sequence.table.blocks) for sequence in its)
         return max(len(its) / self.limits.max_running, num_blocks / self.pool.num_blocks)
 
-    def _above_share(self, favoured: str) -> Sequence | None:
+    def _over_share(self, beneficiary: str) -> Sequence | None:
         """The last admitted of the namespace that is furthest above its share, and stays no lower without it."""
-        last = {one.namespace: one for one in self.running if one.namespace != favoured}
+        last = {sequence.namespace: sequence for sequence in self.running if sequence.namespace != beneficiary}
         most = max(last, key=lambda namespace: self._holding(namespace) / self._shares[namespace], default=None)
         if most is None or self._holding(most, without=last[most]) < self._share(most):
             return None
@@ -323,13 +333,13 @@ class Scheduler:
         self._num_running[sequence.namespace] -= 1
         self.pool.free(sequence.table)
         sequence.state, sequence.is_preempted, sequence.num_computed = State.WAITING, True, 0
-        self._lines.setdefault(sequence.namespace, Line()).preempted.appendleft(sequence)
+        self._queues.setdefault(sequence.namespace, TenantQueue()).preempted.appendleft(sequence)
 
     def _plan_prompts(self, plan: StepPlan, adapters: Adapters, now: float) -> None:
         """Prompts that are begun and those that wait, namespaces in turn."""
         begun = self._begun(plan)
-        lines = {name: [*begun.get(name, ()), *self._lines.get(name, ())] for name in {**begun, **self._lines}}
-        for sequence in self._in_turn(lines):
+        queues = {name: [*begun.get(name, ()), *self._queues.get(name, ())] for name in {**begun, **self._queues}}
+        for sequence in self._by_least_served(queues):
             if plan.is_full:
                 return
             if sequence.state is State.WAITING and not self._may_start(sequence, adapters, now):
@@ -337,7 +347,7 @@ class Scheduler:
             if sequence.state is State.WAITING and not self._admit(plan, sequence, now):
                 break  # it keeps its place: nobody smaller passes it for ever
             self._take(plan, sequence)
-        for sequence in self._in_turn(self._begun(plan)):
+        for sequence in self._by_least_served(self._begun(plan)):
             self._take(plan, sequence)
 
     def _begun(self, plan: StepPlan) -> dict[str, list[Sequence]]:
@@ -363,7 +373,7 @@ class Scheduler:
         self._last = sequence.namespace
         if not sequence.is_preempted:
             self._num_with_adapters += bool(sequence.digests)
-            self._starving = None if self._starving is sequence else self._starving
+            self._bypassed = None if self._bypassed is sequence else self._bypassed
             sequence.first_admitted = now
             sequence.num_cached = sequence.num_charged = num_cached
             plan.admitted.append(sequence)
@@ -386,7 +396,7 @@ class Scheduler:
         if sequence.skipped_since is not None:
             sequence.load_seconds += now - sequence.skipped_since
             sequence.skipped_since = None
-        return self._starving is None or self._starving is sequence
+        return self._bypassed is None or self._bypassed is sequence
 
     def _is_prefix_coming(self, sequence: Sequence) -> bool:
         """Whether a running sequence computes the same prefix just now: soon it can be shared."""
@@ -403,8 +413,8 @@ class Scheduler:
         is_bypassed = sequence.skipped_at is not None and (
             self._num_with_adapters - sequence.skipped_at >= self.limits.max_bypass
         )
-        if is_bypassed and self._starving is None:
-            self._starving = sequence
+        if is_bypassed and self._bypassed is None:
+            self._bypassed = sequence
 
     def _take(self, plan: StepPlan, sequence: Sequence) -> None:
         """Put as much of a remainder into the step as fits, and charge its namespace for what is new."""
@@ -416,7 +426,7 @@ class Scheduler:
         plan.num_probe_tokens += num_tokens if sequence.is_probe else 0
         num_new = max(0, sequence.num_computed + num_tokens - sequence.num_charged)
         sequence.num_charged += num_new
-        self._served[sequence.namespace] += num_new / self._shares[sequence.namespace]
+        self._virtual_counters[sequence.namespace] += num_new / self._shares[sequence.namespace]
 
     def _room(self, plan: StepPlan, sequence: Sequence) -> int:
         """How many tokens a sequence may have of this step."""
@@ -426,22 +436,24 @@ class Scheduler:
         return room
 
     def _unqueue(self, sequence: Sequence) -> None:
-        line = self._lines[sequence.namespace]
-        line.remove(sequence)
-        if not line:
-            del self._lines[sequence.namespace]
+        queue = self._queues[sequence.namespace]
+        queue.remove(sequence)
+        if not queue:
+            del self._queues[sequence.namespace]
 
     def _is_backlogged(self, namespace: str) -> bool:
         """Whether it waits for more than its next tokens: for rows, or for its prompts."""
-        return namespace in self._lines or any(
+        return namespace in self._queues or any(
             sequence.remainder > 1 for sequence in self.running if sequence.namespace == namespace
         )
 
     def _retire(self, namespace: str) -> None:
         """Keep what an idle namespace was served; forget those that would start no lower anyway."""
         del self._num_active[namespace], self._num_running[namespace], self._shares[namespace]
-        self._passing.discard(namespace)
-        least = min((self._served[other] for other in self._num_active), default=0) - self.limits.max_batch_tokens
-        for other in [other for other in self._served if other not in self._num_active]:
-            if not self._num_active or self._served[other] <= least:
-                del self._served[other]
+        self._probe_namespaces.discard(namespace)
+        least = (
+            min((self._virtual_counters[other] for other in self._num_active), default=0) - self.limits.max_batch_tokens
+        )
+        for other in [other for other in self._virtual_counters if other not in self._num_active]:
+            if not self._num_active or self._virtual_counters[other] <= least:
+                del self._virtual_counters[other]
