@@ -32,13 +32,13 @@ class TrainingMethod:
     can_share: bool = False
 
 
-LORA, KIN = lora.LoraOptions, lora.KinOptions
+LORA, FIXED_SCALE = lora.LoraOptions, lora.FixedScaleOptions
 METHODS: Mapping[str, TrainingMethod] = {
     "lora": TrainingMethod(LORA, lora.lora, lr=3e-3, can_share=True),
-    "rslora": TrainingMethod(KIN, partial(lora.lora, use_rslora=True), lr=1e-3, can_share=True),
+    "rslora": TrainingMethod(FIXED_SCALE, partial(lora.lora, use_rslora=True), lr=1e-3, can_share=True),
     "dora": TrainingMethod(LORA, partial(lora.lora, use_dora=True), lr=3e-3, can_share=True),
-    "pissa": TrainingMethod(KIN, partial(lora.part, init="pissa_niter_16"), lr=1e-3),
-    "olora": TrainingMethod(KIN, partial(lora.part, init="olora"), lr=1e-3),
+    "pissa": TrainingMethod(FIXED_SCALE, partial(lora.residual_lora, init="pissa_niter_16"), lr=1e-3),
+    "olora": TrainingMethod(FIXED_SCALE, partial(lora.residual_lora, init="olora"), lr=1e-3),
     "adalora": TrainingMethod(adalora.AdaLoraOptions, adalora.adalora, lr=1e-2, can_share=True),
     "vera": TrainingMethod(lora_variants.VeraOptions, lora_variants.vera, lr=1e-1, can_share=True),
     "loha": TrainingMethod(

@@ -14,7 +14,7 @@ from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.lora import check_rank, int_if_whole
 from training.methods.targets import where
-from training.methods.trainable import PeftAdapter, put_on
+from training.methods.trainable import PeftAdapter, attach_peft
 
 WARM, FINAL = 0.1, 0.3  # shares of the run in which no rank is taken yet, and none any more
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT remembers of each value's importance
@@ -47,7 +47,7 @@ def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) 
         task_type="CAUSAL_LM",
         **where(options.target_modules, options.layers, base),
     )
-    return AdaLoraAdapter(put_on(base, config))
+    return AdaLoraAdapter(attach_peft(base, config))
 
 
 class AdaLoraAdapter(PeftAdapter):

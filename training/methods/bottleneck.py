@@ -10,7 +10,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import parse_layers
-from training.methods.trainable import PeftAdapter, put_on
+from training.methods.trainable import PeftAdapter, attach_peft
 
 SCALINGS = ("learned", "channel")
 
@@ -47,7 +47,7 @@ def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[Tokenized
         layers_to_transform=None if len(chosen) == base.spec.num_layers else chosen,
         task_type="CAUSAL_LM",
     )
-    return PeftAdapter(put_on(base, config))
+    return PeftAdapter(attach_peft(base, config))
 
 
 def _check(options: BottleneckOptions) -> None:

@@ -9,7 +9,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import linear_sites, names
-from training.methods.trainable import PeftAdapter, put_on
+from training.methods.trainable import PeftAdapter, attach_peft
 
 # The names of the linears that (IA)3 scales, in the families of bases that are served: outputs, and inputs.
 OUTPUTS = ("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
@@ -38,7 +38,7 @@ def ia3(options: IA3Options, base: Base, _rows: Sequence[TokenizedRow]) -> PeftA
     config = IA3Config(
         target_modules=sites, feedforward_modules=sorted(sites_in.intersection(sites)), task_type="CAUSAL_LM"
     )
-    return PeftAdapter(put_on(base, config))
+    return PeftAdapter(attach_peft(base, config))
 
 
 def _there(wanted: Sequence[str], base: Base) -> str:

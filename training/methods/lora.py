@@ -18,7 +18,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import where
-from training.methods.trainable import NAME, PeftAdapter, put_on
+from training.methods.trainable import NAME, PeftAdapter, attach_peft
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 
@@ -36,7 +36,7 @@ class LoraOptions:
 
 
 @dataclass(frozen=True)
-class KinOptions:
+class FixedScaleOptions:
     """The same for those whose name already says how they are scaled."""
 
     r: int = 8
@@ -46,12 +46,14 @@ class KinOptions:
     layers: str = "last:10"
 
 
-def lora(options: LoraOptions | KinOptions, base: Base, _rows: Sequence[TokenizedRow], **more: Any) -> PeftAdapter:
+def lora(
+    options: LoraOptions | FixedScaleOptions, base: Base, _rows: Sequence[TokenizedRow], **more: Any
+) -> PeftAdapter:
     """`more` are keys of PEFT's LoraConfig."""
-    return PeftAdapter(put_on(base, lora_config(options, base, **more)))
+    return PeftAdapter(attach_peft(base, lora_config(options, base, **more)))
 
 
-def lora_config(options: LoraOptions | KinOptions, base: Base, **more: Any) -> Any:
+def lora_config(options: LoraOptions | FixedScaleOptions, base: Base, **more: Any) -> Any:
     """PEFT's LoraConfig. Raises `OptionError`."""
     from peft import LoraConfig
 
@@ -124,6 +126,8 @@ class ResidualLoraAdapter(PeftAdapter):
         }
 
 
-def part(options: KinOptions, base: Base, _rows: Sequence[TokenizedRow], init: str) -> ResidualLoraAdapter:
+def residual_lora(
+    options: FixedScaleOptions, base: Base, _rows: Sequence[TokenizedRow], init: str
+) -> ResidualLoraAdapter:
     """A LoRA that begins with a part of the weights; `init` is PEFT's name of the way."""
-    return ResidualLoraAdapter(put_on(base, lora_config(options, base, init_lora_weights=init)))
+    return ResidualLoraAdapter(attach_peft(base, lora_config(options, base, init_lora_weights=init)))

@@ -9,7 +9,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.methods.lora import check_rank, int_if_whole
 from training.methods.targets import where
-from training.methods.trainable import PeftAdapter, put_on
+from training.methods.trainable import PeftAdapter, attach_peft
 
 TASK_TYPE = "CAUSAL_LM"
 
@@ -62,7 +62,7 @@ def vera(options: VeraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> Pef
     check_rank(options.r)
     place = where(options.target_modules, options.layers, base)
     return PeftAdapter(
-        put_on(base, VeraConfig(r=options.r, vera_dropout=options.dropout, task_type=TASK_TYPE, **place))
+        attach_peft(base, VeraConfig(r=options.r, vera_dropout=options.dropout, task_type=TASK_TYPE, **place))
     )
 
 
@@ -73,7 +73,7 @@ def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[TokenizedRow], 
     check_rank(options.r)
     alpha, place = int_if_whole(options.alpha), where(options.target_modules, options.layers, base)
     config = getattr(peft, kind)(r=options.r, alpha=alpha, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
-    return PeftAdapter(put_on(base, config))
+    return PeftAdapter(attach_peft(base, config))
 
 
 def miss(options: MissOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
@@ -83,7 +83,7 @@ def miss(options: MissOptions, base: Base, _rows: Sequence[TokenizedRow]) -> Pef
     check_rank(options.r)
     place = where(options.target_modules, options.layers, base)
     return PeftAdapter(
-        put_on(base, MissConfig(r=options.r, miss_dropout=options.dropout, task_type=TASK_TYPE, **place))
+        attach_peft(base, MissConfig(r=options.r, miss_dropout=options.dropout, task_type=TASK_TYPE, **place))
     )
 
 
@@ -93,4 +93,4 @@ def oft(options: OftOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftA
 
     place = where(options.target_modules, options.layers, base)
     config = OFTConfig(oft_block_size=options.block_size, module_dropout=options.dropout, task_type=TASK_TYPE, **place)
-    return PeftAdapter(put_on(base, config))
+    return PeftAdapter(attach_peft(base, config))

@@ -15,7 +15,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.soft_prompts import EMBEDDINGS, RANDOM, PromptAdapter, check_num_tokens, default_text, text_ids
-from training.methods.trainable import NAME, put_on
+from training.methods.trainable import NAME, attach_peft
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def _prefix_adapter(
     num_tokens = config.num_virtual_tokens
     check_num_tokens(num_tokens, base)
     if text == RANDOM:
-        return kind(put_on(base, config))
+        return kind(attach_peft(base, config))
     ids = torch.tensor([text_ids(text or default_text(base, rows), num_tokens, base)], device=base.model.device)
     with torch.no_grad():
         cache = base.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    model = put_on(base, config)
+    model = attach_peft(base, config)
     initialize_kv_prefix_from_past_key_values(model, adapter_name=NAME, past_key_values=cache)
     return kind(model)

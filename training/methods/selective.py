@@ -20,7 +20,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import linear_sites, sites_in
-from training.methods.trainable import PeftAdapter, TrainableAdapter, put_on
+from training.methods.trainable import PeftAdapter, TrainableAdapter, attach_peft
 
 SEEN = "seen"  # of --token-indices: those of the training rows
 
@@ -112,7 +112,7 @@ def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[TokenizedRow]) 
     from peft import LNTuningConfig
 
     norms = _some(sites_in(options.layers, list(base.spec.norms), base), options.layers)
-    return PeftAdapter(put_on(base, LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM")))
+    return PeftAdapter(attach_peft(base, LNTuningConfig(target_modules=norms, task_type="CAUSAL_LM")))
 
 
 def beft(options: BiasOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
@@ -120,7 +120,7 @@ def beft(options: BiasOptions, base: Base, _rows: Sequence[TokenizedRow]) -> Pef
     from peft import BeftConfig
 
     sites = linear_sites(options.target_modules, options.layers, base)
-    return PeftAdapter(put_on(base, BeftConfig(target_modules=sites, task_type="CAUSAL_LM")))
+    return PeftAdapter(attach_peft(base, BeftConfig(target_modules=sites, task_type="CAUSAL_LM")))
 
 
 def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[TokenizedRow]) -> PeftAdapter:
@@ -132,7 +132,7 @@ def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[Tokenized
     else:
         ids = _token_ids(options.token_indices, base.spec.vocab_size)
     config = TrainableTokensConfig(token_indices=ids, target_modules=[base.spec.embedding], task_type="CAUSAL_LM")
-    return PeftAdapter(put_on(base, config))
+    return PeftAdapter(attach_peft(base, config))
 
 
 def _token_ids(text: str, vocab_size: int) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
-from training.methods.trainable import NAME, PeftAdapter, put_on
+from training.methods.trainable import NAME, PeftAdapter, attach_peft
 
 TASK_TYPE = "CAUSAL_LM"
 RANDOM = "random"  # what --init-text says for none
@@ -121,7 +121,7 @@ def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRo
 
     check_num_tokens(options.num_virtual_tokens, base)
     embeds = _text_embeds(options, base, rows)
-    model = put_on(base, PromptTuningConfig(num_virtual_tokens=options.num_virtual_tokens, task_type=TASK_TYPE))
+    model = attach_peft(base, PromptTuningConfig(num_virtual_tokens=options.num_virtual_tokens, task_type=TASK_TYPE))
     _begin_with(model, embeds)
     return PromptAdapter(model)
 
@@ -140,7 +140,7 @@ def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[TokenizedRow])
         encoder_hidden_size=options.encoder_hidden_size,
         task_type=TASK_TYPE,
     )
-    return PromptAdapter(put_on(base, config))
+    return PromptAdapter(attach_peft(base, config))
 
 
 class MultitaskAdapter(PeftAdapter):
@@ -167,7 +167,7 @@ def multitask(options: MultitaskOptions, base: Base, rows: Sequence[TokenizedRow
     config = MultitaskPromptTuningConfig(
         num_virtual_tokens=options.num_virtual_tokens, num_ranks=options.num_ranks, num_tasks=1, task_type=TASK_TYPE
     )
-    model = put_on(base, config)
+    model = attach_peft(base, config)
     _begin_with(model, embeds)
     return MultitaskAdapter(model, options.num_ranks)
 
@@ -186,7 +186,7 @@ def cpt(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> Prompt
         opt_projection_format_epsilon=options.epsilon,
         task_type=TASK_TYPE,
     )
-    return PromptAdapter(put_on(base, config))
+    return PromptAdapter(attach_peft(base, config))
 
 
 def _context(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> tuple[list[int], list[int]]:

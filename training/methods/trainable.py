@@ -87,7 +87,7 @@ class PeftAdapter(TrainableAdapter):
             return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))
 
 
-def put_on(base: Base, config: Any) -> Any:
+def attach_peft(base: Base, config: Any) -> Any:
     """The PeftModel of a config. Raises `OptionError` with PEFT's reason where it refuses."""
     from peft import get_peft_model
 
