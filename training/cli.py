@@ -128,34 +128,34 @@ def train(
 
 
 def _run(given: dict[str, Any]) -> None:
-    from training.report.progress import Show
+    from training.report.progress import ProgressDisplay
     from training.run.distributed import Processes
 
     processes = Processes(is_cpu=given["device"] == "cpu")
-    show = Show(Console(stderr=True, quiet=not processes.is_main))
+    display = ProgressDisplay(Console(stderr=True, quiet=not processes.is_main))
     try:
-        num_broken = _train_many(given, show, processes) if given["jobs"] else _train_one(given, show, processes)
+        num_broken = _train_many(given, display, processes) if given["jobs"] else _train_one(given, display, processes)
         processes.leave()
     except (TrainingError, OSError) as error:
-        raise stop(show.console, sentence(error, given["out"] or given["jobs"])) from error
+        raise stop(display.console, sentence(error, given["out"] or given["jobs"])) from error
     finally:
         processes.close()
     if num_broken:
         raise typer.Exit(1)
 
 
-def _train_one(given: dict[str, Any], show: Any, processes: Any) -> int:
+def _train_one(given: dict[str, Any], display: Any, processes: Any) -> int:
     from training.run.pipeline import run_job
 
     for name in NEEDED:
         if given[name] is None:
             raise OptionError(f"--{name} is missing: name it, or a file of many jobs with --jobs.")
     job, target = job_of(given), _target_of(given)
-    done = run_job(job, show, processes)
+    done = run_job(job, display, processes)
     if done is not None:
-        _tell(job, done, show)
+        _tell(job, done, display)
         if target is not None:
-            show.say(_pushed(target, job.out, given["force"]))
+            display.say(_pushed(target, job.out, given["force"]))
     return 0
 
 
@@ -202,7 +202,7 @@ def push(
     console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
-def _train_many(given: dict[str, Any], show: Any, processes: Any) -> int:
+def _train_many(given: dict[str, Any], display: Any, processes: Any) -> int:
     """How many of --jobs broke."""
     from training.joint.job_file import read_jobs
     from training.joint.run import Named, run_jobs
@@ -219,16 +219,16 @@ def _train_many(given: dict[str, Any], show: Any, processes: Any) -> int:
             named.append(Named(number, job_of({**entry, "resume": entry["resume"] or given["resume"]})))
         except OptionError as error:
             raise OptionError(f"job {number} ({entry['out']}): {error}") from error
-    return run_jobs(named, show, processes, lambda job, done: _tell(job, done, show))
+    return run_jobs(named, display, processes, lambda job, done: _tell(job, done, display))
 
 
-def _tell(job: Any, done: Any, show: Any) -> None:
+def _tell(job: Any, done: Any, display: Any) -> None:
     from training.methods import METHODS
 
-    show.scores(done.before, done.after)
-    show.say(f"{job.out}: {done.num_bytes:,} bytes, {done.run.steps} steps in {done.run.seconds:.0f} s")
+    display.scores(done.before, done.after)
+    display.say(f"{job.out}: {done.num_bytes:,} bytes, {done.run.steps} steps in {done.run.seconds:.0f} s")
     if not METHODS[job.method].is_uploadable:
-        show.say(f"{job.method} is for comparison: what it wrote is a new base, which no server takes as a hat.")
+        display.say(f"{job.method} is for comparison: what it wrote is a new base, which no server takes as a hat.")
 
 
 def job_of(given: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from training.errors import BaseError, DataError, TrainingError
 from training.evaluation.evaluate import Scores
-from training.report.progress import Show
+from training.report.progress import ProgressDisplay
 from training.report.step_log import Step
 from training.run.distributed import Processes
 from training.run.job import Job
@@ -38,7 +38,7 @@ class MethodError(TrainingError):
     """A method that could not be trained; others may be."""
 
 
-class Told(Show):
+class PipeDisplay(ProgressDisplay):
     """Tells what it would draw."""
 
     def __init__(self, tell: Callable[[News], None]) -> None:
@@ -131,9 +131,9 @@ def _work(job: Job, before: Scores | None, pipe: Connection) -> None:
     processes = Processes(is_cpu=job.device == "cpu")
     try:
         if before is None:
-            pipe.send(score_base(job, Told(pipe.send), processes))
+            pipe.send(score_base(job, PipeDisplay(pipe.send), processes))
         else:
-            run_job(job, Told(pipe.send), processes, before)
+            run_job(job, PipeDisplay(pipe.send), processes, before)
     except COMMON as error:
         pipe.send(error)
     except TrainingError as error:

@@ -17,7 +17,7 @@ from training.errors import OptionError, TrainingError, sentence
 from training.evaluation.evaluate import Scores, Suite
 from training.joint.shared_base import SharedBase, TwinAdapter, twin
 from training.methods import METHODS, flag
-from training.report.progress import Show
+from training.report.progress import ProgressDisplay
 from training.report.step_log import Step
 from training.run.distributed import Processes
 from training.run.job import Done, Job, check
@@ -75,25 +75,32 @@ class Member:
     after_step: Callable[[Step], None]
 
 
-def run_jobs(jobs: Sequence[Named], show: Show, processes: Processes, done: Callable[[Job, Done], None]) -> int:
+def run_jobs(
+    jobs: Sequence[Named], display: ProgressDisplay, processes: Processes, done: Callable[[Job, Done], None]
+) -> int:
     """Train all and write their artifacts; how many broke. `done` hears of each that did not.
 
     Raises `TrainingError` where none can begin.
     """
     options = _check(jobs, processes)
     first = jobs[0].job
-    base = load_base(first.base, first.device, first.cache, show.say)
+    base = load_base(first.base, first.device, first.cache, display.say)
     shared = SharedBase(base, dtype_of(first.precision, base))
-    return _Crew(base, shared, show, processes, done).run(jobs, options)
+    return _Crew(base, shared, display, processes, done).run(jobs, options)
 
 
 class _Crew:
     """The jobs on their way."""
 
     def __init__(
-        self, base: Base, shared: SharedBase, show: Show, processes: Processes, done: Callable[[Job, Done], None]
+        self,
+        base: Base,
+        shared: SharedBase,
+        display: ProgressDisplay,
+        processes: Processes,
+        done: Callable[[Job, Done], None],
     ) -> None:
-        self._base, self._shared, self._show = base, shared, show
+        self._base, self._shared, self._display = base, shared, display
         self._processes, self._done = processes, done
         self._clock, self._num_broken = Stopwatch(), 0
         self._scores: list[tuple[Suite, Scores]] = []  # of the base
@@ -101,7 +108,7 @@ class _Crew:
     def run(self, jobs: Sequence[Named], options: Sequence[Any]) -> int:
         prepared = [self._prepare(named, own, len(jobs)) for named, own in zip(jobs, options, strict=True)]
         readies = [(named, ready) for named, ready in zip(jobs, prepared, strict=True) if ready is not None]
-        with self._show.trainings([named.label for named, _ in readies]) as tells:
+        with self._display.trainings([named.label for named, _ in readies]) as tells:
             members = [
                 Member(named, ready, TwinAdapter(ready.adapter), on_step(ready, tell, self._processes))
                 for (named, ready), tell in zip(readies, tells, strict=True)
@@ -127,14 +134,14 @@ class _Crew:
         return [member for member, pending in going.items() if self._take(member, pending, losses[member.adapter])]
 
     def _prepare(self, named: Named, options: Any, num_jobs: int) -> PreparedJob | None:
-        how = self._show, self._processes, self._clock, num_jobs, self._scores_of
+        how = self._display, self._processes, self._clock, num_jobs, self._scores_of
         return self._alone(named, lambda: prepare(named.job, options, twin(self._base), *how))
 
     def _scores_of(self, suite: Suite) -> Scores:
         """The base's, taken once for jobs that are scored on the same."""
         known = next((scores for other, scores in self._scores if other == suite), None)
         if known is None:
-            known = score(self._base.model, suite, self._show, BASE)
+            known = score(self._base.model, suite, self._display, BASE)
             self._scores.append((suite, known))
         return known
 
@@ -151,7 +158,7 @@ class _Crew:
     def _finish(self, member: Member) -> None:
         run = member.ready.trainer.end()
         with self._clock.stands():
-            done = self._alone(member.named, lambda: finish(member.ready, run, self._show, self._processes))
+            done = self._alone(member.named, lambda: finish(member.ready, run, self._display, self._processes))
         if done is not None:
             self._done(member.named.job, done)
 
@@ -161,7 +168,7 @@ class _Crew:
             return do()
         except (TrainingError, OSError) as error:
             self._num_broken += 1
-            self._show.fail(named.name, sentence(error, named.job.out))
+            self._display.fail(named.name, sentence(error, named.job.out))
             return None
 
 

@@ -33,7 +33,7 @@ SHOWN = {  # fields of `Scores` -> how a table says them
 }
 
 
-class Show:
+class ProgressDisplay:
     """Draws on a console; a quiet console draws nothing."""
 
     def __init__(self, console: Console) -> None:

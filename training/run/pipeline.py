@@ -24,7 +24,7 @@ from training.evaluation.parity import parity
 from training.methods import METHODS, attach
 from training.methods.trainable import TrainableAdapter
 from training.report.curves import draw
-from training.report.progress import Show
+from training.report.progress import ProgressDisplay
 from training.report.step_log import LOG, LiveLog, Step, lines
 from training.run import manifest
 from training.run.checkpoint import Checkpoint
@@ -55,17 +55,17 @@ class PreparedJob:
     num_jobs: int
 
 
-def run_job(job: Job, show: Show, processes: Processes, before: Scores | None = None) -> Done | None:
+def run_job(job: Job, display: ProgressDisplay, processes: Processes, before: Scores | None = None) -> Done | None:
     """Train, and write the artifact; None for a process that is not the main one. `before` are the base's known scores.
 
     Raises `TrainingError` with a sentence; then nothing is written at `job.out`.
     """
     options = check(job)
-    base = load_base(job.base, processes.device(job.device), job.cache, show.say)
-    ready = prepare(job, options, base, show, processes, scores_of=None if before is None else lambda _suite: before)
-    with show.training() as tell, forgotten_if_failed(ready):
+    base = load_base(job.base, processes.device(job.device), job.cache, display.say)
+    ready = prepare(job, options, base, display, processes, scores_of=None if before is None else lambda _suite: before)
+    with display.training() as tell, forgotten_if_failed(ready):
         run = ready.trainer.run(on_step(ready, tell, processes))
-    done = finish(ready, run, show, processes)
+    done = finish(ready, run, display, processes)
     processes.wait()
     return done
 
@@ -74,7 +74,7 @@ def prepare(
     job: Job,
     options: Any,
     base: Base,
-    show: Show,
+    display: ProgressDisplay,
     processes: Processes,
     clock: Callable[[], float] = time.monotonic,
     num_jobs: int = 1,
@@ -86,10 +86,10 @@ def prepare(
     """
     rows = _rows(job, base)
     checkpoint = Checkpoint(job.out, manifest.identity(job, options, base, rows))
-    _check_checkpoint(job, checkpoint, show)
+    _check_checkpoint(job, checkpoint, display)
     suite, before = suite_of(rows, base, job.num_answers), None
     if processes.is_main:
-        before = score(base.model, suite, show, BASE) if scores_of is None else scores_of(suite)
+        before = score(base.model, suite, display, BASE) if scores_of is None else scores_of(suite)
     base.touch()
     num_base = sum(parameter.numel() for parameter in base.model.parameters())
     memory = PeakMemory(base.model.device)
@@ -98,15 +98,15 @@ def prepare(
     trainer = Trainer(adapter, rows.train_rows, job.plan, processes, rows.held_rows, num_base, dtype, clock)
     if job.is_resumed and checkpoint.exists():
         trainer.restore(checkpoint.load())
-        show.say(f"going on after step {len(trainer.steps)}")
+        display.say(f"going on after step {len(trainer.steps)}")
     log = LiveLog(job.out)
     return PreparedJob(job, options, base, rows, suite, checkpoint, log, before, adapter, memory, trainer, num_jobs)
 
 
-def score_base(job: Job, show: Show, processes: Processes) -> Scores:
+def score_base(job: Job, display: ProgressDisplay, processes: Processes) -> Scores:
     """What every job on these rows and this base has as its `before`. Raises `TrainingError`."""
-    base = load_base(job.base, processes.device(job.device), job.cache, show.say)
-    return score(base.model, suite_of(_rows(job, base), base, job.num_answers), show, BASE)
+    base = load_base(job.base, processes.device(job.device), job.cache, display.say)
+    return score(base.model, suite_of(_rows(job, base), base, job.num_answers), display, BASE)
 
 
 def on_step(ready: PreparedJob, tell: Callable[[Step], None], processes: Processes) -> Callable[[Step], None]:
@@ -135,7 +135,7 @@ def forgotten_if_failed(ready: PreparedJob) -> Iterator[None]:
         raise
 
 
-def finish(ready: PreparedJob, run: Run, show: Show, processes: Processes) -> Done | None:
+def finish(ready: PreparedJob, run: Run, display: ProgressDisplay, processes: Processes) -> Done | None:
     """Score and prove what is stored, not what was trained, and write it: the main process does."""
     job, base, adapter, rows = ready.job, ready.base, ready.adapter, ready.rows
     if ready.before is None:
@@ -144,7 +144,7 @@ def finish(ready: PreparedJob, run: Run, show: Show, processes: Processes) -> Do
     memory = (ready.memory.base, ready.memory.peak())
     training = manifest.of_run(job, ready.options, rows, run, memory, processes.size)
     adapter.finalize(DTYPES[job.save_dtype])
-    after = score(adapter.model, ready.suite, show, "scoring the adapter")
+    after = score(adapter.model, ready.suite, display, "scoring the adapter")
     written = Manifest(
         format_version=FORMAT_VERSION,
         method=_server_name(job.method, adapter),
@@ -181,18 +181,18 @@ def _datasets(job: Job, tokenizer: Any) -> tuple[Dataset, Dataset]:
     return train, read_dataset(job.eval, job.columns, job.template, tokenizer)
 
 
-def _check_checkpoint(job: Job, checkpoint: Checkpoint, show: Show) -> None:
+def _check_checkpoint(job: Job, checkpoint: Checkpoint, display: ProgressDisplay) -> None:
     if job.is_resumed and not checkpoint.exists():
-        show.say(f"--resume: there is no {checkpoint.path}, so the run begins anew.")
+        display.say(f"--resume: there is no {checkpoint.path}, so the run begins anew.")
     if checkpoint.exists() and not job.is_resumed:
         raise OptionError(
             f"{checkpoint.path} is what a run to this --out left: go on with --resume, or delete it and begin anew."
         )
 
 
-def score(model: Any, suite: Suite, show: Show, what: str) -> Scores:
+def score(model: Any, suite: Suite, display: ProgressDisplay, what: str) -> Scores:
     """Behind a bar."""
-    with show.bar(what, suite.size) as more:
+    with display.bar(what, suite.size) as more:
         return evaluate(model, suite, more)
 
 
