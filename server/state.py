@@ -138,5 +138,5 @@ class ServerState:
         self.recently_deleted[digest] = None
         if len(self.recently_deleted) > MAX_RECENTLY_DELETED:
             del self.recently_deleted[next(iter(self.recently_deleted))]
-        self.client.forget(digest)
+        self.client.discard(digest)
         await asyncio.to_thread(self.blobs.delete, digest)

@@ -165,7 +165,7 @@ async def _changed(state: ServerState, call: Any, *arguments: object) -> Any:
     try:
         return await state.absent_is_404(call, *arguments, param="tenant")
     finally:
-        state.callers.forget()
+        state.callers.clear_cache()
 
 
 def _with_keys(request: Request) -> ServerState:

@@ -161,7 +161,7 @@ class BlockPool:
             return False
         for _ in range(num_new):
             block = next(iter(self._free or self._free_prefixes))
-            self._forget(block)
+            self._unpublish(block)
             self._hold(block)
             table.blocks.append(block)
         return True
@@ -227,7 +227,7 @@ class BlockPool:
         self._free_prefixes.pop(block, None)
         self._refs[block] += 1
 
-    def _forget(self, block: int) -> None:
+    def _unpublish(self, block: int) -> None:
         for key in self._keys_of.pop(block, ()):
             del self._block_of[key]
         self._prefixes.discard(block)

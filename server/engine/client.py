@@ -56,7 +56,7 @@ class EngineClient(Protocol):
         """
         ...
 
-    def forget(self, digest: str) -> None:
+    def discard(self, digest: str) -> None:
         """The artifact was deleted: drop what is kept of it once nothing uses it."""
         ...
 

@@ -89,9 +89,9 @@ class Engine(Generic[P]):
         if sequence_id in self.sequences:
             self._finish(self.sequences[sequence_id])
 
-    def forget(self, digest: str) -> None:
+    def discard(self, digest: str) -> None:
         """The artifact was deleted: keep nothing of it once nothing uses it."""
-        self.adapters.forget(digest)
+        self.adapters.discard(digest)
 
     def stage(self, digest: str, folder: str | None) -> None:
         """From now on load an artifact from a folder, also one that failed; None: from the store again."""

@@ -44,7 +44,7 @@ class FakeEngineClient:
     With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
     (at least one) for a request.
     `failure` ends every request instead of its first token; `delay_s` passes before each token. What was asked is
-    kept in `submitted`, `aborted`, `forgotten`, `resident` and `renewed`. Probes of uploads are kept in `probed`; they
+    kept in `submitted`, `aborted`, `discarded`, `resident` and `renewed`. Probes of uploads are kept in `probed`; they
     get their forced tokens at once, or `probe_failure`, or never end where `are_probes_stuck`.
     """
 
@@ -66,7 +66,7 @@ class FakeEngineClient:
         self.staged: dict[str, str] = {}
         self.submitted: list[Submit] = []
         self.aborted: list[str] = []
-        self.forgotten: list[str] = []
+        self.discarded: list[str] = []
         self.resident: list[str] = []
         self.renewed: list[str] = []
         self.states: dict[str, str] = {}
@@ -116,9 +116,9 @@ class FakeEngineClient:
             if not is_over:
                 self.aborted.append(submit.sequence_id)
 
-    def forget(self, digest: str) -> None:
-        """Keep the digest in `forgotten`."""
-        self.forgotten.append(digest)
+    def discard(self, digest: str) -> None:
+        """Keep the digest in `discarded`."""
+        self.discarded.append(digest)
         self.states.pop(digest, None)
 
     def stage(self, digest: str, folder: str | None) -> None:

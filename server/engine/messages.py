@@ -68,7 +68,7 @@ class Abort(msgspec.Struct, tag=True):
     sequence_id: str
 
 
-class Forget(msgspec.Struct, tag=True):
+class Discard(msgspec.Struct, tag=True):
     """The artifact was deleted: drop its host copy and slot as soon as nothing uses them."""
 
     digest: str
@@ -174,5 +174,5 @@ class StartFailed(msgspec.Struct, tag=True):
     message: str
 
 
-ToEngine = Submit | Abort | Forget | Stage | KeepResident | Renew | AskResidency
+ToEngine = Submit | Abort | Discard | Stage | KeepResident | Renew | AskResidency
 FromEngine = StepDone | Residency | Ready | StartFailed

@@ -19,8 +19,8 @@ from server.engine.client import EngineStartError, EngineUnavailable, log
 from server.engine.messages import (
     Abort,
     AskResidency,
+    Discard,
     EngineConfig,
-    Forget,
     FromEngine,
     KeepResident,
     Output,
@@ -141,10 +141,10 @@ class ProcessEngineClient:
             if not is_over and self._life is not None:
                 self._life.write(Abort(submit.sequence_id))
 
-    def forget(self, digest: str) -> None:
-        """See `EngineClient.forget`."""
+    def discard(self, digest: str) -> None:
+        """See `EngineClient.discard`."""
         if self._life is not None:
-            self._life.write(Forget(digest))
+            self._life.write(Discard(digest))
 
     def stage(self, digest: str, folder: str | None) -> None:
         """See `EngineClient.stage`."""

@@ -26,8 +26,8 @@ from server.engine.engine import Engine
 from server.engine.messages import (
     Abort,
     AskResidency,
+    Discard,
     EngineConfig,
-    Forget,
     KeepResident,
     Ready,
     Renew,
@@ -146,8 +146,8 @@ class Service:
                 self.engine.submit(message)
             case Abort():
                 self.engine.abort(message.sequence_id)
-            case Forget():
-                self.engine.forget(message.digest)
+            case Discard():
+                self.engine.discard(message.digest)
             case Stage():
                 self.engine.stage(message.digest, message.folder)
             case KeepResident():

@@ -52,7 +52,7 @@ class Remembered(Generic[V]):
             self._found[name] = found
         return found[1]
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Something was changed here: look everything up again."""
         self._found.clear()
 
@@ -70,10 +70,10 @@ class Callers:
         """Whether there is an admin key."""
         return self._admin_key is not None
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Keys, tenants or limits were changed."""
-        self._keys.forget()
-        self._limits.forget()
+        self._keys.clear_cache()
+        self._limits.clear_cache()
 
     async def identify(self, authorization: str, tenant: str | None) -> Caller:
         """Who sends these headers (`tenant`: X-Tenant). Raises `UnauthorizedError`, `NotFoundError`.

@@ -80,7 +80,7 @@ class World:
                 engine = self._engine(config, executor)
                 yield engine
                 for digest in {patch.digest for patch in self.patches.values()}:
-                    engine.forget(digest)
+                    engine.discard(digest)
                 engine.step()
             assert not self.loaded.adapter_slots.slots, "a slot was left behind"
         finally:  # of a test that failed: the next one is not to fail for it

@@ -66,7 +66,7 @@ class AdapterEntry(Generic[P]):
     slot: int | None = None
     num_bytes: int | None = None
     is_loading: bool = False
-    is_forgotten: bool = False
+    is_discarded: bool = False
     failure: EngineFailure | None = None
     num_failures: int = 0
     is_quarantined: bool = False
@@ -154,7 +154,7 @@ class AdapterManager(Generic[P]):
         for digest in digests:
             entry = self._entries.setdefault(digest, AdapterEntry())
             entry.num_users += 1
-            entry.is_forgotten = False
+            entry.is_discarded = False
 
     def pin(self, digests: Iterable[str]) -> None:
         """A sequence wears these from now on: they stay in their slots."""
@@ -169,16 +169,16 @@ class AdapterManager(Generic[P]):
             entry = self._entries[digest]
             entry.num_users -= 1
             entry.num_pins -= is_pinned
-            if not entry.num_users and entry.is_forgotten:
+            if not entry.num_users and entry.is_discarded:
                 self._drop(digest)
             self._prune(digest)
 
-    def forget(self, digest: str) -> None:
+    def discard(self, digest: str) -> None:
         """The artifact was deleted: keep nothing of it once nothing uses it."""
         entry = self._entries.get(digest)
         if entry is None:
             return
-        entry.is_forgotten = True
+        entry.is_discarded = True
         self._absolve(entry)
         if not entry.num_users:
             self._drop(digest)
@@ -236,7 +236,7 @@ class AdapterManager(Generic[P]):
         entry.is_loading = False
         self.load_seconds_total += result.seconds
         most = min(self.budgets.slot_bytes, self.budgets.host_bytes)
-        if entry.is_forgotten and not entry.num_users:
+        if entry.is_discarded and not entry.num_users:
             log.info("an adapter was deleted while it loaded", extra={"digest": digest})
         elif result.packed is None:
             code = CORRUPT if getattr(result.error, "code", "") == CORRUPT else "adapter_failed"

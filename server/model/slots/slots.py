@@ -76,7 +76,7 @@ class AdapterSlots:
             self._groups[names] = SiteGroup(len(self._groups), sites, columns)
             self._members = np.concatenate([group.sites for group in self._groups.values()])
             self._firsts = np.cumsum([0, *(len(group.sites) for group in self._groups.values())])[:-1]
-            self._forget()
+            self._invalidate()
             self._mark()
         return self._groups[names]
 
@@ -101,16 +101,16 @@ class AdapterSlots:
         self.table[kind, site, slot] = np.stack(entry, 1)
         self.addresses[slot] = buffer.data_ptr() if self._has_kernels else 0
         self.on_change(packed, 1)
-        self._forget()
+        self._invalidate()
         return slot
 
     def drop(self, slot: int) -> None:
         """Free a slot; between steps only."""
         self.on_change(self.slots.pop(slot), -1)
-        self.copies.forget(slot)
+        self.copies.release(slot)
         self.table[:, :, slot] = 0
         self.addresses[slot] = 0
-        self._forget()
+        self._invalidate()
 
     def primitive(self, kind: int, site: int, slot: int) -> Primitive | None:
         """What a slot's patch does at a site."""
@@ -163,10 +163,10 @@ class AdapterSlots:
             return True
         return bool(self._acts_of(slot for row in rows for slot, _ in row.adapters).array.any())
 
-    def _forget(self) -> None:
+    def _invalidate(self) -> None:
         """A slot or a group came or went: whoever dresses next sees anew what acts where."""
         self._acts.clear()
-        self._stacked.forget()
+        self._stacked.invalidate()
 
     def _mark(self) -> None:
         """See what acts where in this step. Steps come in runs that wear the same: those are looked up."""

@@ -279,7 +279,7 @@ async def test_an_artifact_that_was_damaged(real: Site, tiny_base: Path, tmp_pat
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    real.state.client.forget(uploaded.json()["digest"])  # the door's probe left it in a slot
+    real.state.client.discard(uploaded.json()["digest"])  # the door's probe left it in a slot
     answer = await real.post("/generate?task=hurt", {"prompt": "a"})
     assert (answer.status_code, error_of(answer)["code"]) == (503, "artifact_corrupt")
     assert await tokens(real, "t2") == before

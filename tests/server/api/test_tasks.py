@@ -64,7 +64,7 @@ async def test_delete_a_task(site: Site, zips: list[bytes]) -> None:
     assert (await site.post("/generate?task=a", {"prompt": "x"})).status_code == 404
     assert (await site.http.delete("/tasks/a")).status_code == 404
     assert site.stored() == {digests[0]}, "the other task's artifact stays"
-    assert site.engine.forgotten == [digests[1]]
+    assert site.engine.discarded == [digests[1]]
     assert (await site.ask("b", prompt="x"))["adapter"]["digest"] == digests[0]
 
 
@@ -171,10 +171,10 @@ async def test_a_running_stream_finishes(
         assert (await site.http.delete("/tasks/a")).status_code == 204
         assert (await site.post("/generate?task=a", {"prompt": "x"})).status_code == 404
         assert len((await short)["choices"][0]["token_ids"]) == 21
-        assert site.stored() == {digest} and not site.engine.forgotten
+        assert site.stored() == {digest} and not site.engine.discarded
         assert len((await long)["choices"][0]["token_ids"]) == 61
         await until(lambda: not site.state.blobs.digests())
-        assert site.engine.forgotten == [digest]
+        assert site.engine.discarded == [digest]
         assert not site.state.marked_for_deletion
 
 
@@ -190,7 +190,7 @@ async def test_uploaded_again_while_it_runs(
         await site.http.delete("/tasks/a")
         assert (await site.upload("a", zips[0])).json()["version"] == 2
         await running
-        assert site.stored() == {digest} and not site.engine.forgotten
+        assert site.stored() == {digest} and not site.engine.discarded
 
 
 async def test_deleted_between_resolution_and_start(

@@ -106,7 +106,7 @@ async def test_a_revocation_from_elsewhere_is_known_within_a_second(city: City) 
     assert (await city.generate(key)).status_code == 200
     clock = Clock()
     city.site.state.callers._keys.clock = clock
-    city.site.state.callers.forget()
+    city.site.state.callers.clear_cache()
     assert (await city.generate(key)).status_code == 200
     city.site.state.tenants.revoke_key("a", key.partition(".")[0])
     assert (await city.generate(key)).status_code == 200, "it is remembered for a moment: no look-up per request"

@@ -356,13 +356,13 @@ def overloaded(world: World) -> None:
         world.submit(PROMPT, 1, max_tokens=2)
 
 
-def forgotten(world: World) -> None:
+def discarded(world: World) -> None:
     world.submit(PROMPT, 1, max_tokens=2)
-    world.engine.forget(digest_of(1))
+    world.engine.discard(digest_of(1))
 
 
 WAYS_OUT = (finish, stop, late, abort_waiting, abort_running, nonfinite, raising, failing_load)
-WAYS_OUT += (preempted, overloaded, forgotten)
+WAYS_OUT += (preempted, overloaded, discarded)
 
 
 @pytest.mark.parametrize("way_out", WAYS_OUT)
@@ -387,7 +387,7 @@ def test_forgotten_adapter_leaves_when_unused() -> None:
     world.step()
     world.executor.run_all()
     world.step()
-    world.engine.forget(digest_of(1))
+    world.engine.discard(digest_of(1))
     assert world.engine.adapters.states() == {digest_of(1): "slot"}
     world.run()
     assert world.is_right(name)

@@ -75,7 +75,7 @@ def test_needle(seed: int) -> None:
             aborted.add(name := draw.choice([*world.requests]))
             world.engine.abort(name)
         if draw.random() < 0.1:
-            world.engine.forget(digest_of(draw.randrange(12)))
+            world.engine.discard(digest_of(draw.randrange(12)))
     world.run()
     for name, answer in world.answers.items():
         is_gone = name in aborted and not answer.is_over

@@ -91,7 +91,7 @@ def test_ready_residency_stats_and_forget() -> None:
             failed = await answer(client, request("s", "bad"))
             assert failed[-1].failure and failed[-1].failure.code == "adapter_failed"
             assert (await client.residency())["bad"] == "failed"
-            client.forget("digest")
+            client.discard("digest")
             assert "digest" not in await client.residency()
             assert client.stats.tokens_total >= 22
             assert client.stats.loads_total == 1

@@ -84,7 +84,7 @@ async def test_a_failed_probe_keeps_nothing(
     answer = await site.upload("a", zips[1])
     assert (answer.status_code, error_of(answer)["code"]) == (status, said)
     assert ("retry-after" in answer.headers) == (status == 503)
-    assert len(site.stored()) == 1 and read_folder(loras[1]).digest in site.engine.forgotten
+    assert len(site.stored()) == 1 and read_folder(loras[1]).digest in site.engine.discarded
     assert [version["version"] for version in (await site.http.get("/tasks/a")).json()["versions"]] == [1]
     site.engine.probe_failure = None
     assert (await site.ask("a", prompt="x"))["adapter"]["version"] == 1
@@ -96,7 +96,7 @@ async def test_what_is_kept_stays_where_a_second_probe_fails(site: Site, zips: l
     await site.upload("a", zips[0])
     site.engine.probe_failure = EngineFailure("nonfinite_logits", "no numbers")
     assert (await site.upload("b", zips[0])).status_code == 422
-    assert len(site.stored()) == 1 and not site.engine.forgotten
+    assert len(site.stored()) == 1 and not site.engine.discarded
     assert (await site.ask("a", prompt="x"))["adapter"]["version"] == 1
 
 

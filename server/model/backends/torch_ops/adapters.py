@@ -70,7 +70,7 @@ class Stacked:
         self._sides: dict[bool, Side] = {}
         self._is_single = True  # no row wears two hats
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """A slot or a group came or went."""
         self._stacks.clear()
         self._factors.clear()
@@ -80,7 +80,7 @@ class Stacked:
         slots = sorted(set(tokens.slots.tolist()))
         if slots != self._slots:
             self._slots = slots
-            self.forget()
+            self.invalidate()
         self._is_single = all(last == first + 1 for _, _, first, last in tokens.tiles.tolist())
         if slots:
             sent = self.copies.send(*(self._matrix(row_adapters) for row_adapters in (tokens, sampled)))

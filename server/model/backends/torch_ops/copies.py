@@ -57,7 +57,7 @@ class Copies:
         if event := self._events.pop(key, None):
             self.cuda.current_stream(self.device).wait_event(event)
 
-    def forget(self, key: Hashable) -> None:
+    def release(self, key: Hashable) -> None:
         """What was copied is used no more."""
         self._events.pop(key, None)
 

@@ -84,7 +84,7 @@ def test_states_from_absent_to_slot() -> None:
     assert room.manager.states() == {"a": "slot"}
     assert room.adapter_slots.slots[room.manager.slot("a")].digest == "a"
     room.release("a", is_pinned=False)
-    room.manager.forget("a")
+    room.manager.discard("a")
     assert room.manager.states() == {} and room.adapter_slots.slots == {}
 
 
@@ -271,9 +271,9 @@ def test_forgotten_while_used_stays_until_the_end() -> None:
     room.bring("ab")
     room.use("ab")
     room.pin("ab")
-    room.manager.forget("a")
-    room.manager.forget("b")
-    room.manager.forget("never seen")
+    room.manager.discard("a")
+    room.manager.discard("b")
+    room.manager.discard("never seen")
     assert room.slots == "ab"
     room.use("b")
     room.release("ab")
@@ -291,7 +291,7 @@ def test_forgotten_while_loading_is_not_kept() -> None:
         room.use("a")
         room.advance("a")
         room.release("a", is_pinned=False)
-        room.manager.forget("a")
+        room.manager.discard("a")
         room.executor.run_all()
         room.advance("")
         assert room.manager.states() == {}

@@ -136,7 +136,7 @@ class WrittenDown(Copies):
     def wait(self, key: Hashable) -> None:
         self.asked.append(("wait", key))
 
-    def forget(self, key: Hashable) -> None:
+    def invalidate(self, key: Hashable) -> None:
         self.asked.append(("forget", key))
 
 

@@ -95,7 +95,7 @@ def test_what_is_dropped_is_not_waited_for(cuda: Cuda) -> None:
     """A slot that was freed and filled again is waited for by its new copy's event alone."""
     copies = Copies("cuda", cuda)
     copies.start(0, [torch.zeros(2)])
-    copies.forget(0)
+    copies.release(0)
     cuda.log.clear()
     copies.wait(0)
     assert not cuda.log
