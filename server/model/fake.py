@@ -34,7 +34,7 @@ class FakeSlots:
         self.slot_bytes = slot_bytes
         self.slots: dict[int, FakePacked] = {}
 
-    def put(self, packed: FakePacked) -> int:
+    def insert(self, packed: FakePacked) -> int:
         """The lowest free slot. Raises `MemoryError` beyond `slot_bytes`."""
         if sum(held.num_bytes for held in self.slots.values()) + packed.num_bytes > self.slot_bytes:
             raise MemoryError(f"{packed.num_bytes} bytes do not fit")

@@ -102,7 +102,7 @@ def test_a_mutated_artifact_is_refused_or_finite(
     loaded.runner.run([bare])
     alone = loaded.runner.last_logits[0].clone()
     try:
-        slot = loaded.adapter_slots.put(
+        slot = loaded.adapter_slots.insert(
             loaded.adapter_slots.pack(take_in((mutated(sound, draw), SAFETENSORS_TYPE), room, loaded.spec))
         )
     except ArtifactError as error:

@@ -37,7 +37,7 @@ P_contra = TypeVar("P_contra", bound=SizedAdapter, contravariant=True)
 class SlotStore(Protocol[P_contra]):
     """The slots of one base on one device (`server.model.slots.slots`)."""
 
-    def put(self, packed: P_contra) -> int:
+    def insert(self, packed: P_contra) -> int:
         """Copy into a free slot and return its number; between steps only."""
         ...
 
@@ -255,7 +255,7 @@ class AdapterManager(Generic[P]):
         """Without room it is dropped: its size is known now, so that it loads again only when there is room."""
         if self._make_host_room(digest, packed.num_bytes, order):
             self._entries[digest].packed = packed
-            self.host.put(digest, packed.num_bytes)
+            self.host.add(digest, packed.num_bytes)
 
     def _make_host_room(self, digest: str, num_bytes: float, order: Mapping[str, int]) -> bool:
         victims = self._host_victims(digest, num_bytes, order)
@@ -305,7 +305,7 @@ class AdapterManager(Generic[P]):
             if not self._make_slot_room(packed.num_bytes, order, place):
                 break  # what is wanted later must not take the room that this one waits for
             num_copies += 1
-            has_failed |= not self._put(digest, packed)
+            has_failed |= not self._copy_into_slot(digest, packed)
         return has_failed
 
     def _make_slot_room(self, num_bytes: int, order: Mapping[str, int], place: int) -> bool:
@@ -321,14 +321,14 @@ class AdapterManager(Generic[P]):
             self._prune(victim)
         return victims is not None
 
-    def _put(self, digest: str, packed: P) -> bool:
+    def _copy_into_slot(self, digest: str, packed: P) -> bool:
         try:
-            slot = self._adapter_slots.put(packed)
+            slot = self._adapter_slots.insert(packed)
         except Exception as error:  # noqa: BLE001 - a device without memory must not end the engine
             self._fail(digest, EngineFailure("adapter_failed", sentence(digest, error)))
             return False
         self._entries[digest].slot = slot
-        self.slots.put(digest, packed.num_bytes)
+        self.slots.add(digest, packed.num_bytes)
         return True
 
     def _fail(self, digest: str, failure: EngineFailure, is_final: bool = False) -> None:

@@ -14,7 +14,7 @@ class MemoryTier:
         self.max_bytes, self.used = max_bytes, 0
         self.sizes: OrderedDict[str, int] = OrderedDict()
 
-    def put(self, digest: str, num_bytes: int) -> None:
+    def add(self, digest: str, num_bytes: int) -> None:
         """Take a digest in, as the last used."""
         self.sizes[digest] = num_bytes
         self.used += num_bytes

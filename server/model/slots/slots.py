@@ -89,7 +89,7 @@ class AdapterSlots:
         row_ids = {site: self.copies.pin(ids) for site, ids in packed.row_ids.items()}
         return replace(packed, buffer=self.copies.pin(packed.buffer), row_ids=row_ids)
 
-    def put(self, packed: PackedPatch) -> int:
+    def insert(self, packed: PackedPatch) -> int:
         """Copy into a free slot and return its number; between steps only."""
         slot = next(number for number in range(len(self.slots) + 1) if number not in self.slots)
         if slot >= len(self.addresses):
@@ -129,7 +129,7 @@ class AdapterSlots:
             LowRank(site, of_x, of_y.T),
             Bias(site, of_y[0]),
         )
-        slot, group = self.put(self.pack(Patch("warm-up", "", primitives))), self.group(site)
+        slot, group = self.insert(self.pack(Patch("warm-up", "", primitives))), self.group(site)
         try:
             self.set_batch([Row([0], 0, [0], adapters=((slot, 1.0),))])
             x = self.enter(group, of_x.to(self.device))

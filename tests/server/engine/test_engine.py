@@ -245,13 +245,13 @@ def test_loading_stalls_nobody() -> None:
 def test_copies_between_steps_count_as_stall(seconds: float, stall: float) -> None:
     """What a copy takes while others run is counted, as stall where it is over 2 ms; while nobody runs it is not."""
     world = World()
-    put = world.adapter_slots.put
+    put = world.adapter_slots.insert
 
     def slow(packed: object) -> int:
         world.clock.now += seconds
         return put(packed)  # type: ignore[arg-type]
 
-    world.adapter_slots.put = slow  # type: ignore[method-assign, assignment]
+    world.adapter_slots.insert = slow  # type: ignore[method-assign, assignment]
     world.submit(PROMPT, 1, max_tokens=50, ignore_eos=True)
     world.step()
     world.executor.run_all()

@@ -92,7 +92,7 @@ def test_fake_fails_and_dies_like_the_real_one() -> None:
 def runner(num_blocks: int = 4) -> FakeRunner:
     adapter_slots = FakeSlots(100)
     for digest in "ab":
-        adapter_slots.put(FakePacked(digest, 10))
+        adapter_slots.insert(FakePacked(digest, 10))
     return FakeRunner(adapter_slots, num_blocks, block_size=2)
 
 

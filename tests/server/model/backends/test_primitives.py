@@ -61,7 +61,7 @@ def run_all(loaded: Loaded, wearers: list[RowAdapters], prompts: list[list[int]]
     for worn in wearers:
         for patch, _ in worn:
             if patch.digest not in slots:
-                slots[patch.digest] = adapter_slots.put(adapter_slots.pack(patch))
+                slots[patch.digest] = adapter_slots.insert(adapter_slots.pack(patch))
     contexts, next_block = [], 0
     for worn, prompt in zip(wearers, prompts, strict=True):
         num_virtual = sum(patch.num_virtual for patch, _ in worn)
@@ -144,7 +144,7 @@ def test_a_step_that_only_writes_a_prefix(bases: Any) -> None:
     """A chunk of keys and values that are given, after a step that sampled, computes and samples nothing."""
     loaded, _stock = bases("llama")
     patch = random_patch(loaded.spec, "prefix_kv", seed=0)
-    slot = loaded.adapter_slots.put(loaded.adapter_slots.pack(patch))
+    slot = loaded.adapter_slots.insert(loaded.adapter_slots.pack(patch))
     tokens = [*range(-1, -1 - patch.num_virtual, -1), 65]
     assert loaded.runner.run([Row([65], 0, [4], sampling=Sampling())])[0] is not None
     row = Row(tokens[:-1], 0, [0, 1, 2, 3], ((slot, 1.0),), num_virtual=patch.num_virtual)

@@ -141,7 +141,7 @@ def test_whole_layers_give_the_same_bits(model_type: str, precision: str, tmp_pa
     adapter_slots, spec = loaded.adapter_slots, loaded.spec
     kinds = [random_patch(spec, kind, 1) for kind in ("low_rank", "bias", "norm", "delta", "bottleneck", "prefix_kv")]
     patches = [scales(spec), *kinds]
-    slots = {patch.digest: adapter_slots.put(adapter_slots.pack(patch)) for patch in patches}
+    slots = {patch.digest: adapter_slots.insert(adapter_slots.pack(patch)) for patch in patches}
     rows = []
     for at, worn in enumerate([[], *([patch] for patch in patches), patches[:5]]):
         num_virtual = sum(patch.num_virtual for patch in worn)

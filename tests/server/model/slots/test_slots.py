@@ -42,7 +42,7 @@ def make_bank() -> tuple[AdapterSlots, dict[int, Patch]]:
     """A bank with a slot of each rank, and the patches by slot."""
     adapter_slots = AdapterSlots(SPEC, "cpu", EXACT)
     patches = [make_patch(number, rank) for number, rank in enumerate(RANKS)]
-    return adapter_slots, {adapter_slots.put(adapter_slots.pack(patch)): patch for patch in patches}
+    return adapter_slots, {adapter_slots.insert(adapter_slots.pack(patch)): patch for patch in patches}
 
 
 def by_hand(patch: Patch, site: str, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ HATS: list[tuple[tuple[int, float], ...]] = [
 def test_what_branches_read_is_known_before(dtypes: StorageDtypes) -> None:
     """While the base's product computes, just the matrices of the hats of the step are asked for, in their order."""
     adapter_slots = AdapterSlots(SPEC, "cpu", dtypes)
-    slots = [adapter_slots.put(adapter_slots.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
+    slots = [adapter_slots.insert(adapter_slots.pack(make_patch(number, rank))) for number, rank in enumerate((3, 8))]
     adapters = [((slots[1], 1.0),), (), ((slots[0], 0.5), (slots[1], 2.0))]
     adapter_slots.set_batch(rows(adapters))
     found = list_prefetch(
@@ -145,7 +145,7 @@ def test_a_copy_is_waited_for_by_who_wears_it() -> None:
     waits for it; who frees it does not."""
     adapter_slots, asked = AdapterSlots(SPEC, "cpu", EXACT), list[tuple[str, object]]()
     adapter_slots.copies = WrittenDown(asked)
-    slots = [adapter_slots.put(adapter_slots.pack(make_patch(number, 4))) for number in range(2)]
+    slots = [adapter_slots.insert(adapter_slots.pack(make_patch(number, 4))) for number in range(2)]
     assert asked == [("pin", None), ("start", 0), ("pin", None), ("start", 1)]
     asked.clear()
     adapter_slots.set_batch(rows([(), ((slots[1], 1.0),)]))
@@ -180,7 +180,7 @@ def test_a_site_without_a_primitive_is_left_alone() -> None:
     """A patch acts at its own sites only, also in a slot whose former patch acted elsewhere."""
     adapter_slots, _ = make_bank()
     adapter_slots.drop(5)
-    slot = adapter_slots.put(adapter_slots.pack(make_patch(99, 4, ("b",))))
+    slot = adapter_slots.insert(adapter_slots.pack(make_patch(99, 4, ("b",))))
     assert slot == 5
     adapter_slots.set_batch(rows([((slot, 1.0),)], 1))
     y = torch.zeros(1, 1, 24)
@@ -193,7 +193,7 @@ def test_slots_are_true_rank_and_grow() -> None:
     adapter_slots = AdapterSlots(SPEC, "cpu", EXACT)
     packed = [adapter_slots.pack(make_patch(number, 1 + number % 5)) for number in range(40)]
     assert [p.num_bytes for p in packed] == [4 * make_patch(n, 1 + n % 5).num_items for n in range(40)]
-    slots = [adapter_slots.put(p) for p in packed]
+    slots = [adapter_slots.insert(p) for p in packed]
     assert slots == list(range(40))
     adapter_slots.set_batch(rows([((slot, 1.0),) for slot in slots], 1))
     x, y = torch.ones(1, 40, 40), torch.zeros(1, 40, 24)

@@ -138,7 +138,7 @@ def test_a_strangers_overflow_is_not_mine(bases: Any) -> None:
     adapter_slots, good, bad = loaded.adapter_slots, *(random_patch(loaded.spec, "low_rank", seed) for seed in (1, 2))
     for primitive in bad.primitives:
         primitive.a.fill_(3e38)  # type: ignore[union-attr]
-    slots = [adapter_slots.put(adapter_slots.pack(patch)) for patch in (good, bad)]
+    slots = [adapter_slots.insert(adapter_slots.pack(patch)) for patch in (good, bad)]
     rows = [Row([5, 6, 7], 0, [at], adapters, Sampling()) for at, adapters in enumerate([((slots[0], 1.0),), ()])]
     loaded.runner.run(rows)
     before = loaded.runner.last_logits
@@ -181,7 +181,7 @@ def test_nothing_waits_for_the_device(
     packed = [pack(patch, Sites(spec), StorageDtypes(torch.bfloat16, torch.bfloat16)) for patch in patches.values()]
     with as_on_gpu(torch.bfloat16), FakeTensorMode(allow_non_fake_inputs=True):
         loaded = load(config_of(Path(spec.folder), "meta", "bf16"))
-        slots = {one.digest: loaded.adapter_slots.put(one) for one in packed}
+        slots = {one.digest: loaded.adapter_slots.insert(one) for one in packed}
         rows = []
         for at, worn in enumerate(wearers):
             num_virtual = sum(patch.num_virtual for patch, _ in worn)
@@ -277,7 +277,7 @@ def test_decode_steps_are_replayed(bases: Any) -> None:
         Row([7 + at], len(prompt), mine, sampling=Sampling())
         for at, (prompt, mine) in enumerate(zip(prompts, blocks, strict=True))
     ]
-    slot = loaded.adapter_slots.put(loaded.adapter_slots.pack(random_patch(loaded.spec, "low_rank", 3)))
+    slot = loaded.adapter_slots.insert(loaded.adapter_slots.pack(random_patch(loaded.spec, "low_rank", 3)))
     batches = [
         steps,
         steps[::-1],
