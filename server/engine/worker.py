@@ -160,7 +160,7 @@ class Service:
                 pass
 
 
-def serve(descriptor: int, build: Build) -> int:
+def run_engine(descriptor: int, build: Build) -> int:
     """Load and serve until the front has gone; the exit code."""
     connection = Connection(descriptor)
     config = connection.start()
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None, build: Build = build) -> int:
     # A loader that got the interpreter between two kernels gives it back so soon; by default it keeps it for 5 ms.
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
-    return serve(descriptor, build)
+    return run_engine(descriptor, build)
 
 
 if __name__ == "__main__":

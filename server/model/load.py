@@ -109,7 +109,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
         reference.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
     adapter_slots = AdapterSlots(spec, device, choose_storage_dtypes(precision, device))
-    hooks.serve(adapter_slots)
+    hooks.connect(adapter_slots)
     pack, head = choose_product(precision, device), model.get_output_embeddings()
     cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, adapter_slots.dtypes, device)
     paged = reference.paged(cache)

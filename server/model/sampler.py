@@ -26,7 +26,7 @@ def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
 
 def best_tokens(logits: Tensor) -> Tensor:
     """[R, vocabulary] -> [R]: the first of the largest, -1 where a logit is not finite."""
-    if not cpu.serve(logits.device.type, logits.dtype):
+    if not cpu.supports(logits.device.type, logits.dtype):
         finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
         return torch.where(finite, _argmax(logits), -1)
     out = torch.empty(len(logits), dtype=torch.int64)

@@ -103,7 +103,7 @@ class Comparing:
         task = progress.add_task("serving", total=len(adapters) * serving.NUM_ROUNDS, facts="starting a server")
         job = next(iter(self.jobs.values()))
         try:
-            with serving.serve(job.base, job.device, job.cache) as client:
+            with serving.start_server(job.base, job.device, job.cache) as client:
                 progress.update(task, facts="decoding in turn with the base")
                 folders = {outcome.method: self.jobs[outcome.method].out for outcome in adapters}
                 served = serving.measure(client, folders, lambda: progress.advance(task))

@@ -47,7 +47,7 @@ class Served:
 
 
 @contextmanager
-def serve(base: str, device: str, cache: Path | None) -> Iterator[httpx.Client]:
+def start_server(base: str, device: str, cache: Path | None) -> Iterator[httpx.Client]:
     """A server of `base` on a free loopback port, with a data folder that goes with it, and a client of it.
 
     Raises `ServingError` with the end of its log where it does not become ready.

@@ -21,7 +21,7 @@ def attend(batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor,
     cos and sin [T, rotated d] turn queries and keys; [T, 0] where the base does not turn them, or has done so.
     """
     cache, shape = batch.cache, batch.cache.shapes[layer]
-    if not cpu.serve(qkv.device.type, qkv.dtype):
+    if not cpu.supports(qkv.device.type, qkv.dtype):
         return _attend_torch(batch, layer, qkv, cos, sin, params)
     out = qkv.new_empty(len(qkv), num_heads(qkv.shape[1], shape), shape.value_dim)
     cpu_attention.attend(

@@ -40,7 +40,7 @@ class KVCache:
         self, shapes: list[KVShape], num_blocks: int, block_size: int, dtypes: StorageDtypes, device: str = "cpu"
     ) -> None:
         self.shapes, self.num_blocks, self.block_size = shapes, num_blocks, block_size
-        self.has_kernels = cpu.serve(device, dtypes.others)
+        self.has_kernels = cpu.supports(device, dtypes.others)
         self.copies, like = Copies(device), torch.empty(0, dtype=dtypes.matrices, device=device)
         width = whole_panels(block_size)
         self.keys, of_keys = _empty([(num_blocks, s.num_kv_heads, s.key_dim, width) for s in shapes], like)

@@ -76,7 +76,7 @@ class LayerFuser:
             if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
                 self._replace(layer.attention, self._attention(is_rotated=True), self._attention(is_rotated=False))
         sites = [layer.layer for layer in self.adapter_slots.spec.layers]
-        if cpu.serve(self.adapter_slots.device, self.adapter_slots.dtypes.others) and all(
+        if cpu.supports(self.adapter_slots.device, self.adapter_slots.dtypes.others) and all(
             is_whole(self._stock(site)) for site in sites
         ):
             return self._join(sites)

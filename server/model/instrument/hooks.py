@@ -25,7 +25,7 @@ class SiteHooks:
         self.heads_first: set[str] = set()
         self._handles: dict[int, list[RemovableHandle]] = {}
 
-    def serve(self, adapter_slots: AdapterSlots) -> None:
+    def connect(self, adapter_slots: AdapterSlots) -> None:
         """Hand over to this bank from now on."""
         self.adapter_slots = adapter_slots
         self._counts = [0] * len(adapter_slots.sites)  # slots that act at each site

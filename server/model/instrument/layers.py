@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if not cpu.serve(x.device.type, x.dtype):
+        if not cpu.supports(x.device.type, x.dtype):
             return functional.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = torch.empty_like(rows)
@@ -54,7 +54,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        if self.gate is None or not cpu.serve(x.device.type, x.dtype):
+        if self.gate is None or not cpu.supports(x.device.type, x.dtype):
             gate, up = gate_up.chunk(2, -1)
             return self.down(self.act_fn(gate) * up)  # type: ignore[no-any-return]
         out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)

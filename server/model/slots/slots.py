@@ -61,7 +61,7 @@ class AdapterSlots:
         self._groups: dict[tuple[str, ...], SiteGroup] = {}
         self._members = self._firsts = np.zeros(0, np.int64)  # sites of all groups, and where each group begins there
         self._acts: dict[tuple[int, ...], Acts] = {}  # by the slots that act
-        self._has_kernels = cpu.serve(device, dtypes.others)
+        self._has_kernels = cpu.supports(device, dtypes.others)
         self._item_type = ITEM_TYPES.get(dtypes.matrices)
         self.copies = Copies(device)
         by_segment = partial(scale_reference, self), partial(update_reference, self)

@@ -228,7 +228,7 @@ def trained(tiny_base: Path, command: Callable[..., Any], monkeypatch: Any, scor
 
     monkeypatch.setattr(comparing, "train_apart", train_here)
     monkeypatch.setattr(comparing, "score_apart", lambda job, _on_news: (scored.append(job), SCORES)[1])
-    monkeypatch.setattr(serving, "serve", no_server)
+    monkeypatch.setattr(serving, "start_server", no_server)
     return jobs
 
 

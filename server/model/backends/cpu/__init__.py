@@ -1,6 +1,6 @@
 """What the CPU computes itself because no library has it: products that no neighbour changes, paged attention, hats.
 
-Rooms above call these where `serve` says so, and the slow twins in plain torch elsewhere.
+Rooms above call these where `supports` says so, and the slow twins in plain torch elsewhere.
 """
 
 from __future__ import annotations
@@ -31,6 +31,6 @@ def _share_compiled(folder: Path) -> None:
 _share_compiled(default_cache())
 
 
-def serve(device: str, dtype: torch.dtype) -> bool:
+def supports(device: str, dtype: torch.dtype) -> bool:
     """Whether these kernels serve activations of this type on this device: the one place where that is chosen."""
     return torch.device(device).type == "cpu" and dtype == torch.float32

@@ -47,7 +47,7 @@ TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3"]
 def as_on_gpu(dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """What is loaded on the CPU takes the branch of a GPU, in this type."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "serve", lambda _device, _dtype: False)
+        patch.setattr(cpu, "connect", lambda _device, _dtype: False)
         patch.setattr(load_module, "choose_product", lambda _precision, _device: pack_torch)
         patch.setattr(precision, "choose_storage_dtypes", lambda _precision, _device: StorageDtypes(dtype, dtype))
         patch.setattr(precision, "compute_dtype", lambda _precision, _device: dtype)
