@@ -10,13 +10,13 @@ from adapters_store.base.spec import ItemBytes
 from adapters_store.registry.registry import Version
 from server.errors import BadRequestError, InvalidFieldError
 
-NAME = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
 MAX_PROMPTS = 64
 MAX_TURNS = 4096
 MAX_ROUTED = 64  # versions of a route
 
-TaskName = Annotated[str, Field(pattern=NAME)]
+TaskName = Annotated[str, Field(pattern=NAME_PATTERN)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 LogitBias = Annotated[

@@ -18,8 +18,8 @@ from adapters_store.format.strict_json import StrictJSONError, loads
 MAX_HEADER_BYTES = 2**20
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 8
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], dict[str, str], int]:
@@ -56,16 +56,18 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
 
 def _entry(name: str, entry: Any) -> tuple[int, int]:
     """Check one entry of the header; its (begin, end)."""
-    if not NAME.fullmatch(name) or ".." in name:
+    if not TENSOR_NAME.fullmatch(name) or ".." in name:
         raise ArtifactError(f"the tensor name {name[:100]!r} is not a dotted name", name[:100])
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ArtifactError(f"the header's entry of {name} is not dtype, shape and data_offsets", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise MethodUnsupportedError(f"{name} has dtype {str(dtype)[:20]}; taken are {', '.join(DTYPES)}", name)
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+        raise MethodUnsupportedError(
+            f"{name} has dtype {str(dtype)[:20]}; taken are {', '.join(SAFETENSORS_DTYPES)}", name
+        )
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
         raise ArtifactError(f"{name} has a shape or offsets that are not counts", name)
-    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    num_bytes = math.prod(shape) * SAFETENSORS_DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != num_bytes:
         raise ArtifactError(f"{name} of shape {shape} needs {num_bytes} bytes, its offsets span another number", name)
     return offsets[0], offsets[1]
@@ -87,8 +89,8 @@ def _check_layout(spans: dict[str, tuple[int, int]], size: int) -> None:
 
 def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
     if not span:  # AdaLoRA writes what it pruned to rank 0
-        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-    tensor = torch.frombuffer(bytearray(span), dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+        return torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
+    tensor = torch.frombuffer(bytearray(span), dtype=SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
     if not is_finite(tensor):
         raise ArtifactError(f"{name} holds a value that is not finite (NaN or infinity)", name)
     return tensor

@@ -13,8 +13,8 @@ from adapters_store.methods.shared.full_modules import parameters, replace_modul
 from adapters_store.methods.shared.targets import check_targets
 from adapters_store.primitives import Primitive
 
-NAME = ".ln_tuning_layers."
-WEIGHT_END, BIAS_END = NAME + "weight", NAME + "bias"
+LAYERS = ".ln_tuning_layers."
+WEIGHT_END, BIAS_END = LAYERS + "weight", LAYERS + "bias"
 
 
 class LNTuningConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -45,4 +45,4 @@ def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
 
 
 def _name(site: str, name: str) -> str:
-    return PREFIX + site + NAME + name
+    return PREFIX + site + LAYERS + name

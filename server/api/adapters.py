@@ -17,14 +17,14 @@ from server.api.body import body_parts
 from server.api.deps import admit, may, refuse_unknown_query, state_of, tenant_of
 from server.errors import ArtifactRefusedError, InvalidFieldError, ServerError, UnavailableError, UnsupportedTypeError
 from server.requests.auth import DEPLOY
-from server.schemas import BASE, NAME, identity
+from server.schemas import BASE, NAME_PATTERN, identity
 from server.state import ServerState
 from server.uploads.register import FOLDER, register_artifact
 from server.uploads.validation import ValidatedArtifact, validate
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)])
 INTAKE_WITHIN_S = 60.0
-TaskQuery = Annotated[str, Query(pattern=NAME)]
+TaskQuery = Annotated[str, Query(pattern=NAME_PATTERN)]
 NoteQuery = Annotated[str, Query(max_length=1000, pattern=r"^[^\x00]*$")]
 BODY = {
     "requestBody": {

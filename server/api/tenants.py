@@ -15,14 +15,14 @@ from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantL
 from server.api.deps import caller_of, identify, may, only_operator, refuse_unknown_query, state_of
 from server.errors import ConflictError, ForbiddenError, NotFoundError
 from server.requests.auth import ADMIN
-from server.schemas import NAME, Strict, openapi_body
+from server.schemas import NAME_PATTERN, Strict, openapi_body
 from server.state import ServerState
 
 router = APIRouter(dependencies=[Depends(identify), Depends(may(ADMIN)), Depends(refuse_unknown_query)])
 OPERATOR = [Depends(only_operator)]
 MAX_PAGE = 1000
 
-TenantQuery = Annotated[str | None, Query(pattern=NAME)]
+TenantQuery = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Rate = Annotated[int, Field(ge=1, le=2**53)]
 
@@ -46,7 +46,7 @@ class LimitsBody(Strict):
 class TenantBody(Strict):
     """A new tenant."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME_PATTERN)
     limits: LimitsBody = Field(default_factory=lambda: LimitsBody(share=1.0))
 
 

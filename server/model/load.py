@@ -101,7 +101,7 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
     reference = ReferenceCheck(model)
     interface.install()
-    model.set_attn_implementation(interface.NAME)
+    model.set_attn_implementation(interface.ATTENTION_NAME)
     probe, recorder = AttentionProbe(), CallRecorder()
     hooks = SiteHooks(model, spec)
     parts = [site for layer in spec.layers for site in (layer.layer, layer.attention, layer.mlp) if site]

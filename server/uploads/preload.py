@@ -11,7 +11,7 @@ from pathlib import Path
 from adapters_store.errors import AbsentError, ArtifactError
 from adapters_store.format.folder import CONFIG, find_parts, read_folder
 from adapters_store.registry.registry import DEFAULT_TENANT
-from server.schemas import BASE, NAME
+from server.schemas import BASE, NAME_PATTERN
 from server.state import ServerState
 from server.uploads.register import FOLDER, register_artifact
 from server.uploads.validation import validate
@@ -35,8 +35,8 @@ async def import_tree(state: ServerState, tree: Path) -> None:
 
 async def _import_folder(state: ServerState, folder: Path) -> None:
     task = folder.name.lower()
-    if not re.fullmatch(NAME, task) or task == BASE:
-        raise ArtifactError(f"{folder.name} is no task name ({NAME})")
+    if not re.fullmatch(NAME_PATTERN, task) or task == BASE:
+        raise ArtifactError(f"{folder.name} is no task name ({NAME_PATTERN})")
     try:
         state.registry.task(DEFAULT_TENANT, task)
     except AbsentError:

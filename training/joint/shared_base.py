@@ -30,7 +30,7 @@ from training.errors import BaseError
 from training.methods.trainable import TrainableAdapter
 from training.run.trainer import PendingStep
 
-NAME = "manyhats_jobs"  # of our attention among transformers'
+ATTENTION_NAME = "manyhats_jobs"  # of our attention among transformers'
 INSIDE = "base_model.model."  # where a PeftModel keeps the base
 NEAR = 1e-3  # what rounding may change of a logit
 
@@ -96,9 +96,9 @@ class SharedBase:
     def __init__(self, base: Base, dtype: torch.dtype = torch.float32) -> None:
         _check(base)
         self._base, self._model, self._dtype = base, twin(base).model, dtype
-        AttentionInterface.register(NAME, _attend)
-        AttentionMaskInterface.register(NAME, lambda *_args, **_more: None)
-        self._model.set_attn_implementation(NAME)
+        AttentionInterface.register(ATTENTION_NAME, _attend)
+        AttentionMaskInterface.register(ATTENTION_NAME, lambda *_args, **_more: None)
+        self._model.set_attn_implementation(ATTENTION_NAME)
 
     def backward(self, pending_steps: Mapping[TwinAdapter, PendingStep]) -> dict[TwinAdapter, float]:
         """Leave each turn's gradients on its hat's parameters; each turn's mean loss over its label tokens."""

@@ -16,20 +16,20 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-NAME = "BOTTLENECK"
+PEFT_TYPE = "BOTTLENECK"
 INIT_STD = 0.02  # of the down-projection; U starts at zero, and so does f
 
 
 def _add_peft_type() -> None:
     """PEFT's list of its methods is an enum, which has to hold ours before it can be registered."""
-    member = str.__new__(PeftType, NAME)
-    member._name_ = member._value_ = NAME
-    PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
-    PeftType._member_names_.append(NAME)
-    type.__setattr__(PeftType, NAME, member)
+    member = str.__new__(PeftType, PEFT_TYPE)
+    member._name_ = member._value_ = PEFT_TYPE
+    PeftType._member_map_[PEFT_TYPE] = PeftType._value2member_map_[PEFT_TYPE] = member
+    PeftType._member_names_.append(PEFT_TYPE)
+    type.__setattr__(PeftType, PEFT_TYPE, member)
 
 
-if NAME not in PeftType._member_map_:
+if PEFT_TYPE not in PeftType._member_map_:
     _add_peft_type()
 
 
@@ -49,7 +49,7 @@ class BottleneckTunerConfig(PeftConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType(NAME)
+        self.peft_type = PeftType(PEFT_TYPE)
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]

@@ -18,7 +18,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import where
-from training.methods.trainable import NAME, PeftAdapter, attach_peft
+from training.methods.trainable import ADAPTER_NAME, PeftAdapter, attach_peft
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 
@@ -98,7 +98,7 @@ class ResidualLoraAdapter(PeftAdapter):
             before = self._product(site)
             for end in (A_END, B_END):
                 self._begun[site + end] = self._begun[site + end].to(dtype).float()
-            layer.get_base_layer().weight += layer.scaling[NAME] * (before - self._product(site))
+            layer.get_base_layer().weight += layer.scaling[ADAPTER_NAME] * (before - self._product(site))
         for parameter in self.trained():
             parameter.copy_(parameter.to(dtype).float())
 

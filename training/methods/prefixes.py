@@ -15,7 +15,7 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.soft_prompts import EMBEDDINGS, RANDOM, PromptAdapter, check_num_tokens, default_text, text_ids
-from training.methods.trainable import NAME, attach_peft
+from training.methods.trainable import ADAPTER_NAME, attach_peft
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CartridgeAdapter(PrefixAdapter):
     @torch.no_grad()
     def finalize(self, dtype: torch.dtype) -> None:
         """Round both."""
-        self.model.prompt_encoder[NAME].load_prompt_embeddings(self.tensors()[EMBEDDINGS].to(dtype).float())
+        self.model.prompt_encoder[ADAPTER_NAME].load_prompt_embeddings(self.tensors()[EMBEDDINGS].to(dtype).float())
 
 
 def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[TokenizedRow]) -> PrefixAdapter:
@@ -95,5 +95,5 @@ def _prefix_adapter(
     with torch.no_grad():
         cache = base.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     model = attach_peft(base, config)
-    initialize_kv_prefix_from_past_key_values(model, adapter_name=NAME, past_key_values=cache)
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=ADAPTER_NAME, past_key_values=cache)
     return kind(model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
-from training.methods.trainable import NAME, PeftAdapter, attach_peft
+from training.methods.trainable import ADAPTER_NAME, PeftAdapter, attach_peft
 
 TASK_TYPE = "CAUSAL_LM"
 RANDOM = "random"  # what --init-text says for none
@@ -64,16 +64,16 @@ class PromptAdapter(PeftAdapter):
     @torch.no_grad()
     def finalize(self, dtype: torch.dtype) -> None:
         """Put the rounded embeddings in the encoder's place."""
-        embeds = self.model.get_prompt_embedding_to_save(NAME).to(dtype).float()
-        encoder, device = self.model.prompt_encoder[NAME], self.model.device
+        embeds = self.model.get_prompt_embedding_to_save(ADAPTER_NAME).to(dtype).float()
+        encoder, device = self.model.prompt_encoder[ADAPTER_NAME], self.model.device
         encoder.embedding = nn.Embedding.from_pretrained(embeds.to(device), freeze=True)
         self.peft_config.inference_mode = True  # PEFT reads the embedding itself now
 
     def tensors(self) -> dict[str, Tensor]:
         """The embeddings."""
         if self.peft_config.inference_mode:
-            return {EMBEDDINGS: self.model.prompt_encoder[NAME].embedding.weight}
-        return {EMBEDDINGS: self.model.get_prompt_embedding_to_save(NAME)}
+            return {EMBEDDINGS: self.model.prompt_encoder[ADAPTER_NAME].embedding.weight}
+        return {EMBEDDINGS: self.model.get_prompt_embedding_to_save(ADAPTER_NAME)}
 
 
 def default_text(base: Base, rows: Sequence[TokenizedRow]) -> str:
@@ -112,7 +112,7 @@ def _text_embeds(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow
 
 def _begin_with(model: Any, embeds: Tensor | None) -> None:
     if embeds is not None:
-        model.prompt_encoder[NAME].embedding.weight.data.copy_(embeds)
+        model.prompt_encoder[ADAPTER_NAME].embedding.weight.data.copy_(embeds)
 
 
 def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptAdapter:
@@ -148,7 +148,7 @@ class MultitaskAdapter(PeftAdapter):
 
     def __init__(self, model: Any, num_ranks: int) -> None:
         super().__init__(model)
-        encoder = model.prompt_encoder[NAME]
+        encoder = model.prompt_encoder[ADAPTER_NAME]
         encoder.prefix_task_cols.data.fill_(1.0 / num_ranks)
         encoder.prefix_task_rows.data.fill_(1.0)
         if num_ranks > 1:  # equal ranks would stay equal

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training.base import Base
 from training.errors import OptionError
 
-NAME = "default"  # PEFT's name of the one adapter in a model
+ADAPTER_NAME = "default"  # PEFT's name of the one adapter in a model
 
 
 class TrainableAdapter:
@@ -71,7 +71,7 @@ class PeftAdapter(TrainableAdapter):
     @property
     def peft_config(self) -> Any:
         """PEFT's config of it."""
-        return self.model.peft_config[NAME]
+        return self.model.peft_config[ADAPTER_NAME]
 
     def config(self) -> dict[str, Any]:
         """PEFT's config with sets as sorted lists, so that equal runs write equal bytes."""
@@ -96,7 +96,7 @@ def attach_peft(base: Base, config: Any) -> Any:
             model = get_peft_model(base.model, config)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise OptionError(f"PEFT refuses the options of {config.peft_type.value.lower()}: {error}") from error
-    stored_config = model.peft_config[NAME]
+    stored_config = model.peft_config[ADAPTER_NAME]
     stored_config.base_model_name_or_path = base.name  # as the user says it, not a path in a cache
     for key in ("target_modules", "feedforward_modules", "exclude_modules"):
         if isinstance(getattr(stored_config, key, None), set):

@@ -13,7 +13,7 @@ from server.model.attention.paged_batch import PagedBatch
 from server.model.attention.params import AttentionParams
 from server.model.errors import UnsupportedBaseError
 
-NAME = "manyhats"
+ATTENTION_NAME = "manyhats"
 
 
 class AttentionProbe:
@@ -78,5 +78,5 @@ def install() -> None:
     """Register `manyhats` with transformers: the attention, and the mask that it does not need."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, lambda *_args, **_kwargs: None)
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *_args, **_kwargs: None)
