@@ -10,12 +10,12 @@ import torch
 
 from adapters_store.base.spec import ItemBytes
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE_OF_PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(precision: str, device: str) -> torch.dtype:
     """What activations and KV are kept in: on CPU always fp32, whatever the weights are packed to."""
-    return torch.float32 if torch.device(device).type == "cpu" else DTYPES[precision]
+    return torch.float32 if torch.device(device).type == "cpu" else DTYPE_OF_PRECISION[precision]
 
 
 def choose_storage_dtypes(precision: str, device: str) -> StorageDtypes:

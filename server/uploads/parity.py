@@ -19,12 +19,12 @@ from server.core import Logprobs
 # 1e-5 at fp32, 0.009 at fp16 and 0.25 at int8 (`python -m tests.benchmarks.parity`). bf16 is of bases on a GPU and of
 # trainers that computed in it, which was not measured here: the example rounded to bf16 is off by 0.002.
 TOLERANCES = {"fp32": 0.02, "fp16": 0.15, "bf16": 0.75, "int8": 2.0}
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def tolerance(precision: str, artifact: Artifact) -> float:
     """What a server of this precision allows an artifact of these tensors."""
-    kept = {DTYPES[str(tensor.dtype).removeprefix("torch.")] for tensor in artifact.tensors.values()}
+    kept = {PRECISION_OF_DTYPE[str(tensor.dtype).removeprefix("torch.")] for tensor in artifact.tensors.values()}
     return max(TOLERANCES[name] for name in {precision, *kept})
 
 

@@ -19,7 +19,7 @@ from training.run.schedule import Plan, check_plan
 from training.run.trainer import Run
 
 CURVES = "curves.png"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE_OF_PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -60,7 +60,7 @@ def check(job: Job) -> Any:
     options = options_of(job.method, job.options)
     check_plan(job.plan)
     for name, value, known in (
-        ("save-dtype", job.save_dtype, tuple(DTYPES)),
+        ("save-dtype", job.save_dtype, tuple(DTYPE_OF_PRECISION)),
         ("precision", job.precision, PRECISIONS),
     ):
         if value not in known:

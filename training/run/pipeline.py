@@ -29,7 +29,7 @@ from training.report.step_log import LOG, LiveLog, Step, lines
 from training.run import manifest
 from training.run.checkpoint import Checkpoint
 from training.run.distributed import Processes
-from training.run.job import CURVES, DTYPES, Done, Job, check
+from training.run.job import CURVES, DTYPE_OF_PRECISION, Done, Job, check
 from training.run.peak_memory import PeakMemory
 from training.run.trainer import Run, Trainer
 
@@ -143,7 +143,7 @@ def finish(ready: PreparedJob, run: Run, display: ProgressDisplay, processes: Pr
     ready.log.remove()
     memory = (ready.memory.base, ready.memory.peak())
     training = manifest.of_run(job, ready.options, rows, run, memory, processes.size)
-    adapter.finalize(DTYPES[job.save_dtype])
+    adapter.finalize(DTYPE_OF_PRECISION[job.save_dtype])
     after = score(adapter.model, ready.suite, display, "scoring the adapter")
     written = Manifest(
         format_version=FORMAT_VERSION,
@@ -210,7 +210,7 @@ def dtype_of(precision: str, base: Base) -> torch.dtype:
     if precision == "auto":
         has_bf16 = base.model.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bf16 else torch.float32
-    return DTYPES[precision]
+    return DTYPE_OF_PRECISION[precision]
 
 
 def _server_name(method: str, adapter: TrainableAdapter) -> str:
@@ -223,7 +223,10 @@ def _server_name(method: str, adapter: TrainableAdapter) -> str:
 def _write(job: Job, adapter: TrainableAdapter, manifest: Manifest, steps: Sequence[Step]) -> int:
     """The folder with log and curves among its files; the bytes of its weights."""
     tensors = adapter.tensors()
-    stored = {name: tensors[name].detach().to("cpu", DTYPES[job.save_dtype]).contiguous() for name in sorted(tensors)}
+    stored = {
+        name: tensors[name].detach().to("cpu", DTYPE_OF_PRECISION[job.save_dtype]).contiguous()
+        for name in sorted(tensors)
+    }
     weights = save(stored, metadata={"format": "pt"})
     curves = draw(steps, f"{job.method} on {job.data.name}")
     write_folder(job.out, adapter.config(), weights, manifest, {LOG: lines(steps).encode(), CURVES: curves})

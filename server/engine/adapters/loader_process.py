@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 STANDARD = 2  # descriptors up to this are the standard streams
 HEAD = struct.Struct("<QQ")  # bytes of the buffer, of the frame behind it
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPE_OF_NAME = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 PREFIXES = {kind.__name__: kind for kind in (PrefixEmbeds, PrefixKV)}
 
 
@@ -77,7 +77,7 @@ class ArtifactLoader:
     def __init__(self, setup: LoaderSetup) -> None:
         self._blobs = open_blobs(setup.store, Path(setup.blobs))
         self._spec, self._sites = setup.spec, Sites(setup.spec)
-        self._kept = StorageDtypes(DTYPES[setup.matrices], DTYPES[setup.others])
+        self._kept = StorageDtypes(DTYPE_OF_NAME[setup.matrices], DTYPE_OF_NAME[setup.others])
 
     def load(self, digest: str, folder: str | None) -> PackedPatch:
         """The packed patch of an artifact. Raises what the store and `compile_patch` raise."""
