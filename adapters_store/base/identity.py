@@ -11,7 +11,7 @@ from typing import Any
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
 # What of config.json does not change what the base computes from its weights: names, training, precision.
-SILENT_KEYS = {
+IGNORED_KEYS = {
     "_model_name_or_path",
     "_name_or_path",
     "dtype",
@@ -22,7 +22,7 @@ SILENT_KEYS = {
     "transformers_version",
     "use_cache",
 }
-SILENT_ENDS = ("dropout", "_pdrop")
+IGNORED_SUFFIXES = ("dropout", "_pdrop")
 
 
 class BaseUnavailableError(Exception):
@@ -82,8 +82,8 @@ def _weight_files(folder: Path) -> list[Path]:
 def _computing(config: Any) -> Any:
     """What of a config changes what is computed, floats to 6 digits, so that copies through other formats agree."""
     if isinstance(config, dict):
-        kept = {key: value for key, value in config.items() if key not in SILENT_KEYS and value is not None}
-        return {key: _computing(value) for key, value in kept.items() if not key.endswith(SILENT_ENDS)}
+        kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS and value is not None}
+        return {key: _computing(value) for key, value in kept.items() if not key.endswith(IGNORED_SUFFIXES)}
     if isinstance(config, list):
         return [_computing(value) for value in config]
     return f"{config:.6g}" if isinstance(config, float) else config

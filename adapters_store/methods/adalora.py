@@ -25,7 +25,7 @@ from adapters_store.primitives import Primitive
 
 ENDS = A_END, B_END, E_END = ".lora_A", ".lora_B", ".lora_E"
 # PEFT's AdaLoRA reads these of LoRA's keys no more than it reads how training went.
-SILENT = lora.SILENT | {
+IGNORED_KEYS = lora.IGNORED_KEYS | {
     "alpha_pattern",
     "beta1",
     "beta2",
@@ -62,7 +62,7 @@ class AdaLoraConfig(ExtrasConfig, kw_only=True):
 
 def compile_adalora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """A `LowRank` a site that has a rank left, and what is beside. Raises `ArtifactError`."""
-    config = read_config(artifact.config, AdaLoraConfig, "AdaLoRA", SILENT, SERVED_VALUES)
+    config = read_config(artifact.config, AdaLoraConfig, "AdaLoRA", IGNORED_KEYS, SERVED_VALUES)
     _check_numbers(config)
     parts = split_extras(artifact, config, spec, *ENDS)
     sites = by_site(parts.low_rank, ENDS, parts.sites, spec.name)

@@ -31,8 +31,8 @@ ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistra
 VERSION = "adapters."  # what a version begins with; adapter-transformers, before it, meant other activations by a name
 ATTENTION, OUTPUT = "attention_adapters", "output_adapters"  # where `adapters` keeps them in a layer
 NORM = "adapter_norm_before"
-SILENT_OUTSIDE = {"model_class", "model_name"}
-SILENT = {
+IGNORED_OUTER_KEYS = {"model_class", "model_name"}
+IGNORED_KEYS = {
     "dropout",
     "init_weights",
     "init_weights_seed",
@@ -95,9 +95,9 @@ def is_adapterhub(config: Mapping[str, Any]) -> bool:
 
 def compile_adapterhub(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, ...]:
     """AdapterHub's saved bottlenecks. Raises `ArtifactError`."""
-    saved = read_config(artifact.config, SavedConfig, "AdapterHub", SILENT_OUTSIDE)
+    saved = read_config(artifact.config, SavedConfig, "AdapterHub", IGNORED_OUTER_KEYS)
     _check_base(saved, spec)
-    config = read_config(saved.config, BnConfig, "AdapterHub's bottleneck", SILENT, SERVED_VALUES)
+    config = read_config(saved.config, BnConfig, "AdapterHub's bottleneck", IGNORED_KEYS, SERVED_VALUES)
     _check_residuals(config)
     if not set(config.leave_out) <= set(range(len(spec.layers))):
         raise ArtifactError(

@@ -13,7 +13,7 @@ from adapters_store.methods.shared.targets import Targets
 from adapters_store.primitives import Bias
 
 END = ".beft_bias"
-SILENT = {"init_weights"}
+IGNORED_KEYS = {"init_weights"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
 
 
@@ -23,6 +23,6 @@ class BeftConfig(Targets, kw_only=True):
 
 def compile_beft(artifact: Artifact, spec: BaseSpec) -> tuple[Bias, ...]:
     """One `Bias` a site. Raises `ArtifactError`."""
-    config = read_config(artifact.config, BeftConfig, "BEFT", SILENT, SERVED_VALUES)
+    config = read_config(artifact.config, BeftConfig, "BEFT", IGNORED_KEYS, SERVED_VALUES)
     sites = linears_of(artifact, config, spec, (END,), lambda _site, linear: {END: [1, linear.out_features]})
     return tuple(Bias(site, artifact.tensors[PREFIX + site + END].float().flatten()) for site in sites)

@@ -42,7 +42,7 @@ ACTIVATION_NAMES: Mapping[str, str] = {
     "linear": "none",
 }
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
-SILENT = {"dropout", "init_weights"}
+IGNORED_KEYS = {"dropout", "init_weights"}
 MAX_SIZE, MAX_SCALE = 65_536, 1e6
 LEARNED, CHANNEL = "learned", "channel"
 Of = Literal["input", "output", "stream"]
@@ -176,7 +176,7 @@ def feed_forward(layer: LayerSites) -> str:
 
 def compile_bottleneck(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, ...]:
     """Our PEFT-style folder. Raises `ArtifactError`."""
-    config = read_config(artifact.config, BottleneckConfig, "Bottleneck", SILENT)
+    config = read_config(artifact.config, BottleneckConfig, "Bottleneck", IGNORED_KEYS)
     if not 0 < config.bottleneck_size <= MAX_SIZE:
         raise ArtifactError(
             f"bottleneck_size is {config.bottleneck_size}, which is not between 1 and {MAX_SIZE}", "bottleneck_size"

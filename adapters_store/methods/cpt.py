@@ -13,7 +13,7 @@ from adapters_store.primitives import PrefixEmbeds
 
 TOKENS = "cpt_token_ids"  # PEFT takes their number for that of the virtual tokens
 MASKS = ("cpt_mask", "cpt_tokens_type_mask")  # of the loss and of the projection
-SILENT = {
+IGNORED_KEYS = {
     TOKENS,
     *MASKS,
     "num_attention_heads",
@@ -27,7 +27,7 @@ SILENT = {
 
 def compile_cpt(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
     """The saved embeddings. Raises `ArtifactError`."""
-    (prefix,) = compile_embeds(artifact, spec, "CPT", SILENT)
+    (prefix,) = compile_embeds(artifact, spec, "CPT", IGNORED_KEYS)
     for key in (TOKENS, *MASKS):
         listed = artifact.config.get(key)
         if listed is None and key in MASKS:

@@ -16,7 +16,7 @@ from adapters_store.primitives import Scale
 
 END = ".ia3_l"
 # How a base keeps its weights (fan_in_fan_out) matters only where PEFT merges.
-SILENT = {"fan_in_fan_out", "init_ia3_weights"}
+IGNORED_KEYS = {"fan_in_fan_out", "init_ia3_weights"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
 
 
@@ -28,7 +28,7 @@ class IA3Config(Targets, kw_only=True):
 
 def compile_ia3(artifact: Artifact, spec: BaseSpec) -> tuple[Scale, ...]:
     """One `Scale` a site. Raises `ArtifactError`."""
-    config = read_config(artifact.config, IA3Config, "(IA)3", SILENT, SERVED_VALUES)
+    config = read_config(artifact.config, IA3Config, "(IA)3", IGNORED_KEYS, SERVED_VALUES)
     feedforward = _feedforward(config, spec)
     sites = by_site(artifact, (END,), spec.linears, spec.name)
     made = tuple(_scale(artifact, site, spec, feedforward) for site in sites)

@@ -30,7 +30,7 @@ from adapters_store.primitives import Primitive
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 BIAS_END, MAGNITUDE_END = ".lora_B.bias", ".lora_magnitude_vector"
 # These cannot change what a trained adapter answers.
-SILENT = {
+IGNORED_KEYS = {
     "corda_config",
     "eva_config",
     "loftq_config",
@@ -157,7 +157,7 @@ def _without_init_residual(update: LowRankUpdate, config: LoraConfig, spec: Base
 
 
 def _read(config: dict[str, Any]) -> LoraConfig:
-    read = read_config(config, LoraConfig, "LoRA", SILENT, SERVED_VALUES)
+    read = read_config(config, LoraConfig, "LoRA", IGNORED_KEYS, SERVED_VALUES)
     if read.lora_bias and (read.use_dora or read.residual_init):
         raise MethodUnsupportedError("PEFT has no lora_bias with use_dora, pissa or olora", "lora_bias")
     if not read.residual_init:

@@ -24,7 +24,7 @@ from adapters_store.methods.shared.targets import Targets
 from adapters_store.primitives import Delta
 
 END = ".oft_R.weight"
-SILENT = {"eps", "fan_in_fan_out", "init_weights", "module_dropout"}  # eps bounds coft's rotations alone
+IGNORED_KEYS = {"eps", "fan_in_fan_out", "init_weights", "module_dropout"}  # eps bounds coft's rotations alone
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "coft": (False,), "modules_to_save": (None,)}
 MAX_TERMS = 100
 FIRST_VERSION = (0, 18)  # of PEFT that sums Neumann's series as it does now
@@ -98,7 +98,7 @@ def _neumann(q: Tensor, num_terms: int) -> Tensor:
 
 
 def _read(config: dict[str, Any]) -> OftConfig:
-    read = read_config(config, OftConfig, "OFT", SILENT, SERVED_VALUES)
+    read = read_config(config, OftConfig, "OFT", IGNORED_KEYS, SERVED_VALUES)
     if min(read.r, read.oft_block_size) < 0 or (read.r == 0) == (read.oft_block_size == 0):
         raise ArtifactError("of r and oft_block_size exactly one must be above 0, and the other 0", "oft_block_size")
     if not 0 < read.num_cayley_neumann_terms <= MAX_TERMS:

@@ -16,8 +16,8 @@ from adapters_store.methods.shared.expect import expect_exactly
 from adapters_store.primitives import PrefixKV
 
 # How the rows were trained, not what they are.
-PREFIX_SILENT = {"encoder_hidden_size", "init_weights", "prefix_projection"}
-CARTRIDGE_SILENT = {"num_frozen_tokens"}
+PREFIX_IGNORED_KEYS = {"encoder_hidden_size", "init_weights", "prefix_projection"}
+CARTRIDGE_IGNORED_KEYS = {"num_frozen_tokens"}
 
 
 class KVConfig(VirtualTokens, kw_only=True):
@@ -28,16 +28,16 @@ class KVConfig(VirtualTokens, kw_only=True):
 
 def compile_prefix_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixKV, ...]:
     """The saved keys and values. Raises `ArtifactError`."""
-    return _compile_kv(artifact, spec, "prefix tuning", PREFIX_SILENT)
+    return _compile_kv(artifact, spec, "prefix tuning", PREFIX_IGNORED_KEYS)
 
 
 def compile_cartridge(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixKV, ...]:
     """The same layout; that some of its tokens were not trained is no matter. Raises `ArtifactError`."""
-    return _compile_kv(artifact, spec, "a cartridge", CARTRIDGE_SILENT)
+    return _compile_kv(artifact, spec, "a cartridge", CARTRIDGE_IGNORED_KEYS)
 
 
-def _compile_kv(artifact: Artifact, spec: BaseSpec, method: str, silent: Collection[str]) -> tuple[PrefixKV, ...]:
-    config, kv = read_virtual_tokens(artifact, spec, KVConfig, method, silent), _one_shape(spec, method)
+def _compile_kv(artifact: Artifact, spec: BaseSpec, method: str, ignored: Collection[str]) -> tuple[PrefixKV, ...]:
+    config, kv = read_virtual_tokens(artifact, spec, KVConfig, method, ignored), _one_shape(spec, method)
     num_tokens, width = config.num_virtual_tokens, kv.num_kv_heads * kv.key_dim
     expect_of_base("num_attention_heads", config.num_attention_heads, kv.num_kv_heads, spec)
     expect_of_base("token_dim", config.token_dim, width, spec)

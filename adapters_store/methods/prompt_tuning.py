@@ -22,21 +22,21 @@ EMBEDDINGS, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_r
 MAX_RANKS = 4096
 SERVED_VALUES = {"modules_to_save": (None,)}
 # How training began says nothing about the answer; the heads of a base are no matter of its embeddings.
-PROMPT_SILENT = {
+PROMPT_IGNORED_KEYS = {
     "num_attention_heads",
     "prompt_tuning_init",
     "prompt_tuning_init_text",
     "tokenizer_kwargs",
     "tokenizer_name_or_path",
 }
-ENCODER_SILENT = {
+ENCODER_IGNORED_KEYS = {
     "encoder_dropout",
     "encoder_hidden_size",
     "encoder_num_layers",
     "encoder_reparameterization_type",
     "num_attention_heads",
 }
-MULTITASK_SILENT = {*PROMPT_SILENT, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"}
+MULTITASK_IGNORED_KEYS = {*PROMPT_IGNORED_KEYS, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"}
 
 
 class VirtualTokens(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -60,19 +60,19 @@ T = TypeVar("T", bound=VirtualTokens)
 
 def compile_prompt_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
     """The saved embeddings. Raises `ArtifactError`."""
-    return compile_embeds(artifact, spec, "prompt tuning", PROMPT_SILENT)
+    return compile_embeds(artifact, spec, "prompt tuning", PROMPT_IGNORED_KEYS)
 
 
 def compile_p_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
     """What the encoder answered when it was saved. Raises `ArtifactError`."""
-    return compile_embeds(artifact, spec, "p-tuning", ENCODER_SILENT)
+    return compile_embeds(artifact, spec, "p-tuning", ENCODER_IGNORED_KEYS)
 
 
 def compile_embeds(
-    artifact: Artifact, spec: BaseSpec, method: str, silent: Collection[str]
+    artifact: Artifact, spec: BaseSpec, method: str, ignored: Collection[str]
 ) -> tuple[PrefixEmbeds, ...]:
     """The primitive of a method whose file holds the embeddings [T, embedding_size] of its tokens, and nothing else."""
-    config = read_virtual_tokens(artifact, spec, VirtualTokens, method, silent)
+    config = read_virtual_tokens(artifact, spec, VirtualTokens, method, ignored)
     _check_width(config, spec)
     expect_exactly(artifact, {EMBEDDINGS: [config.num_virtual_tokens, spec.embedding_size]})
     return (PrefixEmbeds(artifact.tensors[EMBEDDINGS].float()),)
@@ -80,7 +80,7 @@ def compile_embeds(
 
 def compile_multitask(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
     """E * (C R), with E [T, embedding_size], C [1, T, ranks], R [1, ranks, embedding_size]. Raises `ArtifactError`."""
-    config = read_virtual_tokens(artifact, spec, MultitaskConfig, "multitask prompt tuning", MULTITASK_SILENT)
+    config = read_virtual_tokens(artifact, spec, MultitaskConfig, "multitask prompt tuning", MULTITASK_IGNORED_KEYS)
     if config.num_tasks != 1:
         raise MethodUnsupportedError(
             f"num_tasks={config.num_tasks}: a hat is of one task; save that task's item of {COLS} and {ROWS} "
@@ -97,9 +97,11 @@ def compile_multitask(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds,
     return (PrefixEmbeds(finite(embeds * (cols[0] @ rows[0]), EMBEDDINGS)),)
 
 
-def read_virtual_tokens(artifact: Artifact, spec: BaseSpec, schema: type[T], method: str, silent: Collection[str]) -> T:
+def read_virtual_tokens(
+    artifact: Artifact, spec: BaseSpec, schema: type[T], method: str, ignored: Collection[str]
+) -> T:
     """The config of a method of virtual tokens, checked against the base as far as all of them are."""
-    config = read_config(artifact.config, schema, method, silent, SERVED_VALUES)
+    config = read_config(artifact.config, schema, method, ignored, SERVED_VALUES)
     if not 0 < config.num_virtual_tokens < spec.max_positions:
         raise ArtifactError(
             f"num_virtual_tokens={config.num_virtual_tokens}: {spec.name} has {spec.max_positions} positions, "

@@ -20,7 +20,7 @@ from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Bias, Primitive, Rows
 
 END = ".trainable_tokens_delta"
-SILENT = {"init_weights"}  # how the rows began
+IGNORED_KEYS = {"init_weights"}  # how the rows began
 
 
 class TrainableTokensConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -32,7 +32,7 @@ class TrainableTokensConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=
 
 def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """`Rows` at the embedding and, where it is tied or named, at the head. Raises `ArtifactError`."""
-    config = read_config(artifact.config, TrainableTokensConfig, "trainable tokens", SILENT)
+    config = read_config(artifact.config, TrainableTokensConfig, "trainable tokens", IGNORED_KEYS)
     ids, order = token_ids(config.token_indices, spec)
     found = list(by_site(artifact, (END,), _sites(spec), spec.name))
     if spec.is_tied and spec.embedding in found:

@@ -25,7 +25,7 @@ from adapters_store.primitives import Delta, LowRank
 
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 B_END, D_END = ".vera_lambda_b", ".vera_lambda_d"
-SILENT = {"d_initial", "fan_in_fan_out", "init_weights", "vera_dropout"}
+IGNORED_KEYS = {"d_initial", "fan_in_fan_out", "init_weights", "vera_dropout"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None,)}
 MAX_RANK = 4096
 SEEDS = range(-(2**63), 2**64)  # what torch's generators take
@@ -83,7 +83,7 @@ def _update(artifact: Artifact, site: str, a: Tensor, b: Tensor, spec: BaseSpec)
 
 
 def _read(config: dict[str, Any]) -> VeraConfig:
-    read = read_config(config, VeraConfig, "VeRA", SILENT, SERVED_VALUES)
+    read = read_config(config, VeraConfig, "VeRA", IGNORED_KEYS, SERVED_VALUES)
     if not 0 < read.r <= MAX_RANK:
         raise ArtifactError(f"r has the rank {read.r}, which is not between 1 and {MAX_RANK}", "r")
     if read.projection_prng_key not in SEEDS:

@@ -11,7 +11,7 @@ from adapters_store.errors import ArtifactError, MethodUnsupportedError
 from adapters_store.format.folder import CONFIG
 
 # In every PEFT config, and without effect on what a trained adapter answers.
-SILENT = frozenset(
+IGNORED_KEYS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
 )
 # In every PEFT config, and served with these values alone.
@@ -24,13 +24,13 @@ def read_config(
     config: Mapping[str, Any],
     schema: type[T],
     method: str,
-    silent: Collection[str] = (),
+    ignored: Collection[str] = (),
     served_values: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> T:
     """The keys of `schema`, a struct, out of a config that is checked key by key.
 
-    `silent` keys cannot change what a trained adapter answers; of `served_values` only these values are served. None is
-    as if the key were absent. Raises `MethodUnsupportedError` naming a key or a value that is not served.
+    `ignored` keys cannot change what a trained adapter answers; of `served_values` only these values are served.
+    None is as if the key were absent. Raises `MethodUnsupportedError` naming a key or a value that is not served.
     """
     kept, values = {}, {**SERVED_VALUES, **(served_values or {})}
     fields = {field.encode_name for field in msgspec.structs.fields(schema)}  # type: ignore[arg-type]
@@ -40,7 +40,7 @@ def read_config(
                 raise MethodUnsupportedError(f"{method} with {key}={str(value)[:80]} is not served", key)
         elif key in fields:
             kept[key] = value
-        elif key not in SILENT and key not in silent:
+        elif key not in IGNORED_KEYS and key not in ignored:
             raise MethodUnsupportedError(f"adapter_config.json has a key that is not known: {key[:80]}", key[:80])
     try:
         return msgspec.convert({key: value for key, value in kept.items() if value is not None}, schema)

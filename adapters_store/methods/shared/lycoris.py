@@ -11,7 +11,7 @@ from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.targets import Targets, by_pattern, check_alphas, check_ranks
 
-SILENT = {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
+IGNORED_KEYS = {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
 MAX_RANK, MAX_ALPHA = 1_000_000, 1e6  # a rank beyond a layer's size is LyCORIS's way to ask for whole matrices
 
@@ -38,7 +38,7 @@ Config = TypeVar("Config", bound=LycorisConfig)
 
 def read_lycoris(artifact: Artifact, schema: type[Config], method: str) -> Config:
     """The config, its numbers bounded. Raises `ArtifactError`, also where a tensor is of a convolution."""
-    read = read_config(artifact.config, schema, method, SILENT, SERVED_VALUES)
+    read = read_config(artifact.config, schema, method, IGNORED_KEYS, SERVED_VALUES)
     check_ranks("r", read.r, read.rank_pattern, MAX_RANK)
     check_alphas("alpha", read.alpha, read.alpha_pattern, MAX_ALPHA)
     if cores := [name for name in artifact.tensors if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2"))]:

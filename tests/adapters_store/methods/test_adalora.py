@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
-from adapters_store.methods.adalora import SERVED_VALUES, SILENT, AdaLoraConfig
+from adapters_store.methods.adalora import IGNORED_KEYS, SERVED_VALUES, AdaLoraConfig
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import LowRank
 from tests.kit.families import loras
@@ -67,7 +67,7 @@ def test_a_site_without_a_rank_has_no_branch(tiny_of: TinyOf, adalora: Artifact)
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of PEFT's config is unknown here."""
-    assert_every_key_is_judged(PeftAdaLoraConfig, AdaLoraConfig, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(PeftAdaLoraConfig, AdaLoraConfig, IGNORED_KEYS, SERVED_VALUES)
 
 
 @pytest.fixture(scope="module")

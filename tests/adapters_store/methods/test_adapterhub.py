@@ -18,7 +18,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.archive import ZIP_TYPE, unpack_upload, zipped
 from adapters_store.format.folder import ALIASES, CONFIG, REFUSED, WEIGHTS, Artifact, read_files, read_folder
 from adapters_store.methods import method_of
-from adapters_store.methods.adapterhub import SERVED_VALUES, SILENT, SILENT_OUTSIDE, BnConfig, SavedConfig
+from adapters_store.methods.adapterhub import IGNORED_KEYS, IGNORED_OUTER_KEYS, SERVED_VALUES, BnConfig, SavedConfig
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Bottleneck
 from tests.golden.make_adapterhub import ANSWERS, CASES, HERE, base_digest
@@ -136,9 +136,9 @@ def test_a_norm_has_one_value_under_two_names(spec: BaseSpec, kept: str) -> None
 
 def test_every_key_that_adapterhub_writes_is_judged() -> None:
     """No key of the saved config is unknown, and none is known that is not there."""
-    known = {*SERVED_VALUES, *SILENT, *BnConfig.__struct_fields__}
+    known = {*SERVED_VALUES, *IGNORED_KEYS, *BnConfig.__struct_fields__}
     assert golden().config["config"].keys() == known - {"architecture"}  # it is there for other methods
-    assert golden().config.keys() == {*SILENT_OUTSIDE, *SavedConfig.__struct_fields__}
+    assert golden().config.keys() == {*IGNORED_OUTER_KEYS, *SavedConfig.__struct_fields__}
 
 
 REFUSED_INSIDE: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -13,7 +13,7 @@ from peft import BeftConfig as PeftBeftConfig
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
-from adapters_store.methods.beft import SERVED_VALUES, SILENT, BeftConfig
+from adapters_store.methods.beft import IGNORED_KEYS, SERVED_VALUES, BeftConfig
 from adapters_store.methods.compile import compile_patch
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_beft, noise
@@ -100,4 +100,4 @@ def test_what_is_not_served_is_refused_by_name(
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's BeftConfig is unknown here."""
-    assert_every_key_is_judged(PeftBeftConfig, BeftConfig, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(PeftBeftConfig, BeftConfig, IGNORED_KEYS, SERVED_VALUES)

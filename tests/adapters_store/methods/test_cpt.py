@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters_store.errors import ArtifactError
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.cpt import SILENT
+from adapters_store.methods.cpt import IGNORED_KEYS
 from adapters_store.methods.prompt_tuning import EMBEDDINGS, SERVED_VALUES, VirtualTokens
 from adapters_store.primitives import PrefixEmbeds
 from tests.adapters_store.methods.test_prompt_tuning import SIZE, T, prompt_spec
@@ -41,7 +41,7 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's CPTConfig is unknown here, and all of them together are taken."""
-    assert_every_key_is_judged(CPTConfig, VirtualTokens, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(CPTConfig, VirtualTokens, IGNORED_KEYS, SERVED_VALUES)
     patch = compile_patch(toy_artifact(config(), {EMBEDDINGS: torch.ones(T, SIZE)}), prompt_spec())
     assert (patch.method, patch.num_virtual) == ("cpt", T)
 

@@ -19,7 +19,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.ia3 import SERVED_VALUES, SILENT, IA3Config, is_feedforward
+from adapters_store.methods.ia3 import IGNORED_KEYS, SERVED_VALUES, IA3Config, is_feedforward
 from adapters_store.primitives import Scale
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import around_one, make_ia3
@@ -126,7 +126,7 @@ def test_what_is_not_served_is_refused_by_name(
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's IA3Config is unknown here."""
-    assert_every_key_is_judged(PeftIA3Config, IA3Config, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(PeftIA3Config, IA3Config, IGNORED_KEYS, SERVED_VALUES)
 
 
 @given(st.lists(st.text("ab.", max_size=4), max_size=4), st.text("ab.", min_size=1, max_size=8))

@@ -18,7 +18,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.lokr import LokrConfig, factorization
-from adapters_store.methods.shared.lycoris import SERVED_VALUES, SILENT
+from adapters_store.methods.shared.lycoris import IGNORED_KEYS, SERVED_VALUES
 from adapters_store.primitives import Delta, LowRank
 from tests.kit.adapters import make_peft, shake
 from tests.kit.families.relatives import make_lokr
@@ -161,4 +161,4 @@ def test_what_is_not_served_is_refused_by_name(
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's LoKrConfig is unknown here."""
-    assert_every_key_is_judged(PeftLoKrConfig, LokrConfig, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(PeftLoKrConfig, LokrConfig, IGNORED_KEYS, SERVED_VALUES)

@@ -24,7 +24,7 @@ from adapters_store.base.spec import BaseSpec, LinearSite
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.lora import SERVED_VALUES, SILENT, LoraConfig
+from adapters_store.methods.lora import IGNORED_KEYS, SERVED_VALUES, LoraConfig
 from adapters_store.methods.shared import config
 from adapters_store.methods.shared.targets import Targets, by_pattern, named_sites
 from tests.kit.adapters import make_lora
@@ -114,7 +114,10 @@ def test_all_linear_leaves_the_head_out(shorthand: str) -> None:
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's LoraConfig is unknown here: a new PEFT that adds one turns this red."""
     written = {field.name for field in dataclasses.fields(PeftLoraConfig)} - {"runtime_config"}
-    assert written <= SILENT | config.SILENT | SERVED_VALUES.keys() | {"task_type", *LoraConfig.__struct_fields__}
+    assert written <= IGNORED_KEYS | config.IGNORED_KEYS | SERVED_VALUES.keys() | {
+        "task_type",
+        *LoraConfig.__struct_fields__,
+    }
     assert {**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), "r": 2}.keys() == written
     compile_patch(toy_artifact({**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), **toy_config()}), toy_spec())
 

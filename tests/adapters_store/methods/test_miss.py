@@ -14,7 +14,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.miss import SERVED_VALUES, SILENT, MissConfig
+from adapters_store.methods.miss import IGNORED_KEYS, SERVED_VALUES, MissConfig
 from adapters_store.primitives import Delta, LowRank
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_miss, scaled
@@ -130,4 +130,4 @@ def test_what_is_not_served_is_refused_by_name(
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's MissConfig is unknown here."""
-    assert_every_key_is_judged(PeftMissConfig, MissConfig, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(PeftMissConfig, MissConfig, IGNORED_KEYS, SERVED_VALUES)

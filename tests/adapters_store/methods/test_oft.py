@@ -17,7 +17,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.oft import MAX_TERMS, SERVED_VALUES, SILENT, OftConfig, nearest_divisor
+from adapters_store.methods.oft import IGNORED_KEYS, MAX_TERMS, SERVED_VALUES, OftConfig, nearest_divisor
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_oft, scaled
 from tests.kit.forge import spec_of
@@ -143,4 +143,4 @@ def test_what_is_not_served_is_refused_by_name(
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's OFTConfig is unknown here."""
-    assert_every_key_is_judged(PeftOFTConfig, OftConfig, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(PeftOFTConfig, OftConfig, IGNORED_KEYS, SERVED_VALUES)

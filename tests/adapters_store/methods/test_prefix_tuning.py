@@ -18,7 +18,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact
 from adapters_store.methods import is_kv
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.prefix_tuning import CARTRIDGE_SILENT, PREFIX_SILENT, KVConfig
+from adapters_store.methods.prefix_tuning import CARTRIDGE_IGNORED_KEYS, PREFIX_IGNORED_KEYS, KVConfig
 from adapters_store.methods.prompt_tuning import EMBEDDINGS, SERVED_VALUES
 from adapters_store.primitives import PrefixKV
 from tests.kit import reference
@@ -61,8 +61,8 @@ def test_the_cache_of_a_text_answers_as_the_text(tiny_of: TinyOf, kind: str) -> 
 T, LAYERS, HEADS, DIM = 3, 2, 2, 4
 WIDTH = LAYERS * 2 * HEADS * DIM
 TYPES = {
-    "prefix": ("PREFIX_TUNING", PrefixTuningConfig, PREFIX_SILENT),
-    "cartridge": ("CARTRIDGE", CartridgeConfig, CARTRIDGE_SILENT),
+    "prefix": ("PREFIX_TUNING", PrefixTuningConfig, PREFIX_IGNORED_KEYS),
+    "cartridge": ("CARTRIDGE", CartridgeConfig, CARTRIDGE_IGNORED_KEYS),
 }
 
 
@@ -103,8 +103,8 @@ def test_halves_become_whole() -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_every_key_that_peft_writes_is_judged(name: str) -> None:
     """No key of the installed PEFT's config is unknown here; its defaults, all written out, are taken."""
-    peft_type, peft_config, silent = TYPES[name]
-    assert_every_key_is_judged(peft_config, KVConfig, silent, SERVED_VALUES)
+    peft_type, peft_config, ignored = TYPES[name]
+    assert_every_key_is_judged(peft_config, KVConfig, ignored, SERVED_VALUES)
     config = peft_config(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
     compile_patch(prefix(name, {**config, "peft_type": peft_type}), kv_spec())
 

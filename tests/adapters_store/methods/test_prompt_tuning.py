@@ -20,9 +20,9 @@ from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.prompt_tuning import (
     COLS,
     EMBEDDINGS,
-    ENCODER_SILENT,
-    MULTITASK_SILENT,
-    PROMPT_SILENT,
+    ENCODER_IGNORED_KEYS,
+    MULTITASK_IGNORED_KEYS,
+    PROMPT_IGNORED_KEYS,
     ROWS,
     SERVED_VALUES,
     MultitaskConfig,
@@ -89,9 +89,9 @@ def test_families_have_many_lengths(tiny_base: Path, tmp_path: Path, name: str) 
 
 T, SIZE = 3, 8
 TYPES = {
-    "prompt": ("PROMPT_TUNING", PromptTuningConfig, VirtualTokens, PROMPT_SILENT),
-    "p": ("P_TUNING", PromptEncoderConfig, VirtualTokens, ENCODER_SILENT),
-    "multitask": ("MULTITASK_PROMPT_TUNING", MultitaskPromptTuningConfig, MultitaskConfig, MULTITASK_SILENT),
+    "prompt": ("PROMPT_TUNING", PromptTuningConfig, VirtualTokens, PROMPT_IGNORED_KEYS),
+    "p": ("P_TUNING", PromptEncoderConfig, VirtualTokens, ENCODER_IGNORED_KEYS),
+    "multitask": ("MULTITASK_PROMPT_TUNING", MultitaskPromptTuningConfig, MultitaskConfig, MULTITASK_IGNORED_KEYS),
 }
 
 
@@ -132,8 +132,8 @@ def test_a_patch_is_one_prefix_of_embeddings(name: str) -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_every_key_that_peft_writes_is_judged(name: str) -> None:
     """No key of the installed PEFT's config is unknown here; its defaults, all written out, are taken."""
-    peft_type, peft_config, schema, silent = TYPES[name]
-    assert_every_key_is_judged(peft_config, schema, silent, SERVED_VALUES)
+    peft_type, peft_config, schema, ignored = TYPES[name]
+    assert_every_key_is_judged(peft_config, schema, ignored, SERVED_VALUES)
     config = peft_config(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
     if name == "multitask":
         config["num_ranks"] = 2

@@ -17,7 +17,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared import config
-from adapters_store.methods.trainable_tokens import SILENT, TrainableTokensConfig
+from adapters_store.methods.trainable_tokens import IGNORED_KEYS, TrainableTokensConfig
 from adapters_store.primitives import Rows
 from tests.kit.families.selective import make_trainable_tokens
 from tests.kit.forge import spec_of
@@ -75,7 +75,7 @@ def test_a_tied_head_may_be_left_out(tiny_of: TinyOf, tmp_path: Path) -> None:
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's config is unknown here: a new PEFT that adds one turns this red."""
     written = {field.name for field in dataclasses.fields(PeftTrainableTokensConfig)}
-    assert written <= SILENT | config.SILENT | {"task_type", *TrainableTokensConfig.__struct_fields__}
+    assert written <= IGNORED_KEYS | config.IGNORED_KEYS | {"task_type", *TrainableTokensConfig.__struct_fields__}
 
 
 def sound(spec: BaseSpec, config: dict[str, Any], tensors: dict[str, Tensor | None]) -> Artifact:

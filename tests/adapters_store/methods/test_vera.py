@@ -15,7 +15,15 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.vera import A_NAME, B_NAME, MAX_RANK, SERVED_VALUES, SILENT, VeraConfig, draw_projections
+from adapters_store.methods.vera import (
+    A_NAME,
+    B_NAME,
+    IGNORED_KEYS,
+    MAX_RANK,
+    SERVED_VALUES,
+    VeraConfig,
+    draw_projections,
+)
 from adapters_store.primitives import Delta, LowRank
 from tests.kit.adapters import make_peft
 from tests.kit.families.relatives import make_vera, noise, vera_config
@@ -155,4 +163,4 @@ def test_what_is_not_served_is_refused_by_name(
 
 def test_every_key_that_peft_writes_is_judged() -> None:
     """No key of the installed PEFT's VeraConfig is unknown here."""
-    assert_every_key_is_judged(PeftVeraConfig, VeraConfig, SILENT, SERVED_VALUES)
+    assert_every_key_is_judged(PeftVeraConfig, VeraConfig, IGNORED_KEYS, SERVED_VALUES)
