@@ -115,8 +115,8 @@ class EngineCollector(Collector):
         yield memory
 
 
-def _bounded(name: str, known: set[str], most: int) -> str:
-    if name not in known and len(known) >= most:
+def _bounded(name: str, known: set[str], max_names: int) -> str:
+    if name not in known and len(known) >= max_names:
         return OTHER
     known.add(name)
     return name

@@ -51,8 +51,8 @@ def factorization(size: int, factor: int) -> tuple[int, int]:
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
-    most = math.isqrt(size) if factor == -1 else min(math.isqrt(size), max(factor, 1))
-    first = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
+    max_factor = math.isqrt(size) if factor == -1 else min(math.isqrt(size), max(factor, 1))
+    first = next(divisor for divisor in range(max_factor, 0, -1) if size % divisor == 0)
     return first, size // first
 
 

@@ -65,9 +65,9 @@ def note(connection: Connection, tenant: str, action: str, **what: Any) -> None:
     connection.execute(insert(audit).values(at=time.time(), **values))
 
 
-def entries(connection: Connection, tenant: str | None, before: int | None, most: int) -> list[AuditEntry]:
+def entries(connection: Connection, tenant: str | None, before: int | None, max_entries: int) -> list[AuditEntry]:
     """The newest changes first: of one tenant or of all, those with a number under `before`."""
-    query = select(audit).order_by(audit.c.id.desc()).limit(most)
+    query = select(audit).order_by(audit.c.id.desc()).limit(max_entries)
     if tenant is not None:
         query = query.where(audit.c.tenant == tenant)
     if before is not None:

@@ -190,10 +190,10 @@ class Tenants:
             row = connection.execute(query.where(keys.c.id == key_id)).first()
             return None if row is None else Known(row.tenant, frozenset(row.scopes), row.hash, _limits(row.limits))
 
-    def changes(self, tenant: str | None, before: int | None, most: int) -> list[audit.AuditEntry]:
+    def changes(self, tenant: str | None, before: int | None, max_entries: int) -> list[audit.AuditEntry]:
         """The log, newest first: see `audit.entries`."""
         with self._read() as connection:
-            return audit.entries(connection, tenant, before, most)
+            return audit.entries(connection, tenant, before, max_entries)
 
     def _find(self, connection: Connection, name: str) -> Row[Any]:
         query = select(tenants).where(tenants.c.name == name, tenants.c.deleted.is_(None))

@@ -49,8 +49,8 @@ class Engine(Generic[P]):
     ) -> None:
         self.runner, self._staged = runner, {} if staged is None else staged
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
-        most = runner.num_blocks * runner.block_size
-        self.max_sequence_tokens = min(most, config.max_sequence_tokens or most)
+        max_tokens = runner.num_blocks * runner.block_size
+        self.max_sequence_tokens = min(max_tokens, config.max_sequence_tokens or max_tokens)
         limits = StepLimits(
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,

@@ -142,10 +142,10 @@ class Scheduler:
 
         Nobody can fill it for others: who has few in it is still let in, until twice as many wait as may.
         """
-        num_waiting, most = self.num_waiting, self.limits.max_waiting
-        if num_waiting < most or most < MIN_QUEUED:
-            return num_waiting >= most
-        return num_waiting >= 2 * most or len(self._queues.get(namespace, ())) >= most // MIN_QUEUED
+        num_waiting, max_waiting = self.num_waiting, self.limits.max_waiting
+        if num_waiting < max_waiting or max_waiting < MIN_QUEUED:
+            return num_waiting >= max_waiting
+        return num_waiting >= 2 * max_waiting or len(self._queues.get(namespace, ())) >= max_waiting // MIN_QUEUED
 
     def virtual_counter(self, namespace: str) -> float:
         """How many tokens, divided by its share, the namespace counts as served.
@@ -297,10 +297,10 @@ class Scheduler:
     def _over_share(self, beneficiary: str) -> Sequence | None:
         """The last admitted of the namespace that is furthest above its share, and stays no lower without it."""
         last = {sequence.namespace: sequence for sequence in self.running if sequence.namespace != beneficiary}
-        most = max(last, key=lambda namespace: self._holding(namespace) / self._shares[namespace], default=None)
-        if most is None or self._holding(most, without=last[most]) < self._share(most):
+        largest = max(last, key=lambda namespace: self._holding(namespace) / self._shares[namespace], default=None)
+        if largest is None or self._holding(largest, without=last[largest]) < self._share(largest):
             return None
-        return last[most]
+        return last[largest]
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         order = self._least_first()
@@ -383,8 +383,8 @@ class Scheduler:
         return True
 
     def _may_start(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
-        most = sequence.max_running
-        has_row = most is None or self._num_running[sequence.namespace] < most
+        max_running = sequence.max_running
+        has_row = max_running is None or self._num_running[sequence.namespace] < max_running
         return has_row and self._has_its_adapters(sequence, adapters, now) and not self._is_prefix_coming(sequence)
 
     def _has_its_adapters(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:

@@ -52,8 +52,8 @@ class DecodeGraphs:
 
     def run(self, rows: list[Row]) -> Tensor:
         """The logits [rows, vocabulary] of a decode step, which the next one overwrites."""
-        num_rows, most = _rounded(len(rows)), max(row.start for row in rows) // self._cache.block_size + 1
-        key = num_rows, _rounded(most)
+        num_rows, max_blocks = _rounded(len(rows)), max(row.start for row in rows) // self._cache.block_size + 1
+        key = num_rows, _rounded(max_blocks)
         host = _inputs(rows + rows[-1:] * (num_rows - len(rows)), key[1], self._cache.block_size)
         if key not in self._graphs:
             inputs = host.to(self._cache.copies.device, copy=True)

@@ -67,11 +67,11 @@ def load(config: RunnerConfig) -> Loaded:
     base = load_base(Path(config.folder), config.name, precision, config.device)
     base.adapter_slots.warm_up()
     runner = PagedRunner(base, config)
-    most = min(base.spec.max_positions, runner.num_blocks * runner.block_size)
+    max_tokens = min(base.spec.max_positions, runner.num_blocks * runner.block_size)
     if config.max_sequence_tokens is not None:
-        most = min(most, config.max_sequence_tokens)
+        max_tokens = min(max_tokens, config.max_sequence_tokens)
     seconds = time.monotonic() - began
-    return Loaded(runner, base.adapter_slots, base.spec, base.eos_token_ids, most, precision, seconds)
+    return Loaded(runner, base.adapter_slots, base.spec, base.eos_token_ids, max_tokens, precision, seconds)
 
 
 class PagedRunner:

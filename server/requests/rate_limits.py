@@ -24,10 +24,10 @@ class SlidingWindow:
         self._taken: deque[list[int]] = deque()  # [second, amount]
         self._sum = 0
 
-    def wait_s(self, amount: int, most: int, now: float) -> int:
-        """Whole seconds until so much more may be taken; 0 is now. `amount` is not over `most`."""
+    def wait_s(self, amount: int, limit: int, now: float) -> int:
+        """Whole seconds until so much more may be taken; 0 is now. `amount` is not over `limit`."""
         self._drop(now)
-        over, wait = self._sum + amount - most, 0
+        over, wait = self._sum + amount - limit, 0
         for second, taken in self._taken:
             if over <= 0:
                 break
@@ -136,27 +136,27 @@ class RateLimiter:
 
     def _check_queue(self, tenant: str, usage: TenantUsage, limits: TenantLimits, num_choices: int) -> None:
         """How long the queue takes is guessed from how long this tenant's answers took."""
-        most = limits.max_queued
-        if most is None:
+        limit = limits.max_queued
+        if limit is None:
             return
-        if num_choices > most:
-            raise BadRequestError(f"{num_choices} answers at once are over the {most} that {tenant} may queue", "n")
-        over = usage.num_queued + num_choices - most
+        if num_choices > limit:
+            raise BadRequestError(f"{num_choices} answers at once are over the {limit} that {tenant} may queue", "n")
+        over = usage.num_queued + num_choices - limit
         if over > 0:
             wait = max(1, math.ceil(over * usage.pace_s))
-            raise TenantLimitError(f"{most} answers of the tenant {tenant} wait already", "max_queued", wait)
+            raise TenantLimitError(f"{limit} answers of the tenant {tenant} wait already", "max_queued", wait)
 
     def _take_tokens(
         self, tenant: str, usage: TenantUsage, limits: TenantLimits, amount: int, now: float
     ) -> int | None:
-        most = limits.tokens_per_minute
-        if most is None:
+        limit = limits.tokens_per_minute
+        if limit is None:
             return None
-        if amount > most:
+        if amount > limit:
             raise BadRequestError(
-                f"prompt and max_tokens of all answers are {amount} tokens; the tenant {tenant} has {most} a minute",
+                f"prompt and max_tokens of all answers are {amount} tokens; the tenant {tenant} has {limit} a minute",
                 "max_tokens",
             )
-        if wait := usage.tokens.wait_s(amount, most, now):
-            raise TenantLimitError(f"the tenant {tenant} has {most} tokens a minute", "tokens_per_minute", wait)
+        if wait := usage.tokens.wait_s(amount, limit, now):
+            raise TenantLimitError(f"the tenant {tenant} has {limit} tokens a minute", "tokens_per_minute", wait)
         return usage.tokens.take(amount, now)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from training.compare.results import FULL, Comparison, MethodOutcome
 from training.compare.scores import forgotten, quality, scores_of
 
-MOST_SHARE = 0.01  # of the base's parameters: what "a small share" may be
+MAX_SHARE = 0.01  # of the base's parameters: what "a small share" may be
 MEGA = 1e6
-MOST_BYTES = 10 * MEGA  # of an artifact: what "megabytes" may be
+MAX_BYTES = 10 * MEGA  # of an artifact: what "megabytes" may be
 NEAR = 0.01  # of quality: what "as well" may be below
 
 Value = Callable[[MethodOutcome], float | None]
@@ -40,8 +40,8 @@ def claims(comparison: Comparison) -> list[Claim]:
 
 def _share(adapters: list[MethodOutcome]) -> Claim:
     figures = _range(adapters, lambda one: one.trained_share, lambda value: f"{value:.3%}")
-    bad = [one.method for one in adapters if one.trained_share > MOST_SHARE]
-    return Claim(f"a small share of the parameters (at most {MOST_SHARE:.0%})", figures, _verdict(bad))
+    bad = [one.method for one in adapters if one.trained_share > MAX_SHARE]
+    return Claim(f"a small share of the parameters (at most {MAX_SHARE:.0%})", figures, _verdict(bad))
 
 
 def megabytes(num_bytes: float) -> str:
@@ -52,20 +52,20 @@ def megabytes(num_bytes: float) -> str:
 def _bytes(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     figures = _range(adapters, lambda one: one.artifact_bytes, megabytes)
     suffix = f"; full: {megabytes(full.artifact_bytes)}" if full else ""
-    bad = [one.method for one in adapters if one.artifact_bytes > MOST_BYTES]
-    return Claim(f"megabytes per task (at most {MOST_BYTES / MEGA:.0f})", figures + suffix, _verdict(bad))
+    bad = [one.method for one in adapters if one.artifact_bytes > MAX_BYTES]
+    return Claim(f"megabytes per task (at most {MAX_BYTES / MEGA:.0f})", figures + suffix, _verdict(bad))
 
 
 def _memory(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     claim = "less memory to train than full fine-tuning"
     if full is None:
         return _without_full(claim)
-    most = full.memory_bytes
-    if not most:  # a base so small that no page was added
+    full_bytes = full.memory_bytes
+    if not full_bytes:  # a base so small that no page was added
         return Claim(claim, "full fine-tuning took no memory that could be measured", "not measured")
-    figures = _range(adapters, lambda one: one.memory_bytes / most, lambda value: f"{value:.2f}")
-    bad = [one.method for one in adapters if one.memory_bytes >= most]
-    return Claim(claim, f"{figures} of its {megabytes(most)} above the loaded base", _verdict(bad))
+    figures = _range(adapters, lambda one: one.memory_bytes / full_bytes, lambda value: f"{value:.2f}")
+    bad = [one.method for one in adapters if one.memory_bytes >= full_bytes]
+    return Claim(claim, f"{figures} of its {megabytes(full_bytes)} above the loaded base", _verdict(bad))
 
 
 def _forgetting(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:

@@ -28,7 +28,7 @@ from training.push import said
 NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
 NUM_TRIES = 3  # of an upload
 NUM_WARM_UP = 4  # tokens of each request, before what counts
-MOST_PROMPT_TOKENS = 128  # that decoding is measured, and not the reading of prompts
+MAX_PROMPT_TOKENS = 128  # that decoding is measured, and not the reading of prompts
 READY_WITHIN_S, ANSWER_WITHIN_S, STOP_WITHIN_S = 900, 300, 30  # the first start compiles kernels
 BASE = "base"  # the task that is the base itself
 
@@ -122,7 +122,7 @@ def _upload_all(
 def _prompts(folders: Mapping[str, Path]) -> list[list[int]]:
     """Prompts of the task: those of an artifact's parity, over and over where they are few."""
     manifest = read_manifest((next(iter(folders.values())) / MANIFEST).read_bytes())
-    known = [case.prompt_token_ids[-MOST_PROMPT_TOKENS:] for case in manifest.parity]
+    known = [case.prompt_token_ids[-MAX_PROMPT_TOKENS:] for case in manifest.parity]
     return [known[i % len(known)] for i in range(NUM_REQUESTS)]
 
 

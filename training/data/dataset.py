@@ -102,9 +102,9 @@ def check_varied(dataset: Dataset) -> None:
         raise DataError(f"Every completion of {dataset.path} is {completions.pop()!r}: there is nothing to learn from.")
 
 
-def hold_out(dataset: Dataset, seed: int, share: float = 0.1, most: int = 400) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Dataset, seed: int, share: float = 0.1, max_rows: int = 400) -> tuple[Dataset, Dataset]:
     """Split a data set into one to train on and one to evaluate on, by the seed. Raises `DataError` below 2 rows."""
-    num_held = min(most, max(1, int(len(dataset.examples) * share)))
+    num_held = min(max_rows, max(1, int(len(dataset.examples) * share)))
     if len(dataset.examples) <= num_held:
         raise DataError(f"{dataset.path} has too few rows to hold some out for evaluation: give a file with --eval.")
     order = random.Random(seed).sample(range(len(dataset.examples)), len(dataset.examples))  # noqa: S311 - not a secret

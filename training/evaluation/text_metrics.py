@@ -23,8 +23,8 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """sacrebleu's corpus BLEU [0, 100], with its defaults."""
     from sacrebleu import corpus_bleu
 
-    most = max(map(len, references))
-    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
+    max_references = max(map(len, references))
+    streams = [[several[i] if i < len(several) else None for several in references] for i in range(max_references)]
     return float(corpus_bleu(list(texts), streams).score)
 
 

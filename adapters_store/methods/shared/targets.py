@@ -128,17 +128,17 @@ def check_patterns(patterns: Mapping[str, Any], name: str) -> None:
             raise MethodUnsupportedError(f"{name} has a key that is not a dotted name: {pattern[:80]!r}", name)
 
 
-def check_ranks(key: str, rank: int, pattern: Mapping[str, int], most: int) -> None:
-    """Raise unless the rank under `key` and those of rank_pattern are between 1 and `most`."""
+def check_ranks(key: str, rank: int, pattern: Mapping[str, int], max_rank: int) -> None:
+    """Raise unless the rank under `key` and those of rank_pattern are between 1 and `max_rank`."""
     check_patterns(pattern, "rank_pattern")
     for name, value in [(key, rank), *(("rank_pattern", value) for value in pattern.values())]:
-        if not 0 < value <= most:
-            raise ArtifactError(f"{name} has the rank {value}, which is not between 1 and {most}", name)
+        if not 0 < value <= max_rank:
+            raise ArtifactError(f"{name} has the rank {value}, which is not between 1 and {max_rank}", name)
 
 
-def check_alphas(key: str, alpha: float, pattern: Mapping[str, float], most: float) -> None:
-    """Raise unless the alpha under `key` and those of alpha_pattern are neither 0 nor beyond `most`."""
+def check_alphas(key: str, alpha: float, pattern: Mapping[str, float], max_alpha: float) -> None:
+    """Raise unless the alpha under `key` and those of alpha_pattern are neither 0 nor beyond `max_alpha`."""
     check_patterns(pattern, "alpha_pattern")
     for name, value in [(key, alpha), *(("alpha_pattern", value) for value in pattern.values())]:
-        if not 0 < abs(value) <= most:
-            raise ArtifactError(f"{name} has the alpha {value:g}: it must not be 0, nor beyond {most:g}", name)
+        if not 0 < abs(value) <= max_alpha:
+            raise ArtifactError(f"{name} has the alpha {value:g}: it must not be 0, nor beyond {max_alpha:g}", name)

@@ -235,14 +235,14 @@ class AdapterManager(Generic[P]):
         digest, entry = result.digest, self._entries[result.digest]
         entry.is_loading = False
         self.load_seconds_total += result.seconds
-        most = min(self.budgets.slot_bytes, self.budgets.host_bytes)
+        max_bytes = min(self.budgets.slot_bytes, self.budgets.host_bytes)
         if entry.is_discarded and not entry.num_users:
             log.info("an adapter was deleted while it loaded", extra={"digest": digest})
         elif result.packed is None:
             code = CORRUPT if getattr(result.error, "code", "") == CORRUPT else "adapter_failed"
             self._fail(digest, EngineFailure(code, sentence(digest, result.error)))
-        elif result.packed.num_bytes > most:
-            failure = self._too_large(f"adapter {digest[:12]}", result.packed.num_bytes, most)
+        elif result.packed.num_bytes > max_bytes:
+            failure = self._too_large(f"adapter {digest[:12]}", result.packed.num_bytes, max_bytes)
             self._fail(digest, failure, is_final=True)
         else:
             self.loads_total += 1
@@ -355,8 +355,10 @@ class AdapterManager(Generic[P]):
         entry.failure, entry.num_failures, entry.is_quarantined = None, 0, False
 
     @staticmethod
-    def _too_large(what: str, num_bytes: int, most: int) -> EngineFailure:
-        message = f"{what} takes {num_bytes} bytes and at most {most} fit; raise the byte budgets for slots and host"
+    def _too_large(what: str, num_bytes: int, max_bytes: int) -> EngineFailure:
+        message = (
+            f"{what} takes {num_bytes} bytes and at most {max_bytes} fit; raise the byte budgets for slots and host"
+        )
         return EngineFailure("adapter_too_large", message)
 
     def _evict_from_host(self, digest: str) -> None:

@@ -252,12 +252,12 @@ def deltas(x, y, first_column, last_column, table, row_adapters):
         row_adapters[3],
         row_adapters[7],
     )
-    size_in, size_out, most = x.shape[1], last_column - first_column, 0
+    size_in, size_out, max_rows = x.shape[1], last_column - first_column, 0
     for index in range(tiles.shape[0]):
-        most = max(most, tiles[index, COUNT])
+        max_rows = max(max_rows, tiles[index, COUNT])
     for part in prange((size_out + OUTPUTS - 1) // OUTPUTS):
         first, last = part * OUTPUTS, min(size_out, (part + 1) * OUTPUTS)
-        t = np.empty((most, OUTPUTS), np.float32)
+        t = np.empty((max_rows, OUTPUTS), np.float32)
         for index in range(tiles.shape[0]):
             tile = tiles[index]
             for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):

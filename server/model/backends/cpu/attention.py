@@ -195,13 +195,13 @@ def attend(
         _store(qkv[0], first_key, cos[0], sin[0], keys, values, token_blocks[0], token_offsets[0], num_values)
     else:
         _store_rows(qkv, first_key, cos, sin, keys, values, token_blocks, token_offsets, num_values)
-    most, width = MAX_TOKENS * group, keys.shape[3]
+    max_rows, width = MAX_TOKENS * group, keys.shape[3]
     room = max(width, SPAN // width * width) if width == block_size else width
     for thread in prange(bounds.shape[0] - 1):
-        queries, sums = np.empty((most, dim), np.float32), np.empty((most, values.shape[3]), np.float32)
+        queries, sums = np.empty((max_rows, dim), np.float32), np.empty((max_rows, values.shape[3]), np.float32)
         scores, top_sum, zeros = (
-            np.empty((most, room), np.float32),
-            np.empty((most, 2), np.float32),
+            np.empty((max_rows, room), np.float32),
+            np.empty((max_rows, 2), np.float32),
             np.zeros(width, np.float32),
         )
         for index in range(bounds[thread], bounds[thread + 1]):
