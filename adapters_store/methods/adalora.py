@@ -70,8 +70,8 @@ def compile_adalora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]
         raise ArtifactError(f"rank_pattern has {unknown[0][:200]}, which is no tensor's name", "rank_pattern")
     updates = [_update(artifact, config, site, spec, parts.biases.get(site)) for site in sites]
     check_targets(config, sites, parts.sites, spec, lambda site: PREFIX + site + A_END)
-    made = [primitive for update in updates for primitive in compile_low_rank(update, spec)]
-    return (*made, *parts.primitives)
+    primitives = [primitive for update in updates for primitive in compile_low_rank(update, spec)]
+    return (*primitives, *parts.primitives)
 
 
 def _update(

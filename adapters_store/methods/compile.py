@@ -42,7 +42,7 @@ def compile_patch(artifact: Artifact, spec: BaseSpec, room: Room | None = None) 
 
 
 def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, room: Room | None) -> tuple[Primitive, ...]:
-    made, num_bytes = list[Primitive](), 0
+    primitives, num_bytes = list[Primitive](), 0
     for primitive in method.compile(artifact, spec):
         num_bytes += 0 if room is None else room.item_bytes.of(primitive)
         if room is not None and num_bytes > room.num_bytes:
@@ -52,8 +52,8 @@ def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, room: Room |
             )
         if room is not None and room.largest_value < torch.finfo(torch.float32).max:
             check_values(primitive, room.largest_value)
-        made.append(primitive)
-    return tuple(made)
+        primitives.append(primitive)
+    return tuple(primitives)
 
 
 def check_values(primitive: Primitive, largest: float) -> None:

@@ -31,9 +31,9 @@ def compile_ia3(artifact: Artifact, spec: BaseSpec) -> tuple[Scale, ...]:
     config = read_config(artifact.config, IA3Config, "(IA)3", IGNORED_KEYS, SERVED_VALUES)
     feedforward = _feedforward(config, spec)
     sites = by_site(artifact, (END,), spec.linears, spec.name)
-    made = tuple(_scale(artifact, site, spec, feedforward) for site in sites)
+    primitives = tuple(_scale(artifact, site, spec, feedforward) for site in sites)
     check_targets(config, sites, spec.linears, spec, lambda site: PREFIX + site + END)
-    return made
+    return primitives
 
 
 def _feedforward(config: IA3Config, spec: BaseSpec) -> set[str] | None:

@@ -38,10 +38,12 @@ def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
     check_targets(config, found, sites, spec, lambda site: PREFIX + site + WEIGHT_END)
     shapes = {site: parameters(spec, site) for site in found}
     expect_exactly(parts.low_rank, {_name(site, name): shapes[site][name] for site in found for name in shapes[site]})
-    made = parts.primitives
+    primitives = parts.primitives
     for site in found:
-        made += replace_module(spec, site, *(artifact.tensors.get(_name(site, name)) for name in ("weight", "bias")))
-    return require_changes(made, spec)
+        primitives += replace_module(
+            spec, site, *(artifact.tensors.get(_name(site, name)) for name in ("weight", "bias"))
+        )
+    return require_changes(primitives, spec)
 
 
 def _name(site: str, name: str) -> str:

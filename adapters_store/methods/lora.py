@@ -108,8 +108,8 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     if config.residual_init:
         check_init_residual(spec, sites, config.residual_init)
         updates = [_without_init_residual(update, config, spec) for update in updates]
-    made = [primitive for update in updates for primitive in compile_low_rank(update, spec)]
-    return (*made, *rows, *parts.primitives)
+    primitives = [primitive for update in updates for primitive in compile_low_rank(update, spec)]
+    return (*primitives, *rows, *parts.primitives)
 
 
 def _rows(config: LoraConfig, pool: TensorPool, spec: BaseSpec) -> list[Primitive]:

@@ -41,11 +41,11 @@ def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primit
     named = [spec.embedding] if config.target_modules is None else config.target_modules  # as PEFT has it by default
     targets = Targets(target_modules=named)
     check_targets(targets, found, _sites(spec), spec, lambda site: PREFIX + site + END)
-    made: list[Primitive] = []
+    primitives: list[Primitive] = []
     for site in found:
         rows = expect_shape(artifact, PREFIX + site + END, [len(ids), row_width(spec, site)]).float()[order]
-        made += token_rows(spec, site, ids, rows, is_tied=spec.is_tied)
-    return tuple(made)
+        primitives += token_rows(spec, site, ids, rows, is_tied=spec.is_tied)
+    return tuple(primitives)
 
 
 def token_rows(spec: BaseSpec, site: str, ids: Tensor, rows: Tensor, is_tied: bool) -> list[Primitive]:
@@ -54,14 +54,14 @@ def token_rows(spec: BaseSpec, site: str, ids: Tensor, rows: Tensor, is_tied: bo
     PEFT's layer around a head leaves the head's bias out, in training too: so do the primitives.
     """
     change = finite(rows - base_weight(spec, f"{site}.weight")[ids], PREFIX + site + END)
-    made: list[Primitive] = []
+    primitives: list[Primitive] = []
     if site == spec.embedding:
-        made.append(Rows(site, ids, finite(change * spec.embedding_scale, PREFIX + site + END)))
+        primitives.append(Rows(site, ids, finite(change * spec.embedding_scale, PREFIX + site + END)))
     if site == spec.head or is_tied:
-        made.append(Rows(spec.head, ids, change))
+        primitives.append(Rows(spec.head, ids, change))
         if spec.linears[spec.head].has_bias:
-            made.append(Bias(spec.head, -base_weight(spec, f"{spec.head}.bias")))
-    return made
+            primitives.append(Bias(spec.head, -base_weight(spec, f"{spec.head}.bias")))
+    return primitives
 
 
 def token_ids(indices: list[int], spec: BaseSpec, key: str = "token_indices") -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends
     pool, saved, tokens = TensorPool(artifact), saved_sites(config, spec), _token_sites(config, spec)
     if both := tokens.keys() & saved.keys():
         raise ArtifactError(f"{min(both)} is in modules_to_save and in {TOKENS}", TOKENS)
-    made = _saved(pool, config, spec, saved) + _tokens(pool, config, spec, tokens)
+    primitives = _saved(pool, config, spec, saved) + _tokens(pool, config, spec, tokens)
     sites = [site for site in spec.linears if site not in saved and site not in tokens]
     low_rank_sites = {site for site in sites if any(pool.has(site + end) for end in ends)}
     biases: dict[str, Tensor] = {}
@@ -70,9 +70,9 @@ def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends
         if site in low_rank_sites:
             biases[site] = pool.pop(f"{site}.base_layer.bias", [size])
         elif site not in saved:
-            made += replace_module(spec, site, None, pool.pop(f"{site}.bias", [size]))
+            primitives += replace_module(spec, site, None, pool.pop(f"{site}.bias", [size]))
     drop_copies(pool, spec)
-    return ArtifactParts(pool.remaining(), sites, biases, made)
+    return ArtifactParts(pool.remaining(), sites, biases, primitives)
 
 
 def saved_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, str]:
@@ -104,12 +104,12 @@ def _is_saved_tied(config: ExtrasConfig, spec: BaseSpec) -> bool:
 
 
 def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[str, str]) -> list[Primitive]:
-    made: list[Primitive] = []
+    primitives: list[Primitive] = []
     weights: dict[str, Tensor] = {}
     for site, module in saved.items():
         found = {name: pool.pop(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
         weights[site] = found["weight"]
-        made += replace_module(spec, site, found["weight"], found.get("bias"))
+        primitives += replace_module(spec, site, found["weight"], found.get("bias"))
         if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
             inner, size = site.removeprefix(module), list(found["bias"].shape)
             for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
@@ -117,7 +117,7 @@ def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[s
     if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
         name, other = f"{PREFIX}{spec.embedding}.weight", f"{PREFIX}{spec.head}.weight"
         raise ArtifactError(f"{other} differs from {name}, but ensure_weight_tying ties them", other)
-    return made
+    return primitives
 
 
 def _token_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, list[int]]:
@@ -140,14 +140,14 @@ def _tokens(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, tokens: dict
     if spec.is_tied and is_mixed and spec.embedding in tokens and config.ensure_weight_tying:
         raise ArtifactError(f"{TOKENS} differ for embedding and head, but ensure_weight_tying ties them", TOKENS)
     is_tied = spec.is_tied and not is_mixed
-    made: list[Primitive] = []
+    primitives: list[Primitive] = []
     for site, indices in tokens.items():
         if is_tied and site == spec.head:
             continue
         ids, order = token_ids(indices, spec, TOKENS)
         rows = pool.pop(site + TOKENS_END, [len(ids), row_width(spec, site)]).float()[order]
-        made += token_rows(spec, site, ids, rows, is_tied)
-    return made
+        primitives += token_rows(spec, site, ids, rows, is_tied)
+    return primitives
 
 
 def _biased(config: ExtrasConfig, spec: BaseSpec, low_rank_sites: set[str]) -> Iterator[tuple[str, int]]:

@@ -32,34 +32,34 @@ def parameters(spec: BaseSpec, site: str) -> dict[str, list[int]]:
 def replace_module(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
     """What makes the module at a site of `parameters` act as if it had these. Raises `ArtifactError`."""
     if site in spec.linears:
-        made = replace_linear(spec, site, weight, bias)
+        primitives = replace_linear(spec, site, weight, bias)
     elif site in spec.norms:
-        made = replace_norm(spec, site, weight, bias)
+        primitives = replace_norm(spec, site, weight, bias)
     else:
-        made = [] if weight is None else replace_embedding(spec, site, weight)
-    kinds = {type(primitive) for primitive in made}
+        primitives = [] if weight is None else replace_embedding(spec, site, weight)
+    kinds = {type(primitive) for primitive in primitives}
     if weight is not None and kinds <= {Bias}:  # it is the base's, and so answers right
         mark_redundant(weight)
     if bias is not None and Bias not in kinds:
         mark_redundant(bias)
-    return made
+    return primitives
 
 
-def require_changes(made: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:
+def require_changes(primitives: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:
     """What an artifact made. Raises `ArtifactError` where that is nothing: no adapter answers as the base."""
-    if not made:
+    if not primitives:
         raise ArtifactError(f"every tensor is as {spec.name} has it: the artifact changes nothing")
-    return tuple(made)
+    return tuple(primitives)
 
 
 def replace_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
     """`Delta(W' - W)` and `Bias(b' - b)`; weight as the base keeps it, [in, out] where it is transposed."""
-    made: list[Primitive] = []
+    primitives: list[Primitive] = []
     if weight is not None:
         dw = _change(spec, f"{site}.weight", weight)
         if bool(dw.any()):
-            made.append(Delta(site, dw.T.contiguous() if spec.linears[site].is_transposed else dw))
-    return made + _bias(site, None if bias is None else _change(spec, f"{site}.bias", bias))
+            primitives.append(Delta(site, dw.T.contiguous() if spec.linears[site].is_transposed else dw))
+    return primitives + _bias(site, None if bias is None else _change(spec, f"{site}.bias", bias))
 
 
 def replace_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
@@ -67,15 +67,15 @@ def replace_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor 
 
     Raises `MethodUnsupportedError` where the base multiplies by exactly 0, and the artifact does not.
     """
-    norm, made, v = spec.norms[site], list[Primitive](), torch.tensor(1.0)
+    norm, primitives, v = spec.norms[site], list[Primitive](), torch.tensor(1.0)
     if weight is not None:
         v = _ratio(spec, site, norm.offset, weight)
         if bool((v != 1).any()):
-            made.append(Scale(site, v))
+            primitives.append(Scale(site, v))
     if not norm.has_bias:
-        return made
+        return primitives
     base = base_weight(spec, f"{site}.bias")
-    return made + _bias(site, finite((base if bias is None else bias.float()) - v * base, f"{site}.bias"))
+    return primitives + _bias(site, finite((base if bias is None else bias.float()) - v * base, f"{site}.bias"))
 
 
 def replace_embedding(spec: BaseSpec, site: str, weight: Tensor) -> list[Primitive]:

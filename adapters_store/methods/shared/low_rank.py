@@ -34,15 +34,15 @@ def compile_low_rank(update: LowRankUpdate, spec: BaseSpec) -> list[Primitive]:
     PEFT's DoRA answers v (W + B A) x + b, so the base's bias, which `Scale` scales too, is made good by the `Bias`.
     Raises `ArtifactError` where a number is not finite.
     """
-    site, v, b, made = update.site, None, update.b, list[Primitive]()
+    site, v, b, primitives = update.site, None, update.b, list[Primitive]()
     if update.magnitude is not None:
         v = finite(update.magnitude.float() / _norms(update, spec), f"{site}.lora_magnitude_vector")
         b = finite(v[:, None] * b, f"{site}.lora_B")
-        made.append(Scale(site, v))
+        primitives.append(Scale(site, v))
     if len(update.a):  # AdaLoRA leaves some sites without a rank
-        made.append(LowRank(site, update.a, b))
+        primitives.append(LowRank(site, update.a, b))
     bias = _bias(update, v, spec)
-    return made if bias is None else [*made, Bias(site, finite(bias, f"{site}.bias"))]
+    return primitives if bias is None else [*primitives, Bias(site, finite(bias, f"{site}.bias"))]
 
 
 def linear_weight(spec: BaseSpec, site: str) -> Tensor:
