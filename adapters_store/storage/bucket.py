@@ -97,8 +97,8 @@ def _connect(url: str) -> tuple[Any, str]:
         files, prefix = fsspec.core.url_to_fs(url, **UNCACHED)
     except ImportError as error:
         package = EXTRAS.get(scheme)
-        said = f"pip install '{package}'" if package else str(error)
-        raise StoreError(f"the driver of {scheme}:// is not installed: {said}") from None
+        hint = f"pip install '{package}'" if package else str(error)
+        raise StoreError(f"the driver of {scheme}:// is not installed: {hint}") from None
     except ValueError as error:
         raise StoreError(f"{url} is no store: {error}") from None
     return files, prefix.rstrip("/")

@@ -23,8 +23,8 @@ async def body_parts(request: Request, max_bytes: int, timeout_s: float) -> Asyn
 
     A body that says how long it is need not come to be refused.
     """
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said) > max_bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
     began, size, parts = time.monotonic(), 0, aiter(request.stream())
     while True:

@@ -20,12 +20,12 @@ def ask(url: str, key: str | None, verb: str, path: str, body: object = None) ->
     headers = [] if key is None else [(b"Authorization", f"Bearer {key}".encode())]
     answer = httpx.request(verb, f"{url.rstrip('/')}{path}", json=body, headers=headers, timeout=TIMEOUT_S)
     try:
-        said: dict[str, Any] = answer.json() if answer.content else {}
+        result: dict[str, Any] = answer.json() if answer.content else {}
     except ValueError:
         raise ValueError(f"{url} answered {answer.status_code}, and not as manyhats does") from None
     if not answer.is_success:
-        raise ValueError(f"{answer.status_code}: {said['error']['message']}")
-    return said
+        raise ValueError(f"{answer.status_code}: {result['error']['message']}")
+    return result
 
 
 @contextmanager

@@ -26,8 +26,8 @@ def tasks(
 ) -> None:
     """Show tasks: their versions, what each gets of the requests, where it is, and how its last requests went."""
     with sentences("tasks"):
-        said = ask(url, api_key, "GET", "/tasks" if task is None else f"/tasks/{task}")
-        shown = table(said["tasks"] if task is None else [said])
+        result = ask(url, api_key, "GET", "/tasks" if task is None else f"/tasks/{task}")
+        shown = table(result["tasks"] if task is None else [result])
         whole = Console(width=MAX_WIDTH).measure(shown).maximum
         Console(width=max(Console().width, whole)).print(shown)  # a line too long beats columns cut short
 

@@ -134,7 +134,7 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
         "shapes": (len(patch.primitives), f"{len(patch.primitives)} primitives for {ready.spec.name}"),
         "applied": (count, _applied(traced, patch)),
     }
-    return artifact, patch, [_check(name, figure, said) for name, (figure, said) in checks.items()]
+    return artifact, patch, [_check(name, figure, detail) for name, (figure, detail) in checks.items()]
 
 
 def _applied(traced: Artifact, patch: Patch) -> str:
@@ -171,8 +171,8 @@ async def _probe(state: ServerState, artifact: Artifact, patch: Patch) -> list[C
     except EngineUnavailable as error:
         raise UnavailableError(str(error), retry_after=2) from None
     lengths = sorted(len(case.prompt_token_ids) for case in prompts)
-    said = f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: all logits are finite"
-    return [_check("probe", len(prompts), said), *compare(cases, answers, ready, artifact)]
+    detail = f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: all logits are finite"
+    return [_check("probe", len(prompts), detail), *compare(cases, answers, ready, artifact)]
 
 
 def parity_cases(artifact: Artifact, ready: Ready, num_virtual: int) -> list[ParityCase]:
@@ -265,13 +265,13 @@ def compare(cases: list[ParityCase], answers: list[ProbeAnswer], ready: Ready, a
         artifact.manifest.parity if artifact.manifest else [],
         parity.tolerance(ready.precision, artifact),
     )
-    error = max(parity.error(case, said[0]) for case, said in zip(cases, answers, strict=False))
-    margin = max(parity.margin(said) for said in answers[: len(cases)])
+    error = max(parity.error(case, detail[0]) for case, detail in zip(cases, answers, strict=False))
+    margin = max(parity.margin(detail) for detail in answers[: len(cases)])
     num_tokens = sum(len(case.continuation) for case in cases)
-    said = (
+    detail = (
         f"{len(cases)} of {len(carried)} prompts: logits within {error:.4g} of the trainer's, its {num_tokens} tokens "
         f"within {margin:.4g} of the best; {allowed:g} is allowed at {ready.precision}"
     )
     if not max(error, margin) <= allowed:
-        raise ParityError(f"parity: {said}: the adapter answers here as it did not where it was trained")
-    return [_check("parity", round(max(error, margin), 6), said, limit=allowed)]
+        raise ParityError(f"parity: {detail}: the adapter answers here as it did not where it was trained")
+    return [_check("parity", round(max(error, margin), 6), detail, limit=allowed)]
