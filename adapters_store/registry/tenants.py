@@ -83,8 +83,8 @@ def hash_of(secret: str) -> str:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """The id and the secret of a key; None where it has not the form of one."""
-    found = KEY.fullmatch(key)
-    return None if found is None else (found[1], found[2])
+    matched = KEY.fullmatch(key)
+    return None if matched is None else (matched[1], matched[2])
 
 
 class Tenants:

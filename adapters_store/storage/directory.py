@@ -80,15 +80,15 @@ class Blobs:
     def files(self, digest: str) -> dict[str, bytes]:
         """The files of an artifact by name, verified. Raises `AbsentError`, or `ArtifactCorruptError`."""
         try:
-            found = self._read(digest)
+            files = self._read(digest)
         except ArtifactError as error:
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {error}") from error
-        missing = next((name for name in (WEIGHTS, CONFIG) if name not in found), None)
+        missing = next((name for name in (WEIGHTS, CONFIG) if name not in files), None)
         if missing is not None:
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: there is no {missing}")
-        if digest_of(found) != digest:
+        if digest_of(files) != digest:
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: its digest does not match")
-        return found
+        return files
 
     def _read(self, digest: str) -> dict[str, bytes]:
         """The files as they are. Raises `AbsentError`, or `ArtifactError`."""
@@ -105,12 +105,12 @@ class Blobs:
 
         Raises `StoreError` where they are another's: it would take them for its own that nobody refers to.
         """
-        found = self._owner()
-        if found is None:
+        known_owner = self._owner()
+        if known_owner is None:
             self._own(owner)
-        elif found != owner:
+        elif known_owner != owner:
             raise StoreError("this store of artifacts belongs to another registry: give each registry one of its own")
-        return found is not None
+        return known_owner is not None
 
     def _owner(self) -> str | None:
         file = self.root / OWNER
