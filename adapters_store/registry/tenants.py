@@ -63,7 +63,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Known:
+class KeyRecord:
     """What a key's id is known for: whose it is, what it may do, and the hash that its secret must have."""
 
     tenant: str
@@ -183,12 +183,12 @@ class Tenants:
             connection.execute(delete(keys).where(keys.c.id == key_id))
             audit.note(connection, tenant, "key.revoke", key=key_id)
 
-    def known(self, key_id: str) -> Known | None:
+    def known(self, key_id: str) -> KeyRecord | None:
         """What a key's id is known for; None for one that is none."""
         with self._read() as connection:
             query = select(keys, tenants.c.limits).join(tenants, keys.c.tenant == tenants.c.name)
             row = connection.execute(query.where(keys.c.id == key_id)).first()
-            return None if row is None else Known(row.tenant, frozenset(row.scopes), row.hash, _limits(row.limits))
+            return None if row is None else KeyRecord(row.tenant, frozenset(row.scopes), row.hash, _limits(row.limits))
 
     def changes(self, tenant: str | None, before: int | None, max_entries: int) -> list[audit.AuditEntry]:
         """The log, newest first: see `audit.entries`."""
