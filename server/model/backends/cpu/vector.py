@@ -142,8 +142,8 @@ def _tile(rows: int, panels: int) -> Any:
         sums are then added: a long sum in one go loses digits. x, w, start and out are addresses.
 
         `strides`, in items: k; from row to row of x, of start, of out; from row to row of w within a panel, from panel
-        to panel. And in bytes: how far from a panel memory is asked for that is read later, and its steps: one stream of
-        reads alone does not fill the way to memory.
+        to panel. And in bytes: how far from a panel memory is asked for that is read later, and its steps: one stream
+        of reads alone does not fill the way to memory.
         """
 
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
