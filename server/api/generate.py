@@ -127,7 +127,7 @@ async def _events(request: Request, state: ServerState, job: GenerationJob) -> A
     """
     generation, chunks = start(request, state, job)
     head, held = _head(job, request.state.request_id), {index: Chunk.empty(index) for index in range(job.num_choices)}
-    async with aclosing(chunks) as coming:  # type: ignore[type-var]
+    async with aclosing(chunks) as coming:
         async for chunk in coming:
             waiting = held[chunk.index]
             chunk.token_ids, chunk.logprobs = waiting.token_ids + chunk.token_ids, waiting.logprobs + chunk.logprobs

@@ -243,7 +243,7 @@ async def _chunks(
 ) -> AsyncGenerator[dict[str, Any]]:
     generation, chunks = start(request, state, job)
     usage: dict[str, Any] = {"usage": None} if include_usage else {}
-    async with aclosing(chunks) as coming:  # type: ignore[type-var]
+    async with aclosing(chunks) as coming:
         async for chunk in coming:
             if chunk.text or chunk.finish_reason is not None or chunk.logprobs:
                 yield head | {"choices": [shape(chunk)]} | usage

@@ -7,7 +7,7 @@ request so at once and starts another, later each time.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from server.engine.messages import Output, Ready, Stats, Submit
@@ -49,7 +49,7 @@ class EngineClient(Protocol):
         """End the engine; running requests fail with `engine_restarting`."""
         ...
 
-    def generate(self, submit: Submit) -> AsyncIterator[Output]:
+    def generate(self, submit: Submit) -> AsyncGenerator[Output]:
         """The outputs of one sequence; the last has `finish_reason` or `failure`. Closing the iterator aborts.
 
         Raises `EngineUnavailable` at the first step where no engine is ready.

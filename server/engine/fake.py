@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -92,7 +92,7 @@ class FakeEngineClient:
         self.ready = self._description
         self._died = asyncio.Event()
 
-    async def generate(self, submit: Submit) -> AsyncIterator[Output]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[Output]:
         """One output a token; closing the iterator early is kept in `aborted`."""
         if self.ready is None:
             raise EngineUnavailable(self.last_error or "the engine is not ready")

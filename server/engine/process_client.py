@@ -8,7 +8,7 @@ import itertools
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -124,7 +124,7 @@ class ProcessEngineClient:
         self.last_error = "the engine is closed"
         await asyncio.gather(*self._reapers)
 
-    async def generate(self, submit: Submit) -> AsyncIterator[Output]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[Output]:
         """See `EngineClient.generate`."""
         if self.ready is None or self._life is None:
             raise EngineUnavailable(self.last_error or "the engine is starting")

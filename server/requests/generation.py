@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TypeVar
@@ -30,16 +30,16 @@ T = TypeVar("T")
 GRACE_S = 5.0  # the engine ends what is late; the front does where the engine is stuck
 
 
-def start(request: Request, state: ServerState, job: GenerationJob) -> tuple[GenerationState, AsyncIterator[Chunk]]:
+def start(request: Request, state: ServerState, job: GenerationJob) -> tuple[GenerationState, AsyncGenerator[Chunk]]:
     """The answer's books, and its pieces as they come, of all choices. The request's log line gets the books too."""
     generation = request.state.generation = GenerationState(sum(map(len, job.prompts)))
     return generation, _chunks(state, replace(job, limits=caller_of(request).limits), generation)
 
 
-async def collect(chunks: AsyncIterator[Chunk], job: GenerationJob) -> list[Chunk]:
+async def collect(chunks: AsyncGenerator[Chunk], job: GenerationJob) -> list[Chunk]:
     """All of a plain answer's choices, whole."""
     choices = [Chunk.empty(index) for index in range(job.num_choices)]
-    async with aclosing(chunks) as coming:  # type: ignore[type-var]
+    async with aclosing(chunks) as coming:
         async for chunk in coming:
             choices[chunk.index].extend(chunk)
     return choices
@@ -57,7 +57,7 @@ async def unless_moved(attempt: Callable[[], Awaitable[T]]) -> T:
             log.info("a request is routed anew", extra={"reason": str(error)})
 
 
-async def _chunks(state: ServerState, job: GenerationJob, generation: GenerationState) -> AsyncIterator[Chunk]:
+async def _chunks(state: ServerState, job: GenerationJob, generation: GenerationState) -> AsyncGenerator[Chunk]:
     """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
     resolved = job.resolved
     status: str | None = "cancelled"
@@ -73,7 +73,7 @@ async def _chunks(state: ServerState, job: GenerationJob, generation: Generation
                 ),
             ):
                 await state.ensure_not_deleted(resolved.tenant, [version for version, _ in resolved.adapters])
-                async with aclosing(_merged(state, job, generation)) as chunks:  # type: ignore[type-var]
+                async with aclosing(_merged(state, job, generation)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             status = "200"
@@ -96,7 +96,7 @@ async def _chunks(state: ServerState, job: GenerationJob, generation: Generation
     )  # what is answered whole is paid for, also if the next moment is the last
 
 
-async def _merged(state: ServerState, job: GenerationJob, generation: GenerationState) -> AsyncIterator[Chunk]:
+async def _merged(state: ServerState, job: GenerationJob, generation: GenerationState) -> AsyncGenerator[Chunk]:
     """Run all choices at once. Whatever ends this ends them all."""
     queue: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
     choices = [
@@ -149,7 +149,7 @@ async def _run_choice(
 ) -> None:
     index, text = prompt * job.n + number, TextStream(state.tokenizer, job.stop)
     label, last = state.metrics.label(job.resolved.label), 0.0
-    async with aclosing(state.client.generate(_submit(job, prompt, number))) as outputs:  # type: ignore[type-var]
+    async with aclosing(state.client.generate(_submit(job, prompt, number))) as outputs:
         async for output in outputs:
             now = time.monotonic()
             if output.failure is not None:

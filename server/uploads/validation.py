@@ -231,7 +231,7 @@ def _submit(ready: Ready, namespace: str, adapter: AdapterRef, case: ParityCase,
 
 async def _ask(state: ServerState, submit: Submit) -> ProbeAnswer:
     found: ProbeAnswer = []
-    async with aclosing(state.client.generate(submit)) as outputs:  # type: ignore[type-var]
+    async with aclosing(state.client.generate(submit)) as outputs:
         async for output in outputs:
             if output.failure is not None:
                 raise _failure(output.failure)

@@ -84,7 +84,7 @@ def run(setup: Setup, corpus: list[int], seconds: float, into: Churn) -> Iterato
 
 
 @contextmanager
-def _server(setup: Setup, name: str, **flags: object) -> Iterator[Server]:
+def _server(setup: Setup, name: str, **flags: Any) -> Iterator[Server]:
     data = setup.scratch / f"churn-data-{name}"
     with serve(setup.base, data, precision=setup.precision, num_threads=setup.num_threads, **flags) as server:
         yield server

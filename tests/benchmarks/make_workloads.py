@@ -87,7 +87,7 @@ def closed(name: str, title: str, concurrency: int, adapters: list[int | None], 
     """A closed loop over the drawn lengths, its prompts at offsets of its own."""
     places = offsets(name, int(name.removeprefix("W")) if lane is None else lane, len(adapters))
     sizes = lengths(drawn())[: len(adapters)]
-    requests = [Request(*one, *size) for *one, size in zip(adapters, places, sizes, strict=True)]
+    requests = [Request(adapter, place, *size) for adapter, place, size in zip(adapters, places, sizes, strict=True)]
     return Workload(name, title, concurrency, NUM_ADAPTERS, LORA, requests)
 
 

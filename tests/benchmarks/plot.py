@@ -138,7 +138,7 @@ def _times(axes: Any, bench: Bench) -> None:
 
 def _open_loops(axes: Any, bench: Bench) -> None:
     """Times against the load that is offered, medians over the repeats."""
-    measured, offered = bench.figures(), {}
+    measured, offered = bench.figures(), dict[str, list[float]]()
     for run in bench.runs:
         if run.peer == ME and run.offered_per_s is not None:
             offered.setdefault(run.workload, []).append(run.offered_per_s)

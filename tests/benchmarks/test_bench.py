@@ -53,7 +53,7 @@ READ = workload.read
 def _with_few_adapters(name: str, num_requests: int | None = None) -> workload.Workload:
     """A committed workload, but for the number of its adapters, whose making and proving takes most of the time."""
     one = READ(name, num_requests)
-    worn = sorted({request.adapter for request in one.requests} - {None})
+    worn = sorted({request.adapter for request in one.requests if request.adapter is not None})
     for request in one.requests:
         request.adapter = None if request.adapter is None else worn.index(request.adapter)
     one.num_adapters, one.prefixes = 3, [one.prefixes[number] for number in worn] if one.prefixes else []

@@ -84,7 +84,7 @@ def base_digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().numpy())
+        digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a property by its old name
-    makers = {"tiny": make_tiny, "families": make_families, "real": lambda: make_real(arguments.num_prompts)}
+    makers: dict[str, Callable[[], dict[str, Golden]]] = {
+        "tiny": make_tiny,
+        "families": make_families,
+        "real": lambda: make_real(arguments.num_prompts),
+    }
     golden = makers[arguments.which]()
     out = arguments.out or cases.HERE / f"golden_{arguments.which}.json"
     out.write_bytes(msgspec.json.encode(golden) + b"\n")

@@ -95,7 +95,7 @@ def raw(header: Any, body: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def entry(shape: list[Any], begin: int, end: int, dtype: Any = "F32") -> dict[str, Any]:
+def entry(shape: Any, begin: int, end: int, dtype: Any = "F32") -> dict[str, Any]:
     """One tensor's entry in a header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 

@@ -219,8 +219,8 @@ def main() -> int:
             bad = not error or touched.events or touched.outside(Path(folder))
             over = seconds > MAX_CPU_SECONDS or touched.peak_bytes > MAX_MEMORY
             costs.append((seconds, touched.peak_bytes, name, str(error)[:80], "BAD" if bad or over else ""))
-    for seconds, peak, name, said, bad in sorted(costs):
-        print(f"{1e3 * seconds:8.1f} ms {peak / 2**20:7.2f} MiB {bad:3} {name}: {said}")
+    for seconds, peak, name, said, mark in sorted(costs):
+        print(f"{1e3 * seconds:8.1f} ms {peak / 2**20:7.2f} MiB {mark:3} {name}: {said}")
     num_bad = sum(bool(cost[-1]) for cost in costs)
     print(f"{len(costs)} hostile bodies, {num_bad} bad")
     return num_bad > 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -57,8 +58,8 @@ def changed(artifact: Artifact, config: Mapping[str, Any], tensors: Mapping[str,
     return dataclasses.replace(artifact, config={**artifact.config, **config}, tensors=new)
 
 
-def assert_every_key_is_judged(peft_config: type, schema: type, *judged: Collection[str]) -> None:
+def assert_every_key_is_judged(peft_config: type, schema: type[Struct], *judged: Collection[str]) -> None:
     """No key of PEFT's config class is unknown to us: a new PEFT that adds one turns this red."""
     written = {field.name for field in dataclasses.fields(peft_config)}
-    known = {*config.IGNORED_KEYS, *config.SERVED_VALUES, *schema.__struct_fields__}  # type: ignore[attr-defined]
+    known = {*config.IGNORED_KEYS, *config.SERVED_VALUES, *schema.__struct_fields__}
     assert written <= known.union(*judged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from adapters_store.primitives import (
 )
 
 Make = Callable[[BaseSpec, random.Random], list[Primitive]]
+Of = Literal["input", "output", "stream"]
+Kind = TypeVar("Kind", bound=Primitive)
 
 
 def _normal(draw: random.Random, *shape: int, scale: float = 1.0) -> Tensor:
@@ -86,7 +89,11 @@ def bottleneck(spec: BaseSpec, draw: random.Random) -> list[Primitive]:
     """Every placement at random, with and without norms and biases, of every activation."""
     made: list[Primitive] = []
     for layer in spec.layers:
-        sites = [(layer.layer, "output"), (layer.attention, "output"), (layer.mlp, "output")]
+        sites: list[tuple[str | None, Of]] = [
+            (layer.layer, "output"),
+            (layer.attention, "output"),
+            (layer.mlp, "output"),
+        ]
         sites += [(layer.mlp, "input")] if layer.is_mlp_whole else []
         sites += [(layer.mlp, "stream")] if layer.stream else []
         taken: set[str] = set()
@@ -97,7 +104,7 @@ def bottleneck(spec: BaseSpec, draw: random.Random) -> list[Primitive]:
     return made
 
 
-def _one_bottleneck(size: int, site: str, of: str, draw: random.Random) -> Bottleneck:
+def _one_bottleneck(size: int, site: str, of: Of, draw: random.Random) -> Bottleneck:
     m = draw.randrange(3, 14)
 
     def maybe(*scales: float) -> tuple[Tensor, Tensor] | None:
@@ -109,7 +116,7 @@ def _one_bottleneck(size: int, site: str, of: str, draw: random.Random) -> Bottl
         _normal(draw, m, size, scale=size**-0.5),
         _normal(draw, size, m, scale=0.3),
         draw.choice(list(ACTIVATIONS)),
-        of,  # type: ignore[arg-type]
+        of,
         _normal(draw, m, scale=0.2) if draw.random() < 0.7 else None,
         _normal(draw, size, scale=0.1) if draw.random() < 0.7 else None,
         maybe(0.2),
@@ -144,3 +151,10 @@ def random_patch(spec: BaseSpec, kind: str, seed: int) -> Patch:
     """A patch of primitives of one kind, the same for the same arguments."""
     draw = random.Random(f"{kind} {seed}")
     return Patch(f"{kind}-{seed}", kind, tuple(KINDS[kind](spec, draw)))
+
+
+def all_of(kind: type[Kind], patch: Patch) -> list[Kind]:
+    """The primitives of a patch that has no other kind."""
+    found: list[Kind] = [primitive for primitive in patch.primitives if isinstance(primitive, kind)]
+    assert len(found) == len(patch.primitives), f"not all of {patch.primitives} are {kind.__name__}"
+    return found

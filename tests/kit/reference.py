@@ -91,7 +91,7 @@ def _leave(site: str, primitives: list[tuple[Primitive, float]], streams: dict[s
     """Scale the output, add what is computed from the input, then what is computed from the output."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x = args[0] if args else kwargs.get("hidden_states")
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
         for p, weight in primitives:
             if isinstance(p, Scale) and p.on == "output":

@@ -61,7 +61,7 @@ def postgresql() -> Iterator[str]:
         words = (initdb, "-D", data, "-U", "manyhats", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale", "C")
         subprocess.run(words, check=True, capture_output=True, user=user, cwd=folder)
         with log.open("wb") as out:
-            command = [server, "-D", data, *flags]
+            command: list[str | Path] = [server, "-D", data, *flags]
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, user=user, cwd=folder)
         try:
             url = f"postgresql://manyhats@127.0.0.1:{port}/postgres"

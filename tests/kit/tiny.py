@@ -119,7 +119,8 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
 def _gain(name: str, parameter: Tensor, is_gemma: bool) -> float:
     if "embed" in name or "wte" in name or "wpe" in name:
         return 0.1 if is_gemma else 0.4
-    return 3.0 / float(parameter.shape[-1]) ** 0.5
+    root: float = float(parameter.shape[-1]) ** 0.5
+    return 3.0 / root
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import pytest
 
@@ -10,8 +11,10 @@ from adapters_store import errors as store
 from server import errors
 from server.core import EngineFailure
 
+E = TypeVar("E", bound=Exception)
 
-def tree(of: type[Exception]) -> Iterator[type[Exception]]:
+
+def tree(of: type[E]) -> Iterator[type[E]]:
     """A class and all below it."""
     yield of
     for below in of.__subclasses__():
@@ -26,7 +29,7 @@ def test_the_tree_is_drawn() -> None:
             continue
         line = next(line for line in drawn.splitlines() if kind.__name__ in line)
         if "code" in vars(kind):
-            assert line.endswith(str(kind.status))  # type: ignore[attr-defined]
+            assert line.endswith(str(kind.status))
 
 
 def test_the_wire_form() -> None:
@@ -68,8 +71,8 @@ def test_refusals_of_the_store() -> None:
     """Every refusal of the store has its status: 413, 415 and 503 by code, 422 for all others."""
     special = {"artifact_too_large": 413, "artifact_type": 415, "artifact_corrupt": 503}
     for kind in tree(store.ArtifactError):
-        error = errors.ArtifactRefusedError(kind("why", "q_proj"))  # type: ignore[arg-type,call-arg]
-        assert error.code == kind.code  # type: ignore[attr-defined]
+        error = errors.ArtifactRefusedError(kind("why", "q_proj"))
+        assert error.code == kind.code
         assert error.status == special.get(error.code, 422)
         assert (str(error), error.param) == ("why", "q_proj")
 

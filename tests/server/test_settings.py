@@ -67,7 +67,7 @@ def test_open_only_with_a_key(host: str) -> None:
     with pytest.raises(ValidationError, match=r"not loopback.*MANYHATS_ADMIN_KEY"):
         Settings(host=host)
     if host:
-        assert Settings(host=host, admin_key=KEY).host == host  # type: ignore[arg-type]
+        assert Settings(host=host, admin_key=KEY).host == host
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -79,13 +79,13 @@ def test_loopback(host: str) -> None:
 def test_a_short_key_is_refused() -> None:
     """A key that could be guessed is refused, and is not in the message."""
     with pytest.raises(ValidationError, match="shorter than 16") as error:
-        Settings(admin_key="guess-me")  # type: ignore[arg-type]
+        Settings(admin_key="guess-me")
     assert "guess-me" not in str(error.value.errors()[0]["msg"])
 
 
 def test_the_key_is_never_shown() -> None:
     """The settings' text does not show the key."""
-    assert KEY not in repr(Settings(admin_key=KEY))  # type: ignore[arg-type]
+    assert KEY not in repr(Settings(admin_key=KEY))
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,9 @@ def test_the_key_is_never_shown() -> None:
 )
 def test_wrong_values_are_refused(name: str, value: str) -> None:
     """A value that a setting cannot have, or a name that is none, is refused and named."""
+    wrong: dict[str, Any] = {name: value}
     with pytest.raises(ValidationError) as error:
-        Settings(**{name: value})
+        Settings(**wrong)
     assert error.value.errors()[0]["loc"][-1] == name
 
 

@@ -58,9 +58,21 @@ class Site:
     """A server that is up, and a way to ask it."""
 
     app: FastAPI
-    engine: FakeEngineClient
+    client: EngineClient
     data: Path
     http: httpx.AsyncClient
+
+    @property
+    def engine(self) -> FakeEngineClient:
+        """The engine of a test that has a fake one."""
+        assert isinstance(self.client, FakeEngineClient)
+        return self.client
+
+    @property
+    def process(self) -> ProcessEngineClient:
+        """The engine of a test that has a real one."""
+        assert isinstance(self.client, ProcessEngineClient)
+        return self.client
 
     @property
     def state(self) -> ServerState:
@@ -126,7 +138,7 @@ async def open_site(base: Path, data: Path, engine: EngineClient | None = None, 
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
-            yield Site(app, fake, data, http)  # type: ignore[arg-type]
+            yield Site(app, fake, data, http)
 
 
 @asynccontextmanager
@@ -147,7 +159,7 @@ async def serve_site(
                 await asyncio.sleep(0.01)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             async with httpx.AsyncClient(base_url=url, timeout=30) as http:
-                yield Site(app, fake, data, http)  # type: ignore[arg-type]
+                yield Site(app, fake, data, http)
         finally:
             server.should_exit = True
             await running

@@ -58,7 +58,7 @@ class Served:
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     """A server in the place of the network."""
     found = Served()
-    monkeypatch.setattr(pushing.httpx, "request", found.request)
+    monkeypatch.setattr(httpx, "request", found.request)
     return found
 
 

@@ -17,6 +17,7 @@ from server.core import Row, Sampling
 from server.model.runner import RunnerConfig, load
 from tests.training import conftest
 from tests.training.conftest import TEMPLATE, WORDS
+from training.data.batch import label_logits
 from training.data.files import digest_of
 from training.run import trainer
 
@@ -39,7 +40,7 @@ def assert_parity(artifact: Artifact, base: Path) -> None:
     assert artifact.manifest.base.identity == loaded.spec.identity
     patch = compile_patch(artifact, loaded.spec)
     slot, virtual = (
-        loaded.adapter_slots.put(loaded.adapter_slots.pack(patch)),
+        loaded.adapter_slots.insert(loaded.adapter_slots.pack(patch)),
         list(range(-1, -1 - patch.num_virtual, -1)),
     )
     for case in artifact.manifest.parity:
@@ -228,8 +229,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(
     tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN is told with the step and the lines of its batch, and no artifact is written."""
-    real = trainer.label_logits
-    monkeypatch.setattr(trainer, "label_logits", lambda model, batch: real(model, batch) * torch.nan)
+    monkeypatch.setattr(trainer, "label_logits", lambda model, batch: label_logits(model, batch) * torch.nan)
     result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 3))
     assert result.exit_code == 1 and "step 1" in result.output
     assert not (tmp_path / "out").exists()
@@ -265,11 +265,11 @@ def test_what_diverged_leaves_no_checkpoint(
     tiny_base: Path, data: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run whose loss is no number would only fail again: its checkpoint goes with it."""
-    real, calls = trainer.label_logits, list[int]()
+    calls = list[int]()
 
     def third_is_nan(model: Any, batch: Any) -> torch.Tensor:
         calls.append(1)
-        return real(model, batch) * (torch.nan if len(calls) > 2 else 1.0)
+        return label_logits(model, batch) * (torch.nan if len(calls) > 2 else 1.0)
 
     monkeypatch.setattr(trainer, "label_logits", third_is_nan)
     result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 5, "--save-steps", 1))

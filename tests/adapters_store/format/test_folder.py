@@ -22,10 +22,11 @@ from adapters_store.format.manifest import Around, ParityCase, PromptFormat
 from tests.kit.adapters import make_lora
 from tests.kit.forge import digest_of, toy_config, toy_folder, toy_manifest, toy_tensors
 
+ROLES = PromptFormat(
+    begin="<s>", system=Around("S:", "\n"), user=Around("U:", "\n"), assistant=Around("A:", "\n"), generation="A:"
+)
 FULL = {
-    "prompt_format": PromptFormat(
-        begin="<s>", system=Around("S:", "\n"), user=Around("U:", "\n"), assistant=Around("A:", "\n"), generation="A:"
-    ),
+    "prompt_format": ROLES,
     "parity": [ParityCase([1, 2, 3], [(7, 1.5), (8, -2.0)], [7, 7])],
     "training": {"steps": 100, "data": {"rows": 3}},
     "evaluation": {"before": {"exact_match": 0.0}, "after": {"exact_match": 0.9}},
@@ -134,7 +135,8 @@ def test_a_hostile_config_is_refused(tmp_path: Path, text: str, code: str, reaso
     assert (caught.value.code, caught.value.param) == (code, CONFIG)
 
 
-SOUND = {"format_version": 1, "method": "lora", "base": {"name": "toy", "identity": "a" * 64, "weights": "b" * 64}}
+BASE = {"name": "toy", "identity": "a" * 64, "weights": "b" * 64}
+SOUND = {"format_version": 1, "method": "lora", "base": BASE}
 CASE = {"prompt_token_ids": [1], "top": [[1, 0.5]], "continuation": [1]}
 
 
@@ -147,8 +149,8 @@ CASE = {"prompt_token_ids": [1], "top": [[1, 0.5]], "continuation": [1]}
         ({"method": 1}, "method"),
         ({"method": "x" * 201}, "method"),
         ({"template": "{{ x }}"}, "template"),
-        ({"base": {**SOUND["base"], "identity": "A" * 64}}, "base.identity"),  # type: ignore[dict-item]
-        ({"base": {**SOUND["base"], "weights": "../x"}}, "base.weights"),  # type: ignore[dict-item]
+        ({"base": {**BASE, "identity": "A" * 64}}, "base.identity"),
+        ({"base": {**BASE, "weights": "../x"}}, "base.weights"),
         ({"base": {"name": "toy"}}, "identity"),
         ({"prompt_format": {"user": {"before": "U:", "jinja": "x"}}}, "jinja"),
         ({"prompt_format": {"user": "U:"}}, "prompt_format.user"),
@@ -189,7 +191,7 @@ def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
 
 def test_prompt_format_is_plain_text_around_each_role() -> None:
     """Turns render in order, each in its role's text, then the call for an answer; braces are only braces."""
-    rendered = FULL["prompt_format"].render([("system", "{{ 7 * 7 }}"), ("user", "hi"), ("assistant", "yo")])  # type: ignore[attr-defined]
+    rendered = ROLES.render([("system", "{{ 7 * 7 }}"), ("user", "hi"), ("assistant", "yo")])
     assert rendered == "<s>S:{{ 7 * 7 }}\nU:hi\nA:yo\nA:"
 
 

@@ -60,9 +60,9 @@ HOSTILE = {
     "negative size": (raw({"a": entry([-2], 0, 8)}, F32), INVALID, "a has a shape"),
     "size is true": (raw({"a": entry([True, 2], 0, 8)}, F32), INVALID, "a has a shape"),
     "size is a float": (raw({"a": entry([2.0], 0, 8)}, F32), INVALID, "a has a shape"),
-    "shape is a text": (raw({"a": entry("2", 0, 8)}, F32), INVALID, "a has a shape"),  # type: ignore[arg-type]
-    "shape is null": (raw({"a": entry(None, 0, 8)}, F32), INVALID, "a has a shape"),  # type: ignore[arg-type]
-    "shape is an object": (raw({"a": entry({}, 0, 4)}, F32[:4]), INVALID, "a has a shape"),  # type: ignore[arg-type]
+    "shape is a text": (raw({"a": entry("2", 0, 8)}, F32), INVALID, "a has a shape"),
+    "shape is null": (raw({"a": entry(None, 0, 8)}, F32), INVALID, "a has a shape"),
+    "shape is an object": (raw({"a": entry({}, 0, 4)}, F32[:4]), INVALID, "a has a shape"),
     "offsets are null": (raw({"a": {**ONE["a"], "data_offsets": None}}, F32), INVALID, "offsets"),
     "no values but bytes": (raw({"a": entry([0], 0, 8)}, F32), INVALID, "needs 0 bytes"),
     "three offsets": (raw({"a": {**ONE["a"], "data_offsets": [0, 8, 8]}}, F32), INVALID, "offsets"),

@@ -25,6 +25,7 @@ from tests.golden.make_adapterhub import ANSWERS, CASES, HERE, base_digest
 from tests.kit import reference
 from tests.kit.forge import spec_of, toy_artifact, zip_of
 from tests.kit.like_peft import changed
+from tests.kit.patches import all_of
 from tests.kit.tiny import make_tiny_base
 
 GOLDEN = json.loads(ANSWERS.read_text())
@@ -92,7 +93,9 @@ def acting(artifact: Artifact, spec: BaseSpec) -> dict[str, str]:
 def test_a_config_without_peft_type_is_known_by_its_form(spec: BaseSpec) -> None:
     """AdapterHub's config is recognised; a peft_type, or no config in the config, and it is not AdapterHub's."""
     assert method_of(golden()).name == compile_patch(golden(), spec).method == "bottleneck"
-    for config in ({**golden().config, "peft_type": "NOPE"}, {**golden().config, "config": None}, {"config": {}}):
+    own: dict[str, Any] = golden().config
+    wrong: list[dict[str, Any]] = [{**own, "peft_type": "NOPE"}, {**own, "config": None}, {"config": {}}]
+    for config in wrong:
         with pytest.raises(ArtifactError, match="peft_type"):
             method_of(toy_artifact(config))
 
@@ -112,7 +115,7 @@ def test_who_saved_from_a_model_without_a_head_is_understood(spec: BaseSpec) -> 
     """LlamaModel names its tensors without the first word."""
     short = {name.removeprefix("model."): tensor for name, tensor in golden().tensors.items()}
     headless = dataclasses.replace(golden(), tensors=short)
-    whole, same = compile_patch(golden(), spec).primitives, compile_patch(headless, spec).primitives
+    whole, same = (all_of(Bottleneck, compile_patch(artifact, spec)) for artifact in (golden(), headless))
     assert [p.site for p in whole] == [p.site for p in same]
     mixed = {**golden().tensors, "layers.0.mlp_adapters.adapters.hat.adapter_up.bias": torch.ones(64)}
     with pytest.raises(ArtifactError, match=r"layers\.0\.mlp_adapters.* is extra"):

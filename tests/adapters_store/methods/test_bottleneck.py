@@ -23,6 +23,7 @@ from tests.kit.families import FAMILIES
 from tests.kit.families.bottleneck import adapted, make_bottleneck
 from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, changed
+from tests.kit.patches import all_of
 
 MLP = "base_model.model.model.layers.0.mlp.bottleneck_"
 ATTENTION = "base_model.model.model.layers.1.self_attn.bottleneck_"
@@ -36,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def assert_answers_as_adapted(base: Path, folder: Path) -> tuple[Bottleneck, ...]:
+def assert_answers_as_adapted(base: Path, folder: Path) -> list[Bottleneck]:
     """The patch gives the adapted model's logits within 1e-4, and logits other than the base's by more than 0.1."""
     patch = compile_patch(read_folder(folder), spec_of(base))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -45,7 +46,7 @@ def assert_answers_as_adapted(base: Path, folder: Path) -> tuple[Bottleneck, ...
         theirs = adapted(base, folder)(torch.tensor([TOKENS])).logits[0]
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours - plain).abs().max() > 0.1
-    return patch.primitives  # type: ignore[return-value]
+    return all_of(Bottleneck, patch)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -103,18 +104,17 @@ def test_every_seed_of_the_kit_changes_the_base(tmp_path: Path, tiny_base: Path,
 def sound(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Artifact:
     """A Houlsby artifact with every tensor that there can be."""
     folder = tmp_path_factory.mktemp("bottleneck") / "hat"
-    options = {"bottleneck_size": SIZE, "scaling": "channel", "ln_before": True, "ln_after": True}
+    options: dict[str, Any] = {"bottleneck_size": SIZE, "scaling": "channel", "ln_before": True, "ln_after": True}
     return read_folder(make_bottleneck(folder, tiny_base, 0, "houlsby", **options))
 
 
 def test_half_precision_is_folded_in_fp32(sound: Artifact, spec: BaseSpec) -> None:
     """Tensors in 16 bits become fp32 before the scale is folded into the up-projection, once."""
-    halves: dict[str, Tensor | None] = {name: tensor.bfloat16() for name, tensor in sound.tensors.items()}
-    first = next(
-        p for p in compile_patch(changed(sound, {}, halves), spec).primitives if p.site == "model.layers.0.mlp"
-    )
-    up, bias, scale = (halves[MLP + end].float() for end in ("up.weight", "up.bias", "scaling"))  # type: ignore[union-attr]
-    assert isinstance(first, Bottleneck) and first.up.dtype == first.down.dtype == torch.float32
+    halves = {name: tensor.bfloat16() for name, tensor in sound.tensors.items()}
+    made = all_of(Bottleneck, compile_patch(changed(sound, {}, halves), spec))
+    first = next(p for p in made if p.site == "model.layers.0.mlp")
+    up, bias, scale = (halves[MLP + end].float() for end in ("up.weight", "up.bias", "scaling"))
+    assert first.up.dtype == first.down.dtype == torch.float32
     assert torch.equal(first.up, up * scale[:, None])
     assert first.up_bias is not None and torch.equal(first.up_bias, bias * scale)
 

@@ -27,8 +27,10 @@ from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.lora import IGNORED_KEYS, SERVED_VALUES, LoraConfig
 from adapters_store.methods.shared import config
 from adapters_store.methods.shared.targets import Targets, by_pattern, named_sites
+from adapters_store.primitives import LowRank
 from tests.kit.adapters import make_lora
 from tests.kit.forge import SITE, a_name, spec_of, toy_artifact, toy_config, toy_spec, toy_tensors
+from tests.kit.patches import all_of
 from tests.kit.tiny import make_tiny_base
 
 CASES: dict[str, dict[str, Any]] = {
@@ -68,9 +70,10 @@ def peft_deltas(base: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_equals_peft(base: Path, folder: Path, is_transposed: bool = False) -> None:
     """The patch adds what PEFT adds, at the same sites."""
-    patch, deltas = compile_patch(read_folder(folder), spec_of(base)), peft_deltas(base, folder)
-    assert {primitive.site for primitive in patch.primitives} == deltas.keys()
-    for primitive in patch.primitives:
+    deltas = peft_deltas(base, folder)
+    primitives = all_of(LowRank, compile_patch(read_folder(folder), spec_of(base)))
+    assert {primitive.site for primitive in primitives} == deltas.keys()
+    for primitive in primitives:
         ours = primitive.b @ primitive.a
         torch.testing.assert_close(ours.T if is_transposed else ours, deltas[primitive.site], rtol=1e-5, atol=1e-6)
 
@@ -91,7 +94,7 @@ def test_lora_on_conv1d_adds_what_peft_adds(tmp_path: Path) -> None:
 def test_half_precision_is_folded_in_fp32() -> None:
     """Tensors in 16 bits become fp32 before the scale is folded in."""
     halves = {name: tensor.bfloat16() for name, tensor in toy_tensors().items()}
-    (first, *_) = compile_patch(toy_artifact(toy_config(lora_alpha=3), halves), toy_spec()).primitives
+    (first, *_) = all_of(LowRank, compile_patch(toy_artifact(toy_config(lora_alpha=3), halves), toy_spec()))
     assert first.a.dtype == first.b.dtype == torch.float32
     assert torch.equal(first.b, halves[f"base_model.model.{first.site}.lora_B.weight"].float() * 1.5)
 
@@ -203,7 +206,7 @@ def test_a_value_of_the_wrong_kind_or_size_is_refused(changes: dict[str, Any], r
 
 
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
-TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None, str]] = {
     "A is missing": ({}, {a_name(): None}, a_name(), "is missing"),
     "B is missing": ({}, {a_name(matrix="B"): None}, a_name(matrix="B"), "is missing"),
     "a site is missing": ({}, {a_name(): None, a_name(matrix="B"): None}, a_name(), "is missing: target_modules names"),
@@ -215,14 +218,14 @@ TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "another rank by a pattern": ({"rank_pattern": {"k_proj": 3}}, {}, a_name(0, "k_proj"), r"need \[3, 8\]"),
     "no such layer": ({}, {a_name(7): torch.ones(2, 8)}, a_name(7), "no site in toy"),
     "a tensor of the base": ({}, {"model.norm.weight": torch.ones(8)}, "model.norm.weight", "no site in toy"),
-    "no prefix": ({}, {a_name().removeprefix("base_model."): torch.ones(2, 8)}, None, "no site in toy"),  # type: ignore[dict-item]
+    "no prefix": ({}, {a_name().removeprefix("base_model."): torch.ones(2, 8)}, None, "no site in toy"),
     "DoRA's magnitude": (
         {},
         {a_name().replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)},
         None,
         "no site",
-    ),  # type: ignore[dict-item]
-    "B's bias": ({}, {a_name(matrix="B").replace("weight", "bias"): torch.ones(8)}, None, "no site in toy"),  # type: ignore[dict-item]
+    ),
+    "B's bias": ({}, {a_name(matrix="B").replace("weight", "bias"): torch.ones(8)}, None, "no site in toy"),
     "no such embedding": ({}, {EMBEDDING: torch.ones(2, 16)}, EMBEDDING, "no site in toy"),
     "a site of no target": ({"target_modules": ["q_proj"]}, {}, a_name(0, "k_proj"), "is extra"),
     "a layer of no target": ({"layers_to_transform": [1]}, {}, a_name(0, "k_proj"), "is extra"),
@@ -240,8 +243,9 @@ def test_config_tensors_and_base_must_agree(
     """A tensor without its site, a site without its tensor, a wrong shape or rank: refused by the tensor's name."""
     with pytest.raises(ArtifactError, match=reason) as caught:
         compile_patch(toy_artifact(toy_config(**changes), toy_tensors(**tensors)), toy_spec())
-    assert caught.value.param in (name or next(iter(tensors)))
-    assert caught.value.param in str(caught.value)
+    param = caught.value.param
+    assert param is not None and param in (name or next(iter(tensors)))
+    assert param in str(caught.value)
 
 
 def test_an_artifact_without_tensors_is_refused() -> None:
@@ -252,7 +256,7 @@ def test_an_artifact_without_tensors_is_refused() -> None:
 
 def test_a_scale_that_overflows_is_refused() -> None:
     """Finite tensors whose scaled product is not are refused by name."""
-    tensors = toy_tensors(**{a_name(matrix="B"): torch.full((8, 2), 1e38)})
+    tensors = toy_tensors(0, **{a_name(matrix="B"): torch.full((8, 2), 1e38)})
     with pytest.raises(ArtifactError, match=r"q_proj\.lora_B\.weight overflows where it is compiled"):
         compile_patch(toy_artifact(toy_config(lora_alpha=10_000), tensors), toy_spec())
 
@@ -313,5 +317,5 @@ def test_targets_are_selected_as_in_peft(
 def test_a_pattern_for_layers_is_never_run() -> None:
     """An expression in layers_pattern is data: then the tensors alone say where they act."""
     config = toy_config(layers_to_transform=[0], layers_pattern=["(a+)+$"])
-    sites = {primitive.site for primitive in compile_patch(toy_artifact(config), toy_spec()).primitives}
+    sites = {primitive.site for primitive in all_of(LowRank, compile_patch(toy_artifact(config), toy_spec()))}
     assert SITE.format(1, "q_proj") in sites

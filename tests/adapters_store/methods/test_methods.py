@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import Mock
 
 import peft
@@ -85,7 +86,7 @@ def converts_to_lora(peft_type: str) -> bool:
     )
 
 
-def all_subclasses(kind: type) -> Iterator[type]:
+def all_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     """All classes that derive from one."""
     for derived in kind.__subclasses__():
         yield derived

@@ -96,7 +96,9 @@ def test_a_row_is_layer_then_key_and_value_then_head(name: str) -> None:
 
 def test_halves_become_whole() -> None:
     """Numbers in 16 bits become fp32."""
-    (kv,) = compile_patch(prefix(**{EMBEDDINGS: torch.ones(T, WIDTH, dtype=torch.bfloat16)}), kv_spec()).primitives
+    (kv,) = compile_patch(
+        prefix("prefix", None, **{EMBEDDINGS: torch.ones(T, WIDTH, dtype=torch.bfloat16)}), kv_spec()
+    ).primitives
     assert isinstance(kv, PrefixKV) and kv.keys[0].dtype == kv.values[0].dtype == torch.float32
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from adapters_store.base.spec import LinearSite, NormSite
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
@@ -19,6 +20,7 @@ from tests.kit import reference
 from tests.kit.families.selective import make_bitfit, make_selective, make_selective_layer, trained
 from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS
+from tests.kit.patches import all_of
 
 TinyOf = Callable[[str], Path]
 PREFIX = "base_model.model."
@@ -90,9 +92,9 @@ def test_bitfit_is_biases_alone(tiny_of: TinyOf, tmp_path: Path, kind: str) -> N
     """All biases compile to one `Bias` each, those of norms too."""
     patch = compiled(tiny_of(kind), make_bitfit(tmp_path / "hat", tiny_of(kind), 0))
     spec = spec_of(tiny_of(kind))
-    biased = [site for site, module in {**spec.linears, **spec.norms}.items() if module.has_bias]
-    assert all(isinstance(primitive, Bias) for primitive in patch.primitives)
-    assert [primitive.site for primitive in patch.primitives] == biased
+    sites: dict[str, LinearSite | NormSite] = {**spec.linears, **spec.norms}
+    biased = [site for site, module in sites.items() if module.has_bias]
+    assert [primitive.site for primitive in all_of(Bias, patch)] == biased
 
 
 def test_one_primitive_of_a_kind_a_site(tiny_of: TinyOf, tmp_path: Path) -> None:

@@ -30,8 +30,16 @@ def tenants(registry: Registry) -> Tenants:
 
 
 def upload(registry: Registry, tenant: str, digest: str, num_bytes: int = 10, task: str = "t") -> None:
-    sizes = dict.fromkeys(("num_parameters", "num_items", "num_matrix_items", "num_virtual"), 1)
-    registry.add_version(tenant, task, Facts(digest=digest, method="lora", num_bytes=num_bytes, **sizes))
+    facts = Facts(
+        digest=digest,
+        method="lora",
+        num_parameters=1,
+        num_items=1,
+        num_matrix_items=1,
+        num_virtual=1,
+        num_bytes=num_bytes,
+    )
+    registry.add_version(tenant, task, facts)
 
 
 def actions(tenants: Tenants, tenant: str | None = None) -> list[str]:
@@ -84,7 +92,8 @@ def test_a_key_is_known_by_its_hash(tenants: Tenants, tmp_path: Path) -> None:
     assert parts is not None and parts[0] == key.id and len(parts[1]) == 43
     known = tenants.known(key.id)
     assert known is not None and known.fits(parts[1]) and not known.fits("x" * 43)
-    assert (known.tenant, known.scopes, known.limits) == ("acme", {"deploy", "generate"}, TenantLimits(max_running=3))
+    scopes = frozenset({"deploy", "generate"})
+    assert (known.tenant, known.scopes, known.limits) == ("acme", scopes, TenantLimits(max_running=3))
     files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert hash_of(parts[1]).encode() in files and parts[1].encode() not in files
 

@@ -98,7 +98,7 @@ def test_a_full_disk_keeps_nothing(blobs: Blobs, monkeypatch: pytest.MonkeyPatch
     with blobs.staging() as area:
         folder = toy_folder(area / "hat")
         digest = digest_of(folder)
-        monkeypatch.setattr(*((os, "fsync") if fails == "fsync" else (Path, "rename")), full)
+        monkeypatch.setattr(os if fails == "fsync" else Path, fails, full)
         with pytest.raises(OSError, match="No space"):
             blobs.put(folder, digest)
         monkeypatch.undo()

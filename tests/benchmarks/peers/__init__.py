@@ -40,9 +40,20 @@ class Session(Protocol):
 class Peer(Protocol):
     """A way to serve the workloads."""
 
-    title: str
-    workloads: tuple[str, ...]  # of every round
-    once: tuple[str, ...]  # of the first round alone: no figure to reach is made of them
+    @property
+    def title(self) -> str:
+        """How tables and plots call it."""
+        ...
+
+    @property
+    def workloads(self) -> tuple[str, ...]:
+        """Of every round."""
+        ...
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        """Of the first round alone: no figure to reach is made of them."""
+        ...
 
     def missing(self) -> str | None:
         """Why it cannot run here, in a word, or None."""

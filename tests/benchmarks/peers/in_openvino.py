@@ -28,7 +28,8 @@ class Model:
     """The base, with room for all adapters or without any, loaded when it is asked for; one of the two at a time."""
 
     def __init__(self, job: Item) -> None:
-        self.job, self.has_room, self.pipe = job, False, None
+        self.job, self.has_room = job, False
+        self.pipe: Any = None  # of OpenVINO, which is not here to be checked
         self.adapters = [genai.Adapter(one["file"]) for one in job["adapters"]]
 
     def get(self, has_room: bool) -> Any:
@@ -66,7 +67,8 @@ def tensor(request: Item) -> Any:
 
 def stepped(model: Model, requests: list[Item], num: int, began: float, on_done: Callable[[int], None]) -> list[Item]:
     """Closed loop: `num` at once, all with what is put on now. -> timings as the bench has them."""
-    pipe, waiting, running, timings = model.get(model.has_room), iter(enumerate(requests)), {}, []
+    pipe, waiting, timings = model.get(model.has_room), iter(enumerate(requests)), list[Item]()
+    running = dict[int, tuple[Item, float, Any, list[tuple[float, int]]]]()
 
     def admit() -> None:
         for place, request in waiting:

@@ -53,7 +53,8 @@ class Manyhats:
     """The peer that all others are held against."""
 
     title = "manyhats"
-    workloads, once = ("W1", "W3", "W3-uniform", "W4", "W5", "W6", *(f"W7-{load}" for load in LOADS)), ("W2",)
+    workloads: tuple[str, ...] = ("W1", "W3", "W3-uniform", "W4", "W5", "W6", *(f"W7-{load}" for load in LOADS))
+    once: tuple[str, ...] = ("W2",)
     name, environment = ME, dict[str, str]()
 
     def missing(self) -> str | None:
@@ -64,8 +65,10 @@ class Manyhats:
     def start(self, setup: Setup) -> Iterator[ManyhatsSession]:
         """Serve from an empty data directory, upload every adapter, and warm up."""
         data = setup.scratch / "data"
-        flags = {"precision": setup.precision, "num_threads": setup.num_threads}
-        with patch.dict(os.environ, self.environment), serve(setup.base, data, **flags) as server:
+        with (
+            patch.dict(os.environ, self.environment),
+            serve(setup.base, data, precision=setup.precision, num_threads=setup.num_threads) as server,
+        ):
             yield ManyhatsSession(server, setup, self.name)
 
 
@@ -82,7 +85,8 @@ class ManyhatsSession:
 
     def __init__(self, server: Server, setup: Setup, name: str = ME) -> None:
         self.server, self.setup, self.name = server, setup, name
-        self.num_uploaded, self.capacity = 0, None
+        self.num_uploaded = 0
+        self.capacity: float | None = None
         base_bytes = weight_bytes(setup.base, setup.precision)
         self.facts = {"start_to_ready_s": server.startup_seconds, "base_weights_mib": base_bytes / MIB}
         self._note_memory("at_start")
@@ -102,7 +106,7 @@ class ManyhatsSession:
         if workload.name == CAPACITY_OF:
             self.capacity = len(requests) / seconds
         counted = {name: value - before[name] for name, value in self._counters().items()}
-        memory = self.server.process_memory()["pss"] / MIB
+        memory = self.server.memory()["pss"] / MIB
         return Run(self.name, workload.name, seconds, timings, memory, counted, offered)
 
     def _capacity(self) -> float:
@@ -141,12 +145,12 @@ class ManyhatsSession:
         ask_all(self.server.url, [Prompted(None, [1] * 64, 16)] * NUM_WARM_UP, NUM_WARM_UP, task_of, lambda: None)
         grown = []
         for adapters in ([None] * len(numbers), numbers):
-            before = self.server.process_memory()["pss"]
+            before = self.server.memory()["pss"]
             requests = [Prompted(adapter, [2, number, 3], 1) for number, adapter in enumerate(adapters)]
             ask_all(self.server.url, requests, 1, task_of, lambda: None)
-            grown.append(self.server.process_memory()["pss"] - before)
+            grown.append(self.server.memory()["pss"] - before)
         self.facts["memory_per_adapter_mib"] = (grown[1] - grown[0]) / len(numbers) / MIB
 
     def _note_memory(self, when: str) -> None:
-        for kind, num_bytes in self.server.process_memory().items():
+        for kind, num_bytes in self.server.memory().items():
             self.facts[f"{kind}_{when}_mib"] = num_bytes / MIB

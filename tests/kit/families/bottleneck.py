@@ -72,7 +72,8 @@ def _fill(shape: tuple[int, ...], strength: float, end: str, generator: torch.Ge
     """Matrices keep the size of what they are fed; norms and scales lie around `strength`, biases around 0."""
     noise = torch.randn(shape, generator=generator)
     if len(shape) > 1:
-        return 2 * strength * noise / shape[-1] ** 0.5
+        root: float = shape[-1] ** 0.5
+        return 2 * strength * noise / root
     return (0.0 if end.endswith("bias") else strength) + 0.2 * strength * noise
 
 
@@ -110,4 +111,4 @@ def _wrap(module: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Te
         y = y + bottleneck(y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward

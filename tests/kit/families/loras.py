@@ -34,9 +34,11 @@ def fill(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     """Branches of `STRENGTH`, singular values about 1, and all else changed by `STRENGTH` of its size."""
     noise = torch.randn(value.shape, generator=generator)
     if ".lora_A" in name:
-        return noise / value.shape[1] ** 0.5
+        fan_in: float = value.shape[1] ** 0.5
+        return noise / fan_in
     if ".lora_B" in name and value.dim() > 1:
-        return STRENGTH * noise / max(value.shape[1], 1) ** 0.5
+        rank: float = max(value.shape[1], 1) ** 0.5
+        return STRENGTH * noise / rank
     if ".lora_E" in name:
         return 1 + STRENGTH * noise
     if value.dim() == 1 and name.endswith("weight"):  # of a norm, whose small weights stay small

@@ -96,5 +96,5 @@ def around_one(_name: str, value: Tensor, generator: torch.Generator) -> Tensor:
 
 def spread_loha(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     """Factors whose product of elements has rows of length 1, as one product is of scale 1."""
-    last = 1 if "hada_w2_b" in name else value.shape[-1]
-    return torch.randn(value.shape, generator=generator) / last**0.5
+    root: float = (1 if "hada_w2_b" in name else value.shape[-1]) ** 0.5
+    return torch.randn(value.shape, generator=generator) / root

@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tests.kit.families.prompts import make_multitask
 from tests.server.world import SAFETENSORS, ZIP, Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 
 
 async def test_upload(site: Site, zips: list[bytes], loras: list[Path]) -> None:
@@ -144,7 +144,7 @@ def config(**values: Any) -> Change:
 
 def member(name: str, data: bytes) -> Change:
     """Add a file to a folder."""
-    return lambda folder: (folder / name).write_bytes(data) and None
+    return lambda folder: (folder / name).write_bytes(data)
 
 
 def other_base(folder: Path) -> None:
@@ -263,11 +263,12 @@ async def test_an_adapter_that_no_slot_holds(
 ) -> None:
     """An adapter that is larger than all slots together is 413 and says both sizes."""
     async with open_site(tiny_base, tmp_path / "data") as site:
-        site.engine.ready.max_adapter_bytes = 1000  # type: ignore[union-attr]
+        ready = site.state.ready()
+        ready.max_adapter_bytes = 1000
         answer = await site.upload("a", zip_folder(loras[0]))
         assert (answer.status_code, error_of(answer)["code"]) == (413, "artifact_too_large")
         assert "1000" in error_of(answer)["message"] and site.stored() == set()
-        site.engine.ready.max_adapter_bytes = 2**20  # type: ignore[union-attr]
+        ready.max_adapter_bytes = 2**20
 
 
 async def test_what_is_compiled_counts_on_the_device(
@@ -335,7 +336,7 @@ async def test_no_task(site: Site, zips: list[bytes]) -> None:
 async def test_over_the_cap(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]) -> None:
     """An upload over the cap is 413, with a length or without one, and nothing is kept."""
 
-    async def parts():  # type: ignore[no-untyped-def]
+    async def parts() -> AsyncIterator[bytes]:
         for at in range(0, len(zips[0]), 1000):
             yield zips[0][at : at + 1000]
 
@@ -420,10 +421,11 @@ async def test_without_an_engine(site: Site, zips: list[bytes]) -> None:
 
 async def test_whoever_leaves_after_the_body(site: Site, zips: list[bytes]) -> None:
     """A client that leaves once its body is here: the adapter is kept whole, and the staging area is empty."""
-    messages = iter([{"type": "http.request", "body": zips[0], "more_body": False}, {"type": "http.disconnect"}])
+    gone: dict[str, Any] = {"type": "http.disconnect"}
+    messages = iter([{"type": "http.request", "body": zips[0], "more_body": False}, gone])
 
     async def receive() -> dict[str, Any]:
-        return next(messages, {"type": "http.disconnect"})
+        return next(messages, gone)
 
     async def send(_message: Any) -> None:
         pass

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from server.core import AdapterRef, Sampling
 from server.engine.fake import shift_of
+from server.engine.messages import Output, Submit
 from tests.kit.tiny import EOS, VOCAB_SIZE
 from tests.server.world import MAX_TOKENS, Site
 
@@ -51,7 +53,7 @@ async def test_defaults(shared: Site) -> None:
 
 async def test_every_sampling_field_reaches_the_engine(shared: Site) -> None:
     """Each sampling field of a request is the engine's, unchanged."""
-    given = {
+    given: dict[str, Any] = {
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 40,
@@ -66,7 +68,7 @@ async def test_every_sampling_field_reaches_the_engine(shared: Site) -> None:
     }
     await shared.ask(prompt="a", logit_bias={"5": 1.5, "258": -100}, timeout_s=9, **given)
     submit = shared.engine.submitted[-1]
-    assert submit.sampling == Sampling(**given, logit_bias={5: 1.5, 258: -100.0})  # type: ignore[arg-type]
+    assert submit.sampling == Sampling(**given, logit_bias={5: 1.5, 258: -100.0})
     assert submit.deadline - submit.arrived == pytest.approx(9)
 
 
@@ -190,7 +192,7 @@ async def test_cached_tokens_are_summed_over_prompts(shared: Site, monkeypatch: 
     outputs = shared.engine._outputs
     found = iter([0, 32, 64, 48])
 
-    def cached(submit):  # type: ignore[no-untyped-def]
+    def cached(submit: Submit) -> list[Output]:
         number = next(found)
         made = outputs(submit)
         for output in made:
@@ -208,6 +210,6 @@ async def test_request_id(shared: Site) -> None:
     headers = {"X-Request-Id": "My-Id_1.2"}
     answer = await shared.http.post("/generate?task=base", json={"prompt": "a"}, headers=headers)
     assert answer.headers["x-request-id"] == answer.json()["id"] == "My-Id_1.2"
-    for bad in ("", "a b", "x" * 65, "é".encode(), "a\tb"):
-        answer = await shared.http.get("/tasks", headers={"X-Request-Id": bad})  # type: ignore[dict-item]
+    for bad in ("", "a b", "x" * 65, "é", "a\tb"):
+        answer = await shared.http.get("/tasks", headers={b"X-Request-Id": bad.encode()})
         assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"]), bad

@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from server.core import EngineFailure
+from server.engine.messages import Output, Submit
 from tests.kit.tiny import EOS
 from tests.server.world import MAX_TOKENS, Site, error_of, sent, serve_site
 
@@ -190,7 +191,7 @@ async def test_chat_logprobs(client: AsyncOpenAI) -> None:
     adapter = RENDERED.encode().index("🎩".encode())
     assert logprobs.content[adapter].bytes is None
     assert len(logprobs.content) == len(RENDERED.encode()) + 1
-    streamed = []
+    streamed = list[object]()
     async for chunk in await client.chat.completions.create(**body, stream=True):
         found = chunk.choices[0].logprobs
         streamed += (found and found.content) or []
@@ -219,23 +220,22 @@ async def test_errors_have_their_classes(client: AsyncOpenAI, server: Site) -> N
     assert overload.value.status_code == 503 and overload.value.response.headers["retry-after"] == "1"
 
 
-async def test_an_error_in_a_stream_is_raised(client: AsyncOpenAI, server: Site) -> None:
+async def test_an_error_in_a_stream_is_raised(
+    client: AsyncOpenAI, server: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An error after the first chunk is raised by the client as an APIError with our message."""
     outputs = server.engine._outputs
 
-    def broken(submit):  # type: ignore[no-untyped-def]
+    def broken(submit: Submit) -> list[Output]:
         made = outputs(submit)
         made[2].failure = EngineFailure("engine_restarting", "the engine died")
         return made
 
-    server.engine._outputs = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(server.engine, "_outputs", broken)
     texts = []
-    try:
-        with pytest.raises(openai.APIError, match="the engine died"):
-            async for chunk in await client.completions.create(model="base", prompt="abcdef", stream=True):
-                texts += [chunk.choices[0].text]
-    finally:
-        server.engine._outputs = outputs  # type: ignore[method-assign]
+    with pytest.raises(openai.APIError, match="the engine died"):
+        async for chunk in await client.completions.create(model="base", prompt="abcdef", stream=True):
+            texts += [chunk.choices[0].text]
     assert texts == ["a", "b"]
 
 

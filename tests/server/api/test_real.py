@@ -56,8 +56,8 @@ async def test_hats_alone_and_together(real: Site) -> None:
     A task's residency is a slot once it has answered.
     """
     tasks = ["base", "t0", "t1", "t2"]
-    seeded = {"temperature": 0.8, "seed": 11}
-    for body in ({}, seeded):
+    bodies: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 11}]
+    for body in bodies:
         alone = {task: await tokens(real, task, **body) for task in tasks}
         assert len({tuple(ids) for ids in alone.values()}) == 4
         together = await asyncio.gather(*(tokens(real, task, **body) for task in tasks * 3))
@@ -165,11 +165,11 @@ EXTREMES: list[dict[str, Any]] = [
 async def test_extreme_sampling_hurts_nobody(real: Site) -> None:
     """Every value of a sampling field that is taken is answered, and the neighbours' tokens are what they were."""
     before = await tokens(real, "t1")
-    starts = real.state.client.num_starts  # type: ignore[attr-defined]
+    starts = real.process.num_starts
     for body in EXTREMES:
         got, neighbour = await asyncio.gather(tokens(real, "t0", max_tokens=5, **body), tokens(real, "t1"))
         assert len(got) == 5 and neighbour == before, body
-    assert real.state.client.num_starts == starts  # type: ignore[attr-defined]
+    assert real.process.num_starts == starts
 
 
 async def test_logprobs_are_numbers(real: Site) -> None:
@@ -307,7 +307,8 @@ async def test_the_engine_is_killed(real: Site) -> None:
     stream = asyncio.create_task(real.post("/generate?task=t1", {**body, "stream": True}))
     await until(lambda: real.state.client.stats.num_running == 2)
     await asyncio.sleep(0.05)
-    pid = real.state.client.pid  # type: ignore[attr-defined]
+    pid = real.process.pid
+    assert pid is not None
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
     answer, events = await asyncio.gather(plain, stream)
@@ -322,4 +323,4 @@ async def test_the_engine_is_killed(real: Site) -> None:
     await until(lambda: real.state.client.ready is not None, 60)
     assert (await real.http.get("/health/ready")).status_code == 200
     assert [await tokens(real, task) for task in ("base", "t0", "t1")] == before
-    assert real.state.client.pid != pid  # type: ignore[attr-defined]
+    assert real.process.pid != pid

@@ -39,8 +39,9 @@ async def tokens(site: Site, task: str) -> list[int]:
 
 async def die(site: Site) -> None:
     """Kill the engine and wait for the next one, which has loaded nothing."""
-    client = site.state.client
-    os.kill(client.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    client = site.process
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
     await until(lambda: client.ready is None)
     await until(lambda: client.ready is not None, seconds=120)
 
@@ -98,11 +99,12 @@ async def test_a_store_of_another_registry(
 
 async def test_a_store_that_cannot_be(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
     """A store or registry that cannot be used ends the start with a sentence."""
-    for wrong, said in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"store": "nonsense://x"}, "nonsense"),
         ({"registry": "mysql://x/y"}, "not in mysql"),
         ({"registry": "postgresql://manyhats@127.0.0.1:1/x"}, "cannot be reached"),
-    ):
+    ]
+    for wrong, said in refused:
         with pytest.raises(Exception, match=said):
             async with open_site(tiny_base, tmp_path / "data", **wrong):
                 pass

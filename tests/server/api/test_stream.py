@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from server.api.sse import EventStream
 from server.core import EngineFailure
 from server.engine.fake import FakeEngineClient
+from server.engine.messages import Output, Submit
 from tests.server.world import ZIP, Site, error_of, ready_of, sent, serve_site, until
 
 pytestmark = pytest.mark.anyio
@@ -94,10 +95,10 @@ async def test_choices_in_one_stream(shared: Site) -> None:
 async def test_a_slow_reader_misses_nothing(shared: Site) -> None:
     """Tokens that come faster than they are read are all delivered, however many choices end meanwhile."""
     got, body = [], json.dumps({"prompt": ["abcdef", "x"], "stream": True}).encode()
-    requests = iter([{"type": "http.request", "body": body, "more_body": False}])
+    requests: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
-        return next(requests, None) or await asyncio.Future()
+        return requests.pop() if requests else await asyncio.Future()
 
     async def send(message: Any) -> None:
         await asyncio.sleep(0.01)
@@ -144,7 +145,9 @@ async def test_failure_before_the_first_token(site: Site, code: str, status: int
     assert ("retry-after" in answer.headers) == (status == 503)
 
 
-async def test_failure_after_the_first_token(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+async def test_failure_after_the_first_token(
+    site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After the first byte an error is an event `error` with the error object, and the stream ends without [DONE].
 
     The request's line in the log has the error's code.
@@ -152,12 +155,12 @@ async def test_failure_after_the_first_token(site: Site, caplog: pytest.LogCaptu
     caplog.set_level(logging.INFO)
     outputs = site.engine._outputs
 
-    def broken(submit):  # type: ignore[no-untyped-def]
+    def broken(submit: Submit) -> list[Output]:
         made = outputs(submit)
         made[2].failure = EngineFailure("engine_restarting", "the engine died")
         return made
 
-    site.engine._outputs = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(site.engine, "_outputs", broken)
     answer = await site.post("/generate?task=base", {"prompt": "abcdef", "stream": True})
     assert answer.status_code == 200
     *events, (kind, data) = sent(answer.text)
@@ -167,7 +170,7 @@ async def test_failure_after_the_first_token(site: Site, caplog: pytest.LogCaptu
     assert (error["code"], error["type"]) == ("engine_restarting", "server_error")
     assert error["request_id"] == answer.headers["x-request-id"]
     (line,) = (record for record in caplog.records if record.name == "server.api.middleware")
-    assert (line.status, line.error) == (200, "engine_restarting")  # type: ignore[attr-defined]
+    assert (vars(line)["status"], vars(line)["error"]) == (200, "engine_restarting")
 
 
 async def test_our_bug_after_the_first_token(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,18 +190,18 @@ async def test_our_bug_after_the_first_token(site: Site, monkeypatch: pytest.Mon
     assert "secret" not in answer.text
 
 
-async def test_one_failing_choice_ends_the_request(site: Site) -> None:
+async def test_one_failing_choice_ends_the_request(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one of several choices fails, the request fails, and the others are aborted."""
     site.engine.delay_s = 0.005
     outputs = site.engine._outputs
 
-    def broken(submit):  # type: ignore[no-untyped-def]
+    def broken(submit: Submit) -> list[Output]:
         made = outputs(submit)
         if submit.prompt == [*b"bad"]:
             made[1].failure = EngineFailure("nonfinite_logits", "the logits are not finite")
         return made
 
-    site.engine._outputs = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(site.engine, "_outputs", broken)
     answer = await site.post("/generate?task=base", {"prompt": ["bad", "good" * 20, "good" * 20]})
     assert (answer.status_code, error_of(answer)["code"]) == (500, "nonfinite_logits")
     assert len(site.engine.aborted) == 2
@@ -256,7 +259,7 @@ async def test_events_are_closed_though_never_sent() -> None:
     """Where the client has left before the first byte, the events are closed all the same."""
     closed = asyncio.Event()
 
-    async def events():  # type: ignore[no-untyped-def]
+    async def events() -> AsyncGenerator[dict[str, int]]:
         try:
             yield {"number": 1}
             yield {"number": 2}
@@ -354,7 +357,7 @@ async def test_a_body_that_stops_coming(anyio_backend: str, tiny_base: Path, tmp
 
 async def test_a_body_over_its_cap_is_answered(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
     """A client that still sends reads 413, not a broken connection."""
-    caps = {"max_body_bytes": 1000, "max_upload_bytes": 1000}
+    caps: dict[str, Any] = {"max_body_bytes": 1000, "max_upload_bytes": 1000}
     async with serve_site(tiny_base, tmp_path, **caps) as site:
         for path in ("/generate?task=base", "/adapters?task=a"):
             answer = await site.http.post(path, content=b" " * 2**24, headers={"Content-Type": ZIP})

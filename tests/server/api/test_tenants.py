@@ -457,14 +457,14 @@ async def test_every_change_is_in_the_log(city: City, zips: list[bytes]) -> None
     for body in zips[:2]:
         assert (await city.admin("POST", "/adapters?task=t", body, tenant="a")).status_code == 201
     for number, (verb, path) in enumerate(one for one in CHANGES if one in there):
-        action, body = CHANGES[verb, path]
+        action, sent = CHANGES[verb, path]
         key_id = (await city.admin("GET", "/tenants/a/keys")).json()["keys"][0]["id"]
         named = (
             path.replace("{tenant}", "a").replace("{key_id}", key_id).replace("{task}", "t").replace("{number}", "1")
         )
-        named, body = ("/adapters?task=t", zips[2]) if path == "/adapters" else (named, body)
+        named, sent = ("/adapters?task=t", zips[2]) if path == "/adapters" else (named, sent)
         headers = {"X-Tenant": "a", "X-Request-Id": f"change-{number}"}
-        answer = await city.ask(KEY, verb, named, body, **headers)
+        answer = await city.ask(KEY, verb, named, sent, **headers)
         assert answer.status_code < 300, (verb, path, answer.text)
         lines = (await city.admin("GET", "/audit?limit=5")).json()["changes"]
         (line,) = (line for line in lines if line["action"] == action and line["request_id"] == f"change-{number}")

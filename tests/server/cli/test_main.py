@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,8 +107,13 @@ def test_what_cannot_be_meant(run: Run, words: list[str], environment: dict[str,
 @pytest.mark.parametrize("name", [name for name, field in Settings.model_fields.items() if field.annotation is bool])
 def test_what_is_on_can_be_turned_off(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting that is on or off has a flag for each; without either, the variable decides."""
-    seen, word = [], name.replace("_", "-")
-    monkeypatch.setattr("server.cli.main.Settings", lambda **flags: seen.append(flags) or Settings(**flags))
+    seen, word = list[dict[str, Any]](), name.replace("_", "-")
+
+    def settings(**flags: Any) -> Settings:
+        seen.append(flags)
+        return Settings(**flags)
+
+    monkeypatch.setattr("server.cli.main.Settings", settings)
     monkeypatch.setattr("server.cli.main.resolve_base", lambda *_: pytest.exit("no base is needed"))
     for words in ([f"--no-{word}"], [f"--{word}"], []):
         with contextlib.suppress(pytest.exit.Exception):
@@ -150,7 +156,17 @@ def serving(base: Path, data: Path, *words: str, **environment: str) -> Iterator
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [MANYHATS, "serve", "--base", str(base), "--data", str(data), "--port", str(port), *words]
+    command: list[str | Path] = [
+        MANYHATS,
+        "serve",
+        "--base",
+        str(base),
+        "--data",
+        str(data),
+        "--port",
+        str(port),
+        *words,
+    ]
     env = {**os.environ, "OMP_WAIT_POLICY": "passive", "NO_COLOR": "1", **environment}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     killer = threading.Timer(60, process.kill)
@@ -196,7 +212,8 @@ def test_serve_and_the_curl_that_it_prints(tiny_base: Path, tmp_path: Path, lora
             answer = shown.stdout
         body = json.loads(answer)
         assert body["task"] == "base" and body["choices"][0]["token_ids"], answer
-        assert KEY not in said and KEY not in shlex.join(str(word) for word in process.args)  # type: ignore[union-attr]
+        assert isinstance(process.args, list)
+        assert KEY not in said and KEY not in shlex.join(str(word) for word in process.args)
         engines = children(process.pid)
         assert engines
     assert process.returncode == 0

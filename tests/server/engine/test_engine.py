@@ -1,8 +1,10 @@
 import random
+from collections.abc import Callable
 
 import pytest
 
 from server.core import EngineFailure
+from server.model.fake import FakePacked
 from tests.server.engine.world import DIGEST_BYTES, EOS, World, digest_of, prompt_of
 
 PROMPT = [10, 11, 12, 13, 14]
@@ -242,16 +244,16 @@ def test_loading_stalls_nobody() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "stall"), [(0.0015, 0.0), (0.0025, 0.0025), (0.5, 0.5)])
-def test_copies_between_steps_count_as_stall(seconds: float, stall: float) -> None:
+def test_copies_between_steps_count_as_stall(seconds: float, stall: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a copy takes while others run is counted, as stall where it is over 2 ms; while nobody runs it is not."""
     world = World()
     put = world.adapter_slots.insert
 
-    def slow(packed: object) -> int:
+    def slow(packed: FakePacked) -> int:
         world.clock.now += seconds
-        return put(packed)  # type: ignore[arg-type]
+        return put(packed)
 
-    world.adapter_slots.insert = slow  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(world.adapter_slots, "insert", slow)
     world.submit(PROMPT, 1, max_tokens=50, ignore_eos=True)
     world.step()
     world.executor.run_all()
@@ -271,8 +273,8 @@ def test_adapter_that_fails_to_load_fails_those_who_wait() -> None:
     good = world.submit(PROMPT, 2, max_tokens=2)
     world.run()
     assert {code(world, name) for name in bad} == {"adapter_failed"}
-    message = world.answers[bad[0]].failure.message  # type: ignore[union-attr]
-    assert "Input/output error" in message and "/secret" not in message
+    failure = world.answers[bad[0]].failure
+    assert failure is not None and "Input/output error" in failure.message and "/secret" not in failure.message
     assert world.is_right(good)
     at_once = world.submit(PROMPT, 1)
     world.run()
@@ -361,18 +363,18 @@ def discarded(world: World) -> None:
     world.engine.discard(digest_of(1))
 
 
-WAYS_OUT = (finish, stop, late, abort_waiting, abort_running, nonfinite, raising, failing_load)
-WAYS_OUT += (preempted, overloaded, discarded)
+WAYS_OUT: list[Callable[[World], None]] = [finish, stop, late, abort_waiting, abort_running, nonfinite, raising]
+WAYS_OUT += [failing_load, preempted, overloaded, discarded]
 
 
 @pytest.mark.parametrize("way_out", WAYS_OUT)
-def test_everything_returns_after_every_way_out(way_out: object) -> None:
+def test_everything_returns_after_every_way_out(way_out: Callable[[World], None]) -> None:
     """Pins, blocks and slots are where they were after each terminal path, 20 times."""
     world = World(num_blocks=16, max_waiting=10, vocab_size=499)
     world.submit(PROMPT, 2, max_tokens=2)
     world.run()
     for _ in range(20):
-        way_out(world)  # type: ignore[operator]
+        way_out(world)
         world.run()
         world.assert_at_rest()
         assert sorted(world.adapter_slots.slots) == list(range(len(world.adapter_slots.slots)))

@@ -1,4 +1,5 @@
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -11,9 +12,9 @@ from server.model.fake import FakeKVError, FakePacked, FakeRunner, FakeSlots
 from tests.server.engine.world import config
 
 
-def request(*digests: str, prompt: list[int] | None = None, **sampling: object) -> Submit:
+def request(*digests: str, prompt: list[int] | None = None, **sampling: Any) -> Submit:
     adapters = tuple(AdapterRef(digest) for digest in digests)
-    return Submit("r", "t", prompt or [5, 6, 7], Sampling(**sampling), 1e9, 0.0, adapters)  # type: ignore[arg-type]
+    return Submit("r", "t", prompt or [5, 6, 7], Sampling(**sampling), 1e9, 0.0, adapters)
 
 
 def ask(client: FakeEngineClient, submit: Submit) -> list[Output]:
@@ -83,7 +84,7 @@ def test_fake_fails_and_dies_like_the_real_one() -> None:
         assert client.ready == fake_ready()
         outputs = client.generate(request())
         await anext(outputs)
-        await outputs.aclose()  # type: ignore[attr-defined]
+        await outputs.aclose()
         assert client.aborted == ["r"]
 
     asyncio.run(main())

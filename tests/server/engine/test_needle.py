@@ -32,7 +32,8 @@ def ask(draw: random.Random, world: World) -> str:
     most, vocab = world.engine.max_sequence_tokens - 1, world.runner.vocab_size
     prompt = prompt_of(draw, draw.choice([1, 2, draw.randrange(1, 20), draw.randrange(1, 601)]), vocab)
     often = draw.randrange(1 + draw.randrange(12))  # low numbers are worn more
-    adapters: list[int | tuple[int, float]] = [*draw.choice([[], [often], [often], [(often, 0.5)]])]
+    worn: list[list[int | tuple[int, float]]] = [[], [often], [often], [(often, 0.5)]]
+    adapters = [*draw.choice(worn)]
     if draw.random() < 0.1:
         adapters = [(number, 0.5) for number in draw.sample(range(12), 2)]
     namespace = draw.choice(["t", "t", "t", "u"])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -49,8 +50,8 @@ def tokens(outputs: list[Output]) -> list[int]:
 
 def alone(submit: Submit) -> list[int]:
     adapters = [(adapter.digest, adapter.weight) for adapter in submit.adapters]
-    limits = {"vocab_size": 512, "eos_token_ids": [0], "max_sequence_tokens": 256}
-    return answer_alone(submit.prompt, adapters, submit.sampling, **limits)[0]  # type: ignore[arg-type]
+    limits: dict[str, Any] = {"vocab_size": 512, "eos_token_ids": [0], "max_sequence_tokens": 256}
+    return answer_alone(submit.prompt, adapters, submit.sampling, **limits)[0]
 
 
 async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
@@ -63,7 +64,7 @@ async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_requests_run_together_and_each_gets_its_own() -> None:
@@ -350,12 +351,15 @@ def test_engine_ends_with_the_front(name: str, seconds: float) -> None:
     run(main)
 
 
-def test_broken_frames_end_the_connection_not_the_client() -> None:
+def test_broken_frames_end_the_connection_not_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that sends what is no frame counts as dead, and another one starts."""
+
+    def broken(_message: object) -> None:
+        raise ConnectionError("no frame")
 
     async def main() -> None:
         async with engine() as client:
-            client._hand_on = lambda _: (_ for _ in ()).throw(ConnectionError("no frame"))  # type: ignore[method-assign]
+            monkeypatch.setattr(client, "_hand_on", broken)
             await until(lambda: client.ready is None)
             assert client.last_error and "no frame" in client.last_error
             await until(lambda: client.num_starts >= 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from transformers.models.llama import modeling_llama
 from transformers.models.stablelm import StableLmConfig
 
 from server.core import Row, Sampling
-from server.model import load as base_module
 from server.model import verify
 from server.model.backends.cpu import adapters
 from server.model.backends.cpu.weights import PACKERS
 from server.model.errors import UnsupportedBaseError
 from server.model.load import load_base
+from server.model.precision import choose_storage_dtypes
 from server.model.runner import RunnerConfig, load
 
 
@@ -103,18 +104,23 @@ def test_logits_alone_in_chunks_and_in_a_batch(tiny_base: Path, precision: str) 
 def test_the_proof_reads_what_it_says() -> None:
     """Every precision that is served has its tolerance."""
     served = {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "fp16", "bf16")}
-    dtypes = {
-        precision.choose_storage_dtypes(precision, device) for device, names in served.items() for precision in names
-    }
+    dtypes = {choose_storage_dtypes(precision, device) for device, names in served.items() for precision in names}
     assert set(verify.REFERENCE_TOLERANCE) == dtypes
 
 
 def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading runs each kernel of the primitives once, and leaves no slot and no hats behind."""
-    calls = set()
+    calls = set[str]()
+
+    def counted(name: str, real: Callable[..., object]) -> Callable[..., None]:
+        def call(*args: object) -> None:
+            calls.add(name)
+            real(*args)
+
+        return call
+
     for name in ("enter", "apply"):
-        real = getattr(adapters, name)
-        monkeypatch.setattr(adapters, name, lambda *args, name=name, real=real: (calls.add(name), real(*args)))
+        monkeypatch.setattr(adapters, name, counted(name, getattr(adapters, name)))
     adapter_slots = load(
         RunnerConfig(folder=str(tiny_base), name="t", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
     ).adapter_slots
@@ -123,5 +129,5 @@ def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: 
 
 def test_cuda_graphs_are_refused_on_a_cpu(tiny_base: Path) -> None:
     """A setting that would do nothing is a sentence, not silence."""
-    with pytest.raises(base_module.UnsupportedBaseError, match="no CUDA graphs on cpu: leave --cuda-graphs out"):
+    with pytest.raises(UnsupportedBaseError, match="no CUDA graphs on cpu: leave --cuda-graphs out"):
         load(RunnerConfig(folder=str(tiny_base), name="t", cuda_graphs=True))

@@ -35,7 +35,14 @@ def allowed(logits: Tensor, fields: dict[str, Any]) -> set[int]:
     return set(torch.isfinite(warpers(None, logits[None])[0]).nonzero()[:, 0].tolist())
 
 
-CUTS = [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 50, "top_p": 0.7}, {"top_p": 0.9999}, {}]
+CUTS: list[dict[str, Any]] = [
+    {"top_k": 5},
+    {"top_p": 0.6},
+    {"min_p": 0.1},
+    {"top_k": 50, "top_p": 0.7},
+    {"top_p": 0.9999},
+    {},
+]
 
 
 @pytest.mark.parametrize("fields", CUTS, ids=str)
@@ -67,7 +74,12 @@ def test_top_p_beyond_the_quick_candidates_is_exact() -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """Greedy, seeded, cut and penalised rows give the same token alone and among others."""
-    fields = [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 1.2, "seed": 4, "top_p": 0.9}, {"logprobs": 5}]
+    fields: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.8, "seed": 3},
+        {"temperature": 1.2, "seed": 4, "top_p": 0.9},
+        {"logprobs": 5},
+    ]
     fields += [{"temperature": 1.0, "seed": 5, "top_k": 40, "repetition_penalty": 1.3}]
     rows, logits = [row([0, 7, 9], **f) for f in fields], make_logits(len(fields))
     together = sample(logits, rows)
@@ -151,7 +163,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
 def test_a_forced_answer_is_scored() -> None:
     """A given token is taken in its place, with its own log-probability; behind them the model chooses."""
     logits = make_logits(3)
-    given = {"forced": (5, 6), "logprobs": 2, "temperature": 0.7}
+    given: dict[str, Any] = {"forced": (5, 6), "logprobs": 2, "temperature": 0.7}
     rows = [row([0], **given), row([0, 5], **given), row([0, 5, 6], **{**given, "temperature": 0.0})]
     first, second, third = sample(logits, rows)
     assert (first.token, second.token, third.token) == (5, 6, int(logits[2].argmax()))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -146,7 +147,12 @@ def test_the_plot_has_a_panel_for_each_trade_off(monkeypatch: pytest.MonkeyPatch
 
     drawn: list[Figure] = []
     real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), real(self, *args, **more)))
+
+    def savefig(self: Figure, *args: Any, **more: Any) -> None:
+        drawn.append(self)
+        real(self, *args, **more)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     assert draw(comparison(outcome("lora"), outcome("full"))).startswith(b"\x89PNG")
     panels = {axes.get_title().partition("\n")[0]: [text.get_text() for text in axes.texts] for axes in drawn[0].axes}
     assert panels == {
@@ -221,13 +227,15 @@ def trained(tiny_base: Path, command: Callable[..., Any], monkeypatch: Any, scor
         ]
         assert command(*words, "--method", job.method, "--template", TEMPLATE).exit_code == 0
 
-    @contextmanager
-    def no_server(*_args: object) -> Iterator[None]:
+    def score_here(job: Job, _on_news: object) -> Scores:
+        scored.append(job)
+        return SCORES
+
+    def no_server(*_args: object) -> NoReturn:
         raise serving.ServingError("the server ended with 1")
-        yield
 
     monkeypatch.setattr(comparing, "train_apart", train_here)
-    monkeypatch.setattr(comparing, "score_apart", lambda job, _on_news: (scored.append(job), SCORES)[1])
+    monkeypatch.setattr(comparing, "score_apart", score_here)
     monkeypatch.setattr(serving, "start_server", no_server)
     return jobs
 
@@ -278,7 +286,7 @@ def test_one_that_fails_does_not_stop_the_others(
     trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line with the reason; where none could be trained, the command fails with all of the reasons."""
-    real = comparing.train_apart
+    real = vars(comparing)["train_apart"]  # of `trained`, in the place of the true one
 
     def fail(job: Job, before: Scores, on_news: Callable[[News], None]) -> None:
         if job.method != "ia3":
@@ -352,8 +360,8 @@ def test_each_batch_is_held_against_the_base_beside_it(
     assert found.server.num_requests == serving.NUM_REQUESTS
 
 
-class Ear:
-    """One end of a pipe."""
+class Ear(Connection):
+    """One end of a pipe, whose other end is here."""
 
     def __init__(self) -> None:
         self.heard: list[object] = []
@@ -367,11 +375,11 @@ def test_a_run_takes_the_scores_that_it_is_given(
 ) -> None:
     """A process without them scores the base and tells; one with them trains, and writes them as they are."""
     job, first, second = job_of(tiny_base, data, tmp_path / "out"), Ear(), Ear()
-    monkeypatch.setattr(runs.signal, "signal", lambda *_args: None)
-    runs._work(job, None, first)  # type: ignore[arg-type]
+    monkeypatch.setattr(signal, "signal", lambda *_args: None)
+    runs._work(job, None, first)
     told = first.heard[-1]
     assert isinstance(told, Scores) and told.num_rows == 40 and not job.out.exists()
-    runs._work(job, SCORES, second)  # type: ignore[arg-type]
+    runs._work(job, SCORES, second)
     evaluation = json.loads((job.out / MANIFEST).read_text())["evaluation"]
     assert evaluation["before"] == dataclasses.asdict(SCORES)
     assert "scoring the base" not in {news.text for news in second.heard if isinstance(news, News)}
@@ -395,8 +403,8 @@ def test_what_is_wrong_with_rows_is_wrong_for_every_method(
     """A process tells an error of the data as such, which ends the comparison, and every other as the method's."""
     file, ear = tmp_path / "rows.jsonl", Ear()
     file.write_text(rows)
-    monkeypatch.setattr(runs.signal, "signal", lambda *_args: None)
-    runs._work(dataclasses.replace(job_of(tiny_base, file, tmp_path / "out"), options=options), SCORES, ear)  # type: ignore[arg-type]
+    monkeypatch.setattr(signal, "signal", lambda *_args: None)
+    runs._work(dataclasses.replace(job_of(tiny_base, file, tmp_path / "out"), options=options), SCORES, ear)
     assert type(ear.heard[-1]) is error
     assert not (tmp_path / "out").exists()
 

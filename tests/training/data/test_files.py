@@ -131,7 +131,7 @@ def test_what_datasets_saved_to_disk(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path) -> None:
     """A Parquet file's rows; one that is broken is told."""
     parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow as pa  # type: ignore[import-not-found]
+    import pyarrow as pa
 
     parquet.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), tmp_path / "train-0.parquet")
     assert rows_of(tmp_path) == [{"prompt": "a", "completion": "b"}]

@@ -66,7 +66,7 @@ def test_every_hat_answers_with_a_cache_as_without(method: str, biased_base: Pat
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in adapter.trained():
-            parameter += 0.1 * torch.randn(parameter.shape)
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     adapter.finalize(torch.float32)
     found = answer(adapter.model.eval(), PROMPTS, EOS, NUM_TOKENS)
     assert found == {prompt: slow_answer(adapter.model, prompt) for prompt in PROMPTS}

@@ -13,8 +13,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from adapters_store.format.folder import WEIGHTS, read_folder
+from adapters_store.format.folder import WEIGHTS, read_folder, write_folder
 from adapters_store.format.manifest import Manifest
 from tests.kit.tiny import CONFIGS, make_tiny_base
 from tests.training.conftest import TEMPLATE
@@ -28,6 +29,7 @@ from training.methods.trainable import TrainableAdapter
 from training.run import pipeline as job_module
 from training.run import trainer
 from training.run.distributed import Processes
+from training.run.pipeline import finish, score
 from training.run.schedule import Plan
 
 NEAR = 1e-4
@@ -119,18 +121,18 @@ def test_a_job_that_is_done_leaves_the_batch(
 ) -> None:
     """It is written while the others go on, and their passes are without its rows."""
     passes, done = list[int](), list[tuple[str, int]]()
-    real_backward, real_finish = shared_base.SharedBase.backward, run.finish
+    real_backward = shared_base.SharedBase.backward
 
     def backward(self: Any, pending_steps: Any) -> Any:
         passes.append(len(pending_steps))
         return real_backward(self, pending_steps)
 
-    def finish(ready: Any, *more: Any) -> Any:
+    def noted(ready: Any, *more: Any) -> Any:
         done.append((ready.job.out.name, len(passes)))
-        return real_finish(ready, *more)
+        return finish(ready, *more)
 
     monkeypatch.setattr(shared_base.SharedBase, "backward", backward)
-    monkeypatch.setattr(run, "finish", finish)
+    monkeypatch.setattr(run, "finish", noted)
     jobs = [{"steps": steps, "out": str(tmp_path / str(steps))} for steps in (4, 1, 3)]
     result = command("--jobs", write(tmp_path / "jobs.yaml", shared(tiny_base, data), jobs))
     assert result.exit_code == 0, result.output
@@ -143,8 +145,12 @@ def test_the_base_is_scored_once_for_jobs_that_are_scored_on_the_same(
 ) -> None:
     """Other rows to score, or other labels to choose among, and it is scored anew."""
     scored = list[int]()
-    real = run.score
-    monkeypatch.setattr(run, "score", lambda model, suite, *more: scored.append(1) or real(model, suite, *more))
+
+    def counted(*given: Any) -> Any:
+        scored.append(1)
+        return score(*given)
+
+    monkeypatch.setattr(run, "score", counted)
     held, three_labels = tmp_path / "held.jsonl", tmp_path / "three.jsonl"
     held.write_text('{"prompt": "red 1", "completion": "warm"}\n')
     three_labels.write_text(data.read_text() + '{"prompt": "pink", "completion": "hot"}\n')
@@ -168,14 +174,13 @@ def test_a_job_that_breaks_ends_alone(
     jobs[0]["data"] = str(bad)
     jobs[1] |= {"lr": 1e30, "save_steps": 1}
     jobs[3]["seed"] = 5
-    real = job_module.write_folder
 
-    def write_folder(out: Path, *more: Any) -> None:
+    def unless_full(out: Path, *more: Any) -> None:
         if out == outs["full"]:
             raise OSError(28, "No space left on device")
-        real(out, *more)
+        write_folder(out, *more)
 
-    monkeypatch.setattr(job_module, "write_folder", write_folder)
+    monkeypatch.setattr(job_module, "write_folder", unless_full)
     defaults = shared(tiny_base, data, steps=6)
     result = command("--jobs", write(tmp_path / "jobs.yaml", defaults, jobs))
     assert result.exit_code == 1
@@ -194,7 +199,10 @@ def test_a_job_that_was_killed_goes_on(
 ) -> None:
     """--jobs with --resume goes on from each job's checkpoint, to the weights of the unbroken run."""
     defaults = shared(tiny_base, data, steps=6, save_steps=4)
-    jobs = [{"out": str(tmp_path / "a")}, {"out": str(tmp_path / "b"), "seed": 1, "method": "bottleneck"}]
+    jobs: list[dict[str, Any]] = [
+        {"out": str(tmp_path / "a")},
+        {"out": str(tmp_path / "b"), "seed": 1, "method": "bottleneck"},
+    ]
     file = write(tmp_path / "jobs.yaml", defaults, jobs)
     real = trainer.Trainer.take
 
@@ -296,7 +304,7 @@ def hats_on(
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in adapter.trained():
-                parameter += 0.05 * torch.randn_like(parameter)
+                parameter.add_(0.05 * torch.randn_like(parameter))
         wearers[shared_base.TwinAdapter(adapter)] = [
             TokenizedRow((*b"Colour: ", *[97 + i] * 20, *b"warm", 257), 24 + i, i) for i in range(seed + 1)
         ]
@@ -395,10 +403,9 @@ def test_a_base_that_mixes_rows_is_refused(tiny_base: Path, monkeypatch: pytest.
     """Where a base would have one job's rows see another's, that is told before the first step."""
     base = load(tiny_base)
     trainer, wearers = shared_base.SharedBase(base), hats_on(base)
-    real = shared_base.sdpa_attention_forward
 
     def forward(*inputs: Any, **more: Any) -> Any:
-        answer, weights = real(*inputs, **more)
+        answer, weights = sdpa_attention_forward(*inputs, **more)
         return answer.mean(dim=0, keepdim=True).expand_as(answer), weights
 
     monkeypatch.setattr(shared_base, "sdpa_attention_forward", forward)

@@ -58,7 +58,8 @@ def test_activations_that_are_computed_again_change_nothing(tiny_base: Path, mon
 
     def counted(self: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return real(self, hidden)  # type: ignore[no-any-return]
+        out: torch.Tensor = real(self, hidden)
+        return out
 
     monkeypatch.setattr(LlamaMLP, "forward", counted)
     kept, num_kept = run_of(tiny_base)[0], len(calls)
@@ -111,7 +112,9 @@ def test_bf16_where_it_is_asked_for(tiny_base: Path, data: Path, tmp_path: Path,
         chosen = ["--steps", 20, "--precision", precision, "--lr", 0.01]
         result = command(*flags(tiny_base, data, tmp_path / precision, *chosen))
         assert result.exit_code == 0, result.output
-        losses[precision] = read_folder(tmp_path / precision).manifest.training["loss"]  # type: ignore[union-attr]
+        manifest = read_folder(tmp_path / precision).manifest
+        assert manifest is not None
+        losses[precision] = manifest.training["loss"]
     assert losses["auto"] == losses["fp32"] != losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 

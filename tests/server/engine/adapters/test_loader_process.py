@@ -59,7 +59,7 @@ def assert_same(found: PackedPatch, wanted: PackedPatch) -> None:
         site: ids.tolist() for site, ids in wanted.row_ids.items()
     }
     assert {ids.dtype for ids in found.row_ids.values()} <= {torch.int32}
-    assert (found.digest, found.kept, found.prefix) == (wanted.digest, wanted.kept, wanted.prefix)
+    assert (found.digest, found.dtypes, found.prefix) == (wanted.digest, wanted.dtypes, wanted.prefix)
     assert found.num_bytes == wanted.num_bytes
 
 

@@ -55,7 +55,8 @@ def test_what_only_looks_alike_is_left_alone(tiny_base: Path, monkeypatch: pytes
     """A feed-forward block that has the names of a gated one, and computes another thing, stays as it is."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 1.001  # type: ignore[no-any-return]
+        out: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out * 1.001
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
     found = {type(module) for module in load_base(tiny_base, "tiny", "fp32", "cpu").model.modules()}
@@ -126,9 +127,12 @@ def test_turns_are_those_of_the_stock_module(rope_type: str, is_kept: bool) -> N
 def scales(spec: BaseSpec) -> Patch:
     """Scales of what all linear layers take in, each in a way of its own, and of what they give."""
     generator = torch.Generator().manual_seed(0)
-    factors = [(site, linear.in_features, "input") for site, linear in spec.linears.items()]
-    factors += [(site, linear.out_features, "output") for site, linear in spec.linears.items()]
-    made = [Scale(site, 1 + 0.3 * torch.randn(size, generator=generator), on) for site, size, on in factors]  # type: ignore[arg-type]
+
+    def factor(size: int) -> torch.Tensor:
+        return 1 + 0.3 * torch.randn(size, generator=generator)
+
+    made = [Scale(site, factor(linear.in_features), "input") for site, linear in spec.linears.items()]
+    made += [Scale(site, factor(linear.out_features), "output") for site, linear in spec.linears.items()]
     return Patch("scales", "", tuple(made))
 
 

@@ -18,6 +18,7 @@ from server.model.precision import StorageDtypes
 from server.model.row_adapters import MAX_ROWS, NO_ADAPTERS, build_row_adapters
 from server.model.slots.reference import apply_reference
 from server.model.slots.slots import AdapterSlots
+from tests.kit.patches import all_of
 
 SITES = {"a": (40, 24), "b": (24, 56), "head": (40, 32)}
 SPEC = BaseSpec("toy", "0" * 64, "Toy", 32, 40, 1, 64, {site: LinearSite(*widths) for site, widths in SITES.items()})
@@ -46,7 +47,7 @@ def make_bank() -> tuple[AdapterSlots, dict[int, Patch]]:
 
 
 def by_hand(patch: Patch, site: str, x: Tensor) -> Tensor:
-    primitive = next(p for p in patch.primitives if p.site == site)
+    primitive = next(p for p in all_of(LowRank, patch) if p.site == site)
     return primitive.b @ (primitive.a @ x)
 
 

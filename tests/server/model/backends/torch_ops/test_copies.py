@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from server.model.backends.torch_ops.copies import Copies
 
 
 @dataclass
-class Stream:
+class FakeStream:
     """A stream that writes down what it is told."""
 
     name: str
     log: list[tuple[str, ...]]
 
-    def wait_stream(self, other: Stream) -> None:
+    def wait_stream(self, other: FakeStream) -> None:
         self.log.append((self.name, "waits for all of", other.name))
 
     def record_event(self) -> str:
@@ -37,16 +38,16 @@ class Cuda:
     """`torch.cuda`, without a GPU."""
 
     log: list[tuple[str, ...]] = field(default_factory=list)
-    current: Stream | None = None
+    current: FakeStream | None = None
 
-    def Stream(self, _device: torch.device) -> Stream:  # noqa: N802 - torch's name
-        return Stream("side", self.log)
+    def Stream(self, _device: torch.device) -> FakeStream:  # noqa: N802 - torch's name
+        return FakeStream("side", self.log)
 
-    def current_stream(self, _device: torch.device) -> Stream:
-        return self.current or Stream("compute", self.log)
+    def current_stream(self, _device: torch.device) -> FakeStream:
+        return self.current or FakeStream("compute", self.log)
 
     @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
+    def stream(self, stream: FakeStream) -> Iterator[None]:
         self.current = stream
         yield
         self.current = None
@@ -110,7 +111,12 @@ def test_arrays_arrive_as_they_are(is_pinned: bool, cuda: Cuda, monkeypatch: pyt
         copies = Copies("cuda", cuda)
         copies.device = torch.device("cpu")
         monkeypatch.setattr(torch, "empty", lambda *size, dtype, **_pinned: empty(*size, dtype=dtype))
-    arrays = [np.arange(5), np.ones((3, 1), np.float32), np.zeros((0, 7)), np.arange(6).reshape(2, 3).T]
+    arrays: list[NDArray[Any]] = [
+        np.arange(5),
+        np.ones((3, 1), np.float32),
+        np.zeros((0, 7)),
+        np.arange(6).reshape(2, 3).T,
+    ]
     for array, tensor in zip(arrays, copies.send(*arrays), strict=True):
         assert tensor.shape == array.shape and np.array_equal(tensor.numpy(), array)
         assert tensor.numpy().dtype == array.dtype

@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adapters_store.primitives import LowRank
 from server.core import Row, Sampling
 from server.model import load as load_module
 from server.model import precision, runner, verify
@@ -35,7 +36,7 @@ from server.model.precision import StorageDtypes
 from server.model.runner import Loaded, RunnerConfig, load
 from server.model.slots.layout import Sites, pack
 from server.model.slots.slots import AdapterSlots
-from tests.kit.patches import KINDS, random_patch
+from tests.kit.patches import KINDS, all_of, random_patch
 from tests.kit.tiny import make_tiny_base
 from tests.server.model.attention import test_attend
 from tests.server.model.backends.test_primitives import BLOCK, RowAdapters, compare, mixed
@@ -136,8 +137,8 @@ def test_a_strangers_overflow_is_not_mine(bases: Any) -> None:
     """A hat whose values overflow makes its own row fail, and changes no other."""
     loaded, _ = bases("llama")
     adapter_slots, good, bad = loaded.adapter_slots, *(random_patch(loaded.spec, "low_rank", seed) for seed in (1, 2))
-    for primitive in bad.primitives:
-        primitive.a.fill_(3e38)  # type: ignore[union-attr]
+    for primitive in all_of(LowRank, bad):
+        primitive.a.fill_(3e38)
     slots = [adapter_slots.insert(adapter_slots.pack(patch)) for patch in (good, bad)]
     rows = [Row([5, 6, 7], 0, [at], adapters, Sampling()) for at, adapters in enumerate([((slots[0], 1.0),), ()])]
     loaded.runner.run(rows)
