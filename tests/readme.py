@@ -1,4 +1,4 @@
-"""README's settings table, from the settings themselves: `python -m tests.readme` writes it."""
+"""The table of docs/settings.md, from the settings themselves: `python -m tests.readme` writes it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from server.settings import Settings, flags_of, variable
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 VARYING = {"cache": "`~/.cache/manyhats`", "num_threads": "the cores"}
 
 
@@ -24,8 +24,8 @@ def settings_table() -> str:
 
 
 if __name__ == "__main__":
-    text = README.read_text()
+    text = PAGE.read_text()
     new = re.sub(
         r"(<!-- settings -->\n).*?(<!-- /settings -->)", lambda m: m[1] + settings_table() + m[2], text, flags=re.DOTALL
     )
-    README.write_text(new)
+    PAGE.write_text(new)

@@ -1,8 +1,7 @@
-"""The house itself: what README, Makefile and the container say is true."""
+"""The house itself: what the tree, the settings, the hooks and the container say is true."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -14,13 +13,12 @@ import yaml
 
 from server.engine.messages import Stats
 from server.metrics import Metrics
-from server.settings import Settings, flags_of, variable
+from server.settings import Settings, variable
 from tests.readme import settings_table
-from training.cli import train
-from training.compare.command import compare
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+ARCHITECTURE_PAGE = (ROOT / "docs/architecture.md").read_text()
+SETTINGS_PAGE = (ROOT / "docs/settings.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/manyhats.json").read_text())
@@ -36,69 +34,56 @@ def compose() -> dict[str, Any]:
     return _yaml("docker-compose.yml")  # type: ignore[no-any-return]
 
 
-# README and Makefile
+# Pages, Makefile and hooks (what all pages say is held in tests/docs)
 
 
 def test_the_settings_table_is_the_settings() -> None:
-    """README lists every setting with its default and meaning (`python -m tests.readme` writes it)."""
-    table = README.partition("<!-- settings -->\n")[2].partition("<!-- /settings -->")[0]
+    """The page of settings lists every setting with its default and meaning (`python -m tests.readme` writes it)."""
+    table = SETTINGS_PAGE.partition("<!-- settings -->\n")[2].partition("<!-- /settings -->")[0]
     assert table == settings_table()
 
 
 def _tree() -> Iterator[tuple[Path, str]]:
-    """Every (folder, name) of README's tree: a line that is not indented opens a folder."""
-    folder = ROOT
-    for line in README.partition("## The tree")[2].split("```")[1].strip().splitlines():
-        if not line.startswith(" "):
-            name = line.split()[0]
-            folder = ROOT / name if name.endswith("/") else ROOT
-            yield ROOT, name
-        yield from ((folder, name) for name in re.findall(r"(?<![\w/])[\w-]+(?:\.(?:py|toml|yml)\b|/)", line))
+    """Every (folder, name) of the tree in the page of the architecture, by indentation.
+
+    What a folder's line names behind it lies in that folder.
+    """
+    folders = [ROOT]
+    for line in ARCHITECTURE_PAGE.partition("## The tree")[2].split("```")[1].splitlines()[1:]:
+        depth, (name, *rest) = (len(line) - len(line.lstrip())) // 2, line.split()
+        folder = folders[depth]
+        yield folder, name
+        if name.endswith("/"):
+            folders[depth + 1 :] = [folder / name]
+            words = re.findall(r"(?<![\w/])[\w-]+(?:\.(?:py|toml|yml)\b|/)", " ".join(rest))
+            yield from ((folder / name, word) for word in words)
 
 
 def test_the_tree_exists() -> None:
-    """Every file and folder of README's tree is where the tree has it, or one folder below."""
+    """Every file and folder of the tree is where the tree has it."""
     tree = list(_tree())
-    missing = [name for folder, name in tree if not any((p / name).exists() for p in (folder, ROOT, *folder.iterdir()))]
-    assert len(tree) > 40 and not missing, missing
+    missing = [str((folder / name).relative_to(ROOT)) for folder, name in tree if not (folder / name).exists()]
+    assert len(tree) > 100 and not missing, missing
 
 
 @pytest.mark.parametrize("package", ["adapters_store", "server", "training"])
 def test_the_tree_is_whole(package: str) -> None:
-    """Every file and folder at the top of a package has its line in README's tree."""
+    """Every file and folder at the top of a package has its line in the tree."""
     named = {name.rstrip("/") for folder, name in _tree() if folder == ROOT / package}
-    found = {path.name for path in (ROOT / package).iterdir() if not path.name.startswith(("__", "."))}
-    assert found <= named, f"README's tree lacks {sorted(found - named)} of {package}/"
+    hidden = ("__", ".", "py.typed")
+    found = {path.name for path in (ROOT / package).iterdir() if not path.name.startswith(hidden)}
+    assert found <= named, f"the tree lacks {sorted(found - named)} of {package}/"
 
 
-def test_the_paths_in_the_text_exist() -> None:
-    """Every path of this repository that README's text or picture points to is there."""
-    paths = re.findall(r"(?:tests|adapters_store|server|training|docs|deploy)/[\w./-]*[\w/]", README)
-    assert len(paths) > 5
-    assert all((ROOT / path).exists() for path in paths), [path for path in paths if not (ROOT / path).exists()]
-
-
-def test_the_make_targets_exist() -> None:
-    """Every target that README or CI calls is in the Makefile, and needs nothing that was set up by hand."""
-    called = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)?)", README + (ROOT / ".ci/run").read_text()))
-    assert called >= {"serve", "test", "check", "bench"}
-    for target in called - {"clean"}:
-        assert re.search(rf"^{target}: \$\(VENV\)/\.installed$", MAKEFILE, re.MULTILINE), target
-
-
-def test_the_flags_in_the_text_exist() -> None:
-    """Every flag of `manyhats train`, `compare` and `serve` that README or the Makefile uses is one."""
-    ours = {flag for name, field in Settings.model_fields.items() for flag in flags_of(name, field)}
-    taken = {
-        "train": set(inspect.signature(train).parameters),
-        "compare": set(inspect.signature(compare).parameters),
-        "serve": {flag.removeprefix("--").replace("-", "_") for flag in ours},
-    }
-    commands = re.findall(r"manyhats (train|compare|serve)((?: (?:\\\n)?|\n(?= +--)|[^`\n ]+)+)", README + MAKEFILE)
-    assert {command for command, _ in commands} == {*taken}
-    for command, words in commands:
-        flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]*)", words)} - {"help"}
-        assert flags <= taken[command], flags - taken[command]
+def test_the_hooks_are_what_make_check_runs() -> None:
+    """`pre-commit` runs the commands of `make check`, each with the tools of .venv, and fetches nothing."""
+    recipe = re.findall(r"^\t\$\(BIN\)/(.*)$", MAKEFILE.partition("\ncheck:")[2].partition("\n\n")[0], re.MULTILINE)
+    (repository,) = _yaml(".pre-commit-config.yaml")["repos"]
+    hooks = repository["hooks"]
+    assert repository["repo"] == "local" and {hook["language"] for hook in hooks} == {"system"}
+    entries = [hook["entry"].removeprefix(".venv/bin/") for hook in hooks]
+    given = (".", "Dockerfile", "docker-compose.yml")  # pre-commit itself says which files
+    assert entries == [" ".join(word for word in line.split() if word not in given) for line in recipe]
 
 
 # Container
