@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 AT_THE_ROOT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
-PAGES = [*(ROOT / name for name in AT_THE_ROOT), *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = ROOT / "adapters_store/examples/README.md"
+PAGES = [*(ROOT / name for name in AT_THE_ROOT), *sorted((ROOT / "docs").glob("*.md")), EXAMPLES]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PAGES}
 MARKER = re.compile(r"<!-- (run by|not run|file): (.*) -->")
 SHELL = "sh"

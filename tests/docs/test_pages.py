@@ -108,7 +108,7 @@ def _definitions(file: Path) -> set[str]:
 
 def test_the_functions_exist() -> None:
     """Every function or class that stands in brackets behind a path, as in `a.py` (`f`), is defined there."""
-    pattern = re.compile(r"`([\w/]+(?:\.py|/))`\s\(((?:`[\w.]+`(?:,\s)?)+)\)")
+    pattern = re.compile(r"`([\w/]+(?:\.py|/))`\s+\(((?:`[\w.]+`(?:,\s)?)+)\)")
     found = [(page, *match) for page in PAGES_OF_NOW for match in pattern.findall(prose(page))]
     assert len(found) > 15
     missing = []
