@@ -63,7 +63,7 @@ class Here:
             env=env,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
             check=False,
         )
         assert done.returncode == 0, f"{block.place}: {done.stdout[-1500:]}\n{done.stderr[-1500:]}"
