@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -28,7 +29,7 @@ def marked(request: pytest.FixtureRequest) -> list[Block]:
 @pytest.fixture(scope="module")
 def examples(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of the real base with the shipped examples, as `make serve` starts it."""
-    tree = {"import": ROOT / "adapters_store/examples"}
+    tree: dict[str, Any] = {"import": ROOT / "adapters_store/examples"}
     with serve(real_base, tmp_path_factory.mktemp("examples"), **tree) as server:
         _wait_for_imports(server)
         yield server
