@@ -1,4 +1,4 @@
-"""The base that hats are trained for: its folder, tokenizer and model, loaded frozen and in fp32."""
+"""The base that adapters are trained for: its folder, tokenizer and model, loaded frozen and in fp32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.errors import BaseError, OptionError
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base. `name` is as the user wrote it."""
+    """A loaded base; `name` is as the user wrote it."""
 
     name: str
     folder: Path
@@ -28,27 +28,27 @@ class Base:
 
     @cached_property
     def spec(self) -> BaseSpec:
-        """Its sites and shapes. Ask before a method changes the model."""
+        """Sites and shapes of the base. Ask before a method changes the model."""
         return describe(self.model, self.name, self.identity.identity, self.folder)
 
     @cached_property
     def identity(self) -> identity.BaseIdentity:
-        """The digests of its architecture and weights."""
+        """Digests of the base's architecture and weights."""
         return identity.base_identity(self.folder)
 
-    def touch(self) -> None:
-        """Read every weight: those of a mapped file are in memory only then, and would be taken for training's own."""
-        for parameter in self.model.parameters():
-            parameter.sum()
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters of the base itself. Ask before a method adds its own."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def ref(self) -> BaseRef:
-        """What a manifest says of it."""
+        """Name and digests, as a manifest has them."""
         return BaseRef(self.name, self.identity.identity, self.identity.weights)
 
 
 def load_base(name: str, device: str, cache: Path | None, say: Callable[[str], None]) -> Base:
-    """Fetch it if need be, and load it. Raises `BaseError`, and `OptionError` for a device that is not there."""
+    """Load a base, fetching it if need be. Raises `BaseError`, and `OptionError` for a device that is not there."""
     try:
         folder = resolve.resolve_base(name, cache or resolve.default_cache(), say)
         tokenizer, model = _load(folder)
@@ -58,7 +58,7 @@ def load_base(name: str, device: str, cache: Path | None, say: Callable[[str], N
         base = Base(name, folder, tokenizer, model.to(device).eval().requires_grad_(False))
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-    base.spec  # noqa: B018 - while the model is as it was loaded
+    base.spec, base.num_parameters  # noqa: B018 - while the model is as it was loaded
     return base
 
 

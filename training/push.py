@@ -1,4 +1,4 @@
-"""To a server, over HTTP as any user: what a task serves, how good that is, and a new version of it."""
+"""Push an artifact to a server over HTTP: see what a task serves and how good that is, and upload a new version."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from adapters_store.format.archive import ZIP_TYPE, zipped
 from adapters_store.format.folder import MANIFEST, read_files, read_folder, read_manifest
 from adapters_store.format.manifest import Manifest
 from training.errors import PushError
+from training.http_client import RequestError, ask
 
-TIMEOUT_S = 300.0  # an upload is proved before it is answered
+TIMEOUT_S = 300.0  # an upload is validated before it is answered
 ABSENT = 404
 
 
 @dataclass(frozen=True)
 class Target:
-    """A task of a server. `key` is sent where the server asks for one."""
+    """A task of a server; `key` is the API key, and `note` a note on the versions that are pushed."""
 
     url: str
     task: str
@@ -31,67 +32,63 @@ class Target:
     note: str = ""
 
     def served(self) -> tuple[int, Manifest | None] | None:
-        """The version that most requests are routed to, and what its manifest says; None for a task without one."""
-        answer = self._ask("GET", f"/tasks/{self.task}", may_be_absent=True)
-        route = {} if answer.status_code == ABSENT else answer.json()["route"]["versions"]
+        """Return the version that most requests are routed to and its manifest, if it has one.
+
+        Returns None if the task serves no version. Raises `PushError`.
+        """
+        response = self._ask("GET", f"/tasks/{self.task}", allowed=(ABSENT,))
+        route = {} if response.status_code == ABSENT else response.json()["route"]["versions"]
         if not route:
             return None
-        number = max(route, key=lambda one: (route[one], int(one)))
+        number = max(route, key=lambda version: (route[version], int(version)))
         body = self._ask("GET", f"/tasks/{self.task}/versions/{number}/artifact")
         with zipfile.ZipFile(io.BytesIO(body.content)) as files:
-            has = MANIFEST in files.namelist()
-            return int(number), read_manifest(files.read(MANIFEST)) if has else None
+            has_manifest = MANIFEST in files.namelist()
+            return int(number), read_manifest(files.read(MANIFEST)) if has_manifest else None
 
-    def upload(self, folder: Path, is_activated: bool) -> dict[str, Any]:
-        """What the server says of the new version."""
+    def upload(self, folder: Path, is_activated: bool) -> int:
+        """Upload an artifact as a new version, and return its number. Raises `PushError`."""
         query = {"task": self.task, "note": self.note, "activate": str(is_activated).lower()}
-        headers = {"Content-Type": ZIP_TYPE}
-        answer = self._ask("POST", "/adapters", params=query, content=zipped(read_files(folder)), headers=headers)
-        said: dict[str, Any] = answer.json()
-        return said
+        body, headers = zipped(read_files(folder)), {"Content-Type": ZIP_TYPE}
+        response = self._ask("POST", "/adapters", params=query, content=body, headers=headers)
+        return int(response.json()["version"])
 
-    def _ask(self, method: str, path: str, may_be_absent: bool = False, **request: Any) -> httpx.Response:
-        """Raises `PushError` with the server's own sentence, or why it was not reached."""
+    def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """Send a request with the key, and return the response. Raises `PushError` with the reason."""
         headers = {**request.pop("headers", {}), **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        url = f"{self.url.rstrip('/')}{path}"
         try:
-            answer = httpx.request(
-                method, f"{self.url.rstrip('/')}{path}", headers=headers, timeout=TIMEOUT_S, **request
-            )
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise PushError(f"{self.url} cannot be reached: {error}") from error
-        if answer.is_error and not (may_be_absent and answer.status_code == ABSENT):
-            raise PushError(f"{self.url} refuses: {said(answer)}")
-        return answer
-
-
-def said(answer: httpx.Response) -> str:
-    """The message of an error in the server's form, or that it is in none."""
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"it answers {answer.status_code}, and not as manyhats does"
+            return ask(httpx.request, method, url, headers=headers, timeout=TIMEOUT_S, **request)
+        except RequestError as error:
+            raise PushError(f"{self.url} {error}") from error
 
 
 def push_folder(target: Target, folder: Path, is_activated: bool = True) -> str:
-    """Upload any PEFT folder; a sentence that says what the task serves then. Raises `PushError`."""
+    """Upload any PEFT folder; return a sentence about what the task serves then. Raises `PushError`."""
     try:
         read_folder(folder)
     except (ArtifactError, OSError) as error:
         raise PushError(f"{folder} is no artifact: {error}") from error
-    said = target.upload(folder, is_activated)
+    version = target.upload(folder, is_activated)
     served = target.served()
     routed = "nothing" if served is None else f"version {served[0]}"
-    return f"{target.url}: {target.task} has it as version {said['version']}, and serves {routed}."
+    return f"{target.url}: {target.task} has it as version {version}, and serves {routed}."
 
 
 def push_if_better(target: Target, folder: Path, is_forced: bool) -> str:
-    """Upload what a run wrote, and route to it where it is better than what the task serves. Raises `PushError`."""
+    """Upload a run's artifact, and route to it if it is better than what the task serves.
+
+    Returns a sentence with the comparison. Raises `PushError`.
+    """
     is_better, why = (True, "--force") if is_forced else _is_better(target, folder)
     return f"{push_folder(target, folder, is_better)} {'Activated' if is_better else 'Not activated'}: {why}."
 
 
 def _is_better(target: Target, folder: Path) -> tuple[bool, str]:
-    """Beside what the task serves, where that was scored on the same rows; of a new task beside the base."""
+    """Compare with what the task serves, if that was scored on the same rows, or for a new task with the base.
+
+    Returns whether it is better, and why as a clause.
+    """
     manifest = read_folder(folder).manifest
     if manifest is None:
         return False, "it has no scores; activate it with --force"
@@ -108,7 +105,7 @@ def _is_better(target: Target, folder: Path) -> tuple[bool, str]:
 
 
 def _split(evaluation: Mapping[str, Any]) -> str:
-    """What was scored, as a sentence names it; the manifest may be anyone's."""
+    """Name the rows that were scored; the manifest may be of another program, and lack any entry."""
     digest, scores = evaluation.get("split_sha256"), evaluation.get("after")
     num_rows = scores.get("num_rows", "unknown") if isinstance(scores, Mapping) else "unknown"
     name = f"{num_rows} rows of {evaluation.get('data', 'a file without a name')}"
@@ -116,7 +113,7 @@ def _split(evaluation: Mapping[str, Any]) -> str:
 
 
 def _compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> tuple[bool, str]:
-    """Exact match where answers are labels, ROUGE-L where texts were written; strictly better."""
+    """Compare ROUGE-L if both have it, else exact match; better is strictly better."""
     key = "rouge_l" if None not in (ours.get("rouge_l"), theirs.get("rouge_l")) else "exact_match"
     name = key.replace("_", " ").replace("rouge l", "ROUGE-L")
     return ours[key] > theirs[key], f"{name} is {ours[key]:.3f}, that of {what} {theirs[key]:.3f}"

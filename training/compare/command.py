@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from training import cli
-from training.errors import OptionError, TrainingError
+from training.errors import OptionError, TrainingError, sentence
+from training.flags import add_flags, parameters_of
+from training.options import flag
 
 # The options of `manyhats train` that hold for every method alike.
 SHARED = (
@@ -51,10 +53,8 @@ def compare(out: OutOption, methods: MethodsOption = METHODS, **given: Any) -> N
     console = Console(stderr=True)
     try:
         _compare(methods, out, given, console)
-    except TrainingError as error:
-        raise cli.stop(console, str(error), "compare") from error
-    except OSError as error:
-        raise cli.stop(console, f"{out} cannot be written: {error.strerror or error}", "compare") from error
+    except (TrainingError, OSError) as error:
+        raise cli.stop(console, sentence(error, out), "compare") from error
 
 
 def _compare(methods: str, out: Path, given: dict[str, Any], console: Console) -> None:
@@ -70,24 +70,21 @@ def _compare(methods: str, out: Path, given: dict[str, Any], console: Console) -
 
 
 def _job(method: str, out: Path, given: dict[str, Any]) -> Any:
-    """A run of a method with its own defaults; it goes on where one was killed."""
+    """Return a run of a method with the method's own defaults; it resumes if one was killed."""
     from training.run.checkpoint import Checkpoint
 
-    own = {"method": method, "out": out / method, "lr": None, "resume": False, **dict.fromkeys(cli.OF_METHODS)}
-    job = cli.job_of({**given, **own})
+    job = cli.job_of({**given, "method": method, "out": out / method, "lr": None, "resume": False})
     return dataclasses.replace(job, is_resumed=Checkpoint(job.out, {}).exists())
 
 
 def _named(given: dict[str, Any]) -> dict[str, Any]:
-    """Options that the outcome depends on, by their flags, as JSON has them."""
-    from training.methods import flag
-
+    """Return the options that the outcome depends on, by their flags, as JSON has them."""
     values = {name: value for name, value in given.items() if name != "cache"}
     return {flag(name): str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _unusual(given: dict[str, Any]) -> list[str]:
-    """The words of those that are not as by default."""
+    """Return the words of the options whose values are not the defaults."""
     usual = inspect.signature(cli.train).parameters
     words = []
     for name, value in _named({name: value for name, value in given.items() if value != usual[name].default}).items():
@@ -95,18 +92,6 @@ def _unusual(given: dict[str, Any]) -> list[str]:
     return words
 
 
-def _with_flags() -> None:
-    """One source of truth: what both commands take is said by `train` alone."""
-    hints, own = get_type_hints(cli.train, include_extras=True), get_type_hints(compare, include_extras=True)
-    parameters = [
-        parameter.replace(annotation=own[name])
-        for name, parameter in inspect.signature(compare).parameters.items()
-        if name != "given"
-    ]
-    parameters += [inspect.signature(cli.train).parameters[name].replace(annotation=hints[name]) for name in SHARED]
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    compare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    compare.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-
-
-_with_flags()
+# An option that both commands have is declared by `train` alone.
+OF_TRAIN = {parameter.name: parameter for parameter in parameters_of(cli.train)}
+add_flags(compare, [OF_TRAIN[name] for name in SHARED])

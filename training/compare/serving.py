@@ -23,7 +23,7 @@ from adapters_store.format.archive import ZIP_TYPE, zipped
 from adapters_store.format.folder import MANIFEST, read_files, read_manifest
 from training.compare.results import ServerFigures, Serving
 from training.errors import TrainingError
-from training.push import said
+from training.http_client import RequestError, ask
 
 NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
 NUM_TRIES = 3  # of an upload
@@ -106,17 +106,31 @@ def _upload_all(
     """(seconds, the server's answer) of every method, and the server's words on those that it refused."""
     uploaded, refused = {}, {}
     for method, folder in folders.items():
-        body = zipped(read_files(folder))
-        for _ in range(NUM_TRIES):
-            began = time.monotonic()
-            answer = client.post("/adapters", params={"task": method}, content=body, headers={"Content-Type": ZIP_TYPE})
-            if answer.status_code < httpx.codes.INTERNAL_SERVER_ERROR:  # else it is busy, compiling kernels maybe
-                break
-        if answer.is_success:
-            uploaded[method] = (time.monotonic() - began, answer.json())
-        else:
-            refused[method] = f"the server refused it: {said(answer)}"
+        try:
+            uploaded[method] = _upload(client, method, zipped(read_files(folder)))
+        except RequestError as error:
+            refused[method] = f"the server refused it: {error.reason}"
     return uploaded, refused
+
+
+def _upload(client: httpx.Client, task: str, body: bytes, num_tries: int = NUM_TRIES) -> tuple[float, dict[str, Any]]:
+    """Upload an artifact, again if the server is busy; return the seconds and its response. Raises `RequestError`."""
+    began = time.monotonic()
+    try:
+        response = ask(
+            client.request,
+            "POST",
+            "/adapters",
+            params={"task": task},
+            content=body,
+            headers={"Content-Type": ZIP_TYPE},
+        )
+    except RequestError as error:
+        is_busy = (error.status or 0) >= httpx.codes.INTERNAL_SERVER_ERROR  # compiling kernels maybe
+        if not is_busy or num_tries == 1:
+            raise
+        return _upload(client, task, body, num_tries - 1)
+    return time.monotonic() - began, response.json()
 
 
 def _prompts(folders: Mapping[str, Path]) -> list[list[int]]:
@@ -129,16 +143,17 @@ def _prompts(folders: Mapping[str, Path]) -> list[list[int]]:
 def _decode(client: httpx.Client, task: str, prompts: list[list[int]], num_tokens: int) -> float:
     """Tokens/s after the first one, summed over requests that run at once."""
 
-    def ask(prompt: list[int]) -> float:
+    def rate(prompt: list[int]) -> float:
         body = {"prompt_token_ids": prompt, "max_tokens": num_tokens, "ignore_eos": True}
-        answer = client.post("/generate", params={"task": task}, json=body)
-        if not answer.is_success:
-            raise ServingError(f"the server did not answer for {task}: {said(answer)}")
-        timing: dict[str, float] = answer.json()["timing"]
+        try:
+            response = ask(client.request, "POST", "/generate", params={"task": task}, json=body)
+        except RequestError as error:
+            raise ServingError(f"the server did not answer for {task}: {error.reason}") from error
+        timing: dict[str, float] = response.json()["timing"]
         return (num_tokens - 1) / max((timing["total_ms"] - timing["ttft_ms"]) / 1000, 1e-9)
 
     with ThreadPoolExecutor(len(prompts)) as clients:
-        return sum(clients.map(ask, prompts))
+        return sum(clients.map(rate, prompts))
 
 
 def free_port() -> int:

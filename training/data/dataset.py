@@ -87,6 +87,28 @@ class TrainingData:
     held_rows: list[TokenizedRow]
 
 
+def read_training_data(
+    path: Path,
+    held_path: Path | None,
+    columns: Columns,
+    template: Template,
+    tokenizer: Any,
+    max_length: int,
+    seed: int,
+) -> TrainingData:
+    """Read and tokenise the rows to train on, and those to score on: of a second file, or held out of the first.
+
+    `max_length` is in tokens; `seed` chooses the rows that are held out. Raises `DataError`.
+    """
+    train = read_dataset(path, columns, template, tokenizer)
+    check_varied(train)
+    if held_path is None:
+        train, held = hold_out(train, seed)
+    else:
+        held = read_dataset(held_path, columns, template, tokenizer)
+    return TrainingData(train, held, *(tokenise(split, tokenizer, max_length) for split in (train, held)))
+
+
 def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
     """Read a file or folder whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
     examples = tuple(_example(file, line, row, columns, template, tokenizer) for file, line, row in read_rows(path))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from training.evaluation.text_metrics import bleu, rouge_l
 NEUTRAL = Path(__file__).parent / "neutral" / "text.txt"
 NEUTRAL_WINDOW, NEUTRAL_BATCH = 256, 4  # tokens, and windows at a time: every position of them needs the head
 EVAL_BATCH = 16
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # title, rows -> how many more are done
 MAX_CHOICES = 256  # distinct completions up to which a data set is taken for a choice among labels
 
 
@@ -125,6 +127,12 @@ def _neutral(base: Base) -> list[TokenizedRow]:
     size = min(NEUTRAL_WINDOW, base.spec.max_positions // 2)  # a soft prompt has positions, too
     windows = [tuple(ids[i : i + size]) for i in range(0, len(ids), size)]
     return [TokenizedRow(window, 1, 0) for window in windows if len(window) > 1]
+
+
+def score(model: Any, suite: Suite, bar: Bar, title: str) -> Scores:
+    """Score a model behind a bar over the suite's rows."""
+    with bar(title, suite.size) as more:
+        return evaluate(model, suite, more)
 
 
 @torch.inference_mode()

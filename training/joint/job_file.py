@@ -1,4 +1,4 @@
-"""jobs.yaml: a list of jobs by the names of `manyhats train`'s flags, and `defaults` that they share.
+"""Files of jobs (jobs.yaml): a list of jobs by the names of `manyhats train`'s flags, and `defaults` for all of them.
 
 defaults: {base: smollm2-135m, epochs: 3}
 jobs:
@@ -25,9 +25,9 @@ TOP = ("defaults", "jobs")
 def read_jobs(
     path: Path, command: Callable[..., None], without: tuple[str, ...], needed: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """Each job's values of `command`'s parameters but those `without`; it gives those that are `needed`.
+    """Read each job's values of `command`'s parameters, by name; a parameter in `without` may not be given.
 
-    Raises `OptionError`, naming the job and the key.
+    Raises `OptionError`, naming the job and the key, if the file is no such list, or a `needed` parameter is missing.
     """
     defaults, jobs = _parts(path)
     keys, read = _keys(command, without), list[dict[str, Any]]()
@@ -40,28 +40,28 @@ def read_jobs(
 
 def _parts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise OptionError(f"--jobs {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise OptionError(f"--jobs {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("jobs"), list) or not found["jobs"]:
+    if not isinstance(content, dict) or not isinstance(content.get("jobs"), list) or not content["jobs"]:
         raise OptionError(f"--jobs {path} must hold `jobs:`, a list of one job or more.")
-    if strange := [key for key in found if key not in TOP]:
+    if strange := [key for key in content if key not in TOP]:
         raise OptionError(f"--jobs {path} has {strange[0]!r} beside {' and '.join(TOP)}: what is shared goes there.")
-    defaults = _by_parameter(f"{path} defaults", found.get("defaults") or {})
-    return defaults, [_by_parameter(f"{path} job {n}", job) for n, job in enumerate(found["jobs"], start=1)]
+    defaults = _by_parameter(f"{path} defaults", content.get("defaults") or {})
+    return defaults, [_by_parameter(f"{path} job {n}", job) for n, job in enumerate(content["jobs"], start=1)]
 
 
 def _by_parameter(where: str, job: Any) -> dict[str, Any]:
-    """`batch-size` is `batch_size`."""
+    """Return a job by parameters' names: `batch-size` becomes `batch_size`."""
     if not isinstance(job, dict) or not all(isinstance(key, str) for key in job):
         raise OptionError(f"{where} must be keys with values, like `data: rows.jsonl`, not {str(job)[:40]!r}.")
     return {key.replace("-", "_"): value for key, value in job.items()}
 
 
 def _keys(command: Callable[..., None], without: tuple[str, ...]) -> type[BaseModel]:
-    """The parameters as a model."""
+    """Return a model that checks values of the command's parameters."""
     types = get_type_hints(command)
     fields: dict[str, Any] = {
         name: (types[name], parameter.default)

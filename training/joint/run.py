@@ -1,54 +1,61 @@
-"""Many jobs from files to artifacts: each is prepared and finished as alone, but they take their steps together.
+"""Runs of many jobs together: each is prepared, scored and written as alone, but they take their steps in one batch.
 
-Every job takes a step at a time. One that is done leaves the batch and is scored and written at once, while the clock
-of the others stands; one that breaks leaves it with its sentence.
+Every job takes a step at a time. A job that is done leaves the batch and is scored and written at once, while the clock
+of the others stands still; a job that fails leaves the batch with its sentence.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from training.base import Base, load_base
+from training.data.dataset import TrainingData
 from training.errors import OptionError, TrainingError, sentence
-from training.evaluation.evaluate import Scores, Suite
+from training.evaluation.evaluate import Scores, Suite, score, suite_of
 from training.joint.shared_base import SharedBase, TwinAdapter, twin
-from training.methods import METHODS, flag
+from training.methods import METHODS, attach
+from training.methods.trainable import TrainableAdapter
+from training.options import MethodOptions, flag
 from training.report.progress import ProgressDisplay
-from training.report.step_log import Step
+from training.run import manifest
+from training.run.artifact import write_artifact
 from training.run.distributed import Processes
-from training.run.job import Done, Job, check
-from training.run.pipeline import BASE, PreparedJob, dtype_of, finish, forgotten_if_failed, on_step, prepare, score
-from training.run.trainer import PendingStep
+from training.run.job import Job, check
+from training.run.peak_memory import PeakMemory
+from training.run.pipeline import SCORING_ADAPTER, SCORING_BASE, Done, read
+from training.run.precision import DTYPES, compute_dtype
+from training.run.recorder import Recorder, Tell
+from training.run.trainer import PendingStep, Run, Trainer
 
 T = TypeVar("T")
-SAME = ("base", "device", "precision", "cache")  # of all jobs, as there is one base
-NUM_CHECKED = 2  # rows of each job
+SAME = ("base", "device", "precision", "cache")  # options that all jobs share, as there is one base
+NUM_CHECKED = 2  # rows of each job that show whether jobs disturb each other
 
 
 @dataclass(frozen=True)
 class Named:
-    """A job by its number from 1."""
+    """A job with its number in the file, from 1."""
 
     number: int
     job: Job
 
     @property
     def name(self) -> str:
-        """For sentences."""
+        """Name of the job in sentences."""
         return f"job {self.number} ({self.job.out})"
 
     @property
     def label(self) -> str:
-        """For a bar."""
+        """Name of the job beside its bar."""
         return f"{self.number} {self.job.out.name}"
 
 
 class Stopwatch:
-    """The seconds that jobs train: it stands while one of them is finished."""
+    """A clock of seconds that jobs train, which stands still while one of them is scored and written."""
 
     def __init__(self) -> None:
         self._stood = 0.0
@@ -58,6 +65,7 @@ class Stopwatch:
 
     @contextmanager
     def stands(self) -> Iterator[None]:
+        """Stand still inside the block."""
         began = time.monotonic()
         try:
             yield
@@ -67,30 +75,36 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A job in the batch."""
+    """A job in the batch, with what its last stages, score and write, need."""
 
     named: Named
-    ready: PreparedJob
-    adapter: TwinAdapter
-    after_step: Callable[[Step], None]
+    options: MethodOptions
+    data: TrainingData
+    suite: Suite
+    before: Scores
+    memory: PeakMemory
+    adapter: TrainableAdapter
+    twin: TwinAdapter
+    trainer: Trainer
+    recorder: Recorder
 
 
 def run_jobs(
-    jobs: Sequence[Named], display: ProgressDisplay, processes: Processes, done: Callable[[Job, Done], None]
+    jobs: Sequence[Named], display: ProgressDisplay, processes: Processes, on_done: Callable[[Job, Done], None]
 ) -> int:
-    """Train all and write their artifacts; how many broke. `done` hears of each that did not.
+    """Train all jobs and write their artifacts; return how many failed. `on_done` gets each that did not.
 
-    Raises `TrainingError` where none can begin.
+    Raises `TrainingError` if none can begin.
     """
     options = _check(jobs, processes)
     first = jobs[0].job
     base = load_base(first.base, first.device, first.cache, display.say)
-    shared = SharedBase(base, dtype_of(first.precision, base))
-    return _Crew(base, shared, display, processes, done).run(jobs, options)
+    shared = SharedBase(base, compute_dtype(first.precision, base.model.device))
+    return _Batch(base, shared, display, processes, on_done).run(jobs, options)
 
 
-class _Crew:
-    """The jobs on their way."""
+class _Batch:
+    """Jobs that train together."""
 
     def __init__(
         self,
@@ -98,82 +112,107 @@ class _Crew:
         shared: SharedBase,
         display: ProgressDisplay,
         processes: Processes,
-        done: Callable[[Job, Done], None],
+        on_done: Callable[[Job, Done], None],
     ) -> None:
         self._base, self._shared, self._display = base, shared, display
-        self._processes, self._done = processes, done
-        self._clock, self._num_broken = Stopwatch(), 0
+        self._processes, self._on_done = processes, on_done
+        self._clock, self._num_jobs, self._num_failed = Stopwatch(), 0, 0
         self._scores: list[tuple[Suite, Scores]] = []  # of the base
 
-    def run(self, jobs: Sequence[Named], options: Sequence[Any]) -> int:
-        prepared = [self._prepare(named, own, len(jobs)) for named, own in zip(jobs, options, strict=True)]
-        readies = [(named, ready) for named, ready in zip(jobs, prepared, strict=True) if ready is not None]
-        with self._display.trainings([named.label for named, _ in readies]) as tells:
-            members = [
-                Member(named, ready, TwinAdapter(ready.adapter), on_step(ready, tell, self._processes))
-                for (named, ready), tell in zip(readies, tells, strict=True)
-            ]
+    def run(self, jobs: Sequence[Named], options: Sequence[MethodOptions]) -> int:
+        """Prepare all jobs, and take their steps until none is left; return how many failed."""
+        prepared = [self._alone(named, self._prepare, named, own) for named, own in zip(jobs, options, strict=True)]
+        members = [member for member in prepared if member is not None]
+        self._num_jobs = len(jobs)
+        with self._display.trainings([member.named.label for member in members]) as tells:
+            told = dict(zip(members, tells, strict=True))
             if members:
-                self._shared.check_isolation({one.adapter: one.ready.rows.train_rows[:NUM_CHECKED] for one in members})
+                self._shared.check_isolation({member.twin: member.data.train_rows[:NUM_CHECKED] for member in members})
             for member in members:
-                member.ready.trainer.begin()
+                member.trainer.begin()
             while members:
-                members = self._step(members)
-        return self._num_broken
+                members = self._step(members, told)
+        return self._num_failed
 
-    def _step(self, members: Sequence[Member]) -> list[Member]:
-        """A step of every job that is not done; the members that are left."""
-        pending_steps = {member: member.ready.trainer.next_pending() for member in members}
+    def _prepare(self, named: Named, options: MethodOptions) -> Member:
+        """Read a job's rows, score the base, and attach the method to a twin of it. Raises `TrainingError`."""
+        job, base, processes = named.job, twin(self._base), self._processes
+        data = read(job, base)
+        identity = manifest.identity(job, options, base, data)
+        recorder = Recorder(job.out, identity, job.plan.save_steps, processes.is_main)
+        recorder.check(job.is_resumed, self._display.say)
+        suite = suite_of(data, base, job.num_answers)
+        before, memory = self._score_base(suite), PeakMemory(base.model)
+        adapter = attach(job.method, options, base, data.train_rows, job.plan.seed)
+        dtype = compute_dtype(job.precision, base.model.device)
+        trainer = Trainer(adapter, data.train_rows, job.plan, processes, data.held_rows, dtype, self._clock)
+        if job.is_resumed:
+            recorder.restore(trainer, self._display.say)
+        return Member(named, options, data, suite, before, memory, adapter, TwinAdapter(adapter), trainer, recorder)
+
+    def _score_base(self, suite: Suite) -> Scores:
+        """Return the base's scores, taken once for jobs that are scored on the same rows."""
+        scores = next((scores for other, scores in self._scores if other == suite), None)
+        if scores is None:
+            scores = score(self._base.model, suite, self._display.bar, SCORING_BASE)
+            self._scores.append((suite, scores))
+        return scores
+
+    def _step(self, members: Sequence[Member], tells: Mapping[Member, Tell]) -> list[Member]:
+        """Take a step of every job that is not done, and finish the others; return the members that are left."""
+        pending_steps = {member: member.trainer.next_pending() for member in members}
         going = {member: pending for member, pending in pending_steps.items() if pending is not None}
         for member in members:
             if member not in going:
                 self._finish(member)
         if not going:
             return []
-        losses = self._shared.backward({member.adapter: pending for member, pending in going.items()})
-        return [member for member, pending in going.items() if self._take(member, pending, losses[member.adapter])]
+        losses = self._shared.backward({member.twin: pending for member, pending in going.items()})
+        return [
+            member
+            for member, pending in going.items()
+            if self._alone(member.named, self._take, member, pending, losses[member.twin], tells[member])
+        ]
 
-    def _prepare(self, named: Named, options: Any, num_jobs: int) -> PreparedJob | None:
-        how = self._display, self._processes, self._clock, num_jobs, self._scores_of
-        return self._alone(named, lambda: prepare(named.job, options, twin(self._base), *how))
-
-    def _scores_of(self, suite: Suite) -> Scores:
-        """The base's, taken once for jobs that are scored on the same."""
-        known = next((scores for other, scores in self._scores if other == suite), None)
-        if known is None:
-            known = score(self._base.model, suite, self._display, BASE)
-            self._scores.append((suite, known))
-        return known
-
-    def _take(self, member: Member, pending: PendingStep, loss: float) -> bool:
-        """Whether it could be taken."""
-
-        def take() -> bool:
-            with forgotten_if_failed(member.ready):
-                member.after_step(member.ready.trainer.take(pending, loss))
-            return True
-
-        return self._alone(member.named, take) is not None
+    def _take(self, member: Member, pending: PendingStep, loss: float, tell: Tell) -> bool:
+        """Take a job's step, whose gradients are there; return True. Raises `DivergedError`."""
+        with member.recorder.removing_if_failed():
+            member.recorder.on_step(member.trainer, member.trainer.take(pending, loss), tell)
+        return True
 
     def _finish(self, member: Member) -> None:
-        run = member.ready.trainer.end()
+        """End a job's training, and score and write it, while the clock stands still."""
+        run = member.trainer.end()
         with self._clock.stands():
-            done = self._alone(member.named, lambda: finish(member.ready, run, self._display, self._processes))
+            done = self._alone(member.named, self._write, member, run)
         if done is not None:
-            self._done(member.named.job, done)
+            self._on_done(member.named.job, done)
 
-    def _alone(self, named: Named, do: Callable[[], T]) -> T | None:
-        """What it gives; None where it breaks, which is told, and breaks no other job."""
+    def _write(self, member: Member, run: Run) -> Done:
+        """Score what is stored, not what was trained, and write it. Raises `OSError`."""
+        job, data, adapter = member.named.job, member.data, member.adapter
+        member.recorder.end_log()
+        num_base, memory = self._base.num_parameters, member.memory.base_and_peak()
+        training = manifest.training_entry(job, member.options, data, run, num_base, memory, num_jobs=self._num_jobs)
+        adapter.finalize(DTYPES[job.save_dtype])
+        after = score(adapter.model, member.suite, self._display.bar, SCORING_ADAPTER)
+        evaluation = manifest.evaluation_entry(data, job.columns, member.before, after)
+        num_bytes = write_artifact(job, self._base, data, adapter, member.trainer.steps, training, evaluation)
+        member.recorder.end()
+        return Done(run, member.before, after, num_bytes)
+
+    def _alone(self, named: Named, do: Callable[..., T], *inputs: Any) -> T | None:
+        """Return what `do` gives; None if it fails, which is shown and counted, and disturbs no other job."""
         try:
-            return do()
+            return do(*inputs)
         except (TrainingError, OSError) as error:
-            self._num_broken += 1
+            self._num_failed += 1
             self._display.fail(named.name, sentence(error, named.job.out))
             return None
 
 
-def _check(jobs: Sequence[Named], processes: Processes) -> list[Any]:
-    """Each job's options. Raises `OptionError` naming the job."""
+def _check(jobs: Sequence[Named], processes: Processes) -> list[MethodOptions]:
+    """Return each job's options. Raises `OptionError` naming the job."""
     if processes.size > 1:
         raise OptionError("--jobs trains in one process: start it without accelerate launch.")
     outs: dict[Any, str] = {}
@@ -183,7 +222,7 @@ def _check(jobs: Sequence[Named], processes: Processes) -> list[Any]:
     return [_check_one(named, jobs[0]) for named in jobs]
 
 
-def _check_one(named: Named, first: Named) -> Any:
+def _check_one(named: Named, first: Named) -> MethodOptions:
     job = named.job
     for name in SAME:
         if getattr(job, name) != getattr(first.job, name):
@@ -196,8 +235,8 @@ def _check_one(named: Named, first: Named) -> Any:
     except OptionError as error:
         raise OptionError(f"{named.name}: {error}") from error
     if not METHODS[job.method].can_share:
-        known = ", ".join(name for name, method in METHODS.items() if method.can_share)
-        raise OptionError(f"{named.name}: --method {job.method} cannot train beside others: take one of {known}.")
+        methods = ", ".join(name for name, method in METHODS.items() if method.can_share)
+        raise OptionError(f"{named.name}: --method {job.method} cannot train beside others: take one of {methods}.")
     if job.plan.gradient_checkpointing:
         raise OptionError(f"{named.name}: --gradient-checkpointing cannot be used with --jobs: leave it out.")
     return options

@@ -41,7 +41,9 @@ def twin(base: Base) -> Base:
     """Another model of the same weights: a method may put layers into it that the first one does not have."""
     shared = {id(tensor): tensor for tensor in (*base.model.parameters(), *base.model.buffers())}
     other = replace(base, model=copy.deepcopy(base.model, shared))
-    other.__dict__.update(spec=base.spec, identity=base.identity)  # what the first one has found out
+    other.__dict__.update(
+        spec=base.spec, identity=base.identity, num_parameters=base.num_parameters
+    )  # what the first one has found out
     return other
 
 

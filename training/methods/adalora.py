@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,21 +14,10 @@ from training.errors import OptionError
 from training.methods.lora import check_rank, int_if_whole
 from training.methods.targets import where
 from training.methods.trainable import PeftAdapter, attach_peft
+from training.options import AdaLoraOptions
 
 WARM, FINAL = 0.1, 0.3  # shares of the run in which no rank is taken yet, and none any more
 MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT remembers of each value's importance
-
-
-@dataclass(frozen=True)
-class AdaLoraOptions:
-    """`init_r` is each site's rank at the beginning, `target_r` the mean at the end."""
-
-    init_r: int = 12
-    target_r: int = 8
-    alpha: float = 32
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    layers: str = "last:10"
 
 
 def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from adapters_store.methods.bottleneck import ACTIVATION_NAMES, PLACEMENTS
 from training.base import Base
@@ -11,22 +10,9 @@ from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import parse_layers
 from training.methods.trainable import PeftAdapter, attach_peft
+from training.options import BottleneckOptions
 
 SCALINGS = ("learned", "channel")
-
-
-@dataclass(frozen=True)
-class BottleneckOptions:
-    """`scaling` is a number, `learned` or `channel`."""
-
-    bottleneck_size: int = 48
-    placement: str = "pfeiffer"
-    non_linearity: str = "relu"
-    scaling: str = "1.0"
-    ln_before: bool = False
-    ln_after: bool = False
-    dropout: float = 0.0
-    layers: str = "last:10"
 
 
 def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:

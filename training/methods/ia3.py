@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import linear_sites, names
 from training.methods.trainable import PeftAdapter, attach_peft
+from training.options import IA3Options
 
 # The names of the linears that (IA)3 scales, in the families of bases that are served: outputs, and inputs.
 OUTPUTS = ("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
 INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h")
-
-
-@dataclass(frozen=True)
-class IA3Options:
-    """By default keys, values and the last linear of the feed-forward block, in all layers."""
-
-    target_modules: str = ""
-    feedforward_modules: str = ""
-    layers: str = "all"
 
 
 def ia3(options: IA3Options, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:

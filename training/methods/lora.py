@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,31 +18,9 @@ from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import where
 from training.methods.trainable import ADAPTER_NAME, PeftAdapter, attach_peft
+from training.options import FixedScaleOptions, LoraOptions
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """What can be said of LoRA and its kin."""
-
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    use_rslora: bool = False
-    target_modules: str = "all-linear"
-    layers: str = "last:10"
-
-
-@dataclass(frozen=True)
-class FixedScaleOptions:
-    """The same for those whose name already says how they are scaled."""
-
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    layers: str = "last:10"
 
 
 def lora(

@@ -3,56 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.methods.lora import check_rank, int_if_whole
 from training.methods.targets import where
 from training.methods.trainable import PeftAdapter, attach_peft
+from training.options import LycorisOptions, MissOptions, OftOptions, VeraOptions
 
 TASK_TYPE = "CAUSAL_LM"
-
-
-@dataclass(frozen=True)
-class VeraOptions:
-    """`r` costs little: only r + out numbers a linear are trained."""
-
-    r: int = 64
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    layers: str = "last:10"
-
-
-@dataclass(frozen=True)
-class LycorisOptions:
-    """Of LoHa, whose update has rank r^2, and LoKr."""
-
-    r: int = 8
-    alpha: float = 8
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    layers: str = "last:10"
-
-
-@dataclass(frozen=True)
-class MissOptions:
-    """`r` sums of the input a linear."""
-
-    r: int = 16
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    layers: str = "last:10"
-
-
-@dataclass(frozen=True)
-class OftOptions:
-    """`block_size` inputs are turned together."""
-
-    block_size: int = 16
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    layers: str = "last:10"
 
 
 def vera(options: VeraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:

@@ -6,7 +6,6 @@ They begin as the keys and values that the base computes for a text, which the u
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,25 +15,7 @@ from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.soft_prompts import EMBEDDINGS, RANDOM, PromptAdapter, check_num_tokens, default_text, text_ids
 from training.methods.trainable import ADAPTER_NAME, attach_peft
-
-
-@dataclass(frozen=True)
-class PrefixOptions:
-    """`prefix_projection` trains them through an MLP, from random numbers; it is folded when it is written."""
-
-    num_virtual_tokens: int = 20
-    init_text: str = ""
-    prefix_projection: bool = False
-    encoder_hidden_size: int = 256
-
-
-@dataclass(frozen=True)
-class CartridgeOptions:
-    """The first `num_frozen_tokens` stay as they begin."""
-
-    num_virtual_tokens: int = 20
-    init_text: str = ""
-    num_frozen_tokens: int = 1
+from training.options import CartridgeOptions, PrefixOptions
 
 
 class PrefixAdapter(PromptAdapter):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +20,7 @@ from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.targets import linear_sites, sites_in
 from training.methods.trainable import PeftAdapter, TrainableAdapter, attach_peft
-
-SEEN = "seen"  # of --token-indices: those of the training rows
+from training.options import SEEN, BiasOptions, LayerOptions, MethodOptions, SelectiveOptions, TokenOptions
 
 
 class SelectiveAdapter(TrainableAdapter):
@@ -48,41 +46,6 @@ class SelectiveAdapter(TrainableAdapter):
         return {PREFIX + name: self.model.get_parameter(name).detach() for name in self._names}
 
 
-@dataclass(frozen=True)
-class SelectiveOptions:
-    """`parameters` are runs of words out of parameters' names (`bias`, `mlp.down_proj`); empty: all of the layers."""
-
-    parameters: str = ""
-    layers: str = "last:1"
-
-
-@dataclass(frozen=True)
-class LayerOptions:
-    """In which layers."""
-
-    layers: str = "all"
-
-
-@dataclass(frozen=True)
-class BiasOptions:
-    """The linears that get a bias."""
-
-    target_modules: str = "all-linear"
-    layers: str = "all"
-
-
-@dataclass(frozen=True)
-class TokenOptions:
-    """`token_indices` are ids and ranges (`5,9-12`), or `seen`: every token of the training rows."""
-
-    token_indices: str = SEEN
-
-
-@dataclass(frozen=True)
-class FullOptions:
-    """Nothing can be said of it."""
-
-
 def selective(options: SelectiveOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveAdapter:
     """Chosen layers, modules or parameters in full. Raises `OptionError`."""
     runs = [run.strip() for run in options.parameters.split(",") if run.strip()]
@@ -102,7 +65,7 @@ def bitfit(options: LayerOptions, base: Base, rows: Sequence[TokenizedRow]) -> T
     return SelectiveAdapter(base, _some(sites_in(options.layers, biases, base), options.layers))
 
 
-def full(_options: FullOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveAdapter:
+def full(_options: MethodOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveAdapter:
     """Every parameter."""
     return SelectiveAdapter(base, [name for name, _ in base.model.named_parameters()])
 

@@ -7,7 +7,6 @@ context-aware prompt tuning (arXiv:2410.17222), all through PEFT.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,44 +17,12 @@ from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
 from training.methods.trainable import ADAPTER_NAME, PeftAdapter, attach_peft
+from training.options import CptOptions, MultitaskOptions, PromptOptions, PTuningOptions
 
 TASK_TYPE = "CAUSAL_LM"
 RANDOM = "random"  # what --init-text says for none
 EMBEDDINGS = "prompt_embeddings"
 MAX_LABELS = 20  # that a text can name
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """`init_text` is repeated or cut to the number of virtual tokens; empty: one that names the answers of the data."""
-
-    num_virtual_tokens: int = 20
-    init_text: str = ""
-
-
-@dataclass(frozen=True)
-class MultitaskOptions(PromptOptions):
-    """`num_ranks` of the task's factor of the prompt."""
-
-    num_ranks: int = 1
-
-
-@dataclass(frozen=True)
-class PTuningOptions:
-    """The encoder is an MLP, or an LSTM with one behind it; it is folded when it is written."""
-
-    num_virtual_tokens: int = 20
-    encoder_reparameterization_type: str = "MLP"
-    encoder_hidden_size: int = 256
-
-
-@dataclass(frozen=True)
-class CptOptions:
-    """The context is the first rows of the data, as many as fit, or `init_text`; `epsilon` is how far a token moves."""
-
-    num_virtual_tokens: int = 100
-    init_text: str = ""
-    epsilon: float = 0.2
 
 
 class PromptAdapter(PeftAdapter):

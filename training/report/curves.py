@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from training.report.step_log import Step
 
+CURVES = "curves.png"
 SMOOTHING = 0.9  # of the running mean
 
 

@@ -1,4 +1,4 @@
-"""A training job: its options, their checks and its result."""
+"""A training job: its options, and the checks that need neither base nor data."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapters_store.format.folder import FILES
 from training.data.dataset import Columns
 from training.data.template import Template
 from training.errors import OptionError
-from training.evaluation.evaluate import Scores
 from training.methods import options_of
+from training.options import MethodOptions
+from training.report.curves import CURVES
 from training.report.step_log import LOG
+from training.run.precision import DTYPES, PRECISIONS
 from training.run.schedule import Plan, check_plan
-from training.run.trainer import Run
-
-CURVES = "curves.png"
-DTYPE_OF_PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that one run depends on; equal jobs write equal weights. `options` are those that were given, by name."""
+    """Everything that one run depends on; equal jobs write equal weights.
+
+    `data` and `eval` are files or folders of rows (without `eval`, rows of `data` are held out), `out` is the folder
+    to write, `options` are the method's options that were given, by name, and `max_length` is in tokens.
+    """
 
     method: str
     base: str
@@ -45,26 +44,16 @@ class Job:
     is_resumed: bool = False
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a run made."""
-
-    run: Run
-    before: Scores
-    after: Scores
-    num_bytes: int
-
-
-def check(job: Job) -> Any:
-    """The method's options. Raises `OptionError`."""
+def check(job: Job) -> MethodOptions:
+    """Return the method's options, and make the parent folder of `job.out`. Raises `OptionError`."""
     options = options_of(job.method, job.options)
     check_plan(job.plan)
-    for name, value, known in (
-        ("save-dtype", job.save_dtype, tuple(DTYPE_OF_PRECISION)),
+    for name, value, allowed in (
+        ("save-dtype", job.save_dtype, tuple(DTYPES)),
         ("precision", job.precision, PRECISIONS),
     ):
-        if value not in known:
-            raise OptionError(f"--{name} must be one of {', '.join(known)}, not {value}.")
+        if value not in allowed:
+            raise OptionError(f"--{name} must be one of {', '.join(allowed)}, not {value}.")
     if job.out.exists() and not (job.out / "adapter_config.json").is_file():
         raise OptionError(f"--out {job.out} exists and is no artifact: name a new folder.")
     if others := sorted({path.name for path in job.out.glob("*")} - {*FILES, LOG, CURVES}):

@@ -1,4 +1,4 @@
-"""What a manifest says of a run for people, and what a checkpoint must agree with."""
+"""Entries of a manifest about a run, for people, and the identity of a run, which a checkpoint must agree with."""
 
 from __future__ import annotations
 
@@ -7,45 +7,54 @@ import hashlib
 import json
 import platform
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from training.base import Base
 from training.data.dataset import Columns, Dataset, TrainingData
 from training.evaluation.evaluate import Scores
-from training.methods import flag
+from training.options import MethodOptions, flag
+from training.run.job import Job
 from training.run.trainer import Run
 
-if TYPE_CHECKING:
-    from training.run.job import Job
 
-
-def identity(job: Job, options: Any, base: Base, rows: TrainingData) -> dict[str, Any]:
-    """All that the weights depend on, by the flag or word that a sentence can name it by, as JSON has it."""
-    chosen = {**dataclasses.asdict(options), **dataclasses.asdict(job.plan), "precision": job.precision}
+def identity(job: Job, options: MethodOptions, base: Base, data: TrainingData) -> dict[str, Any]:
+    """Return everything that the weights depend on, by the flag or word that names it in a sentence, as JSON has it."""
+    chosen = {**options.as_dict(), **dataclasses.asdict(job.plan), "precision": job.precision}
     named: dict[str, Any] = {
         "--method": job.method,
         **{flag(name): value for name, value in chosen.items()},
         "the base": base.identity.identity,
-        "--data": rows.train.digest,
-        "--eval": rows.held.digest,
+        "--data": data.train.digest,
+        "--eval": data.held.digest,
         "--template": dataclasses.asdict(job.template),
-        "the number of rows and tokens": [len(rows.train_rows), sum(len(row.ids) for row in rows.train_rows)],
+        "the number of rows and tokens": [len(data.train_rows), sum(len(row.ids) for row in data.train_rows)],
     }
     return json.loads(json.dumps(named))  # type: ignore[no-any-return]
 
 
-def of_run(
-    job: Job, options: Any, rows: TrainingData, run: Run, memory: tuple[int, int], num_processes: int
+def training_entry(
+    job: Job,
+    options: MethodOptions,
+    data: TrainingData,
+    run: Run,
+    num_base: int,
+    memory: tuple[int, int],
+    num_processes: int = 1,
+    num_jobs: int = 1,
 ) -> dict[str, Any]:
-    """What people want to know of a run; sizes in bytes, times in seconds. `memory` is the base's and the peak."""
+    """Return the manifest's `training`: how an adapter was trained, sizes in bytes and times in seconds.
+
+    `num_base` counts the base's parameters, `memory` is that of the loaded base and the peak, and `num_jobs` jobs
+    trained together in one process.
+    """
     return {
         "method": job.method,
-        "data": rows.train.path.name,
-        "data_sha256": rows.train.digest,
-        "num_rows": len(rows.train_rows),
-        "options": dataclasses.asdict(options),
+        "data": data.train.path.name,
+        "data_sha256": data.train.digest,
+        "num_rows": len(data.train_rows),
+        "options": options.as_dict(),
         "plan": dataclasses.asdict(job.plan),
         "precision": job.precision,
         "num_processes": num_processes,
@@ -56,24 +65,25 @@ def of_run(
         "tokens_per_second": round(run.tokens / max(run.seconds, 1e-9), 1),
         "loss": round(run.loss, 5),
         "trained_parameters": run.num_trained,
-        "trained_share": round(run.num_trained / run.num_base, 6),
+        "trained_share": round(run.num_trained / num_base, 6),
         "base_memory_bytes": memory[0],
         "peak_memory_bytes": memory[1],
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "torch": str(torch.__version__),
         "machine": platform.machine(),
+        "num_jobs": num_jobs,
     }
 
 
-def of_scores(rows: TrainingData, columns: Columns, before: Scores, after: Scores) -> dict[str, Any]:
-    """The base beside the adapter, and on what.
+def evaluation_entry(data: TrainingData, columns: Columns, before: Scores, after: Scores) -> dict[str, Any]:
+    """Return the manifest's `evaluation`: the scores of base and adapter, and the rows that they were taken on.
 
-    `forgetting` is the share by which the perplexity of a neutral text rises with the adapter on.
+    `forgetting` is the share by which the perplexity of a neutral text rises with the adapter.
     """
     return {
-        "data": rows.held.path.name,
-        "sha256": rows.held.digest,
-        "split_sha256": split_digest(rows.held, columns),
+        "data": data.held.path.name,
+        "sha256": data.held.digest,
+        "split_sha256": split_digest(data.held, columns),
         "before": _rounded(before),
         "after": _rounded(after),
         "forgetting": round(after.neutral_perplexity / before.neutral_perplexity - 1, 5),
@@ -81,10 +91,10 @@ def of_scores(rows: TrainingData, columns: Columns, before: Scores, after: Score
 
 
 def split_digest(dataset: Dataset, columns: Columns) -> str:
-    """sha256 of what scores are comparable on: the bytes of the files, which lines of them, and which columns."""
+    """Return the sha256 of a split: the bytes of its files, the lines and the columns. Scores on equal ones compare."""
     lines = [example.line for example in dataset.examples]
-    said = json.dumps([dataset.digest, lines, dataclasses.asdict(columns)])
-    return hashlib.sha256(said.encode()).hexdigest()
+    split = json.dumps([dataset.digest, lines, dataclasses.asdict(columns)])
+    return hashlib.sha256(split.encode()).hexdigest()
 
 
 def _rounded(scores: Scores) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work took."""
+"""Peak memory of a stretch of work, on a GPU or in this process."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import nn
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): the peak becomes what is resident now
 
 
 class PeakMemory:
-    """Of a device, from now on: `base` bytes at the beginning, `peak()` the most since."""
+    """Measures memory from its creation on, on the device of a loaded base.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.base = torch.cuda.memory_allocated(device)
+    It reads every weight first: weights of a mapped file are in memory only then, and would be counted as the work's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.sum()
+        self._device = next(model.parameters()).device
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._base = torch.cuda.memory_allocated(self._device)
         else:
-            self.base = psutil.Process().memory_info().rss
+            self._base = psutil.Process().memory_info().rss
             _reset()
 
-    def peak(self) -> int:
-        """Where the system cannot begin anew, the most since the process began."""
+    def base_and_peak(self) -> tuple[int, int]:
+        """Return the bytes at the beginning and the most since; the most of the process if it cannot be reset."""
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return _high_water()
+            return self._base, torch.cuda.max_memory_allocated(self._device)
+        return self._base, _high_water()
 
 
 def _reset() -> None:

@@ -60,7 +60,6 @@ class Run:
     loss: float
     kept_step: int
     num_trained: int
-    num_base: int
 
 
 @dataclass
@@ -87,14 +86,12 @@ class Trainer:
         plan: Plan,
         processes: Processes,
         held: Sequence[TokenizedRow] = (),
-        num_base: int = 0,
         dtype: torch.dtype = torch.float32,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._adapter, self._rows, self._plan, self._held = adapter, rows, plan, held
         self._processes, self._dtype, self._clock = processes, dtype, clock
         self._trained = adapter.trained()
-        self._num_base = num_base
         self._optimizer = torch.optim.AdamW(self._trained, lr=plan.lr, weight_decay=plan.weight_decay)
         self._per_epoch = math.ceil(len(rows) / plan.rows_per_step)
         self._num_steps = plan.num_steps(self._per_epoch)
@@ -270,7 +267,6 @@ class Trainer:
             loss=sum(tail) / len(tail),
             kept_step=self._best.step if self._best else len(losses),
             num_trained=sum(parameter.numel() for parameter in self._trained),
-            num_base=self._num_base,
         )
 
 
