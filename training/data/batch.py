@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,21 @@ def label_logits(model: Any, batch: Batch) -> Tensor:
     with cut_before_head(model, batch.labels):
         logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
     return logits[: len(batch.targets)].float()
+
+
+def forward(
+    model: Any, rows: Sequence[TokenizedRow], size: int, on_rows: Callable[[int], None]
+) -> Iterator[tuple[Sequence[TokenizedRow], Tensor, Tensor]]:
+    """Iterate over batches of at most `size` rows of like length, shortest first.
+
+    Gives the rows, their logits [num_labels, vocabulary] and the target tokens [num_labels]; `on_rows` gets the number
+    of rows of each batch that is done.
+    """
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    for part in (ordered[i : i + size] for i in range(0, len(ordered), size)):
+        batch = make_batch(part, next(model.parameters()).device)
+        yield part, label_logits(model, batch), batch.targets
+        on_rows(len(part))
 
 
 @contextmanager

@@ -17,8 +17,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from training.base import Base
 from training.data.files import digest_of, read_rows
 from training.data.template import Template
 from training.errors import DataError
@@ -87,26 +88,34 @@ class TrainingData:
     held_rows: list[TokenizedRow]
 
 
-def read_training_data(
-    path: Path,
-    held_path: Path | None,
-    columns: Columns,
-    template: Template,
-    tokenizer: Any,
-    max_length: int,
-    seed: int,
-) -> TrainingData:
+class RowOptions(Protocol):
+    """The options of a job that say where its rows are, and how they become tokens; `max_length` is in tokens."""
+
+    @property
+    def data(self) -> Path: ...
+    @property
+    def eval(self) -> Path | None: ...
+    @property
+    def columns(self) -> Columns: ...
+    @property
+    def template(self) -> Template: ...
+    @property
+    def max_length(self) -> int: ...
+
+
+def read_training_data(options: RowOptions, base: Base, seed: int) -> TrainingData:
     """Read and tokenise the rows to train on, and those to score on: of a second file, or held out of the first.
 
-    `max_length` is in tokens; `seed` chooses the rows that are held out. Raises `DataError`.
+    `seed` chooses the rows that are held out. Raises `DataError`.
     """
-    train = read_dataset(path, columns, template, tokenizer)
+    train = read_dataset(options.data, options.columns, options.template, base.tokenizer)
     check_varied(train)
-    if held_path is None:
+    if options.eval is None:
         train, held = hold_out(train, seed)
     else:
-        held = read_dataset(held_path, columns, template, tokenizer)
-    return TrainingData(train, held, *(tokenise(split, tokenizer, max_length) for split in (train, held)))
+        held = read_dataset(options.eval, options.columns, options.template, base.tokenizer)
+    max_length = min(options.max_length, base.spec.max_positions)
+    return TrainingData(train, held, *(tokenise(split, base.tokenizer, max_length) for split in (train, held)))
 
 
 def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:

@@ -21,6 +21,16 @@ Prompt = tuple[int, ...]
 BATCH = 16
 
 
+def answer_texts(
+    model: Any, prompts: Sequence[Prompt], tokenizer: Any, max_tokens: int, on_rows: Callable[[int], None]
+) -> list[str]:
+    """Return the text of each prompt's greedy answer."""
+    if not prompts:
+        return []
+    answers = answer(model, prompts, tokenizer.eos_token_id, max_tokens, on_rows)
+    return [tokenizer.decode(answers[prompt]).strip() for prompt in prompts]
+
+
 @torch.inference_mode()
 def answer(
     model: Any,

@@ -13,20 +13,24 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from training.base import Base, load_base
-from training.data.dataset import TrainingData
+from training.data.dataset import TrainingData, read_training_data
 from training.errors import OptionError, TrainingError, sentence
-from training.evaluation.evaluate import Scores, Suite, score, suite_of
+from training.evaluation.evaluate import Scores, score
+from training.evaluation.suite import Suite, suite_of
 from training.joint.shared_base import SharedBase, TwinAdapter, twin
 from training.methods import METHODS, attach
 from training.methods.trainable import TrainableAdapter
 from training.options import MethodOptions, flag
 from training.report.progress import ProgressDisplay
-from training.run import manifest
+from training.report.step_log import LiveLog
 from training.run.artifact import write_artifact
+from training.run.checkpoint import Checkpoint
 from training.run.distributed import Processes
+from training.run.identity import run_identity
 from training.run.job import Job, check
+from training.run.manifest import evaluation_entry, training_entry
 from training.run.peak_memory import PeakMemory
-from training.run.pipeline import SCORING_ADAPTER, SCORING_BASE, Done, read
+from training.run.pipeline import SCORING_ADAPTER, SCORING_BASE, Done
 from training.run.precision import DTYPES, compute_dtype
 from training.run.recorder import Recorder, Tell
 from training.run.trainer import PendingStep, Run, Trainer
@@ -86,6 +90,7 @@ class Member:
     adapter: TrainableAdapter
     twin: TwinAdapter
     trainer: Trainer
+    checkpoint: Checkpoint
     recorder: Recorder
 
 
@@ -137,18 +142,21 @@ class _Batch:
     def _prepare(self, named: Named, options: MethodOptions) -> Member:
         """Read a job's rows, score the base, and attach the method to a twin of it. Raises `TrainingError`."""
         job, base, processes = named.job, twin(self._base), self._processes
-        data = read(job, base)
-        identity = manifest.identity(job, options, base, data)
-        recorder = Recorder(job.out, identity, job.plan.save_steps, processes.is_main)
-        recorder.check(job.is_resumed, self._display.say)
+        data = read_training_data(job, base, job.plan.seed)
+        identity = run_identity(job, options, base, data)
+        checkpoint = Checkpoint(job.out, identity)
+        checkpoint.check(job.is_resumed, self._display.say)
         suite = suite_of(data, base, job.num_answers)
         before, memory = self._score_base(suite), PeakMemory(base.model)
         adapter = attach(job.method, options, base, data.train_rows, job.plan.seed)
         dtype = compute_dtype(job.precision, base.model.device)
         trainer = Trainer(adapter, data.train_rows, job.plan, processes, data.held_rows, dtype, self._clock)
+        recorder = Recorder(checkpoint, LiveLog(job.out), job.plan.save_steps, processes.is_main)
         if job.is_resumed:
             recorder.restore(trainer, self._display.say)
-        return Member(named, options, data, suite, before, memory, adapter, TwinAdapter(adapter), trainer, recorder)
+        return Member(
+            named, options, data, suite, before, memory, adapter, TwinAdapter(adapter), trainer, checkpoint, recorder
+        )
 
     def _score_base(self, suite: Suite) -> Scores:
         """Return the base's scores, taken once for jobs that are scored on the same rows."""
@@ -176,7 +184,7 @@ class _Batch:
 
     def _take(self, member: Member, pending: PendingStep, loss: float, tell: Tell) -> bool:
         """Take a job's step, whose gradients are there; return True. Raises `DivergedError`."""
-        with member.recorder.removing_if_failed():
+        with member.recorder.cleaning_up():
             member.recorder.on_step(member.trainer, member.trainer.take(pending, loss), tell)
         return True
 
@@ -193,12 +201,12 @@ class _Batch:
         job, data, adapter = member.named.job, member.data, member.adapter
         member.recorder.end_log()
         num_base, memory = self._base.num_parameters, member.memory.base_and_peak()
-        training = manifest.training_entry(job, member.options, data, run, num_base, memory, num_jobs=self._num_jobs)
+        training = training_entry(job, member.options, data, run, num_base, memory, num_jobs=self._num_jobs)
         adapter.finalize(DTYPES[job.save_dtype])
         after = score(adapter.model, member.suite, self._display.bar, SCORING_ADAPTER)
-        evaluation = manifest.evaluation_entry(data, job.columns, member.before, after)
+        evaluation = evaluation_entry(data, job.columns, member.before, after)
         num_bytes = write_artifact(job, self._base, data, adapter, member.trainer.steps, training, evaluation)
-        member.recorder.end()
+        member.checkpoint.remove()
         return Done(run, member.before, after, num_bytes)
 
     def _alone(self, named: Named, do: Callable[..., T], *inputs: Any) -> T | None:

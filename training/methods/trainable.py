@@ -33,6 +33,12 @@ class TrainableAdapter:
         """The parameters that are trained."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def checkpoint_activations(self) -> None:
+        """Have transformers compute activations again instead of keeping them. Raises `OptionError` if it cannot."""
+        if not self.can_checkpoint:
+            raise OptionError("--gradient-checkpointing cannot be used with a prefix of keys and values: leave it out.")
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
     def begin(self, num_steps: int | None) -> None:
         """Called once before the first step; None where time alone bounds the run. Raises `OptionError`."""
 

@@ -34,22 +34,22 @@ def write_artifact(
 
     `training` and `evaluation` are the manifest's entries for people.
     """
+    weights = _weights(adapter, job.save_dtype)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        method=_served_method(job.method, adapter),
+        method=_served_name(job.method, adapter),
         base=base.ref,
         prompt_format=None if data.train.is_chat else job.template.prompt_format(),
         parity=parity(adapter.model, data.held_rows, data.train_rows, base.tokenizer.eos_token_id),
         training=dict(training),
         evaluation=dict(evaluation),
     )
-    weights = _weights(adapter, job.save_dtype)
     curves = draw(steps, f"{job.method} on {job.data.name}")
     write_folder(job.out, adapter.config(), weights, manifest, {LOG: lines(steps).encode(), CURVES: curves})
     return len(weights)
 
 
-def _served_method(method: str, adapter: TrainableAdapter) -> str:
+def _served_name(method: str, adapter: TrainableAdapter) -> str:
     """Return the server's name of the method; `full`, which no server takes, keeps its own."""
     if not METHODS[method].is_uploadable:
         return method

@@ -15,7 +15,7 @@ from training.options import MethodOptions
 from training.report.curves import CURVES
 from training.report.step_log import LOG
 from training.run.precision import DTYPES, PRECISIONS
-from training.run.schedule import Plan, check_plan
+from training.run.schedule import Plan
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Job:
 def check(job: Job) -> MethodOptions:
     """Return the method's options, and make the parent folder of `job.out`. Raises `OptionError`."""
     options = options_of(job.method, job.options)
-    check_plan(job.plan)
     for name, value, allowed in (
         ("save-dtype", job.save_dtype, tuple(DTYPES)),
         ("precision", job.precision, PRECISIONS),

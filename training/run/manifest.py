@@ -1,4 +1,4 @@
-"""Entries of a manifest about a run, for people, and the identity of a run, which a checkpoint must agree with."""
+"""Entries of a manifest about a run, for people: how an adapter was trained, and how well it answers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,11 @@ from typing import Any
 
 import torch
 
-from training.base import Base
 from training.data.dataset import Columns, Dataset, TrainingData
 from training.evaluation.evaluate import Scores
-from training.options import MethodOptions, flag
+from training.options import MethodOptions
 from training.run.job import Job
 from training.run.trainer import Run
-
-
-def identity(job: Job, options: MethodOptions, base: Base, data: TrainingData) -> dict[str, Any]:
-    """Return everything that the weights depend on, by the flag or word that names it in a sentence, as JSON has it."""
-    chosen = {**options.as_dict(), **dataclasses.asdict(job.plan), "precision": job.precision}
-    named: dict[str, Any] = {
-        "--method": job.method,
-        **{flag(name): value for name, value in chosen.items()},
-        "the base": base.identity.identity,
-        "--data": data.train.digest,
-        "--eval": data.held.digest,
-        "--template": dataclasses.asdict(job.template),
-        "the number of rows and tokens": [len(data.train_rows), sum(len(row.ids) for row in data.train_rows)],
-    }
-    return json.loads(json.dumps(named))  # type: ignore[no-any-return]
 
 
 def training_entry(

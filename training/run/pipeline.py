@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from training.base import Base, load_base
-from training.data.dataset import TrainingData, read_training_data
-from training.evaluation.evaluate import Scores, score, suite_of
+from training.base import load_base
+from training.data.dataset import read_training_data
+from training.evaluation.evaluate import Scores, score
+from training.evaluation.suite import suite_of
 from training.methods import attach
 from training.report.progress import ProgressDisplay
-from training.run import manifest
+from training.report.step_log import LiveLog
 from training.run.artifact import write_artifact
+from training.run.checkpoint import Checkpoint
 from training.run.distributed import Processes
+from training.run.identity import run_identity
 from training.run.job import Job, check
+from training.run.manifest import evaluation_entry, training_entry
 from training.run.peak_memory import PeakMemory
 from training.run.precision import DTYPES, compute_dtype
 from training.run.recorder import Recorder
@@ -42,44 +46,43 @@ def run_job(job: Job, display: ProgressDisplay, processes: Processes, before: Sc
     and writes. Raises `TrainingError` with a sentence for the user, or `OSError`; nothing is written at `job.out` then.
     """
     options = check(job)
+    # Load and read.
     base = load_base(job.base, processes.device(job.device), job.cache, display.say)
-    data = read(job, base)
-    recorder = Recorder(job.out, manifest.identity(job, options, base, data), job.plan.save_steps, processes.is_main)
-    recorder.check(job.is_resumed, display.say)
+    data = read_training_data(job, base, job.plan.seed)
+    identity = run_identity(job, options, base, data)
+    checkpoint = Checkpoint(job.out, identity)
+    checkpoint.check(job.is_resumed, display.say)
+    # Score the base.
     suite = suite_of(data, base, job.num_answers)
     if processes.is_main and before is None:
         before = score(base.model, suite, display.bar, SCORING_BASE)
+    # Attach.
     memory = PeakMemory(base.model)
     adapter = attach(job.method, options, base, data.train_rows, job.plan.seed)
+    # Train.
     dtype = compute_dtype(job.precision, base.model.device)
     trainer = Trainer(adapter, data.train_rows, job.plan, processes, data.held_rows, dtype)
+    recorder = Recorder(checkpoint, LiveLog(job.out), job.plan.save_steps, processes.is_main)
     if job.is_resumed:
         recorder.restore(trainer, display.say)
     with display.training() as tell:
         run = recorder.record(trainer, tell)
+    # Score what is stored, not what was trained, and write.
     done = None
     if processes.is_main and before is not None:
-        recorder.end_log()
-        training = manifest.training_entry(
-            job, options, data, run, base.num_parameters, memory.base_and_peak(), processes.size
-        )
+        base_and_peak = memory.base_and_peak()
         adapter.finalize(DTYPES[job.save_dtype])
         after = score(adapter.model, suite, display.bar, SCORING_ADAPTER)
-        evaluation = manifest.evaluation_entry(data, job.columns, before, after)
-        num_bytes = write_artifact(job, base, data, adapter, trainer.steps, training, evaluation)
-        recorder.end()
-        done = Done(run, before, after, num_bytes)
+        training = training_entry(job, options, data, run, base.num_parameters, base_and_peak, processes.size)
+        evaluation = evaluation_entry(data, job.columns, before, after)
+        done = Done(run, before, after, write_artifact(job, base, data, adapter, trainer.steps, training, evaluation))
+        checkpoint.remove()
     processes.wait()
     return done
-
-
-def read(job: Job, base: Base) -> TrainingData:
-    """Read a job's rows, to train on and to score on, as the base's tokens. Raises `DataError`."""
-    max_length = min(job.max_length, base.spec.max_positions)
-    return read_training_data(job.data, job.eval, job.columns, job.template, base.tokenizer, max_length, job.plan.seed)
 
 
 def score_base(job: Job, display: ProgressDisplay, processes: Processes) -> Scores:
     """Score the base alone: the `before` of every job on these rows and this base. Raises `TrainingError`."""
     base = load_base(job.base, processes.device(job.device), job.cache, display.say)
-    return score(base.model, suite_of(read(job, base), base, job.num_answers), display.bar, SCORING_BASE)
+    data = read_training_data(job, base, job.plan.seed)
+    return score(base.model, suite_of(data, base, job.num_answers), display.bar, SCORING_BASE)

@@ -13,6 +13,17 @@ from training.errors import OptionError
 from training.options import HELP, flag, option
 
 DEFAULT_EPOCHS = 3.0
+POSITIVE = (
+    "lr",
+    "max_seconds",
+    "epochs",
+    "steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "eval_steps",
+    "early_stopping_patience",
+    "save_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,13 @@ class Plan:
     clip: float = 1.0  # largest norm of a step's gradients
     seed: int = option(0, "the same seed, the same weights")
 
+    def __post_init__(self) -> None:
+        """Raise `OptionError` naming the option whose value is not above 0."""
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise OptionError(f"{flag(name)} must be a number above 0, not {value}.")
+
     @property
     def rows_per_step(self) -> int:
         """Rows of a step, of all processes together."""
@@ -65,24 +83,3 @@ class Plan:
         """Tell whether the loss on the evaluation rows is taken after so many steps."""
         every = self.eval_steps or (per_epoch if self.early_stopping_patience else None)
         return every is not None and step % every == 0
-
-
-POSITIVE = (
-    "lr",
-    "max_seconds",
-    "epochs",
-    "steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "eval_steps",
-    "early_stopping_patience",
-    "save_steps",
-)
-
-
-def check_plan(plan: Plan) -> None:
-    """Raise `OptionError` naming the option whose value is not above 0."""
-    for name in POSITIVE:
-        value = getattr(plan, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise OptionError(f"{flag(name)} must be a number above 0, not {value}.")

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from training.data.batch import label_logits, make_batch
 from training.data.dataset import TokenizedRow, batches
-from training.errors import DivergedError, OptionError
+from training.errors import DivergedError
 from training.methods.trainable import TrainableAdapter
 from training.report.step_log import Step
 from training.run.distributed import Processes
@@ -91,10 +91,10 @@ class Trainer:
     ) -> None:
         self._adapter, self._rows, self._plan, self._held = adapter, rows, plan, held
         self._processes, self._dtype, self._clock = processes, dtype, clock
-        self._trained = adapter.trained()
-        self._optimizer = torch.optim.AdamW(self._trained, lr=plan.lr, weight_decay=plan.weight_decay)
         self._per_epoch = math.ceil(len(rows) / plan.rows_per_step)
         self._num_steps = plan.num_steps(self._per_epoch)
+        self._trained = adapter.trained()
+        self._optimizer = torch.optim.AdamW(self._trained, lr=plan.lr, weight_decay=plan.weight_decay)
         self._best: Best | None = None
         self._before = 0.0  # seconds of the run before it was broken
         self._began = clock()
@@ -102,7 +102,7 @@ class Trainer:
         self.steps: list[Step] = []
         adapter.begin(self._num_steps)
         if plan.gradient_checkpointing:
-            _checkpoint_activations(adapter)
+            adapter.checkpoint_activations()
 
     def run(self, on_step: Callable[[Step], None] = lambda _step: None) -> Run:
         """Train to the first limit of the plan, at least one step. Raises `DivergedError` if the loss is no number."""
@@ -268,10 +268,3 @@ class Trainer:
             kept_step=self._best.step if self._best else len(losses),
             num_trained=sum(parameter.numel() for parameter in self._trained),
         )
-
-
-def _checkpoint_activations(adapter: TrainableAdapter) -> None:
-    """Have transformers compute activations again. Raises `OptionError` where the method cannot."""
-    if not adapter.can_checkpoint:
-        raise OptionError("--gradient-checkpointing cannot be used with a prefix of keys and values: leave it out.")
-    adapter.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

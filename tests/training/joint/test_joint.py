@@ -23,13 +23,13 @@ from training.base import Base, load_base
 from training.data.batch import label_logits, make_batch
 from training.data.dataset import TokenizedRow
 from training.errors import BaseError
+from training.evaluation.evaluate import score
 from training.joint import run, shared_base
 from training.methods import METHODS, attach, options_of
 from training.methods.trainable import TrainableAdapter
-from training.run import pipeline as job_module
-from training.run import trainer
+from training.run import artifact, trainer
+from training.run.artifact import write_artifact
 from training.run.distributed import Processes
-from training.run.pipeline import finish, score
 from training.run.schedule import Plan
 
 NEAR = 1e-4
@@ -127,12 +127,12 @@ def test_a_job_that_is_done_leaves_the_batch(
         passes.append(len(pending_steps))
         return real_backward(self, pending_steps)
 
-    def noted(ready: Any, *more: Any) -> Any:
-        done.append((ready.job.out.name, len(passes)))
-        return finish(ready, *more)
+    def noted(job: Any, *more: Any) -> Any:
+        done.append((job.out.name, len(passes)))
+        return write_artifact(job, *more)
 
     monkeypatch.setattr(shared_base.SharedBase, "backward", backward)
-    monkeypatch.setattr(run, "finish", noted)
+    monkeypatch.setattr(run, "write_artifact", noted)
     jobs = [{"steps": steps, "out": str(tmp_path / str(steps))} for steps in (4, 1, 3)]
     result = command("--jobs", write(tmp_path / "jobs.yaml", shared(tiny_base, data), jobs))
     assert result.exit_code == 0, result.output
@@ -180,7 +180,7 @@ def test_a_job_that_breaks_ends_alone(
             raise OSError(28, "No space left on device")
         write_folder(out, *more)
 
-    monkeypatch.setattr(job_module, "write_folder", unless_full)
+    monkeypatch.setattr(artifact, "write_folder", unless_full)
     defaults = shared(tiny_base, data, steps=6)
     result = command("--jobs", write(tmp_path / "jobs.yaml", defaults, jobs))
     assert result.exit_code == 1
@@ -300,7 +300,7 @@ def hats_on(
     """Hats that answer something, with rows of different number and length; some are longer than a tiny window."""
     wearers = {}
     for seed, name in enumerate(names):
-        adapter = attach(name, options_of(name, {"layers": "all"}), shared_base.twin(base), [])
+        adapter = attach(name, options_of(name, {"layers": "all"}), shared_base.twin(base), [], seed)
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in adapter.trained():
@@ -369,8 +369,7 @@ def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
 
     def begun(seed: int) -> tuple[TrainableAdapter, trainer.Trainer]:
         name, given, size = LONG[seed]
-        torch.manual_seed(seed)
-        adapter = attach(name, options_of(name, given), shared_base.twin(base), rows)
+        adapter = attach(name, options_of(name, given), shared_base.twin(base), rows, seed)
         plan = Plan(lr=0.01, steps=STEPS, batch_size=size, seed=seed)
         found = trainer.Trainer(adapter, rows, plan, Processes(is_cpu=True))
         found.begin()

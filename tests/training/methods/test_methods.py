@@ -40,8 +40,7 @@ def logits(model: Any, ids: list[int]) -> Tensor:
 
 
 def hat_of(name: str, base: Base, **given: Any) -> Any:
-    torch.manual_seed(0)
-    return attach(name, options_of(name, given), base, ROWS)
+    return attach(name, options_of(name, given), base, ROWS, seed=0)
 
 
 @pytest.mark.parametrize("name", METHODS)

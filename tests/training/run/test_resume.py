@@ -40,8 +40,7 @@ class BrokenError(Exception):
 def trainer_of(name: str, base: Path) -> tuple[Any, Trainer]:
     """Of a method on a base of its own."""
     loaded = load_base(str(base), "cpu", None, lambda _message: None)
-    torch.manual_seed(0)
-    adapter = attach(name, options_of(name, OPTIONS.get(name, {})), loaded, ROWS)
+    adapter = attach(name, options_of(name, OPTIONS.get(name, {})), loaded, ROWS, seed=0)
     plan = Plan(lr=0.01, steps=STEPS, batch_size=3, eval_steps=2, early_stopping_patience=9)
     return adapter, Trainer(adapter, ROWS, plan, Processes(is_cpu=True), ROWS[:4])
 

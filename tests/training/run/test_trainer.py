@@ -34,8 +34,7 @@ def run_of(
 ) -> tuple[Any, Trainer]:
     """A finished run of a LoRA."""
     loaded = load_base(str(base), "cpu", None, lambda _message: None)
-    torch.manual_seed(0)
-    adapter = attach("lora", options_of("lora", {}), loaded, rows)
+    adapter = attach("lora", options_of("lora", {}), loaded, rows, seed=0)
     trainer = Trainer(adapter, rows, Plan(**{"lr": 0.01, "steps": 6, **plan}), Processes(is_cpu=True), held)
     trainer.run()
     return adapter, trainer
@@ -92,7 +91,7 @@ def test_it_stops_when_the_evaluation_rows_get_no_better(tiny_base: Path) -> Non
 def test_time_bounds_a_run(tiny_base: Path) -> None:
     """The learning rate follows the clock where time is the limit, up and then down, and the run ends with it."""
     loaded = load_base(str(tiny_base), "cpu", None, lambda _message: None)
-    adapter = attach("lora", options_of("lora", {}), loaded, ROWS)
+    adapter = attach("lora", options_of("lora", {}), loaded, ROWS, seed=0)
     ticks = iter(range(1000))
     trainer = Trainer(
         adapter, ROWS, Plan(lr=1.0, max_seconds=100), Processes(is_cpu=True), clock=lambda: float(next(ticks))
