@@ -1,4 +1,4 @@
-"""What can go wrong in training, as sentences for the user. The command prints them and exits with 1.
+"""Errors of training, as sentences for the user. The command prints them and exits with 1.
 
 TrainingError
 ├── DataError       a data set's file, line or column
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class TrainingError(Exception):
-    """One sentence that names the offending thing and says what to do next."""
+    """A failure, as a sentence that names the offending thing and says what to do next."""
 
 
 class DataError(TrainingError):
@@ -38,7 +38,7 @@ class PushError(TrainingError):
 
 
 def sentence(error: TrainingError | OSError, out: Path) -> str:
-    """What the command says of it, where `out` was to be written."""
+    """Return an error as the sentence that the command prints; `out` is the path that was to be written."""
     if isinstance(error, OSError):
         return f"{out} cannot be written: {error.strerror or error}"
     return str(error)

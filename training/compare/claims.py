@@ -1,4 +1,4 @@
-"""What is usually claimed for PEFT, held against what was measured: figures, whether they speak for it or not."""
+"""Claims usually made for PEFT, each beside the figures that were measured, for or against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = Callable[[MethodOutcome], float | None]
 
 
 class Claim(NamedTuple):
-    """A claim, what was found, and `holds`, or which methods do not keep it, or why nothing can be said."""
+    """A claim with its figures; the verdict is `holds`, the methods that it fails for, or why it was not measured."""
 
     claim: str
     figures: str
@@ -25,7 +25,7 @@ class Claim(NamedTuple):
 
 
 def claims(comparison: Comparison) -> list[Claim]:
-    """All of them."""
+    """Check every claim against a comparison; without adapters there is none."""
     adapters, full = [outcome for outcome in comparison.outcomes if outcome.is_peft], comparison.of(FULL)
     if not adapters:
         return []
@@ -39,20 +39,20 @@ def claims(comparison: Comparison) -> list[Claim]:
 
 
 def _share(adapters: list[MethodOutcome]) -> Claim:
-    figures = _range(adapters, lambda one: one.trained_share, lambda value: f"{value:.3%}")
-    bad = [one.method for one in adapters if one.trained_share > MAX_SHARE]
+    figures = _range(adapters, lambda outcome: outcome.trained_share, lambda value: f"{value:.3%}")
+    bad = [outcome.method for outcome in adapters if outcome.trained_share > MAX_SHARE]
     return Claim(f"a small share of the parameters (at most {MAX_SHARE:.0%})", figures, _verdict(bad))
 
 
 def megabytes(num_bytes: float) -> str:
-    """As people read it."""
+    """Write a number of bytes as megabytes."""
     return f"{num_bytes / MEGA:,.2f} MB" if num_bytes < 100 * MEGA else f"{num_bytes / MEGA:,.0f} MB"
 
 
 def _bytes(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
-    figures = _range(adapters, lambda one: one.artifact_bytes, megabytes)
+    figures = _range(adapters, lambda outcome: outcome.artifact_bytes, megabytes)
     suffix = f"; full: {megabytes(full.artifact_bytes)}" if full else ""
-    bad = [one.method for one in adapters if one.artifact_bytes > MAX_BYTES]
+    bad = [outcome.method for outcome in adapters if outcome.artifact_bytes > MAX_BYTES]
     return Claim(f"megabytes per task (at most {MAX_BYTES / MEGA:.0f})", figures + suffix, _verdict(bad))
 
 
@@ -63,8 +63,8 @@ def _memory(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim:
     full_bytes = full.memory_bytes
     if not full_bytes:  # a base so small that no page was added
         return Claim(claim, "full fine-tuning took no memory that could be measured", "not measured")
-    figures = _range(adapters, lambda one: one.memory_bytes / full_bytes, lambda value: f"{value:.2f}")
-    bad = [one.method for one in adapters if one.memory_bytes >= full_bytes]
+    figures = _range(adapters, lambda outcome: outcome.memory_bytes / full_bytes, lambda value: f"{value:.2f}")
+    bad = [outcome.method for outcome in adapters if outcome.memory_bytes >= full_bytes]
     return Claim(claim, f"{figures} of its {megabytes(full_bytes)} above the loaded base", _verdict(bad))
 
 
@@ -72,11 +72,11 @@ def _forgetting(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Cl
     claim = "less forgetting than full fine-tuning"
     if full is None:
         return _without_full(claim)
-    bound, known = forgotten(full), [one for one in adapters if forgotten(one) is not None]
-    if bound is None or not known:
+    bound, measured = forgotten(full), [outcome for outcome in adapters if forgotten(outcome) is not None]
+    if bound is None or not measured:
         return Claim(claim, "", "not measured")
-    figures = _range(known, forgotten, lambda value: f"{value:+.2%}")
-    bad = [one.method for one in known if (forgotten(one) or 0.0) >= bound]
+    figures = _range(measured, forgotten, lambda value: f"{value:+.2%}")
+    bad = [outcome.method for outcome in measured if (forgotten(outcome) or 0.0) >= bound]
     return Claim(claim, f"perplexity of a neutral text: {figures}; full: {bound:+.2%}", _verdict(bad))
 
 
@@ -86,7 +86,7 @@ def _quality(adapters: list[MethodOutcome], full: MethodOutcome | None) -> Claim
         return _without_full(claim)
     score = scores_of(full)[0]
     figures = _range(adapters, quality, score.show)
-    bad = [one.method for one in adapters if quality(one) < quality(full) - NEAR]
+    bad = [outcome.method for outcome in adapters if quality(outcome) < quality(full) - NEAR]
     return Claim(claim, f"{score.name}: {figures}; full: {score.show(quality(full))}", _verdict(bad))
 
 
@@ -95,10 +95,10 @@ def _without_full(claim: str) -> Claim:
 
 
 def _range(adapters: list[MethodOutcome], value: Value, show: Callable[[float], str]) -> str:
-    """From the least to the most, each with its method."""
-    found = sorted((value(one) or 0.0, one.method) for one in adapters)
-    shown = [f"{show(figure)} ({method})" for figure, method in (found[0], found[-1])]
-    return " to ".join(shown if len(found) > 1 else shown[:1])
+    """Write the least and the most of a value, each with its method."""
+    figures = sorted((value(outcome) or 0.0, outcome.method) for outcome in adapters)
+    ends = [f"{show(figure)} ({method})" for figure, method in (figures[0], figures[-1])]
+    return " to ".join(ends if len(figures) > 1 else ends[:1])
 
 
 def _verdict(bad: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""One comparison: each method is trained, all are served, and what is known is written each time."""
+"""A comparison: train each method, serve all of them, and write the results after each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_ADAPTER = "it is a new base, and no hat"
 
 @dataclass
 class Comparing:
-    """A comparison on its way, and the folder where it is kept."""
+    """A comparison on its way: its results so far, its jobs by method, and the folder that it is kept in."""
 
     comparison: Comparison
     jobs: Mapping[str, Job]
@@ -44,7 +44,11 @@ class Comparing:
     def begin(
         cls, jobs: Mapping[str, Job], out: Path, given: dict[str, object], words: Sequence[str], console: Console
     ) -> Comparing:
-        """In a new folder, or in that of the same comparison. Raises `OptionError` where it is another's."""
+        """Begin in a new folder, or go on in that of the same comparison.
+
+        `given` are the options that the outcome depends on, by flag; `words` are those of the command that repeats it.
+        Raises `OptionError` if the folder holds something else, `DataError` if the rows cannot be read.
+        """
         job = next(iter(jobs.values()))
         digests = {"the rows of --data": digest_of(job.data), "the rows of --eval": job.eval and digest_of(job.eval)}
         command = shlex.join(["manyhats", "compare", "--methods", ",".join(jobs), *words, "--out", str(out)])
@@ -53,7 +57,10 @@ class Comparing:
         return cls(comparison, jobs, out, console)
 
     def run(self) -> None:
-        """All of it. Raises `DataError` or `BaseError` where no method can be trained, `MethodError` where none was."""
+        """Train and serve every method, and print the table.
+
+        Raises `DataError` or `BaseError` if no method can be trained, `MethodError` if none was.
+        """
         self._keep()
         with _bars(self.console) as progress:
             self._score_base(progress)
@@ -71,7 +78,7 @@ class Comparing:
         self.console.print(f"{self.out}: {RESULTS}, {TABLE} and {PLOT}", highlight=False, markup=False, soft_wrap=True)
 
     def _score_base(self, progress: Progress) -> None:
-        """Once for all methods, unless it was done or none is left to train."""
+        """Score the base once for all methods, unless it was done or none is left to train."""
         missing = [job for job in self.jobs.values() if not _is_done(job)]
         if self.comparison.before is None and missing:
             task = progress.add_task("the base", total=1.0, facts="")
@@ -80,7 +87,7 @@ class Comparing:
             self._keep()
 
     def _train(self, method: str, progress: Progress, task: TaskID) -> None:
-        """One method, unless it is there already."""
+        """Train a method, unless its artifact exists already, and add its outcome or the reason why it failed."""
         job = self.jobs[method]
         try:
             if self.comparison.before is not None and not _is_done(job):
@@ -94,8 +101,8 @@ class Comparing:
         progress.update(task, completed=1.0, facts=_line(outcome))
 
     def _serve(self, progress: Progress) -> None:
-        """All that a server takes, on one server. What does not come up is told, and costs nothing that is known."""
-        adapters = [one for one in self.comparison.outcomes if METHODS[one.method].is_uploadable]
+        """Serve every adapter that a server takes, on one server; a failure is told, and no result is lost."""
+        adapters = [outcome for outcome in self.comparison.outcomes if METHODS[outcome.method].is_uploadable]
         for outcome in self.comparison.outcomes:
             outcome.not_served = "" if outcome in adapters else NO_ADAPTER
         if not adapters:
@@ -122,7 +129,7 @@ class Comparing:
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def _keep(self) -> None:
-        """Write what is known."""
+        """Write the results so far: JSON, table and plot."""
         write(self.out / RESULTS, msgspec.json.format(msgspec.json.encode(self.comparison)) + b"\n")
         write(self.out / TABLE, markdown(self.comparison).encode())
         if self.comparison.outcomes:
@@ -134,7 +141,7 @@ def _is_done(job: Job) -> bool:
 
 
 def _tell(progress: Progress, task: TaskID) -> Callable[[News], None]:
-    """Show news of a run in its line."""
+    """Return a function that shows news of a run beside its bar."""
     return lambda news: progress.update(task, completed=news.share, facts=escape(news.text))
 
 
@@ -155,7 +162,7 @@ def _line(outcome: MethodOutcome) -> str:
 
 
 def _machine() -> str:
-    """Its cores, and what they are."""
+    """Describe this machine: the number and the model of its cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

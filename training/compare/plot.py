@@ -15,7 +15,7 @@ MEGA = 1e6
 
 
 class Panel(NamedTuple):
-    """What a bar is long; how it is labelled; where the base stands, if it does."""
+    """A panel of bars: the value that a bar is as long as, how it is labelled, and the base's value, if it has one."""
 
     title: str
     value: Callable[[MethodOutcome], float | None]
@@ -25,7 +25,7 @@ class Panel(NamedTuple):
 
 
 def draw(comparison: Comparison) -> bytes:
-    """Two rows of panels, methods in the order in which they were given; full fine-tuning in another colour."""
+    """Draw two rows of panels as a PNG, methods in the given order and full fine-tuning in another colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,20 +44,24 @@ def _panels(outcomes: Sequence[MethodOutcome]) -> list[Panel]:
     first = outcomes[0]
     score = scores_of(first)[0]
     return [
-        Panel("trained parameters", lambda one: one.trained_parameters, lambda value: f"{value:,.0f}", is_log=True),
-        Panel("peak memory above the base, MB", lambda one: one.memory_bytes / MEGA, lambda value: f"{value:,.0f}"),
-        Panel("training tokens/s", lambda one: one.tokens_per_second, lambda value: f"{value:,.0f}"),
+        Panel(
+            "trained parameters", lambda outcome: outcome.trained_parameters, lambda value: f"{value:,.0f}", is_log=True
+        ),
+        Panel(
+            "peak memory above the base, MB", lambda outcome: outcome.memory_bytes / MEGA, lambda value: f"{value:,.0f}"
+        ),
+        Panel("training tokens/s", lambda outcome: outcome.tokens_per_second, lambda value: f"{value:,.0f}"),
         Panel(f"{score.name} after the same budget", quality, score.show, score.of(first.before)),
         Panel(
             "forgetting: perplexity of a neutral text",
-            lambda one: None if (change := forgotten(one)) is None else 1 + change,
+            lambda outcome: None if (change := forgotten(outcome)) is None else 1 + change,
             lambda value: f"{value - 1:+.0%}",
             1.0,
             is_log=True,
         ),
         Panel(
             "decode speed when served, of the base's",
-            lambda one: one.serving.share_of_base if one.serving else None,
+            lambda outcome: outcome.serving.share_of_base if outcome.serving else None,
             lambda value: f"{value:.0%}",
             1.0,
         ),
@@ -65,7 +69,7 @@ def _panels(outcomes: Sequence[MethodOutcome]) -> list[Panel]:
 
 
 def _panel(axes: Any, panel: Panel, outcomes: Sequence[MethodOutcome]) -> None:
-    """Bars from top to bottom, `-` where there is no value, a dashed line where the base is."""
+    """Draw bars from top to bottom, `-` for a missing value, and a dashed line at the base's value."""
     values = [panel.value(outcome) for outcome in outcomes]
     colors = [ADAPTER if outcome.is_peft else FULL for outcome in outcomes]
     begin = panel.base or 0.0 if panel.is_log else 0.0  # how many times the base's, and not how far from nothing
@@ -87,7 +91,7 @@ def _panel(axes: Any, panel: Panel, outcomes: Sequence[MethodOutcome]) -> None:
 
 
 def _scale(axes: Any, panel: Panel, values: list[float]) -> None:
-    """With room for the labels; the bars carry their figures, so that only a logarithmic axis needs marks."""
+    """Scale an axis with room for the labels; bars carry their figures, so that only a logarithmic axis needs marks."""
     if panel.is_log and values:
         axes.set_xscale("log")
         ends = [*values, panel.base or values[0]]

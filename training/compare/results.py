@@ -1,4 +1,4 @@
-"""What was measured of each method: read from its manifest, and from the server that wore it. Kept as one JSON file."""
+"""Results of a comparison, kept as one JSON file: figures of each method from its manifest and from a server."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FULL = "full"
 
 
 class Serving(msgspec.Struct):
-    """Of one adapter on the real engine: decode tokens/s of a batch that wears it, and their share of the base's.
+    """Figures of an adapter on the real engine: decode tokens/s of a batch that uses it, and its share of the base's.
 
-    `load_seconds` is from the upload's first byte to 201, `slot_bytes` what it takes on the device.
+    `load_seconds` is from the upload's first byte to its 201, `slot_bytes` the memory of its slot on the device.
     """
 
     tokens_per_second: float
@@ -28,7 +28,7 @@ class Serving(msgspec.Struct):
 
 
 class MethodOutcome(msgspec.Struct):
-    """One method. `memory_bytes` is the peak above the loaded base; `before` and `after` are scores by name."""
+    """Figures of a method; `memory_bytes` is the peak above the loaded base, `before`, `after` are scores by name."""
 
     method: str
     trained_parameters: int
@@ -45,12 +45,12 @@ class MethodOutcome(msgspec.Struct):
 
     @property
     def is_peft(self) -> bool:
-        """Whether it is one of those that full fine-tuning is compared with."""
+        """Tell whether the method is PEFT, and not full fine-tuning, which PEFT is compared with."""
         return self.method != FULL
 
 
 class ServerFigures(msgspec.Struct):
-    """How it was asked: requests at once, tokens of each, rounds; and the decode tokens/s of the base."""
+    """Load on the server: requests at once, tokens of each, rounds; and the decode tokens/s of the base."""
 
     num_requests: int
     num_tokens: int
@@ -59,9 +59,9 @@ class ServerFigures(msgspec.Struct):
 
 
 class Comparison(msgspec.Struct):
-    """All of it. `given` is all that every method's run depends on, `failed` has reasons by method.
+    """Results of every method. `given` is everything that each run depends on, `failed` has reasons by method.
 
-    `before` are the base's scores, which are taken once.
+    `before` are the scores of the base, which are taken once.
     """
 
     given: dict[str, Any]
@@ -73,50 +73,53 @@ class Comparison(msgspec.Struct):
     before: Scores | None = None
 
     def of(self, method: str) -> MethodOutcome | None:
-        """What came out of a method, if anything did."""
+        """Return the outcome of a method, or None if it has none."""
         return next((outcome for outcome in self.outcomes if outcome.method == method), None)
 
 
 def outcome_of(method: str, folder: Path) -> MethodOutcome:
-    """What the manifest of a trained method says."""
+    """Read the outcome of a trained method from its manifest."""
     manifest = read_manifest((folder / MANIFEST).read_bytes())
-    said = manifest.training
+    training = manifest.training
     return MethodOutcome(
         method=method,
-        trained_parameters=said["trained_parameters"],
-        trained_share=said["trained_share"],
+        trained_parameters=training["trained_parameters"],
+        trained_share=training["trained_share"],
         artifact_bytes=sum(path.stat().st_size for path in find_parts(folder).values()),
-        memory_bytes=said["peak_memory_bytes"] - said["base_memory_bytes"],
-        steps=said["steps"],
-        seconds=said["seconds"],
-        tokens_per_second=said["tokens_per_second"],
+        memory_bytes=training["peak_memory_bytes"] - training["base_memory_bytes"],
+        steps=training["steps"],
+        seconds=training["seconds"],
+        tokens_per_second=training["tokens_per_second"],
         before=manifest.evaluation["before"],
         after=manifest.evaluation["after"],
     )
 
 
 def begin(out: Path, wanted: Comparison) -> Comparison:
-    """`wanted`, in a new folder or in that of the same comparison. Raises `OptionError` where it is another's."""
+    """Return `wanted` for a new folder, or with the base's scores that the same comparison left there.
+
+    Raises `OptionError` if the folder holds another comparison, or something else.
+    """
     file = out / RESULTS
     if not file.is_file():
         if out.exists() and any(out.iterdir()):
             raise OptionError(f"--out {out} exists and is no comparison: name a new folder.")
         return wanted
     try:
-        known = msgspec.json.decode(file.read_bytes(), type=Comparison)
+        earlier = msgspec.json.decode(file.read_bytes(), type=Comparison)
     except msgspec.DecodeError as error:
         raise OptionError(f"{file} cannot be read ({error}): name a new folder.") from error
-    if differing := [name for name in wanted.given if known.given.get(name) != wanted.given[name]]:
+    if differing := [name for name in wanted.given if earlier.given.get(name) != wanted.given[name]]:
         raise OptionError(
-            f"--out {out} is of another comparison: {differing[0]} was {known.given.get(differing[0])!r}. "
+            f"--out {out} is of another comparison: {differing[0]} was {earlier.given.get(differing[0])!r}. "
             "Give the same options, or name a new folder."
         )
-    wanted.before = known.before
+    wanted.before = earlier.before
     return wanted
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace a file whole."""
+    """Replace a file as a whole."""
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(data)
     new.replace(path)

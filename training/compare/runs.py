@@ -1,7 +1,4 @@
-"""The base scored and methods trained, each in a process of its own, whose peak memory is its own.
-
-What it tells comes through a pipe.
-"""
+"""Runs in processes of their own, so that each one's peak memory is its own; their news come through a pipe."""
 
 from __future__ import annotations
 
@@ -23,23 +20,23 @@ from training.run.job import Job
 from training.run.pipeline import run_job, score_base
 
 LEAVE_WITHIN_S = 10
-COMMON = (DataError, BaseError)  # what is wrong with data or base is so for every method
+COMMON = (DataError, BaseError)  # a fault of data or base is one for every method
 
 
 @dataclass(frozen=True)
 class News:
-    """Where a run is: `share` of what `text` says."""
+    """News of a run: `text` says what it does, `share` how much of it is done."""
 
     text: str
     share: float
 
 
 class MethodError(TrainingError):
-    """A method that could not be trained; others may be."""
+    """A method could not be trained; others may be."""
 
 
 class PipeDisplay(ProgressDisplay):
-    """Tells what it would draw."""
+    """Sends news instead of drawing."""
 
     def __init__(self, tell: Callable[[News], None]) -> None:
         super().__init__(Console(quiet=True))
@@ -47,7 +44,7 @@ class PipeDisplay(ProgressDisplay):
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """News of rows."""
+        """Send news of the rows that are done, as of a bar."""
         done = 0
 
         def more(count: int) -> None:
@@ -59,7 +56,7 @@ class PipeDisplay(ProgressDisplay):
 
     @contextmanager
     def training(self) -> Iterator[Callable[[Step], None]]:
-        """News of steps."""
+        """Send news of the steps that are taken."""
 
         def tell(step: Step) -> None:
             rate = step.tokens / max(step.seconds, 1e-9)
@@ -69,53 +66,53 @@ class PipeDisplay(ProgressDisplay):
 
 
 def score_apart(job: Job, on_news: Callable[[News], None]) -> Scores:
-    """The base's scores on a job's rows, from a new process. Raises as `train_apart`."""
-    found = _apart(job, None, on_news)
-    if found is None:
+    """Score the base on a job's rows in a new process. Raises as `train_apart`."""
+    scores = _apart(job, None, on_news)
+    if scores is None:
         raise MethodError(f"{job.base} was not scored")
-    return found
+    return scores
 
 
 def train_apart(job: Job, before: Scores, on_news: Callable[[News], None]) -> None:
     """Train in a new process, and write its artifact; `before` are the base's scores.
 
-    Raises `MethodError` with the reason where that fails, `DataError` or `BaseError` where it would for every method.
+    Raises `MethodError` with the reason if it fails, `DataError` or `BaseError` if it would for every method.
     """
     _apart(job, before, on_news)
 
 
 def _apart(job: Job, before: Scores | None, on_news: Callable[[News], None]) -> Scores | None:
-    """The scores that the process told, if it told any."""
+    """Run a job's process to its end; return the scores that it sent, if any. Raises `TrainingError`."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, before, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
-        found = _listen(ours, on_news)
+        result = _listen(ours, on_news)
         process.join(LEAVE_WITHIN_S)
     finally:
         process.kill()
         process.join()
-    if isinstance(found, TrainingError):
-        raise found
+    if isinstance(result, TrainingError):
+        raise result
     if process.exitcode != 0:
         raise MethodError(_ended(process.exitcode))
-    return found
+    return result
 
 
 def _listen(pipe: Connection, on_news: Callable[[News], None]) -> TrainingError | Scores | None:
-    """Until the other end is closed; the failure or the scores that it told of."""
-    found = None
+    """Receive until the other end is closed; return the failure or the scores that came beside news."""
+    result = None
     while True:
         try:
-            told = pipe.recv()
+            message = pipe.recv()
         except EOFError:
-            return found
-        if isinstance(told, News):
-            on_news(told)
+            return result
+        if isinstance(message, News):
+            on_news(message)
         else:
-            found = told
+            result = message
 
 
 def _ended(code: int | None) -> str:
@@ -126,7 +123,7 @@ def _ended(code: int | None) -> str:
 
 
 def _work(job: Job, before: Scores | None, pipe: Connection) -> None:
-    """The process: it trains where the base was scored, and else scores that."""
+    """Be the process: train the job if the base's scores are given, else score the base and send the scores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the one that started it ends it
     processes = Processes(is_cpu=job.device == "cpu")
     try:

@@ -1,4 +1,4 @@
-"""What each artifact costs on the real engine: a `manyhats serve` of its own, asked over HTTP as any user does."""
+"""Cost of each artifact on the real engine: a `manyhats serve` is started, and asked over HTTP as by any user."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from training.http_client import RequestError, ask
 NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
 NUM_TRIES = 3  # of an upload
 NUM_WARM_UP = 4  # tokens of each request, before what counts
-MAX_PROMPT_TOKENS = 128  # that decoding is measured, and not the reading of prompts
+MAX_PROMPT_TOKENS = 128  # so that decoding is measured, and not prefill
 READY_WITHIN_S, ANSWER_WITHIN_S, STOP_WITHIN_S = 900, 300, 30  # the first start compiles kernels
 BASE = "base"  # the task that is the base itself
 
 
 class ServingError(TrainingError):
-    """The server did not come up, or refused."""
+    """The server did not become ready, or refused a request."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """What was measured: of the server itself, of every method, and why methods could not be served."""
+    """Figures of the server itself and of every method, and the reasons why methods could not be served."""
 
     server: ServerFigures
     methods: dict[str, Serving]
@@ -48,9 +48,9 @@ class Served:
 
 @contextmanager
 def start_server(base: str, device: str, cache: Path | None) -> Iterator[httpx.Client]:
-    """A server of `base` on a free loopback port, with a data folder that goes with it, and a client of it.
+    """Run a server of `base` on a free loopback port, with a data folder of its own, and give a client of it.
 
-    Raises `ServingError` with the end of its log where it does not become ready.
+    Raises `ServingError` with the end of its log if it does not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="manyhats-compare-") as folder:
         port = free_port()
@@ -71,9 +71,10 @@ def start_server(base: str, device: str, cache: Path | None) -> Iterator[httpx.C
 
 
 def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callable[[], None]) -> Served:
-    """Upload every artifact, and let batches of it and of the base decode in turn, round after round.
+    """Upload every artifact, and let batches of it and of the base decode alternately, round after round.
 
-    Each batch is held against the mean of the base's before and after it; the median of the rounds counts.
+    Each batch is compared with the mean of the base's before and after it; the median of the rounds counts.
+    `on_batch` is called after each batch.
     """
     uploaded, refused = _upload_all(client, folders)
     prompts = _prompts(folders)
@@ -94,8 +95,8 @@ def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callabl
         shares[task].append(rates[task][-1] / statistics.mean(bases[-2:]))
         on_batch()
     methods = {
-        task: Serving(statistics.median(rates[task]), statistics.median(shares[task]), seconds, said["slot_bytes"])
-        for task, (seconds, said) in uploaded.items()
+        task: Serving(statistics.median(rates[task]), statistics.median(shares[task]), seconds, response["slot_bytes"])
+        for task, (seconds, response) in uploaded.items()
     }
     return Served(ServerFigures(len(prompts), NUM_TOKENS, NUM_ROUNDS, statistics.median(bases)), methods, refused)
 
@@ -103,7 +104,7 @@ def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callabl
 def _upload_all(
     client: httpx.Client, folders: Mapping[str, Path]
 ) -> tuple[dict[str, tuple[float, dict[str, Any]]], dict[str, str]]:
-    """(seconds, the server's answer) of every method, and the server's words on those that it refused."""
+    """Upload artifacts by method; return (seconds, the server's response) of each, and the reasons of refusals."""
     uploaded, refused = {}, {}
     for method, folder in folders.items():
         try:
@@ -134,14 +135,14 @@ def _upload(client: httpx.Client, task: str, body: bytes, num_tries: int = NUM_T
 
 
 def _prompts(folders: Mapping[str, Path]) -> list[list[int]]:
-    """Prompts of the task: those of an artifact's parity, over and over where they are few."""
+    """Return prompts of the task: those of an artifact's parity, repeated if they are too few."""
     manifest = read_manifest((next(iter(folders.values())) / MANIFEST).read_bytes())
-    known = [case.prompt_token_ids[-MAX_PROMPT_TOKENS:] for case in manifest.parity]
-    return [known[i % len(known)] for i in range(NUM_REQUESTS)]
+    prompts = [case.prompt_token_ids[-MAX_PROMPT_TOKENS:] for case in manifest.parity]
+    return [prompts[i % len(prompts)] for i in range(NUM_REQUESTS)]
 
 
 def _decode(client: httpx.Client, task: str, prompts: list[list[int]], num_tokens: int) -> float:
-    """Tokens/s after the first one, summed over requests that run at once."""
+    """Return decode tokens/s, from the first token on, summed over requests at once. Raises `ServingError`."""
 
     def rate(prompt: list[int]) -> float:
         body = {"prompt_token_ids": prompt, "max_tokens": num_tokens, "ignore_eos": True}
@@ -157,7 +158,7 @@ def _decode(client: httpx.Client, task: str, prompts: list[list[int]], num_token
 
 
 def free_port() -> int:
-    """A loopback port that nobody has just now."""
+    """Return a loopback port that is free just now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -165,7 +166,7 @@ def free_port() -> int:
 
 
 def _plain() -> dict[str, str]:
-    """The environment without the settings of the user's own server."""
+    """Return the environment without the settings of the user's own server."""
     return {name: value for name, value in os.environ.items() if not name.startswith("MANYHATS_")}
 
 
@@ -176,7 +177,7 @@ def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> 
 
 
 def _await_ready(client: httpx.Client, may_come: Callable[[], bool]) -> bool:
-    """Whether it became ready in time, and while it may."""
+    """Wait until the server is ready; tell whether it became so in time, and while `may_come` held."""
     until = time.monotonic() + READY_WITHIN_S
     while may_come() and time.monotonic() < until:
         try:
@@ -189,7 +190,7 @@ def _await_ready(client: httpx.Client, may_come: Callable[[], bool]) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes], within_s: float) -> None:
-    """Ask a process to end, and end it."""
+    """Ask a process to end, and kill it if it has not within `within_s` seconds."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(within_s)

@@ -14,7 +14,7 @@ NOTHING = "-"
 
 
 class Column(NamedTuple):
-    """What stands in it for a method, and for the base before any."""
+    """A column of a table: how a method's cell is written, and the cell of the base."""
 
     title: str
     show: Callable[[MethodOutcome], str]
@@ -22,7 +22,7 @@ class Column(NamedTuple):
 
 
 def markdown(comparison: Comparison) -> str:
-    """All of it."""
+    """Write a comparison as Markdown."""
     parts = ["# Methods compared", f"    {comparison.command}", f"On {comparison.machine}."]
     if comparison.outcomes:
         parts += ["## What training takes", _methods(comparison.outcomes, OF_TRAINING)]
@@ -32,9 +32,13 @@ def markdown(comparison: Comparison) -> str:
         ]
         parts += [_how(comparison.server)]
     parts += [f"* `{method}` failed: {reason}" for method, reason in comparison.failed.items()]
-    parts += [f"* `{one.method}` is not served: {one.not_served}" for one in comparison.outcomes if one.not_served]
-    if found := claims(comparison):
-        parts += ["## What is claimed for PEFT", _table(["claim", "measured", ""], found)]
+    parts += [
+        f"* `{outcome.method}` is not served: {outcome.not_served}"
+        for outcome in comparison.outcomes
+        if outcome.not_served
+    ]
+    if rows := claims(comparison):
+        parts += ["## What is claimed for PEFT", _table(["claim", "measured", ""], rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -49,15 +53,15 @@ def _how(server: ServerFigures | None) -> str:
 
 
 def _methods(outcomes: Sequence[MethodOutcome], columns: Sequence[Column]) -> str:
-    """A row a method, below the base's where it has one."""
-    rows = [[f"`{one.method}`", *(column.show(one) for column in columns)] for one in outcomes]
+    """Write a row a method, below the base's if any column has a figure of the base."""
+    rows = [[f"`{outcome.method}`", *(column.show(outcome) for column in columns)] for outcome in outcomes]
     base = ["the base", *(column.base for column in columns)]
     has_base = any(column.base != NOTHING for column in columns)
     return _table(["", *(column.title for column in columns)], [base, *rows] if has_base else rows)
 
 
 def _of_quality(first: MethodOutcome) -> list[Column]:
-    """The scores that fit the task, and forgetting."""
+    """Return the columns of the scores that fit the task, and of forgetting."""
     columns = [
         Column(score.name, partial(_score, score), score.show(score.of(first.before))) for score in scores_of(first)
     ]
@@ -83,11 +87,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 OF_TRAINING = (
-    Column("trained parameters", lambda one: f"{one.trained_parameters:,} ({one.trained_share:.3%})"),
-    Column("artifact", lambda one: megabytes(one.artifact_bytes)),
-    Column("peak memory above the base", lambda one: megabytes(one.memory_bytes)),
-    Column("steps, seconds", lambda one: f"{one.steps}, {one.seconds:.0f}"),
-    Column("training tokens/s", lambda one: f"{one.tokens_per_second:,.0f}"),
+    Column("trained parameters", lambda outcome: f"{outcome.trained_parameters:,} ({outcome.trained_share:.3%})"),
+    Column("artifact", lambda outcome: megabytes(outcome.artifact_bytes)),
+    Column("peak memory above the base", lambda outcome: megabytes(outcome.memory_bytes)),
+    Column("steps, seconds", lambda outcome: f"{outcome.steps}, {outcome.seconds:.0f}"),
+    Column("training tokens/s", lambda outcome: f"{outcome.tokens_per_second:,.0f}"),
 )
 OF_SERVING = (
     Column("decode speed", _served(lambda serving: f"{serving.share_of_base:.0%}"), "100%"),

@@ -21,9 +21,9 @@ MIN_ROWS = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids`, `attention` and `labels` are [rows, length]; `labels` marks the positions that predict a completion token.
+    """Rows as tensors: `ids`, `attention` and `labels` [rows, length], and `targets` [num_labels].
 
-    `targets` [num_labels] are those tokens, row by row.
+    `labels` marks the positions that predict a completion token; `targets` are those tokens, row by row.
     """
 
     ids: Tensor
@@ -49,7 +49,7 @@ def make_batch(rows: Sequence[TokenizedRow], device: torch.device) -> Batch:
 
 
 def label_logits(model: Any, batch: Batch) -> Tensor:
-    """Logits [num_labels, vocabulary]: the head, costly in a small base, sees the label positions alone."""
+    """Return logits [num_labels, vocabulary]: the head, costly in a small base, sees the label positions alone."""
     with cut_before_head(model, batch.labels):
         logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits
     return logits[: len(batch.targets)].float()
@@ -72,9 +72,9 @@ def forward(
 
 @contextmanager
 def cut_before_head(model: Any, labels: Tensor) -> Iterator[None]:
-    """Hidden states [rows, virtual + length, d] become [num_labels, d] on their way into the head.
+    """Cut hidden states [rows, virtual + length, d] to [num_labels, d] on their way into the head.
 
-    Where those are fewer than `MIN_ROWS`, rows of zeros follow them.
+    If those are fewer than `MIN_ROWS`, rows of zeros follow them.
 
     A hook, and not `model.model`: it holds for every architecture, and what comes after the head (caps, scales) stays.
     """

@@ -1,4 +1,4 @@
-"""Data sets in, rows of token ids out: in TRL's forms, cut at the line between prompt and completion.
+"""Data sets: rows in TRL's forms become token ids, with a line between prompt and completion.
 
 Forms of a row (https://huggingface.co/docs/trl/dataset_formats):
 
@@ -38,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: `prompt` as text that is ready to tokenise, `line` where it begins in its `file`."""
+    """A row of a data set: `prompt` is ready to tokenise, `line` is the line of `file` that the row begins at."""
 
     prompt: str
     completion: str
@@ -48,13 +48,13 @@ class Example:
 
     @property
     def where(self) -> str:
-        """For sentences."""
+        """File and line of the example, for sentences."""
         return f"{self.file} line {self.line}"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of a file or folder, and the sha256 of its bytes."""
+    """The examples of a file or folder, and the sha256 of its bytes; `is_chat` if a chat template renders them."""
 
     path: Path
     examples: tuple[Example, ...]
@@ -67,7 +67,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """Token ids of prompt + completion + EOS; the completion begins at `num_prompt`."""
+    """Token ids of prompt + completion + EOS; the completion begins at `num_prompt`, EOS is part of it."""
 
     ids: tuple[int, ...]
     num_prompt: int
@@ -80,7 +80,7 @@ class TokenizedRow:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained and scored on."""
+    """The rows to train on and those to score on (`held`), as examples and as token ids."""
 
     train: Dataset
     held: Dataset
@@ -145,7 +145,7 @@ def hold_out(dataset: Dataset, seed: int, share: float = 0.1, max_rows: int = 40
 
 
 def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[TokenizedRow]:
-    """Token ids for every example. Raises `DataError` for a prompt without tokens and a row over `max_length`."""
+    """Tokenise every example. Raises `DataError` for a prompt without tokens and a row over `max_length`."""
     rows = []
     for example in dataset.examples:
         prompt = tokenizer(example.prompt, add_special_tokens=not example.is_chat)["input_ids"]
@@ -163,7 +163,10 @@ def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[Tokenize
 
 
 def batches(rows: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int) -> list[list[TokenizedRow]]:
-    """One epoch in length buckets: a pure function of its arguments, so that a run can be repeated and resumed."""
+    """Return the batches of one epoch, each of rows of like length.
+
+    A pure function of its arguments, so that a run can be repeated and resumed.
+    """
     order = random.Random(f"{seed}/{epoch}")  # noqa: S311 - a repeatable shuffle, not a secret
     shuffled = order.sample(list(rows), len(rows))
     span = _BUCKETED * batch_size

@@ -22,14 +22,14 @@ SPLIT = "train"
 
 
 def read_rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    """Rows with their file and the line (in Arrow and Parquet the row) of it that they begin at. Raises `DataError`."""
+    """Iterate over rows with their file and line (in Arrow and Parquet: number). Raises `DataError`."""
     for file in files_of(path):
         for line, row in READERS[file.suffix.lower()](file):
             yield file, line, row
 
 
 def digest_of(path: Path) -> str:
-    """sha256 over the bytes of the files."""
+    """Return the sha256 over the bytes of the files, as hex digits. Raises `DataError`."""
     digest = hashlib.sha256()
     for file in files_of(path):
         digest.update(_bytes(file))
@@ -37,7 +37,7 @@ def digest_of(path: Path) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or the files of a folder's rows. Raises `DataError`."""
+    """List the file itself, or the files that hold a folder's rows. Raises `DataError`."""
     if path.is_dir():
         return _files_in(path)
     if path.suffix.lower() not in READERS:
@@ -47,15 +47,15 @@ def files_of(path: Path) -> list[Path]:
 
 def _files_in(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = _said(folder / "dataset_dict.json", "splits")
+        splits = _list_in(folder / "dataset_dict.json", "splits")
         if SPLIT not in splits:
             raise DataError(f"{folder} has no split {SPLIT!r}: name the folder of one of {', '.join(splits)}.")
         return _files_in(folder / SPLIT)
     if (folder / "state.json").is_file():  # save_to_disk, whose other files are not rows
-        named = _said(folder / "state.json", "_data_files")
+        named = _list_in(folder / "state.json", "_data_files")
         return [folder / Path(str(entry.get("filename"))).name for entry in named if isinstance(entry, dict)]
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS and file.is_file())
-    files = [file for file in found if file.name not in NO_ROWS]
+    readable = sorted(file for file in folder.rglob("*") if file.suffix.lower() in READERS and file.is_file())
+    files = [file for file in readable if file.name not in NO_ROWS]
     of_split = [file for file in files if file.name.startswith(SPLIT) or file.parent.name == SPLIT]
     if not files:
         raise DataError(f"{folder} has no file that ends with {', '.join(READERS)}.")
@@ -65,16 +65,16 @@ def _files_in(folder: Path) -> list[Path]:
 NO_ROWS = {"dataset_info.json", "dataset_infos.json"}
 
 
-def _said(path: Path, key: str) -> list[Any]:
-    """A list in one of the JSON files that `save_to_disk` writes."""
+def _list_in(path: Path, key: str) -> list[Any]:
+    """Return a list out of one of the JSON files that `save_to_disk` writes. Raises `DataError`."""
     try:
-        said = json.loads(_text(path))
+        content = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}.") from error
-    found = said.get(key) if isinstance(said, dict) else None
-    if not isinstance(found, list):
+    entries = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
         raise DataError(f"{path} has no list {key!r}: it is not what save_to_disk wrote.")
-    return found
+    return entries
 
 
 def _bytes(path: Path) -> bytes:
@@ -119,7 +119,7 @@ def _csv_rows(path: Path) -> Numbered:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Every record's cells with the line that it begins at: lines may be blank, and a quoted cell may span some."""
+    """Iterate over records' cells with the line a record begins at: lines may be blank, a quoted cell may span some."""
     reader, line = csv.reader(io.StringIO(_text(path), newline=""), strict=True), 1
     try:
         for cells in reader:
@@ -130,7 +130,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _arrow_rows(path: Path) -> Numbered:
-    """`datasets` writes Arrow's stream form; labels that are numbers become the names that its features give them."""
+    """Iterate over the rows of an Arrow stream or a Parquet file; labels as numbers become their features' names."""
     try:
         pa, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError:
@@ -150,9 +150,9 @@ def _arrow_rows(path: Path) -> Numbered:
 
 
 def _label_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Column -> names, of the columns that are `ClassLabel`s."""
-    said = json.loads(metadata.get(b"huggingface", b"{}"))
-    features = said.get("info", {}).get("features", {})
+    """Map each column that is a `ClassLabel` to its labels' names."""
+    described = json.loads(metadata.get(b"huggingface", b"{}"))
+    features = described.get("info", {}).get("features", {})
     return {
         name: feature["names"]
         for name, feature in features.items()

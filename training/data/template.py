@@ -12,7 +12,10 @@ _PROMPT, _COMPLETION = "{prompt}", "{completion}"
 
 @dataclass(frozen=True)
 class Template:
-    """`before` + prompt + `after`, then `lead` + completion: space ahead of an answer belongs to its first token."""
+    """Text around a row: `before` + prompt + `after`, then `lead` + completion.
+
+    `lead` is the space ahead of an answer, which belongs to its first token.
+    """
 
     before: str = ""
     after: str = ""
@@ -29,7 +32,7 @@ class Template:
         return self.lead + text
 
     def prompt_format(self) -> PromptFormat:
-        """For the manifest: a user's turn renders to the very prompt that training saw; other turns end their line."""
+        """Return the manifest's format: a user's message becomes the very prompt of training, others end a line."""
         line = Around(after="\n")
         return PromptFormat(system=line, user=Around(self.before, self.after), assistant=line)
 

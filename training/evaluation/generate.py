@@ -1,8 +1,7 @@
 """Free greedy answers to many prompts at once, with a cache of keys and values.
 
-Prompts are padded on the right. Padding is masked and positions are said, so that a row's answer is the one it gives
-alone; a base whose attention slides counts its window in cached positions, so there only prompts of one length go
-together.
+Prompts are padded on the right. Padding is masked and positions are given, so that a row's answer is the one it gives
+alone. A base whose attention slides counts its window in cached positions: there a batch has prompts of one length.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ def answer(
     max_tokens: int,
     on_rows: Callable[[int], None] = lambda _num: None,
 ) -> dict[Prompt, list[int]]:
-    """Each prompt's greedy answer without its EOS, of at most `max_tokens`."""
+    """Return each prompt's greedy answer as token ids without EOS, at most `max_tokens` of them."""
     model.eval()
-    found: dict[Prompt, list[int]] = {}
+    answers: dict[Prompt, list[int]] = {}
     for batch in _batches(prompts, is_sliding=_is_sliding(model.config)):
         for prompt, tokens in zip(batch, _decode(model, batch, eos_token_id, max_tokens), strict=True):
-            found[prompt] = tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
+            answers[prompt] = tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
         on_rows(len(batch))
-    return found
+    return answers
 
 
 def _is_sliding(config: Any) -> bool:
@@ -75,18 +74,18 @@ def _decode(model: Any, prompts: Sequence[Prompt], eos_token_id: int, max_tokens
     num_virtual = cache.get_seq_length() - ids.shape[1]
     attention = torch.cat([is_prompt.new_ones(len(prompts), num_virtual), is_prompt], dim=1)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # virtual tokens are in the cache
-    said: list[Tensor] = []
+    chosen: list[Tensor] = []
     for place in range(max_tokens):
-        said.append(logits.argmax(-1))
-        if place == max_tokens - 1 or bool((torch.stack(said) == eos_token_id).any(0).all()):
+        chosen.append(logits.argmax(-1))
+        if place == max_tokens - 1 or bool((torch.stack(chosen) == eos_token_id).any(0).all()):
             break
         attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], dim=1)
         logits = inner(
-            input_ids=said[-1][:, None],
+            input_ids=chosen[-1][:, None],
             attention_mask=attention,
             position_ids=num_virtual + lengths + place,
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-    found: list[list[int]] = torch.stack(said, dim=1).tolist()
-    return found
+    tokens: list[list[int]] = torch.stack(chosen, dim=1).tolist()
+    return tokens

@@ -1,4 +1,4 @@
-"""Parity cases: prompts with the logits that the trainer's own forward gave."""
+"""Parity cases: prompts with the logits of the trainer's own forward pass, which a server must reproduce."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PARITY_CASES, PARITY_TOP, PARITY_TOKENS = 8, 20, 16
 def parity(
     model: Any, held: Sequence[TokenizedRow], train: Sequence[TokenizedRow], eos_token_id: int
 ) -> list[ParityCase]:
-    """What this very model answers to a few prompts, for a server to prove that it serves the same.
+    """Return cases of a few prompts: the top logits of the first token, and the greedy continuation.
 
-    The prompts differ and are spread over the lengths in `held`, or where those are too few in both sets. Each token is
+    The prompts differ and are spread over the lengths in `held`, or in both sets if those are too few. Each token is
     computed without a cache. EOS ends a continuation.
     """
     model.eval()
@@ -43,11 +43,9 @@ def parity(
 
 
 def _next_logits(model: Any, cases: Sequence[ParityCase]) -> Sequence[Tensor]:
-    """Of the token after what each case has so far."""
+    """Return the logits [vocabulary] of each case's next token."""
     if not cases:
         return []
-    known = [(*case.prompt_token_ids, *case.continuation) for case in cases]
-    rows = [
-        TokenizedRow((*ids, 0), len(ids), 0) for ids in known
-    ]  # a token that nobody asks about, for there must be one
+    prefixes = [(*case.prompt_token_ids, *case.continuation) for case in cases]
+    rows = [TokenizedRow((*ids, 0), len(ids), 0) for ids in prefixes]  # 0: a row needs a completion of any token
     return list(label_logits(model, make_batch(rows, next(model.parameters()).device)))

@@ -1,4 +1,4 @@
-"""How like texts are to references: ROUGE-L and BLEU. A text may have several references."""
+"""Likeness of texts to references: ROUGE-L and BLEU. A text may have several references."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ WORD = re.compile(r"\w+")
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L [0, 1] (https://aclanthology.org/W04-1013), the mean over texts; of several references the best counts.
+    """Return ROUGE-L [0, 1] (https://aclanthology.org/W04-1013), the mean over texts; the best reference counts.
 
     F1 of the longest common subsequence of words, in lower case and without stemming. Unlike the package rouge-score,
     a word may be of any script.
     """
-    return sum(max(_f1(text, one) for one in several) for text, several in zip(texts, references, strict=True)) / len(
-        texts
-    )
+    scores = [max(_f1(text, other) for other in several) for text, several in zip(texts, references, strict=True)]
+    return sum(scores) / len(texts)
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """sacrebleu's corpus BLEU [0, 100], with its defaults."""
+    """Return sacrebleu's corpus BLEU [0, 100], with its defaults."""
     from sacrebleu import corpus_bleu
 
     max_references = max(map(len, references))
@@ -35,7 +34,7 @@ def _f1(text: str, reference: str) -> float:
 
 
 def _longest_common(ours: Sequence[str], theirs: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(theirs) + 1)
     for word in ours:
         before = row

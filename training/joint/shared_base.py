@@ -1,9 +1,10 @@
-"""One forward and backward pass for the rows of many jobs: the base sees them all, each hat its own alone.
+"""A forward and backward pass shared by many jobs: the base computes all their rows, each adapter only its own.
 
-Each job's hat is on a twin of the base, a model of the same weights. In the pass another twin runs, once, over all
-jobs' positions in one line; where a hat has a layer, the base's answer for that job's positions goes through this layer
-of PEFT's as if its own twin had given it. Attention stays within a job's rows. So each job computes what it would
-alone, in tensors of the same shapes and with the same dropout; only the base's own products are over more rows at once.
+Each job's adapter is attached to a twin of the base, a model of the same weights. In the pass another twin runs, once,
+over all jobs' positions in one line; at a module that an adapter changes, the base's output for that job's positions
+goes through PEFT's layer as if the adapter's own twin had computed it. Attention stays within a job's rows. So each job
+computes what it would alone, in tensors of the same shapes and with the same dropout; only the base's own products are
+over more rows at once.
 """
 
 from __future__ import annotations
@@ -38,32 +39,32 @@ Shape = tuple[int, ...]
 
 
 def twin(base: Base) -> Base:
-    """Another model of the same weights: a method may put layers into it that the first one does not have."""
+    """Return another model of the same weights, into which a method may put layers that the first does not have."""
     shared = {id(tensor): tensor for tensor in (*base.model.parameters(), *base.model.buffers())}
     other = replace(base, model=copy.deepcopy(base.model, shared))
-    other.__dict__.update(
-        spec=base.spec, identity=base.identity, num_parameters=base.num_parameters
-    )  # what the first one has found out
+    other.__dict__.update(spec=base.spec, identity=base.identity, num_parameters=base.num_parameters)  # computed once
     return other
 
 
 class TwinAdapter:
-    """A hat on its twin, whose layers can be asked one by one, with random numbers of its own."""
+    """An adapter on its twin, whose layers are called one by one, with random numbers of its own."""
 
     def __init__(self, adapter: TrainableAdapter) -> None:
         self.model = adapter.model
         modules = adapter.model.named_modules()
-        self.layers = {name.removeprefix(INSIDE): one for name, one in modules if isinstance(one, BaseTunerLayer)}
+        self.layers = {
+            name.removeprefix(INSIDE): module for name, module in modules if isinstance(module, BaseTunerLayer)
+        }
         self._random: Any = torch.cuda if adapter.model.device.type == "cuda" else torch
         self._state = self._random.get_rng_state()
 
     def seed(self, seed: int) -> None:
-        """Begin the random numbers anew."""
+        """Seed the adapter's own random numbers."""
         with self._own_random():
             torch.manual_seed(seed)
 
     def answer(self, site: str, inputs: tuple[Any, ...], y: Tensor) -> Tensor:
-        """What its layer at a site answers, where the base answers `y` to `inputs`."""
+        """Return the output of the adapter's layer at a site, whose base module gives `y` for `inputs`."""
         layer = self.layers[site]
         layer.base_layer.forward = lambda *_inputs, **_more: y
         try:
@@ -86,14 +87,14 @@ class TwinAdapter:
 
 @dataclass(frozen=True)
 class Segment:
-    """A job's rows in a pass."""
+    """The rows of a job in a shared pass."""
 
     adapter: TwinAdapter
     batch: Batch
 
 
 class SharedBase:
-    """The model that computes the passes. Raises `BaseError` for a base that cannot be shared so."""
+    """The model that computes the shared passes. Raises `BaseError` for a base that cannot be shared so."""
 
     def __init__(self, base: Base, dtype: torch.dtype = torch.float32) -> None:
         _check(base)
@@ -103,21 +104,21 @@ class SharedBase:
         self._model.set_attn_implementation(ATTENTION_NAME)
 
     def backward(self, pending_steps: Mapping[TwinAdapter, PendingStep]) -> dict[TwinAdapter, float]:
-        """Leave each turn's gradients on its hat's parameters; each turn's mean loss over its label tokens."""
+        """Leave each step's gradients on its adapter's parameters; return each one's mean loss over label tokens."""
         losses = dict.fromkeys(pending_steps, 0.0)
         for adapter, pending in pending_steps.items():
             adapter.seed(pending.seed)
         for parts in itertools.zip_longest(*(pending.parts for pending in pending_steps.values())):
             rows = {adapter: part for adapter, part in zip(pending_steps, parts, strict=True) if part is not None}
-            found = {adapter: loss / pending_steps[adapter].num_labels for adapter, loss in self._losses(rows).items()}
-            torch.stack(list(found.values())).sum().backward()
-            for adapter, loss in found.items():
+            means = {adapter: loss / pending_steps[adapter].num_labels for adapter, loss in self._losses(rows).items()}
+            torch.stack(list(means.values())).sum().backward()
+            for adapter, loss in means.items():
                 losses[adapter] += loss.item()
         return losses
 
     @torch.inference_mode()
     def check_isolation(self, rows: Mapping[TwinAdapter, Sequence[TokenizedRow]]) -> None:
-        """Raise `BaseError` unless each hat's logits are those of its own twin."""
+        """Raise `BaseError` unless each adapter's logits in a shared pass are those of its own twin."""
         segments = self._segments(rows)
         for segment in segments:
             segment.adapter.model.eval()
@@ -127,7 +128,7 @@ class SharedBase:
                 raise BaseError(f"The jobs of {self._base.name} disturb each other in one batch: train them alone.")
 
     def _losses(self, rows: Mapping[TwinAdapter, Sequence[TokenizedRow]]) -> dict[TwinAdapter, Tensor]:
-        """Each hat's sum over its label tokens."""
+        """Return each adapter's loss, summed over its label tokens."""
         segments = self._segments(rows)
         with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = self._logits(segments)
@@ -140,15 +141,17 @@ class SharedBase:
         return [Segment(adapter, make_batch(own, self._model.device)) for adapter, own in rows.items()]
 
     def _logits(self, segments: Sequence[Segment]) -> Sequence[Tensor]:
-        """[num_labels, vocabulary] of each segment."""
+        """Return the logits [num_labels, vocabulary] of each segment."""
         batches = [segment.batch for segment in segments]
-        ids, labels = (torch.cat([getattr(one, name).flatten() for one in batches])[None] for name in ("ids", "labels"))
-        positions = torch.cat([torch.arange(one.ids.shape[1]).repeat(len(one.ids)) for one in batches])[None]
+        ids, labels = (
+            torch.cat([getattr(batch, name).flatten() for batch in batches])[None] for name in ("ids", "labels")
+        )
+        positions = torch.cat([torch.arange(batch.ids.shape[1]).repeat(len(batch.ids)) for batch in batches])[None]
         with cut_before_head(self._model, labels), _adapters_on(self._model, segments):
             logits: Tensor = self._model(
                 input_ids=ids, position_ids=positions.to(ids.device), use_cache=False, segments=segments
             ).logits
-        sizes = [len(one.targets) for one in batches]
+        sizes = [len(batch.targets) for batch in batches]
         return logits[: sum(sizes)].float().split(sizes)  # type: ignore[no-any-return]
 
 
@@ -163,12 +166,12 @@ def _check(base: Base) -> None:
 
 @contextmanager
 def _adapters_on(model: Any, segments: Sequence[Segment]) -> Iterator[None]:
-    """Have the model's modules answer as the segments' hats do."""
+    """Put the outputs of the segments' adapters in the place of the model's own, inside the block."""
     head = model.get_output_embeddings()
     handles = []
     for site in {site: None for segment in segments for site in segment.adapter.layers}:
         module = model.get_submodule(site)
-        shapes = [_labels(one) if module is head else _positions(one) for one in segments]
+        shapes = [_labels(segment) if module is head else _positions(segment) for segment in segments]
         handles.append(module.register_forward_hook(_answer(site, segments, shapes)))
     try:
         yield
@@ -178,17 +181,19 @@ def _adapters_on(model: Any, segments: Sequence[Segment]) -> Iterator[None]:
 
 
 def _answer(site: str, segments: Sequence[Segment], shapes: Sequence[Shape]) -> Callable[..., Any]:
-    """A hook that gives each segment its hat's answer."""
+    """Return a forward hook that gives each segment the output of its adapter's layer."""
 
     def answer(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) else output
-        own_inputs = [_cut(x, shapes) for x in inputs[:1]]  # the tensor that tuners look at, if it came by place
+        own_inputs = [
+            _cut(x, shapes) for x in inputs[:1]
+        ]  # the tensor that PEFT's layers read, if it was passed by position
         answers = [
             segment.adapter.answer(site, own, own_y) if site in segment.adapter.layers else own_y
             for segment, own_y, *own in zip(segments, _cut(y, shapes), *own_inputs, strict=True)
         ]
         joined = _join(answers, shapes)
-        if len(shapes[0]) == 1:  # the head, where there can be rows behind those of the labels
+        if len(shapes[0]) == 1:  # of the head, which may have padding rows behind those of the labels
             joined = torch.cat([joined, y[len(joined) :]])
         joined = joined.view_as(y)
         return (joined, *output[1:]) if isinstance(output, tuple) else joined
@@ -206,23 +211,23 @@ def _attend(
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' own attention [1, heads, positions, dim], over each segment's rows by themselves.
+    """Compute transformers' own attention [1, heads, positions, dim] over each segment's rows by themselves.
 
-    Causal masks do: rows are padded on the right, and what padding answers nobody reads.
+    Causal masks are enough: rows are padded on the right, and outputs at padding are not read.
     """
     shapes = [_positions(segment) for segment in segments]
     own = zip(*(_cut(tensor.transpose(1, 2), shapes) for tensor in (query, key, value)), strict=True)
     answers = [
-        sdpa_attention_forward(module, *(one.transpose(1, 2) for one in qkv), _window(qkv[0], sliding_window), **more)[
-            0
-        ]
+        sdpa_attention_forward(
+            module, *(tensor.transpose(1, 2) for tensor in qkv), _window(qkv[0], sliding_window), **more
+        )[0]
         for qkv in own
     ]
     return _join(answers, shapes)[None], None
 
 
 def _window(query: Tensor, size: int | None) -> Tensor | None:
-    """[length, length]: whether a position [row] sees another [column], where the window is shorter than the rows."""
+    """Return a mask [length, length], True if a position [row] sees another [column]; None if all is seen."""
     length = query.shape[1]
     if size is None or length <= size:
         return None
@@ -239,12 +244,12 @@ def _labels(segment: Segment) -> Shape:
 
 
 def _cut(tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """[1, positions, …] as [rows, length, …] of each segment, and the head's [num_labels, …] as each segment's."""
+    """Cut [1, positions, …] into each segment's [rows, length, …], and the head's [num_labels, …] likewise."""
     flat, sizes = tensor if len(shapes[0]) == 1 else tensor.squeeze(0), [math.prod(shape) for shape in shapes]
-    parts = torch.unsafe_split_with_sizes(flat[: sum(sizes)], sizes)  # a tuner may write into them
+    parts = torch.unsafe_split_with_sizes(flat[: sum(sizes)], sizes)  # a layer may write into them
     return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _join(parts: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
-    """Segments in one line."""
+    """Join the segments' tensors into one line, as before `_cut`."""
     return torch.cat([part.flatten(0, len(shape) - 1) for part, shape in zip(parts, shapes, strict=True)])

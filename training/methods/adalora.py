@@ -1,4 +1,4 @@
-"""AdaLoRA (arXiv:2303.10512): a LoRA by singular values, which gives ranks to the sites that need them as it trains."""
+"""AdaLoRA (arXiv:2303.10512): LoRA by singular values, which moves ranks to the sites that need them as it trains."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from training.methods.targets import where
 from training.methods.trainable import PeftAdapter, attach_peft
 from training.options import AdaLoraOptions
 
-WARM, FINAL = 0.1, 0.3  # shares of the run in which no rank is taken yet, and none any more
-MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT remembers of each value's importance
+WARM, FINAL = 0.1, 0.3  # shares of the run at the beginning and at the end in which no rank is dropped
+MEMORY = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's statistics of each value's importance
 
 
 def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """Through PEFT. Raises `OptionError`."""
+    """Attach AdaLoRA through PEFT. Raises `OptionError`."""
     from peft import AdaLoraConfig
 
     check_rank(options.init_r)
@@ -39,10 +39,10 @@ def adalora(options: AdaLoraOptions, base: Base, _rows: Sequence[TokenizedRow]) 
 
 
 class AdaLoraAdapter(PeftAdapter):
-    """Its budget falls with the steps, so it must know how many there are."""
+    """AdaLoRA, whose ranks fall with the steps: it must know how many there are."""
 
     def begin(self, num_steps: int | None) -> None:
-        """Set PEFT's schedule."""
+        """Set PEFT's schedule of ranks. Raises `OptionError` if time alone bounds the run."""
         if num_steps is None:
             raise OptionError("--method adalora plans its ranks by steps: give --steps or --epochs, not time alone.")
         config = self.peft_config
@@ -51,7 +51,7 @@ class AdaLoraAdapter(PeftAdapter):
         config.deltaT = max(1, num_steps // 100)
 
     def penalty(self) -> Tensor:
-        """How far A and B are from orthogonal, as PEFT weighs it: mean |A A^T - I| and |B^T B - I|."""
+        """Return the mean of |A A^T - I| and |B^T B - I|, as PEFT weighs it: the distance from orthogonal factors."""
         norms = []
         for name, p in self.model.named_parameters():
             if "lora_A" in name or "lora_B" in name:
@@ -61,23 +61,23 @@ class AdaLoraAdapter(PeftAdapter):
         return penalty
 
     def after_step(self, number: int) -> None:
-        """Let PEFT weigh and prune."""
+        """Let PEFT weigh the singular values, and drop the least."""
         self.model.base_model.update_and_allocate(number)
 
     def state(self) -> dict[str, Any]:
-        """The importances, and which values were kept."""
+        """Return the importance of the singular values, and which of them are kept."""
         allocator = self.model.base_model.rankallocator
         return {"pattern": self.peft_config.rank_pattern, **{name: dict(getattr(allocator, name)) for name in MEMORY}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take them back."""
+        """Restore what `state` returned."""
         self.peft_config.rank_pattern = state["pattern"]
         for name in MEMORY:
             setattr(self.model.base_model.rankallocator, name, state[name])
 
     @torch.no_grad()
     def finalize(self, dtype: torch.dtype) -> None:
-        """Values that were not kept are nothing."""
+        """Zero the singular values that were not kept, and round."""
         if self.peft_config.rank_pattern:
             allocator = self.model.base_model.rankallocator
             allocator.mask_using_rank_pattern(self.model.base_model.model, self.peft_config.rank_pattern)

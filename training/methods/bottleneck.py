@@ -16,7 +16,7 @@ SCALINGS = ("learned", "channel")
 
 
 def bottleneck(options: BottleneckOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """Through the tuner of ours. Raises `OptionError`."""
+    """Attach bottleneck adapters through our own PEFT tuner. Raises `OptionError`."""
     from training.methods.bottleneck_layers import BottleneckTunerConfig
 
     _check(options)
@@ -42,8 +42,8 @@ def _check(options: BottleneckOptions) -> None:
     if options.placement not in PLACEMENTS:
         raise OptionError(f"--placement {options.placement} is not known: take one of {', '.join(PLACEMENTS)}.")
     if options.non_linearity not in ACTIVATION_NAMES:
-        known = ", ".join(ACTIVATION_NAMES)
-        raise OptionError(f"--non-linearity {options.non_linearity} is not known: take one of {known}.")
+        names = ", ".join(ACTIVATION_NAMES)
+        raise OptionError(f"--non-linearity {options.non_linearity} is not known: take one of {names}.")
 
 
 def _scaling(text: str) -> float | str:
@@ -54,7 +54,7 @@ def _scaling(text: str) -> float | str:
 
 
 def _sites(placement: str, chosen: list[int], base: Base) -> list[str]:
-    """The modules that a placement wraps in the chosen layers."""
+    """Return the modules that a placement wraps in the chosen layers. Raises `OptionError`."""
     sites = []
     for layer in (base.spec.layers[number] for number in chosen):
         if layer.mlp is None:

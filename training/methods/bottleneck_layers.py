@@ -21,7 +21,7 @@ INIT_STD = 0.02  # of the down-projection; U starts at zero, and so does f
 
 
 def _add_peft_type() -> None:
-    """PEFT's list of its methods is an enum, which has to hold ours before it can be registered."""
+    """Add our type to PEFT's enum of methods, without which it cannot be registered."""
     member = str.__new__(PeftType, PEFT_TYPE)
     member._name_ = member._value_ = PEFT_TYPE
     PeftType._member_map_[PEFT_TYPE] = PeftType._value2member_map_[PEFT_TYPE] = member
@@ -35,7 +35,7 @@ if PEFT_TYPE not in PeftType._member_map_:
 
 @dataclass
 class BottleneckTunerConfig(PeftConfig):  # type: ignore[misc]
-    """`target_modules` are whole names of the modules that `placement` wraps."""
+    """PEFT's config of a bottleneck adapter: `target_modules` are whole names of the modules that `placement` wraps."""
 
     target_modules: list[str] | str | None = field(default=None)
     bottleneck_size: int = field(default=48)
@@ -75,7 +75,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: BottleneckTunerConfig) -> None:
-        """Add a bottleneck that answers nothing until it is trained."""
+        """Add a bottleneck, whose update is zero until it is trained."""
         self.configs[adapter_name] = config
         down, up = nn.Linear(self.hidden, config.bottleneck_size), nn.Linear(config.bottleneck_size, self.hidden)
         nn.init.normal_(down.weight, std=INIT_STD)
@@ -96,14 +96,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         peft.set_adapter(peft.active_adapters, inference_mode=config.inference_mode)
 
     def merge(self, *_args: Any, **_kwargs: Any) -> None:
-        """There is no merging what is not linear."""
+        """Raise `NotImplementedError`: an update that is not linear cannot be merged."""
         raise NotImplementedError("A bottleneck adapter is not linear: it cannot be merged into the base.")
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        """Do nothing, as no adapter is ever merged."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module answers, and each active bottleneck's share of it."""
+        """Return the module's output with the update of each active bottleneck."""
         output = self.base_layer(*args, **kwargs)
         if self.disable_adapters:
             return output
@@ -121,7 +121,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _update(self, name: str, h: Tensor) -> Tensor:
-        """f(h) [..., hidden]."""
+        """Return the update f(h) [..., hidden]."""
         config = self.configs[name]
         if config.ln_before:
             h = self.bottleneck_norm_before[name](h)
@@ -132,7 +132,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class BottleneckModel(BaseTuner):  # type: ignore[misc]
-    """Wraps the modules that the config names."""
+    """The tuner: it wraps the modules that the config names."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer

@@ -17,12 +17,12 @@ INPUTS = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h")
 
 
 def ia3(options: IA3Options, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """Through PEFT. Raises `OptionError`."""
+    """Attach (IA)3 through PEFT. Raises `OptionError`."""
     from peft import IA3Config
 
-    inputs = options.feedforward_modules or _there(INPUTS, base)
+    inputs = options.feedforward_modules or _present(INPUTS, base)
     sites_in = set(linear_sites(inputs, options.layers, base))
-    wanted = options.target_modules or f"{_there(OUTPUTS, base)},{inputs}"
+    wanted = options.target_modules or f"{_present(OUTPUTS, base)},{inputs}"
     sites = linear_sites(wanted, options.layers, base)
     if options.feedforward_modules and (lost := sites_in.difference(sites)):
         raise OptionError(f"--feedforward-modules names {min(lost)}, which --target-modules does not.")
@@ -32,9 +32,9 @@ def ia3(options: IA3Options, base: Base, _rows: Sequence[TokenizedRow]) -> PeftA
     return PeftAdapter(attach_peft(base, config))
 
 
-def _there(wanted: Sequence[str], base: Base) -> str:
-    """Those of the names that the base has, joined."""
-    has = [name for name in wanted if any(f".{site}".endswith(f".{name}") for site in base.spec.linears)]
-    if not has:
+def _present(wanted: Sequence[str], base: Base) -> str:
+    """Join those of the names that linears of the base have. Raises `OptionError` if there is none."""
+    present = [name for name in wanted if any(f".{site}".endswith(f".{name}") for site in base.spec.linears)]
+    if not present:
         raise OptionError("This base has none of the linears that (IA)3 scales by default: name --target-modules.")
-    return ",".join(names(",".join(has)))
+    return ",".join(names(",".join(present)))

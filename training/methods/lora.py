@@ -1,4 +1,4 @@
-"""LoRA and its nearest kin: y += s B (A x) at the linears (arXiv:2106.09685), all of them written as PEFT's LoRA.
+"""LoRA and its nearest variants: y += s B (A x) at the linears (arXiv:2106.09685), all written as PEFT's LoRA.
 
 rsLoRA scales by alpha / sqrt(r) (arXiv:2312.03732), DoRA trains the rows' lengths too (arXiv:2402.09353); PiSSA and
 OLoRA begin with a part of the base's own weights (arXiv:2404.02948, 2406.01775).
@@ -26,12 +26,12 @@ A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 def lora(
     options: LoraOptions | FixedScaleOptions, base: Base, _rows: Sequence[TokenizedRow], **more: Any
 ) -> PeftAdapter:
-    """`more` are keys of PEFT's LoraConfig."""
+    """Attach a LoRA; `more` are keys of PEFT's LoraConfig. Raises `OptionError`."""
     return PeftAdapter(attach_peft(base, lora_config(options, base, **more)))
 
 
 def lora_config(options: LoraOptions | FixedScaleOptions, base: Base, **more: Any) -> Any:
-    """PEFT's LoraConfig. Raises `OptionError`."""
+    """Return PEFT's LoraConfig of the options. Raises `OptionError`."""
     from peft import LoraConfig
 
     check_rank(options.r)
@@ -52,12 +52,12 @@ def check_rank(rank: int) -> None:
 
 
 def int_if_whole(number: float) -> float:
-    """A number as PEFT's own configs have it: an int where it is one."""
+    """Return a number as PEFT's own configs have it: an int if it is whole."""
     return int(number) if number == int(number) else number
 
 
 class ResidualLoraAdapter(PeftAdapter):
-    """PiSSA and OLoRA, whose initialisation took s B0 A0 off the base's weights.
+    """PiSSA or OLoRA, whose initialisation took s B0 A0 off the base's weights.
 
     It is written as the plain LoRA [A; A0], [B, -B0] of twice the rank, which fits the base as it is.
     """
@@ -68,7 +68,7 @@ class ResidualLoraAdapter(PeftAdapter):
 
     @torch.no_grad()
     def finalize(self, dtype: torch.dtype) -> None:
-        """What rounding changes of B0 A0, the base's weights get back."""
+        """Round A, B, A0 and B0, and give the base's weights what rounding took off B0 A0."""
         for name in [name for name in self._begun if name.endswith(A_END)]:
             site = name.removesuffix(A_END)
             layer = self.model.get_submodule(site)
@@ -83,7 +83,7 @@ class ResidualLoraAdapter(PeftAdapter):
         return self._begun[site + B_END] @ self._begun[site + A_END]
 
     def config(self) -> dict[str, Any]:
-        """That of the plain LoRA: twice the rank at the same scale."""
+        """Return the config of the plain LoRA: twice the rank at the same scale."""
         config = super().config()
         factor = math.sqrt(2) if config["use_rslora"] else 2
         return {
@@ -94,7 +94,7 @@ class ResidualLoraAdapter(PeftAdapter):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """A below A0, and B beside -B0."""
+        """Return [A; A0] and [B, -B0] of every linear."""
         return {
             name: torch.cat([tensor, self._begun[name]])
             if name.endswith(A_END)
@@ -106,5 +106,5 @@ class ResidualLoraAdapter(PeftAdapter):
 def residual_lora(
     options: FixedScaleOptions, base: Base, _rows: Sequence[TokenizedRow], init: str
 ) -> ResidualLoraAdapter:
-    """A LoRA that begins with a part of the weights; `init` is PEFT's name of the way."""
+    """Attach a LoRA that begins with a part of the weights; `init` is PEFT's name of the initialisation."""
     return ResidualLoraAdapter(attach_peft(base, lora_config(options, base, init_lora_weights=init)))

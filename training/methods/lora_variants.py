@@ -1,4 +1,4 @@
-"""LoRA's relatives, each as PEFT trains it: VeRA, LoHa, LoKr, MiSS and OFT. Their formulas are in `adapters_store`."""
+"""Variants of LoRA, each as PEFT trains it: VeRA, LoHa, LoKr, MiSS and OFT. Their formulas are in `adapters_store`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TASK_TYPE = "CAUSAL_LM"
 
 
 def vera(options: VeraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """Trains vectors around two shared random matrices (arXiv:2310.11454), which are saved along."""
+    """Attach VeRA: vectors around two shared random matrices (arXiv:2310.11454), which are saved with them."""
     from peft import VeraConfig
 
     check_rank(options.r)
@@ -26,7 +26,10 @@ def vera(options: VeraOptions, base: Base, _rows: Sequence[TokenizedRow]) -> Pef
 
 
 def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[TokenizedRow], kind: str) -> PeftAdapter:
-    """Hadamard (LoHa, arXiv:2108.06098) or Kronecker products (LoKr, arXiv:2309.14859); `kind` is PEFT's config."""
+    """Attach LoHa (Hadamard products, arXiv:2108.06098) or LoKr (Kronecker products, arXiv:2309.14859).
+
+    `kind` is the name of PEFT's config.
+    """
     import peft
 
     check_rank(options.r)
@@ -36,7 +39,7 @@ def lycoris(options: LycorisOptions, base: Base, _rows: Sequence[TokenizedRow], 
 
 
 def miss(options: MissOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """Sums of the input, once a residue (arXiv:2409.15371)."""
+    """Attach MiSS: a trained matrix times sums over parts of the input (arXiv:2409.15371)."""
     from peft import MissConfig
 
     check_rank(options.r)
@@ -47,7 +50,7 @@ def miss(options: MissOptions, base: Base, _rows: Sequence[TokenizedRow]) -> Pef
 
 
 def oft(options: OftOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """Rotations of the input, block by block (arXiv:2306.07280)."""
+    """Attach OFT: rotations of the input, block by block (arXiv:2306.07280)."""
     from peft import OFTConfig
 
     place = where(options.target_modules, options.layers, base)

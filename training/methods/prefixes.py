@@ -1,4 +1,4 @@
-"""Given keys and values of virtual tokens: prefix tuning (arXiv:2101.00190) and cartridges (arXiv:2506.06266).
+"""Keys and values of virtual tokens: prefix tuning (arXiv:2101.00190) and cartridges (arXiv:2506.06266).
 
 They begin as the keys and values that the base computes for a text, which the untrained prefix then stands for.
 """
@@ -19,22 +19,22 @@ from training.options import CartridgeOptions, PrefixOptions
 
 
 class PrefixAdapter(PromptAdapter):
-    """Its prefix is a cache, which transformers drops where activations are computed again."""
+    """A prefix of keys and values: a cache, which transformers drops if activations are computed again."""
 
     can_checkpoint = False
 
 
 class CartridgeAdapter(PrefixAdapter):
-    """PEFT keeps its frozen and its trained tokens apart."""
+    """A cartridge, whose frozen and trained tokens PEFT keeps apart."""
 
     @torch.no_grad()
     def finalize(self, dtype: torch.dtype) -> None:
-        """Round both."""
+        """Round the frozen and the trained tokens."""
         self.model.prompt_encoder[ADAPTER_NAME].load_prompt_embeddings(self.tensors()[EMBEDDINGS].to(dtype).float())
 
 
 def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[TokenizedRow]) -> PrefixAdapter:
-    """Through PEFT. Raises `OptionError`."""
+    """Attach a prefix through PEFT. Raises `OptionError`."""
     from peft import PrefixTuningConfig
 
     if options.prefix_projection and options.init_text not in ("", RANDOM):
@@ -50,7 +50,7 @@ def prefix_tuning(options: PrefixOptions, base: Base, rows: Sequence[TokenizedRo
 
 
 def cartridge(options: CartridgeOptions, base: Base, rows: Sequence[TokenizedRow]) -> PrefixAdapter:
-    """Through PEFT. Raises `OptionError`."""
+    """Attach a cartridge through PEFT. Raises `OptionError`."""
     from peft import CartridgeConfig
 
     if not 0 <= options.num_frozen_tokens < options.num_virtual_tokens:

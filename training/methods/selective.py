@@ -24,7 +24,7 @@ from training.options import SEEN, BiasOptions, LayerOptions, MethodOptions, Sel
 
 
 class SelectiveAdapter(TrainableAdapter):
-    """The base itself, with some of its parameters free."""
+    """The base itself, with some of its parameters trainable."""
 
     def __init__(self, base: Base, names: Sequence[str]) -> None:
         super().__init__(base.model)
@@ -42,23 +42,23 @@ class SelectiveAdapter(TrainableAdapter):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Their new values."""
+        """Return the new values of the trained parameters."""
         return {PREFIX + name: self.model.get_parameter(name).detach() for name in self._names}
 
 
 def selective(options: SelectiveOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveAdapter:
-    """Chosen layers, modules or parameters in full. Raises `OptionError`."""
+    """Train chosen layers, modules or parameters in full. Raises `OptionError`."""
     runs = [run.strip() for run in options.parameters.split(",") if run.strip()]
-    known = _parameters(base.spec)
+    names = _parameters(base.spec)
     for run in runs:
-        if not any(_has(name, run) for name in known):
+        if not any(_has(name, run) for name in names):
             raise OptionError(f"--parameters names {run!r}, which no parameter of {base.name} has in its name.")
-    found = [name for name in known if not runs or any(_has(name, run) for run in runs)]
-    return SelectiveAdapter(base, _some(sites_in(options.layers, found, base), options.layers))
+    chosen = [name for name in names if not runs or any(_has(name, run) for run in runs)]
+    return SelectiveAdapter(base, _some(sites_in(options.layers, chosen, base), options.layers))
 
 
 def bitfit(options: LayerOptions, base: Base, rows: Sequence[TokenizedRow]) -> TrainableAdapter:
-    """All biases; where the base has none, as llamas, every linear gets one, as BEFT writes it."""
+    """Train all biases; if the base has none, as llamas, give every linear one, as BEFT does."""
     biases = [name for name in _parameters(base.spec) if name.endswith(".bias")]
     if not biases:
         return beft(BiasOptions(layers=options.layers), base, rows)
@@ -66,12 +66,12 @@ def bitfit(options: LayerOptions, base: Base, rows: Sequence[TokenizedRow]) -> T
 
 
 def full(_options: MethodOptions, base: Base, _rows: Sequence[TokenizedRow]) -> SelectiveAdapter:
-    """Every parameter."""
+    """Train every parameter of the base."""
     return SelectiveAdapter(base, [name for name, _ in base.model.named_parameters()])
 
 
 def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """Every norm, through PEFT. Raises `OptionError`."""
+    """Train every norm, through PEFT. Raises `OptionError`."""
     from peft import LNTuningConfig
 
     norms = _some(sites_in(options.layers, list(base.spec.norms), base), options.layers)
@@ -79,7 +79,7 @@ def ln_tuning(options: LayerOptions, base: Base, _rows: Sequence[TokenizedRow]) 
 
 
 def beft(options: BiasOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """A bias for linears that have none, through PEFT. Raises `OptionError`."""
+    """Train a new bias of every chosen linear, through PEFT. Raises `OptionError`."""
     from peft import BeftConfig
 
     sites = linear_sites(options.target_modules, options.layers, base)
@@ -87,7 +87,7 @@ def beft(options: BiasOptions, base: Base, _rows: Sequence[TokenizedRow]) -> Pef
 
 
 def trainable_tokens(options: TokenOptions, base: Base, rows: Sequence[TokenizedRow]) -> PeftAdapter:
-    """New rows of the embedding, and of a tied head, through PEFT. Raises `OptionError`."""
+    """Train rows of the embedding, and of a tied head, through PEFT. Raises `OptionError`."""
     from peft import TrainableTokensConfig
 
     if options.token_indices == SEEN:
@@ -111,17 +111,18 @@ def _token_ids(text: str, vocab_size: int) -> list[int]:
 
 
 def _parameters(spec: BaseSpec) -> list[str]:
-    """The parameters that the server can replace, one name each: a tied head's weight is the embedding's."""
+    """List the parameters that the server can replace; a tied head's weight is the embedding's, and listed once."""
     sites = [*spec.linears, *spec.norms, spec.embedding]
-    known = [f"{site}.{name}" for site in sites for name in parameters_at(spec, site)]
-    return [name for name in known if not (spec.is_tied and name == f"{spec.head}.weight")]
+    names = [f"{site}.{name}" for site in sites for name in parameters_at(spec, site)]
+    return [name for name in names if not (spec.is_tied and name == f"{spec.head}.weight")]
 
 
 def _has(name: str, run: str) -> bool:
     return f".{run}." in f".{name}."
 
 
-def _some(found: list[str], layers: str) -> list[str]:
-    if not found:
+def _some(names: list[str], layers: str) -> list[str]:
+    """Return the names. Raises `OptionError` if there is none."""
+    if not names:
         raise OptionError(f"--layers {layers!r} leaves nothing to train.")
-    return found
+    return names

@@ -20,13 +20,13 @@ from training.methods.trainable import ADAPTER_NAME, PeftAdapter, attach_peft
 from training.options import CptOptions, MultitaskOptions, PromptOptions, PTuningOptions
 
 TASK_TYPE = "CAUSAL_LM"
-RANDOM = "random"  # what --init-text says for none
+RANDOM = "random"  # value of --init-text: begin at random numbers
 EMBEDDINGS = "prompt_embeddings"
-MAX_LABELS = 20  # that a text can name
+MAX_LABELS = 20  # answers that a text can name
 
 
 class PromptAdapter(PeftAdapter):
-    """A hat of virtual tokens. What its encoder says when training ends is what is stored."""
+    """An adapter of virtual tokens; the encoder's output at the end of training is stored."""
 
     @torch.no_grad()
     def finalize(self, dtype: torch.dtype) -> None:
@@ -37,14 +37,14 @@ class PromptAdapter(PeftAdapter):
         self.peft_config.inference_mode = True  # PEFT reads the embedding itself now
 
     def tensors(self) -> dict[str, Tensor]:
-        """The embeddings."""
+        """Return the embeddings [virtual tokens, hidden]."""
         if self.peft_config.inference_mode:
             return {EMBEDDINGS: self.model.prompt_encoder[ADAPTER_NAME].embedding.weight}
         return {EMBEDDINGS: self.model.get_prompt_embedding_to_save(ADAPTER_NAME)}
 
 
 def default_text(base: Base, rows: Sequence[TokenizedRow]) -> str:
-    """An instruction that names the answers where they are few."""
+    """Return an instruction, which names the answers if they are few."""
     answers = dict.fromkeys(base.tokenizer.decode(row.completion[:-1]).strip() for row in rows)
     if 1 < len(answers) <= MAX_LABELS:
         return f"Classify the text. Answer with one of: {', '.join(answers)}."
@@ -52,7 +52,7 @@ def default_text(base: Base, rows: Sequence[TokenizedRow]) -> str:
 
 
 def text_ids(text: str, num_tokens: int, base: Base) -> list[int]:
-    """A text's token ids, repeated and cut to a number. Raises `OptionError` for a text without tokens."""
+    """Return a text's token ids, repeated and cut to a number. Raises `OptionError` for a text without tokens."""
     ids: list[int] = base.tokenizer(text)["input_ids"]
     if not ids:
         raise OptionError("--init-text has no tokens.")
@@ -66,7 +66,7 @@ def check_num_tokens(number: int, base: Base) -> None:
 
 
 def _text_embeds(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow]) -> Tensor | None:
-    """The embeddings to begin with, or None for PEFT's random ones."""
+    """Return the embeddings to begin with, or None for PEFT's random ones."""
     if options.init_text == RANDOM:
         return None
     text = options.init_text or default_text(base, rows)
@@ -83,7 +83,7 @@ def _begin_with(model: Any, embeds: Tensor | None) -> None:
 
 
 def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptAdapter:
-    """Through PEFT. Raises `OptionError`."""
+    """Attach prompt tuning through PEFT. Raises `OptionError`."""
     from peft import PromptTuningConfig
 
     check_num_tokens(options.num_virtual_tokens, base)
@@ -94,7 +94,7 @@ def prompt_tuning(options: PromptOptions, base: Base, rows: Sequence[TokenizedRo
 
 
 def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[TokenizedRow]) -> PromptAdapter:
-    """Through PEFT. Raises `OptionError`."""
+    """Attach p-tuning through PEFT. Raises `OptionError`."""
     from peft import PromptEncoderConfig
 
     check_num_tokens(options.num_virtual_tokens, base)
@@ -111,7 +111,7 @@ def p_tuning(options: PTuningOptions, base: Base, _rows: Sequence[TokenizedRow])
 
 
 class MultitaskAdapter(PeftAdapter):
-    """The prompt is E * (C R); all three are trained and stored. C R begins as ones, and so the prompt as the text."""
+    """A prompt E * (C R), whose factors are trained and stored; C R begins as ones, and so the prompt as the text."""
 
     def __init__(self, model: Any, num_ranks: int) -> None:
         super().__init__(model)
@@ -124,7 +124,7 @@ class MultitaskAdapter(PeftAdapter):
 
 
 def multitask(options: MultitaskOptions, base: Base, rows: Sequence[TokenizedRow]) -> MultitaskAdapter:
-    """Of one task, through PEFT. Raises `OptionError`."""
+    """Attach multitask prompt tuning of one task, through PEFT. Raises `OptionError`."""
     from peft import MultitaskPromptTuningConfig
 
     check_num_tokens(options.num_virtual_tokens, base)
@@ -140,7 +140,7 @@ def multitask(options: MultitaskOptions, base: Base, rows: Sequence[TokenizedRow
 
 
 def cpt(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> PromptAdapter:
-    """The context's embeddings, moved by at most `epsilon` each, through PEFT. The loss is on the completions alone."""
+    """Attach the context's embeddings, each moved by at most `epsilon`, through PEFT. Raises `OptionError`."""
     from peft import CPTConfig
 
     check_num_tokens(options.num_virtual_tokens, base)
@@ -157,7 +157,7 @@ def cpt(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> Prompt
 
 
 def _context(options: CptOptions, base: Base, rows: Sequence[TokenizedRow]) -> tuple[list[int], list[int]]:
-    """Token ids, and what each is in PEFT's words: 2 of an input, 4 of an answer, which stays as it is."""
+    """Return the context's token ids, and PEFT's type of each: 2 of an input, 4 of an answer, which stays as it is."""
     if options.init_text:
         ids = text_ids(options.init_text, options.num_virtual_tokens, base)
         return ids, [2] * len(ids)

@@ -1,4 +1,4 @@
-"""Where a method acts: `--target-modules` and `--layers` as PEFT's configs say them."""
+"""Target modules and layers: `--target-modules` and `--layers` in the form of PEFT's configs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALL_LINEAR = "all-linear"
 
 
 def parse_layers(text: str, num_layers: int) -> list[int]:
-    """The layers that `all`, `last:N` or `0,4-7` name, in order. Raises `OptionError`."""
+    """Return the layers that `all`, `last:N` or `0,4-7` name, in order. Raises `OptionError`."""
     if text == "all":
         return list(range(num_layers))
     if match := re.fullmatch(r"last:(\d+)", text):
@@ -29,29 +29,29 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 
 def names(text: str) -> list[str]:
-    """Names joined by commas, sorted. Raises `OptionError` where there is none."""
-    found = sorted({name.strip() for name in text.split(",") if name.strip()})
-    if not found:
+    """Return the names in a list joined by commas, sorted. Raises `OptionError` if there is none."""
+    unique = sorted({name.strip() for name in text.split(",") if name.strip()})
+    if not unique:
         raise OptionError("--target-modules names no module: write all-linear, or names like q_proj,v_proj.")
-    return found
+    return unique
 
 
 def linear_names(text: str, base: Base) -> list[str]:
-    """The last words of linears' names; `all-linear` is written out, as PEFT takes no choice of layers beside it."""
+    """Return the last words of linears' names; `all-linear` is written out, as PEFT takes no layers beside it."""
     if names(text) != [ALL_LINEAR]:
         return names(text)
     return sorted({site.rpartition(".")[2] for site in base.spec.linears if site != base.spec.head})
 
 
 def where(target_modules: str, layers: str, base: Base) -> dict[str, Any]:
-    """`target_modules` and `layers_to_transform` of a PEFT config that has both."""
+    """Return `target_modules` and `layers_to_transform` of a PEFT config that has both. Raises `OptionError`."""
     chosen = parse_layers(layers, base.spec.num_layers)
     is_all = len(chosen) == base.spec.num_layers
     return {"target_modules": linear_names(target_modules, base), "layers_to_transform": None if is_all else chosen}
 
 
 def sites_in(layers: str, sites: list[str], base: Base) -> list[str]:
-    """Those of `sites` that lie in the chosen layers; `all` keeps those in no layer too."""
+    """Return the sites that lie in the chosen layers; `all` keeps those in no layer too. Raises `OptionError`."""
     if layers == "all":
         return sites
     starts = [f"{base.spec.layers[number].layer}." for number in parse_layers(layers, base.spec.num_layers)]
@@ -59,10 +59,10 @@ def sites_in(layers: str, sites: list[str], base: Base) -> list[str]:
 
 
 def linear_sites(target_modules: str, layers: str, base: Base) -> list[str]:
-    """Whole names of the linears, for PEFT's configs that know no layers. Raises `OptionError` where there is none."""
+    """Return whole names of linears, for PEFT's configs without layers. Raises `OptionError` if there is none."""
     wanted = linear_names(target_modules, base)
     sites = [site for site in base.spec.linears if any(f".{site}".endswith(f".{name}") for name in wanted)]
-    found = sites_in(layers, sites, base)
-    if not found:
+    chosen = sites_in(layers, sites, base)
+    if not chosen:
         raise OptionError(f"--target-modules {target_modules!r} with --layers {layers!r} names no linear of the base.")
-    return found
+    return chosen

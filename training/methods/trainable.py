@@ -1,4 +1,4 @@
-"""A hat in the making: a base with a method's trainable parameters, and what is written of them."""
+"""Trainable adapters: a base with a method's trainable parameters, and the artifact that is written of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ADAPTER_NAME = "default"  # PEFT's name of the one adapter in a model
 
 
 class TrainableAdapter:
-    """`model` is called as the base is; those of its parameters that require a gradient are trained.
+    """A base with a method attached; the parameters of `model` that require a gradient are trained.
 
     A method whose training needs more than gradients overrides `begin`, `penalty`, `after_step`, `state` and `restore`.
     """
@@ -30,63 +30,63 @@ class TrainableAdapter:
         self.model = model
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
+        """List the parameters that are trained."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def checkpoint_activations(self) -> None:
-        """Have transformers compute activations again instead of keeping them. Raises `OptionError` if it cannot."""
+        """Let transformers compute activations again instead of keeping them. Raises `OptionError` if it cannot."""
         if not self.can_checkpoint:
             raise OptionError("--gradient-checkpointing cannot be used with a prefix of keys and values: leave it out.")
         self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def begin(self, num_steps: int | None) -> None:
-        """Called once before the first step; None where time alone bounds the run. Raises `OptionError`."""
+        """Prepare for a run, before its first step; None if time alone bounds the run. Raises `OptionError`."""
 
     def penalty(self) -> Tensor | None:
-        """What is added to a step's loss."""
+        """Return a scalar that is added to a step's loss, or None."""
         return None
 
     def after_step(self, number: int) -> None:
-        """Called after step `number` (from 0), with the gradients still there."""
+        """Adjust after step `number` (from 0), with the gradients still there."""
 
     def state(self) -> dict[str, Any]:
-        """What a run that goes on needs beside the trained parameters: tensors, numbers, texts, lists and dicts."""
+        """Return what resuming needs beside the trained parameters: tensors, numbers, texts, lists and dicts."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take a `state` back."""
+        """Restore what `state` returned."""
 
     @torch.no_grad()
     def finalize(self, dtype: torch.dtype) -> None:
-        """Become what is stored: training is over, and every stored number is one of `dtype`."""
+        """End training: round every number that is stored to one of `dtype`, in place."""
         for tensor in (*self.trained(), *self.tensors().values()):
             tensor.copy_(tensor.to(dtype).to(tensor.dtype))
 
     def config(self) -> dict[str, Any]:
-        """What adapter_config.json says."""
+        """Return the content of adapter_config.json."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of adapter_model.safetensors, by name."""
+        """Return the tensors of adapter_model.safetensors, by name."""
         raise NotImplementedError
 
 
 class PeftAdapter(TrainableAdapter):
-    """A hat that PEFT made: `model` is a PeftModel."""
+    """An adapter that PEFT attached: `model` is a PeftModel."""
 
     @property
     def peft_config(self) -> Any:
-        """PEFT's config of it."""
+        """PEFT's config of the adapter."""
         return self.model.peft_config[ADAPTER_NAME]
 
     def config(self) -> dict[str, Any]:
-        """PEFT's config with sets as sorted lists, so that equal runs write equal bytes."""
+        """Return PEFT's config with sets as sorted lists, so that equal runs write equal bytes."""
         config = copy.copy(self.peft_config)
         config.inference_mode = True
         return json.loads(json.dumps(config.to_dict(), default=sorted))  # type: ignore[no-any-return]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What PEFT would save."""
+        """Return the tensors that PEFT would save."""
         from peft import get_peft_model_state_dict
 
         with quiet():
@@ -94,7 +94,7 @@ class PeftAdapter(TrainableAdapter):
 
 
 def attach_peft(base: Base, config: Any) -> Any:
-    """The PeftModel of a config. Raises `OptionError` with PEFT's reason where it refuses."""
+    """Attach a PEFT config to a base; return the PeftModel. Raises `OptionError` with PEFT's reason if it refuses."""
     from peft import get_peft_model
 
     with quiet():
@@ -112,7 +112,7 @@ def attach_peft(base: Base, config: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without PEFT's warnings, which speak to those who write code."""
+    """Silence PEFT's warnings, which are meant for people who write code, inside the block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

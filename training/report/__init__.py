@@ -1,1 +1,1 @@
-"""What a run shows and writes while it goes: progress, steps and curves."""
+"""Reports of a run while it goes on: progress, a log of its steps, and curves."""

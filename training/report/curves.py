@@ -1,4 +1,4 @@
-"""The curves of a run as a PNG: loss on the training rows, and on the evaluation rows where it was taken."""
+"""Curves of a run as a PNG: loss on the training rows, and on the evaluation rows if it was taken."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMOOTHING = 0.9  # of the running mean
 
 
 def draw(steps: Sequence[Step], title: str) -> bytes:
-    """A PNG of the loss and the learning rate by steps."""
+    """Draw the loss and the learning rate by steps; return the PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -41,7 +41,7 @@ def draw(steps: Sequence[Step], title: str) -> bytes:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Exponential, without the pull of its beginning."""
+    """Return the exponential running mean, corrected for its start at zero."""
     mean, weight, means = 0.0, 0.0, []
     for value in values:
         mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * value, SMOOTHING * weight + 1 - SMOOTHING

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: bars with loss, tokens per second and the time left; a table at its end."""
+"""Progress of a run on a console: bars with loss, tokens per second and the time left; a table at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.evaluation.evaluate import Scores
 from training.report.step_log import Step
 
 PER_MILLE = 1000
-SHOWN = {  # fields of `Scores` -> how a table says them
+SHOWN = {  # fields of `Scores` -> title and format in a table
     "exact_match": ("exact match", "{:.1%}"),
     "label_accuracy": ("accuracy by the labels' logits", "{:.1%}"),
     "perplexity": ("perplexity of the answer", "{:.2f}"),
@@ -34,41 +34,41 @@ SHOWN = {  # fields of `Scores` -> how a table says them
 
 
 class ProgressDisplay:
-    """Draws on a console; a quiet console draws nothing."""
+    """Draws bars and tables on a console; a quiet console draws nothing."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def say(self, message: str) -> None:
-        """One line, as it is: names in it may look like the console's markup."""
+        """Print a line as it is: names in it may look like the console's markup."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar over `total` rows; the function takes how many more are done."""
+        """Show a bar over `total` rows; the function given takes how many more are done."""
         with self._progress() as progress:
             task = progress.add_task(what, total=total, facts="")
             yield lambda count: progress.advance(task, count)
 
     @contextmanager
     def training(self) -> Iterator[Callable[[Step], None]]:
-        """A bar over the share of the run that is done."""
+        """Show a bar over the share of a run that is done; the function given takes each step."""
         with self.trainings(["training"]) as (tell,):
             yield tell
 
     @contextmanager
     def trainings(self, names: Sequence[str]) -> Iterator[list[Callable[[Step], None]]]:
-        """A bar for each of the runs that go on at once."""
+        """Show a bar for each of several runs at once; each function given takes the steps of one."""
         with self._progress() as progress:
             tasks = [progress.add_task(escape(name), total=PER_MILLE, facts="") for name in names]
             yield [partial(_tell, progress, task) for task in tasks]
 
     def fail(self, what: str, reason: str) -> None:
-        """Why it ended."""
+        """Print the reason why `what` failed."""
         self.console.print(f"[bold red]{escape(what)}:[/] {escape(reason)}", highlight=False, soft_wrap=True)
 
     def scores(self, before: Scores, after: Scores) -> None:
-        """The base beside the adapter."""
+        """Print a table of the base's scores beside the adapter's."""
         table = Table("", "base", "adapter")
         for name, (title, form) in SHOWN.items():
             values = getattr(before, name), getattr(after, name)

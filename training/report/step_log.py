@@ -1,4 +1,4 @@
-"""The log of a run, a JSON object a step: beside the folder that the run will write while it goes on, then in it."""
+"""The log of a run, a JSON object a step: beside the output folder while the run goes on, and in it at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG = "train.jsonl"
 
 
 def lines(steps: Sequence[Step]) -> str:
-    """A line a step, without what was not taken."""
+    """Write steps as JSON, a line each, without values that were not taken."""
     return "".join(
         json.dumps({name: value for name, value in dataclasses.asdict(step).items() if value is not None}) + "\n"
         for step in steps
@@ -20,28 +20,28 @@ def lines(steps: Sequence[Step]) -> str:
 
 
 class LiveLog:
-    """A file that can be followed (`tail -f`) while the run goes on."""
+    """A log file that can be followed (`tail -f`) while the run goes on."""
 
     def __init__(self, out: Path) -> None:
         self.path = out.with_name(f".{out.name}.{LOG}")
-        self._num_steps = 0  # that are in the file; what another run left there is not
+        self._num_steps = 0  # written so far; lines of an earlier run are overwritten
 
     def follow(self, steps: Sequence[Step]) -> None:
-        """Add the steps that are not there yet; they are in the file at once."""
+        """Append the steps that are not in the file yet; they are readable at once."""
         with self.path.open("a" if self._num_steps else "w") as file:
             file.write(lines(steps[self._num_steps :]))
         self._num_steps = len(steps)
 
     def remove(self) -> None:
-        """The artifact has it now, or there is none."""
+        """Delete the file: the artifact has its lines, or there is no artifact."""
         self.path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step that was taken. `progress` is the share of the run, `seconds` since it began, `tokens` so far.
+    """A step that was taken. `progress` is the share of the run, `seconds` are since it began, `tokens` so far.
 
-    `eval_loss` is there where it was taken.
+    `eval_loss` is None if it was not taken after this step.
     """
 
     number: int

@@ -1,1 +1,1 @@
-"""One training run: job, schedule, trainer, checkpoints and what is written."""
+"""Running a training job: its plan, trainer, checkpoints, and the artifact that it writes."""

@@ -13,7 +13,10 @@ from training.errors import OptionError
 
 
 class Checkpoint:
-    """One file, which is replaced whole. `identity` is everything that the run depends on, as JSON has it."""
+    """A checkpoint of a run in one file, which is replaced whole.
+
+    `identity` is everything that the run depends on, as JSON has it; a checkpoint of another identity is refused.
+    """
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self.path = out.with_name(f".{out.name}.checkpoint")

@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` started for one run; without it, the one there is.
+"""The processes that `accelerate launch` started for one run; without it, this process alone.
 
 Each has the whole model and takes its share of every step's rows; sums of gradients are exchanged, so that the result
 is that of one process but for the order of summation.
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """`rank` of `size`; the main one, 0, reads the clock, shows, and writes."""
+    """The calling process among those of the run: `rank` of `size`; the main one, 0, reads the clock, shows, and writes."""
 
     def __init__(self, is_cpu: bool) -> None:
         from accelerate import PartialState  # type: ignore[import-untyped]
@@ -33,15 +33,15 @@ class Processes:
         return self.rank == 0
 
     def device(self, wanted: str) -> str:
-        """Each process its own device, where there are several."""
+        """Return the device to use: the wanted one, or with several processes each one's own."""
         return str(self._state.device) if self.size > 1 else wanted
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
-        """This process's rows of all."""
+        """Return the rows, of all, that this process takes."""
         return rows[self.rank :: self.size]
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Make every gradient the sum of all processes'. A parameter without one has zeros."""
+        """Make every gradient the sum of all processes'; a parameter without a gradient counts as zeros."""
         if self.size == 1:
             return
         for parameter in parameters:
@@ -54,26 +54,26 @@ class Processes:
             gradient.copy_(summed.view_as(gradient))
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number's sum over all processes."""
+        """Return each number's sum over all processes."""
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self._state.device)
         torch.distributed.all_reduce(tensor)
-        found: list[float] = tensor.tolist()
-        return found
+        sums: list[float] = tensor.tolist()
+        return sums
 
     def agree(self, number: float) -> float:
-        """The main process's number."""
+        """Return the main process's number in every process."""
         return self.sum(number if self.is_main else 0.0)[0]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         self._state.wait_for_everyone()
 
     def leave(self) -> None:
-        """End this process, where there are several and all is done.
+        """End this process at once, if there are several and all is done.
 
-        At once: while an interpreter ends, threads of torch's gloo can abort it when a peer has gone just before.
+        While an interpreter ends, threads of torch's gloo can abort it if a peer has gone just before.
         """
         if self.size > 1:
             sys.stdout.flush()
@@ -81,6 +81,6 @@ class Processes:
             os._exit(0)
 
     def close(self) -> None:
-        """Leave the group, where there is one."""
+        """Leave the process group, if there are several processes."""
         if self.size > 1:
             self._state.destroy_process_group()

@@ -20,7 +20,7 @@ from training.run.schedule import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that one run depends on; equal jobs write equal weights.
+    """The options of a run, which depends on nothing else: equal jobs write equal weights.
 
     `data` and `eval` are files or folders of rows (without `eval`, rows of `data` are held out), `out` is the folder
     to write, `options` are the method's options that were given, by name, and `max_length` is in tokens.

@@ -1,4 +1,4 @@
-"""The loop: batches in length buckets, the loss on completions alone, AdamW.
+"""The training loop: batches in length buckets, the loss on completions alone, AdamW.
 
 A step is a function of what is trained, the optimizer's moments and the step's number: the rows, the dropout and, where
 steps bound the run, the learning rate follow from the number and the seed. So a run that goes on from a checkpoint ends
@@ -34,7 +34,7 @@ EVAL_BATCH = 16
 class PendingStep:
     """A step that is to be taken: its number (from 0), rows, learning rate, and the seed of its dropout.
 
-    `parts` are this process's rows, in as many parts as gradients are accumulated over.
+    `parts` are this process's rows, one part for each time that gradients are accumulated.
     """
 
     number: int
@@ -45,7 +45,7 @@ class PendingStep:
 
     @property
     def num_labels(self) -> int:
-        """Tokens that the loss is the mean over."""
+        """Number of tokens that the loss is the mean over."""
         return sum(len(row.completion) for row in self.rows)
 
 
@@ -73,10 +73,10 @@ class Best:
 
 
 class Trainer:
-    """Trains a hat on `rows`, on the device where it is.
+    """Trains an adapter on `rows`, on the adapter's device; `held` are the evaluation rows.
 
-    `run` is the whole of it. Who computes gradients otherwise (`training.joint`: those of many hats at once) calls
-    `begin`, `next_pending` and `take` by turns until there is no next turn, and then `end`.
+    `run` does it all. A caller that computes gradients itself (`training.joint`: those of many adapters at once) calls
+    `begin`, then `next_pending` and `take` alternately until no step is pending, and then `end`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Trainer:
         self._trained = adapter.trained()
         self._optimizer = torch.optim.AdamW(self._trained, lr=plan.lr, weight_decay=plan.weight_decay)
         self._best: Best | None = None
-        self._before = 0.0  # seconds of the run before it was broken
+        self._before = 0.0  # seconds of the run before it was killed
         self._began = clock()
         self._stream: Iterator[list[TokenizedRow]] = iter(())
         self.steps: list[Step] = []
@@ -113,13 +113,13 @@ class Trainer:
         return self.end()
 
     def begin(self) -> None:
-        """Start the clock."""
+        """Start the clock and the iteration over rows."""
         self._began = self._clock()
         self._stream = self._rows_from(len(self.steps))
         self._adapter.model.train()
 
     def next_pending(self) -> PendingStep | None:
-        """The step to take now; None when the run has reached its end."""
+        """Return the step to take now, or None if the run has reached its end."""
         number = len(self.steps)
         progress = self._progress(number)
         if self._is_enough() or (number and progress >= 1.0):  # the first step is always taken, however short the time
@@ -129,7 +129,7 @@ class Trainer:
         return PendingStep(number, rows, self._parts(rows), lr, hash((self._plan.seed, number, self._processes.rank)))
 
     def take(self, pending: PendingStep, loss: float) -> Step:
-        """Take the step whose gradients are there; `loss` is the mean over its label tokens. Raises `DivergedError`."""
+        """Take a step whose gradients are there; `loss` is the mean over its label tokens. Raises `DivergedError`."""
         (loss,) = self._processes.sum(loss + self._penalise())
         if not math.isfinite(loss):
             raise self._diverged(pending, f"The loss became {loss}")
@@ -142,28 +142,28 @@ class Trainer:
         self._optimizer.step()
         self._adapter.after_step(pending.number)
         self._optimizer.zero_grad()
-        self.steps.append(self._step_facts(pending, loss))
+        self.steps.append(self._taken(pending, loss))
         return self.steps[-1]
 
     def end(self) -> Run:
-        """What the run was. The hat has its last weights, or with early stopping the best."""
+        """Leave the adapter with its last weights, or with early stopping the best; return how the run went."""
         self._adapter.model.eval()
         self._keep_best()
         return self._summary()
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
+        """Return everything that the rest of the run depends on."""
         return {
             "trained": [parameter.detach() for parameter in self._trained],
             "optimizer": self._optimizer.state_dict(),
-            "hat": self._adapter.state(),
+            "hat": self._adapter.state(),  # a key of checkpoints
             "best": None if self._best is None else dataclasses.asdict(self._best),
             "steps": [dataclasses.asdict(step) for step in self.steps],
         }
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state` of an equal run."""
+        """Go on from the `state` of an equal run."""
         for parameter, value in zip(self._trained, state["trained"], strict=True):
             parameter.copy_(value)
         self._optimizer.load_state_dict(state["optimizer"])
@@ -173,7 +173,7 @@ class Trainer:
         self._before = self.steps[-1].seconds
 
     def _rows_from(self, number: int) -> Iterator[list[TokenizedRow]]:
-        """Every step's rows, from step `number` on."""
+        """Iterate over every step's rows, from step `number` on."""
         epoch, place = divmod(number, self._per_epoch)
         while True:
             yield from batches(self._rows, self._plan.rows_per_step, self._plan.seed, epoch)[place:]
@@ -183,7 +183,7 @@ class Trainer:
         return self._before + self._clock() - self._began
 
     def _progress(self, number: int) -> float:
-        """The share of the run that is done before step `number` (from 0), the same for every process."""
+        """Return the share of the run that is done before step `number` (from 0), the same for every process."""
         by_time = self._seconds() / self._plan.max_seconds if self._plan.max_seconds else 0.0
         if self._plan.max_seconds:
             by_time = self._processes.agree(by_time)
@@ -203,7 +203,7 @@ class Trainer:
         return loss.item()
 
     def _loss(self, rows: Sequence[TokenizedRow]) -> Tensor:
-        """The sum over the rows' label tokens."""
+        """Return the loss, summed over the rows' label tokens."""
         batch = make_batch(rows, self._trained[0].device)
         with torch.autocast(batch.ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
             logits = label_logits(self._adapter.model, batch)
@@ -216,7 +216,7 @@ class Trainer:
         penalty.backward()
         return penalty.item()
 
-    def _step_facts(self, pending: PendingStep, loss: float) -> Step:
+    def _taken(self, pending: PendingStep, loss: float) -> Step:
         number = pending.number + 1
         tokens = sum(len(row.ids) for row in pending.rows) + (self.steps[-1].tokens if self.steps else 0)
         eval_loss = self._evaluate(number) if self._plan.is_eval(number, self._per_epoch) else None
@@ -224,7 +224,7 @@ class Trainer:
         return Step(number, loss, pending.lr, progress, self._seconds(), tokens, eval_loss)
 
     def _evaluate(self, step: int) -> float:
-        """The mean loss on the evaluation rows; the best weights so far are remembered where they may be asked for."""
+        """Return the mean loss on the evaluation rows; with early stopping, remember the best weights so far."""
         self._adapter.model.eval()
         mine = sorted(self._processes.share(self._held), key=lambda row: len(row.ids))
         with torch.inference_mode():
