@@ -8,10 +8,10 @@ from typing import NamedTuple
 from training.compare.results import FULL, Comparison, MethodOutcome
 from training.compare.scores import forgotten, quality, scores_of
 
-MAX_SHARE = 0.01  # of the base's parameters: what "a small share" may be
+MAX_SHARE = 0.01  # of the base's parameters: the limit of "a small share"
 MEGA = 1e6
-MAX_BYTES = 10 * MEGA  # of an artifact: what "megabytes" may be
-NEAR = 0.01  # of quality: what "as well" may be below
+MAX_BYTES = 10 * MEGA  # of an artifact: the limit of "megabytes per task"
+NEAR = 0.01  # of quality: how far below full fine-tuning is still "as good"
 
 Value = Callable[[MethodOutcome], float | None]
 

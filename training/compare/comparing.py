@@ -64,7 +64,7 @@ class Comparing:
         self._keep()
         with _bars(self.console) as progress:
             self._score_base(progress)
-            tasks = {method: progress.add_task(method, total=1.0, facts="", start=False) for method in self.jobs}
+            tasks = {method: progress.add_task(method, total=1.0, status="", start=False) for method in self.jobs}
             for method, task in tasks.items():
                 progress.start_task(task)
                 self._train(method, progress, task)
@@ -81,9 +81,9 @@ class Comparing:
         """Score the base once for all methods, unless it was done or none is left to train."""
         missing = [job for job in self.jobs.values() if not _is_done(job)]
         if self.comparison.before is None and missing:
-            task = progress.add_task("the base", total=1.0, facts="")
+            task = progress.add_task("the base", total=1.0, status="")
             self.comparison.before = score_apart(missing[0], _tell(progress, task))
-            progress.update(task, completed=1.0, facts="scored")
+            progress.update(task, completed=1.0, status="scored")
             self._keep()
 
     def _train(self, method: str, progress: Progress, task: TaskID) -> None:
@@ -98,7 +98,7 @@ class Comparing:
             self._fail(progress, task, f"{method} failed: {error}")
             return
         self.comparison.outcomes.append(outcome)
-        progress.update(task, completed=1.0, facts=_line(outcome))
+        progress.update(task, completed=1.0, status=_line(outcome))
 
     def _serve(self, progress: Progress) -> None:
         """Serve every adapter that a server takes, on one server; a failure is told, and no result is lost."""
@@ -107,11 +107,11 @@ class Comparing:
             outcome.not_served = "" if outcome in adapters else NO_ADAPTER
         if not adapters:
             return
-        task = progress.add_task("serving", total=len(adapters) * serving.NUM_ROUNDS, facts="starting a server")
+        task = progress.add_task("serving", total=len(adapters) * serving.NUM_ROUNDS, status="starting a server")
         job = next(iter(self.jobs.values()))
         try:
             with serving.start_server(job.base, job.device, job.cache) as client:
-                progress.update(task, facts="decoding in turn with the base")
+                progress.update(task, status="decoding in turn with the base")
                 folders = {outcome.method: self.jobs[outcome.method].out for outcome in adapters}
                 served = serving.measure(client, folders, lambda: progress.advance(task))
         except serving.ServingError as error:
@@ -125,7 +125,7 @@ class Comparing:
             outcome.not_served = served.refused.get(outcome.method, "")
 
     def _fail(self, progress: Progress, task: TaskID, sentence: str) -> None:
-        progress.update(task, facts="[red]failed[/]")
+        progress.update(task, status="[red]failed[/]")
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def _keep(self) -> None:
@@ -142,7 +142,7 @@ def _is_done(job: Job) -> bool:
 
 def _tell(progress: Progress, task: TaskID) -> Callable[[News], None]:
     """Return a function that shows news of a run beside its bar."""
-    return lambda news: progress.update(task, completed=news.share, facts=escape(news.text))
+    return lambda news: progress.update(task, completed=news.share, status=escape(news.text))
 
 
 def _bars(console: Console) -> Progress:
@@ -151,7 +151,7 @@ def _bars(console: Console) -> Progress:
         BarColumn(bar_width=16),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[status]}"),
         console=console,
     )
 

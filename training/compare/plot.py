@@ -72,7 +72,7 @@ def _panel(axes: Any, panel: Panel, outcomes: Sequence[MethodOutcome]) -> None:
     """Draw bars from top to bottom, `-` for a missing value, and a dashed line at the base's value."""
     values = [panel.value(outcome) for outcome in outcomes]
     colors = [ADAPTER if outcome.is_peft else FULL for outcome in outcomes]
-    begin = panel.base or 0.0 if panel.is_log else 0.0  # how many times the base's, and not how far from nothing
+    begin = panel.base or 0.0 if panel.is_log else 0.0  # a logarithmic axis has no zero: bars begin at the base
     lengths = [0.0 if value is None else value - begin for value in values]
     bars = axes.barh(range(len(outcomes)), lengths, left=begin, color=colors, height=0.72)
     labels = ["-" if value is None else panel.show(value) for value in values]

@@ -27,7 +27,7 @@ from training.http_client import RequestError, ask
 
 NUM_REQUESTS, NUM_TOKENS, NUM_ROUNDS = 8, 64, 3
 NUM_TRIES = 3  # of an upload
-NUM_WARM_UP = 4  # tokens of each request, before what counts
+NUM_WARM_UP = 4  # tokens of each request, before the measurement
 MAX_PROMPT_TOKENS = 128  # so that decoding is measured, and not prefill
 READY_WITHIN_S, ANSWER_WITHIN_S, STOP_WITHIN_S = 900, 300, 30  # the first start compiles kernels
 BASE = "base"  # the task that is the base itself
@@ -82,7 +82,7 @@ def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callabl
     for task in [*uploaded]:
         try:
             _decode(client, task, prompts, NUM_WARM_UP)
-        except ServingError as error:  # this one's alone: the others are served
+        except ServingError as error:  # of this adapter alone: the others are served
             refused[task] = str(error)
             del uploaded[task]
             _await_ready(client, lambda: True)

@@ -31,9 +31,9 @@ from training.errors import BaseError
 from training.methods.trainable import TrainableAdapter
 from training.run.trainer import PendingStep
 
-ATTENTION_NAME = "manyhats_jobs"  # of our attention among transformers'
-INSIDE = "base_model.model."  # where a PeftModel keeps the base
-NEAR = 1e-3  # what rounding may change of a logit
+ATTENTION_NAME = "manyhats_jobs"  # name of our attention in transformers
+INSIDE = "base_model.model."  # prefix of the base's modules in a PeftModel
+NEAR = 1e-3  # the most that rounding may change a logit
 
 Shape = tuple[int, ...]
 

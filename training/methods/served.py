@@ -9,7 +9,7 @@ from adapters_store.methods.compile import compile_patch
 from training.errors import OptionError
 from training.methods.trainable import TrainableAdapter
 
-NUDGE = 1e-3  # added to every value: an adapter that changes nothing yet might be taken for one that never will
+NUDGE = 1e-3  # added to every value: before training many are zero, which training will change
 
 
 def check_served(adapter: TrainableAdapter, spec: BaseSpec) -> None:

@@ -47,7 +47,7 @@ class ProgressDisplay:
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a bar over `total` rows; the function given takes how many more are done."""
         with self._progress() as progress:
-            task = progress.add_task(what, total=total, facts="")
+            task = progress.add_task(what, total=total, status="")
             yield lambda count: progress.advance(task, count)
 
     @contextmanager
@@ -60,7 +60,7 @@ class ProgressDisplay:
     def trainings(self, names: Sequence[str]) -> Iterator[list[Callable[[Step], None]]]:
         """Show a bar for each of several runs at once; each function given takes the steps of one."""
         with self._progress() as progress:
-            tasks = [progress.add_task(escape(name), total=PER_MILLE, facts="") for name in names]
+            tasks = [progress.add_task(escape(name), total=PER_MILLE, status="") for name in names]
             yield [partial(_tell, progress, task) for task in tasks]
 
     def fail(self, what: str, reason: str) -> None:
@@ -83,12 +83,12 @@ class ProgressDisplay:
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[status]}"),
             console=self.console,
         )
 
 
 def _tell(progress: Progress, task: TaskID, step: Step) -> None:
     rate = step.tokens / max(step.seconds, 1e-9)
-    facts = f"step {step.number}  loss {step.loss:.3f}  {rate:,.0f} tokens/s"
-    progress.update(task, completed=round(PER_MILLE * step.progress), facts=facts)
+    status = f"step {step.number}  loss {step.loss:.3f}  {rate:,.0f} tokens/s"
+    progress.update(task, completed=round(PER_MILLE * step.progress), status=status)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The calling process among those of the run: `rank` of `size`; the main one, 0, reads the clock, shows, and writes."""
+    """The calling process among those of the run: `rank` of `size`; 0, the main one, reads the clock and writes."""
 
     def __init__(self, is_cpu: bool) -> None:
         from accelerate import PartialState  # type: ignore[import-untyped]
