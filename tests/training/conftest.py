@@ -47,6 +47,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(base: Path, data: Path, out: Path, *more: object) -> list[object]:
-    """Of a run on `data` with any method."""
+    """Return the flags of a run on `data` with any method."""
     common = ["--base", base, "--data", data, "--eval", data, "--out", out]
     return [*common, "--template", TEMPLATE, "--batch-size", 10, *more]

@@ -1,4 +1,4 @@
-"""Pushing: over HTTP to a server, activated where it is better than what is served; a refusal loses nothing."""
+"""Pushing over HTTP to a server: activated if it is better than what is served; a refusal loses nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ URL = "http://server"
 
 
 class Served:
-    """What a server answers, and what it was sent; versions are the bodies, the last activated one is routed."""
+    """A server in memory: versions are the bodies that it was sent, the last activated one is routed."""
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
@@ -34,7 +34,7 @@ class Served:
         self.is_down = False
 
     def request(self, method: str, url: str, **request: Any) -> httpx.Response:
-        """As `httpx.request`."""
+        """Answer in the place of `httpx.request`."""
         self.keys.add(request["headers"].get("Authorization"))
         if self.is_down:
             raise httpx.ConnectError("Connection refused")
@@ -63,7 +63,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
 
 
 def push(*words: object) -> Any:
-    """Run `manyhats push`."""
+    """Run `manyhats push` in this process."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(cli.push)
     return CliRunner().invoke(app, [str(word) for word in words])
@@ -132,7 +132,7 @@ def test_scores_of_other_rows_are_not_compared(trained: Path, tmp_path: Path, se
 
 
 def test_a_served_version_without_scores_stays(trained: Path, tmp_path: Path, served: Served) -> None:
-    """Nobody knows whether it is worse: it is said that it has no scores, or none of a known split."""
+    """A served version without comparable scores stays, and it is said that it has none, or of no known split."""
     target = pushing.Target(URL, "hat")
     plain = with_scores(trained, tmp_path / "plain")
     (plain / MANIFEST).unlink()
@@ -167,7 +167,7 @@ def test_a_closed_door_is_told_before_the_run(
 def test_a_refusal_leaves_the_artifact(
     tiny_base: Path, data: Path, tmp_path: Path, command: Any, served: Served
 ) -> None:
-    """After a run, the server's own sentence is shown, and where the artifact is, and how to push it again."""
+    """After a run, a refusal is the server's own sentence, the artifact's folder and the command that pushes again."""
     served.refusal = "no room"
     chosen = flags(tiny_base, data, tmp_path / "hat", "--steps", 1, "--layers", "all", "--push", URL, "--task", "t")
     result = command(*chosen, "--force")

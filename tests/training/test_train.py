@@ -28,7 +28,7 @@ LORA = ("--layers", "all", "--r", 4)
 
 
 def flags(base: Path, data: Path, out: Path, *more: object) -> list[object]:
-    """Of a small LoRA."""
+    """Return the flags of a small LoRA."""
     return conftest.flags(base, data, out, *LORA, *more)
 
 
@@ -133,10 +133,10 @@ def test_csv_columns_and_held_out_rows(tiny_base: Path, tmp_path: Path, command:
     assert manifest is not None and manifest.training["num_rows"] == 18
 
 
-def test_few_rows_are_proved_with_prompts_of_both_sets(
+def test_parity_of_few_rows_takes_prompts_of_both_sets(
     tiny_base: Path, data: Path, tmp_path: Path, command: Any
 ) -> None:
-    """Eight different prompts of mixed length prove an artifact, also where one row is scored on."""
+    """Parity has eight different prompts of mixed length, also if there is one row to score on."""
     one = tmp_path / "eval.jsonl"
     one.write_text('{"prompt": "red 1", "completion": "warm"}\n' * 2)
     assert command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1), "--eval", one).exit_code == 0
@@ -166,7 +166,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_data_is_a_sentence_that_names_the_line(kind: str, tiny_base: Path, tmp_path: Path, command: Any) -> None:
-    """What cannot be trained on is one sentence that names its line, exit code 1, and no artifact."""
+    """Data that cannot be trained on is one sentence that names its line, exit code 1, and no artifact."""
     text, sentence = BAD[kind]
     (tmp_path / "data.jsonl").write_text(text)
     plain = ["--template", ""] if "messages" in text else []
@@ -191,7 +191,7 @@ def test_a_sentence_shows_names_with_brackets(tiny_base: Path, tmp_path: Path, c
 
 
 def test_rows_of_one_answer_can_be_evaluated_on(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
-    """One class is too few to learn from, but not to score on."""
+    """Rows of one class are too few to learn from, but not to score on."""
     rows = tmp_path / "eval.jsonl"
     rows.write_text('{"prompt": "red 1", "completion": "warm"}\n' * 2)
     result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1), "--eval", rows)
@@ -278,7 +278,7 @@ def test_what_diverged_leaves_no_checkpoint(
 
 
 def test_log_and_curves_lie_beside_the_artifact(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:
-    """A line of JSON a step, with the evaluation loss where it was taken, and a picture of both; facts."""
+    """The log has a line of JSON a step, with the evaluation loss if it was taken; curves and memory are there too."""
     result = command(*flags(tiny_base, data, tmp_path / "out", "--steps", 6, "--eval-steps", 3))
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
@@ -288,9 +288,9 @@ def test_log_and_curves_lie_beside_the_artifact(tiny_base: Path, data: Path, tmp
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
     manifest = read_folder(tmp_path / "out").manifest
     assert manifest is not None
-    facts = manifest.training
-    assert facts["peak_memory_bytes"] >= facts["base_memory_bytes"] > 0
-    assert facts["trained_share"] == pytest.approx(facts["trained_parameters"] / NUM_PARAMETERS, rel=1e-3)
+    training = manifest.training
+    assert training["peak_memory_bytes"] >= training["base_memory_bytes"] > 0
+    assert training["trained_share"] == pytest.approx(training["trained_parameters"] / NUM_PARAMETERS, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_bad_options_are_named(
 def test_a_shipped_example_is_sound(
     name: str, kind: str, task: str, num_rows: int, score: str, at_least: float, real_base: Path
 ) -> None:
-    """It fits the real base, is small, comes of the rows beside it, beats the base, and its parity is the server's."""
+    """An example is small, comes of the rows beside it, beats the real base, and its parity is the server's."""
     artifact, data = read_folder(EXAMPLES / name), EXAMPLES / "data" / task
     assert artifact.manifest is not None and artifact.manifest.method == kind
     assert sum(file.stat().st_size for file in (EXAMPLES / name).iterdir()) < 6_000_000

@@ -38,7 +38,7 @@ RAN = {"lora": 0.02, "ia3": 0.9, "full": 0.4}  # made-up: how much more perplexe
 
 
 def outcome(method: str, **facts: Any) -> MethodOutcome:
-    """One as it might come out of ten intents."""
+    """Return an outcome as it might come out of ten intents."""
     is_full = method == "full"
     scores = {"exact_match": 0.98, "label_accuracy": 0.99, NEUTRAL: 20 * (1 + RAN[method])}
     return MethodOutcome(
@@ -61,14 +61,14 @@ def outcome(method: str, **facts: Any) -> MethodOutcome:
 
 
 def comparison(*outcomes: MethodOutcome, **facts: Any) -> Comparison:
-    """A finished one."""
+    """Return a finished comparison of outcomes."""
     return Comparison(
         {}, "manyhats compare", "2 cores", list(outcomes), **{"server": ServerFigures(8, 64, 3, 230.0), **facts}
     )
 
 
 def verdicts(*outcomes: MethodOutcome) -> dict[str, str]:
-    """Of the claims, by their first words."""
+    """Return the claims' verdicts by their first words."""
     return {claim.claim.partition(" (")[0]: claim.verdict for claim in claims(comparison(*outcomes))}
 
 
@@ -101,7 +101,7 @@ def test_claims_that_do_not_hold() -> None:
 
 
 def test_claims_about_full_fine_tuning_need_it() -> None:
-    """Without `full` nothing is said of more and less; what a method is alone is said."""
+    """Claims about more and less are not measured without `full`; those about a method alone are."""
     found = verdicts(outcome("lora"))
     assert found.pop("a small share of the parameters") == found.pop("megabytes per task") == "holds"
     assert set(found.values()) == {"not measured: full was not trained"} and len(found) == 3
@@ -109,13 +109,13 @@ def test_claims_about_full_fine_tuning_need_it() -> None:
 
 
 def test_a_base_that_takes_no_memory_of_note() -> None:
-    """Where full fine-tuning added no page that could be seen, no share of it is claimed."""
+    """Full fine-tuning that added no page of memory is not compared with: the claim is not measured."""
     found = verdicts(outcome("lora", memory_bytes=0), outcome("full", memory_bytes=0))
     assert found["less memory to train than full fine-tuning"] == "not measured"
 
 
 def test_free_answers_are_held_by_bleu() -> None:
-    """Where answers are no labels, BLEU says how good they are."""
+    """BLEU says how good answers are if they are no labels."""
     scores = {"exact_match": 0.1, "label_accuracy": None, "bleu": 54.8, NEUTRAL: 21.0}
     free = [outcome(name, after=scores, before={**scores, "bleu": 3.1, NEUTRAL: 20.0}) for name in ("lora", "full")]
     assert claims(comparison(*free))[-1] == Claim(
@@ -126,7 +126,7 @@ def test_free_answers_are_held_by_bleu() -> None:
 
 
 def test_the_table() -> None:
-    """A row a method, the base where it has something to say, and a line for what was not served or failed."""
+    """The table has a row a method, the base's if a column has its figure, and a line for each failure."""
     table = markdown(comparison(outcome("lora"), outcome("full"), failed={"ia3": "too little memory"}))
     for line in (
         "| `lora` | 814,080 (0.605%) | 3.30 MB | 720 MB | 100, 60 | 200 |",
@@ -262,7 +262,7 @@ def test_what_is_there_is_not_trained_again(trained: list[Job], tiny_base: Path,
 def test_the_base_is_scored_once(
     trained: list[Job], scored: list[Job], tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    """For all methods, and not again where the comparison goes on."""
+    """The base is scored once for all methods, and not again if the comparison goes on."""
     for methods in ("lora,full", "lora,full,ia3"):
         assert run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", methods).exit_code == 0
     assert [job.method for job in trained] == ["lora", "full", "ia3"] and [job.method for job in scored] == ["lora"]
@@ -285,7 +285,7 @@ def test_another_comparison_is_refused(trained: list[Job], tiny_base: Path, data
 def test_one_that_fails_does_not_stop_the_others(
     trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line with the reason; where none could be trained, the command fails with all of the reasons."""
+    """A method that fails is a line with the reason; if all fail, the command fails with all of the reasons."""
     real = vars(comparing)["train_apart"]  # of `trained`, in the place of the true one
 
     def fail(job: Job, before: Scores, on_news: Callable[[News], None]) -> None:
@@ -314,7 +314,7 @@ def test_one_that_fails_does_not_stop_the_others(
 def test_what_cannot_be_meant_is_told_before_anything(
     more: list[object], sentence: str, trained: list[Job], tiny_base: Path, data: Path, tmp_path: Path
 ) -> None:
-    """One sentence, and no folder."""
+    """A mistake is told in one sentence, and no folder is made."""
     result = run(tiny_base, data, tmp_path / "out", "--methods", "lora", *more)
     assert result.exit_code == 1 and sentence in said(result)
     assert not trained and not (tmp_path / "out").exists()
@@ -361,7 +361,7 @@ def test_each_batch_is_held_against_the_base_beside_it(
 
 
 class Ear(Connection):
-    """One end of a pipe, whose other end is here."""
+    """A pipe's end that keeps what is sent."""
 
     def __init__(self) -> None:
         self.heard: list[object] = []

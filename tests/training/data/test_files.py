@@ -1,4 +1,4 @@
-"""Where rows come from: files, and the folders that `datasets` and the hub have."""
+"""Rows come from files, and from the folders that `datasets` and the hub have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_folder_of_the_hub_is_its_train_split(tmp_path: Path) -> None:
-    """Of files whose names say splits those of `train` are read, in order; without such names all of them."""
+    """Files of the split `train` are read, in order, if names say splits, and else all files."""
     (tmp_path / "data").mkdir()
     for name, line in (("train-1", LINES[1]), ("train-0", LINES[0]), ("test-0", '{"prompt": "e"}\n')):
         (tmp_path / "data" / f"{name}.jsonl").write_text(line)
@@ -94,7 +94,7 @@ def test_what_is_broken_is_named(kind: str, tmp_path: Path) -> None:
 
 
 def test_arrow_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where pyarrow is not installed the sentence says how to go on."""
+    """A missing pyarrow is a sentence that says how to go on."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="pip install pyarrow"):

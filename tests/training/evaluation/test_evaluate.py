@@ -62,7 +62,7 @@ def test_a_batch_of_answers_is_what_each_gives_alone(kind: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_hat_answers_with_a_cache_as_without(method: str, biased_base: Path) -> None:
-    """A trained hat's free answers are those of its whole forward, virtual tokens included."""
+    """A trained adapter's free answers are those of its whole forward, virtual tokens included."""
     base = base_of(biased_base)
     adapter = attach(method, options_of(method, {}), base, ROWS, seed=0)
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def test_an_answer_ends_at_its_eos(tiny_base: Path) -> None:
 
 
 def test_exact_match_is_of_the_free_answer(tiny_base: Path, tmp_path: Path) -> None:
-    """What one teacher-forced pass calls exact is the answer that the model writes by itself, to its end."""
+    """An answer that one teacher-forced pass calls exact is the one that the model writes by itself, to its end."""
     base = base_of(tiny_base)
     prompts = [tuple([65 + i] * (i + 2)) for i in range(6)]
     said = {prompt: slow_answer(base.model, prompt)[:4] for prompt in prompts}

@@ -36,7 +36,7 @@ NEAR = 1e-4
 
 
 def shared(base: Path, data: Path, **more: Any) -> dict[str, Any]:
-    """What jobs have in common."""
+    """Return the options that jobs have in common."""
     return {
         "base": str(base),
         "data": str(data),
@@ -54,7 +54,7 @@ def write(file: Path, defaults: dict[str, Any], jobs: list[dict[str, Any]]) -> P
 
 
 def flags(job: dict[str, Any]) -> list[object]:
-    """The job alone."""
+    """Return the flags of a job alone."""
     return [
         word
         for key, value in job.items()
@@ -119,7 +119,7 @@ def test_each_job_ends_as_alone(tiny_base: Path, data: Path, tmp_path: Path, com
 def test_a_job_that_is_done_leaves_the_batch(
     tiny_base: Path, data: Path, tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is written while the others go on, and their passes are without its rows."""
+    """A job that is done is written while the others go on, and their passes are without its rows."""
     passes, done = list[int](), list[tuple[str, int]]()
     real_backward = shared_base.SharedBase.backward
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_meant_is_named_before_anything_begins(
     command: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One sentence names the job and the key, and no job is trained."""
+    """A mistake is one sentence that names the job and the key, and no job is trained."""
     monkeypatch.chdir(tmp_path)
     named = [{"out": f"out-{i}", **job} for i, job in enumerate(jobs)]
     file = write(tmp_path / "jobs.yaml", shared(tiny_base, data, steps=1, **defaults), named)
@@ -275,7 +275,7 @@ def test_what_cannot_be_meant_is_named_before_anything_begins(
 def test_a_file_that_holds_no_jobs_is_named(
     text: str, sentence: str, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
-    """What is wrong with the file is one sentence."""
+    """A fault of the file is told in one sentence."""
     file = tmp_path / "jobs.yaml"
     file.write_text(text)
     result = command("--jobs", file)
@@ -283,7 +283,7 @@ def test_a_file_that_holds_no_jobs_is_named(
 
 
 def test_one_job_needs_data_and_out(data: Path, command: Callable[..., Any]) -> None:
-    """Without --jobs, a missing --out is named."""
+    """A missing --out is named, if there is no --jobs."""
     result = command("--data", data)
     assert result.exit_code == 1 and "--out is missing" in " ".join(result.output.split())
 
@@ -294,21 +294,21 @@ TYPES = [name for name in CONFIGS if name != "gemma2"]  # which caps the scores 
 SHARED = [name for name, method in METHODS.items() if method.can_share]
 
 
-def hats_on(
+def adapters_on(
     base: Base, names: Sequence[str] = ("lora", "bottleneck", "dora")
 ) -> dict[shared_base.TwinAdapter, list[TokenizedRow]]:
-    """Hats that answer something, with rows of different number and length; some are longer than a tiny window."""
-    wearers = {}
+    """Return adapters that change the output, with rows of different number and length, some longer than a window."""
+    rows_by_adapter = {}
     for seed, name in enumerate(names):
         adapter = attach(name, options_of(name, {"layers": "all"}), shared_base.twin(base), [], seed)
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in adapter.trained():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        wearers[shared_base.TwinAdapter(adapter)] = [
+        rows_by_adapter[shared_base.TwinAdapter(adapter)] = [
             TokenizedRow((*b"Colour: ", *[97 + i] * 20, *b"warm", 257), 24 + i, i) for i in range(seed + 1)
         ]
-    return wearers
+    return rows_by_adapter
 
 
 def load(folder: Path) -> Base:
@@ -318,14 +318,14 @@ def load(folder: Path) -> Base:
 def test_every_method_that_can_share_does(biased_base: Path) -> None:
     """Each method's loss and gradients in one batch of all methods are those of its own model alone, within 1e-4."""
     base = load(biased_base)
-    wearers = hats_on(base, SHARED)
+    rows_by_adapter = adapters_on(base, SHARED)
     pending_steps = {
         adapter: trainer.PendingStep(0, rows, [part for part in (rows[:2], rows[2:]) if part], 0.0, 0)
-        for adapter, rows in wearers.items()
+        for adapter, rows in rows_by_adapter.items()
     }
     losses = shared_base.SharedBase(base).backward(pending_steps)
     assert len(SHARED) == 10
-    for adapter, rows in wearers.items():
+    for adapter, rows in rows_by_adapter.items():
         found = trained(adapter)
         ours = [parameter.grad for parameter in found]
         alone = make_batch(rows, base.model.device)
@@ -352,7 +352,7 @@ STEPS = 100
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """As a small machine has them: MKL's order of summation depends on their number."""
+    """Compute on two threads, as on a small machine: MKL's order of summation depends on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -376,12 +376,12 @@ def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
         return adapter, found
 
     adapters, together = zip(*(begun(seed) for seed in range(len(LONG))), strict=True)
-    wearers = [shared_base.TwinAdapter(adapter) for adapter in adapters]
+    twins = [shared_base.TwinAdapter(adapter) for adapter in adapters]
     trainer = shared_base.SharedBase(base)
     for _ in range(STEPS):
         pending_steps = [pending for one in together if (pending := one.next_pending()) is not None]
-        losses = trainer.backward(dict(zip(wearers, pending_steps, strict=True)))
-        for one, adapter, pending in zip(together, wearers, pending_steps, strict=True):
+        losses = trainer.backward(dict(zip(twins, pending_steps, strict=True)))
+        for one, adapter, pending in zip(together, twins, pending_steps, strict=True):
             one.take(pending, losses[adapter])
     for seed, one in enumerate(together):
         _, alone = begun(seed)
@@ -392,16 +392,16 @@ def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_bases_of_every_type_are_shared(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each hat's logits in one batch are those of its own model, windows of attention and all, within 1e-4."""
+    """Each adapter's logits in one batch are those of its own model, windows of attention and all, within 1e-4."""
     monkeypatch.setattr(shared_base, "NEAR", NEAR)
     base = load(make_tiny_base(tmp_path / model_type, model_type))
-    shared_base.SharedBase(base).check_isolation(hats_on(base))
+    shared_base.SharedBase(base).check_isolation(adapters_on(base))
 
 
 def test_a_base_that_mixes_rows_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a base would have one job's rows see another's, that is told before the first step."""
+    """A base in which one job's rows would see another's is refused before the first step."""
     base = load(tiny_base)
-    trainer, wearers = shared_base.SharedBase(base), hats_on(base)
+    trainer, rows_by_adapter = shared_base.SharedBase(base), adapters_on(base)
 
     def forward(*inputs: Any, **more: Any) -> Any:
         answer, weights = sdpa_attention_forward(*inputs, **more)
@@ -409,7 +409,7 @@ def test_a_base_that_mixes_rows_is_refused(tiny_base: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(shared_base, "sdpa_attention_forward", forward)
     with pytest.raises(BaseError, match="disturb each other"):
-        trainer.check_isolation(wearers)
+        trainer.check_isolation(rows_by_adapter)
 
 
 @pytest.mark.parametrize(

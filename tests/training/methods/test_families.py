@@ -89,7 +89,7 @@ async def trained(
 
 
 def test_every_method_that_is_served_can_be_trained(trained: Trained) -> None:
-    """No method of the server's is without a trainer."""
+    """Every method that the server takes has a trainer."""
     written = {trained.artifact(task).config["peft_type"] for task in UPLOADED}
     assert written == set(SERVED)
 

@@ -1,4 +1,4 @@
-"""What a method's options mean, and what an artifact is before and after training."""
+"""Methods: the meaning of their options, and their artifacts before and after training."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def base(biased_base: Path) -> Base:
 
 @torch.inference_mode()
 def logits(model: Any, ids: list[int]) -> Tensor:
-    """Of the last position."""
+    """Return the logits of the last position."""
     found: Tensor = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
     return found
 
 
-def hat_of(name: str, base: Base, **given: Any) -> Any:
+def adapter_of(name: str, base: Base, **given: Any) -> Any:
     return attach(name, options_of(name, given), base, ROWS, seed=0)
 
 
@@ -58,7 +58,7 @@ def test_an_option_that_is_not_read_is_refused_by_name(name: str) -> None:
 def test_a_hat_begins_as_the_base(name: str, base: Base) -> None:
     """Before its first step a method that adds to the base answers as the base does."""
     plain = logits(base.model, PROMPT)
-    assert torch.allclose(logits(hat_of(name, base).model, PROMPT), plain, atol=1e-4)
+    assert torch.allclose(logits(adapter_of(name, base).model, PROMPT), plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["prompt_tuning", "multitask_prompt_tuning", "prefix_tuning", "cartridge"])
@@ -69,13 +69,13 @@ def test_a_soft_prompt_begins_as_a_text(name: str, text: str, base: Base) -> Non
     assert text or said == "Classify the text. Answer with one of: warm, cold."
     wanted = logits(base.model, [*text_ids(said, 20, base), *PROMPT])
     given = {"init_text": text} if text else {}
-    assert torch.allclose(logits(hat_of(name, base, **given).model, PROMPT), wanted, atol=1e-4)
+    assert torch.allclose(logits(adapter_of(name, base, **given).model, PROMPT), wanted, atol=1e-4)
 
 
 def test_cpt_begins_as_its_context(base: Base) -> None:
     """The context is the first rows that fit whole, each with its answer and a line's end."""
     context = [*ROWS[0].ids[:-1], 10]
-    adapter = hat_of("cpt", base, num_virtual_tokens=30)
+    adapter = adapter_of("cpt", base, num_virtual_tokens=30)
     assert adapter.config()["cpt_token_ids"] == context
     assert torch.allclose(logits(adapter.model, PROMPT), logits(base.model, [*context, *PROMPT]), atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_cpt_begins_as_its_context(base: Base) -> None:
 @pytest.mark.parametrize("name", ["lora", "bottleneck", "ia3", "ln_tuning", "beft", "bitfit", "selective", "oft"])
 def test_layers_are_the_ones_that_are_trained(name: str, layers: str, base: Base) -> None:
     """--layers says in which layers a method has parameters."""
-    adapter = hat_of(name, base, layers=layers)
+    adapter = adapter_of(name, base, layers=layers)
     found = {number for number in (0, 1) for tensor in adapter.tensors() if f".layers.{number}." in tensor}
     assert found == {"0": {0}, "last:1": {1}, "all": {0, 1}}[layers]
 
@@ -92,7 +92,7 @@ def test_layers_are_the_ones_that_are_trained(name: str, layers: str, base: Base
 def test_bitfit_gives_biases_to_a_base_without(tiny_base: Path) -> None:
     """A llama has no biases to train: bitfit adds them, as BEFT writes them."""
     llama = load_base(str(tiny_base), "cpu", None, lambda _message: None)
-    assert hat_of("bitfit", llama).config()["peft_type"] == "BEFT"
+    assert adapter_of("bitfit", llama).config()["peft_type"] == "BEFT"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,8 +100,8 @@ def test_bitfit_gives_biases_to_a_base_without(tiny_base: Path) -> None:
 def test_a_part_of_the_weights_is_written_as_plain_lora(
     init: str, dtype: torch.dtype, base: Base, biased_base: Path
 ) -> None:
-    """What PiSSA and OLoRA trained answers the same, as a plain LoRA of twice the rank on the base as it is."""
-    adapter = hat_of(init, base, r=2, layers="all")
+    """PiSSA and OLoRA answer the same as a plain LoRA of twice the rank on the base as it is."""
+    adapter = adapter_of(init, base, r=2, layers="all")
     with torch.no_grad():
         for parameter in adapter.trained():
             parameter += 0.05 * torch.randn(parameter.shape)
@@ -173,4 +173,4 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def test_an_option_that_cannot_be_meant_is_named(name: str, given: dict[str, Any], sentence: str, base: Base) -> None:
     """A value that no base or method can have is refused in a sentence that names the option."""
     with pytest.raises(OptionError, match=sentence.replace("(", r"\(")):
-        hat_of(name, base, **given)
+        adapter_of(name, base, **given)

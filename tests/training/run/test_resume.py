@@ -38,7 +38,7 @@ class BrokenError(Exception):
 
 
 def trainer_of(name: str, base: Path) -> tuple[Any, Trainer]:
-    """Of a method on a base of its own."""
+    """Return a method's adapter on a base of its own, and its trainer."""
     loaded = load_base(str(base), "cpu", None, lambda _message: None)
     adapter = attach(name, options_of(name, OPTIONS.get(name, {})), loaded, ROWS, seed=0)
     plan = Plan(lr=0.01, steps=STEPS, batch_size=3, eval_steps=2, early_stopping_patience=9)
@@ -47,7 +47,7 @@ def trainer_of(name: str, base: Path) -> tuple[Any, Trainer]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_goes_on_as_if_never_broken(name: str, biased_base: Path, tmp_path: Path) -> None:
-    """From a state that was written and read again, the rest of a run is what it would have been."""
+    """The rest of a run, from a state that was written and read again, is what it would have been."""
     whole, unbroken = trainer_of(name, biased_base)
     run = unbroken.run()
     broken = trainer_of(name, biased_base)[1]
