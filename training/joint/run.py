@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from training.base import Base, load_base
-from training.data.dataset import TrainingData, read_training_data
+from training.data.dataset import TokenizedRow, read_training_data
 from training.errors import OptionError, TrainingError, sentence
 from training.evaluation.evaluate import Scores, score
 from training.evaluation.suite import Suite, suite_of
 from training.joint.shared_base import SharedBase, TwinAdapter, twin
 from training.methods import METHODS, attach
-from training.methods.trainable import TrainableAdapter
 from training.options import MethodOptions, flag
 from training.report.progress import ProgressDisplay
 from training.report.step_log import LiveLog
@@ -79,19 +78,14 @@ class Stopwatch:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A job in the batch, with what its last stages, score and write, need."""
+    """A job in the batch: what its steps need, some of its rows, and its last stages, score and write."""
 
     named: Named
-    options: MethodOptions
-    data: TrainingData
-    suite: Suite
-    before: Scores
-    memory: PeakMemory
-    adapter: TrainableAdapter
     twin: TwinAdapter
     trainer: Trainer
-    checkpoint: Checkpoint
     recorder: Recorder
+    rows: Sequence[TokenizedRow]
+    finish: Callable[[Run], Done]
 
 
 def run_jobs(
@@ -121,31 +115,32 @@ class _Batch:
     ) -> None:
         self._base, self._shared, self._display = base, shared, display
         self._processes, self._on_done = processes, on_done
-        self._clock, self._num_jobs, self._num_failed = Stopwatch(), 0, 0
+        self._clock, self._num_failed = Stopwatch(), 0
         self._scores: list[tuple[Suite, Scores]] = []  # of the base
 
     def run(self, jobs: Sequence[Named], options: Sequence[MethodOptions]) -> int:
         """Prepare all jobs, and take their steps until none is left; return how many failed."""
-        prepared = [self._alone(named, self._prepare, named, own) for named, own in zip(jobs, options, strict=True)]
+        prepared = [
+            self._alone(named, self._prepare, named, own, len(jobs)) for named, own in zip(jobs, options, strict=True)
+        ]
         members = [member for member in prepared if member is not None]
-        self._num_jobs = len(jobs)
         with self._display.trainings([member.named.label for member in members]) as tells:
             told = dict(zip(members, tells, strict=True))
             if members:
-                self._shared.check_isolation({member.twin: member.data.train_rows[:NUM_CHECKED] for member in members})
+                self._shared.check_isolation({member.twin: member.rows for member in members})
             for member in members:
                 member.trainer.begin()
             while members:
                 members = self._step(members, told)
         return self._num_failed
 
-    def _prepare(self, named: Named, options: MethodOptions) -> Member:
+    def _prepare(self, named: Named, options: MethodOptions, num_jobs: int) -> Member:
         """Read a job's rows, score the base, and attach the method to a twin of it. Raises `TrainingError`."""
-        job, base, processes = named.job, twin(self._base), self._processes
+        job, base, processes, display = named.job, twin(self._base), self._processes, self._display
         data = read_training_data(job, base, job.plan.seed)
         identity = run_identity(job, options, base, data)
         checkpoint = Checkpoint(job.out, identity)
-        checkpoint.check(job.is_resumed, self._display.say)
+        checkpoint.check(job.is_resumed, display.say)
         suite = suite_of(data, base, job.num_answers)
         before, memory = self._score_base(suite), PeakMemory(base.model)
         adapter = attach(job.method, options, base, data.train_rows, job.plan.seed)
@@ -153,10 +148,21 @@ class _Batch:
         trainer = Trainer(adapter, data.train_rows, job.plan, processes, data.held_rows, dtype, self._clock)
         recorder = Recorder(checkpoint, LiveLog(job.out), job.plan.save_steps, processes.is_main)
         if job.is_resumed:
-            recorder.restore(trainer, self._display.say)
-        return Member(
-            named, options, data, suite, before, memory, adapter, TwinAdapter(adapter), trainer, checkpoint, recorder
-        )
+            recorder.restore(trainer, display.say)
+
+        def finish(run: Run) -> Done:
+            """Score what is stored, not what was trained, and write it. Raises `OSError`."""
+            recorder.end_log()
+            base_and_peak = memory.base_and_peak()
+            adapter.finalize(DTYPES[job.save_dtype])
+            after = score(adapter.model, suite, display.bar, SCORING_ADAPTER)
+            training = training_entry(job, options, data, run, base.num_parameters, base_and_peak, num_jobs=num_jobs)
+            evaluation = evaluation_entry(data, job.columns, before, after)
+            num_bytes = write_artifact(job, base, data, adapter, trainer.steps, training, evaluation)
+            checkpoint.remove()
+            return Done(run, before, after, num_bytes)
+
+        return Member(named, TwinAdapter(adapter), trainer, recorder, data.train_rows[:NUM_CHECKED], finish)
 
     def _score_base(self, suite: Suite) -> Scores:
         """Return the base's scores, taken once for jobs that are scored on the same rows."""
@@ -192,22 +198,9 @@ class _Batch:
         """End a job's training, and score and write it, while the clock stands still."""
         run = member.trainer.end()
         with self._clock.stands():
-            done = self._alone(member.named, self._write, member, run)
+            done = self._alone(member.named, member.finish, run)
         if done is not None:
             self._on_done(member.named.job, done)
-
-    def _write(self, member: Member, run: Run) -> Done:
-        """Score what is stored, not what was trained, and write it. Raises `OSError`."""
-        job, data, adapter = member.named.job, member.data, member.adapter
-        member.recorder.end_log()
-        num_base, memory = self._base.num_parameters, member.memory.base_and_peak()
-        training = training_entry(job, member.options, data, run, num_base, memory, num_jobs=self._num_jobs)
-        adapter.finalize(DTYPES[job.save_dtype])
-        after = score(adapter.model, member.suite, self._display.bar, SCORING_ADAPTER)
-        evaluation = evaluation_entry(data, job.columns, member.before, after)
-        num_bytes = write_artifact(job, self._base, data, adapter, member.trainer.steps, training, evaluation)
-        member.checkpoint.remove()
-        return Done(run, member.before, after, num_bytes)
 
     def _alone(self, named: Named, do: Callable[..., T], *inputs: Any) -> T | None:
         """Return what `do` gives; None if it fails, which is shown and counted, and disturbs no other job."""
