@@ -46,7 +46,7 @@ JOBS: dict[str, dict[str, Any]] = {
 LOAD = """
 import sys
 from training.base import load_base
-import training.cli, training.jobs.run
+import training.cli, training.joint.run
 load_base(sys.argv[1], "cpu", None, print)
 """
 
