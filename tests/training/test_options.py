@@ -116,7 +116,7 @@ def test_an_option_is_added_in_one_place(monkeypatch: pytest.MonkeyPatch) -> Non
 
     [parameter] = [parameter for parameter in flags_of_methods() if parameter.name == "warmth"]
     assert described(parameter) == "float | None = None" and help_of(parameter).help == "how warm"
-    monkeypatch.setitem(METHODS, "rslora", dataclasses.replace(METHODS["rslora"], options=Extended))  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "rslora", dataclasses.replace(METHODS["rslora"], options=Extended))
     assert options_of("rslora", {"warmth": 0.7}).as_dict()["warmth"] == 0.7
     with pytest.raises(OptionError, match="--warmth is not an option of --method lora, which reads --r, --alpha,"):
         options_of("lora", {"warmth": 0.7})
@@ -158,8 +158,9 @@ def test_the_plan_is_the_source_of_its_flags() -> None:
 def test_a_plan_that_cannot_be_meant_is_refused() -> None:
     """A limit that is not above 0, or is no number, is named by its flag."""
     for name, value in (("batch_size", 0), ("lr", float("nan")), ("save_steps", -1)):
+        given: dict[str, Any] = {"lr": 1.0, name: value}
         with pytest.raises(OptionError, match=f"{flag(name)} must be a number above 0"):
-            Plan(**{"lr": 1.0, name: value})
+            Plan(**given)
 
 
 def test_flags_need_no_torch() -> None:
