@@ -114,10 +114,10 @@ def test_a_long_run_does_not_drift(tiny_base: Path) -> None:
 
     adapters, together = zip(*(begun(seed) for seed in range(len(LONG))), strict=True)
     twins = [shared_base.TwinAdapter(adapter) for adapter in adapters]
-    trainer = shared_base.SharedBase(base)
+    computing = shared_base.SharedBase(base)
     for _ in range(STEPS):
         pending_steps = [pending for one in together if (pending := one.next_pending()) is not None]
-        losses = trainer.backward(dict(zip(twins, pending_steps, strict=True)))
+        losses = computing.backward(dict(zip(twins, pending_steps, strict=True)))
         for one, adapter, pending in zip(together, twins, pending_steps, strict=True):
             one.take(pending, losses[adapter])
     for seed, one in enumerate(together):
@@ -138,7 +138,7 @@ def test_bases_of_every_type_are_shared(model_type: str, tmp_path: Path, monkeyp
 def test_a_base_that_mixes_rows_is_refused(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base in which one job's rows would see another's is refused before the first step."""
     base = load(tiny_base)
-    trainer, rows_by_adapter = shared_base.SharedBase(base), adapters_on(base)
+    computing, rows_by_adapter = shared_base.SharedBase(base), adapters_on(base)
 
     def forward(*inputs: Any, **more: Any) -> Any:
         answer, weights = sdpa_attention_forward(*inputs, **more)
@@ -146,7 +146,7 @@ def test_a_base_that_mixes_rows_is_refused(tiny_base: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(shared_base, "sdpa_attention_forward", forward)
     with pytest.raises(BaseError, match="disturb each other"):
-        trainer.check_isolation(rows_by_adapter)
+        computing.check_isolation(rows_by_adapter)
 
 
 @pytest.mark.parametrize(
