@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from copy import copy
 from typing import Generic
 
 from server.core import EngineFailure, Row, Runner, Sampled, Timing
-from server.engine.adapters.load_queue import P
+from server.engine.adapters.load_queue import P, Spawner
 from server.engine.adapters.manager import AdapterManager, Budgets, SlotStore
 from server.engine.blocks import BlockPool
 from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
@@ -41,7 +40,7 @@ class Engine(Generic[P]):
         config: EngineConfig,
         *,
         eos_token_ids: list[int],
-        executor: Executor,
+        spawner: Spawner,
         clock: Callable[[], float],
         on_loaded: Callable[[], None] = lambda: None,
         staged: dict[str, str] | None = None,
@@ -50,7 +49,7 @@ class Engine(Generic[P]):
         self.runner, self._staged = runner, {} if staged is None else staged
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
         max_tokens = runner.num_blocks * runner.block_size
-        self.max_sequence_tokens = min(max_tokens, config.max_sequence_tokens or max_tokens)
+        self.max_sequence_tokens = min(max_tokens, config.runner.max_sequence_tokens or max_tokens)
         limits = StepLimits(
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
@@ -63,7 +62,7 @@ class Engine(Generic[P]):
             copy_bytes_per_step=config.copy_bytes_per_step,
             max_loading=config.num_loaders,
         )
-        self.adapters = AdapterManager(adapter_slots, load, budgets, executor, clock, on_loaded)
+        self.adapters = AdapterManager(adapter_slots, load, budgets, spawner, clock, on_loaded)
         self.sequences: dict[str, Sequence] = {}
         self._clock, self._thread_clock, self._eos = clock, thread_clock or clock, frozenset(eos_token_ids)
         self._outputs: list[Output] = []  # of the step that goes on, or before the next one

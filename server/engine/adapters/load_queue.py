@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
@@ -24,6 +24,14 @@ class SizedAdapter(Protocol):
 P = TypeVar("P", bound=SizedAdapter)
 
 
+class Spawner(Protocol):
+    """Starts functions in other threads; `server.engine.adapters.loader_threads.LoaderThreads` does."""
+
+    def spawn(self, fn: Callable[[], None]) -> None:
+        """Run a function, which must not raise, in another thread as soon as one is free."""
+        ...
+
+
 @dataclass
 class LoadResult(Generic[P]):
     """What a loading thread brings back: a packed patch, or the error that it raised."""
@@ -40,18 +48,18 @@ class LoadQueue(Generic[P]):
     def __init__(
         self,
         load: Callable[[str], P],
-        executor: Executor,
+        spawner: Spawner,
         clock: Callable[[], float],
         on_loaded: Callable[[], None],
     ) -> None:
         self.num_running = 0  # those not taken in yet included
-        self._load, self._executor, self._clock, self._on_loaded = load, executor, clock, on_loaded
+        self._load, self._spawner, self._clock, self._on_loaded = load, spawner, clock, on_loaded
         self._results: SimpleQueue[LoadResult[P]] = SimpleQueue()
 
     def start(self, digest: str) -> None:
         """Begin a load."""
         self.num_running += 1
-        self._executor.submit(self._run, digest)
+        self._spawner.spawn(partial(self._run, digest))
 
     def results(self) -> Iterator[LoadResult[P]]:
         """All loads that have ended since the last call."""

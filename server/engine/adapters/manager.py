@@ -14,13 +14,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from math import inf
 from typing import Generic, Protocol, TypeVar
 
 from server.core import EngineFailure
-from server.engine.adapters.load_queue import LoadQueue, LoadResult, P, SizedAdapter, sentence
+from server.engine.adapters.load_queue import LoadQueue, LoadResult, P, SizedAdapter, Spawner, sentence
 from server.engine.adapters.memory_tier import MemoryTier
 from server.engine.blocks import InvariantError
 
@@ -96,7 +95,7 @@ class AdapterManager(Generic[P]):
         adapter_slots: SlotStore[P],
         load: Callable[[str], P],
         budgets: Budgets,
-        executor: Executor,
+        spawner: Spawner,
         clock: Callable[[], float],
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
@@ -105,7 +104,7 @@ class AdapterManager(Generic[P]):
         self.loads_total = self.load_failures_total = self.evictions_total = 0
         self.load_seconds_total = 0.0
         self._adapter_slots, self._clock = adapter_slots, clock
-        self._load_queue = LoadQueue(load, executor, clock, on_loaded)
+        self._load_queue = LoadQueue(load, spawner, clock, on_loaded)
         self._entries: dict[str, AdapterEntry[P]] = {}
         self._resident: dict[str, None] = {}  # in the order in which they get room
 

@@ -22,7 +22,7 @@ def test_base_and_adapters_share_a_step() -> None:
         world.submit(PROMPT, *adapters, max_tokens=9, ignore_eos=True)
         for adapters in ((), (1,), (2,), ((1, 0.5), (2, 0.5)))
     ]
-    world.executor.run_all()
+    world.spawner.run_all()
     world.run()
     assert max(world.runner.batches) == 4
     assert all(world.is_right(name) for name in names)
@@ -209,7 +209,7 @@ def test_preempted_sequences_keep_their_pins() -> None:
     world.submit(PROMPT, 1, max_tokens=20, ignore_eos=True)
     world.submit(PROMPT, 2, max_tokens=20, ignore_eos=True)
     while not world.engine.stats().preemptions_total:
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
     assert world.engine.stats().num_pins == 2
     assert world.engine.stats().num_running == 1
@@ -222,7 +222,7 @@ def test_an_adapter_loads_while_its_sequence_still_queues() -> None:
     world.step()
     queued = world.submit(PROMPT, 1, max_tokens=2)
     world.step()
-    world.executor.run_all()
+    world.spawner.run_all()
     world.step()
     assert world.engine.adapters.states() == {digest_of(1): "host"} and world.engine.stats().num_waiting == 1
     world.run(is_loading=False)
@@ -256,7 +256,7 @@ def test_copies_between_steps_count_as_stall(seconds: float, stall: float, monke
     monkeypatch.setattr(world.adapter_slots, "insert", slow)
     world.submit(PROMPT, 1, max_tokens=50, ignore_eos=True)
     world.step()
-    world.executor.run_all()
+    world.spawner.run_all()
     world.step()
     assert world.engine.stats().stall_seconds_total == world.engine.stats().adapter_seconds_total == 0
     world.submit(PROMPT, 2, max_tokens=2)
@@ -328,7 +328,7 @@ def abort_waiting(world: World) -> None:
 def abort_running(world: World) -> None:
     name = world.submit(PROMPT, 1, max_tokens=1000, ignore_eos=True)
     while not world.answers[name].tokens:
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
     world.engine.abort(name)
 
@@ -385,9 +385,9 @@ def test_forgotten_adapter_leaves_when_unused() -> None:
     """A deleted artifact serves those who began with it and is then neither in host memory nor in a slot."""
     world = World()
     name = world.submit(PROMPT, 1, max_tokens=20, ignore_eos=True)
-    world.executor.run_all()
+    world.spawner.run_all()
     world.step()
-    world.executor.run_all()
+    world.spawner.run_all()
     world.step()
     world.engine.discard(digest_of(1))
     assert world.engine.adapters.states() == {digest_of(1): "slot"}

@@ -69,8 +69,8 @@ def test_needle(seed: int) -> None:
     for _ in range(draw.randrange(2, 33)):
         ask(draw, world)
         for _ in range(draw.choice([0, 0, 1, 5])):
-            if world.executor.jobs and draw.random() < 0.5:
-                world.executor.run_one()
+            if world.spawner.jobs and draw.random() < 0.5:
+                world.spawner.run_one()
             world.step()
         if draw.random() < 0.1:
             aborted.add(name := draw.choice([*world.requests]))
@@ -110,7 +110,7 @@ def test_more_adapters_than_slots_and_nobody_starves() -> None:
         while len(world.requests) < 500 and len(world.engine.sequences) < 24:
             zipf = min(31, int(draw.paretovariate(0.6)) - 1)
             ages[world.submit(prompt_of(draw, 12), zipf, max_tokens=8, ignore_eos=True)] = 0
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
         for name in world.engine.sequences:
             ages[name] += 1
@@ -130,7 +130,7 @@ def test_stream_of_slotted_adapters_does_not_starve_a_skipped_one() -> None:
     for asked in range(2000):
         if world.answers[third].is_over:
             break
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
         for _ in range(6 - len(world.engine.sequences)):
             world.submit([9, asked], asked % 2, max_tokens=6, ignore_eos=True)

@@ -29,11 +29,11 @@ def test_probes_take_little_of_a_step_that_others_are_in() -> None:
     world.step()
     for number in range(3):
         probe(world, f"p{number}", prompt_of(draw, 20), (9, 10, 11))
-    world.executor.run_all()
+    world.spawner.run_all()
     tokens = []
     while any(not world.answers[f"p{number}"].is_over for number in range(3)):
         before = world.engine.stats().tokens_total, len(world.answers[stream].tokens)
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
         tokens.append(world.engine.stats().tokens_total - before[0] - 1)
         assert len(world.answers[stream].tokens) == before[1] + 1
@@ -49,7 +49,7 @@ def test_probes_alone_take_the_whole_step() -> None:
     for number in range(3):
         probe(world, f"p{number}", prompt_of(random.Random(number), 20))
     world.step()
-    world.executor.run_all()
+    world.spawner.run_all()
     before = world.engine.stats().tokens_total
     world.step()
     assert world.engine.stats().tokens_total - before == 60
@@ -93,7 +93,7 @@ def test_probes_are_nobody() -> None:
     world.step()
     probe(world, "p", prompt_of(draw, 20))
     for _ in range(10):
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
     assert world.engine.stats().preemptions_total == 0 and not world.answers["p"].is_over
     world.run()

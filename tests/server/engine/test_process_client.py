@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,14 +19,14 @@ from server.engine.process_client import Patience, ProcessEngineClient
 from server.model.fake import answer_alone
 from tests.server.engine.world import config
 
-COMMAND = (sys.executable, str(Path(__file__).with_name("fake_process.py")))
+COMMAND = (sys.executable, "-m", "tests.server.engine.fake_process")
 FAST = Patience(first_retry=0.05, max_retry=0.4, loading=30.0, silence=3.0, closing=2.0)
 PROMPT = [10, 11, 12]
 
 
 @contextlib.asynccontextmanager
 async def engine(name: str = "fake", patience: Patience = FAST) -> AsyncIterator[ProcessEngineClient]:
-    client = ProcessEngineClient(config(name=name), command=COMMAND, patience=patience)
+    client = ProcessEngineClient(config(name), command=COMMAND, patience=patience)
     await client.start()
     try:
         yield client
@@ -215,7 +214,7 @@ def test_first_start_that_fails_is_an_error_for_the_operator(name: str, sentence
 
     async def main() -> None:
         num_files = psutil.Process().num_fds()
-        client = ProcessEngineClient(config(name=name), command=COMMAND, patience=FAST)
+        client = ProcessEngineClient(config(name), command=COMMAND, patience=FAST)
         with pytest.raises(EngineStartError, match=sentence):
             await client.start()
         assert client.last_error and sentence in client.last_error
@@ -315,12 +314,13 @@ def test_close_ends_an_engine_that_is_stuck() -> None:
 
 FRONT = """
 import asyncio, sys
-from server.engine.client import ProcessEngineClient
+from server.core import RunnerConfig, Sampling
 from server.engine.messages import EngineConfig, Submit
-from server.model.batch import Sampling
+from server.engine.process_client import ProcessEngineClient
 
 async def main():
-    client = ProcessEngineClient(EngineConfig(folder="-", name=sys.argv[1], blobs="-"), command=sys.argv[2:])
+    config = EngineConfig(runner=RunnerConfig(folder="-", name=sys.argv[1]), blobs="-")
+    client = ProcessEngineClient(config, command=sys.argv[2:])
     await client.start()
     print(client.pid, flush=True)
     async for _ in client.generate(Submit("r", "t", [1], Sampling(max_tokens=1), 1e18, 0.0)):

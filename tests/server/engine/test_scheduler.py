@@ -239,7 +239,7 @@ def test_two_backlogged_namespaces_share_tokens() -> None:
         step(planner)
         for sequence in [sequence for sequence in planner.running if len(sequence.tokens) - sequence.num_prompt >= 4]:
             planner.remove(sequence)
-    long, short = planner.virtual_counter("long"), planner.virtual_counter("short")
+    long, short = planner.fairness.virtual_counter("long"), planner.fairness.virtual_counter("short")
     assert long > 500
     assert abs(long - short) <= 4 * 44
 
@@ -251,15 +251,15 @@ def test_idle_namespaces_save_up_a_steps_tokens_at_most() -> None:
     step(planner)
     step(planner)
     add(planner, "b", 1, namespace="new")
-    assert (planner.virtual_counter("old"), planner.virtual_counter("new")) == (80, 40)
+    assert (planner.fairness.virtual_counter("old"), planner.fairness.virtual_counter("new")) == (80, 40)
     again = add(planner, "c", 30, namespace="again")
     for _ in range(8):
         step(planner)
-    served = planner.virtual_counter("again")
-    assert planner.virtual_counter("new") - 40 < served < planner.virtual_counter("new")
+    served = planner.fairness.virtual_counter("again")
+    assert planner.fairness.virtual_counter("new") - 40 < served < planner.fairness.virtual_counter("new")
     planner.remove(again)
     add(planner, "d", 1, namespace="again")
-    assert planner.virtual_counter("again") == served
+    assert planner.fairness.virtual_counter("again") == served
 
 
 def test_namespaces_are_forgotten() -> None:
@@ -269,7 +269,7 @@ def test_namespaces_are_forgotten() -> None:
     step(planner)
     for sequence in sequences:
         planner.remove(sequence)
-    assert [planner.virtual_counter(name) for name in "abc"] == [0, 0, 0]
+    assert [planner.fairness.virtual_counter(name) for name in "abc"] == [0, 0, 0]
 
 
 def test_recomputed_tokens_are_not_charged() -> None:
@@ -279,11 +279,11 @@ def test_recomputed_tokens_are_not_charged() -> None:
     while not second.is_preempted:
         step(planner)
     num_computed = len(second.tokens) - 1
-    assert planner.virtual_counter("b") == num_computed
+    assert planner.fairness.virtual_counter("b") == num_computed
     planner.remove(first)
     step(planner)
     assert second in planner.running
-    assert planner.virtual_counter("b") == num_computed + 1
+    assert planner.fairness.virtual_counter("b") == num_computed + 1
 
 
 def test_cached_tokens_are_not_charged() -> None:
@@ -296,7 +296,7 @@ def test_cached_tokens_are_not_charged() -> None:
     commit(plan)
     add(planner, "b", 9)
     planner.plan(Wardrobe(), 0.0)
-    assert planner.virtual_counter("t") == 9 + 1 + 1
+    assert planner.fairness.virtual_counter("t") == 9 + 1 + 1
 
 
 def test_wanted_is_in_the_order_of_admission() -> None:
@@ -396,7 +396,7 @@ def test_long_prompts_have_time_while_who_was_served_less_decodes() -> None:
     add(planner, "long", 60, namespace="long")
     step(planner)
     step(planner)
-    assert planner.virtual_counter("long") > planner.virtual_counter("other")
+    assert planner.fairness.virtual_counter("long") > planner.fairness.virtual_counter("other")
     assert step(planner) == [("other", 1), ("long", 4)]
 
 
@@ -436,4 +436,4 @@ def test_who_asks_little_saves_up_a_steps_tokens_at_most() -> None:
         add(planner, f"much{at}", 90, namespace="much")
         step(planner)
     add(planner, "more", 10, namespace="little")
-    assert planner.virtual_counter("little") >= 180 - 100
+    assert planner.fairness.virtual_counter("little") >= 180 - 100

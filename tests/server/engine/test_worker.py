@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapters_store.storage.directory import Blobs
-from server.core import AdapterRef, Sampling
+from server.core import AdapterRef, RunnerConfig, Sampling
 from server.engine.client import EngineStartError
 from server.engine.messages import EngineConfig, Submit
 from server.engine.process_client import ProcessEngineClient
@@ -50,14 +50,8 @@ def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_p
     folders = [make_lora(tmp_path / f"lora{seed}", tiny_base, seed=seed, r=4 * (seed + 1)) for seed in range(2)]
     blobs = Blobs(tmp_path / "blobs")
     digests = [store(blobs, folder) for folder in folders]
-    config = EngineConfig(
-        folder=str(tiny_base),
-        name="tiny",
-        blobs=str(blobs.root),
-        precision="fp32",
-        num_threads=1,
-        kv_cache_bytes=2**22,
-    )
+    base = RunnerConfig(folder=str(tiny_base), name="tiny", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
+    config = EngineConfig(runner=base, blobs=str(blobs.root))
 
     async def main() -> list[list[int]]:
         client = ProcessEngineClient(config)
@@ -86,7 +80,7 @@ def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_p
 
 def test_base_that_cannot_be_served_is_told(tmp_path: Path) -> None:
     """The engine's reason reaches whoever starts it."""
-    config = EngineConfig(folder=str(tmp_path / "nothing"), name="nothing", blobs=str(tmp_path))
+    config = EngineConfig(runner=RunnerConfig(folder=str(tmp_path / "nothing"), name="nothing"), blobs=str(tmp_path))
 
     async def main() -> str:
         client = ProcessEngineClient(config)
@@ -99,7 +93,8 @@ def test_base_that_cannot_be_served_is_told(tmp_path: Path) -> None:
 
 def test_helpers_end_with_the_engine(tiny_base: Path, tmp_path: Path) -> None:
     """As many processes load as may load at once; they are gone when the engine is killed."""
-    config = EngineConfig(folder=str(tiny_base), name="tiny", blobs=str(tmp_path), kv_cache_bytes=2**22, num_loaders=3)
+    base = RunnerConfig(folder=str(tiny_base), name="tiny", kv_cache_bytes=2**22)
+    config = EngineConfig(runner=base, blobs=str(tmp_path), num_loaders=3)
 
     async def main() -> list[psutil.Process]:
         client = ProcessEngineClient(config)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.core import AdapterRef, EngineFailure, Sampling
+from server.core import AdapterRef, EngineFailure, RunnerConfig, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Output, StepDone, Submit
 from server.model.fake import FakePacked, FakeRunner, FakeSlots, answer_alone
+from tests.server.engine.spawners import LateSpawner
 
 EOS = [7]
 DIGEST_BYTES = 10
@@ -38,26 +36,6 @@ class Clock:
         return self.now
 
 
-class LateExecutor(Executor):
-    """Runs a job when told to."""
-
-    def __init__(self) -> None:
-        self.jobs: deque[Callable[[], object]] = deque()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.jobs.append(lambda: fn(*args, **kwargs))
-        return Future()
-
-    def run_one(self) -> None:
-        """Run the oldest job."""
-        self.jobs.popleft()()
-
-    def run_all(self) -> None:
-        """Run what is queued."""
-        while self.jobs:
-            self.run_one()
-
-
 class ArtifactLoader:
     """Makes fake patches; a digest in `errors` raises, one in `sizes` is not of `DIGEST_BYTES`."""
 
@@ -73,11 +51,11 @@ class ArtifactLoader:
         return FakePacked(digest, self.sizes.get(digest, DIGEST_BYTES))
 
 
-def config(**fields: Any) -> EngineConfig:
+def config(name: str = "fake", *, max_sequence_tokens: int | None = None, **fields: Any) -> EngineConfig:
     """Small limits, so that everything runs out."""
+    runner = RunnerConfig(folder="-", name=name, max_sequence_tokens=max_sequence_tokens)
     small: dict[str, Any] = {
-        "folder": "-",
-        "name": "fake",
+        "runner": runner,
         "blobs": "-",
         "max_batch_tokens": 16,
         "max_running": 8,
@@ -123,7 +101,7 @@ class World:
         **fields: Any,
     ) -> None:
         self.config, self.has_prefixes = config(**fields), has_prefixes
-        self.clock, self.executor, self.loader = Clock(), LateExecutor(), ArtifactLoader()
+        self.clock, self.spawner, self.loader = Clock(), LateSpawner(), ArtifactLoader()
         self.adapter_slots = FakeSlots(self.config.slot_bytes)
         self.runner = FakeRunner(self.adapter_slots, num_blocks, block_size, vocab_size)
         self.engine: Engine[FakePacked] = Engine(
@@ -132,7 +110,7 @@ class World:
             self.loader,
             self.config,
             eos_token_ids=EOS,
-            executor=self.executor,
+            spawner=self.spawner,
             clock=self.clock,
         )
         self.requests: dict[str, Submit] = {}
@@ -174,7 +152,7 @@ class World:
             if not self.engine.has_work:
                 return
             if is_loading:
-                self.executor.run_all()
+                self.spawner.run_all()
             self.step()
         raise AssertionError(f"{len(self.engine.sequences)} sequences are left after {max_steps} steps")
 

@@ -21,7 +21,7 @@ def test_loaders_compute_alone_and_give_way() -> None:
     try:
         loaders, found = LoaderThreads(3), SimpleQueue[tuple[int, int, int]]()
 
-        def look(_: int) -> None:
+        def look() -> None:
             give_way()
             before = psutil.Process().num_threads()
             large.mul(large).abs().max()
@@ -29,8 +29,8 @@ def test_loaders_compute_alone_and_give_way() -> None:
             more = psutil.Process().num_threads() - before
             found.put((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), more))
 
-        for number in range(9):
-            loaders.submit(look, number)
+        for _ in range(9):
+            loaders.spawn(look)
         assert {found.get(timeout=30) for _ in range(9)} == {(1, max(NICENESS, mine), 0)}
         assert torch.get_num_threads() == 2
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine

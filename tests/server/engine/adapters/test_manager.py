@@ -1,6 +1,5 @@
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -8,7 +7,8 @@ from adapters_store.errors import ArtifactCorruptError
 from server.engine.adapters.manager import MAX_FAILURES, QUARANTINE_S, AdapterManager, Budgets
 from server.engine.blocks import InvariantError
 from server.model.fake import FakePacked, FakeSlots
-from tests.server.engine.world import ArtifactLoader, Clock, LateExecutor
+from tests.server.engine.spawners import LateSpawner, ThreadSpawner
+from tests.server.engine.world import ArtifactLoader, Clock
 
 
 class Room:
@@ -17,17 +17,17 @@ class Room:
     def __init__(
         self, slot_bytes: int = 30, host_bytes: int = 40, copy_bytes: int = 1000, max_loading: int = 8
     ) -> None:
-        self.adapter_slots, self.loader, self.executor, self.clock = (
+        self.adapter_slots, self.loader, self.spawner, self.clock = (
             FakeSlots(slot_bytes),
             ArtifactLoader(),
-            LateExecutor(),
+            LateSpawner(),
             Clock(),
         )
         budgets = Budgets(
             slot_bytes=slot_bytes, host_bytes=host_bytes, copy_bytes_per_step=copy_bytes, max_loading=max_loading
         )
         self.manager: AdapterManager[FakePacked] = AdapterManager(
-            self.adapter_slots, self.loader, budgets, self.executor, self.clock
+            self.adapter_slots, self.loader, budgets, self.spawner, self.clock
         )
         self.users: Counter[str] = Counter()
         self.pins: Counter[str] = Counter()
@@ -55,7 +55,7 @@ class Room:
         for digest in digests:
             self.use(digest)
             self.advance(digest)
-            self.executor.run_all()
+            self.spawner.run_all()
             self.advance(digest)
             self.release(digest, is_pinned=False)
 
@@ -76,7 +76,7 @@ def test_states_from_absent_to_slot() -> None:
     room.advance("a")
     assert room.manager.states() == {"a": "loading"}
     assert not room.manager.are_in_memory(("a",))
-    room.executor.run_all()
+    room.spawner.run_all()
     assert room.advance("a", max_copies=0)
     assert room.manager.states() == {"a": "host"}
     assert room.manager.are_in_memory(("a",)) and not room.manager.are_in_slots(("a",))
@@ -94,7 +94,7 @@ def test_thundering_herd_loads_once() -> None:
     for _ in range(50):
         room.use("a")
         room.advance("a")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("a")
     assert room.loader.loaded == ["a"]
     assert room.manager.loads_total == 1
@@ -120,7 +120,7 @@ def test_pinned_slots_stay() -> None:
     room.use("abcd")
     room.pin("abc")
     room.advance("d")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("d")
     assert room.slots == "abc"
     room.release("b")
@@ -133,7 +133,7 @@ def test_copies_are_bounded_by_bytes_but_one_always_goes() -> None:
     room = Room(copy_bytes=5)
     room.use("ab")
     room.advance("ab")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("ab")
     assert room.slots == "a"
     room.advance("ab")
@@ -146,7 +146,7 @@ def test_earlier_wanted_beats_later_wanted() -> None:
     room.bring("cd")
     room.use("abcd")
     room.advance("abcd")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("abcd")
     assert room.slots == "ab"
     room.advance("abcd")
@@ -159,7 +159,7 @@ def test_unwanted_is_evicted_before_wanted() -> None:
     room.bring("abc")
     room.use("da")
     room.advance("da")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("da", max_copies=1)
     assert room.slots == "acd"
 
@@ -172,7 +172,7 @@ def test_large_one_is_not_starved_by_small_ones() -> None:
     room.use("abcLd")
     room.pin("abc")
     room.advance("Ld")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.release("a")
     room.advance("Ld")
     assert room.slots == "abc"
@@ -198,13 +198,13 @@ def test_host_copy_that_a_sequence_waits_for_is_kept_for_it() -> None:
     room.pin("p")
     for _ in range(3):
         room.advance("abc")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.host == "ab"
     assert room.loader.loaded.count("c") == 1
     room.release("p")
     for _ in range(3):
         room.advance("abc")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.slots == "a"
     assert "c" in room.host
 
@@ -215,7 +215,7 @@ def test_number_of_loads_at_once_is_bounded() -> None:
     room.use("abcd")
     room.advance("abcd")
     assert room.manager.states() == {"a": "loading", "b": "loading"}
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("abcd", max_copies=0)
     assert room.manager.states() == {"a": "host", "b": "host", "c": "loading", "d": "loading"}
 
@@ -227,7 +227,7 @@ def test_failed_load_is_told_and_tried_again_later_each_time() -> None:
     for waited in (1.0, 2.0, 4.0):
         room.use("a")
         room.advance("a")
-        room.executor.run_all()
+        room.spawner.run_all()
         assert room.advance("a")
         failure = room.manager.refusal(("a",))
         assert failure and failure.code == "adapter_failed"
@@ -256,7 +256,7 @@ def test_adapter_larger_than_a_budget_is_refused_for_good() -> None:
     room.loader.sizes["a"] = 31
     room.use("a")
     room.advance("a")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("a")
     room.clock.now += 1e6
     failure = room.manager.refusal(("a",))
@@ -292,7 +292,7 @@ def test_forgotten_while_loading_is_not_kept() -> None:
         room.advance("a")
         room.release("a", is_pinned=False)
         room.manager.discard("a")
-        room.executor.run_all()
+        room.spawner.run_all()
         room.advance("")
         assert room.manager.states() == {}
 
@@ -319,8 +319,8 @@ def test_loads_run_in_other_threads_and_wake_the_engine() -> None:
         return FakePacked(digest, 10)
 
     budgets = Budgets(slot_bytes=10, host_bytes=10, copy_bytes_per_step=10)
-    with ThreadPoolExecutor(1, "loader") as executor:
-        manager: AdapterManager[FakePacked] = AdapterManager(FakeSlots(10), load, budgets, executor, Clock(), woken.set)
+    with ThreadSpawner(1, "loader") as spawner:
+        manager: AdapterManager[FakePacked] = AdapterManager(FakeSlots(10), load, budgets, spawner, Clock(), woken.set)
         manager.use("a")
         manager.advance(["a"], 1)
         assert woken.wait(5)
@@ -334,7 +334,7 @@ def test_kept_ones_are_brought_and_stay() -> None:
     room = Room()
     room.manager.keep_resident("ab")
     room.advance("")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("")
     assert room.slots == "ab"
     room.bring("cdefg")
@@ -350,7 +350,7 @@ def test_kept_ones_are_wanted_last() -> None:
     room.manager.keep_resident("a")
     room.use("b")
     room.advance("b")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("b")
     assert room.slots == "b"
     room.pin("b")
@@ -367,12 +367,12 @@ def test_kept_ones_starve_nobody() -> None:
     room.manager.keep_resident("abcd")
     for _ in range(3):
         room.advance("")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.slots == "abc"
     room.use("e")
     for _ in range(3):
         room.advance("e")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.slots == "abe"
     room.release("e", is_pinned=False)
     room.advance("")
@@ -425,12 +425,12 @@ def test_a_kept_one_that_fails_is_tried_again() -> None:
     room.loader.errors["a"] = OSError(5, "Input/output error")
     room.manager.keep_resident("a")
     room.advance("")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("")
     assert room.manager.states() == {"a": "failed"}
     del room.loader.errors["a"]
     room.clock.now += 1
     room.advance("")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("")
     assert room.slots == "a"
