@@ -17,8 +17,9 @@ import torch
 
 from adapters_store.format.folder import read_folder
 from adapters_store.storage.directory import Blobs
-from server.engine.adapters.load_queue import LoadError, sentence
-from server.engine.adapters.loader_process import ArtifactLoader, LoaderPool, LoaderProcess, LoaderSetup
+from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
+from server.engine.adapters.failures import LoadError, failure_message
+from server.engine.adapters.loader_process import LoaderPool, LoaderProcess
 from server.engine.adapters.loader_threads import NICENESS
 from server.model.load import load_base
 from server.model.precision import StorageDtypes
@@ -107,7 +108,7 @@ def test_why_a_load_failed_arrives(processes: LoaderPool, blobs: Blobs, biased_b
         with pytest.raises(LoadError) as raised:
             processes.load(wanted, None)
         assert raised.value.code == code
-        assert reason in sentence(wanted, raised.value)
+        assert reason in failure_message(wanted, raised.value)
     whole = store(blobs, FAMILIES["lora"](tmp_path / "b", biased_base, 3))
     assert processes.load(whole, None).digest == whole
     assert len(children()) == 2

@@ -4,7 +4,8 @@ from collections import Counter
 import pytest
 
 from adapters_store.errors import ArtifactCorruptError
-from server.engine.adapters.manager import MAX_FAILURES, QUARANTINE_S, AdapterManager, Budgets
+from server.engine.adapters.entry import MAX_FAILURES, QUARANTINE_S
+from server.engine.adapters.manager import AdapterManager, Budgets
 from server.engine.blocks import InvariantError
 from server.model.fake import FakePacked, FakeSlots
 from tests.server.engine.spawners import LateSpawner, ThreadSpawner
