@@ -193,7 +193,7 @@ class Scheduler:
         return plan
 
     def _preempt_for_fairness(self, adapters: Adapters, now: float) -> int:
-        """If the first waiting sequence's namespace is below its share and finds no room, preempt those above theirs.
+        """Preempt namespaces above their share if the first waiting sequence's is below its own and finds no room.
 
         Returns the number preempted. The room that is made counts a spare block for each running sequence, which may
         take one in this step before the waiting one is admitted.

@@ -1,4 +1,4 @@
-"""What the engine knows of one adapter: its users, its copies, and the failures of its loads.
+"""The engine's record of an adapter: its users, its copies, and the failures of its loads.
 
 A load that fails is tried again after a back-off that doubles each time. After `MAX_FAILURES` in a row the adapter is
 quarantined: it is tried again only after `QUARANTINE_S`. If the stored bytes are corrupt it is quarantined at once, and
