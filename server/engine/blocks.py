@@ -53,7 +53,7 @@ def block_key(parent: BlockKey, salt: bytes, tokens: Sequence[int]) -> BlockKey:
 class BlockTable:
     """The blocks of a sequence in order of position; `keys` are those of its first full and published blocks.
 
-    The first `num_virtual` positions are virtual; `is_tail_published` tells whether the block they end in was published.
+    The first `num_virtual` positions are virtual; `is_tail_published` tells if the block they end in was published.
     `copy` is (source, target) if the sequence's next step must begin with the copy of a block.
     """
 

@@ -1,10 +1,10 @@
 """Fairness between namespaces (tenants): a virtual token counter (VTC, Sheng et al. 2024) and shares of the capacity.
 
 Each namespace is charged for the tokens that are computed for it, divided by its share; the one with the lowest counter
-is served first. A namespace that comes back from idleness starts at most a step's tokens below the lowest counter of those
-that wait: its short prompt is computed at once, and idle time earns no credit. Beside the counters, a namespace's
-holding, the fraction of all rows or of all KV blocks that it occupies, is compared with its fraction of all shares:
-the scheduler preempts a namespace above its share for one below.
+is served first. A namespace that comes back from idleness starts at most a step's tokens below the lowest counter of
+those that wait: its short prompt is computed at once, and idle time earns no credit. Beside the counters, a namespace's
+holding, the fraction of all rows or of all KV blocks that it occupies, is compared with its fraction of all shares: the
+scheduler preempts a namespace above its share for one below.
 
 Bookkeeping only: no clock, no threads, no tensors. The probes of uploads belong to no tenant; their namespaces never
 count as present and are never the least served.

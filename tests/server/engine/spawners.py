@@ -1,4 +1,4 @@
-"""Spawners of tests: where an engine's loads run."""
+"""Spawners of tests, in which an engine's loads run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LateSpawner:
         self.jobs: deque[Callable[[], None]] = deque()
 
     def spawn(self, fn: Callable[[], None]) -> None:
-        """Queue the job."""
+        """Queue the job until it is run."""
         self.jobs.append(fn)
 
     def run_one(self) -> None:

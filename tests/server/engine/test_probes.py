@@ -22,7 +22,7 @@ def probe(world: World, name: str, prompt: list[int], forced: tuple[int, ...] = 
 
 
 def test_probes_take_little_of_a_step_that_others_are_in() -> None:
-    """While a sequence decodes, all probes together have at most 8 tokens a step, and yet end; it misses no step."""
+    """Probes together have at most 8 tokens a step while a sequence decodes, and yet end; it misses no step."""
     world = World(max_batch_tokens=64, num_blocks=256)
     draw = random.Random(1)
     stream = world.submit(prompt_of(draw, 4), max_tokens=60, ignore_eos=True)
@@ -44,7 +44,7 @@ def test_probes_take_little_of_a_step_that_others_are_in() -> None:
 
 
 def test_probes_alone_take_the_whole_step() -> None:
-    """Where nobody else runs, probes are as quick as anything."""
+    """Probes are as quick as anything if nothing else runs."""
     world = World(max_batch_tokens=64, num_blocks=256)
     for number in range(3):
         probe(world, f"p{number}", prompt_of(random.Random(number), 20))

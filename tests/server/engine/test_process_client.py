@@ -54,7 +54,7 @@ def alone(submit: Submit) -> list[int]:
 
 
 async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
-    """How long it took until something was so."""
+    """Wait until something is so, and return the seconds that it took."""
     began = time.monotonic()
     while not is_so():
         assert time.monotonic() - began < seconds, "it did not happen"
@@ -67,7 +67,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 def test_requests_run_together_and_each_gets_its_own() -> None:
-    """Thirty requests at once, with and without hats, get over the socket what each gets alone."""
+    """Thirty requests at once, with and without adapters, get over the socket what each gets alone."""
 
     async def main() -> None:
         async with engine() as client:
@@ -113,7 +113,7 @@ def test_stats_come_when_idle() -> None:
 
 
 def test_closing_the_iterator_aborts() -> None:
-    """Whoever stops listening frees the sequence in the engine."""
+    """A client that stops listening frees the sequence in the engine."""
 
     async def main() -> None:
         async with engine("slow") as client:
@@ -268,7 +268,7 @@ def test_close_leaves_nothing() -> None:
 
 
 def test_close_right_after_start_leaves_nothing() -> None:
-    """Also where the keeper never came to its first step."""
+    """Closing leaves no process even if the keeper never came to its first step."""
 
     async def main() -> None:
         async with engine() as client:
@@ -312,7 +312,7 @@ def test_close_ends_an_engine_that_is_stuck() -> None:
     run(main)
 
 
-FRONT = """
+API_PROCESS = """
 import asyncio, sys
 from server.core import RunnerConfig, Sampling
 from server.engine.messages import EngineConfig, Submit
@@ -332,19 +332,19 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("fake", 3), ("hangs", 8)])
-def test_engine_ends_with_the_front(name: str, seconds: float) -> None:
-    """When the front is killed the engine ends by itself, also out of the middle of a long step: no orphan."""
+def test_engine_ends_with_the_api_process(name: str, seconds: float) -> None:
+    """The engine ends by itself if its API process is killed, also out of the middle of a long step: no orphan."""
 
     async def main() -> None:
-        command = [sys.executable, "-c", FRONT, name, *COMMAND]
-        front = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        assert front.stdout is not None
-        pid = int(await front.stdout.readline())
+        command = [sys.executable, "-c", API_PROCESS, name, *COMMAND]
+        api_process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        assert api_process.stdout is not None
+        pid = int(await api_process.stdout.readline())
         await asyncio.sleep(0.3)
         assert psutil.pid_exists(pid)
         began = time.monotonic()
-        front.kill()
-        await front.wait()
+        api_process.kill()
+        await api_process.wait()
         await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
         assert time.monotonic() - began < seconds
 
