@@ -244,7 +244,7 @@ class Scheduler:
     def _grow(self, plan: StepPlan, sequence: Sequence, order: list[Sequence]) -> bool:
         """Make room for one more position, preempting if need be; False if the sequence itself was preempted.
 
-        The last sequence in the order of planning is preempted first: no step has been planned for it yet.
+        The last sequence in the order of planning is preempted first: it is never in the plan yet.
         """
         while not self.pool.extend(sequence.table, len(sequence.tokens)):
             victim = order.pop()

@@ -359,7 +359,7 @@ def test_broken_frames_end_the_connection_not_the_client(monkeypatch: pytest.Mon
 
     async def main() -> None:
         async with engine() as client:
-            monkeypatch.setattr(client, "_hand_on", broken)
+            monkeypatch.setattr(client, "_relay", broken)
             await until(lambda: client.ready is None)
             assert client.last_error and "no frame" in client.last_error
             await until(lambda: client.num_starts >= 2)
