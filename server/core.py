@@ -66,6 +66,25 @@ class Sampled(msgspec.Struct):
     error: str | None = None
 
 
+class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The base that the model loads, how it computes it, and the size of its KV cache.
+
+    `folder` holds the converted base, `name` is what requests call it. `precision` is auto, fp32, bf16, fp16 or int8;
+    `device` is cpu or cuda[:N]. `block_size` is tokens a KV block. `max_sequence_tokens` bounds prompt and answer
+    together; None leaves the bound to the base's positions and the KV cache.
+    """
+
+    folder: str
+    name: str
+    precision: str = "auto"
+    device: str = "cpu"
+    num_threads: int = 2
+    kv_cache_bytes: int = 768 * 2**20
+    block_size: int = 32
+    max_sequence_tokens: int | None = None
+    cuda_graphs: bool = False
+
+
 class Runner(Protocol):
     """One forward pass over a mixed batch. The fake that ships is `server.model.fake.FakeRunner`."""
 

@@ -6,13 +6,15 @@ import difflib
 import ipaddress
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import msgspec
 from pydantic import ByteSize, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from adapters_store.base.resolve import SMOLLM2, default_cache
+from server.core import RunnerConfig
 from server.engine.messages import EngineConfig
 
 PREFIX = "MANYHATS_"
@@ -24,6 +26,11 @@ class SettingsError(Exception):
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default(config: type[msgspec.Struct], name: str) -> Any:
+    """The default of a field of the engine's configuration: it is written there alone."""
+    return next(field.default for field in msgspec.structs.fields(config) if field.name == name)
 
 
 class Settings(BaseSettings):
@@ -46,23 +53,43 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to bind; other than loopback only with an admin key")
     port: int = Field(8000, ge=0, le=65535, description="port to bind")
     admin_key: SecretStr | None = Field(None, description="when set, every route but health asks for a key")
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field("auto", description="of the base's weights")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        _default(RunnerConfig, "precision"), description="of the base's weights"
+    )
     device: str = Field(
-        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="where the base lives: cpu, cuda (not run on a GPU yet)"
+        _default(RunnerConfig, "device"),
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="where the base lives: cpu, cuda (not run on a GPU yet)",
     )
     cuda_graphs: bool = Field(
-        False, description="replay decode steps in which no hat acts as CUDA graphs (not run on a GPU yet)"
+        _default(RunnerConfig, "cuda_graphs"),
+        description="replay decode steps in which no hat acts as CUDA graphs (not run on a GPU yet)",
     )
     num_threads: int = Field(default_factory=_num_cores, ge=1, description="threads of the engine")
-    kv_cache_bytes: ByteSize = Field(ByteSize(768 * 2**20), description="for the KV cache")
-    block_size: int = Field(32, ge=4, le=256, multiple_of=4, description="positions a KV block")
-    prefix_cache: bool = Field(True, description="share the KV of equal beginnings, within tenant and adapter")
-    slot_bytes: ByteSize = Field(ByteSize(512 * 2**20), description="for adapters on the device")
-    host_bytes: ByteSize = Field(ByteSize(2 * 2**30), description="for adapters in host memory")
-    max_running: int = Field(32, ge=1, description="most sequences in the batch")
-    max_waiting: int = Field(1024, ge=1, description="most sequences in the queue; more are refused with 503")
-    max_batch_tokens: int = Field(512, ge=16, description="most tokens a step")
-    max_sequence_tokens: int | None = Field(None, ge=1, description="most tokens a sequence, prompt and answer")
+    kv_cache_bytes: ByteSize = Field(ByteSize(_default(RunnerConfig, "kv_cache_bytes")), description="for the KV cache")
+    block_size: int = Field(
+        _default(RunnerConfig, "block_size"), ge=4, le=256, multiple_of=4, description="positions a KV block"
+    )
+    prefix_cache: bool = Field(
+        _default(EngineConfig, "is_prefix_cached"),
+        description="share the KV of equal beginnings, within tenant and adapter",
+    )
+    slot_bytes: ByteSize = Field(
+        ByteSize(_default(EngineConfig, "slot_bytes")), description="for adapters on the device"
+    )
+    host_bytes: ByteSize = Field(
+        ByteSize(_default(EngineConfig, "host_bytes")), description="for adapters in host memory"
+    )
+    max_running: int = Field(_default(EngineConfig, "max_running"), ge=1, description="most sequences in the batch")
+    max_waiting: int = Field(
+        _default(EngineConfig, "max_waiting"),
+        ge=1,
+        description="most sequences in the queue; more are refused with 503",
+    )
+    max_batch_tokens: int = Field(_default(EngineConfig, "max_batch_tokens"), ge=16, description="most tokens a step")
+    max_sequence_tokens: int | None = Field(
+        _default(RunnerConfig, "max_sequence_tokens"), ge=1, description="most tokens a sequence, prompt and answer"
+    )
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="largest JSON body")
     max_upload_bytes: ByteSize = Field(ByteSize(512 * 2**20), description="largest artifact, packed and unpacked")
     body_timeout_s: float = Field(30.0, gt=0, description="most seconds between two parts of a body")
@@ -81,26 +108,12 @@ class Settings(BaseSettings):
         return self
 
     def engine_config(self, base_folder: Path) -> EngineConfig:
-        """What the engine is told."""
-        return EngineConfig(
-            folder=str(base_folder),
-            name=self.base,
-            blobs=str(self.data / "artifacts"),
-            store=self.store,
-            precision=self.precision,
-            device=self.device,
-            num_threads=self.num_threads,
-            kv_cache_bytes=int(self.kv_cache_bytes),
-            block_size=self.block_size,
-            max_sequence_tokens=self.max_sequence_tokens,
-            max_batch_tokens=self.max_batch_tokens,
-            max_running=self.max_running,
-            max_waiting=self.max_waiting,
-            slot_bytes=int(self.slot_bytes),
-            host_bytes=int(self.host_bytes),
-            is_prefix_cached=self.prefix_cache,
-            cuda_graphs=self.cuda_graphs,
-        )
+        """The engine's configuration: every setting that a field of `EngineConfig` or `RunnerConfig` is named after."""
+        values = self.model_dump()
+        base = {"folder": str(base_folder), "name": self.base}
+        engine = {"blobs": str(self.data / "artifacts"), "is_prefix_cached": self.prefix_cache}
+        runner = msgspec.convert(values | base, RunnerConfig)
+        return msgspec.convert(values | engine | {"runner": runner}, EngineConfig)
 
 
 def is_loopback(host: str) -> bool:

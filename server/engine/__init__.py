@@ -1,1 +1,1 @@
-"""The engine: schedule -> run -> commit, in a process of its own."""
+"""The engine (schedule -> run -> commit), its process, and the API process's client of it."""

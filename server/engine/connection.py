@@ -15,20 +15,23 @@ import msgspec
 from server.engine import frames
 from server.engine.messages import EngineConfig, FromEngine, ToEngine
 
-LEAVE_WITHIN_S = 5.0  # after the front has gone, whatever the main thread is doing
+LEAVE_WITHIN_S = 5.0  # after the API process has gone, whatever the main thread is doing
 
 log = logging.getLogger(__name__)
 
 
 class Signal(Enum):
-    """What the inbox holds beside messages."""
+    """Events that the inbox holds beside messages."""
 
     WAKE = "an adapter was loaded"
-    CLOSED = "the front has gone"
+    CLOSED = "the API process has gone"
 
 
 class Connection:
-    """The front's socket; `inbox` is what came in. What it does not take at once a thread writes, in order."""
+    """A socket to the API process: a thread reads messages into `inbox`, and another finishes blocked writes.
+
+    `descriptor` is the inherited end of the socket pair. Frames leave in the order of `send`.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.inbox: queue.SimpleQueue[ToEngine | Signal] = queue.SimpleQueue()
@@ -38,14 +41,18 @@ class Connection:
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
 
     def start(self) -> EngineConfig | None:
-        """The first frame; then start both threads. None where the front has gone already."""
+        """Read the first message, then start both threads. None if the API process has gone already."""
         config: EngineConfig | None = frames.read(self._socket, msgspec.msgpack.Decoder(EngineConfig))
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._writer.start()
         return config
 
     def send(self, message: FromEngine) -> None:
-        """Write a message: a thread that did so would take Python's lock from the next step's planning."""
+        """Send a message.
+
+        It is written here if the socket has room: handing every frame to a thread would contend for the GIL with the
+        planning of the next step.
+        """
         frame = frames.encode(message)
         with self._lock:
             if not self._num_behind:
@@ -55,21 +62,21 @@ class Connection:
                 self._outbox.put(frame)
 
     def _send_now(self, frame: bytes) -> int:
-        """How much of it the socket took without waiting."""
+        """Write without waiting; returns the number of bytes that the socket took."""
         try:
             return self._socket.send(frame, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         except OSError:
-            log.info("the front went away while it was written to")
+            log.info("the API process went away while it was written to")
             return len(frame)
 
     def wake(self) -> None:
-        """Wake whoever waits for the inbox; from any thread."""
+        """Wake the thread that waits for the inbox; callable from any thread."""
         self.inbox.put(Signal.WAKE)
 
     def close(self) -> None:
-        """Write what is left, then close."""
+        """Write the frames that are left, for `LEAVE_WITHIN_S` at most, then close the socket."""
         self._outbox.put(None)
         self._writer.join(LEAVE_WITHIN_S)
         self._socket.close()
@@ -80,10 +87,10 @@ class Connection:
             while (message := frames.read(self._socket, decoder)) is not None:
                 self.inbox.put(message)
         except (OSError, msgspec.MsgspecError) as error:
-            log.error("the connection to the front broke", extra={"reason": str(error)})
+            log.error("the connection to the API process broke", extra={"reason": str(error)})
         self.inbox.put(Signal.CLOSED)
         time.sleep(LEAVE_WITHIN_S)  # a daemon: it ends sooner with the main thread
-        os._exit(1)  # the main thread is stuck in a load or a step; nobody is there to wait for it
+        os._exit(1)  # the main thread is stuck in a load or a step, whose result no one will read
 
     def _write(self) -> None:
         try:
@@ -92,4 +99,4 @@ class Connection:
                 with self._lock:
                     self._num_behind -= 1
         except OSError:
-            log.info("the front went away while it was written to")
+            log.info("the API process went away while it was written to")

@@ -1,16 +1,15 @@
-"""The engine: submit, abort, and a step of three verbs: schedule -> run -> commit."""
+"""The engine: takes sequences, and computes their tokens in steps of three parts: schedule -> run -> commit."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from copy import copy
 from typing import Generic
 
 from server.core import EngineFailure, Row, Runner, Sampled, Timing
-from server.engine.adapters.load_queue import P
+from server.engine.adapters.load_queue import P, Spawner
 from server.engine.adapters.manager import AdapterManager, Budgets, SlotStore
 from server.engine.blocks import BlockPool
 from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
@@ -19,17 +18,19 @@ from server.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-Result = Sampled | EngineFailure | None  # of one row
+Result = Sampled | EngineFailure | None  # of a row; None if no token was wanted
 
-NO_STALL_S = 2e-3  # the books and slots of a load and of what goes for it are 0.5 ms of computing; planning takes 0.1
+NO_STALL_S = 2e-3  # taking in a load and evicting for it computes for 0.5 ms; planning takes 0.1 ms
 INTERNAL = EngineFailure("internal", "the engine failed on this request; its log says why")
 
 
 class Engine(Generic[P]):
-    """Runs sequences over one runner and one bank. All methods belong to one thread; `load` runs in others.
+    """Runs sequences over one runner and its adapter slots. All methods belong to one thread; `load` runs in others.
 
-    `staged` tells `load` what is not in the store yet: digest -> folder. `thread_clock` stands still while the
-    thread has no core (`thread_clock`); by default it is `clock`.
+    `load` (digest -> packed adapter) runs in the spawner's threads, and `on_loaded` is called there after each load.
+    `staged` is shared with `load`: the folders (by digest) of artifacts that are not in the store yet. `clock` gives
+    monotonic seconds; `thread_clock` those without run-queue delay (`server.engine.thread_clock`), by default `clock`.
+
     A sequence ends in `_finish` and nowhere else: by a finish, a failure, its deadline or an abort.
     """
 
@@ -41,7 +42,7 @@ class Engine(Generic[P]):
         config: EngineConfig,
         *,
         eos_token_ids: list[int],
-        executor: Executor,
+        spawner: Spawner,
         clock: Callable[[], float],
         on_loaded: Callable[[], None] = lambda: None,
         staged: dict[str, str] | None = None,
@@ -50,7 +51,7 @@ class Engine(Generic[P]):
         self.runner, self._staged = runner, {} if staged is None else staged
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
         max_tokens = runner.num_blocks * runner.block_size
-        self.max_sequence_tokens = min(max_tokens, config.max_sequence_tokens or max_tokens)
+        self.max_sequence_tokens = min(max_tokens, config.runner.max_sequence_tokens or max_tokens)
         limits = StepLimits(
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
@@ -63,19 +64,19 @@ class Engine(Generic[P]):
             copy_bytes_per_step=config.copy_bytes_per_step,
             max_loading=config.num_loaders,
         )
-        self.adapters = AdapterManager(adapter_slots, load, budgets, executor, clock, on_loaded)
+        self.adapters = AdapterManager(adapter_slots, load, budgets, spawner, clock, on_loaded)
         self.sequences: dict[str, Sequence] = {}
         self._clock, self._thread_clock, self._eos = clock, thread_clock or clock, frozenset(eos_token_ids)
-        self._outputs: list[Output] = []  # of the step that goes on, or before the next one
+        self._outputs: list[Output] = []  # to be sent with the current or the next step
         self._stats = Stats(num_blocks=runner.num_blocks)
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence waits or runs, or an output has not been taken yet."""
+        """Whether a sequence waits or runs, or an output has not been sent yet."""
         return bool(self.sequences or self._outputs)
 
     def submit(self, submit: Submit) -> None:
-        """Queue a sequence; one that cannot be served fails with the next step's outputs."""
+        """Queue a sequence; if it cannot be served, its failure is among the next step's outputs."""
         failure = self._refusal(submit)
         if failure is not None:
             self._outputs.append(Output(submit.sequence_id, failure=failure))
@@ -85,31 +86,31 @@ class Engine(Generic[P]):
         self.scheduler.add(sequence)
 
     def abort(self, sequence_id: str) -> None:
-        """Free a sequence and answer nothing; one that has ended already is no error."""
+        """Free a sequence without an output; it is no error if the sequence has ended already."""
         if sequence_id in self.sequences:
             self._finish(self.sequences[sequence_id])
 
     def discard(self, digest: str) -> None:
-        """The artifact was deleted: keep nothing of it once nothing uses it."""
+        """Drop the copies of a deleted artifact as soon as no sequence uses it."""
         self.adapters.discard(digest)
 
     def stage(self, digest: str, folder: str | None) -> None:
-        """From now on load an artifact from a folder, also one that failed; None: from the store again."""
+        """Load an artifact from a folder of the staging area from now on, and at once; None: from the store again."""
         self._staged.pop(digest, None)
         if folder is not None:
             self._staged[digest] = folder
             self.adapters.renew(digest)
 
     def keep_resident(self, digests: list[str]) -> None:
-        """Keep these in slots while nobody asks for them, too; no others are kept."""
+        """Keep these in slots even if no sequence uses them, the most important first; replaces the previous list."""
         self.adapters.keep_resident(digests)
 
     def renew(self, digest: str) -> None:
-        """The artifact was uploaded again: what failed before may be tried again at once."""
+        """Forget the load failures of an artifact that was uploaded again: its next load may start at once."""
         self.adapters.renew(digest)
 
     def step(self) -> StepDone | None:
-        """Compute the next tokens of the sequences that can run; None where nothing was computed and nothing ended."""
+        """Compute the next tokens of the sequences that can run; None if nothing was computed and nothing ended."""
         plan = self._schedule()
         if plan.rows:
             began = self._clock()
@@ -122,7 +123,7 @@ class Engine(Generic[P]):
         return StepDone(outputs, self.stats())
 
     def stats(self) -> Stats:
-        """Gauges as they are now, and the counters."""
+        """Return a copy of the gauges and counters as they are now."""
         stats, pool, adapters = self._stats, self.pool, self.adapters
         stats.num_running, stats.num_waiting = len(self.scheduler.running), self.scheduler.num_waiting
         stats.num_blocks_used, stats.num_blocks_cached = pool.num_blocks - pool.num_free, pool.num_cached
@@ -134,7 +135,7 @@ class Engine(Generic[P]):
         return copy(stats)  # another thread encodes it
 
     def assert_consistent(self) -> None:
-        """Raise `InvariantError` unless blocks, pins and users are those of the sequences that are here."""
+        """Raise `InvariantError` unless all blocks, pins and users belong to the sequences that wait and run."""
         self.pool.assert_consistent(sequence.table for sequence in self.sequences.values())
         users = Counter(digest for sequence in self.sequences.values() for digest in sequence.digests)
         pinned = [sequence for sequence in self.sequences.values() if sequence.first_admitted is not None]
@@ -142,19 +143,21 @@ class Engine(Generic[P]):
         self.adapters.assert_consistent(pins, users)
 
     def _refusal(self, submit: Submit) -> EngineFailure | None:
-        """Why a sequence cannot even queue. The front refuses the malformed before; this is the engine's own guard."""
-        num_tokens, most = (
-            len(submit.prompt) + sum(adapter.num_virtual for adapter in submit.adapters),
-            self.max_sequence_tokens,
-        )
-        if not submit.prompt or num_tokens >= most or submit.sampling.max_tokens < 1:
-            message = f"a prompt of {num_tokens} tokens for {submit.sampling.max_tokens} more; between 1 and {most} fit"
+        """Say why a sequence cannot be queued, or None if it can.
+
+        The API process refuses malformed requests before; this is the engine's own guard.
+        """
+        num_tokens = len(submit.prompt) + sum(adapter.num_virtual for adapter in submit.adapters)
+        max_tokens = self.max_sequence_tokens
+        if not submit.prompt or num_tokens >= max_tokens or submit.sampling.max_tokens < 1:
+            num_new = submit.sampling.max_tokens
+            message = f"a prompt of {num_tokens} tokens for {num_new} more; between 1 and {max_tokens} fit"
             return EngineFailure("internal", message)
         if submit.sequence_id in self.sequences:
             return EngineFailure("internal", f"a sequence {submit.sequence_id} runs already")
         if self.scheduler.is_full(submit.namespace):
-            most = self.scheduler.limits.max_waiting
-            return EngineFailure("overloaded", f"{most} requests wait already; try again in a moment")
+            max_waiting = self.scheduler.limits.max_waiting
+            return EngineFailure("overloaded", f"{max_waiting} requests wait already; try again in a moment")
         return self.adapters.refusal(tuple(adapter.digest for adapter in submit.adapters))
 
     def _schedule(self) -> StepPlan:
@@ -174,9 +177,10 @@ class Engine(Generic[P]):
             self._fail(sequence, EngineFailure("deadline_exceeded", "the request did not end before its deadline"))
 
     def _advance_adapters(self) -> None:
-        """Copies are bounded by the rows that are free: nobody else could wear what is copied.
+        """Let the adapter manager advance, and fail waiting sequences whose adapters failed to load.
 
-        Where sequences run these wait meanwhile. All of it is counted, and what takes longer than books may is a stall.
+        No more copies are made than rows are free: no other sequence could use them in this step. Running sequences
+        wait meanwhile: that time is counted, and as a stall if it is longer than `NO_STALL_S`.
         """
         scheduler, adapters, began = self.scheduler, self.adapters, self._thread_clock()
         num_free_rows = scheduler.limits.max_running - len(scheduler.running)
@@ -190,7 +194,7 @@ class Engine(Generic[P]):
                 self._fail(sequence, failure)
 
     def _run(self, plan: StepPlan) -> Iterable[Result]:
-        """One forward pass. Where it raises, each row runs alone, and only those that raise alone fail."""
+        """Run one forward pass. If it raises, each row runs alone, and only the rows that raise alone fail."""
         rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.rows]
         self._stats.steps_total += 1
         self._stats.rows_total += len(rows)
@@ -275,7 +279,7 @@ class Engine(Generic[P]):
         self._finish(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
-        """The one way out: blocks, pins and users go back."""
+        """End a sequence, the only way it can: give back its blocks, pins and users."""
         self.scheduler.remove(sequence)
         self.adapters.release(sequence.digests, is_pinned=sequence.first_admitted is not None)
         del self.sequences[sequence.id]

@@ -1,4 +1,4 @@
-"""A client without an engine: it answers at once, always the same, and needs no process and no torch."""
+"""An `EngineClient` without an engine: deterministic answers at once, with no process and no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from server.engine.messages import Output, Ready, Stats, Submit
 
 
 def fake_ready(**fields: Any) -> Ready:
-    """What a tiny base would say of itself; `fields` override, those of the spec too."""
+    """Make the `Ready` of a tiny base; `fields` override its fields and those of its spec."""
     linears = {"model.layers.0.self_attn.q_proj": LinearSite(32, 32)}
-    of_spec = {name: fields.pop(name) for name in BaseSpec.__dataclass_fields__ if name in fields}
+    spec_fields = {name: fields.pop(name) for name in BaseSpec.__dataclass_fields__ if name in fields}
     defaults: dict[str, Any] = {
-        "spec": replace(BaseSpec("fake", "0" * 64, "FakeForCausalLM", 512, 32, 2, 512, linears), **of_spec),
+        "spec": replace(BaseSpec("fake", "0" * 64, "FakeForCausalLM", 512, 32, 2, 512, linears), **spec_fields),
         "eos_token_ids": [0],
         "max_sequence_tokens": 512,
         "max_adapter_bytes": 2**20,
@@ -31,21 +31,21 @@ def fake_ready(**fields: Any) -> Ready:
 
 
 def shift_of(adapters: tuple[AdapterRef, ...]) -> int:
-    """By how much hats move every token of the echo: 0 for the base, 1 or more for any adapter."""
+    """Return by how much adapters shift every token of the echo: 0 for the base, 1 or more for any adapters."""
     if not adapters:
         return 0
-    named = ",".join(f"{adapter.digest}*{adapter.weight!r}" for adapter in adapters)
-    return 1 + hashlib.sha256(named.encode()).digest()[0]
+    names = ",".join(f"{adapter.digest}*{adapter.weight!r}" for adapter in adapters)
+    return 1 + hashlib.sha256(names.encode()).digest()[0]
 
 
 class FakeEngineClient:
-    """Echoes the prompt's tokens, each moved by `shift_of(adapters)` within the vocabulary, then ends ("stop").
+    """Echoes the prompt's tokens, each shifted by `shift_of(adapters)` within the vocabulary, then ends ("stop").
 
-    With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: the tokens
-    (at least one) for a request.
-    `failure` ends every request instead of its first token; `delay_s` passes before each token. What was asked is
-    kept in `submitted`, `aborted`, `discarded`, `resident` and `renewed`. Probes of uploads are kept in `probed`; they
-    get their forced tokens at once, or `probe_failure`, or never end where `are_probes_stuck`.
+    With `ignore_eos` the echo starts over until `max_tokens`. `answer` replaces the echo: it returns the tokens (at
+    least one) for a request. `delay_s` seconds pass before each token. `failure`, if set, ends every request instead of
+    its first token. Calls are recorded in `submitted`, `aborted`, `discarded`, `staged`, `resident` and `renewed`.
+    Probes of uploads are recorded in `probed`; they get their forced tokens at once, or `probe_failure` if it is set,
+    or never end if `are_probes_stuck`.
     """
 
     def __init__(
@@ -75,25 +75,25 @@ class FakeEngineClient:
         self._died = asyncio.Event()
 
     async def start(self) -> None:
-        """Be ready."""
+        """Become ready at once."""
         self.revive()
 
     async def close(self) -> None:
-        """Be no longer ready; what runs ends as when an engine dies."""
+        """Become unready; running requests end as if the engine had died."""
         self.die()
 
     def die(self) -> None:
-        """Do what an engine's death does: every running request fails, and none can start."""
+        """Act as if the engine had died: every running request fails, and none can start."""
         self.ready = None
         self._died.set()
 
     def revive(self) -> None:
-        """Be as a new engine."""
+        """Act as a restarted engine: ready, with no requests."""
         self.ready = self._description
         self._died = asyncio.Event()
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Output]:
-        """One output a token; closing the iterator early is kept in `aborted`."""
+        """Yield one output a token; closing the iterator early is recorded in `aborted`."""
         if self.ready is None:
             raise EngineUnavailable(self.last_error or "the engine is not ready")
         if submit.is_probe:
@@ -117,12 +117,12 @@ class FakeEngineClient:
                 self.aborted.append(submit.sequence_id)
 
     def discard(self, digest: str) -> None:
-        """Keep the digest in `discarded`."""
+        """Record the digest in `discarded`."""
         self.discarded.append(digest)
         self.states.pop(digest, None)
 
     def stage(self, digest: str, folder: str | None) -> None:
-        """Keep the folder in `staged`, until it is None."""
+        """Record the folder in `staged`, or remove it if it is None."""
         self.staged.pop(digest, None)
         if folder is not None:
             self.staged[digest] = folder
@@ -139,15 +139,15 @@ class FakeEngineClient:
             yield await self._unless_dead(output, 0.0)
 
     def keep_resident(self, digests: list[str]) -> None:
-        """Keep the digests in `resident`."""
+        """Record the digests in `resident`."""
         self.resident = digests
 
     def renew(self, digest: str) -> None:
-        """Keep the digest in `renewed`."""
+        """Record the digest in `renewed`."""
         self.renewed.append(digest)
 
     async def residency(self) -> dict[str, str]:
-        """`states`: every digest that was worn is in a slot; a test may put others there."""
+        """Return `states`: every digest that a request used is in a slot; a test may add others."""
         return dict(self.states)
 
     async def _unless_dead(self, output: Output, delay_s: float) -> Output:

@@ -1,4 +1,4 @@
-"""Frames on a socket: a 4-byte big-endian length, then one msgpack message."""
+"""Frames on a socket: a 4-byte big-endian length in bytes, then one msgpack message of that length."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 class FrameError(ConnectionError):
-    """The other side broke the framing: the connection is of no more use."""
+    """Raised if the other side broke the framing; the connection cannot be used any more."""
 
 
 def encode(message: msgspec.Struct) -> bytes:
-    """One frame."""
+    """Encode a message as one frame."""
     body = _ENCODER.encode(message)
     return len(body).to_bytes(_HEAD_BYTES, "big") + body
 
@@ -31,7 +31,10 @@ def _size(head: bytes) -> int:
 
 
 def read(connection: socket.socket, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    """The next message; None at the end of the connection."""
+    """Read the next message, blocking; None at the end of the connection.
+
+    Raises `FrameError`, `OSError`, and `msgspec.MsgspecError` if the message is not one of the decoder's types.
+    """
     head = _read_exactly(connection, _HEAD_BYTES)
     body = None if head is None else _read_exactly(connection, _size(head))
     return None if body is None else decoder.decode(body)
@@ -48,7 +51,7 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
 
 
 async def read_async(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[Any]) -> Any:
-    """The next message; None at the end of the connection."""
+    """Read the next message as `read` does, without blocking the event loop."""
     try:
         head = await reader.readexactly(_HEAD_BYTES)
         return decoder.decode(await reader.readexactly(_size(head)))

@@ -1,7 +1,7 @@
-"""The frames between the front and the engine: msgpack over a unix socket, never pickle.
+"""Messages between the API process and the engine process: msgpack frames over a unix socket, never pickle.
 
-A frame is a 4-byte big-endian length and one msgpack message, tagged by its class name. Times are seconds of
-CLOCK_MONOTONIC, which both processes share.
+Each message is tagged with its class name; `server.engine.frames` says how a frame is laid out. Times are seconds of
+CLOCK_MONOTONIC, which both processes share, unless a field's name ends in `_ms` or `_seconds`.
 """
 
 from __future__ import annotations
@@ -9,92 +9,78 @@ from __future__ import annotations
 import msgspec
 
 from adapters_store.base.spec import BaseSpec, ItemBytes
-from server.core import AdapterRef, EngineFailure, Logprobs, Sampling, Timing
+from server.core import AdapterRef, EngineFailure, Logprobs, RunnerConfig, Sampling, Timing
 
 FP32_MAX = 3.4028234663852886e38
 
 
 class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
-    """The first frame that the engine reads: what to load (as `server.model.runner.RunnerConfig`) and its limits.
+    """The first message that an engine process reads: the base to run, where adapters are stored, and limits."""
 
-    `store` is where the artifacts are, a folder or URL; None: the folder `blobs`, where uploads are staged in any case.
-    `slot_bytes` and `host_bytes` bound the packed adapters at each level; `copy_bytes_per_step` bounds what is copied
-    into slots between two steps (one copy always goes).
-    """
-
-    folder: str
-    name: str
-    blobs: str
-    store: str | None = None
-    precision: str = "auto"
-    device: str = "cpu"
-    num_threads: int = 2
-    kv_cache_bytes: int = 768 * 2**20
-    block_size: int = 32
-    max_sequence_tokens: int | None = None
-    max_batch_tokens: int = 512
-    max_running: int = 32
-    max_waiting: int = 1024
-    slot_bytes: int = 512 * 2**20
-    host_bytes: int = 2 * 2**30
-    copy_bytes_per_step: int = 64 * 2**20
-    num_loaders: int = 4
-    is_prefix_cached: bool = True
-    cuda_graphs: bool = False
+    runner: RunnerConfig
+    blobs: str  # folder of artifacts; uploads are staged in it even if `store` is set
+    store: str | None = None  # folder or fsspec URL of artifacts; None is `blobs`
+    max_batch_tokens: int = 512  # tokens a step, over all rows
+    max_running: int = 32  # sequences a step
+    max_waiting: int = 1024  # sequences in the queue
+    slot_bytes: int = 512 * 2**20  # packed adapters in slots on the device
+    host_bytes: int = 2 * 2**30  # packed adapters in host memory
+    copy_bytes_per_step: int = 64 * 2**20  # copied into slots between two steps; one copy goes whatever its size
+    num_loaders: int = 4  # adapters that load at once
+    is_prefix_cached: bool = True  # share the KV blocks of equal beginnings
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A new sequence. `namespace` keeps KV apart (the tenant); `deadline` is monotonic seconds.
-
-    `share` weighs the namespace against others; at most `max_running` of its sequences run at once.
-    A probe of an upload takes but a few tokens of a step that others are in.
-    """
+    """A new sequence to generate; the engine answers with `Output`s of the same `sequence_id`."""
 
     sequence_id: str
-    namespace: str
-    prompt: list[int]
+    namespace: str  # the tenant: KV blocks are never shared across namespaces, steps are shared fairly
+    prompt: list[int]  # token ids
     sampling: Sampling
-    deadline: float
-    arrived: float
-    adapters: tuple[AdapterRef, ...] = ()
-    share: float = 1.0
-    max_running: int | None = None
-    is_probe: bool = False
+    deadline: float  # monotonic seconds; the sequence fails with `deadline_exceeded` after it
+    arrived: float  # monotonic seconds
+    adapters: tuple[AdapterRef, ...] = ()  # empty is the base alone
+    share: float = 1.0  # weight of the namespace against others
+    max_running: int | None = None  # sequences of the namespace that run at once
+    is_probe: bool = False  # validates an upload: it gets only a few tokens of a step that computes others
 
 
 class Abort(msgspec.Struct, tag=True):
-    """The front has no more use for the sequence: free it, answer nothing."""
+    """Free a sequence and send nothing more for it: its client has gone."""
 
     sequence_id: str
 
 
 class Discard(msgspec.Struct, tag=True):
-    """The artifact was deleted: drop its host copy and slot as soon as nothing uses them."""
+    """Drop a deleted artifact's host copy and slot as soon as no sequence uses them."""
 
     digest: str
 
 
 class Stage(msgspec.Struct, tag=True):
-    """Until it is said again with None, the artifact is read from a folder of the staging area, not from the store."""
+    """Load an artifact from a folder of the staging area instead of the store, until `folder` None is sent."""
 
     digest: str
     folder: str | None
 
 
 class KeepResident(msgspec.Struct, tag=True):
-    """From now on these stay in slots while nobody asks for them, too, the first before the others; no others do."""
+    """Keep these adapters in slots even if no sequence asks for them, in order of priority.
+
+    Replaces the list that was sent before.
+    """
 
     digests: list[str]
 
 
 class Renew(msgspec.Struct, tag=True):
-    """The artifact was uploaded again: what failed before may be tried again at once."""
+    """Forget an artifact's load failures, because it was uploaded again: its next load may start at once."""
 
     digest: str
 
 
 class AskResidency(msgspec.Struct, tag=True):
-    """Answered by `Residency` with the same `query_id`."""
+    """Ask where adapters are; answered by `Residency` with the same `query_id`."""
 
     query_id: int
 
@@ -104,22 +90,22 @@ class Output(msgspec.Struct):
 
     sequence_id: str
     token_ids: list[int] = []
-    logprobs: list[Logprobs] = []
-    finish_reason: str | None = None
+    logprobs: list[Logprobs] = []  # one a token, if they were asked for
+    finish_reason: str | None = None  # "stop" or "length"
     failure: EngineFailure | None = None
-    cached_tokens: int = 0
-    virtual_tokens: int = 0
-    timing: Timing | None = None
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    virtual_tokens: int = 0  # positions of the adapters' prefixes
+    timing: Timing | None = None  # with the first token
 
 
 class Stats(msgspec.Struct):
-    """Gauges as they are now; counters since the engine started. Every counter's name ends in `_total`."""
+    """Current gauges, and counters since the engine started. Every counter's name ends in `_total`."""
 
     num_running: int = 0
     num_waiting: int = 0
-    num_blocks: int = 0
+    num_blocks: int = 0  # KV blocks
     num_blocks_used: int = 0
-    num_blocks_cached: int = 0
+    num_blocks_cached: int = 0  # whose contents can be reused
     slot_bytes_used: int = 0
     host_bytes_used: int = 0
     num_slots: int = 0
@@ -130,8 +116,8 @@ class Stats(msgspec.Struct):
     step_seconds_total: float = 0.0
     rows_total: int = 0
     tokens_total: int = 0
-    adapter_seconds_total: float = 0.0
-    stall_seconds_total: float = 0.0
+    adapter_seconds_total: float = 0.0  # spent on adapters between steps, while sequences ran
+    stall_seconds_total: float = 0.0  # those of them that held up a step noticeably
     loads_total: int = 0
     load_seconds_total: float = 0.0
     load_failures_total: int = 0
@@ -142,34 +128,34 @@ class Stats(msgspec.Struct):
 
 
 class StepDone(msgspec.Struct, tag=True):
-    """The outputs of one step, and the engine's state after it. Sent with no outputs about once a second when idle."""
+    """The outputs of one step and the engine's state after it; an idle engine sends one without outputs each second."""
 
     outputs: list[Output]
     stats: Stats
 
 
 class Residency(msgspec.Struct, tag=True):
-    """Where each known digest is: `loading`, `host`, `slot`, `failed`, `quarantined`; absent ones are not listed."""
+    """The state of each digest: `loading`, `host`, `slot`, `failed` or `quarantined`; absent ones are not listed."""
 
     query_id: int
     states: dict[str, str]
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The engine has its base: what the front must know of it to refuse at the door."""
+    """The engine serves: the base's description and limits, by which requests and uploads are checked."""
 
     spec: BaseSpec
     eos_token_ids: list[int]
-    max_sequence_tokens: int
-    max_adapter_bytes: int  # on the device and in host memory
-    item_bytes: ItemBytes
-    precision: str
+    max_sequence_tokens: int  # prompt and answer
+    max_adapter_bytes: int  # of a packed adapter, in a slot as in host memory
+    item_bytes: ItemBytes  # bytes a number of a packed adapter
+    precision: str  # of the base's weights: fp32, bf16, fp16 or int8
     load_seconds: float
-    largest_value: float = FP32_MAX  # of a matrix, as slots keep it
+    largest_value: float = FP32_MAX  # that a slot's matrices can hold
 
 
 class StartFailed(msgspec.Struct, tag=True):
-    """The engine cannot serve this base (one sentence for the operator); it exits after sending it."""
+    """The engine cannot serve this base, in one sentence for the operator; the process exits after sending it."""
 
     message: str
 

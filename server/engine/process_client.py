@@ -1,10 +1,15 @@
-"""The client of an engine in a process of its own, which it starts, watches and restarts."""
+"""An `EngineClient` over an engine process, which it starts, watches and restarts.
+
+If the engine dies, every running request is told so at once, and another one is started, after a wait that doubles with
+each death in a row.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import itertools
+import logging
 import socket
 import sys
 import time
@@ -15,7 +20,7 @@ import msgspec
 
 from server.core import EngineFailure
 from server.engine import frames
-from server.engine.client import EngineStartError, EngineUnavailable, log
+from server.engine.client import EngineStartError, EngineUnavailable
 from server.engine.messages import (
     Abort,
     AskResidency,
@@ -35,25 +40,27 @@ from server.engine.messages import (
     ToEngine,
 )
 
+log = logging.getLogger(__name__)
+
 ENGINE_COMMAND = (sys.executable, "-m", "server.engine.worker")
 RESTARTING = EngineFailure("engine_restarting", "the engine died while it ran this request; send it again in a moment")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """Seconds: how long a client waits for what."""
+    """The client's time limits, in seconds."""
 
-    first_retry: float = 0.5
+    first_retry: float = 0.5  # from a death to the next start; it doubles with each death in a row
     max_retry: float = 30.0
-    good_life: float = 60.0  # an engine that lived so long starts the back-off anew
-    loading: float = 900.0  # a base, from a cold disk
-    silence: float = 60.0  # stats come every second, but one step may be long
-    closing: float = 5.0
+    good_life: float = 60.0  # an engine that lived so long resets the wait to `first_retry`
+    loading: float = 900.0  # from start to ready, with the base on a cold disk
+    silence: float = 60.0  # between two messages: stats come every second, but one step may be long
+    closing: float = 5.0  # from SIGTERM to SIGKILL
 
 
 @dataclass
 class _Life:
-    """One engine process and its connection."""
+    """An engine process and the connection to it."""
 
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
@@ -70,7 +77,7 @@ class _Life:
 
 
 class ProcessEngineClient:
-    """An `EngineClient` over an engine in a process of its own."""
+    """Starts `command` with the socket's descriptor and speaks the messages of `server.engine.messages` with it."""
 
     def __init__(
         self, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND, patience: Patience | None = None
@@ -93,11 +100,11 @@ class ProcessEngineClient:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process id; None where there is no engine."""
+        """The engine's process id; None if no engine is connected."""
         return None if self._life is None else self._life.process.pid
 
     async def start(self) -> None:
-        """Start the first engine and the task that keeps one alive, or wait for such a start that goes on already.
+        """Start the first engine and the task that keeps one alive, or wait for a start that is under way.
 
         Raises `EngineStartError`.
         """
@@ -110,7 +117,7 @@ class ProcessEngineClient:
         self._keeper = asyncio.create_task(self._keep(life), name="engine keeper")
 
     async def close(self) -> None:
-        """End the engine and its keeper; nothing of them is left."""
+        """End the engine process and the task that restarts it; both are gone on return."""
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
@@ -125,7 +132,7 @@ class ProcessEngineClient:
         await asyncio.gather(*self._reapers)
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Output]:
-        """See `EngineClient.generate`."""
+        """Do as `EngineClient.generate` says."""
         if self.ready is None or self._life is None:
             raise EngineUnavailable(self.last_error or "the engine is starting")
         queue = self._queues[submit.sequence_id] = asyncio.Queue()
@@ -142,29 +149,29 @@ class ProcessEngineClient:
                 self._life.write(Abort(submit.sequence_id))
 
     def discard(self, digest: str) -> None:
-        """See `EngineClient.discard`."""
+        """Do as `EngineClient.discard` says."""
         if self._life is not None:
             self._life.write(Discard(digest))
 
     def stage(self, digest: str, folder: str | None) -> None:
-        """See `EngineClient.stage`."""
+        """Do as `EngineClient.stage` says."""
         if self._life is not None:
             self._life.write(Stage(digest, folder))
 
     def keep_resident(self, digests: list[str]) -> None:
-        """See `EngineClient.keep`; a new engine is told, too."""
+        """Do as `EngineClient.keep_resident` says; a restarted engine is sent the list, too."""
         if digests != self._resident:
             self._resident = digests
             if self.ready is not None and self._life is not None:
                 self._life.write(KeepResident(digests))
 
     def renew(self, digest: str) -> None:
-        """See `EngineClient.renew`."""
+        """Do as `EngineClient.renew` says."""
         if self._life is not None:
             self._life.write(Renew(digest))
 
     async def residency(self) -> dict[str, str]:
-        """See `EngineClient.residency`."""
+        """Do as `EngineClient.residency` says."""
         if self.ready is None or self._life is None:
             return {}
         query_id = next(self._query_ids)
@@ -177,11 +184,11 @@ class ProcessEngineClient:
             del self._queries[query_id]
 
     async def _keep(self, first: _Life) -> None:
-        """Serve one engine after another until cancelled."""
+        """Relay one engine's messages after another's until cancelled."""
         life: _Life | None = first
         wait = self._patience.first_retry
         while True:
-            if life is not None and await self._live(life) >= self._patience.good_life:
+            if life is not None and await self._relay_all(life) >= self._patience.good_life:
                 wait = self._patience.first_retry
             log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": wait})
             await asyncio.sleep(wait)
@@ -190,12 +197,12 @@ class ProcessEngineClient:
             with contextlib.suppress(EngineStartError, OSError):  # it is in last_error, and the next try comes
                 life = await self._begin()
 
-    async def _live(self, life: _Life) -> float:
-        """Hand on what the engine says until it is dead; how many seconds that was."""
+    async def _relay_all(self, life: _Life) -> float:
+        """Relay the engine's messages until it is dead; returns the seconds that it lived."""
         began = time.monotonic()
         try:
             while (message := await asyncio.wait_for(life.read(), self._patience.silence)) is not None:
-                self._hand_on(message)
+                self._relay(message)
             self.last_error = "the engine process died"
         except TimeoutError:
             self.last_error = f"the engine said nothing for {self._patience.silence:g} s and was ended"
@@ -211,7 +218,7 @@ class ProcessEngineClient:
         self._fail_running()
         await self._end(life)
 
-    def _hand_on(self, message: FromEngine) -> None:
+    def _relay(self, message: FromEngine) -> None:
         if isinstance(message, StepDone):
             self.stats = message.stats
             for output in message.outputs:
@@ -232,7 +239,7 @@ class ProcessEngineClient:
             self._answer(query_id, {})
 
     async def _begin(self) -> _Life:
-        """Start a process and wait until it is ready. Raises `EngineStartError`, and then nothing is left of it."""
+        """Start a process and wait until it is ready. Raises `EngineStartError` after the process was removed."""
         self.num_starts += 1
         life = await self._connect()
         try:
@@ -266,7 +273,7 @@ class ProcessEngineClient:
         return f"the engine process ended with code {await life.process.wait()} before it was ready; see its log"
 
     async def _connect(self) -> _Life:
-        """Start a process that inherits the other end of a socket pair: nobody else can ever connect."""
+        """Start a process that inherits one end of a socket pair, so that no other process can ever connect."""
         process = None
         ours, theirs = socket.socketpair()
         try:
@@ -282,11 +289,11 @@ class ProcessEngineClient:
             raise
 
     async def _end(self, life: _Life) -> None:
-        life.writer.transport.abort()  # not `close`: nobody reads what is still to be written
+        life.writer.transport.abort()  # not `close`: what is still to be written will not be read
         await self._remove(life.process)
 
     async def _remove(self, process: asyncio.subprocess.Process | None) -> None:
-        """Reap the process, also where the caller is cancelled meanwhile."""
+        """End the process and wait for it, even if the caller is cancelled meanwhile."""
         if process is not None:
             reaper = asyncio.create_task(self._reap(process))
             self._reapers.add(reaper)

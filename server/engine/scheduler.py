@@ -1,40 +1,40 @@
-"""Which sequences compute how many tokens in the next step.
+"""The scheduler: choose which sequences compute how many tokens in the next step.
 
-Continuous batching without phases: every running sequence has one remainder. A step takes first the running
-sequences with a remainder of 1, so that decoding never starves, then chunks of the longer remainders and admits
-waiting sequences while tokens, rows and blocks last. When blocks run out, a running sequence goes back to the front of
-its namespace's queue and recomputes later (what it published may still be found).
+Continuous batching without phases: every running sequence has one remainder, the tokens that have no KV yet. A step
+takes first the running sequences with a remainder of 1, so that decoding never starves, then chunks of the longer
+remainders, and admits waiting sequences while tokens, rows and blocks last. When blocks run out, a running sequence is
+preempted: it goes back to the front of its namespace's queue and is recomputed later (the blocks that it published may
+still be found).
 
-Namespaces (tenants) share what is computed: a virtual token counter (VTC, Sheng et al. 2024) charges each for its
-tokens, divided by its share; prompts go on and are admitted from the namespace with the least, in order of arrival
-inside it. Nobody is held back while nobody else wants the step. While several namespaces are about, a step takes few
-tokens of prompts, so that nobody waits long for another's to be done with; but all of a prompt of who was served least
-and holds less of the rows and blocks than its share. Who is first in line, holds less than its share and finds no rows
-or blocks takes them from who holds more.
+Namespaces (tenants) are served fairly, as `server.engine.fairness` counts: prompts continue and are admitted from the
+namespace that was served least, in order of arrival inside it. No namespace is held back while no other has work. While
+several are present, a step takes few tokens of prompts, so that none waits long for another's; except for a prompt of
+the namespace that was served least and is below its share, which is taken whole. If the first waiting sequence belongs
+to a namespace below its share and finds no row or blocks, sequences of namespaces above theirs are preempted.
 
-A sequence whose adapters are not in slots is skipped, never waited for. A skipped one cannot starve: once
-`max_bypass` others with hats were admitted while it lacked nothing but room in the slots, no other sequence with hats
-is admitted before it. Running sequences end, so slots lose their pins, and its adapters are copied first.
+A sequence whose adapters are not in slots is skipped, never waited for. A skipped sequence cannot starve: once
+`max_bypass` others with adapters were admitted while it lacked nothing but room in the slots, no other sequence with
+adapters is admitted before it. Running sequences end, so slots lose their pins, and its adapters are copied first.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Protocol
 
 from server.engine.blocks import BlockPool
+from server.engine.fairness import TenantFairness
 from server.engine.sequence import Sequence, State
 
 
 class Adapters(Protocol):
-    """What planning must know of adapters."""
+    """Tells where adapters are; `server.engine.adapters.manager.AdapterManager` does."""
 
     def are_in_slots(self, digests: tuple[str, ...]) -> bool:
-        """Whether all of them can be worn now."""
+        """Whether all of them are in slots, so that a step can use them."""
         ...
 
     def are_in_memory(self, digests: tuple[str, ...]) -> bool:
@@ -42,17 +42,17 @@ class Adapters(Protocol):
         ...
 
 
-PRESENCE_S = 30.0  # a namespace is about for so long after its last sequence
-MAX_SHARED = 4  # of a step's tokens prompts get one in so many while several namespaces are about
+MAX_SHARED = 4  # prompts get one in so many of a step's tokens while several namespaces are present
 MIN_QUEUED = 8  # a namespace that has less than one in so many of a full queue's places still gets one
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepLimits:
-    """A step has at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue.
+    """Limits of a step: at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue.
 
-    While several namespaces are about, a step has at most `max_shared_tokens` tokens of prompts, unless one is urgent.
-    Of a step that computes others, probes of uploads take at most `max_probe_tokens`.
+    While several namespaces are present, a step has at most `max_shared_tokens` tokens of prompts (None: one in
+    `MAX_SHARED` of `max_batch_tokens`), unless a prompt is urgent. Of a step that computes other sequences, probes of
+    uploads take at most `max_probe_tokens`. A sequence with adapters is bypassed at most `max_bypass` times.
     """
 
     max_batch_tokens: int
@@ -70,7 +70,11 @@ class StepLimits:
             )
 
     def max_tokens(self, num_decodes: int, num_present: int, num_urgent: int) -> int:
-        """Most tokens of a step with so many decoding sequences, namespaces about, and tokens of an urgent prompt."""
+        """Return the token budget of a step.
+
+        `num_decodes` sequences decode, `num_present` namespaces are present, and the urgent prompt has `num_urgent`
+        tokens to compute (0: none is urgent).
+        """
         if num_present < 2:
             return self.max_batch_tokens
         max_prompts = self.max_shared_tokens or max(1, self.max_batch_tokens // MAX_SHARED)
@@ -79,7 +83,10 @@ class StepLimits:
 
 @dataclass
 class StepPlan:
-    """One step: (sequence, number of tokens) in rows; `admitted` run for the first time; `num_preempted` went back."""
+    """The work of one step: its `rows` are (sequence, number of tokens to compute).
+
+    `admitted` sequences run for the first time; `num_preempted` sequences went back to their queues.
+    """
 
     max_tokens: int
     rows: list[tuple[Sequence, int]] = field(default_factory=list)
@@ -90,13 +97,13 @@ class StepPlan:
 
     @property
     def is_full(self) -> bool:
-        """Whether no token fits any more."""
+        """Whether the token budget is used up."""
         return self.num_tokens >= self.max_tokens
 
 
 @dataclass
 class TenantQueue:
-    """One namespace's queue: those that were preempted come first, then in order of arrival."""
+    """Waiting sequences of one namespace: those that were preempted come first, then the others in order of arrival."""
 
     preempted: deque[Sequence] = field(default_factory=deque)
     arrived: dict[str, Sequence] = field(default_factory=dict)
@@ -108,7 +115,7 @@ class TenantQueue:
         return chain(self.preempted, self.arrived.values())
 
     def remove(self, sequence: Sequence) -> None:
-        """Take one out."""
+        """Take a sequence out of the queue."""
         if sequence.is_preempted:
             self.preempted.remove(sequence)
         else:
@@ -116,156 +123,99 @@ class TenantQueue:
 
 
 class Scheduler:
-    """Holds the sequences that wait and run, and plans steps over them."""
+    """Holds the waiting and running sequences, and plans steps over them."""
 
     def __init__(self, limits: StepLimits, pool: BlockPool) -> None:
         self.limits, self.pool = limits, pool
         self.running: list[Sequence] = []  # in order of admission
-        self._queues: dict[str, TenantQueue] = {}  # of the namespaces that wait
-        self._num_active: Counter[str] = Counter()  # sequences that wait or run, by namespace
-        self._num_running: Counter[str] = Counter()
-        self._shares: dict[str, float] = {}  # of the namespaces that are active
-        self._last_active: dict[str, float] = {}  # when a namespace was active last
-        self._probe_namespaces: set[str] = set()  # namespaces of probes, which are nobody's
-        self._virtual_counters: dict[str, float] = {}  # tokens divided by the share, by namespace
-        self._last: str | None = None  # the namespace that was admitted last
-        self._num_with_adapters = 0  # sequences with hats that were admitted, ever
-        self._bypassed: Sequence | None = None
+        self.fairness = TenantFairness(limits.max_running, pool.num_blocks, max_credit=limits.max_batch_tokens)
+        self._queues: dict[str, TenantQueue] = {}  # of the namespaces that have waiting sequences
+        self._num_running: Counter[str] = Counter()  # by namespace
+        self._num_with_adapters = 0  # sequences with adapters that were admitted, ever
+        self._bypassed: Sequence | None = None  # was bypassed `max_bypass` times: no other with adapters goes first
 
     @property
     def num_waiting(self) -> int:
-        """Sequences in the queue, preempted ones included."""
+        """The number of sequences in all queues, preempted ones included."""
         return sum(map(len, self._queues.values()))
 
     def is_full(self, namespace: str) -> bool:
-        """Whether the queue takes no more of a namespace.
+        """Whether no more sequences of a namespace may queue.
 
-        Nobody can fill it for others: who has few in it is still let in, until twice as many wait as may.
+        No namespace can fill the queue for others: one that has few sequences in it may still add some, until twice
+        `max_waiting` wait.
         """
         num_waiting, max_waiting = self.num_waiting, self.limits.max_waiting
         if num_waiting < max_waiting or max_waiting < MIN_QUEUED:
             return num_waiting >= max_waiting
         return num_waiting >= 2 * max_waiting or len(self._queues.get(namespace, ())) >= max_waiting // MIN_QUEUED
 
-    def virtual_counter(self, namespace: str) -> float:
-        """How many tokens, divided by its share, the namespace counts as served.
-
-        Who comes from nowhere starts a step's tokens below the least of those that wait: a short prompt is computed at
-        once, and nobody saves up more.
-        """
-        return self._virtual_counters.get(namespace, 0)
-
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        namespace = sequence.namespace
-        if not self._is_backlogged(namespace):
-            others = [self._virtual_counters[other] for other in self._num_active if self._is_backlogged(other)]
-            least = min(others, default=self.virtual_counter(self._last or namespace))
-            self._virtual_counters[namespace] = max(
-                self.virtual_counter(namespace), least - self.limits.max_batch_tokens
-            )
-        self._num_active[namespace] += 1
-        self._shares[namespace] = sequence.share
-        if sequence.is_probe:
-            self._probe_namespaces.add(namespace)
-        else:
-            self._last_active[namespace] = max(self._last_active.get(namespace, sequence.arrived), sequence.arrived)
-        self._queues.setdefault(namespace, TenantQueue()).arrived[sequence.id] = sequence
+        self.fairness.add(sequence, self._is_backlogged)
+        self._queues.setdefault(sequence.namespace, TenantQueue()).arrived[sequence.id] = sequence
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and free its blocks."""
-        namespace = sequence.namespace
+        """Take a sequence out, whether it waits or runs, and free its blocks."""
         if sequence.state is State.RUNNING:
-            self.running.remove(sequence)
-            self._num_running[namespace] -= 1
+            self._stop(sequence)
         else:
             self._unqueue(sequence)
         self.pool.free(sequence.table)
         sequence.state, sequence.is_preempted = State.FINISHED, False
         self._bypassed = None if self._bypassed is sequence else self._bypassed
-        self._num_active[namespace] -= 1
-        if not self._num_active[namespace]:
-            self._retire(namespace)
+        self.fairness.remove(sequence.namespace)
 
     def waiting(self, is_charged: bool = False) -> Iterator[Sequence]:
-        """The queue in the order of admission.
+        """Yield the waiting sequences in the order of admission.
 
-        The order follows what is charged meanwhile; with `is_charged` as if each one were served as it is passed.
+        Charges made during the iteration count; with `is_charged`, every sequence that was yielded counts as served.
         """
-        return self._by_least_served(self._queues, is_charged)
+        return self.fairness.by_least_served(self._queues, is_charged)
 
     def wanted(self) -> list[str]:
-        """Digests in the order in which slots should be given to them: the starving sequence's, then the queue's."""
+        """List digests in the order in which they should get slots: the bypassed sequence's, then the queue's."""
         first = [] if self._bypassed is None else [self._bypassed]
         ahead = islice(self.waiting(is_charged=True), 2 * self.limits.max_running)
         return list(dict.fromkeys(digest for sequence in (*first, *ahead) for digest in sequence.digests))
 
     def plan(self, adapters: Adapters, now: float) -> StepPlan:
-        """The next step."""
+        """Plan the next step at `now` (monotonic seconds): preempt, admit, and choose the tokens of each row.
+
+        The caller must compute the plan's rows and advance their sequences before it plans again.
+        """
         num_preempted = self._preempt_for_fairness(adapters, now)
         num_decodes = sum(sequence.remainder == 1 for sequence in self.running)
-        num_present, num_urgent = self._num_present(now), self._num_urgent(adapters, now)
+        num_present, num_urgent = self.fairness.num_present(now), self._num_urgent(adapters, now)
         plan = StepPlan(self.limits.max_tokens(num_decodes, num_present, num_urgent), num_preempted=num_preempted)
         self._plan_decodes(plan)
         self._plan_prompts(plan, adapters, now)
         return plan
 
-    def _by_least_served(
-        self, queues: Mapping[str, Iterable[Sequence]], is_charged: bool = False
-    ) -> Iterator[Sequence]:
-        """The sequences of all namespaces, always the next of the one that counts least.
-
-        Of equals the one with fewer sequences comes first.
-        """
-        passed = dict.fromkeys(queues, 0.0)
-        heap = [
-            (self._virtual_counters[namespace], self._num_active[namespace], index, namespace, iter(tuple(queue)))
-            for index, (namespace, queue) in enumerate(queues.items())
-        ]
-        heapq.heapify(heap)
-        while heap:
-            *_, index, namespace, queue = heapq.heappop(heap)
-            if (sequence := next(queue, None)) is not None:
-                yield sequence
-                passed[namespace] += sequence.remainder / self._shares[namespace] if is_charged else 0
-                count = self._virtual_counters[namespace] + passed[namespace]
-                heapq.heappush(heap, (count, self._num_active[namespace], index, namespace, queue))
-
-    def _num_present(self, now: float) -> int:
-        """How many namespaces have sequences, or had some a moment ago."""
-        self._last_active.update(dict.fromkeys(self._num_active.keys() - self._probe_namespaces, now))
-        for namespace in [name for name, seen in self._last_active.items() if now - seen > PRESENCE_S]:
-            del self._last_active[namespace]
-        return len(self._last_active)
-
     def _preempt_for_fairness(self, adapters: Adapters, now: float) -> int:
-        """Who is first in line, below its share, and finds no row or blocks takes them from who is above its share.
+        """Preempt namespaces above their share if the first waiting sequence's is below its own and finds no room.
 
-        How many sequences went back for it. The decodes of this step may take a block each before it is admitted.
+        Returns the number preempted. The room that is made counts a spare block for each running sequence, which may
+        take one in this step before the waiting one is admitted.
         """
-        if len(self._num_active) < 2:
+        if not self.fairness.is_contended:
             return 0
         first = next((sequence for sequence in self.waiting() if self._may_start(sequence, adapters, now)), None)
-        if first is None or first.is_probe or self._holding(first.namespace) >= self._share(first.namespace):
+        if first is None or first.is_probe or not self.fairness.is_below_share(first.namespace, self.running):
             return 0
         num_preempted = 0
-        while self._cannot_fit(first) and (victim := self._over_share(first.namespace)) is not None:
+        while self._cannot_fit(first) and (victim := self.fairness.over_share(first.namespace, self.running)):
             self._preempt(victim)
             num_preempted += 1
         return num_preempted
 
     def _num_urgent(self, adapters: Adapters, now: float) -> int:
-        """Tokens to compute of the next prompt of who was served least, where that one holds less than its share.
+        """Return the tokens to compute of the least served namespace's next prompt, if it is below its share; else 0.
 
-        Who was served least may only decode: then all others' prompts have time.
+        That is 0 also if the namespace only decodes: then all others' prompts have time.
         """
-        active = self._num_active.keys() - self._probe_namespaces
-        if len(active) < 2:
-            return 0
-        least = min(
-            active, key=lambda namespace: (self._virtual_counters[namespace], self._num_active[namespace], namespace)
-        )
-        if self._holding(least) >= self._share(least):
+        least = self.fairness.least_served()
+        if least is None or not self.fairness.is_below_share(least, self.running):
             return 0
         begun = next(
             (sequence for sequence in self.running if sequence.namespace == least and sequence.remainder > 1), None
@@ -285,40 +235,16 @@ class Scheduler:
             sequence.table, sequence.tokens, num_spare=2 * num_running
         )
 
-    def _share(self, namespace: str) -> float:
-        return self._shares[namespace] / sum(self._shares[other] for other in self._num_active)
-
-    def _holding(self, namespace: str, without: Sequence | None = None) -> float:
-        """The part of all rows, or of all blocks, that a namespace holds, whichever is more."""
-        its = [sequence for sequence in self.running if sequence.namespace == namespace and sequence is not without]
-        num_blocks = sum(len(sequence.table.blocks) for sequence in its)
-        return max(len(its) / self.limits.max_running, num_blocks / self.pool.num_blocks)
-
-    def _over_share(self, beneficiary: str) -> Sequence | None:
-        """The last admitted of the namespace that is furthest above its share, and stays no lower without it."""
-        last = {sequence.namespace: sequence for sequence in self.running if sequence.namespace != beneficiary}
-        largest = max(last, key=lambda namespace: self._holding(namespace) / self._shares[namespace], default=None)
-        if largest is None or self._holding(largest, without=last[largest]) < self._share(largest):
-            return None
-        return last[largest]
-
     def _plan_decodes(self, plan: StepPlan) -> None:
-        order = self._least_first()
+        order = self.fairness.least_holding_first(self.running)
         for sequence in tuple(order):
             if sequence.state is State.RUNNING and sequence.remainder == 1 and self._grow(plan, sequence, order):
                 self._take(plan, sequence)
 
-    def _least_first(self) -> list[Sequence]:
-        """The running sequences in order of admission, but those of namespaces that hold most for their share last."""
-        if len(self._num_active) < 2:
-            return list(self.running)
-        held = {namespace: self._holding(namespace) / self._shares[namespace] for namespace in self._num_active}
-        return sorted(self.running, key=lambda sequence: held[sequence.namespace])
-
     def _grow(self, plan: StepPlan, sequence: Sequence, order: list[Sequence]) -> bool:
-        """Room for one more position, if need be by preempting; False where the sequence itself had to go.
+        """Make room for one more position, preempting if need be; False if the sequence itself was preempted.
 
-        The last in the order of planning goes first. It is never planned yet.
+        The last sequence in the order of planning is preempted first: it is never in the plan yet.
         """
         while not self.pool.extend(sequence.table, len(sequence.tokens)):
             victim = order.pop()
@@ -329,29 +255,28 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._num_running[sequence.namespace] -= 1
+        self._stop(sequence)
         self.pool.free(sequence.table)
         sequence.state, sequence.is_preempted, sequence.num_computed = State.WAITING, True, 0
         self._queues.setdefault(sequence.namespace, TenantQueue()).preempted.appendleft(sequence)
 
     def _plan_prompts(self, plan: StepPlan, adapters: Adapters, now: float) -> None:
-        """Prompts that are begun and those that wait, namespaces in turn."""
+        """Take prompts that are begun and admit waiting ones, from the least served namespace each time."""
         begun = self._begun(plan)
         queues = {name: [*begun.get(name, ()), *self._queues.get(name, ())] for name in {**begun, **self._queues}}
-        for sequence in self._by_least_served(queues):
+        for sequence in self.fairness.by_least_served(queues):
             if plan.is_full:
                 return
             if sequence.state is State.WAITING and not self._may_start(sequence, adapters, now):
                 continue
             if sequence.state is State.WAITING and not self._admit(plan, sequence, now):
-                break  # it keeps its place: nobody smaller passes it for ever
+                break  # it keeps its place, or smaller ones could pass it for ever
             self._take(plan, sequence)
-        for sequence in self._by_least_served(self._begun(plan)):
+        for sequence in self.fairness.by_least_served(self._begun(plan)):
             self._take(plan, sequence)
 
     def _begun(self, plan: StepPlan) -> dict[str, list[Sequence]]:
-        """The running sequences that the step has not taken yet, by namespace."""
+        """Group the running sequences that the step has not taken yet by namespace."""
         planned = {sequence.id for sequence, _ in plan.rows}
         begun: dict[str, list[Sequence]] = {}
         for sequence in self.running:
@@ -360,9 +285,9 @@ class Scheduler:
         return begun
 
     def _admit(self, plan: StepPlan, sequence: Sequence, now: float) -> bool:
-        """Give it a row and blocks; False where there are none.
+        """Give a waiting sequence a row and blocks; False if there is no room.
 
-        One block is left to each running sequence: admission must not cause the next preemption.
+        One block is left free for each running sequence: admission must not cause the next preemption.
         """
         if len(self.running) >= self.limits.max_running:
             return False
@@ -370,7 +295,7 @@ class Scheduler:
         if num_cached is None:
             return False
         self._unqueue(sequence)
-        self._last = sequence.namespace
+        self.fairness.note_admission(sequence.namespace)
         if not sequence.is_preempted:
             self._num_with_adapters += bool(sequence.digests)
             self._bypassed = None if self._bypassed is sequence else self._bypassed
@@ -399,7 +324,7 @@ class Scheduler:
         return self._bypassed is None or self._bypassed is sequence
 
     def _is_prefix_coming(self, sequence: Sequence) -> bool:
-        """Whether a running sequence computes the same prefix just now: soon it can be shared."""
+        """Whether a running sequence is computing the same adapters' prefix, which can then be shared."""
         root, num_virtual = sequence.table.root, sequence.num_virtual
         return num_virtual > 0 and any(
             other.num_computed < num_virtual and other.table.root == root for other in self.running
@@ -417,7 +342,7 @@ class Scheduler:
             self._bypassed = sequence
 
     def _take(self, plan: StepPlan, sequence: Sequence) -> None:
-        """Put as much of a remainder into the step as fits, and charge its namespace for what is new."""
+        """Put as much of a remainder into the step as fits, and charge its namespace for tokens not charged before."""
         num_tokens = min(sequence.remainder, self._room(plan, sequence))
         if num_tokens <= 0:
             return
@@ -426,14 +351,20 @@ class Scheduler:
         plan.num_probe_tokens += num_tokens if sequence.is_probe else 0
         num_new = max(0, sequence.num_computed + num_tokens - sequence.num_charged)
         sequence.num_charged += num_new
-        self._virtual_counters[sequence.namespace] += num_new / self._shares[sequence.namespace]
+        self.fairness.charge(sequence.namespace, num_new)
 
     def _room(self, plan: StepPlan, sequence: Sequence) -> int:
-        """How many tokens a sequence may have of this step."""
+        """Return how many more tokens of this step a sequence may take."""
         room = plan.max_tokens - plan.num_tokens
         if sequence.is_probe and not all(other.is_probe for other in self.running):
             room = min(room, self.limits.max_probe_tokens - plan.num_probe_tokens)
         return room
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._num_running[sequence.namespace] -= 1
+        if not self._num_running[sequence.namespace]:
+            del self._num_running[sequence.namespace]
 
     def _unqueue(self, sequence: Sequence) -> None:
         queue = self._queues[sequence.namespace]
@@ -442,18 +373,7 @@ class Scheduler:
             del self._queues[sequence.namespace]
 
     def _is_backlogged(self, namespace: str) -> bool:
-        """Whether it waits for more than its next tokens: for rows, or for its prompts."""
+        """Whether a namespace waits for rows or for its prompts, not only for the next tokens of running sequences."""
         return namespace in self._queues or any(
             sequence.remainder > 1 for sequence in self.running if sequence.namespace == namespace
         )
-
-    def _retire(self, namespace: str) -> None:
-        """Keep what an idle namespace was served; forget those that would start no lower anyway."""
-        del self._num_active[namespace], self._num_running[namespace], self._shares[namespace]
-        self._probe_namespaces.discard(namespace)
-        least = (
-            min((self._virtual_counters[other] for other in self._num_active), default=0) - self.limits.max_batch_tokens
-        )
-        for other in [other for other in self._virtual_counters if other not in self._num_active]:
-            if not self._num_active or self._virtual_counters[other] <= least:
-                del self._virtual_counters[other]

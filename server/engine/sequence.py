@@ -1,8 +1,8 @@
-"""One generation in flight."""
+"""A generation in flight: its tokens, its KV blocks and its place in the schedule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from server.core import AdapterRef, Sampling
@@ -11,7 +11,7 @@ from server.engine.messages import Submit
 
 
 class State(Enum):
-    """Where a sequence is; it never leaves FINISHED."""
+    """The state of a sequence; FINISHED is final."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -20,38 +20,38 @@ class State(Enum):
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and what was made of it so far.
+    """A prompt and the tokens generated so far.
 
-    Prefill and decode are one thing: whatever of `tokens` has no KV yet is the remainder, and the next token is
-    sampled in the step that leaves none. A preempted sequence is one whose remainder is everything again.
+    Prefill and decode are one thing: the tokens without KV are the remainder, and the next token is sampled in the step
+    that leaves none. The remainder of a preempted sequence is all of its tokens again. Times are monotonic seconds.
     """
 
     id: str
     namespace: str
     adapters: tuple[AdapterRef, ...]
-    tokens: list[int]  # virtual ones (-1, -2, …), the prompt, then the output
-    num_prompt: int  # virtual ones included
+    tokens: list[int]  # virtual positions of prefixes (-1, -2, …), the prompt, then the output
+    num_prompt: int  # virtual positions included
     sampling: Sampling
     deadline: float
     arrived: float
     table: BlockTable
     digests: tuple[str, ...]
-    share: float = 1.0  # of its namespace, against others
-    max_running: int | None = None  # sequences of its namespace at once
+    share: float = 1.0  # weight of its namespace against others
+    max_running: int | None = None  # sequences of its namespace that run at once
     is_probe: bool = False
     state: State = State.WAITING
     is_preempted: bool = False
     num_computed: int = 0
-    num_cached: int = 0  # of the prompt, found computed when it was first admitted, virtual ones included
+    num_cached: int = 0  # of `num_prompt`, found in the prefix cache when it was first admitted
     num_charged: int = 0  # tokens that its namespace was charged for
     first_admitted: float | None = None
-    skipped_since: float | None = None  # waiting for an adapter since then
-    skipped_at: int | None = None  # how many others with hats had been admitted when it first lacked only a slot
-    load_seconds: float = field(default=0.0)
+    skipped_since: float | None = None  # since then it waits for an adapter
+    skipped_at: int | None = None  # how many sequences with adapters had been admitted when it first lacked only slots
+    load_seconds: float = 0.0  # waited for adapters
 
     @classmethod
     def of(cls, submit: Submit) -> Sequence:
-        """The sequence that a request asks for."""
+        """Make the waiting sequence that a request asks for."""
         num_virtual = sum(adapter.num_virtual for adapter in submit.adapters)
         root = root_key((adapter.digest, adapter.weight) for adapter in submit.adapters)
         return cls(
@@ -72,20 +72,20 @@ class Sequence:
 
     @property
     def remainder(self) -> int:
-        """How many of its tokens have no KV yet; at least 1 until it is finished."""
+        """The number of tokens without KV; at least 1 until the sequence is finished."""
         return len(self.tokens) - self.num_computed
 
     @property
     def num_virtual(self) -> int:
-        """How many of its first tokens are virtual."""
+        """The number of virtual positions that it begins with."""
         return self.table.num_virtual
 
     @property
     def num_cached_prompt(self) -> int:
-        """How many real tokens of the prompt were found computed."""
+        """The number of real tokens of the prompt that were found in the prefix cache."""
         return max(0, self.num_cached - self.num_virtual)
 
     @property
     def num_output(self) -> int:
-        """How many tokens were generated."""
+        """The number of tokens generated so far."""
         return len(self.tokens) - self.num_prompt

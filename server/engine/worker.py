@@ -1,9 +1,9 @@
 """The engine's own process: `python -m server.engine.worker --socket DESCRIPTOR`.
 
-It inherits one end of the front's socket pair, reads an `EngineConfig`, loads, says `Ready` or `StartFailed`, and then
-steps for as long as the front is there. A thread reads frames, another writes those that the socket does not take at
-once, and the engine has the main thread. It reads no environment, and it ends when the socket closes: there are no
-orphans.
+The process inherits one end of the API process's socket pair, reads an `EngineConfig`, loads the base, sends `Ready` or
+`StartFailed`, and then steps until the socket closes, so that no engine outlives its API process. One thread reads
+frames, another writes those that the socket does not take at once, and the engine has the main thread. No setting is
+read from the environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
+from msgspec.structs import replace
 
 from server import logs, process_memory
 from server.engine.connection import Connection, Signal
@@ -43,28 +43,50 @@ from server.engine.thread_clock import thread_clock
 log = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
-WAIT_FOR_ADAPTERS_S = 0.05  # deadlines are looked at so often where everything waits for adapters
+WAIT_FOR_ADAPTERS_S = 0.05  # how often deadlines are checked while every sequence waits for an adapter
 SPIN_COUNT = "20000"
 SWITCH_S = 5e-4
 OnLoaded = Callable[[], None]
 Build = Callable[[EngineConfig, OnLoaded], tuple[Ready, Engine[Any]]]
 
 
-def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]]:
-    """The real engine: base, bank and the store's artifacts. The heavy imports are here, so that fakes need none."""
-    # transformers imports it where it is, which takes 0.2 s; it spreads a base over devices, and ours is on one.
+def _tune_process() -> None:
+    """Set what libraries read once, when they are loaded: call it before torch is imported."""
+    # libgomp's threads spin long before they sleep. Beside any other busy process that makes each of a step's hundreds
+    # of parallel regions wait for a thread that is not scheduled.
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    # Weights and KV in pages of 2 MiB, where Linux has them on request: a step of one row is 10% faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A loader that got the interpreter between two kernels gives it back so soon; by default it keeps it for 5 ms.
+    sys.setswitchinterval(SWITCH_S)
+
+
+def _hide_accelerate() -> None:
+    """Make `import accelerate` fail in this process: call it before transformers is imported.
+
+    transformers imports accelerate if it is installed, which takes 0.2 s of every start. It only serves to spread a
+    base over several devices; an engine's base is on one.
+    """
     sys.modules.setdefault("accelerate", None)  # type: ignore[arg-type]
 
+
+def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]]:
+    """Load the base and make the engine that serves it; the heavy imports are here, so that fakes need none.
+
+    `on_loaded` is called from a loading thread after each load. Raises `UnsupportedBaseError` and what reading the
+    base's files raises.
+    """
+    _hide_accelerate()
     import torch
 
     from server.engine.adapters.loader_process import LoaderPool
     from server.engine.adapters.loader_threads import LoaderThreads
-    from server.model.runner import RunnerConfig, load
+    from server.model.runner import load
     from server.model.slots.layout import PackedPatch
 
     process_memory.keep_imports()
     loader_pool = LoaderPool(config.num_loaders)
-    loaded = load(RunnerConfig(**{name: getattr(config, name) for name in RunnerConfig.__struct_fields__}))
+    loaded = load(config.runner)
     loader_pool.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.dtypes)
     staged = dict[str, str]()
 
@@ -75,9 +97,9 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         loaded.runner,
         loaded.adapter_slots,
         load_adapter,
-        msgspec.structs.replace(config, max_sequence_tokens=loaded.max_sequence_tokens),
+        replace(config, runner=replace(config.runner, max_sequence_tokens=loaded.max_sequence_tokens)),
         eos_token_ids=loaded.eos_token_ids,
-        executor=LoaderThreads(config.num_loaders),
+        spawner=LoaderThreads(config.num_loaders),
         clock=time.monotonic,
         on_loaded=on_loaded,
         staged=staged,
@@ -97,14 +119,14 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
 
 
 class Service:
-    """Feeds the engine from a connection, and the connection from the engine."""
+    """Hands the connection's messages to the engine and the engine's outputs to the connection."""
 
     def __init__(self, engine: Engine[Any], connection: Connection) -> None:
         self.engine, self.connection = engine, connection
         self._stats_due = 0.0
 
     def run(self) -> None:
-        """Step until the front has gone."""
+        """Step until the connection closes."""
         timeout = 0.0
         while True:
             for message in self._inbox(timeout):
@@ -120,7 +142,7 @@ class Service:
                 self.connection.send(done)
 
     def _inbox(self, timeout: float) -> Iterator[ToEngine | Signal]:
-        """All that is there; the first is waited for."""
+        """Take every message that has arrived; wait up to `timeout` seconds for the first, or not at all for 0."""
         try:
             yield self.connection.inbox.get(timeout > 0, timeout or None)
             while True:
@@ -134,7 +156,7 @@ class Service:
         return WAIT_FOR_ADAPTERS_S if self.engine.has_work else max(0.001, self._stats_due - time.monotonic())
 
     def _idle(self) -> StepDone | None:
-        """Once a second: stats, and the books are checked."""
+        """Check the engine's bookkeeping once a second, and return its stats; None in between."""
         if time.monotonic() < self._stats_due:
             return None
         self.engine.assert_consistent()
@@ -161,7 +183,7 @@ class Service:
 
 
 def run_engine(descriptor: int, build: Build) -> int:
-    """Load and serve until the front has gone; the exit code."""
+    """Load the base and serve over an inherited socket until it closes. Returns the exit code: 1 if loading failed."""
     connection = Connection(descriptor)
     config = connection.start()
     if config is None:
@@ -181,19 +203,15 @@ def run_engine(descriptor: int, build: Build) -> int:
 
 
 def main(arguments: list[str] | None = None, build: Build = build) -> int:
-    """The command; `build` makes the engine (a test gives its own)."""
+    """Run the command; `build` makes the engine (tests pass their own). Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m server.engine.worker", description=__doc__)
-    parser.add_argument("--socket", type=int, required=True, help="the inherited descriptor of the front's socket")
+    parser.add_argument(
+        "--socket", type=int, required=True, help="the inherited descriptor of the API process's socket"
+    )
     descriptor = parser.parse_args(arguments).socket
     logs.install("info")
-    # libgomp's threads spin long before they sleep. Beside any other busy process that makes each of a step's hundreds
-    # of parallel regions wait for a thread that is not scheduled; it is read when torch is loaded, which comes later.
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    # Weights and KV in pages of 2 MiB, where Linux has them on request: a step of one row is 10% faster.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # A loader that got the interpreter between two kernels gives it back so soon; by default it keeps it for 5 ms.
-    sys.setswitchinterval(SWITCH_S)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the front decides when we end
+    _tune_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the API process ends this one
     return run_engine(descriptor, build)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.primitives import PrefixKV
-from server.core import Row, Sampled
+from server.core import Row, RunnerConfig, Sampled
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import page
 from server.model.backends.choose import choose_precision
@@ -26,20 +26,6 @@ from server.model.sampler import sample
 from server.model.slots.slots import AdapterSlots
 
 log = logging.getLogger(__name__)
-
-
-class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the front tells the model to load, and how large."""
-
-    folder: str
-    name: str
-    precision: str = "auto"
-    device: str = "cpu"
-    num_threads: int = 2
-    kv_cache_bytes: int = 768 * 2**20
-    block_size: int = 32
-    max_sequence_tokens: int | None = None
-    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from adapters_store.base.resolve import resolve_base
-from server.core import Row
+from server.core import Row, RunnerConfig
 from server.model.attention.paged_batch import page
 from server.model.backends.cpu.weights import PACKERS
-from server.model.runner import RunnerConfig, load
+from server.model.runner import load
 from tests.benchmarks.workload import CORPUS
 
 WINDOW, NUM_WINDOWS = 512, 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor
 
 from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
-from server.core import AdapterRef, Row, Sampled, Sampling
+from server.core import AdapterRef, Row, RunnerConfig, Sampled, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Output, Submit
-from server.model.runner import Loaded, PagedRunner, RunnerConfig, load
+from server.model.runner import Loaded, PagedRunner, load
+from tests.server.engine.spawners import ThreadSpawner
 
 
 class Request(msgspec.Struct):
@@ -67,17 +67,16 @@ def load_runner(base: Path, precision: str = "fp32") -> Loaded:
 @contextmanager
 def engine_of(loaded: Loaded, runner: FirstLogits, folders: dict[str, Path], **limits: Any) -> Iterator[Engine[Any]]:
     """A real engine whose adapters' digests are their names; `limits` are fields of `EngineConfig`."""
-    config = EngineConfig(
-        folder="", name="golden", blobs="", **{"max_sequence_tokens": loaded.max_sequence_tokens} | limits
-    )
-    with ThreadPoolExecutor(1) as executor:
+    base = RunnerConfig(folder="", name="golden", max_sequence_tokens=loaded.max_sequence_tokens)
+    config = EngineConfig(runner=base, blobs="", **limits)
+    with ThreadSpawner(1) as spawner:
         yield Engine(
             runner,
             loaded.adapter_slots,
             lambda name: loaded.adapter_slots.pack(compile_patch(read_folder(folders[name]), loaded.spec)),
             config,
             eos_token_ids=loaded.eos_token_ids,
-            executor=executor,
+            spawner=spawner,
             clock=time.monotonic,
         )
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from adapters_store.errors import ArtifactError
 from adapters_store.format.archive import SAFETENSORS_TYPE, with_metadata
 from adapters_store.format.folder import CONFIG, WEIGHTS
-from server.core import Row, Sampling
-from server.model.runner import Loaded, RunnerConfig, load
+from server.core import Row, RunnerConfig, Sampling
+from server.model.runner import Loaded, load
 from tests.kit.adapters import make_lora
 from tests.kit.forge import toy_config
 from tests.kit.hostile import (

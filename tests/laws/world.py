@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Patch
-from server.core import AdapterRef, Sampling
+from server.core import AdapterRef, RunnerConfig, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Submit
 from server.model.precision import choose_storage_dtypes
-from server.model.runner import Loaded, RunnerConfig, load
+from server.model.runner import Loaded, load
 from server.model.slots.layout import PackedPatch
+from tests.server.engine.spawners import ThreadSpawner
 
 NUMBERS_A_POSITION = 2 * 2 * 2 * 16  # layers, keys and values, kv heads, width of a head
 
@@ -71,13 +71,12 @@ class World:
     @contextmanager
     def engine(self, **limits: Any) -> Iterator[Engine[Any]]:
         """A fresh engine over the runner. Only one at a time: they share its blocks. Nothing is left behind."""
-        config = EngineConfig(
-            folder="", name="law", blobs="", **{"max_sequence_tokens": self.loaded.max_sequence_tokens, **limits}
-        )
+        base = RunnerConfig(folder="", name="law", max_sequence_tokens=self.loaded.max_sequence_tokens)
+        config = EngineConfig(runner=base, blobs="", **limits)
         assert not self.loaded.adapter_slots.slots, "another engine is there"
         try:
-            with ThreadPoolExecutor(2) as executor:
-                engine = self._engine(config, executor)
+            with ThreadSpawner(2) as spawner:
+                engine = self._engine(config, spawner)
                 yield engine
                 for digest in {patch.digest for patch in self.patches.values()}:
                     engine.discard(digest)
@@ -87,14 +86,14 @@ class World:
             for slot in tuple(self.loaded.adapter_slots.slots):
                 self.loaded.adapter_slots.drop(slot)
 
-    def _engine(self, config: EngineConfig, executor: ThreadPoolExecutor) -> Engine[Any]:
+    def _engine(self, config: EngineConfig, spawner: ThreadSpawner) -> Engine[Any]:
         return Engine(
             self.loaded.runner,
             self.loaded.adapter_slots,
             self._load,
             config,
             eos_token_ids=self.loaded.eos_token_ids,
-            executor=executor,
+            spawner=spawner,
             clock=time.monotonic,
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict
 
 from adapters_store.format.folder import CONFIG, WEIGHTS
 from server.app import create_app
@@ -101,8 +102,11 @@ async def test_the_engine_is_told_the_settings(tiny_base: Path, tmp_path: Path) 
     values |= {"max_sequence_tokens": 9, "max_batch_tokens": 16, "max_running": 5, "max_waiting": 6}
     values |= {"slot_bytes": 7, "host_bytes": 8, "cuda_graphs": True}
     config = settings_of(tiny_base, tmp_path, prefix_cache=False, **values).engine_config(tiny_base)
-    assert {name: getattr(config, name) for name in values} == values
-    assert (config.folder, config.name, config.is_prefix_cached) == (str(tiny_base), str(tiny_base), False)
+    told = {**asdict(config), **asdict(config.runner)}
+    assert {name: told[name] for name in values} == values
+    assert (told["folder"], told["name"], config.is_prefix_cached) == (str(tiny_base), str(tiny_base), False)
+    of_no_setting = told.keys() - values.keys() - {"runner", "folder", "name", "blobs", "store", "is_prefix_cached"}
+    assert of_no_setting == {"copy_bytes_per_step", "num_loaders"}
     assert config.blobs == str(tmp_path / "artifacts")
     app = create_app(settings_of(tiny_base, tmp_path), tiny_base)
     assert app.state.start_failure is None and isinstance(ProcessEngineClient(config), ProcessEngineClient)

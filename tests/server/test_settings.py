@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from server.core import RunnerConfig
+from server.engine.messages import EngineConfig
 from server.settings import Settings, SettingsError, check_environment, is_loopback, variable
 
 KEY = "k" * 16
@@ -17,6 +19,14 @@ def test_defaults_are_closed() -> None:
     """Without any setting the server is on loopback, and asks for no key."""
     settings = Settings()
     assert (settings.host, settings.port, settings.admin_key) == ("127.0.0.1", 8000, None)
+
+
+def test_defaults_of_the_engine_stand_once(tmp_path: Path) -> None:
+    """Without any setting the engine is configured by its own defaults; its threads alone are counted by the server."""
+    settings = Settings(data=tmp_path)
+    base = RunnerConfig(folder="folder", name=settings.base, num_threads=settings.num_threads)
+    own = EngineConfig(runner=base, blobs=str(tmp_path / "artifacts"))
+    assert settings.engine_config(Path("folder")) == own
 
 
 def test_every_setting_is_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

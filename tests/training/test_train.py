@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from server.core import Row, Sampling
-from server.model.runner import RunnerConfig, load
+from server.core import Row, RunnerConfig, Sampling
+from server.model.runner import load
 from tests.training import conftest
 from tests.training.conftest import TEMPLATE, WORDS
 from training.data.batch import label_logits

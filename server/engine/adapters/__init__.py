@@ -1,1 +1,1 @@
-"""Adapters of the engine: loaded from the store, kept in memory tiers, given slots."""
+"""The engine's adapters: loaded from the store, held in host memory and in slots under byte budgets."""

@@ -1,32 +1,37 @@
-"""Loads of artifacts into host memory, in other threads."""
+"""The loads of artifacts into host memory that run in other threads, and their results."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-log = logging.getLogger(__name__)
-
 
 class SizedAdapter(Protocol):
-    """A patch in the layout of a slot, in host memory."""
+    """A packed adapter in host memory, in the layout of a slot."""
 
     @property
     def num_bytes(self) -> int:
-        """What it takes at either level."""
+        """Bytes that it takes in host memory and in a slot."""
         ...
 
 
 P = TypeVar("P", bound=SizedAdapter)
 
 
+class Spawner(Protocol):
+    """Starts functions in other threads; `server.engine.adapters.loader_threads.LoaderThreads` does."""
+
+    def spawn(self, fn: Callable[[], None]) -> None:
+        """Run a function, which must not raise, in another thread as soon as one is free."""
+        ...
+
+
 @dataclass
 class LoadResult(Generic[P]):
-    """What a loading thread brings back: a packed patch, or the error that it raised."""
+    """The result of one load: a packed adapter, or the error that the load raised, after `seconds`."""
 
     digest: str
     seconds: float
@@ -35,26 +40,26 @@ class LoadResult(Generic[P]):
 
 
 class LoadQueue(Generic[P]):
-    """Runs `load` (digest -> packed patch) on an executor; `on_loaded` is called there after each."""
+    """Runs `load` (digest -> packed adapter) in a spawner's threads; `on_loaded` is called there after each load."""
 
     def __init__(
         self,
         load: Callable[[str], P],
-        executor: Executor,
+        spawner: Spawner,
         clock: Callable[[], float],
         on_loaded: Callable[[], None],
     ) -> None:
-        self.num_running = 0  # those not taken in yet included
-        self._load, self._executor, self._clock, self._on_loaded = load, executor, clock, on_loaded
+        self.num_running = 0  # loads whose results have not been taken yet
+        self._load, self._spawner, self._clock, self._on_loaded = load, spawner, clock, on_loaded
         self._results: SimpleQueue[LoadResult[P]] = SimpleQueue()
 
     def start(self, digest: str) -> None:
-        """Begin a load."""
+        """Start the load of a digest."""
         self.num_running += 1
-        self._executor.submit(self._run, digest)
+        self._spawner.spawn(partial(self._run, digest))
 
     def results(self) -> Iterator[LoadResult[P]]:
-        """All loads that have ended since the last call."""
+        """Yield the results of the loads that have ended since the last call."""
         try:
             while True:
                 result = self._results.get_nowait()
@@ -64,7 +69,7 @@ class LoadQueue(Generic[P]):
             return
 
     def _run(self, digest: str) -> None:
-        """In a loading thread: whatever happens, something arrives."""
+        """Load in the calling thread, and queue the result even if the load raises."""
         began = self._clock()
         packed, error = None, None
         try:
@@ -73,26 +78,3 @@ class LoadQueue(Generic[P]):
             error = raised
         self._results.put(LoadResult(digest, self._clock() - began, packed, error))
         self._on_loaded()
-
-
-class LoadError(Exception):
-    """A load failed in another process; the message is for users. `code` is as of the store's own errors."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def sentence(digest: str, error: Exception | None) -> str:
-    """What went wrong with an adapter, for its users."""
-    return f"adapter {digest[:12]} could not be loaded: {reason_of(digest, error)}; upload it again if this goes on"
-
-
-def reason_of(digest: str, error: Exception | None) -> str:
-    """Why, without paths of ours; what is of no use to users is logged."""
-    if hasattr(error, "code"):  # the store's own errors are written for users
-        return str(error)
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    log.error("an adapter raised while loading", exc_info=error, extra={"digest": digest})
-    return f"{type(error).__name__} (see the engine's log)"

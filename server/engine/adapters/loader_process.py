@@ -1,10 +1,9 @@
-"""Processes that load adapters beside the engine's own, so that no load holds Python's lock while a step wants it.
+"""Processes that load adapters beside the engine's own, so that no load holds the GIL while a step needs it.
 
-A thread that computes in Python holds its process's lock. Where such a loader has to leave its core meanwhile, and it
-computes at low priority, the steps wait for it. So a load is computed in a process that was forked from the engine
-before it loaded its base, and shares what is imported by then; a thread of the engine only waits for the answer: a
-head, then the packed patch's buffer and a frame that says what lies where. Where there is no such process, or it has
-ended, the thread loads by itself.
+A loader thread that computes in Python holds the GIL; if it loses its core meanwhile, at its low priority, the steps
+wait for it. So loads are computed in processes that are forked from the engine before it loads its base, which share
+what is imported by then. A thread of the engine only waits for the reply: a head, the packed adapter's buffer, and a
+frame that says what lies where in it. If there is no such process, or it has ended, the thread loads by itself.
 """
 
 from __future__ import annotations
@@ -24,44 +23,30 @@ import numpy as np
 import torch
 
 from adapters_store.base.spec import BaseSpec
-from adapters_store.errors import ArtifactCorruptError
-from adapters_store.format.folder import read_folder
-from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import PrefixEmbeds, PrefixKV
-from adapters_store.storage.bucket import open_blobs
 from server.engine import frames
-from server.engine.adapters.load_queue import LoadError, reason_of
+from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
+from server.engine.adapters.failures import LoadError, failure_reason
 from server.engine.adapters.loader_threads import give_way
 from server.model.precision import StorageDtypes
-from server.model.slots.layout import PackedPatch, Sites, pack
+from server.model.slots.layout import PackedPatch
 
 log = logging.getLogger(__name__)
 
 STANDARD = 2  # descriptors up to this are the standard streams
 HEAD = struct.Struct("<QQ")  # bytes of the buffer, of the frame behind it
-DTYPE_OF_NAME = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 PREFIXES = {kind.__name__: kind for kind in (PrefixEmbeds, PrefixKV)}
 
 
-class LoaderSetup(msgspec.Struct):
-    """What a helper is told first: where artifacts are, and what they are compiled for."""
-
-    store: str | None
-    blobs: str
-    spec: BaseSpec
-    matrices: str
-    others: str
-
-
 class LoadRequest(msgspec.Struct):
-    """Load this one, from a folder of the staging area where it is not in the store yet."""
+    """The digest to load, and its folder in the staging area if it is not in the store yet."""
 
     digest: str
     folder: str | None = None
 
 
 class LoadReply(msgspec.Struct):
-    """`PackedPatch` without its buffer; or, with a `code`, why there is none."""
+    """A `PackedPatch` without its buffer; or, with a `code`, the reason why the load failed."""
 
     digest: str
     entries: bytes = b""
@@ -71,31 +56,18 @@ class LoadReply(msgspec.Struct):
     reason: str = ""
 
 
-class ArtifactLoader:
-    """Reads, compiles and packs; any process, any thread."""
-
-    def __init__(self, setup: LoaderSetup) -> None:
-        self._blobs = open_blobs(setup.store, Path(setup.blobs))
-        self._spec, self._sites = setup.spec, Sites(setup.spec)
-        self._kept = StorageDtypes(DTYPE_OF_NAME[setup.matrices], DTYPE_OF_NAME[setup.others])
-
-    def load(self, digest: str, folder: str | None) -> PackedPatch:
-        """The packed patch of an artifact. Raises what the store and `compile_patch` raise."""
-        artifact = self._blobs.read(digest) if folder is None else read_folder(Path(folder))
-        if artifact.digest != digest:
-            raise ArtifactCorruptError(f"the staged artifact {digest[:12]} is not what was checked")
-        return pack(compile_patch(artifact, self._spec), self._sites, self._kept)
-
-
 class LoaderProcess:
-    """One process, for one caller at a time."""
+    """The engine's side of a process that loads adapters; one caller uses it at a time."""
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
         self.pid, self._socket = pid, connection
 
     @classmethod
     def fork(cls) -> LoaderProcess | None:
-        """A new process that waits for its job; None where the system has no fork. Before torch has threads."""
+        """Start a process that waits for its setup; None if the system has no fork.
+
+        To be called before torch has started threads: they would be missing in the new process.
+        """
         if not hasattr(os, "fork"):
             return None
         ours, theirs = socket.socketpair()
@@ -106,11 +78,11 @@ class LoaderProcess:
         return cls(pid, ours)
 
     def begin(self, setup: LoaderSetup) -> None:
-        """Tell it its job. Raises `OSError` where it has ended."""
+        """Send the process its setup. Raises `OSError` if the process has ended."""
         self._socket.sendall(frames.encode(setup))
 
     def load(self, digest: str, folder: str | None, dtypes: StorageDtypes) -> PackedPatch:
-        """The packed patch. Raises `LoadError` where there is none, and `OSError` where the process has ended."""
+        """Load an adapter in the process. Raises `LoadError` if the load fails, `OSError` if the process has ended."""
         self._socket.sendall(frames.encode(LoadRequest(digest, folder)))
         num_buffer, num_frame = HEAD.unpack(self._receive(HEAD.size).numpy().tobytes())
         body = self._receive(num_buffer + num_frame)
@@ -120,13 +92,13 @@ class LoaderProcess:
         return _packed(reply, body[:num_buffer], dtypes)
 
     def close(self) -> None:
-        """Let it end, and wait for that."""
+        """Make the process end, and wait until it has."""
         self._socket.close()
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
     def _receive(self, size: int) -> torch.Tensor:
-        """So many bytes, by one call: after each a thread waits for Python's lock, which may take a step."""
+        """Receive `size` bytes [size] in one call: after each call a thread waits for the GIL, up to a whole step."""
         into = torch.empty(size, dtype=torch.uint8)
         left = into.numpy().data
         while left:
@@ -138,16 +110,16 @@ class LoaderProcess:
 
 
 class LoaderPool:
-    """The loads of an engine: each by a helper that is free, or in the calling thread where there is none any more."""
+    """Loads adapters in the first process that is free, or in the calling thread if no process is left."""
 
     def __init__(self, num_processes: int, fork: Callable[[], LoaderProcess | None] = LoaderProcess.fork) -> None:
         self._processes = [process for _ in range(num_processes) if (process := fork()) is not None]
         self._free: SimpleQueue[LoaderProcess] = SimpleQueue()
 
     def begin(self, store: str | None, blobs: str, spec: BaseSpec, dtypes: StorageDtypes) -> None:
-        """From now on they can load. Raises `StoreError` where the store cannot be opened."""
+        """Set the processes up for a store and a base. Raises `StoreError` if the store cannot be opened."""
         setup = LoaderSetup(store, blobs, spec, str(dtypes.matrices), str(dtypes.others))
-        self._loader, self._kept = ArtifactLoader(setup), dtypes
+        self._loader, self._dtypes = ArtifactLoader(setup), dtypes
         for process in self._processes:
             try:
                 process.begin(setup)
@@ -157,14 +129,18 @@ class LoaderPool:
                 self._free.put(process)
 
     def load(self, digest: str, folder: str | None) -> PackedPatch:
-        """The packed patch of an artifact; at most as many threads as there are helpers call it at once."""
+        """Load an artifact from `folder`, or from the store if that is None.
+
+        To be called from at most as many threads at once as there are processes. Raises `LoadError` if the load fails
+        in a process, and what `ArtifactLoader.load` raises if it fails here.
+        """
         try:
             process = self._free.get_nowait()
         except Empty:
             give_way()
             return self._loader.load(digest, folder)
         try:
-            packed = process.load(digest, folder, self._kept)
+            packed = process.load(digest, folder, self._dtypes)
         except LoadError:
             self._free.put(process)
             raise
@@ -175,7 +151,7 @@ class LoaderPool:
         return packed
 
     def close(self) -> None:
-        """Let all end."""
+        """Make all processes end."""
         for process in self._processes:
             process.close()
 
@@ -186,7 +162,7 @@ def _retire(process: LoaderProcess, error: OSError) -> None:
 
 
 def _run_loader(connection: socket.socket) -> None:
-    """In the new process: answer until the engine has gone."""
+    """Serve load requests in the new process until the engine closes its socket; never returns."""
     try:
         _keep_only(connection.fileno())
         gc.enable()
@@ -203,7 +179,7 @@ def _run_loader(connection: socket.socket) -> None:
 
 
 def _keep_only(descriptor: int) -> None:
-    """Close what was inherited, but for the standard streams: the front must see it when the engine has gone."""
+    """Close the inherited descriptors but the standard streams, or the API process would not see the engine end."""
     for inherited in sorted(int(path.name) for path in Path("/dev/fd").iterdir()):
         if inherited > STANDARD and inherited != descriptor:
             with contextlib.suppress(OSError):  # the listing's own
@@ -216,7 +192,7 @@ def _reply(connection: socket.socket, loader: ArtifactLoader, request: LoadReque
         packed = loader.load(request.digest, request.folder)
     except Exception as error:  # noqa: BLE001 - nothing that an artifact contains may end the process
         reply = LoadReply(
-            request.digest, code=getattr(error, "code", "adapter_failed"), reason=reason_of(request.digest, error)
+            request.digest, code=getattr(error, "code", "adapter_failed"), reason=failure_reason(request.digest, error)
         )
     else:
         buffer = packed.buffer.numpy()

@@ -1,4 +1,4 @@
-"""The threads that load adapters, each with one core."""
+"""The threads in which adapters are loaded, each of one core."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor
-from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
@@ -17,20 +14,20 @@ NICENESS = 10
 
 
 def give_way() -> None:
-    """From now on the calling thread computes at low priority."""
+    """Lower the calling thread's priority from now on, so that steps get the cores first."""
     with contextlib.suppress(OSError):  # of this thread alone, on Linux
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(NICENESS, os.nice(0)))
 
 
-class LoaderThreads(Executor):
-    """Threads that run torch's operators alone, each job in the first that is free; the caller's stay as they are.
+class LoaderThreads:
+    """A `Spawner` of `num_threads` threads whose torch operators use one core; other threads' counts stay as they are.
 
-    They are daemons: an engine that ends waits for no load. `submit` is called between two steps. So it takes no lock
-    but the queue's own, and makes no future: a thread without a core that holds such a lock would hold up the step.
+    They are daemons: an engine that ends waits for no load. `spawn` is called between two steps. So it takes no lock
+    but the queue's own and makes no future: a thread without a core that held such a lock would hold up the step.
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # `torch.set_num_threads` sets the calling thread's own count, once that thread has asked for it, and what
         # threads that have not asked yet will take: so each sets its own, and then the caller sets back the others'.
         before = torch.get_num_threads()
@@ -40,9 +37,9 @@ class LoaderThreads(Executor):
         are_ready.wait()
         torch.set_num_threads(before)
 
-    def submit(self, fn: Callable[..., object], /, *args: Any, **kwargs: Any) -> Any:
-        """Run `fn`, which must not raise, when a thread is free; nothing tells what it returned."""
-        self._jobs.put(partial(fn, *args, **kwargs))
+    def spawn(self, fn: Callable[[], None]) -> None:
+        """Run a function, which must not raise, in the first thread that is free."""
+        self._jobs.put(fn)
 
     def _run(self, are_ready: threading.Barrier) -> None:
         torch.get_num_threads()

@@ -27,7 +27,7 @@ def test_full_computed_blocks_are_shared() -> None:
 
 
 def test_last_token_is_always_computed() -> None:
-    """Of n tokens at most n - 1 come from the cache, so that the last one has logits."""
+    """The cache gives at most n - 1 of n tokens, so that the last one has logits."""
     pool = BlockPool(16, 4)
     computed(pool)
     assert pool.allocate(BlockTable(ROOT), TOKENS[:16]) == 12
@@ -63,7 +63,7 @@ def table_of(namespace: str, adapters: list[tuple[str, float]], num_virtual: int
     ],
 )
 def test_no_block_crosses_tenants_adapters_or_weights(namespace: str, adapters: list[tuple[str, float]]) -> None:
-    """Another namespace, digest, weight or order of hats finds nothing, and is known by another key."""
+    """Another namespace, digest, weight or order of adapters finds nothing, and is known by another key."""
     pool = BlockPool(64, 4)
     for table in (table_of("t", [("c", 1.0)]), table_of("t", [])):
         pool.allocate(table, TOKENS)
@@ -82,7 +82,7 @@ PREFIXED = [-1, -2, -3, -4, -5, -6, *TOKENS]  # six virtual positions: a block o
 
 
 def test_prefix_is_shared_by_all_tenants_and_their_texts_by_none() -> None:
-    """Whoever wears the same prefix holds its full blocks and begins with a copy of the block that it ends in."""
+    """Sequences with the same prefix share its full blocks and begin with a copy of the block that it ends in."""
     pool = BlockPool(32, 4)
     first, second = table_of("t", [("p", 1.0)], 6), table_of("u", [("p", 1.0)], 6)
     assert pool.allocate(first, PREFIXED) == 0
@@ -116,7 +116,7 @@ def test_prefix_is_not_found_before_it_is_computed() -> None:
 
 
 def test_prefixes_are_given_out_last() -> None:
-    """What nobody holds and is no prefix goes first, however recently it was used."""
+    """A free block that is no prefix is given out first, however recently it was used."""
     pool = BlockPool(8, 4)
     table = table_of("t", [("p", 1.0)], 6)
     pool.allocate(table, PREFIXED[:8])
@@ -153,7 +153,7 @@ def test_same_tokens_after_another_beginning_are_another_block() -> None:
 
 
 def test_freed_blocks_keep_their_contents_until_needed() -> None:
-    """What nobody holds can be found again, and the least recently used is given out first, from a chain's end."""
+    """A free block can be found again; the least recently used is given out first, from a chain's end."""
     pool = BlockPool(8, 4)
     old, new = computed(pool, tokens=TOKENS[:16]), computed(pool, tokens=[*range(16)])
     pool.free(old)
@@ -166,7 +166,7 @@ def test_freed_blocks_keep_their_contents_until_needed() -> None:
 
 
 def test_blocks_without_contents_are_given_out_before_useful_ones() -> None:
-    """A freed block that nothing is known of goes to the front of the free list."""
+    """A freed block that was not published goes to the front of the free list."""
     pool = BlockPool(8, 4)
     useful, useless = computed(pool, tokens=TOKENS[:16]), BlockTable(ROOT)
     pool.extend(useless, 16)
@@ -187,7 +187,7 @@ def test_shared_blocks_outlive_their_first_holder() -> None:
 
 
 def test_allocation_is_whole_or_nothing() -> None:
-    """Where blocks run short nothing changes, also when some were found in the cache."""
+    """An allocation changes nothing if blocks run short, even if some were found in the cache."""
     pool = BlockPool(6, 4)
     pool.free(computed(pool))
     wanted = BlockTable(ROOT)
@@ -201,7 +201,7 @@ def test_allocation_is_whole_or_nothing() -> None:
 
 
 def test_cache_can_be_switched_off() -> None:
-    """Without the cache nothing is ever found."""
+    """A lookup never finds anything if the cache is off."""
     pool = BlockPool(16, 4, is_cached=False)
     computed(pool)
     assert pool.allocate(BlockTable(ROOT), TOKENS) == 0

@@ -1,5 +1,4 @@
 import random
-from collections.abc import Callable
 
 import pytest
 
@@ -16,21 +15,21 @@ def code(world: World, name: str) -> str | None:
 
 
 def test_base_and_adapters_share_a_step() -> None:
-    """Rows with no hat, one and two run in one forward pass, each as it would alone."""
+    """Rows with no adapter, one and two run in one forward pass, each as it would alone."""
     world = World(max_batch_tokens=64)
     names = [
         world.submit(PROMPT, *adapters, max_tokens=9, ignore_eos=True)
         for adapters in ((), (1,), (2,), ((1, 0.5), (2, 0.5)))
     ]
-    world.executor.run_all()
+    world.spawner.run_all()
     world.run()
     assert max(world.runner.batches) == 4
     assert all(world.is_right(name) for name in names)
     assert len({tuple(world.answers[name].tokens) for name in names}) == 4
 
 
-def test_hats_take_turns_in_slots() -> None:
-    """none, A, B, none, and B alone in A's old slot: no answer is another hat's."""
+def test_adapters_take_turns_in_slots() -> None:
+    """Sequences of no adapter, A, B, none, and B alone in A's old slot never get another adapter's answer."""
     world = World(slot_bytes=DIGEST_BYTES)
     for adapters in ((), (1,), (2,), (), (1,)):
         name = world.submit(PROMPT, *adapters, max_tokens=5)
@@ -65,7 +64,7 @@ def test_context_limit_ends_with_length() -> None:
 
 @pytest.mark.parametrize("prompt", [[], list(range(256)), list(range(300))])
 def test_prompt_that_cannot_fit_is_refused_at_once(prompt: list[int]) -> None:
-    """No prompt, and one that leaves no room for a token, fail without a step; both numbers are in the sentence."""
+    """Prompts that are empty or leave no room for a token fail without a step; both numbers are in the sentence."""
     world = World(num_blocks=64, block_size=4)
     name = world.submit(prompt)
     assert world.step() is not None
@@ -131,7 +130,7 @@ def test_row_with_nonfinite_logits_ends_alone() -> None:
 
 
 def test_step_that_raises_fails_only_who_raises_alone() -> None:
-    """Where a batch raises its rows run one by one; only the poisoned one fails, with `internal`."""
+    """The rows of a batch that raises run one by one; only the poisoned one fails, with `internal`."""
     world = World(vocab_size=499)
     good = [world.submit([*PROMPT, at], max_tokens=30) for at in range(3)]
     poisoned = world.submit([10, 499], max_tokens=30)
@@ -178,7 +177,7 @@ def test_logprobs_are_handed_on() -> None:
 
 
 def test_prompts_are_chunked_and_decoding_goes_on() -> None:
-    """While a long prompt is computed in chunks, every running sequence gets a token in every step."""
+    """Every running sequence gets a token in every step while a long prompt is computed in chunks."""
     world = World(max_batch_tokens=16, num_blocks=100)
     running = [world.submit(PROMPT, max_tokens=100, ignore_eos=True) for _ in range(2)]
     world.step()
@@ -194,7 +193,7 @@ def test_prompts_are_chunked_and_decoding_goes_on() -> None:
 
 
 def test_preempted_sequences_go_on_where_they_were() -> None:
-    """When blocks run out the last admitted recomputes later; its answer is right and nothing is told twice."""
+    """The last admitted sequence recomputes later if blocks run out; its answer is right and no token is sent twice."""
     world = World(num_blocks=10, block_size=4, is_prefix_cached=False)
     names = [world.submit([*PROMPT, at], 1, max_tokens=25, ignore_eos=True) for at in range(4)]
     world.run()
@@ -209,20 +208,20 @@ def test_preempted_sequences_keep_their_pins() -> None:
     world.submit(PROMPT, 1, max_tokens=20, ignore_eos=True)
     world.submit(PROMPT, 2, max_tokens=20, ignore_eos=True)
     while not world.engine.stats().preemptions_total:
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
     assert world.engine.stats().num_pins == 2
     assert world.engine.stats().num_running == 1
 
 
 def test_an_adapter_loads_while_its_sequence_still_queues() -> None:
-    """What is submitted behind full rows is loaded at once: when its turn comes its adapter is there."""
+    """An adapter is loaded while its sequence waits behind full rows: when a row is free the adapter is there."""
     world = World(max_running=1)
     world.submit(PROMPT, max_tokens=9, ignore_eos=True)
     world.step()
     queued = world.submit(PROMPT, 1, max_tokens=2)
     world.step()
-    world.executor.run_all()
+    world.spawner.run_all()
     world.step()
     assert world.engine.adapters.states() == {digest_of(1): "host"} and world.engine.stats().num_waiting == 1
     world.run(is_loading=False)
@@ -230,7 +229,7 @@ def test_an_adapter_loads_while_its_sequence_still_queues() -> None:
 
 
 def test_loading_stalls_nobody() -> None:
-    """While an adapter loads, everyone else's steps go on, and the stall time stays zero."""
+    """Other sequences' steps go on while an adapter loads, and the stall time stays zero."""
     world = World()
     base = world.submit(PROMPT, max_tokens=20, ignore_eos=True)
     loading = world.submit(PROMPT, 1, max_tokens=2)
@@ -245,7 +244,7 @@ def test_loading_stalls_nobody() -> None:
 
 @pytest.mark.parametrize(("seconds", "stall"), [(0.0015, 0.0), (0.0025, 0.0025), (0.5, 0.5)])
 def test_copies_between_steps_count_as_stall(seconds: float, stall: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a copy takes while others run is counted, as stall where it is over 2 ms; while nobody runs it is not."""
+    """The time of a copy is counted while others run, as stall if it is over 2 ms; while nobody runs it is not."""
     world = World()
     put = world.adapter_slots.insert
 
@@ -256,7 +255,7 @@ def test_copies_between_steps_count_as_stall(seconds: float, stall: float, monke
     monkeypatch.setattr(world.adapter_slots, "insert", slow)
     world.submit(PROMPT, 1, max_tokens=50, ignore_eos=True)
     world.step()
-    world.executor.run_all()
+    world.spawner.run_all()
     world.step()
     assert world.engine.stats().stall_seconds_total == world.engine.stats().adapter_seconds_total == 0
     world.submit(PROMPT, 2, max_tokens=2)
@@ -266,7 +265,7 @@ def test_copies_between_steps_count_as_stall(seconds: float, stall: float, monke
 
 
 def test_adapter_that_fails_to_load_fails_those_who_wait() -> None:
-    """All that wait for it get `adapter_failed`, once; others are served; after the back-off it is tried again."""
+    """Sequences that wait for it get `adapter_failed` once; others are served; after the back-off it is tried again."""
     world = World()
     world.loader.errors[digest_of(1)] = OSError(5, "Input/output error", "/secret/path")
     bad = [world.submit(PROMPT, 1) for _ in range(3)]
@@ -289,7 +288,7 @@ def test_adapter_that_fails_to_load_fails_those_who_wait() -> None:
 
 
 def test_adapters_that_do_not_fit_together_are_refused() -> None:
-    """Hats whose sizes together exceed the slots fail with `adapter_too_large`, as does one alone."""
+    """Adapters whose sizes together exceed the slots fail with `adapter_too_large`, as does one alone."""
     world = World(slot_bytes=25)
     world.loader.sizes[digest_of(3)] = 26
     together = world.submit(PROMPT, 0, 1, 2)
@@ -299,7 +298,7 @@ def test_adapters_that_do_not_fit_together_are_refused() -> None:
     world.assert_at_rest()
 
 
-def test_bank_that_raises_fails_that_adapter_alone() -> None:
+def test_slots_that_raise_fails_that_adapter_alone() -> None:
     """A device that cannot take a copy fails those who wait for it, and nobody else."""
     world = World()
     world.adapter_slots.slot_bytes = DIGEST_BYTES
@@ -307,94 +306,6 @@ def test_bank_that_raises_fails_that_adapter_alone() -> None:
     world.run()
     assert sorted([code(world, first) or "", code(world, second) or ""]) == ["", "adapter_failed"]
     world.assert_at_rest()
-
-
-def finish(world: World) -> None:
-    world.submit(PROMPT, 1, max_tokens=5)
-
-
-def stop(world: World) -> None:
-    world.submit(PROMPT, 1, max_tokens=1000)
-
-
-def late(world: World) -> None:
-    world.submit(PROMPT, 1, max_tokens=1000, timeout=0.05, ignore_eos=True)
-
-
-def abort_waiting(world: World) -> None:
-    world.engine.abort(world.submit(PROMPT, 1))
-
-
-def abort_running(world: World) -> None:
-    name = world.submit(PROMPT, 1, max_tokens=1000, ignore_eos=True)
-    while not world.answers[name].tokens:
-        world.executor.run_all()
-        world.step()
-    world.engine.abort(name)
-
-
-def nonfinite(world: World) -> None:
-    world.runner.nonfinite_on = {digest_of(3)}
-    world.submit(PROMPT, 3)
-
-
-def raising(world: World) -> None:
-    world.runner.raises_on = {499}
-    world.submit([10, 499], 1)
-
-
-def failing_load(world: World) -> None:
-    world.loader.errors[digest_of(4)] = ValueError("bad")
-    world.submit(PROMPT, 4)
-
-
-def preempted(world: World) -> None:
-    for at in range(5):
-        world.submit([*PROMPT, at], at % 2, max_tokens=40, ignore_eos=True)
-
-
-def overloaded(world: World) -> None:
-    for _ in range(12):
-        world.submit(PROMPT, 1, max_tokens=2)
-
-
-def discarded(world: World) -> None:
-    world.submit(PROMPT, 1, max_tokens=2)
-    world.engine.discard(digest_of(1))
-
-
-WAYS_OUT: list[Callable[[World], None]] = [finish, stop, late, abort_waiting, abort_running, nonfinite, raising]
-WAYS_OUT += [failing_load, preempted, overloaded, discarded]
-
-
-@pytest.mark.parametrize("way_out", WAYS_OUT)
-def test_everything_returns_after_every_way_out(way_out: Callable[[World], None]) -> None:
-    """Pins, blocks and slots are where they were after each terminal path, 20 times."""
-    world = World(num_blocks=16, max_waiting=10, vocab_size=499)
-    world.submit(PROMPT, 2, max_tokens=2)
-    world.run()
-    for _ in range(20):
-        way_out(world)
-        world.run()
-        world.assert_at_rest()
-        assert sorted(world.adapter_slots.slots) == list(range(len(world.adapter_slots.slots)))
-        world.clock.now += 100
-
-
-def test_forgotten_adapter_leaves_when_unused() -> None:
-    """A deleted artifact serves those who began with it and is then neither in host memory nor in a slot."""
-    world = World()
-    name = world.submit(PROMPT, 1, max_tokens=20, ignore_eos=True)
-    world.executor.run_all()
-    world.step()
-    world.executor.run_all()
-    world.step()
-    world.engine.discard(digest_of(1))
-    assert world.engine.adapters.states() == {digest_of(1): "slot"}
-    world.run()
-    assert world.is_right(name)
-    assert world.engine.adapters.states() == {}
-    assert world.adapter_slots.slots == {}
 
 
 def test_stats_count() -> None:

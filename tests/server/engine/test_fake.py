@@ -36,14 +36,14 @@ def test_both_clients_are_engine_clients() -> None:
 
 
 def test_fake_echoes_and_stops() -> None:
-    """Without hats the answer is the prompt and the end-of-sequence token; the first output has the timing."""
+    """The answer without adapters is the prompt and the end-of-sequence token; the first output has the timing."""
     outputs = ask(FakeEngineClient(), request())
     assert tokens(outputs) == [5, 6, 7, 0]
     assert [output.finish_reason for output in outputs] == [None, None, None, "stop"]
     assert [output.timing is not None for output in outputs] == [True, False, False, False]
 
 
-def test_fake_answers_differ_by_hats() -> None:
+def test_fake_answers_differ_by_adapters() -> None:
     """Every adapter and weight moves the echo by its own number."""
     assert shift_of(()) == 0
     answers = {tuple(tokens(ask(FakeEngineClient(), request(*digests)))) for digests in ((), ("a",), ("b",))}
@@ -59,7 +59,7 @@ def test_fake_obeys_max_tokens_and_ignore_eos() -> None:
 
 
 def test_fake_gives_logprobs() -> None:
-    """Who asks for logprobs gets so many alternatives for each token, the chosen one first."""
+    """A request for logprobs gets so many alternatives for each token, the chosen one first."""
     outputs = ask(FakeEngineClient(), request(logprobs=2))
     assert [[token for token, _ in output.logprobs[0].top] for output in outputs[:1]] == [[5, 6]]
 
@@ -121,7 +121,7 @@ def test_fake_runner_accepts_its_own_kv() -> None:
     ],
 )
 def test_fake_runner_notices_wrong_kv(wrong: Row) -> None:
-    """Other tokens, another hat, none, blocks in another order, missing KV and shifted KV all raise."""
+    """Other tokens, another adapter, none, blocks in another order, missing KV and shifted KV all raise."""
     fake = runner()
     fake.run([row([1, 2, 3], 0, [2, 0], 1)])
     with pytest.raises(FakeKVError):

@@ -54,7 +54,7 @@ def test_frame_that_is_too_large_is_refused() -> None:
 
 
 def test_message_of_the_wrong_direction_is_refused() -> None:
-    """What only the front may say is no message of the engine."""
+    """A message that only the API process may send is none of the engine's."""
     body = frames.encode(Abort("r"))[4:]
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(body, type=FromEngine)

@@ -28,12 +28,12 @@ def random_world(draw: random.Random) -> World:
 
 
 def ask(draw: random.Random, world: World) -> str:
-    """A random request; many begin as an earlier one does and wear the same, so that the prefix cache has work."""
+    """A random request; many begin like an earlier one and use the same adapters, so that the prefix cache has work."""
     most, vocab = world.engine.max_sequence_tokens - 1, world.runner.vocab_size
     prompt = prompt_of(draw, draw.choice([1, 2, draw.randrange(1, 20), draw.randrange(1, 601)]), vocab)
-    often = draw.randrange(1 + draw.randrange(12))  # low numbers are worn more
-    worn: list[list[int | tuple[int, float]]] = [[], [often], [often], [(often, 0.5)]]
-    adapters = [*draw.choice(worn)]
+    often = draw.randrange(1 + draw.randrange(12))  # low numbers are used more
+    choices: list[list[int | tuple[int, float]]] = [[], [often], [often], [(often, 0.5)]]
+    adapters = [*draw.choice(choices)]
     if draw.random() < 0.1:
         adapters = [(number, 0.5) for number in draw.sample(range(12), 2)]
     namespace = draw.choice(["t", "t", "t", "u"])
@@ -62,15 +62,15 @@ def ask(draw: random.Random, world: World) -> str:
 
 @pytest.mark.parametrize("seed", range(300))
 def test_needle(seed: int) -> None:
-    """With random arrivals, chunks, preemption, evictions, aborts and deadlines, every answer is the solo one."""
+    """Every answer is the solo one under random arrivals, chunks, preemption, evictions, aborts and deadlines."""
     draw = random.Random(seed)
     world = random_world(draw)
     aborted: set[str] = set()
     for _ in range(draw.randrange(2, 33)):
         ask(draw, world)
         for _ in range(draw.choice([0, 0, 1, 5])):
-            if world.executor.jobs and draw.random() < 0.5:
-                world.executor.run_one()
+            if world.spawner.jobs and draw.random() < 0.5:
+                world.spawner.run_one()
             world.step()
         if draw.random() < 0.1:
             aborted.add(name := draw.choice([*world.requests]))
@@ -110,7 +110,7 @@ def test_more_adapters_than_slots_and_nobody_starves() -> None:
         while len(world.requests) < 500 and len(world.engine.sequences) < 24:
             zipf = min(31, int(draw.paretovariate(0.6)) - 1)
             ages[world.submit(prompt_of(draw, 12), zipf, max_tokens=8, ignore_eos=True)] = 0
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
         for name in world.engine.sequences:
             ages[name] += 1
@@ -122,7 +122,7 @@ def test_more_adapters_than_slots_and_nobody_starves() -> None:
 
 
 def test_stream_of_slotted_adapters_does_not_starve_a_skipped_one() -> None:
-    """While two slots' adapters are asked for without end, a third one that lacks only a slot still gets its turn."""
+    """A third adapter that lacks only a slot gets its turn though two slots' adapters are asked for without end."""
     world = World(num_blocks=400, slot_bytes=2 * DIGEST_BYTES, max_running=4)
     for number in (0, 1, 0, 1):
         world.submit([9, 9], number, max_tokens=6 + number, ignore_eos=True)
@@ -130,7 +130,7 @@ def test_stream_of_slotted_adapters_does_not_starve_a_skipped_one() -> None:
     for asked in range(2000):
         if world.answers[third].is_over:
             break
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
         for _ in range(6 - len(world.engine.sequences)):
             world.submit([9, asked], asked % 2, max_tokens=6, ignore_eos=True)

@@ -22,18 +22,18 @@ def probe(world: World, name: str, prompt: list[int], forced: tuple[int, ...] = 
 
 
 def test_probes_take_little_of_a_step_that_others_are_in() -> None:
-    """While a sequence decodes, all probes together have at most 8 tokens a step, and yet end; it misses no step."""
+    """Probes together have at most 8 tokens a step while a sequence decodes, and yet end; it misses no step."""
     world = World(max_batch_tokens=64, num_blocks=256)
     draw = random.Random(1)
     stream = world.submit(prompt_of(draw, 4), max_tokens=60, ignore_eos=True)
     world.step()
     for number in range(3):
         probe(world, f"p{number}", prompt_of(draw, 20), (9, 10, 11))
-    world.executor.run_all()
+    world.spawner.run_all()
     tokens = []
     while any(not world.answers[f"p{number}"].is_over for number in range(3)):
         before = world.engine.stats().tokens_total, len(world.answers[stream].tokens)
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
         tokens.append(world.engine.stats().tokens_total - before[0] - 1)
         assert len(world.answers[stream].tokens) == before[1] + 1
@@ -44,12 +44,12 @@ def test_probes_take_little_of_a_step_that_others_are_in() -> None:
 
 
 def test_probes_alone_take_the_whole_step() -> None:
-    """Where nobody else runs, probes are as quick as anything."""
+    """Probes are as quick as anything if nothing else runs."""
     world = World(max_batch_tokens=64, num_blocks=256)
     for number in range(3):
         probe(world, f"p{number}", prompt_of(random.Random(number), 20))
     world.step()
-    world.executor.run_all()
+    world.spawner.run_all()
     before = world.engine.stats().tokens_total
     world.step()
     assert world.engine.stats().tokens_total - before == 60
@@ -93,7 +93,7 @@ def test_probes_are_nobody() -> None:
     world.step()
     probe(world, "p", prompt_of(draw, 20))
     for _ in range(10):
-        world.executor.run_all()
+        world.spawner.run_all()
         world.step()
     assert world.engine.stats().preemptions_total == 0 and not world.answers["p"].is_over
     world.run()

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,14 +19,14 @@ from server.engine.process_client import Patience, ProcessEngineClient
 from server.model.fake import answer_alone
 from tests.server.engine.world import config
 
-COMMAND = (sys.executable, str(Path(__file__).with_name("fake_process.py")))
+COMMAND = (sys.executable, "-m", "tests.server.engine.fake_process")
 FAST = Patience(first_retry=0.05, max_retry=0.4, loading=30.0, silence=3.0, closing=2.0)
 PROMPT = [10, 11, 12]
 
 
 @contextlib.asynccontextmanager
 async def engine(name: str = "fake", patience: Patience = FAST) -> AsyncIterator[ProcessEngineClient]:
-    client = ProcessEngineClient(config(name=name), command=COMMAND, patience=patience)
+    client = ProcessEngineClient(config(name), command=COMMAND, patience=patience)
     await client.start()
     try:
         yield client
@@ -55,7 +54,7 @@ def alone(submit: Submit) -> list[int]:
 
 
 async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
-    """How long it took until something was so."""
+    """Wait until something is so, and return the seconds that it took."""
     began = time.monotonic()
     while not is_so():
         assert time.monotonic() - began < seconds, "it did not happen"
@@ -68,7 +67,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 def test_requests_run_together_and_each_gets_its_own() -> None:
-    """Thirty requests at once, with and without hats, get over the socket what each gets alone."""
+    """Thirty requests at once, with and without adapters, get over the socket what each gets alone."""
 
     async def main() -> None:
         async with engine() as client:
@@ -114,7 +113,7 @@ def test_stats_come_when_idle() -> None:
 
 
 def test_closing_the_iterator_aborts() -> None:
-    """Whoever stops listening frees the sequence in the engine."""
+    """A client that stops listening frees the sequence in the engine."""
 
     async def main() -> None:
         async with engine("slow") as client:
@@ -215,7 +214,7 @@ def test_first_start_that_fails_is_an_error_for_the_operator(name: str, sentence
 
     async def main() -> None:
         num_files = psutil.Process().num_fds()
-        client = ProcessEngineClient(config(name=name), command=COMMAND, patience=FAST)
+        client = ProcessEngineClient(config(name), command=COMMAND, patience=FAST)
         with pytest.raises(EngineStartError, match=sentence):
             await client.start()
         assert client.last_error and sentence in client.last_error
@@ -269,7 +268,7 @@ def test_close_leaves_nothing() -> None:
 
 
 def test_close_right_after_start_leaves_nothing() -> None:
-    """Also where the keeper never came to its first step."""
+    """Closing leaves no process even if the keeper never came to its first step."""
 
     async def main() -> None:
         async with engine() as client:
@@ -313,14 +312,15 @@ def test_close_ends_an_engine_that_is_stuck() -> None:
     run(main)
 
 
-FRONT = """
+API_PROCESS = """
 import asyncio, sys
-from server.engine.client import ProcessEngineClient
+from server.core import RunnerConfig, Sampling
 from server.engine.messages import EngineConfig, Submit
-from server.model.batch import Sampling
+from server.engine.process_client import ProcessEngineClient
 
 async def main():
-    client = ProcessEngineClient(EngineConfig(folder="-", name=sys.argv[1], blobs="-"), command=sys.argv[2:])
+    config = EngineConfig(runner=RunnerConfig(folder="-", name=sys.argv[1]), blobs="-")
+    client = ProcessEngineClient(config, command=sys.argv[2:])
     await client.start()
     print(client.pid, flush=True)
     async for _ in client.generate(Submit("r", "t", [1], Sampling(max_tokens=1), 1e18, 0.0)):
@@ -332,19 +332,19 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(("name", "seconds"), [("fake", 3), ("hangs", 8)])
-def test_engine_ends_with_the_front(name: str, seconds: float) -> None:
-    """When the front is killed the engine ends by itself, also out of the middle of a long step: no orphan."""
+def test_engine_ends_with_the_api_process(name: str, seconds: float) -> None:
+    """The engine ends by itself if its API process is killed, also out of the middle of a long step: no orphan."""
 
     async def main() -> None:
-        command = [sys.executable, "-c", FRONT, name, *COMMAND]
-        front = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        assert front.stdout is not None
-        pid = int(await front.stdout.readline())
+        command = [sys.executable, "-c", API_PROCESS, name, *COMMAND]
+        api_process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        assert api_process.stdout is not None
+        pid = int(await api_process.stdout.readline())
         await asyncio.sleep(0.3)
         assert psutil.pid_exists(pid)
         began = time.monotonic()
-        front.kill()
-        await front.wait()
+        api_process.kill()
+        await api_process.wait()
         await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
         assert time.monotonic() - began < seconds
 
@@ -359,7 +359,7 @@ def test_broken_frames_end_the_connection_not_the_client(monkeypatch: pytest.Mon
 
     async def main() -> None:
         async with engine() as client:
-            monkeypatch.setattr(client, "_hand_on", broken)
+            monkeypatch.setattr(client, "_relay", broken)
             await until(lambda: client.ready is None)
             assert client.last_error and "no frame" in client.last_error
             await until(lambda: client.num_starts >= 2)

@@ -7,8 +7,8 @@ from server.engine.scheduler import Scheduler, StepLimits, StepPlan
 from server.engine.sequence import Sequence
 
 
-class Wardrobe:
-    """Which digests are in slots and in host memory, as a test says."""
+class Residents:
+    """Tells which digests are in slots and in host memory, as a test sets them."""
 
     def __init__(self, slots: str = "", host: str = "") -> None:
         self.slots, self.host = set(slots), set(host)
@@ -48,16 +48,16 @@ def add(
     max_running: int | None = None,
     arrived: float = 0.0,
 ) -> Sequence:
-    worn = tuple(AdapterRef(digest) for digest in adapters)
-    submit = Submit(name, namespace, [1] * num_tokens, Sampling(), 1e9, arrived, worn, share, max_running)
+    refs = tuple(AdapterRef(digest) for digest in adapters)
+    submit = Submit(name, namespace, [1] * num_tokens, Sampling(), 1e9, arrived, refs, share, max_running)
     sequence = Sequence.of(submit)
     scheduler.add(sequence)
     return sequence
 
 
-def step(scheduler: Scheduler, wardrobe: Wardrobe | None = None, now: float = 0.0) -> list[tuple[str, int]]:
+def step(scheduler: Scheduler, residents: Residents | None = None, now: float = 0.0) -> list[tuple[str, int]]:
     """Plan a step and do what running it does."""
-    plan = scheduler.plan(wardrobe or Wardrobe(), now)
+    plan = scheduler.plan(residents or Residents(), now)
     commit(plan)
     return [(sequence.id, num_tokens) for sequence, num_tokens in plan.rows]
 
@@ -82,7 +82,7 @@ def test_prefill_and_decode_share_a_step_under_the_budget() -> None:
 
 
 def test_rows_are_bounded() -> None:
-    """No more than max_running sequences run; the next is admitted when one ends."""
+    """Rows are at most max_running; the next sequence is admitted when one ends."""
     planner = scheduler()
     sequences = [add(planner, name, 1) for name in "abcdef"]
     assert [name for name, _ in step(planner)] == ["a", "b", "c", "d"]
@@ -97,7 +97,7 @@ def test_limits_that_would_starve_decoding_are_refused() -> None:
 
 
 def test_last_admitted_is_preempted_and_comes_back_first() -> None:
-    """When blocks run out the last admitted gives up its blocks and is admitted before whoever waits."""
+    """The last admitted gives up its blocks when they run out, and is admitted before those that wait."""
     planner = scheduler(num_blocks=4)
     first, second = add(planner, "a", 4), add(planner, "b", 4)
     while len(first.tokens) < 9:
@@ -129,7 +129,7 @@ def test_preempted_sequences_come_back_in_their_old_order() -> None:
 
 
 def test_who_does_not_fit_keeps_its_place() -> None:
-    """Where blocks are short for the first in line nobody smaller passes it."""
+    """Smaller sequences do not pass the first in line if blocks are short for it."""
     planner = scheduler(num_blocks=6)
     running = add(planner, "a", 12)
     step(planner)
@@ -142,161 +142,77 @@ def test_who_does_not_fit_keeps_its_place() -> None:
 
 
 def test_sequence_without_its_adapter_is_skipped() -> None:
-    """Who waits for an adapter holds up nobody behind it, and starts when the adapter is there."""
-    planner, wardrobe = scheduler(), Wardrobe()
+    """A sequence that waits for an adapter holds up none behind it, and starts when the adapter is there."""
+    planner, residents = scheduler(), Residents()
     add(planner, "a", 1, "A")
     add(planner, "b", 1)
-    assert step(planner, wardrobe) == [("b", 1)]
-    wardrobe.slots.add("A")
-    assert step(planner, wardrobe) == [("b", 1), ("a", 1)]
+    assert step(planner, residents) == [("b", 1)]
+    residents.slots.add("A")
+    assert step(planner, residents) == [("b", 1), ("a", 1)]
 
 
-def test_who_lacks_one_of_two_hats_is_skipped() -> None:
-    """All of a sequence's adapters must be in slots."""
-    planner, wardrobe = scheduler(), Wardrobe("A")
+def test_sequence_that_lacks_one_of_two_adapters_is_skipped() -> None:
+    """Every adapter of a sequence must be in a slot before it starts."""
+    planner, residents = scheduler(), Residents("A")
     add(planner, "a", 1, "AB")
-    assert step(planner, wardrobe) == []
-    wardrobe.slots.add("B")
-    assert step(planner, wardrobe) == [("a", 1)]
+    assert step(planner, residents) == []
+    residents.slots.add("B")
+    assert step(planner, residents) == [("a", 1)]
 
 
 def test_time_without_the_adapter_is_told_apart() -> None:
     """The seconds that a sequence was skipped for its adapter are its load time, and only these."""
-    planner, wardrobe = scheduler(), Wardrobe()
+    planner, residents = scheduler(), Residents()
     sequence = add(planner, "a", 1, "A")
-    step(planner, wardrobe, now=5.0)
-    step(planner, wardrobe, now=6.0)
-    wardrobe.slots.add("A")
-    step(planner, wardrobe, now=7.5)
+    step(planner, residents, now=5.0)
+    step(planner, residents, now=6.0)
+    residents.slots.add("A")
+    step(planner, residents, now=7.5)
     assert sequence.load_seconds == 2.5
 
 
-def bypass(planner: Scheduler, wardrobe: Wardrobe, times: int) -> None:
-    """So many short sequences with A come and go."""
+def bypass(planner: Scheduler, residents: Residents, times: int) -> None:
+    """Let so many short sequences with A come and go."""
     for at in range(times):
-        passing = add(planner, f"passing {planner.num_waiting} {at} {id(wardrobe)}", 1, "A")
-        step(planner, wardrobe)
+        passing = add(planner, f"passing {planner.num_waiting} {at} {id(residents)}", 1, "A")
+        step(planner, residents)
         assert passing in planner.running
         planner.remove(passing)
 
 
-def test_starving_sequence_holds_newcomers_with_hats_back() -> None:
-    """Once max_bypass others with hats passed one that lacks only a slot, it is wanted first and no more pass it."""
-    planner, wardrobe = scheduler(max_bypass=3), Wardrobe("A", host="B")
+def test_starving_sequence_holds_newcomers_with_adapters_back() -> None:
+    """Once max_bypass others with adapters passed one that lacks only slots, it is wanted first and no more pass it."""
+    planner, residents = scheduler(max_bypass=3), Residents("A", host="B")
     starving = add(planner, "starving", 1, "B")
-    bypass(planner, wardrobe, 3)
-    assert step(planner, wardrobe) == []
+    bypass(planner, residents, 3)
+    assert step(planner, residents) == []
     add(planner, "held", 1, "A", namespace="another")
     add(planner, "base", 1)
-    assert step(planner, wardrobe) == [("base", 1)]
+    assert step(planner, residents) == [("base", 1)]
     assert planner.wanted() == ["B", "A"]
-    wardrobe.slots = {"B"}
-    assert ("starving", 1) in step(planner, wardrobe)
+    residents.slots = {"B"}
+    assert ("starving", 1) in step(planner, residents)
     assert starving in planner.running
-    wardrobe.slots = {"A", "B"}
-    assert ("held", 1) in step(planner, wardrobe)
+    residents.slots = {"A", "B"}
+    assert ("held", 1) in step(planner, residents)
 
 
 def test_loading_is_no_reason_to_hold_others_back() -> None:
     """A sequence whose adapter is not in memory yet may be passed for ever."""
-    planner, wardrobe = scheduler(max_bypass=3), Wardrobe("A")
+    planner, residents = scheduler(max_bypass=3), Residents("A")
     add(planner, "loading", 1, "B")
-    bypass(planner, wardrobe, 10)
+    bypass(planner, residents, 10)
 
 
 def test_hold_ends_with_the_starving_sequence() -> None:
-    """When the starving sequence goes (deadline, abort) the held ones run."""
-    planner, wardrobe = scheduler(max_bypass=1), Wardrobe("A", host="B")
+    """The sequences that are held run when the starving one goes (deadline, abort)."""
+    planner, residents = scheduler(max_bypass=1), Residents("A", host="B")
     starving = add(planner, "starving", 1, "B")
-    bypass(planner, wardrobe, 1)
+    bypass(planner, residents, 1)
     add(planner, "held", 1, "A")
-    assert step(planner, wardrobe) == []
+    assert step(planner, residents) == []
     planner.remove(starving)
-    assert step(planner, wardrobe) == [("held", 1)]
-
-
-def test_least_served_namespace_comes_first() -> None:
-    """Admission goes to the namespace with the fewest served tokens, of equals who asks less; by arrival inside it."""
-    planner = scheduler(max_running=1, max_batch_tokens=100)
-    for at in range(3):
-        add(planner, f"greedy{at}", 10, namespace="greedy")
-    for at in range(3):
-        add(planner, f"modest{at}", 5, namespace="modest")
-    order = []
-    while planner.num_waiting:
-        order += [name for name, _ in step(planner)]
-        planner.remove(planner.running[0])
-    assert order == ["greedy0", "modest0", "modest1", "modest2", "greedy1", "greedy2"]
-
-
-def test_two_backlogged_namespaces_share_tokens() -> None:
-    """One that sends long prompts and one that sends short ones are served equally many tokens."""
-    planner = scheduler(max_running=4, max_batch_tokens=32, num_blocks=1000)
-    for at in range(200):
-        add(planner, f"long{at}", 40, namespace="long")
-        add(planner, f"short{at}", 8, namespace="short")
-    for _ in range(100):
-        step(planner)
-        for sequence in [sequence for sequence in planner.running if len(sequence.tokens) - sequence.num_prompt >= 4]:
-            planner.remove(sequence)
-    long, short = planner.virtual_counter("long"), planner.virtual_counter("short")
-    assert long > 500
-    assert abs(long - short) <= 4 * 44
-
-
-def test_idle_namespaces_save_up_a_steps_tokens_at_most() -> None:
-    """A newcomer starts so far below the least served of those that are active, and what one was served it stays."""
-    planner = scheduler(max_running=3, max_batch_tokens=40)
-    add(planner, "a", 100, namespace="old")
-    step(planner)
-    step(planner)
-    add(planner, "b", 1, namespace="new")
-    assert (planner.virtual_counter("old"), planner.virtual_counter("new")) == (80, 40)
-    again = add(planner, "c", 30, namespace="again")
-    for _ in range(8):
-        step(planner)
-    served = planner.virtual_counter("again")
-    assert planner.virtual_counter("new") - 40 < served < planner.virtual_counter("new")
-    planner.remove(again)
-    add(planner, "d", 1, namespace="again")
-    assert planner.virtual_counter("again") == served
-
-
-def test_namespaces_are_forgotten() -> None:
-    """When nothing waits or runs nothing is remembered of anybody: counters do not grow without end."""
-    planner = scheduler()
-    sequences = [add(planner, name, 1, namespace=name) for name in "abc"]
-    step(planner)
-    for sequence in sequences:
-        planner.remove(sequence)
-    assert [planner.virtual_counter(name) for name in "abc"] == [0, 0, 0]
-
-
-def test_recomputed_tokens_are_not_charged() -> None:
-    """A namespace pays once for a token, however often preemption makes it be computed."""
-    planner = scheduler(num_blocks=4, max_batch_tokens=100)
-    first, second = add(planner, "a", 4, namespace="a"), add(planner, "b", 4, namespace="b")
-    while not second.is_preempted:
-        step(planner)
-    num_computed = len(second.tokens) - 1
-    assert planner.virtual_counter("b") == num_computed
-    planner.remove(first)
-    step(planner)
-    assert second in planner.running
-    assert planner.virtual_counter("b") == num_computed + 1
-
-
-def test_cached_tokens_are_not_charged() -> None:
-    """What the prefix cache gives costs a namespace nothing."""
-    planner = scheduler(max_batch_tokens=100)
-    planner.pool.is_cached = True
-    first = add(planner, "a", 9)
-    plan = planner.plan(Wardrobe(), 0.0)
-    planner.pool.publish(first.table, first.tokens, 9)
-    commit(plan)
-    add(planner, "b", 9)
-    planner.plan(Wardrobe(), 0.0)
-    assert planner.virtual_counter("t") == 9 + 1 + 1
+    assert step(planner, residents) == [("held", 1)]
 
 
 def test_wanted_is_in_the_order_of_admission() -> None:
@@ -305,56 +221,6 @@ def test_wanted_is_in_the_order_of_admission() -> None:
     for name, adapters, namespace in (("1", "A", "t"), ("2", "B", "t"), ("3", "C", "u"), ("4", "AD", "u")):
         add(planner, name, 10, adapters, namespace)
     assert planner.wanted() == ["A", "C", "B", "D"]
-
-
-def test_rows_are_taken_from_who_holds_more_than_its_share() -> None:
-    """Who is first in line and holds less than its share gets a row of one that holds more, until both hold theirs."""
-    planner = scheduler(max_running=4)
-    loud = [add(planner, f"loud{at}", 1, namespace="loud") for at in range(8)]
-    step(planner)
-    assert planner.running == loud[:4]
-    for at in range(3):
-        add(planner, f"modest{at}", 1, namespace="modest")
-        step(planner)
-    assert [sequence.id for sequence in planner.running] == ["loud0", "loud1", "modest0", "modest1"]
-    assert loud[3].is_preempted and loud[3].first_admitted is not None
-    planner.remove(planner.running[0])
-    step(planner)
-    assert [sequence.id for sequence in planner.running] == ["loud1", "modest0", "modest1", "modest2"]  # least served
-
-
-def test_blocks_are_taken_from_who_holds_more_than_its_share() -> None:
-    """Where rows are free and blocks are not, sequences of the one that holds most of them go back."""
-    planner = scheduler(num_blocks=16, max_running=8, max_batch_tokens=100)
-    loud = [add(planner, f"loud{at}", 12, namespace="loud") for at in range(5)]
-    step(planner)
-    assert planner.running == loud[:4]
-    add(planner, "modest", 4, namespace="modest")
-    step(planner)
-    assert [sequence.id for sequence in planner.running] == ["loud0", "loud1", "loud2", "modest"]
-
-
-def test_a_share_that_cannot_be_split_is_not_taken() -> None:
-    """One row is not taken to and fro: who would hold less than its share without it keeps it."""
-    planner = scheduler(max_running=1)
-    first = add(planner, "first", 1, namespace="a")
-    step(planner)
-    add(planner, "second", 1, namespace="b")
-    for _ in range(5):
-        assert step(planner) == [("first", 1)]
-    assert not first.is_preempted
-
-
-def test_who_holds_most_gives_up_blocks_first() -> None:
-    """When blocks run out while all decode, the namespace with most of them loses its last, whoever came last."""
-    planner = scheduler(num_blocks=7, max_running=4, max_batch_tokens=100)
-    loud = [add(planner, f"loud{at}", 4, namespace="loud") for at in range(3)]
-    step(planner)
-    modest = add(planner, "modest", 4, namespace="modest")
-    for _ in range(2):
-        step(planner)
-    assert len(planner.running) == 3 and loud[2].is_preempted
-    assert modest in planner.running
 
 
 def test_most_of_one_namespace_run_at_once() -> None:
@@ -366,38 +232,6 @@ def test_most_of_one_namespace_run_at_once() -> None:
     planner.remove(ours[0])
     step(planner)
     assert [sequence.id for sequence in planner.running] == ["theirs", "ours1", "ours2"]
-
-
-def test_steps_are_short_while_several_are_about() -> None:
-    """Prompts get few tokens of a step while another namespace is there, or was half a minute ago; all when not."""
-    planner = scheduler(max_batch_tokens=16, max_shared_tokens=None)
-    other = add(planner, "other", 1, namespace="other")
-    add(planner, "long", 100, namespace="ours")
-    assert step(planner, now=1.0) == [("other", 1), ("long", 3)]
-    planner.remove(other)
-    assert step(planner, now=31.0) == [("long", 4)]
-    assert step(planner, now=31.1) == [("long", 16)]
-
-
-def test_a_prompt_of_who_has_little_is_computed_at_once() -> None:
-    """Beside one that holds most, all of another's prompt is in its first step, and nothing else that is long."""
-    planner = scheduler(max_batch_tokens=32, max_shared_tokens=4)
-    add(planner, "loud", 40, namespace="loud")
-    assert step(planner) == [("loud", 32)]
-    add(planner, "modest", 17, namespace="modest")
-    assert step(planner) == [("modest", 17)]
-    assert step(planner) == [("modest", 1), ("loud", 4)]
-
-
-def test_long_prompts_have_time_while_who_was_served_less_decodes() -> None:
-    """One that was served more gets few tokens a step, also where it holds little: the other has tokens to wait for."""
-    planner = scheduler(max_batch_tokens=32, max_shared_tokens=4)
-    add(planner, "other", 1, namespace="other")
-    add(planner, "long", 60, namespace="long")
-    step(planner)
-    step(planner)
-    assert planner.virtual_counter("long") > planner.virtual_counter("other")
-    assert step(planner) == [("other", 1), ("long", 4)]
 
 
 def test_one_cannot_fill_the_queue_for_others() -> None:
@@ -413,27 +247,3 @@ def test_one_cannot_fill_the_queue_for_others() -> None:
             add(planner, f"{other}-{at}", 1, namespace=f"{other}")
         assert planner.is_full(f"{other}")
     assert planner.num_waiting == 32 and planner.is_full("newcomer")
-
-
-def test_a_larger_share_is_charged_less() -> None:
-    """A namespace of share 3 counts a third of its tokens, and comes first three times as often."""
-    planner = scheduler(max_running=1, max_batch_tokens=100)
-    for at in range(8):
-        add(planner, f"big{at}", 6, namespace="big", share=3.0)
-        add(planner, f"small{at}", 6, namespace="small")
-    order = ""
-    while planner.num_waiting > 4:
-        order += step(planner)[0][0][0]
-        planner.remove(planner.running[0])
-    assert order[:8].count("b") == 6
-
-
-def test_who_asks_little_saves_up_a_steps_tokens_at_most() -> None:
-    """One whose sequence runs on while another is served much starts so far below it when it asks for more."""
-    planner = scheduler(max_running=3, max_batch_tokens=100)
-    add(planner, "little", 1, namespace="little")
-    for at in range(3):
-        add(planner, f"much{at}", 90, namespace="much")
-        step(planner)
-    add(planner, "more", 10, namespace="little")
-    assert planner.virtual_counter("little") >= 180 - 100

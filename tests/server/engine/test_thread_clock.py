@@ -50,18 +50,18 @@ def run_beside_busy(compute: Callable[[], None]) -> None:
 @needs_turns
 def test_it_stands_still_without_a_core() -> None:
     """Beside a busy process on the same core it counts what the thread computes, and not what passes."""
-    found: list[float] = []
+    times: list[float] = []
 
     def compute() -> None:
         clock = thread_clock.thread_clock()
         began = clock(), time.monotonic(), time.thread_time()
         while time.thread_time() - began[2] < 0.2:
             pass
-        found.extend([clock() - began[0], time.monotonic() - began[1]])
+        times.extend([clock() - began[0], time.monotonic() - began[1]])
 
     run_beside_busy(compute)
-    own, passed = found
-    assert own == pytest.approx(0.2, abs=0.02) and passed > 1.4 * own, found
+    own, passed = times
+    assert own == pytest.approx(0.2, abs=0.02) and passed > 1.4 * own, times
 
 
 @needs_turns
@@ -90,7 +90,7 @@ def test_it_goes_on_while_the_thread_waits() -> None:
     assert clock() - began > 0.045
 
 
-def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the system's word it is the monotonic clock: a stall is never hidden."""
+def test_without_the_systems_report_it_is_the_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is the monotonic clock if the system reports no delay: a stall is never hidden."""
     monkeypatch.setattr(thread_clock, "SCHEDSTAT", Path("/nowhere"))
     assert thread_clock.thread_clock() is time.monotonic

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adapters_store.storage.directory import Blobs
-from server.core import AdapterRef, Sampling
+from server.core import AdapterRef, RunnerConfig, Sampling
 from server.engine.client import EngineStartError
 from server.engine.messages import EngineConfig, Submit
 from server.engine.process_client import ProcessEngineClient
@@ -31,7 +31,7 @@ def ask(name: str, *digests: str) -> Submit:
 
 
 def reference(base: Path, adapter: Path | None) -> list[int]:
-    """What transformers, with PEFT where there is an adapter, answer greedily."""
+    """Answer greedily by transformers, with PEFT if there is an adapter."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         with warnings.catch_warnings():
@@ -50,14 +50,8 @@ def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_p
     folders = [make_lora(tmp_path / f"lora{seed}", tiny_base, seed=seed, r=4 * (seed + 1)) for seed in range(2)]
     blobs = Blobs(tmp_path / "blobs")
     digests = [store(blobs, folder) for folder in folders]
-    config = EngineConfig(
-        folder=str(tiny_base),
-        name="tiny",
-        blobs=str(blobs.root),
-        precision="fp32",
-        num_threads=1,
-        kv_cache_bytes=2**22,
-    )
+    base = RunnerConfig(folder=str(tiny_base), name="tiny", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
+    config = EngineConfig(runner=base, blobs=str(blobs.root))
 
     async def main() -> list[list[int]]:
         client = ProcessEngineClient(config)
@@ -73,7 +67,7 @@ def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_p
                 return [token for output in outputs for token in output.token_ids]
 
             adapters = [(), (digests[0],), (digests[1],), ("f" * 64,)]
-            answers = await asyncio.gather(*(answer(ask(f"r{at}", *worn)) for at, worn in enumerate(adapters)))
+            answers = await asyncio.gather(*(answer(ask(f"r{at}", *used)) for at, used in enumerate(adapters)))
             assert await client.residency() == {digests[0]: "slot", digests[1]: "slot", "f" * 64: "failed"}
             return answers
         finally:
@@ -85,8 +79,8 @@ def test_real_process_serves_the_base_and_stored_adapters(tiny_base: Path, tmp_p
 
 
 def test_base_that_cannot_be_served_is_told(tmp_path: Path) -> None:
-    """The engine's reason reaches whoever starts it."""
-    config = EngineConfig(folder=str(tmp_path / "nothing"), name="nothing", blobs=str(tmp_path))
+    """The engine's reason reaches the caller that starts it."""
+    config = EngineConfig(runner=RunnerConfig(folder=str(tmp_path / "nothing"), name="nothing"), blobs=str(tmp_path))
 
     async def main() -> str:
         client = ProcessEngineClient(config)
@@ -97,9 +91,10 @@ def test_base_that_cannot_be_served_is_told(tmp_path: Path) -> None:
     assert "nothing" in asyncio.run(asyncio.wait_for(main(), 120))
 
 
-def test_helpers_end_with_the_engine(tiny_base: Path, tmp_path: Path) -> None:
-    """As many processes load as may load at once; they are gone when the engine is killed."""
-    config = EngineConfig(folder=str(tiny_base), name="tiny", blobs=str(tmp_path), kv_cache_bytes=2**22, num_loaders=3)
+def test_loader_processes_end_with_the_engine(tiny_base: Path, tmp_path: Path) -> None:
+    """The engine has as many loader processes as may load at once; they are gone when it is killed."""
+    base = RunnerConfig(folder=str(tiny_base), name="tiny", kv_cache_bytes=2**22)
+    config = EngineConfig(runner=base, blobs=str(tmp_path), num_loaders=3)
 
     async def main() -> list[psutil.Process]:
         client = ProcessEngineClient(config)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.core import AdapterRef, EngineFailure, Sampling
+from server.core import AdapterRef, EngineFailure, RunnerConfig, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Output, StepDone, Submit
 from server.model.fake import FakePacked, FakeRunner, FakeSlots, answer_alone
+from tests.server.engine.spawners import LateSpawner
 
 EOS = [7]
 DIGEST_BYTES = 10
 
 
 def virtual_of(number: int) -> int:
-    """How many virtual positions adapter `number` has where a world has prefixes: every third one has some."""
+    """Return the virtual positions of adapter `number` in a world with prefixes: every third one has some."""
     return 1 + number * 5 % 13 if number % 3 == 2 else 0
 
 
@@ -38,27 +36,7 @@ class Clock:
         return self.now
 
 
-class LateExecutor(Executor):
-    """Runs a job when told to."""
-
-    def __init__(self) -> None:
-        self.jobs: deque[Callable[[], object]] = deque()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.jobs.append(lambda: fn(*args, **kwargs))
-        return Future()
-
-    def run_one(self) -> None:
-        """Run the oldest job."""
-        self.jobs.popleft()()
-
-    def run_all(self) -> None:
-        """Run what is queued."""
-        while self.jobs:
-            self.run_one()
-
-
-class ArtifactLoader:
+class FakeLoader:
     """Makes fake patches; a digest in `errors` raises, one in `sizes` is not of `DIGEST_BYTES`."""
 
     def __init__(self) -> None:
@@ -73,11 +51,11 @@ class ArtifactLoader:
         return FakePacked(digest, self.sizes.get(digest, DIGEST_BYTES))
 
 
-def config(**fields: Any) -> EngineConfig:
+def config(name: str = "fake", *, max_sequence_tokens: int | None = None, **fields: Any) -> EngineConfig:
     """Small limits, so that everything runs out."""
+    runner = RunnerConfig(folder="-", name=name, max_sequence_tokens=max_sequence_tokens)
     small: dict[str, Any] = {
-        "folder": "-",
-        "name": "fake",
+        "runner": runner,
         "blobs": "-",
         "max_batch_tokens": 16,
         "max_running": 8,
@@ -90,8 +68,8 @@ def config(**fields: Any) -> EngineConfig:
 
 
 @dataclass
-class LoadReply:
-    """What one request got."""
+class RequestAnswer:
+    """The tokens, outputs and end of one request so far."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -111,7 +89,7 @@ class LoadReply:
 
 
 class World:
-    """One engine, its fakes, and the answers so far."""
+    """An engine, its fakes, and the answers so far."""
 
     def __init__(
         self,
@@ -123,7 +101,7 @@ class World:
         **fields: Any,
     ) -> None:
         self.config, self.has_prefixes = config(**fields), has_prefixes
-        self.clock, self.executor, self.loader = Clock(), LateExecutor(), ArtifactLoader()
+        self.clock, self.spawner, self.loader = Clock(), LateSpawner(), FakeLoader()
         self.adapter_slots = FakeSlots(self.config.slot_bytes)
         self.runner = FakeRunner(self.adapter_slots, num_blocks, block_size, vocab_size)
         self.engine: Engine[FakePacked] = Engine(
@@ -132,11 +110,11 @@ class World:
             self.loader,
             self.config,
             eos_token_ids=EOS,
-            executor=self.executor,
+            spawner=self.spawner,
             clock=self.clock,
         )
         self.requests: dict[str, Submit] = {}
-        self.answers: dict[str, LoadReply] = {}
+        self.answers: dict[str, RequestAnswer] = {}
 
     def submit(
         self,
@@ -146,7 +124,7 @@ class World:
         timeout: float = 1e9,
         **sampling: Any,
     ) -> str:
-        """Ask; the hats are numbers of adapters, with or without a weight."""
+        """Submit a request; the adapters are numbers, with or without a weight."""
         weighted = [(number, 1.0) if isinstance(number, int) else number for number in numbers]
         adapters = tuple(
             AdapterRef(digest_of(number), weight, virtual_of(number) if self.has_prefixes else 0)
@@ -155,12 +133,12 @@ class World:
         name = f"r{len(self.requests)}"
         deadline = self.clock.now + timeout
         request = Submit(name, namespace, prompt, Sampling(**sampling), deadline, self.clock.now, adapters)
-        self.requests[name], self.answers[name] = request, LoadReply()
+        self.requests[name], self.answers[name] = request, RequestAnswer()
         self.engine.submit(request)
         return name
 
     def step(self, seconds: float = 0.01) -> StepDone | None:
-        """One step; the books are checked after each."""
+        """Make one step; the engine's bookkeeping is checked after each."""
         self.clock.now += seconds
         done = self.engine.step()
         for output in done.outputs if done else ():
@@ -174,12 +152,12 @@ class World:
             if not self.engine.has_work:
                 return
             if is_loading:
-                self.executor.run_all()
+                self.spawner.run_all()
             self.step()
         raise AssertionError(f"{len(self.engine.sequences)} sequences are left after {max_steps} steps")
 
     def alone(self, name: str) -> tuple[list[int], str]:
-        """What the request must get."""
+        """Return the answer that the request must get."""
         request = self.requests[name]
         return answer_alone(
             request.prompt,
@@ -197,7 +175,7 @@ class World:
         return answer.failure is None and (answer.tokens, answer.finish_reason) == self.alone(name)
 
     def assert_at_rest(self) -> None:
-        """Nothing is held: no block, pin, user; and the bank holds what the books say."""
+        """Assert that no block, pin or user is held, and that the slots hold what the bookkeeping says."""
         stats = self.engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_blocks_used, stats.num_pins) == (0, 0, 0, 0)
         assert not self.engine.sequences

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.stablelm import StableLmConfig
 
-from server.core import Row, Sampling
+from server.core import Row, RunnerConfig, Sampling
 from server.model import verify
 from server.model.backends.cpu import adapters
 from server.model.backends.cpu.weights import PACKERS
 from server.model.errors import UnsupportedBaseError
 from server.model.load import load_base
 from server.model.precision import choose_storage_dtypes
-from server.model.runner import RunnerConfig, load
+from server.model.runner import load
 
 
 def test_a_base_describes_itself(tiny_base: Path) -> None:

@@ -17,8 +17,9 @@ import torch
 
 from adapters_store.format.folder import read_folder
 from adapters_store.storage.directory import Blobs
-from server.engine.adapters.load_queue import LoadError, sentence
-from server.engine.adapters.loader_process import ArtifactLoader, LoaderPool, LoaderProcess, LoaderSetup
+from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
+from server.engine.adapters.failures import LoadError, failure_message
+from server.engine.adapters.loader_process import LoaderPool, LoaderProcess
 from server.engine.adapters.loader_threads import NICENESS
 from server.model.load import load_base
 from server.model.precision import StorageDtypes
@@ -32,12 +33,12 @@ KEPT = StorageDtypes(torch.float16, torch.float32)
 @pytest.fixture(scope="module")
 def blobs(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
     """A store of artifacts."""
-    return Blobs(tmp_path_factory.mktemp("helped") / "blobs")
+    return Blobs(tmp_path_factory.mktemp("store") / "blobs")
 
 
 @pytest.fixture(scope="module")
 def job(biased_base: Path, blobs: Blobs) -> LoaderSetup:
-    """To load for the small base with biases, with matrices in 16 bits."""
+    """Set loaders up for the small base with biases, with matrices in 16 bits."""
     spec = load_base(biased_base, "tiny", "fp32", "cpu").spec
     return LoaderSetup(None, str(blobs.root), spec, str(KEPT.matrices), str(KEPT.others))
 
@@ -69,15 +70,15 @@ def children() -> list[psutil.Process]:
 
 
 def own_priority() -> int:
-    """Of the calling thread."""
+    """Return the priority of the calling thread."""
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
 @pytest.mark.parametrize("method", FAMILIES)
-def test_a_helper_loads_what_a_load_here_gives(
+def test_a_process_loads_what_a_load_here_gives(
     method: str, processes: LoaderPool, job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path
 ) -> None:
-    """Of every method: the same buffer, table, rows and prefix."""
+    """A process loads the same buffer, table, rows and prefix as a load here, for every method."""
     digest = store(blobs, FAMILIES[method](tmp_path / method, biased_base, 1))
     assert_same(processes.load(digest, None), ArtifactLoader(job).load(digest, None))
 
@@ -85,7 +86,7 @@ def test_a_helper_loads_what_a_load_here_gives(
 def test_what_is_staged_is_read_from_its_folder(
     processes: LoaderPool, blobs: Blobs, biased_base: Path, tmp_path: Path
 ) -> None:
-    """An artifact that is not in the store yet is loaded from a folder, where it is the one that was checked."""
+    """An artifact that is not in the store yet is loaded from a folder, if it is the one that was checked."""
     folder = FAMILIES["lora"](tmp_path / "staged", biased_base, 9)
     digest = read_folder(folder).digest
     assert processes.load(digest, str(folder)).digest == digest
@@ -96,7 +97,7 @@ def test_what_is_staged_is_read_from_its_folder(
 
 
 def test_why_a_load_failed_arrives(processes: LoaderPool, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
-    """The sentence and the code are those of a load in this process, and the helper goes on."""
+    """The sentence and the code are those of a load in this process, and the process goes on."""
     digest = store(blobs, FAMILIES["lora"](tmp_path / "a", biased_base, 2))
     with (blobs.path(digest) / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -107,13 +108,13 @@ def test_why_a_load_failed_arrives(processes: LoaderPool, blobs: Blobs, biased_b
         with pytest.raises(LoadError) as raised:
             processes.load(wanted, None)
         assert raised.value.code == code
-        assert reason in sentence(wanted, raised.value)
+        assert reason in failure_message(wanted, raised.value)
     whole = store(blobs, FAMILIES["lora"](tmp_path / "b", biased_base, 3))
     assert processes.load(whole, None).digest == whole
     assert len(children()) == 2
 
 
-def test_where_helpers_end_the_thread_loads(
+def test_if_processes_end_the_thread_loads(
     processes: LoaderPool,
     job: LoaderSetup,
     blobs: Blobs,
@@ -137,7 +138,7 @@ def test_where_helpers_end_the_thread_loads(
 
 
 def test_without_a_fork_the_thread_loads(job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
-    """A system without fork has no helpers, and loads all the same."""
+    """A system without fork has no loader processes, and loads all the same."""
     digest = store(blobs, FAMILIES["ia3"](tmp_path / "a", biased_base, 5))
     alone = LoaderPool(2, fork=lambda: None)
     alone.begin(job.store, job.blobs, job.spec, KEPT)
@@ -145,15 +146,15 @@ def test_without_a_fork_the_thread_loads(job: LoaderSetup, blobs: Blobs, biased_
         assert_same(threads.submit(alone.load, digest, None).result(), ArtifactLoader(job).load(digest, None))
 
 
-def test_a_helper_gives_way_and_holds_nothing(processes: LoaderPool) -> None:
-    """It runs at low priority and has no descriptor of the engine's but its own socket."""
+def test_a_process_gives_way_and_holds_nothing(processes: LoaderPool) -> None:
+    """A process runs at low priority and has no descriptor of the engine's but its own socket."""
     lowest = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
     for child in children():
         wait_until(partial(lambda one: one.nice() == lowest and one.num_fds() == 4, child))
 
 
-def test_a_helper_ends_with_its_engine(job: LoaderSetup) -> None:
-    """When the other end of its socket is gone, however that came, so is it."""
+def test_a_process_ends_with_its_engine(job: LoaderSetup) -> None:
+    """A process ends as soon as the other end of its socket is gone, however that came."""
     process = LoaderProcess.fork()
     assert process is not None
     process.begin(job)

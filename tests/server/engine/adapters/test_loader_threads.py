@@ -19,19 +19,19 @@ def test_loaders_compute_alone_and_give_way() -> None:
     large.mul(large)  # the caller's own count is in use
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     try:
-        loaders, found = LoaderThreads(3), SimpleQueue[tuple[int, int, int]]()
+        loaders, results = LoaderThreads(3), SimpleQueue[tuple[int, int, int]]()
 
-        def look(_: int) -> None:
+        def look() -> None:
             give_way()
             before = psutil.Process().num_threads()
             large.mul(large).abs().max()
             torch.linalg.svd(large[:50, :50])
             more = psutil.Process().num_threads() - before
-            found.put((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), more))
+            results.put((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), more))
 
-        for number in range(9):
-            loaders.submit(look, number)
-        assert {found.get(timeout=30) for _ in range(9)} == {(1, max(NICENESS, mine), 0)}
+        for _ in range(9):
+            loaders.spawn(look)
+        assert {results.get(timeout=30) for _ in range(9)} == {(1, max(NICENESS, mine), 0)}
         assert torch.get_num_threads() == 2
         assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
         others: list[int] = []

@@ -1,14 +1,13 @@
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adapters_store.errors import ArtifactCorruptError
-from server.engine.adapters.manager import MAX_FAILURES, QUARANTINE_S, AdapterManager, Budgets
+from server.engine.adapters.manager import AdapterManager, Budgets
 from server.engine.blocks import InvariantError
 from server.model.fake import FakePacked, FakeSlots
-from tests.server.engine.world import ArtifactLoader, Clock, LateExecutor
+from tests.server.engine.spawners import LateSpawner, ThreadSpawner
+from tests.server.engine.world import Clock, FakeLoader
 
 
 class Room:
@@ -17,17 +16,17 @@ class Room:
     def __init__(
         self, slot_bytes: int = 30, host_bytes: int = 40, copy_bytes: int = 1000, max_loading: int = 8
     ) -> None:
-        self.adapter_slots, self.loader, self.executor, self.clock = (
+        self.adapter_slots, self.loader, self.spawner, self.clock = (
             FakeSlots(slot_bytes),
-            ArtifactLoader(),
-            LateExecutor(),
+            FakeLoader(),
+            LateSpawner(),
             Clock(),
         )
         budgets = Budgets(
             slot_bytes=slot_bytes, host_bytes=host_bytes, copy_bytes_per_step=copy_bytes, max_loading=max_loading
         )
         self.manager: AdapterManager[FakePacked] = AdapterManager(
-            self.adapter_slots, self.loader, budgets, self.executor, self.clock
+            self.adapter_slots, self.loader, budgets, self.spawner, self.clock
         )
         self.users: Counter[str] = Counter()
         self.pins: Counter[str] = Counter()
@@ -55,7 +54,7 @@ class Room:
         for digest in digests:
             self.use(digest)
             self.advance(digest)
-            self.executor.run_all()
+            self.spawner.run_all()
             self.advance(digest)
             self.release(digest, is_pinned=False)
 
@@ -69,14 +68,14 @@ class Room:
 
 
 def test_states_from_absent_to_slot() -> None:
-    """A wanted adapter is loading, then in host memory, then in a slot, then gone when forgotten."""
+    """A wanted adapter is loading, then in host memory, then in a slot, then gone when it is discarded."""
     room = Room()
     assert room.manager.states() == {}
     room.use("a")
     room.advance("a")
     assert room.manager.states() == {"a": "loading"}
     assert not room.manager.are_in_memory(("a",))
-    room.executor.run_all()
+    room.spawner.run_all()
     assert room.advance("a", max_copies=0)
     assert room.manager.states() == {"a": "host"}
     assert room.manager.are_in_memory(("a",)) and not room.manager.are_in_slots(("a",))
@@ -94,14 +93,14 @@ def test_thundering_herd_loads_once() -> None:
     for _ in range(50):
         room.use("a")
         room.advance("a")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("a")
     assert room.loader.loaded == ["a"]
     assert room.manager.loads_total == 1
 
 
 def test_least_recently_used_slot_is_evicted() -> None:
-    """Room is made by taking the slot that was worn longest ago; its host copy stays as long as there is room."""
+    """The slot that was used longest ago is evicted; its host copy stays as long as there is room."""
     room = Room()
     room.bring("abc")
     room.use("a")
@@ -114,13 +113,13 @@ def test_least_recently_used_slot_is_evicted() -> None:
 
 
 def test_pinned_slots_stay() -> None:
-    """A slot that is worn is never evicted; who finds no room waits."""
+    """A slot in use is never evicted; a sequence that finds no room waits."""
     room = Room()
     room.bring("abc")
     room.use("abcd")
     room.pin("abc")
     room.advance("d")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("d")
     assert room.slots == "abc"
     room.release("b")
@@ -133,7 +132,7 @@ def test_copies_are_bounded_by_bytes_but_one_always_goes() -> None:
     room = Room(copy_bytes=5)
     room.use("ab")
     room.advance("ab")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("ab")
     assert room.slots == "a"
     room.advance("ab")
@@ -141,12 +140,12 @@ def test_copies_are_bounded_by_bytes_but_one_always_goes() -> None:
 
 
 def test_earlier_wanted_beats_later_wanted() -> None:
-    """Where slots are short, what the queue wants first takes them from what it wants later."""
+    """Adapters that the queue wants first take slots from those that it wants later, if slots are short."""
     room = Room(slot_bytes=20)
     room.bring("cd")
     room.use("abcd")
     room.advance("abcd")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("abcd")
     assert room.slots == "ab"
     room.advance("abcd")
@@ -154,25 +153,25 @@ def test_earlier_wanted_beats_later_wanted() -> None:
 
 
 def test_unwanted_is_evicted_before_wanted() -> None:
-    """Room is made of what nobody waits for, even where it was worn more recently."""
+    """Adapters that no sequence waits for are evicted first, even if they were used more recently."""
     room = Room()
     room.bring("abc")
     room.use("da")
     room.advance("da")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("da", max_copies=1)
     assert room.slots == "acd"
 
 
 def test_large_one_is_not_starved_by_small_ones() -> None:
-    """Who waits for much room keeps those behind it from taking what becomes free."""
+    """A large adapter that waits for room keeps those behind it from taking what becomes free."""
     room = Room()
     room.loader.sizes["L"] = 25
     room.bring("abc")
     room.use("abcLd")
     room.pin("abc")
     room.advance("Ld")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.release("a")
     room.advance("Ld")
     assert room.slots == "abc"
@@ -198,71 +197,26 @@ def test_host_copy_that_a_sequence_waits_for_is_kept_for_it() -> None:
     room.pin("p")
     for _ in range(3):
         room.advance("abc")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.host == "ab"
     assert room.loader.loaded.count("c") == 1
     room.release("p")
     for _ in range(3):
         room.advance("abc")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.slots == "a"
     assert "c" in room.host
 
 
 def test_number_of_loads_at_once_is_bounded() -> None:
-    """Not more than max_loading artifacts are loaded at once, the first wanted first."""
+    """Artifacts are loaded at most max_loading at once, the first wanted first."""
     room = Room(max_loading=2)
     room.use("abcd")
     room.advance("abcd")
     assert room.manager.states() == {"a": "loading", "b": "loading"}
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("abcd", max_copies=0)
     assert room.manager.states() == {"a": "host", "b": "host", "c": "loading", "d": "loading"}
-
-
-def test_failed_load_is_told_and_tried_again_later_each_time() -> None:
-    """After a failure requests are refused until the back-off is over, which doubles; success starts it anew."""
-    room = Room()
-    room.loader.errors["a"] = ValueError("broken")
-    for waited in (1.0, 2.0, 4.0):
-        room.use("a")
-        room.advance("a")
-        room.executor.run_all()
-        assert room.advance("a")
-        failure = room.manager.refusal(("a",))
-        assert failure and failure.code == "adapter_failed"
-        assert room.manager.states() == {"a": "failed"}
-        room.release("a", is_pinned=False)
-        room.clock.now += waited - 0.01
-        assert room.manager.refusal(("a",)) == failure
-        room.clock.now += 0.01
-        assert room.manager.refusal(("a",)) is None
-    assert room.manager.load_failures_total == 3
-    del room.loader.errors["a"]
-    room.bring("a")
-    assert room.slots == "a"
-    room.use("a")
-    room.bring("bcde")
-    assert "a" not in room.slots + room.host
-    room.loader.errors["a"] = ValueError("broken again")
-    room.bring("a")
-    room.clock.now += 1.0
-    assert room.manager.refusal(("a",)) is None
-
-
-def test_adapter_larger_than_a_budget_is_refused_for_good() -> None:
-    """One that could never be in a slot fails with `adapter_too_large`, and is not loaded again and again."""
-    room = Room()
-    room.loader.sizes["a"] = 31
-    room.use("a")
-    room.advance("a")
-    room.executor.run_all()
-    room.advance("a")
-    room.clock.now += 1e6
-    failure = room.manager.refusal(("a",))
-    assert failure and failure.code == "adapter_too_large"
-    assert "31" in failure.message and "30" in failure.message
-    assert room.host == room.slots == ""
 
 
 def test_forgotten_while_used_stays_until_the_end() -> None:
@@ -282,8 +236,8 @@ def test_forgotten_while_used_stays_until_the_end() -> None:
     assert room.slots == room.host == "b"
 
 
-def test_forgotten_while_loading_is_not_kept() -> None:
-    """What was deleted while it loaded leaves nothing, whether the load ends well or not."""
+def test_discarded_while_loading_is_not_kept() -> None:
+    """An adapter that was deleted while it loaded leaves nothing, whether the load ends well or not."""
     for error in (None, ValueError("gone")):
         room = Room()
         if error:
@@ -292,12 +246,12 @@ def test_forgotten_while_loading_is_not_kept() -> None:
         room.advance("a")
         room.release("a", is_pinned=False)
         room.manager.discard("a")
-        room.executor.run_all()
+        room.spawner.run_all()
         room.advance("")
         assert room.manager.states() == {}
 
 
-def test_books_are_checked() -> None:
+def test_bookkeeping_is_checked() -> None:
     """A pin without a sequence, and a sequence without a pin, are noticed."""
     room = Room()
     room.bring("a")
@@ -319,8 +273,8 @@ def test_loads_run_in_other_threads_and_wake_the_engine() -> None:
         return FakePacked(digest, 10)
 
     budgets = Budgets(slot_bytes=10, host_bytes=10, copy_bytes_per_step=10)
-    with ThreadPoolExecutor(1, "loader") as executor:
-        manager: AdapterManager[FakePacked] = AdapterManager(FakeSlots(10), load, budgets, executor, Clock(), woken.set)
+    with ThreadSpawner(1, "loader") as spawner:
+        manager: AdapterManager[FakePacked] = AdapterManager(FakeSlots(10), load, budgets, spawner, Clock(), woken.set)
         manager.use("a")
         manager.advance(["a"], 1)
         assert woken.wait(5)
@@ -329,12 +283,12 @@ def test_loads_run_in_other_threads_and_wake_the_engine() -> None:
     assert seen[0].startswith("loader")
 
 
-def test_kept_ones_are_brought_and_stay() -> None:
-    """Kept adapters come into slots with nobody asking, stay while others come and go, and go when kept no more."""
+def test_resident_adapters_are_loaded_and_stay() -> None:
+    """Resident adapters come into slots unasked, stay while others come and go, and go when no longer resident."""
     room = Room()
     room.manager.keep_resident("ab")
     room.advance("")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("")
     assert room.slots == "ab"
     room.bring("cdefg")
@@ -344,93 +298,36 @@ def test_kept_ones_are_brought_and_stay() -> None:
     assert "b" in room.slots and "a" not in room.slots
 
 
-def test_kept_ones_are_wanted_last() -> None:
-    """What a sequence waits for comes before what is only kept."""
+def test_resident_adapters_are_wanted_last() -> None:
+    """Adapters that a sequence waits for come before those that are only resident."""
     room = Room(slot_bytes=10)
     room.manager.keep_resident("a")
     room.use("b")
     room.advance("b")
-    room.executor.run_all()
+    room.spawner.run_all()
     room.advance("b")
     assert room.slots == "b"
     room.pin("b")
     room.advance("")
-    assert room.slots == "b", "it is worn"
+    assert room.slots == "b", "it is in use"
     room.release("b")
     room.release("b", is_pinned=False)
     room.users["b"] = room.pins["b"] = 0
 
 
-def test_kept_ones_starve_nobody() -> None:
-    """Where kept adapters fill the slots, what a sequence waits for still gets room: the last kept one goes for it."""
+def test_resident_adapters_starve_none() -> None:
+    """A sequence still gets room if resident adapters fill the slots: the least important of them goes for it."""
     room = Room()
     room.manager.keep_resident("abcd")
     for _ in range(3):
         room.advance("")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.slots == "abc"
     room.use("e")
     for _ in range(3):
         room.advance("e")
-        room.executor.run_all()
+        room.spawner.run_all()
     assert room.slots == "abe"
     room.release("e", is_pinned=False)
     room.advance("")
     assert room.slots == "abc"
-
-
-def test_repeated_failure_is_quarantined() -> None:
-    """After the fifth failure in a row an adapter is quarantined: tried again much later, or when it is renewed."""
-    room = Room()
-    room.loader.errors["a"] = OSError(5, "Input/output error")
-    for number in range(1, MAX_FAILURES + 1):
-        assert room.manager.refusal(("a",)) is None
-        room.bring("a")
-        assert room.manager.states() == {"a": "quarantined" if number == MAX_FAILURES else "failed"}
-        room.clock.now += 60
-    assert room.manager.num_quarantined == 1 and len(room.loader.loaded) == MAX_FAILURES
-    room.clock.now += QUARANTINE_S - 61
-    assert room.manager.refusal(("a",))
-    room.clock.now += 1
-    assert room.manager.refusal(("a",)) is None
-    room.bring("a")
-    assert room.manager.states() == {"a": "quarantined"}
-    del room.loader.errors["a"]
-    room.manager.renew("a")
-    assert room.manager.states() == {}
-    room.bring("a")
-    assert room.slots == "a" and room.manager.num_quarantined == 0
-
-
-def test_corrupt_bytes_are_quarantined_at_once() -> None:
-    """Bytes that are not those that were put there are tried again only when they are uploaded again."""
-    room = Room()
-    room.loader.errors["a"] = ArtifactCorruptError("its digest does not match")
-    room.bring("a")
-    room.clock.now += 1e9
-    failure = room.manager.refusal(("a",))
-    assert failure and failure.code == "artifact_corrupt" and "digest does not match" in failure.message
-    assert room.manager.states() == {"a": "quarantined"}
-    room.bring("b")
-    assert room.slots == "b", "others are served"
-    del room.loader.errors["a"]
-    room.manager.renew("a")
-    room.bring("a")
-    assert room.slots == "ab"
-
-
-def test_a_kept_one_that_fails_is_tried_again() -> None:
-    """Nobody has to ask for it."""
-    room = Room()
-    room.loader.errors["a"] = OSError(5, "Input/output error")
-    room.manager.keep_resident("a")
-    room.advance("")
-    room.executor.run_all()
-    room.advance("")
-    assert room.manager.states() == {"a": "failed"}
-    del room.loader.errors["a"]
-    room.clock.now += 1
-    room.advance("")
-    room.executor.run_all()
-    room.advance("")
-    assert room.slots == "a"

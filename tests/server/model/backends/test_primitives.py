@@ -15,10 +15,10 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Patch
-from server.core import Row, Sampling
+from server.core import Row, RunnerConfig, Sampling
 from server.model.backends.cpu.threads import set_num_threads
 from server.model.backends.cpu.weights import PACKERS
-from server.model.runner import Loaded, RunnerConfig, load
+from server.model.runner import Loaded, load
 from tests.kit import reference
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 from tests.kit.patches import KINDS, random_patch

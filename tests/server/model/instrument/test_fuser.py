@@ -15,13 +15,13 @@ from transformers.models.llama import modeling_llama
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.primitives import Patch, Scale
-from server.core import Row, Sampling
+from server.core import Row, RunnerConfig, Sampling
 from server.model.backends.cpu import layers
 from server.model.instrument import whole_decoder
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
 from server.model.instrument.whole_decoder import DirectForward, FusedDecoder, RotaryTable
 from server.model.load import forward, load_base
-from server.model.runner import Loaded, RunnerConfig, load
+from server.model.runner import Loaded, load
 from tests.kit.patches import random_patch
 from tests.kit.tiny import CONFIGS, make_tiny_base
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters_store.primitives import LowRank
-from server.core import Row, Sampling
+from server.core import Row, RunnerConfig, Sampling
 from server.model import load as load_module
 from server.model import precision, runner, verify
 from server.model.attention.attend import attend
@@ -33,7 +33,7 @@ from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
 from server.model.instrument.fuser import LayerFuser
 from server.model.precision import StorageDtypes
-from server.model.runner import Loaded, RunnerConfig, load
+from server.model.runner import Loaded, load
 from server.model.slots.layout import Sites, pack
 from server.model.slots.slots import AdapterSlots
 from tests.kit.patches import KINDS, all_of, random_patch
