@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from server.engine.messages import Output, Ready, Stats, Submit
@@ -46,7 +46,7 @@ class EngineClient(Protocol):
         """End the engine; running requests fail with `engine_restarting`."""
         ...
 
-    def generate(self, submit: Submit) -> AsyncIterator[Output]:
+    def generate(self, submit: Submit) -> AsyncGenerator[Output]:
         """Yield the outputs of one sequence; the last has `finish_reason` or `failure`. Closing the iterator aborts.
 
         Raises `EngineUnavailable` at the first iteration if no engine is ready.

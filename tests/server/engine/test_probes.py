@@ -7,7 +7,7 @@ import random
 from server.core import AdapterRef, Sampling
 from server.engine.messages import Submit
 from server.engine.scheduler import StepLimits
-from tests.server.engine.world import LoadReply, World, digest_of, prompt_of
+from tests.server.engine.world import RequestAnswer, World, digest_of, prompt_of
 
 MOST = StepLimits(max_batch_tokens=8, max_running=1, max_waiting=1).max_probe_tokens
 
@@ -17,7 +17,7 @@ def probe(world: World, name: str, prompt: list[int], forced: tuple[int, ...] = 
     sampling = Sampling(max_tokens=max(1, len(forced)), forced=forced, logprobs=1, ignore_eos=True)
     adapters = (AdapterRef(digest_of(0)),)
     submit = Submit(name, "_probe", prompt, sampling, 1e9, world.clock.now, adapters, is_probe=True)
-    world.requests[name], world.answers[name] = submit, LoadReply()
+    world.requests[name], world.answers[name] = submit, RequestAnswer()
     world.engine.submit(submit)
 
 
