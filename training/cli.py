@@ -50,11 +50,11 @@ def train(
     note: Annotated[str, Option(help="a note on the pushed version")] = "",
     force: Annotated[bool, Option(help="activate what is pushed, better or not")] = False,
     api_key: Annotated[str | None, Option(help="the server's key", envvar=API_KEY)] = None,
-    **of_plan_and_method: Any,
+    **plan_and_method: Any,
 ) -> None:
     """Train an adapter for a base, score it beside the base, and write an artifact that the server takes."""
     given = dict(locals())
-    _run({**given.pop("of_plan_and_method"), **given})
+    _run({**given.pop("plan_and_method"), **given})
 
 
 add_flags(train, [*flags_of(Plan), *flags_of_methods()])
@@ -183,14 +183,14 @@ def job_of(given: dict[str, Any]) -> Any:
 
     plan = {name: given[name] for name in Plan.__dataclass_fields__ if name in given}
     own = {name: given[name] for name in Job.__dataclass_fields__ if name in given}
-    of_methods = {name for options in option_classes() for name in options.names()}
+    method_options = {name for options in option_classes() for name in options.names()}
     lr = method_named(given["method"]).lr if given["lr"] is None else given["lr"]
     return Job(
         **{
             **own,
             "columns": Columns(given["prompt_column"], given["completion_column"]),
             "template": parse_template(given["template"]) if given["template"] else Template(),
-            "options": {name: value for name, value in given.items() if name in of_methods and value is not None},
+            "options": {name: value for name, value in given.items() if name in method_options and value is not None},
             "plan": Plan(**{**plan, "lr": lr}),
             "is_resumed": given["resume"],
         }

@@ -78,7 +78,7 @@ def trained(tiny_base: Path, data: Path, command: Callable[..., Any], tmp_path_f
     return out
 
 
-def said(result: Any) -> str:
+def printed(result: Any) -> str:
     return " ".join(result.output.split())
 
 
@@ -151,7 +151,7 @@ def test_train_pushes(tiny_base: Path, data: Path, tmp_path: Path, command: Any,
     result = command(
         *flags(tiny_base, data, tmp_path / "hat", "--steps", 1, "--layers", "all", "--push", URL, "--force")
     )
-    assert result.exit_code == 0 and "hat has it as version 1, and serves version 1." in said(result)
+    assert result.exit_code == 0 and "hat has it as version 1, and serves version 1." in printed(result)
 
 
 def test_a_closed_door_is_told_before_the_run(
@@ -160,7 +160,7 @@ def test_a_closed_door_is_told_before_the_run(
     """A server that is not there ends the command before anything is trained."""
     served.is_down = True
     result = command(*flags(tiny_base, data, tmp_path / "hat", "--steps", 1, "--push", URL))
-    assert result.exit_code == 1 and f"{URL} cannot be reached" in said(result)
+    assert result.exit_code == 1 and f"{URL} cannot be reached" in printed(result)
     assert not (tmp_path / "hat").exists()
 
 
@@ -171,17 +171,17 @@ def test_a_refusal_leaves_the_artifact(
     served.refusal = "no room"
     chosen = flags(tiny_base, data, tmp_path / "hat", "--steps", 1, "--layers", "all", "--push", URL, "--task", "t")
     result = command(*chosen, "--force")
-    assert result.exit_code == 1 and "refuses: no room" in said(result)
-    assert f"manyhats push {tmp_path / 'hat'} --task t --url {URL}" in said(result)
+    assert result.exit_code == 1 and "refuses: no room" in printed(result)
+    assert f"manyhats push {tmp_path / 'hat'} --task t --url {URL}" in printed(result)
     assert (tmp_path / "hat" / MANIFEST).is_file()
-    assert "full" in said(command(*flags(tiny_base, data, tmp_path / "x", "--push", URL, "--method", "full")))
+    assert "full" in printed(command(*flags(tiny_base, data, tmp_path / "x", "--push", URL, "--method", "full")))
 
 
 def test_any_folder_can_be_pushed(trained: Path, tmp_path: Path, served: Served) -> None:
     """Also one without a manifest, which is activated unless told otherwise; what is no artifact is refused here."""
     plain = with_scores(trained, tmp_path / "plain")
     (plain / MANIFEST).unlink()
-    assert "serves version 1." in said(push(plain, "--task", "t", "--url", URL))
-    assert "serves version 1." in said(push(plain, "--task", "t", "--url", URL, "--no-activate"))
+    assert "serves version 1." in printed(push(plain, "--task", "t", "--url", URL))
+    assert "serves version 1." in printed(push(plain, "--task", "t", "--url", URL, "--no-activate"))
     result = push(tmp_path, "--task", "t", "--url", URL)
-    assert result.exit_code == 1 and "is no artifact: there is no adapter_model" in said(result)
+    assert result.exit_code == 1 and "is no artifact: there is no adapter_model" in printed(result)

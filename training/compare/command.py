@@ -91,5 +91,5 @@ def _unusual(given: dict[str, Any]) -> list[str]:
 
 
 # An option that both commands have is declared by `train` alone.
-OF_TRAIN = {parameter.name: parameter for parameter in parameters_of(cli.train)}
-add_flags(compare, [OF_TRAIN[name] for name in SHARED])
+TRAIN_FLAGS = {parameter.name: parameter for parameter in parameters_of(cli.train)}
+add_flags(compare, [TRAIN_FLAGS[name] for name in SHARED])

@@ -25,10 +25,10 @@ def markdown(comparison: Comparison) -> str:
     """Write a comparison as Markdown."""
     parts = ["# Methods compared", f"    {comparison.command}", f"On {comparison.machine}."]
     if comparison.outcomes:
-        parts += ["## What training takes", _methods(comparison.outcomes, OF_TRAINING)]
+        parts += ["## What training takes", _methods(comparison.outcomes, TRAINING_COLUMNS)]
         parts += [
             "## What comes of it",
-            _methods(comparison.outcomes, [*_of_quality(comparison.outcomes[0]), *OF_SERVING]),
+            _methods(comparison.outcomes, [*_of_quality(comparison.outcomes[0]), *SERVING_COLUMNS]),
         ]
         parts += [_how(comparison.server)]
     parts += [f"* `{method}` failed: {reason}" for method, reason in comparison.failed.items()]
@@ -86,14 +86,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-OF_TRAINING = (
+TRAINING_COLUMNS = (
     Column("trained parameters", lambda outcome: f"{outcome.trained_parameters:,} ({outcome.trained_share:.3%})"),
     Column("artifact", lambda outcome: megabytes(outcome.artifact_bytes)),
     Column("peak memory above the base", lambda outcome: megabytes(outcome.memory_bytes)),
     Column("steps, seconds", lambda outcome: f"{outcome.steps}, {outcome.seconds:.0f}"),
     Column("training tokens/s", lambda outcome: f"{outcome.tokens_per_second:,.0f}"),
 )
-OF_SERVING = (
+SERVING_COLUMNS = (
     Column("decode speed", _served(lambda serving: f"{serving.share_of_base:.0%}"), "100%"),
     Column("upload", _served(lambda serving: f"{1000 * serving.load_seconds:.0f} ms")),
     Column("on the device", _served(lambda serving: megabytes(serving.slot_bytes))),

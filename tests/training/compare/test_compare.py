@@ -39,7 +39,7 @@ def run(base: Path, data: Path, out: Path, *more: object) -> Any:
     return CliRunner().invoke(app, [str(word) for word in [*common, *more]], terminal_width=200)
 
 
-def said(result: Any) -> str:
+def printed(result: Any) -> str:
     """Its output on one line."""
     return " ".join(result.output.split())
 
@@ -50,7 +50,7 @@ def test_methods_are_trained_apart_and_served(tiny_base: Path, data: Path, tmp_p
     out = tmp_path / "out"
     result = run(tiny_base, data, out, "--methods", "prefix_tuning,lora", "--steps", 3, "--gradient-checkpointing")
     assert result.exit_code == 0, result.output
-    assert "prefix_tuning failed: --gradient-checkpointing cannot be used with a prefix" in said(result)
+    assert "prefix_tuning failed: --gradient-checkpointing cannot be used with a prefix" in printed(result)
     found = json.loads((out / "compare.json").read_text())
     assert [*found["failed"]] == ["prefix_tuning"]
     [lora] = found["outcomes"]
@@ -107,7 +107,7 @@ def test_what_is_there_is_not_trained_again(trained: list[Job], tiny_base: Path,
     """The same comparison goes on with the methods that are missing; one that was killed is resumed; order is kept."""
     out = tmp_path / "out"
     result = run(tiny_base, data, out, "--steps", 1, "--methods", "lora,full")
-    assert result.exit_code == 0 and "nothing is served: the server ended with 1" in said(result)
+    assert result.exit_code == 0 and "nothing is served: the server ended with 1" in printed(result)
     table = (out / "compare.md").read_text()
     assert "* `lora` is not served: the server ended with 1\n\n* `full` is not served: it is a new base" in table
     manifest = (out / "lora" / MANIFEST).read_bytes()
@@ -136,12 +136,12 @@ def test_another_comparison_is_refused(trained: list[Job], tiny_base: Path, data
     out, rows = tmp_path / "out", tmp_path / "rows.jsonl"
     rows.write_bytes(data.read_bytes())
     assert run(tiny_base, rows, out, "--steps", 1, "--methods", "lora").exit_code == 0
-    assert "--steps was 1" in said(run(tiny_base, rows, out, "--steps", 2, "--methods", "lora"))
+    assert "--steps was 1" in printed(run(tiny_base, rows, out, "--steps", 2, "--methods", "lora"))
     rows.write_bytes(data.read_bytes() + b'{"prompt": "x", "completion": "warm"}\n')
-    assert "the rows of --data was" in said(run(tiny_base, rows, out, "--steps", 1, "--methods", "lora"))
+    assert "the rows of --data was" in printed(run(tiny_base, rows, out, "--steps", 1, "--methods", "lora"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert "is no comparison" in said(run(tiny_base, rows, tmp_path / "mine", "--steps", 1, "--methods", "lora"))
+    assert "is no comparison" in printed(run(tiny_base, rows, tmp_path / "mine", "--steps", 1, "--methods", "lora"))
     assert len(trained) == 1
 
 
@@ -158,11 +158,11 @@ def test_one_that_fails_does_not_stop_the_others(
 
     monkeypatch.setattr(comparing, "train_apart", fail)
     result = run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", "lora,ia3")
-    assert result.exit_code == 0 and "lora failed: its process was ended by SIGKILL" in said(result)
+    assert result.exit_code == 0 and "lora failed: its process was ended by SIGKILL" in printed(result)
     assert [job.method for job in trained] == ["ia3"]
     result = run(tiny_base, data, tmp_path / "none", "--steps", 1, "--methods", "lora,full")
     assert result.exit_code == 1
-    assert "lora: its process was ended by SIGKILL full: its process was ended by SIGKILL" in said(result)
+    assert "lora: its process was ended by SIGKILL full: its process was ended by SIGKILL" in printed(result)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_cannot_be_meant_is_told_before_anything(
 ) -> None:
     """A mistake is told in one sentence, and no folder is made."""
     result = run(tiny_base, data, tmp_path / "out", "--methods", "lora", *more)
-    assert result.exit_code == 1 and sentence in said(result)
+    assert result.exit_code == 1 and sentence in printed(result)
     assert not trained and not (tmp_path / "out").exists()
 
 
@@ -201,8 +201,8 @@ def test_each_batch_is_held_against_the_base_beside_it(
             return httpx.Response(200)
         task = request.url.params["task"]
         if request.url.path == "/adapters":
-            said = {"error": {"message": "another base"}} if task == "ia3" else {"slot_bytes": 7}
-            return httpx.Response(422 if task == "ia3" else 201, json=said)
+            content = {"error": {"message": "another base"}} if task == "ia3" else {"slot_bytes": 7}
+            return httpx.Response(422 if task == "ia3" else 201, json=content)
         if task == "bitfit":
             return httpx.Response(503, json={"error": {"message": "the engine died"}})
         batches.append(task)

@@ -36,14 +36,14 @@ def base_of(folder: Path) -> Base:
 
 def slow_answer(model: Any, prompt: tuple[int, ...]) -> list[int]:
     """Token by token, alone and without a cache."""
-    said: list[int] = []
-    while len(said) < NUM_TOKENS:
+    tokens: list[int] = []
+    while len(tokens) < NUM_TOKENS:
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([[*prompt, *said]]), use_cache=False).logits[0, -1]
-        said.append(int(logits.argmax()))
-        if said[-1] == EOS:
-            return said[:-1]
-    return said
+            logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] == EOS:
+            return tokens[:-1]
+    return tokens
 
 
 def rows_of(train: list[TokenizedRow], held: list[TokenizedRow], folder: Path) -> TrainingData:
@@ -88,8 +88,8 @@ def test_exact_match_is_of_the_free_answer(tiny_base: Path, tmp_path: Path) -> N
     """An answer that one teacher-forced pass calls exact is the one that the model writes by itself, to its end."""
     base = base_of(tiny_base)
     prompts = [tuple([65 + i] * (i + 2)) for i in range(6)]
-    said = {prompt: slow_answer(base.model, prompt)[:4] for prompt in prompts}
-    rows = [TokenizedRow((*prompt, *tokens, EOS), len(prompt), 0) for prompt, tokens in said.items()]
+    answers = {prompt: slow_answer(base.model, prompt)[:4] for prompt in prompts}
+    rows = [TokenizedRow((*prompt, *tokens, EOS), len(prompt), 0) for prompt, tokens in answers.items()]
     suite = suite_of(rows_of(ROWS, rows, tmp_path), base, 0)
     assert evaluate(base.model, suite).exact_match == 0.0  # the answers go on where the rows end
     bias = torch.zeros(base.model.config.vocab_size)
@@ -116,8 +116,8 @@ def test_texts_are_written_out_and_compared(tiny_base: Path, tmp_path: Path) -> 
     """Answers that are no labels are scored by ROUGE-L and BLEU; of a prompt's several references the best counts."""
     base = base_of(tiny_base)
     prompts = [tuple(f"prompt {i}".encode()) for i in range(6)]
-    said = answer(base.model, prompts, EOS, NUM_TOKENS)
-    mine = [TokenizedRow((*prompt, *said[prompt], EOS), len(prompt), 0) for prompt in prompts]
+    answers = answer(base.model, prompts, EOS, NUM_TOKENS)
+    mine = [TokenizedRow((*prompt, *answers[prompt], EOS), len(prompt), 0) for prompt in prompts]
     other = [TokenizedRow((*prompt, *b"nothing like it at all", EOS), len(prompt), 0) for prompt in prompts]
     scores = evaluate(base.model, suite_of(rows_of(mine, [*other, *mine], tmp_path), base, 4))
     assert scores.num_answers == 4 and scores.label_accuracy is None

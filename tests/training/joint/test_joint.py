@@ -173,10 +173,10 @@ def test_a_job_that_breaks_ends_alone(
     defaults = shared(tiny_base, data, steps=6)
     result = command("--jobs", write(tmp_path / "jobs.yaml", defaults, jobs))
     assert result.exit_code == 1
-    said = " ".join(result.output.split())
-    assert f"job 1 ({outs['bad']}): {bad} line 2 is not JSON" in said
-    assert f"job 2 ({outs['diverging']}): The" in said and "of lines" in said
-    assert f"job 3 ({outs['full']}): {outs['full']} cannot be written: No space left on device" in said
+    printed = " ".join(result.output.split())
+    assert f"job 1 ({outs['bad']}): {bad} line 2 is not JSON" in printed
+    assert f"job 2 ({outs['diverging']}): The" in printed and "of lines" in printed
+    assert f"job 3 ({outs['full']}): {outs['full']} cannot be written: No space left on device" in printed
     assert not any(path.name.startswith((".bad", ".diverging", "bad/", "diverging")) for path in tmp_path.iterdir())
     assert not outs["full"].exists()
     assert command(*flags({**defaults, **jobs[3], "out": tmp_path / "alone"})).exit_code == 0

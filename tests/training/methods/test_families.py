@@ -83,8 +83,8 @@ async def trained(
     async with serve_real(biased_base, folder / "served") as site:
         for task in UPLOADED:
             target = Target(str(site.http.base_url), task)
-            said = await asyncio.to_thread(push_folder, target, folder / task)
-            assert f"{task} has it as version 1, and serves version 1." in said
+            outcome = await asyncio.to_thread(push_folder, target, folder / task)
+            assert f"{task} has it as version 1, and serves version 1." in outcome
         yield Trained(site, {task: folder / task for task in TASKS})
 
 
@@ -104,9 +104,9 @@ async def test_the_server_answers_as_was_trained(task: str, trained: Trained) ->
     scores, cases = manifest.evaluation, manifest.parity
     assert scores["after"]["perplexity"] < 0.9 * scores["before"]["perplexity"]
     answers, plain = await trained.answers(task, cases), await trained.answers("base", cases)
-    wanted = [_said(case.continuation) for case in cases]
-    assert [_said(answer["token_ids"]) for answer in answers] == wanted
-    assert [_said(answer["token_ids"]) for answer in plain] != wanted
+    wanted = [_without_eos(case.continuation) for case in cases]
+    assert [_without_eos(answer["token_ids"]) for answer in answers] == wanted
+    assert [_without_eos(answer["token_ids"]) for answer in plain] != wanted
     for answer, case in zip(answers, cases, strict=True):
         top = answer["logprobs"][0]["top"]
         assert [token["token_id"] for token in top] == [token for token, _ in case.top[:5]]
@@ -114,7 +114,7 @@ async def test_the_server_answers_as_was_trained(task: str, trained: Trained) ->
         assert served == pytest.approx([logit - case.top[0][1] for _, logit in case.top[:5]], abs=1e-3)
 
 
-def _said(tokens: list[int]) -> list[int]:
+def _without_eos(tokens: list[int]) -> list[int]:
     return [token for token in tokens if token != EOS]
 
 

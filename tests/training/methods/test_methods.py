@@ -65,9 +65,9 @@ def test_a_hat_begins_as_the_base(name: str, base: Base) -> None:
 @pytest.mark.parametrize("text", ["", "Say how a colour feels."])
 def test_a_soft_prompt_begins_as_a_text(name: str, text: str, base: Base) -> None:
     """Before its first step a soft prompt answers as the base does behind its text, by default one of the answers."""
-    said = text or default_text(base, ROWS)
-    assert text or said == "Classify the text. Answer with one of: warm, cold."
-    wanted = logits(base.model, [*text_ids(said, 20, base), *PROMPT])
+    beginning = text or default_text(base, ROWS)
+    assert text or beginning == "Classify the text. Answer with one of: warm, cold."
+    wanted = logits(base.model, [*text_ids(beginning, 20, base), *PROMPT])
     given = {"init_text": text} if text else {}
     assert torch.allclose(logits(adapter_of(name, base, **given).model, PROMPT), wanted, atol=1e-4)
 
