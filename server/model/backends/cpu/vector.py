@@ -116,7 +116,7 @@ class _Emit:
         """for i in range(first, last, step): carried = body(i, carried)."""
         builder, entry = self.builder, self.builder.block
         head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
-        builder.projection(head)
+        builder.branch(head)
         builder.position_at_end(head)
         index = builder.phi(_I64)
         values = [builder.phi(value.type) for value in carried]
@@ -127,7 +127,7 @@ class _Emit:
         for phi, before, later in zip([index, *values], [first, *carried], [following, *changed], strict=True):
             phi.add_incoming(before, entry)
             phi.add_incoming(later, builder.block)
-        builder.projection(head)
+        builder.branch(head)
         builder.position_at_end(after)
         return values
 
