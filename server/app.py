@@ -1,4 +1,4 @@
-"""The composition root: every room is made here, given what it needs, and put behind the routes."""
+"""Compose the server: make every room, give it the rooms that it needs, and put all behind the routes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import fcntl
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -22,24 +22,29 @@ from server.engine.client import EngineClient
 from server.engine.process_client import ProcessEngineClient
 from server.metrics import Metrics
 from server.requests.auth import Callers
+from server.requests.rate_limits import RateLimiter
+from server.requests.service import GenerationService
 from server.requests.tokenizer import Tokenizer
+from server.requests.usage import UsageBuffer
+from server.requests.version_stats import Recent
 from server.settings import Settings
 from server.state import ServerState
+from server.together import together
 from server.uploads.preload import import_tree
-from server.uploads.revalidation import find_unvalidated, validate_all
-from server.uploads.validation import compute_validation_fingerprint
+from server.uploads.retention import ArtifactRetention
+from server.uploads.revalidation import Revalidation
+from server.uploads.service import UploadService
+from server.uploads.validation import Validator, compute_validation_fingerprint
 
 OnReady = Callable[[ServerState], None]
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 def create_app(
-    settings: Settings, base_folder: Path, client: EngineClient | None = None, on_ready: OnReady = lambda _front: None
+    settings: Settings, base_folder: Path, client: EngineClient | None = None, on_ready: OnReady = lambda _state: None
 ) -> FastAPI:
-    """The application. `client` is the engine (by default a process of its own); `on_ready` is called before serving.
+    """Make the application. `client` is the engine (by default a process of its own); `on_ready` runs before serving.
 
-    Where it cannot start, `state.start_failure` is a sentence for the operator.
+    If it cannot start, `app.state.start_failure` is a sentence for the operator.
     """
     engine = client or ProcessEngineClient(settings.engine_config(base_folder))
 
@@ -79,54 +84,66 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     await asyncio.to_thread(registry.open)
     blobs = await asyncio.to_thread(_open_store, settings, registry)
     stack.push_async_callback(engine.close)
-    _, tokenizer = await _both(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
+    _, tokenizer = await together(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
     metrics = Metrics(lambda: engine.stats, lambda: getattr(engine, "pid", None))
-    store = Tenants(registry.engine)
+    fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device)
+    state = _assemble(settings, engine, registry, blobs, tokenizer, metrics, fingerprint)
+    stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
+    await state.revalidation.find_unvalidated()
+    await stack.enter_async_context(_in_background(state.usage.keep_flushing(registry)))
+    if settings.import_ is not None:
+        await import_tree(state.uploads, settings.import_)
+    await state.retention.sync_pinned()
+    await stack.enter_async_context(_in_background(state.revalidation.validate_all()))
+    return state
+
+
+def _assemble(
+    settings: Settings,
+    client: EngineClient,
+    registry: Registry,
+    blobs: Blobs,
+    tokenizer: Tokenizer,
+    metrics: Metrics,
+    fingerprint: str,
+) -> ServerState:
+    """Make every room that only holds others, from the bottom up; nothing runs yet."""
+    tenants = Tenants(registry.engine)
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
-    callers = Callers(store, admin_key, settings.host)
-    validation_fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device)
-    state = ServerState(
+    rate_limiter, usage, recent = RateLimiter(), UsageBuffer(), Recent()
+    retention = ArtifactRetention(registry, blobs, client)
+    validator = Validator(client, blobs, retention)
+    revalidation = Revalidation(registry, blobs, retention, validator, fingerprint)
+    return ServerState(
         settings,
-        engine,
+        client,
         registry,
         blobs,
         tokenizer,
         metrics,
-        store,
-        callers,
-        validation_fingerprint=validation_fingerprint,
+        tenants,
+        Callers(tenants, admin_key, settings.host),
+        rate_limiter,
+        usage,
+        recent,
+        retention,
+        revalidation,
+        GenerationService(client, registry, tokenizer, metrics, usage, rate_limiter, recent, retention, revalidation),
+        UploadService(registry, blobs, client, metrics, retention, validator, revalidation),
     )
-    stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
-    await find_unvalidated(state)
-    await stack.enter_async_context(_in_background(state.usage.keep_flushing(state.registry)))
-    if settings.import_ is not None:
-        await import_tree(state, settings.import_)
-    await state.sync_pinned()
-    await stack.enter_async_context(_in_background(validate_all(state)))
-    return state
 
 
 def _open_store(settings: Settings, registry: Registry) -> Blobs:
-    """The artifacts of this registry: what it does not refer to goes, unless they have only just become its own."""
+    """Open the store of artifacts; sweep those that the registry does not refer to, unless the store is new to it."""
     blobs = open_blobs(settings.store, settings.data / "artifacts")
     if blobs.claim(registry.identity()):
         blobs.sweep(registry.digests())
     return blobs
 
 
-async def _both(one: Coroutine[Any, Any, T], other: Coroutine[Any, Any, U]) -> tuple[T, U]:
-    """Both results. Where one fails the other is called off, and its error is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = group.create_task(one), group.create_task(other)
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return tasks[0].result(), tasks[1].result()
-
-
 @asynccontextmanager
 async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """While the block runs so does the work; at its end it is called off."""
+    """Run the work while the block runs, and cancel it at the end."""
     task = asyncio.create_task(work)
     try:
         yield

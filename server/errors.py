@@ -27,9 +27,11 @@ On the wire: {"error": {"type", "code", "message", "param", "request_id"}}.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from adapters_store.errors import ArtifactError
+from adapters_store.errors import AbsentError, ArtifactError
 from server.core import EngineFailure
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -176,3 +178,12 @@ class StorageError(ServerError):
     """The disk is full or fails."""
 
     status, code = 507, "storage_failed"
+
+
+@contextmanager
+def absent_is_404(param: str) -> Iterator[None]:
+    """Raise `NotFoundError` of `param` if the block raises the registry's `AbsentError`."""
+    try:
+        yield
+    except AbsentError as error:
+        raise NotFoundError(str(error), param) from None

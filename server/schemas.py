@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+import secrets
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.registry.registry import Version
+from server.core import Sampling
 from server.errors import BadRequestError, InvalidFieldError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
@@ -15,6 +17,7 @@ BASE = "base"
 MAX_PROMPTS = 64
 MAX_TURNS = 4096
 MAX_ROUTED = 64  # versions of a route
+MIN_TEMPERATURE = 1e-3  # logits divided by less would not be finite: less is greedy
 
 TaskName = Annotated[str, Field(pattern=NAME_PATTERN)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
@@ -25,7 +28,6 @@ LogitBias = Annotated[
 ]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 User = Annotated[str, Field(max_length=512)]  # whom a sticky route keeps with a version; nothing else is made of it
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -61,6 +63,14 @@ class SamplingFields(Strict):
     logit_bias: LogitBias = Field(default_factory=dict)
     seed: Seed | None = None
     ignore_eos: bool = False
+
+    def sampling(self) -> Sampling:
+        """The engine's form of these fields; a seed is drawn if none was given."""
+        values = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        values["logit_bias"] = {int(token): value for token, value in self.logit_bias.items()}
+        values["seed"] = secrets.randbits(63) if self.seed is None else self.seed
+        values["temperature"] = self.temperature if self.temperature >= MIN_TEMPERATURE else 0.0
+        return Sampling(**values)
 
 
 class GenerateRequest(SamplingFields):

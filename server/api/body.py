@@ -1,4 +1,4 @@
-"""Bodies as they come: capped, in time, and JSON that says one thing only."""
+"""Read request bodies: capped, in time, and as JSON that says one thing only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from adapters_store.format.strict_json import StrictJSONError, loads
+from server.api.deps import state_of
 from server.errors import BadRequestError, InvalidFieldError, TooLargeError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -19,9 +20,9 @@ THREAD_BYTES = 32 * 2**10  # longer JSON is parsed off the event loop
 
 
 async def body_parts(request: Request, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
-    """The parts of a body. Raises `TooLargeError`, or `BadRequestError` where it stops coming or crawls.
+    """The parts of a body as they come. Raises `TooLargeError`, or `BadRequestError` if it stops coming or crawls.
 
-    A body that says how long it is need not come to be refused.
+    A body whose declared length is over the cap is refused before it comes. `timeout_s` bounds the time between parts.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
@@ -48,10 +49,11 @@ def _too_large(max_bytes: int) -> TooLargeError:
     return TooLargeError(f"the body is larger than {max_bytes} bytes")
 
 
-async def read_json(request: Request, model: type[Model], max_bytes: int, timeout_s: float) -> Model:
-    """The whole body as a model. Raises what `body_parts` and `parse` raise."""
+async def read_json(request: Request, model: type[Model]) -> Model:
+    """The whole body as a model, within the settings' bounds. Raises the errors of `body_parts` and `parse`."""
+    settings = state_of(request).settings
     body = bytearray()
-    async for part in body_parts(request, max_bytes, timeout_s):
+    async for part in body_parts(request, settings.max_body_bytes, settings.body_timeout_s):
         body += part
     if len(body) > THREAD_BYTES:
         return await asyncio.to_thread(parse, model, bytes(body))
@@ -59,7 +61,7 @@ async def read_json(request: Request, model: type[Model], max_bytes: int, timeou
 
 
 def parse(model: type[Model], body: bytes) -> Model:
-    """The body as a model. Raises `BadRequestError` for what is not JSON, `InvalidFieldError` naming a wrong field."""
+    """The body as a model. Raises `BadRequestError` if it is no JSON object, `InvalidFieldError` for a field."""
     try:
         data = loads(body)
     except StrictJSONError as error:
@@ -73,7 +75,7 @@ def parse(model: type[Model], body: bytes) -> Model:
 
 
 def _refusal(data: Any, error: ValidationError) -> InvalidFieldError:
-    """Names the field. Of the branches of a union the one that got furthest tells what is wrong.
+    """Name the wrong field: in a union, by the error of the branch that got furthest.
 
     A branch of the right type that a limit refuses got further than one of a wrong type.
     """

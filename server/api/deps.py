@@ -1,31 +1,34 @@
-"""Dependencies of the routes: who calls, and whether they may."""
+"""Dependencies of the routes: identify the caller, count the request, check scopes and query parameters."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.routing import APIRoute
 
 from adapters_store.registry.audit import act_as
-from server.errors import DrainingError, ForbiddenError, InvalidFieldError
+from server.errors import DrainingError, ForbiddenError, InvalidFieldError, absent_is_404
 from server.requests.auth import Caller
 from server.state import ServerState
 
+T = TypeVar("T")
+
 
 def state_of(request: Request) -> ServerState:
-    """The front that the application was made with."""
+    """The server's rooms, as the application was made with them."""
     state: ServerState = request.app.state.server
     return state
 
 
 async def identify(request: Request) -> None:
-    """What every route but health depends on: sets who calls, and for which tenant, before anything else is looked at.
+    """Set the request's caller and tenant; every route but health depends on it, before all else.
 
-    Raises `ForbiddenError`, `UnauthorizedError`, `NotFoundError` for a tenant that is absent, or `DrainingError` but to
-    who only looks.
+    Raises `ForbiddenError`, `UnauthorizedError`, `NotFoundError` for an absent tenant, and `DrainingError` unless
+    the request is a GET.
     """
     state, headers = state_of(request), request.headers
     state.callers.check_origin(headers.get("host"), headers.get("origin"))
@@ -37,9 +40,9 @@ async def identify(request: Request) -> None:
 
 
 async def admit(request: Request) -> None:
-    """What every route of a tenant's own things depends on: as `identify`, and a request of the tenant is counted.
+    """Identify the caller and count a request of its tenant; every route of a tenant's own things depends on it.
 
-    Raises what `identify` raises, and `TenantLimitError`.
+    Raises the errors of `identify`, and `TenantLimitError`.
     """
     await identify(request)
     caller = caller_of(request)
@@ -47,7 +50,10 @@ async def admit(request: Request) -> None:
 
 
 def may(scope: str, looking: bool = False) -> Callable[[Request], Coroutine[Any, Any, None]]:
-    """A dependency behind `admit` or `identify`: the key has this scope. With `looking` GET needs none."""
+    """Make a dependency that raises `ForbiddenError` unless the key has a scope. With `looking` GET needs none.
+
+    It stands behind `admit` or `identify`.
+    """
 
     async def check(request: Request) -> None:
         caller = caller_of(request)
@@ -59,15 +65,18 @@ def may(scope: str, looking: bool = False) -> Callable[[Request], Coroutine[Any,
 
 
 async def only_operator(request: Request) -> None:
-    """A dependency behind `identify`: the admin key, or no key where none is asked for. Raises `ForbiddenError`."""
+    """Raise `ForbiddenError` unless the caller is the operator: the admin key, or anyone here if no keys are asked for.
+
+    It stands behind `identify`.
+    """
     if not caller_of(request).is_operator:
         raise ForbiddenError("this needs the server's admin key")
 
 
 async def refuse_unknown_query(request: Request) -> None:
-    """A parameter that a route does not know, or that is there twice, would be ignored in silence.
+    """Raise `InvalidFieldError` for a query parameter that the route does not know, or that is given twice.
 
-    Raises `InvalidFieldError`.
+    Otherwise it would be ignored in silence.
     """
     route: APIRoute = request.scope["route"]
     known = {parameter.alias for parameter in route.dependant.query_params}
@@ -80,12 +89,18 @@ async def refuse_unknown_query(request: Request) -> None:
 
 
 def tenant_of(request: Request) -> str:
-    """Who asks, as `admit` found it."""
+    """The tenant that the request is for, as `identify` set it."""
     tenant: str = request.state.tenant
     return tenant
 
 
 def caller_of(request: Request) -> Caller:
-    """Who calls, as `identify` found it."""
+    """The caller, as `identify` set it."""
     caller: Caller = request.state.caller
     return caller
+
+
+async def look_up(call: Callable[..., T], *args: object, param: str = "task") -> T:
+    """The result of a blocking call of the registry, made in a thread. Raises `NotFoundError` of `param` if absent."""
+    with absent_is_404(param):
+        return await asyncio.to_thread(call, *args)

@@ -1,26 +1,26 @@
-"""Stop work whose client has gone."""
+"""Stop work whose client has left."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
-from fastapi import Request
+from starlette.types import Receive
 
-from server.requests.generation import T
+T = TypeVar("T")
 
 
 class ClientGoneError(Exception):
-    """Nobody is there to read the answer."""
+    """The client left before its answer was whole."""
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, cancelled where the client leaves before it is done (raises `ClientGoneError`).
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, or `ClientGoneError` if the client leaves first, once `work` is cancelled and has ended.
 
-    The body must have been read: the next thing that `receive` says is that the client has gone.
+    The request's body must have been read: the next message of `receive` is then the disconnect.
     """
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnect(request))
+    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnect(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -32,6 +32,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Health for whoever watches, and metrics for Prometheus."""
+"""Tell health to orchestrators, metrics to Prometheus, and the OpenAPI document to people."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ router = APIRouter()
 
 @router.get("/health/live")
 async def live() -> dict[str, str]:
-    """200 while the front process answers."""
+    """Answer 200 while the API process runs."""
     return {"status": "live"}
 
 
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """200 only while the engine answers and the server takes new work."""
+    """Answer 200 only while the engine answers and the server takes new work."""
     state, client = state_of(request), state_of(request).client
     if client.ready is None or state.is_draining:
         reason = "the server is stopping" if state.is_draining else client.last_error or "the engine is starting"
@@ -32,13 +32,13 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", dependencies=[Depends(identify), Depends(only_operator)])
 async def metrics(request: Request) -> Response:
-    """Prometheus's text format."""
+    """Metrics in Prometheus's text format."""
     return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/openapi.json", dependencies=[Depends(identify)])
 async def document(request: Request) -> Response:
-    """This document."""
+    """The OpenAPI document of this server."""
     return JSONResponse(request.app.openapi())
 
 

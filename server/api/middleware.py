@@ -1,4 +1,4 @@
-"""Around every route: the request's id, its line in the log, and the one form of errors."""
+"""Wrap every route: give the request its id and its line in the log, and write errors in one form."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RequestLog:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the class."""
+        """Serve one request inside; see the class."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -76,9 +76,9 @@ class RequestLog:
 
 
 def _told(state: dict[str, Any]) -> dict[str, Any]:
-    """What the routes learned of a request: its task, its error, how many tokens."""
-    counts = state["generation"].usage() if "generation" in state else {}
-    return {"task": state.get("task"), "error": state.get("error"), **counts}
+    """The facts that the routes learned of a request: its task, its error, how many tokens."""
+    facts = state["generation"].log_facts() if "generation" in state else {}
+    return {"task": state.get("task"), "error": state.get("error"), **facts}
 
 
 async def _server_error(request: Request, error: Exception) -> Response:
@@ -110,7 +110,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _system(request: Request, error: Exception) -> Response:
-    """507 for a disk that is full or fails; anything else is ours."""
+    """Answer 507 for a disk that is full or fails; raise anything else, which is our bug."""
     if not isinstance(error, OSError) or error.errno not in STORAGE_FAULTS:
         raise error
     known = StorageError(f"the store cannot be read or written: {error.strerror}; nothing was changed")

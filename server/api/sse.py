@@ -1,8 +1,8 @@
-"""Server-sent events that end when their reader does."""
+"""Send server-sent events, and end them as soon as their reader leaves."""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator
@@ -12,6 +12,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.api.disconnect import ClientGoneError, unless_disconnected
 from server.errors import InternalError, ServerError
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events end or the client has gone."""
-        writer, gone = asyncio.create_task(self._write(scope, send)), asyncio.create_task(_disconnect(receive))
         try:
-            await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(ClientGoneError, OSError):  # nobody reads on
+                await unless_disconnected(receive, self._write(scope, send))
         finally:
-            for side in (writer, gone):
-                side.cancel()
-            await asyncio.gather(writer, gone, return_exceptions=True)
             await self.rest.aclose()
 
     async def _write(self, scope: Scope, send: Send) -> None:
@@ -78,8 +76,3 @@ class EventStream(Response):
 
 def _data(event: Event) -> bytes:
     return b"data: " + json.dumps(event, allow_nan=False).encode() + b"\n\n"
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

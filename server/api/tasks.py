@@ -1,4 +1,4 @@
-"""Tasks and their versions: what there is, where it is, who gets it, and away with it."""
+"""Show tasks and their versions, route requests to them, pin, delete and download them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import JSONResponse, Response
 
-from adapters_store.errors import ArtifactError, NoEarlierRouteError
-from adapters_store.format.archive import ZIP_TYPE, zipped
+from adapters_store.errors import NoEarlierRouteError
+from adapters_store.format.archive import ZIP_TYPE
 from adapters_store.registry.registry import Task, Usage, Version
 from adapters_store.registry.routes import Route
-from adapters_store.storage.directory import Blobs
-from server.api.deps import admit, may, refuse_unknown_query, state_of, tenant_of
-from server.errors import ArtifactRefusedError, ConflictError, InvalidFieldError
+from server.api.body import read_json
+from server.api.deps import admit, look_up, may, refuse_unknown_query, state_of, tenant_of
+from server.errors import ConflictError, InvalidFieldError
 from server.requests.auth import DEPLOY
 from server.schemas import BASE, PinRequest, RouteRequest, identity, openapi_body
 from server.state import ServerState
@@ -25,7 +25,7 @@ router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=Tru
 
 @router.get("/tasks")
 async def list_tasks(request: Request) -> Response:
-    """All tasks of the tenant, and the base."""
+    """List all tasks of the tenant, and the base."""
     state, tenant = state_of(request), tenant_of(request)
     found = await asyncio.to_thread(state.registry.tasks, tenant)
     look = await _look(state, tenant)
@@ -34,7 +34,7 @@ async def list_tasks(request: Request) -> Response:
 
 @router.get("/tasks/{task}")
 async def get_task(request: Request, task: str) -> Response:
-    """One task: versions, route, residency, use."""
+    """Show one task: versions, route, residency, use."""
     state, tenant = state_of(request), tenant_of(request)
     if task == BASE:
         return JSONResponse(_base(await asyncio.to_thread(state.registry.usage, tenant)))
@@ -42,7 +42,7 @@ async def get_task(request: Request, task: str) -> Response:
 
 
 async def _shown(state: ServerState, tenant: str, task: str) -> dict[str, Any]:
-    found = await state.absent_is_404(state.registry.task, tenant, task)
+    found = await look_up(state.registry.task, tenant, task)
     return _task(found, await _look(state, tenant))
 
 
@@ -54,19 +54,19 @@ async def put_route(request: Request, task: str) -> Response:
     """
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "routed")
-    asked = await state.body(request, RouteRequest)
+    asked = await read_json(request, RouteRequest)
     route = Route({int(number): weight for number, weight in asked.versions.items()}, asked.sticky)
-    await state.absent_is_404(state.registry.set_route, tenant, task, route)
+    await look_up(state.registry.set_route, tenant, task, route)
     return await _changed(state, tenant, task)
 
 
 @router.post("/tasks/{task}/rollback")
 async def roll_back(request: Request, task: str) -> Response:
-    """The route before this one, less versions that were deleted since; asked again, the one before that."""
+    """Restore the route before this one, less versions deleted since; asked again, the one before that."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "routed")
     try:
-        await state.absent_is_404(state.registry.roll_back, tenant, task)
+        await look_up(state.registry.roll_back, tenant, task)
     except NoEarlierRouteError as error:
         raise ConflictError(str(error), "task") from None
     return await _changed(state, tenant, task)
@@ -74,60 +74,47 @@ async def roll_back(request: Request, task: str) -> Response:
 
 @router.put("/tasks/{task}/pin", openapi_extra=openapi_body(PinRequest))
 async def put_pin(request: Request, task: str) -> Response:
-    """Keep what the task routes to on the device, or not."""
+    """Keep the versions that the task routes to on the device, or not."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "pinned: it is always there")
-    asked = await state.body(request, PinRequest)
-    await state.absent_is_404(state.registry.set_pinned, tenant, task, asked.pinned)
+    asked = await read_json(request, PinRequest)
+    await look_up(state.registry.set_pinned, tenant, task, asked.pinned)
     return await _changed(state, tenant, task)
 
 
 async def _changed(state: ServerState, tenant: str, task: str) -> Response:
-    await state.sync_pinned()
+    await state.retention.sync_pinned()
     return JSONResponse(await _shown(state, tenant, task))
 
 
 @router.delete("/tasks/{task}", status_code=204)
 async def delete_task(request: Request, task: str) -> Response:
-    """Gone for new requests at once; running ones finish with what they began with."""
+    """Delete a task: new requests get 404 at once; running ones finish with the version that they began with."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
-    digests = await state.absent_is_404(state.registry.delete_task, tenant, task)
-    await state.sync_pinned()
-    await state.mark_for_deletion(digests)
+    digests = await look_up(state.registry.delete_task, tenant, task)
+    await state.retention.sync_pinned()
+    await state.retention.mark_for_deletion(digests)
     return Response(status_code=204)
 
 
 @router.delete("/tasks/{task}/versions/{number}", status_code=204)
 async def delete_version(request: Request, task: str, number: int) -> Response:
-    """Gone for new requests at once, also from the route."""
+    """Delete a version, also from the route: new requests do not get it; running ones finish."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
-    digest = await state.absent_is_404(state.registry.delete_version, tenant, task, number)
-    await state.sync_pinned()
-    await state.mark_for_deletion([digest])
+    digest = await look_up(state.registry.delete_version, tenant, task, number)
+    await state.retention.sync_pinned()
+    await state.retention.mark_for_deletion([digest])
     return Response(status_code=204)
 
 
 @router.get("/tasks/{task}/versions/{number}/artifact", dependencies=[Depends(may(DEPLOY))])
 async def get_artifact(request: Request, task: str, number: int) -> Response:
-    """The PEFT folder back, as a zip."""
-    state, tenant = state_of(request), tenant_of(request)
-    version = await state.resolve(tenant, task, number)
-    try:
-        with state.in_use.hold([version.digest]):
-            await state.ensure_not_deleted(tenant, [version])
-            body = await state.absent_is_404(_zip, state.blobs, version.digest)
-    except ArtifactError as error:
-        raise ArtifactRefusedError(error) from error
-    finally:
-        await state.delete_if_unreferenced([version.digest])
-    headers = {"Content-Disposition": f'attachment; filename="{task}-{number}.zip"', "ETag": f'"{version.digest}"'}
+    """Download a version's PEFT folder as a zip."""
+    digest, body = await state_of(request).uploads.download(tenant_of(request), task, number)
+    headers = {"Content-Disposition": f'attachment; filename="{task}-{number}.zip"', "ETag": f'"{digest}"'}
     return Response(body, media_type=ZIP_TYPE, headers=headers)
-
-
-def _zip(blobs: Blobs, digest: str) -> bytes:
-    return zipped(blobs.files(digest))
 
 
 def _refuse_base(task: str, what: str) -> None:
@@ -141,7 +128,7 @@ def _base(used: list[Usage]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Look:
-    """What is known of a tenant's versions beside the registry: where each digest is, and what it was used for."""
+    """Facts of a tenant's versions beside the registry: where each digest is, and how much it was used."""
 
     state: ServerState
     tenant: str
@@ -172,15 +159,17 @@ def _route(route: Route) -> dict[str, Any]:
 
 def _version(version: Version, look: Look) -> dict[str, Any]:
     return {
-        **identity(version, look.state.item_bytes()),
+        **identity(version, look.state.uploads.item_bytes),
         "note": version.note,
         "created": version.created,
-        "residency": "quarantined"
-        if look.state.unvalidated.get(version.digest)
-        else look.where.get(version.digest, "disk"),
+        "residency": _residency(version.digest, look),
         "use": _use(look.used, version.task, version.number),
         "recent": look.state.recent.summary((look.tenant, version.task, version.number)),
     }
+
+
+def _residency(digest: str, look: Look) -> str:
+    return "quarantined" if look.state.revalidation.is_quarantined(digest) else look.where.get(digest, "disk")
 
 
 def _use(used: list[Usage], task: str, number: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Tenants, their keys and limits, what they used, and the log of changes: for the admin, and a tenant's own admins."""
+"""Manage tenants, their keys and limits; show usage and the log of changes: for the operator, and a tenant's admins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
 from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantLimits
-from server.api.deps import caller_of, identify, may, only_operator, refuse_unknown_query, state_of
+from server.api.body import read_json
+from server.api.deps import caller_of, identify, look_up, may, only_operator, refuse_unknown_query, state_of
 from server.errors import ConflictError, ForbiddenError, NotFoundError
 from server.requests.auth import ADMIN
 from server.schemas import NAME_PATTERN, Strict, openapi_body
@@ -28,7 +29,7 @@ Rate = Annotated[int, Field(ge=1, le=2**53)]
 
 
 class LimitsBody(Strict):
-    """A tenant's limits, all of them: what is not given is without a limit."""
+    """A tenant's limits, all of them: one that is not given is no limit."""
 
     requests_per_minute: Rate | None = None
     tokens_per_minute: Rate | None = None
@@ -39,19 +40,19 @@ class LimitsBody(Strict):
     share: float = Field(1.0, ge=0.001, le=1000)
 
     def limits(self) -> TenantLimits:
-        """As the registry has them."""
+        """The limits as the registry has them."""
         return TenantLimits(**self.model_dump())
 
 
 class TenantBody(Strict):
-    """A new tenant."""
+    """The body of POST /tenants."""
 
     name: str = Field(pattern=NAME_PATTERN)
     limits: LimitsBody = Field(default_factory=lambda: LimitsBody(share=1.0))
 
 
 class KeyBody(Strict):
-    """A new key."""
+    """The body of POST /tenants/{tenant}/keys."""
 
     scopes: Annotated[list[Literal["generate", "deploy", "admin"]], Field(min_length=1, max_length=3)]
     note: str = Field("", max_length=200)
@@ -59,9 +60,9 @@ class KeyBody(Strict):
 
 @router.post("/tenants", status_code=201, dependencies=OPERATOR, openapi_extra=openapi_body(TenantBody))
 async def add_tenant(request: Request) -> Response:
-    """A new tenant. A name is given once: that of a tenant which was deleted is refused, too."""
+    """Add a tenant. A name is given once: that of a tenant which was deleted is refused, too."""
     state = _with_keys(request)
-    asked = await state.body(request, TenantBody)
+    asked = await read_json(request, TenantBody)
     try:
         tenant = await _changed(state, state.tenants.add, asked.name, asked.limits.limits())
     except NameTakenError as error:
@@ -71,55 +72,55 @@ async def add_tenant(request: Request) -> Response:
 
 @router.get("/tenants")
 async def list_tenants(request: Request) -> Response:
-    """All tenants, with their limits and what they hold; to a tenant's key its own alone."""
+    """List all tenants, with their limits and what they hold; to a tenant's key its own alone."""
     state, caller = state_of(request), caller_of(request)
     if caller.is_operator:
         found = await asyncio.to_thread(state.tenants.all)
     else:
-        found = [await state.absent_is_404(state.tenants.get, caller.tenant, param="tenant")]
+        found = [await look_up(state.tenants.get, caller.tenant, param="tenant")]
     return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
 
 
 @router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR)
 async def delete_tenant(request: Request, tenant: str) -> Response:
-    """Gone with its keys, tasks and versions, for new requests at once; running ones finish. Its usage stays."""
+    """Delete a tenant with its keys, tasks and versions, for new requests at once; running ones finish. Usage stays."""
     state = state_of(request)
     if tenant == DEFAULT_TENANT:
         raise ConflictError(f"the tenant {DEFAULT_TENANT} is always there", "tenant")
-    await state.mark_for_deletion(await _changed(state, state.tenants.delete, tenant))
+    await state.retention.mark_for_deletion(await _changed(state, state.tenants.delete, tenant))
     return Response(status_code=204)
 
 
 @router.put("/tenants/{tenant}/limits", dependencies=OPERATOR, openapi_extra=openapi_body(LimitsBody))
 async def set_limits(request: Request, tenant: str) -> Response:
-    """Other limits in place of those before, for new requests at once."""
+    """Replace a tenant's limits, for new requests at once."""
     state = state_of(request)
-    asked = await state.body(request, LimitsBody)
+    asked = await read_json(request, LimitsBody)
     return JSONResponse(_tenant(await _changed(state, state.tenants.set_limits, tenant, asked.limits())))
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=openapi_body(KeyBody))
 async def add_key(request: Request, tenant: str) -> Response:
-    """A new key. `key` is shown here and never again."""
+    """Add a key to a tenant. `key` is shown here and never again."""
     state = _with_keys(request)
     _own(request, tenant)
-    asked = await state.body(request, KeyBody)
+    asked = await read_json(request, KeyBody)
     key, sent = await _changed(state, state.tenants.add_key, tenant, list(asked.scopes), asked.note)
     return JSONResponse(_key(key) | {"key": sent}, 201)
 
 
 @router.get("/tenants/{tenant}/keys")
 async def list_keys(request: Request, tenant: str) -> Response:
-    """A tenant's keys, without their secrets."""
+    """List a tenant's keys, without their secrets."""
     state = state_of(request)
     _own(request, tenant)
-    found = await state.absent_is_404(state.tenants.keys, tenant, param="tenant")
+    found = await look_up(state.tenants.keys, tenant, param="tenant")
     return JSONResponse({"keys": [_key(key) for key in found]})
 
 
 @router.post("/tenants/{tenant}/keys/{key_id}/rotate")
 async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
-    """Another secret for a key, shown here and never again; the old one is no key any more."""
+    """Replace the secret of a key; the new one is shown here and never again, the old one is no key any more."""
     state = state_of(request)
     _own(request, tenant)
     key, sent = await _changed(state, state.tenants.rotate_key, tenant, key_id)
@@ -128,7 +129,7 @@ async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
 
 @router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
 async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
-    """No key any more, within a second; requests that run with it finish."""
+    """Revoke a key: within a second it is none; requests that run with it finish."""
     state = state_of(request)
     _own(request, tenant)
     await _changed(state, state.tenants.revoke_key, tenant, key_id)
@@ -137,7 +138,7 @@ async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
 
 @router.get("/usage")
 async def usage(request: Request, tenant: TenantQuery = None) -> Response:
-    """What tenants used, by task and version (0: the base); to a tenant's key its own."""
+    """Show usage by tenant, task and version (0: the base); to a tenant's key its own."""
     state = state_of(request)
     chosen = _chosen(request, tenant)
     await state.usage.wait_until_durable(state.registry)
@@ -153,7 +154,7 @@ async def audit(
     before: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
     limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
 ) -> Response:
-    """Every change, the newest first: who, what, when, in which request; `before` is a `number`, for the next page."""
+    """List changes, the newest first: who, what, when, in which request; `before` is a `number`, for the next page."""
     state = state_of(request)
     chosen = _chosen(request, tenant)
     found = await asyncio.to_thread(state.tenants.changes, chosen, before, limit)
@@ -161,15 +162,15 @@ async def audit(
 
 
 async def _changed(state: ServerState, call: Any, *arguments: object) -> Any:
-    """The result of a change, which is true for the next request."""
+    """The result of a change; the next request sees it."""
     try:
-        return await state.absent_is_404(call, *arguments, param="tenant")
+        return await look_up(call, *arguments, param="tenant")
     finally:
         state.callers.clear_cache()
 
 
 def _with_keys(request: Request) -> ServerState:
-    """Raise `ForbiddenError` where no key is asked for: others would be let in without one as well."""
+    """The server's rooms. Raises `ForbiddenError` if it asks for no keys: others would be let in, too."""
     state = state_of(request)
     if not state.callers.asks_for_keys:
         raise ForbiddenError(
@@ -179,14 +180,14 @@ def _with_keys(request: Request) -> ServerState:
 
 
 def _own(request: Request, tenant: str) -> None:
-    """To a tenant's key every other tenant is absent. Raises `NotFoundError`."""
+    """Raise `NotFoundError` for another tenant than the key's own: to it every other one is absent."""
     caller = caller_of(request)
     if not caller.is_operator and tenant != caller.tenant:
         raise NotFoundError(f"there is no tenant {tenant[:63]}", "tenant")
 
 
 def _chosen(request: Request, tenant: str | None) -> str | None:
-    """The tenant that is asked about; None is all of them, which the operator alone may see. Raises `NotFoundError`."""
+    """The tenant to show; None is all of them, which only the operator may see. Raises `NotFoundError`."""
     caller = caller_of(request)
     if not caller.is_operator:
         _own(request, tenant or caller.tenant)

@@ -25,6 +25,7 @@ from rich.markup import escape
 from adapters_store.base.identity import BaseUnavailableError
 from adapters_store.base.resolve import resolve_base
 from server import listen, logs, process_memory
+from server.engine.client import require_ready
 from server.engine.process_client import ProcessEngineClient
 from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
 
@@ -133,7 +134,7 @@ def _greet(state: ServerState, url: str, console: Console, seconds: float) -> No
     """Say where it serves, and a curl that works when pasted."""
     from adapters_store.registry.registry import DEFAULT_TENANT  # by now it is here
 
-    settings, ready = state.settings, state.ready()
+    settings, ready = state.settings, require_ready(state.client)
     tasks = [task.name for task in state.registry.tasks(DEFAULT_TENANT)]
     key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
     task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)

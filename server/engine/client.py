@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from server.engine.messages import Output, Ready, Stats, Submit
+from server.errors import UnavailableError
 
 
 class EngineUnavailable(Exception):  # noqa: N818 - it is a state of the engine, not a fault of the caller
@@ -75,3 +76,10 @@ class EngineClient(Protocol):
         Absent ones are left out; without an engine the answer is empty.
         """
         ...
+
+
+def require_ready(client: EngineClient) -> Ready:
+    """The engine's description. Raises `UnavailableError` while no engine is ready."""
+    if client.ready is None:
+        raise UnavailableError(client.last_error or "the engine is starting", retry_after=2)
+    return client.ready

@@ -1,58 +1,85 @@
-"""Account for a finished generation: metrics, usage and version figures."""
+"""Account for a finished generation: metrics by task, tenant and version, and the figures that judge a canary."""
 
 from __future__ import annotations
 
-from server.engine.messages import Output
-from server.requests.answer import Chunk, GenerationJob, GenerationState
-from server.requests.version_stats import RequestOutcome
-from server.state import ServerState
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from server.errors import ServerError, VersionGoneError
+from server.metrics import Metrics
+from server.requests.answer import GenerationJob, GenerationState
+from server.requests.version_stats import Recent, RequestOutcome
 
 
-def count(generation: GenerationState, prompt: int, output: Output, chunk: Chunk) -> None:
-    generation.num_begun += output.timing is not None  # the engine's first output has it
-    generation.num_completion += len(chunk.token_ids)
-    generation.cached[prompt] = min(generation.cached.get(prompt, output.cached_tokens), output.cached_tokens)
-    generation.virtual[prompt] = output.virtual_tokens
-    if output.timing is not None and generation.timing.ttft_ms < output.timing.ttft_ms:
-        generation.timing = output.timing
+class Accounting:
+    """Writes how each request ended into the metrics and the versions' recent outcomes."""
 
+    def __init__(self, metrics: Metrics, recent: Recent) -> None:
+        self._metrics, self._recent = metrics, recent
 
-def close_books(state: ServerState, job: GenerationJob, generation: GenerationState, status: str) -> None:
-    metrics, resolved = state.metrics, job.resolved
-    label, tenant = metrics.label(resolved.label), metrics.tenant_label(resolved.tenant)
-    metrics.requests.labels(label, status).inc()
-    metrics.tenant_requests.labels(tenant, status).inc()
-    generation.is_over = True
-    _judge_version(state, job, generation, status)
-    if status == "200":
-        metrics.latency.labels(label).observe(generation.total_ms / 1000)
-        metrics.ttft.labels(label).observe(generation.timing.ttft_ms / 1000)
-        metrics.tenant_ttft.labels(tenant).observe(generation.timing.ttft_ms / 1000)
-        metrics.queued.labels(label).observe(generation.timing.queued_ms / 1000)
-        metrics.load.labels(label).observe(generation.timing.load_ms / 1000)
-    elif status != "cancelled" and not generation.num_completion:
-        generation.is_free = True
-        return
-    counts = generation.usage()
-    metrics.prompt_tokens.labels(label).inc(counts["prompt_tokens"])
-    metrics.completion_tokens.labels(label).inc(counts["completion_tokens"])
-    metrics.cached_tokens.labels(label).inc(counts["cached_tokens"])
-    metrics.tenant_tokens.labels(tenant, "prompt").inc(counts["prompt_tokens"])
-    metrics.tenant_tokens.labels(tenant, "completion").inc(counts["completion_tokens"])
+    @contextmanager
+    def accounted(self, job: GenerationJob, progress: GenerationState) -> Iterator[None]:
+        """Account for the answers that the block makes, at any end. One whose version is gone is tried again: no end.
 
+        The status is that of the error raised, 200 without one, `cancelled` if the client left.
+        """
+        status: str | None = "cancelled"
+        try:
+            yield
+            status = "200"
+        except VersionGoneError:
+            status = None
+            raise
+        except ServerError as error:
+            status = str(error.status)
+            raise
+        except Exception:
+            status = "500"
+            raise
+        finally:
+            progress.total_ms = (time.monotonic() - job.arrived) * 1000
+            if status is not None:
+                self._close(job, progress, status)
 
-def _judge_version(state: ServerState, job: GenerationJob, generation: GenerationState, status: str) -> None:
-    """What a canary is judged by: requests that wear it alone. Who left early says nothing of it but that."""
-    metrics, resolved = state.metrics, job.resolved
-    if len(resolved.adapters) != 1:
-        return
-    version = resolved.adapters[0][0]
-    labels = metrics.version_label(version.task, version.number)
-    metrics.version_requests.labels(*labels, status).inc()
-    if status == "200":
-        metrics.version_tokens.labels(*labels).inc(generation.num_completion)
-        metrics.version_latency.labels(*labels).observe(generation.total_ms / 1000)
-        metrics.version_ttft.labels(*labels).observe(generation.timing.ttft_ms / 1000)
-    if status != "cancelled":
-        outcome = RequestOutcome(status, generation.timing.ttft_ms, generation.total_ms, generation.num_completion)
-        state.recent.add((resolved.tenant, version.task, version.number), outcome)
+    def _close(self, job: GenerationJob, progress: GenerationState, status: str) -> None:
+        metrics, resolved = self._metrics, job.resolved
+        label, tenant = metrics.label(resolved.label), metrics.tenant_label(resolved.tenant)
+        metrics.requests.labels(label, status).inc()
+        metrics.tenant_requests.labels(tenant, status).inc()
+        progress.is_over = True
+        self._judge_version(job, progress, status)
+        if status == "200":
+            metrics.latency.labels(label).observe(progress.total_ms / 1000)
+            metrics.ttft.labels(label).observe(progress.timing.ttft_ms / 1000)
+            metrics.tenant_ttft.labels(tenant).observe(progress.timing.ttft_ms / 1000)
+            metrics.queued.labels(label).observe(progress.timing.queued_ms / 1000)
+            metrics.load.labels(label).observe(progress.timing.load_ms / 1000)
+        elif status != "cancelled" and not progress.num_completion:
+            progress.is_free = True
+            return
+        self._count_tokens(label, tenant, progress.usage())
+
+    def _count_tokens(self, label: str, tenant: str, counts: dict[str, int]) -> None:
+        metrics = self._metrics
+        metrics.prompt_tokens.labels(label).inc(counts["prompt_tokens"])
+        metrics.completion_tokens.labels(label).inc(counts["completion_tokens"])
+        metrics.cached_tokens.labels(label).inc(counts["cached_tokens"])
+        metrics.tenant_tokens.labels(tenant, "prompt").inc(counts["prompt_tokens"])
+        metrics.tenant_tokens.labels(tenant, "completion").inc(counts["completion_tokens"])
+
+    def _judge_version(self, job: GenerationJob, progress: GenerationState, status: str) -> None:
+        """Record per-version figures, from requests that use exactly one version; a disconnect is no outcome."""
+        metrics, resolved = self._metrics, job.resolved
+        if len(resolved.adapters) != 1:
+            return
+        version = resolved.adapters[0][0]
+        labels = metrics.version_label(version.task, version.number)
+        metrics.version_requests.labels(*labels, status).inc()
+        if status == "200":
+            metrics.version_tokens.labels(*labels).inc(progress.num_completion)
+            metrics.version_latency.labels(*labels).observe(progress.total_ms / 1000)
+            metrics.version_ttft.labels(*labels).observe(progress.timing.ttft_ms / 1000)
+        if status != "cancelled":
+            outcome = RequestOutcome(status, progress.timing.ttft_ms, progress.total_ms, progress.num_completion)
+            self._recent.add((resolved.tenant, version.task, version.number), outcome)

@@ -1,18 +1,27 @@
-"""Types of one generation: what is asked, a piece of text, the whole answer."""
+"""Types of one generation: the job, a chunk of text, the progress of all answers, and the answers themselves."""
 
 from __future__ import annotations
 
 import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
 
 from adapters_store.registry.tenants import TenantLimits
-from server.core import Logprobs, Sampling, Timing
+from server.core import AdapterRef, Logprobs, Sampling, Timing
+from server.engine.messages import Output, Submit
 from server.requests.resolve import ResolvedAdapters
+
+SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Everything that the answers of one request depend on."""
+    """Everything that the answers of one request depend on. `prompts` are token ids; times are monotonic seconds."""
 
     resolved: ResolvedAdapters
     prompts: list[list[int]]
@@ -33,10 +42,25 @@ class GenerationJob:
         """Choices of all prompts; the choice `number` of prompt `prompt` has the index `prompt * n + number`."""
         return len(self.prompts) * self.n
 
+    def submit(self, index: int) -> Submit:
+        """The sequence of the choice `index`. Choices of a prompt differ in their seed alone."""
+        seed = (self.sampling.seed + SEED_STEP * index) % 2**63
+        return Submit(
+            sequence_id=uuid.uuid4().hex,
+            namespace=self.resolved.tenant,
+            prompt=self.prompts[index // self.n],
+            sampling=msgspec.structs.replace(self.sampling, seed=seed),
+            deadline=self.arrived + self.timeout_s,
+            arrived=self.arrived,
+            adapters=tuple(AdapterRef(one.digest, weight, one.num_virtual) for one, weight in self.resolved.adapters),
+            share=self.limits.share,
+            max_running=self.limits.max_running,
+        )
+
 
 @dataclass
 class Chunk:
-    """What came for one choice: `finish_reason` marks its last piece."""
+    """New tokens and text of one choice; `finish_reason` marks its last chunk."""
 
     index: int
     text: str
@@ -46,11 +70,11 @@ class Chunk:
 
     @classmethod
     def empty(cls, index: int) -> Chunk:
-        """Nothing yet."""
+        """A chunk without tokens."""
         return cls(index, "", [], [])
 
     def extend(self, chunk: Chunk) -> None:
-        """Take in the next piece of the same choice."""
+        """Append the next chunk of the same choice."""
         self.text += chunk.text
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
@@ -59,7 +83,7 @@ class Chunk:
 
 @dataclass
 class GenerationState:
-    """What is known of a request's answers so far."""
+    """Progress of a request's answers: token counts, times in milliseconds, and how many choices began or ended."""
 
     num_prompt: int
     num_completion: int = 0
@@ -77,14 +101,23 @@ class GenerationState:
         """Tokens of the prompts and of the answers."""
         return self.num_prompt + self.num_completion
 
+    def count(self, prompt: int, output: Output, chunk: Chunk) -> None:
+        """Count one output of a choice of `prompt`, and the chunk that was made of it."""
+        self.num_begun += output.timing is not None  # the engine's first output has it
+        self.num_completion += len(chunk.token_ids)
+        self.cached[prompt] = min(self.cached.get(prompt, output.cached_tokens), output.cached_tokens)
+        self.virtual[prompt] = output.virtual_tokens
+        if output.timing is not None and self.timing.ttft_ms < output.timing.ttft_ms:
+            self.timing = output.timing
+
     def used(self) -> tuple[int, int, int]:
-        """What is to be paid so far: requests, prompt tokens, completion tokens."""
+        """Usage to be paid so far: requests, prompt tokens, completion tokens."""
         if self.is_free or not (self.is_over or self.num_completion):
             return 0, 0, 0
         return int(self.is_over), self.num_prompt, self.num_completion
 
     def usage(self) -> dict[str, int]:
-        """The contract's `usage`."""
+        """The HTTP contract's `usage` object."""
         return {
             "prompt_tokens": self.num_prompt,
             "cached_tokens": sum(self.cached.values()),
@@ -93,6 +126,29 @@ class GenerationState:
         }
 
     def times(self) -> dict[str, float]:
-        """The contract's `timing`."""
+        """The HTTP contract's `timing` object, in milliseconds."""
         marks = {"queued_ms": self.timing.queued_ms, "load_ms": self.timing.load_ms, "ttft_ms": self.timing.ttft_ms}
         return {name: round(value, 3) for name, value in {**marks, "total_ms": self.total_ms}.items()}
+
+
+@dataclass
+class Generation:
+    """The answers to one spec. `job` and `progress` are those of the answers once their first chunk is there."""
+
+    chunks: AsyncIterator[Chunk] = field(init=False)  # of all choices, as they come
+    job: GenerationJob = field(init=False)
+    progress: GenerationState = field(default_factory=lambda: GenerationState(0))
+    resolved: ResolvedAdapters | None = None
+
+    async def collect(self) -> list[Chunk]:
+        """All choices, each whole, in order. Raises `ServerError`; cancelled, it ends the answers."""
+        choices: dict[int, Chunk] = {}
+        async with aclosing(self.chunks) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                choices.setdefault(chunk.index, Chunk.empty(chunk.index)).extend(chunk)
+        return [choices[index] for index in sorted(choices)]
+
+    def log_facts(self) -> dict[str, Any]:
+        """The facts for the request's log line: its task once resolved, its usage once it was submitted."""
+        task = {} if self.resolved is None else {"task": self.resolved.task}
+        return {**task, **(self.progress.usage() if self.progress.num_prompt else {})}

@@ -1,191 +1,83 @@
-"""From tokens to tokens and text: the answers of one request, as they come."""
+"""Run a job's choices in the engine, all at once, and turn their tokens into chunks of text."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
-from typing import TypeVar
 
-from fastapi import Request
-
-from server.api.deps import caller_of
-from server.core import AdapterRef, EngineFailure, Sampling
-from server.engine.client import EngineUnavailable
-from server.engine.messages import Output, Submit
-from server.errors import EngineFailedError, ServerError, UnavailableError, VersionGoneError
-from server.requests.accounting import close_books, count
+from server.core import EngineFailure
+from server.engine.client import EngineClient, EngineUnavailable
+from server.engine.messages import Output
+from server.errors import EngineFailedError, UnavailableError
+from server.metrics import Metrics
 from server.requests.answer import Chunk, GenerationJob, GenerationState
 from server.requests.detokenizer import TextStream
-from server.requests.usage import UsageMeter
-from server.state import ServerState
-from server.uploads.revalidation import ensure_validated
+from server.requests.tokenizer import Tokenizer
+from server.uploads.revalidation import Revalidation
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-GRACE_S = 5.0  # the engine ends what is late; the front does where the engine is stuck
+GRACE_S = 5.0  # the engine ends what is late; this process does if the engine is stuck
+Queue = asyncio.Queue[Chunk | Exception]
 
 
-def start(request: Request, state: ServerState, job: GenerationJob) -> tuple[GenerationState, AsyncGenerator[Chunk]]:
-    """The answer's books, and its pieces as they come, of all choices. The request's log line gets the books too."""
-    generation = request.state.generation = GenerationState(sum(map(len, job.prompts)))
-    return generation, _chunks(state, replace(job, limits=caller_of(request).limits), generation)
+class ChoiceRunner:
+    """Runs each choice of a job as one sequence of the engine, once its adapters are validated."""
 
+    def __init__(
+        self, client: EngineClient, tokenizer: Tokenizer, metrics: Metrics, revalidation: Revalidation
+    ) -> None:
+        self._client, self._tokenizer = client, tokenizer
+        self._metrics, self._revalidation = metrics, revalidation
 
-async def collect(chunks: AsyncGenerator[Chunk], job: GenerationJob) -> list[Chunk]:
-    """All of a plain answer's choices, whole."""
-    choices = [Chunk.empty(index) for index in range(job.num_choices)]
-    async with aclosing(chunks) as coming:
-        async for chunk in coming:
-            choices[chunk.index].extend(chunk)
-    return choices
-
-
-async def unless_moved(attempt: Callable[[], Awaitable[T]]) -> T:
-    """An answer; where its version is deleted before it begins, that of the route as it is now.
-
-    A version that was named is absent the second time.
-    """
-    while True:
+    async def run(self, job: GenerationJob, progress: GenerationState) -> AsyncIterator[Chunk]:
+        """Chunks of all choices as they come, counted in `progress`. An error of one choice, or closing, ends all."""
+        queue: Queue = asyncio.Queue()
+        choices = [asyncio.create_task(self._feed(job, progress, index, queue)) for index in range(job.num_choices)]
         try:
-            return await attempt()
-        except VersionGoneError as error:
-            log.info("a request is routed anew", extra={"reason": str(error)})
-
-
-async def _chunks(state: ServerState, job: GenerationJob, generation: GenerationState) -> AsyncGenerator[Chunk]:
-    """The pieces of all choices; meanwhile the artifacts are kept, and at any end the books are closed."""
-    resolved = job.resolved
-    status: str | None = "cancelled"
-    places = [(resolved.tenant, one.task, one.number) for one, _ in resolved.adapters] or [
-        (resolved.tenant, resolved.task, 0)
-    ]
-    with state.usage.running(UsageMeter(places, generation.used)):
-        try:
-            with (
-                state.in_use.hold(resolved.digests),
-                state.rate_limiter.generating(
-                    resolved.tenant, job.limits, job.num_choices, job.max_total_tokens, generation
-                ),
-            ):
-                await state.ensure_not_deleted(resolved.tenant, [version for version, _ in resolved.adapters])
-                async with aclosing(_merged(state, job, generation)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-            status = "200"
-        except VersionGoneError:
-            status = None  # nothing has begun, and it is tried again
-            raise
-        except ServerError as error:
-            status = str(error.status)
-            raise
-        except Exception:
-            status = "500"
-            raise
+            while progress.ended < len(choices):
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                progress.ended += item.finish_reason is not None
+                yield item
         finally:
-            generation.total_ms = (time.monotonic() - job.arrived) * 1000
-            if status is not None:
-                close_books(state, job, generation, status)
-            await state.delete_if_unreferenced(resolved.digests)
-    await state.usage.wait_until_durable(
-        state.registry
-    )  # what is answered whole is paid for, also if the next moment is the last
+            for choice in choices:
+                choice.cancel()
+            await asyncio.gather(*choices, return_exceptions=True)
 
+    async def _feed(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
+        """Put the chunks of one choice into the queue, or the error that ended it."""
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
+                for digest in job.resolved.digests:
+                    await self._revalidation.ensure_validated(digest)
+                await self._run_choice(job, progress, index, queue)
+        except TimeoutError:
+            failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
+            queue.put_nowait(EngineFailedError(failure))
+        except EngineUnavailable as error:
+            queue.put_nowait(UnavailableError(str(error), retry_after=2))
+        except Exception as error:  # noqa: BLE001 - whatever it is, `run` raises it to its caller
+            queue.put_nowait(error)
 
-async def _merged(state: ServerState, job: GenerationJob, generation: GenerationState) -> AsyncGenerator[Chunk]:
-    """Run all choices at once. Whatever ends this ends them all."""
-    queue: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-    choices = [
-        asyncio.create_task(_feed(state, job, generation, prompt, number, queue))
-        for prompt in range(len(job.prompts))
-        for number in range(job.n)
-    ]
-    try:
-        while generation.ended < len(choices):
-            item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            generation.ended += item.finish_reason is not None
-            yield item
-    finally:
-        for choice in choices:
-            choice.cancel()
-        await asyncio.gather(*choices, return_exceptions=True)
-
-
-async def _feed(
-    state: ServerState,
-    job: GenerationJob,
-    generation: GenerationState,
-    prompt: int,
-    number: int,
-    queue: asyncio.Queue[Chunk | Exception],
-) -> None:
-    try:
-        async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
-            for digest in job.resolved.digests:
-                await ensure_validated(state, digest)
-            await _run_choice(state, job, generation, prompt, number, queue)
-    except TimeoutError:
-        failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
-        queue.put_nowait(EngineFailedError(failure))
-    except EngineUnavailable as error:
-        queue.put_nowait(UnavailableError(str(error), retry_after=2))
-    except Exception as error:  # noqa: BLE001 - whatever it is, `_chunks` raises it to the one who waits
-        queue.put_nowait(error)
-
-
-async def _run_choice(
-    state: ServerState,
-    job: GenerationJob,
-    generation: GenerationState,
-    prompt: int,
-    number: int,
-    queue: asyncio.Queue[Chunk | Exception],
-) -> None:
-    index, text = prompt * job.n + number, TextStream(state.tokenizer, job.stop)
-    label, last = state.metrics.label(job.resolved.label), 0.0
-    async with aclosing(state.client.generate(_submit(job, prompt, number))) as outputs:
-        async for output in outputs:
-            now = time.monotonic()
-            if output.failure is not None:
-                raise EngineFailedError(output.failure)
-            if last and output.token_ids:
-                state.metrics.gap.labels(label).observe(now - last)
-            last = now
-            chunk = _chunk(index, output, text)
-            count(generation, prompt, output, chunk)
-            generation.total_ms = (now - job.arrived) * 1000
-            queue.put_nowait(chunk)
-            if chunk.finish_reason is not None:
-                return  # closing the outputs aborts the sequence where a stop text ended it
-
-
-def _submit(job: GenerationJob, prompt: int, number: int) -> Submit:
-    """One sequence. Choices differ in their seed alone, each by its own number."""
-    seed = (job.sampling.seed + 0x9E3779B97F4A7C15 * (prompt * job.n + number)) % 2**63
-    return Submit(
-        sequence_id=uuid.uuid4().hex,
-        namespace=job.resolved.tenant,
-        prompt=job.prompts[prompt],
-        sampling=_with_seed(job.sampling, seed),
-        deadline=job.arrived + job.timeout_s,
-        arrived=job.arrived,
-        adapters=tuple(
-            AdapterRef(version.digest, weight, version.num_virtual) for version, weight in job.resolved.adapters
-        ),
-        share=job.limits.share,
-        max_running=job.limits.max_running,
-    )
-
-
-def _with_seed(sampling: Sampling, seed: int) -> Sampling:
-    values = {name: getattr(sampling, name) for name in Sampling.__struct_fields__}
-    return Sampling(**{**values, "seed": seed})
+    async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
+        text = TextStream(self._tokenizer, job.stop)
+        label, last = self._metrics.label(job.resolved.label), 0.0
+        async with aclosing(self._client.generate(job.submit(index))) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                now = time.monotonic()
+                if output.failure is not None:
+                    raise EngineFailedError(output.failure)
+                if last and output.token_ids:
+                    self._metrics.gap.labels(label).observe(now - last)
+                last = now
+                chunk = _chunk(index, output, text)
+                progress.count(index // job.n, output, chunk)
+                progress.total_ms = (now - job.arrived) * 1000
+                queue.put_nowait(chunk)
+                if chunk.finish_reason is not None:
+                    return  # closing the outputs aborts a sequence that a stop text ended
 
 
 def _chunk(index: int, output: Output, text: TextStream) -> Chunk:

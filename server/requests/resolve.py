@@ -1,39 +1,39 @@
-"""From a checked request to what the engine is asked: who answers, the prompts' tokens, the sampling."""
+"""Resolve the tasks that a request names to stored versions, once: the answer is of these, whatever is routed later."""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from dataclasses import dataclass
-
-from jinja2 import TemplateError
 
 from adapters_store.format.manifest import PromptFormat
 from adapters_store.methods import is_kv
-from adapters_store.registry.registry import Version
-from server.core import Sampling
-from server.errors import BadRequestError, InvalidFieldError, NotFoundError
-from server.schemas import BASE, Message, SamplingFields, WeightedTask
-from server.state import ServerState
+from adapters_store.registry.registry import Registry, Version
+from server.errors import InvalidFieldError, NotFoundError, absent_is_404
+from server.requests.spec import GenerationSpec
+from server.requests.usage import UsageKey
+from server.schemas import BASE
 
-THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
-MIN_TEMPERATURE = 1e-3
 MAX_NAME = 63  # characters of a task's name
 SEVERAL = "_several"  # no task can be named so
 
 
 @dataclass(frozen=True)
 class ResolvedAdapters:
-    """What a request wears: its tasks' versions with weights, resolved once, here. Nothing is the base."""
+    """The versions that a request uses, each with its weight; none is the base alone."""
 
     tenant: str
     task: str
     adapters: tuple[tuple[Version, float], ...] = ()
 
     @property
+    def versions(self) -> list[Version]:
+        """The versions without their weights."""
+        return [version for version, _ in self.adapters]
+
+    @property
     def prompt_format(self) -> PromptFormat | None:
-        """How chat turns are written. Raises `InvalidFieldError` where several adapters disagree."""
-        formats = [version.prompt_format for version, _ in self.adapters]
+        """The adapters' format of chat turns, if they have one. Raises `InvalidFieldError` if several disagree."""
+        formats = [version.prompt_format for version in self.versions]
         if any(other != formats[0] for other in formats[1:]):
             raise InvalidFieldError(
                 "these adapters were trained with different prompt formats: send a prompt", "messages"
@@ -43,55 +43,62 @@ class ResolvedAdapters:
     @property
     def num_virtual(self) -> int:
         """Virtual tokens before every prompt."""
-        return sum(version.num_virtual for version, _ in self.adapters)
+        return sum(version.num_virtual for version in self.versions)
 
     @property
     def label(self) -> str:
-        """What metrics call it: a task's name, or one word for all mixtures, of which there is no end."""
+        """The task's name in metrics: all mixtures share one word, since there is no end of them."""
         return self.task if len(self.adapters) < 2 else SEVERAL
 
     @property
     def digests(self) -> list[str]:
-        """The artifacts to keep while the request runs."""
-        return [version.digest for version, _ in self.adapters]
+        """Digests of the artifacts to keep while the request runs."""
+        return [version.digest for version in self.versions]
+
+    @property
+    def usage_keys(self) -> list[UsageKey]:
+        """Keys under which the request's usage is counted: each version, or the base as version 0."""
+        keys = [(self.tenant, version.task, version.number) for version in self.versions]
+        return keys or [(self.tenant, self.task, 0)]
 
 
-def task_of(task: str | None) -> str:
-    """The task that a request names. Raises `BadRequestError` where it names none: the base is asked for by name."""
-    if not task:
-        raise BadRequestError("name a task: POST /generate?task=NAME (task=base is the base itself)", "task")
-    return task
+class AdapterResolver:
+    """Resolves tasks to versions by the registry's routes."""
 
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
 
-async def resolve_adapter(
-    state: ServerState, tenant: str, task: str, version: int | None = None, user: str | None = None
-) -> ResolvedAdapters:
-    """Resolve a task's name to a version. `base` is the base, and asked for by that name alone."""
-    if task == BASE:
-        if version is not None:
-            raise InvalidFieldError("the base has no versions", "version")
-        return ResolvedAdapters(tenant, BASE)
-    if len(task) > MAX_NAME:
-        raise NotFoundError(f"there is no task {task[:MAX_NAME]}", "task")
-    return ResolvedAdapters(tenant, task, ((await state.resolve(tenant, task, version, user), 1.0),))
+    async def resolve(self, spec: GenerationSpec) -> ResolvedAdapters:
+        """The versions that a spec gets now. Raises `NotFoundError`, and `InvalidFieldError` for what cannot be."""
+        if spec.adapters is not None:
+            return await self._several(spec, spec.adapters)
+        if spec.task == BASE:
+            if spec.version is not None:
+                raise InvalidFieldError("the base has no versions", "version")
+            return ResolvedAdapters(spec.tenant, BASE)
+        if len(spec.task) > MAX_NAME:
+            raise NotFoundError(f"there is no task {spec.task[:MAX_NAME]}", "task")
+        version = await self.version(spec.tenant, spec.task, spec.version, spec.user)
+        return ResolvedAdapters(spec.tenant, spec.task, ((version, 1.0),))
 
+    async def version(self, tenant: str, task: str, number: int | None, user: str | None) -> Version:
+        """The named version of a task, or the one that its route gives `user`. Raises `NotFoundError`."""
+        with absent_is_404("task"):
+            return await asyncio.to_thread(self._registry.resolve, tenant, task, number, user)
 
-async def resolve_adapters(
-    state: ServerState, tenant: str, tasks: list[WeightedTask], user: str | None = None
-) -> ResolvedAdapters:
-    """Resolve several hats that one request wears at once, unmerged."""
-    if any(adapter.task == BASE for adapter in tasks):
-        raise InvalidFieldError("the base is always worn; list only adapters' tasks", "adapters")
-    names = [adapter.task for adapter in tasks]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InvalidFieldError(f"the task {twice} is listed twice: a request wears a task once", "adapters")
-    adapters = [(await state.resolve(tenant, adapter.task, None, user), adapter.weight) for adapter in tasks]
-    _check_prefixes(adapters)
-    return ResolvedAdapters(tenant, "+".join(names), tuple(adapters))
+    async def _several(self, spec: GenerationSpec, tasks: list[tuple[str, float]]) -> ResolvedAdapters:
+        names = [task for task, _ in tasks]
+        if BASE in names:
+            raise InvalidFieldError("the base is always worn; list only adapters' tasks", "adapters")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InvalidFieldError(f"the task {twice} is listed twice: a request wears a task once", "adapters")
+        adapters = [(await self.version(spec.tenant, task, None, spec.user), weight) for task, weight in tasks]
+        _check_prefixes(adapters)
+        return ResolvedAdapters(spec.tenant, "+".join(names), tuple(adapters))
 
 
 def _check_prefixes(adapters: list[tuple[Version, float]]) -> None:
-    """Prefixes stand one after another, each whole. Raises `InvalidFieldError` for what does not compose so.
+    """Raise `InvalidFieldError` for prefixes that do not compose: they stand one after another, each whole.
 
     Keys and values that are given, and not computed, would ignore the embeddings that stand before them.
     """
@@ -111,57 +118,3 @@ def _check_prefixes(adapters: list[tuple[Version, float]]) -> None:
             )
         if version.num_virtual and not is_kv(version.method):
             computed = version.task
-
-
-async def encode_prompts(state: ServerState, prompts: list[str]) -> list[list[int]]:
-    """Tokens of texts."""
-    if sum(map(len, prompts)) > THREAD_CHARS:
-        return await asyncio.to_thread(lambda: [state.tokenizer.encode(prompt) for prompt in prompts])
-    return [state.tokenizer.encode(prompt) for prompt in prompts]
-
-
-async def encode_chat(state: ServerState, messages: list[Message], resolved: ResolvedAdapters) -> list[int]:
-    """Tokens of chat turns, as the adapter, or else the base, writes them."""
-    turns: list[tuple[str, str]] = [(message.role, message.content) for message in messages]
-    if resolved.prompt_format is None and not state.tokenizer.has_chat_template:
-        raise BadRequestError("this base has no chat template: send a prompt", "messages")
-    try:
-        return await asyncio.to_thread(state.tokenizer.encode_chat, turns, resolved.prompt_format)
-    except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
-        raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
-
-
-def to_sampling(state: ServerState, fields: SamplingFields, max_tokens: int, logprobs: int | None) -> Sampling:
-    """The engine's form; a seed is drawn where none was given. Raises `InvalidFieldError` for unknown token ids.
-
-    A temperature under `MIN_TEMPERATURE` is greedy: logits divided by less would not be finite.
-    """
-    ready = state.ready()
-    bias = {int(token): value for token, value in fields.logit_bias.items()}
-    if any(token >= ready.spec.vocab_size for token in bias):
-        raise InvalidFieldError(f"logit_bias names a token over {ready.spec.vocab_size - 1}", "logit_bias")
-    values = fields.model_dump(include=set(SamplingFields.model_fields)) | {"logit_bias": bias}
-    values["seed"] = secrets.randbits(63) if fields.seed is None else fields.seed
-    values["temperature"] = fields.temperature if fields.temperature >= MIN_TEMPERATURE else 0.0
-    return Sampling(max_tokens=max_tokens, logprobs=logprobs, **values)
-
-
-def check_length(state: ServerState, resolved: ResolvedAdapters, prompts: list[list[int]], max_tokens: int) -> None:
-    """Refuse what could never fit, before anything queues. Virtual tokens take positions as a prompt's do."""
-    ready = state.ready()
-    for prompt in prompts:
-        if not prompt:
-            raise BadRequestError("the prompt has no tokens", "prompt")
-        if max(prompt) >= ready.spec.vocab_size:
-            raise InvalidFieldError(
-                f"prompt_token_ids has a token over {ready.spec.vocab_size - 1}", "prompt_token_ids"
-            )
-        if len(prompt) + resolved.num_virtual + max_tokens > ready.max_sequence_tokens:
-            virtual = (
-                f", its adapters put {resolved.num_virtual} virtual tokens before it," if resolved.num_virtual else ""
-            )
-            raise BadRequestError(
-                f"the prompt has {len(prompt)} tokens{virtual} and max_tokens is {max_tokens}; together they are over "
-                f"this server's {ready.max_sequence_tokens}",
-                "prompt",
-            )

@@ -1,4 +1,4 @@
-"""Take a tree of PEFT folders in at start: each folder is a task by its name. A bad one is one line in the log."""
+"""Import a tree of PEFT folders at start: each folder is a task by its name. A bad one is one line in the log."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from adapters_store.errors import AbsentError, ArtifactError
 from adapters_store.format.folder import CONFIG, find_parts, read_folder
 from adapters_store.registry.registry import DEFAULT_TENANT
 from server.schemas import BASE, NAME_PATTERN
-from server.state import ServerState
-from server.uploads.register import FOLDER, register_artifact
-from server.uploads.validation import validate
+from server.uploads.service import FOLDER, UploadService, UploadSpec
 
 log = logging.getLogger(__name__)
 
 
-async def import_tree(state: ServerState, tree: Path) -> None:
-    """Every folder with an adapter_config.json that is no task yet becomes one; the same checks as an upload's.
+async def import_tree(uploads: UploadService, tree: Path) -> None:
+    """Make a task of every folder with an adapter_config.json that is none yet, after the same checks as an upload's.
 
-    What was deleted stays deleted: bytes that a task had and lost come back by an upload alone.
+    Deleted versions stay deleted: bytes that a task had and lost come back by an upload alone. Raises
+    `NotADirectoryError` if `tree` is none; a folder that fails its checks is logged.
     """
     if not tree.is_dir():
         raise NotADirectoryError(f"{tree} is no folder: --import takes a folder of PEFT folders")
     for config in sorted(tree.glob(f"*/{CONFIG}")):
         try:
-            await _import_folder(state, config.parent)
+            await _import_folder(uploads, config.parent)
         except Exception as error:  # noqa: BLE001 - whatever a folder holds, the server starts
             log.error("an adapter was not taken in", extra={"folder": str(config.parent), "reason": str(error)})
 
 
-async def _import_folder(state: ServerState, folder: Path) -> None:
+async def _import_folder(uploads: UploadService, folder: Path) -> None:
     task = folder.name.lower()
     if not re.fullmatch(NAME_PATTERN, task) or task == BASE:
         raise ArtifactError(f"{folder.name} is no task name ({NAME_PATTERN})")
     try:
-        state.registry.task(DEFAULT_TENANT, task)
+        uploads.registry.task(DEFAULT_TENANT, task)
     except AbsentError:
-        with state.blobs.staging() as staging:
+        with uploads.blobs.staging() as staging:
             copy = staging / FOLDER
             copy.mkdir()
             for name, path in find_parts(folder).items():
                 shutil.copyfile(path, copy / name)
             digest = read_folder(copy).digest
-            if await asyncio.to_thread(state.registry.was_removed, DEFAULT_TENANT, task, digest):
+            if await asyncio.to_thread(uploads.registry.was_removed, DEFAULT_TENANT, task, digest):
                 log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
                 return
-            validated = await validate(state, copy)
-            await register_artifact(state, DEFAULT_TENANT, task, copy, validated, True, f"imported from {folder.name}")
+            validated = await uploads.validator.validate(copy)
+            spec = UploadSpec(DEFAULT_TENANT, task, note=f"imported from {folder.name}")
+            await uploads.register(spec, copy, validated)
         log.info("an adapter was taken in", extra={"task": task, "digest": validated.facts.digest})

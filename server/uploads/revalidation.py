@@ -1,7 +1,7 @@
-"""What is in the store at start, and was proved under another base or software, or never: it is put to the proof, too.
+"""Re-validate stored adapters after start-up: each one last validated under another base, precision or version.
 
-One after another, while requests are served already; whoever asks for one that is not proved yet waits for its proof.
-What fails is quarantined with its reason: it is not served, it stays where it is, and the bytes uploaded again heal it.
+One after another, while requests are served already; a request for one that is not validated yet waits for it. One that
+fails is quarantined with its reason: it is not served, it stays where it is, and the same bytes uploaded again heal it.
 """
 
 from __future__ import annotations
@@ -10,62 +10,92 @@ import asyncio
 import logging
 
 from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError
+from adapters_store.registry.registry import Registry
+from adapters_store.storage.directory import Blobs
 from server.core import EngineFailure
 from server.errors import EngineFailedError, ProbeLateError, ServerError
-from server.state import ServerState
-from server.uploads.validation import validate_stored
+from server.uploads.retention import ArtifactRetention
+from server.uploads.validation import Validator
 
 log = logging.getLogger(__name__)
 
 
-async def find_unvalidated(state: ServerState) -> None:
-    """At start: what is to be proved before it is worn. What the store has lost cannot pass."""
-    unvalidated = await asyncio.to_thread(state.registry.unvalidated, state.validation_fingerprint)
-    lost = await asyncio.to_thread(state.registry.digests) - await asyncio.to_thread(state.blobs.digests)
-    state.unvalidated = dict.fromkeys([*unvalidated, *lost])
+class Revalidation:
+    """Knows which stored artifacts are not validated here yet, and validates them before they are served.
 
-
-async def validate_all(state: ServerState) -> None:
-    """One after another. What the engine has no time for now is proved when it is asked for."""
-    for digest in list(state.unvalidated):
-        with state.in_use.hold([digest]):
-            try:
-                await ensure_validated(state, digest)
-            except EngineFailedError:
-                pass  # it is in the log
-            except ServerError as error:
-                log.info("a stored adapter is proved later", extra={"digest": digest, "reason": str(error)})
-            except Exception:
-                log.exception("a stored adapter could not be proved", extra={"digest": digest})
-        await state.delete_if_unreferenced([digest])
-
-
-async def ensure_validated(state: ServerState, digest: str) -> None:
-    """Return when an artifact of the store passed the proof. Raises `EngineFailedError` where it failed.
-
-    Whoever else waits for the same has its outcome; `UnavailableError` is that of an engine that is away or busy.
+    `fingerprint` is what a validation holds for (see `compute_validation_fingerprint`).
     """
-    if digest not in state.unvalidated:
-        return
-    async with state.validating:
-        if (failure := state.unvalidated.get(digest)) is not None:
-            raise EngineFailedError(failure)
-        if digest not in state.unvalidated:
+
+    def __init__(
+        self, registry: Registry, blobs: Blobs, retention: ArtifactRetention, validator: Validator, fingerprint: str
+    ) -> None:
+        self._registry, self._blobs, self._retention, self._validator = registry, blobs, retention, validator
+        self.fingerprint = fingerprint
+        self._lock = asyncio.Lock()  # one stored artifact at a time is validated
+        self._unvalidated: dict[str, EngineFailure | None] = {}  # by digest; why one may not be served
+
+    @property
+    def num_pending(self) -> int:
+        """Stored artifacts that are neither validated nor quarantined yet."""
+        return sum(failure is None for failure in self._unvalidated.values())
+
+    def is_quarantined(self, digest: str) -> bool:
+        """Whether a stored artifact failed its validation, and is not served."""
+        return self._unvalidated.get(digest) is not None
+
+    def mark_unvalidated(self, digest: str) -> None:
+        """Validate a stored artifact before it is served again."""
+        self._unvalidated[digest] = None
+
+    def mark_validated(self, digest: str) -> None:
+        """Serve an artifact from now on: it passed as an upload, also if it was quarantined."""
+        self._unvalidated.pop(digest, None)
+
+    async def find_unvalidated(self) -> None:
+        """At start: list the artifacts to validate before they are served. One that the store has lost cannot pass."""
+        unvalidated = await asyncio.to_thread(self._registry.unvalidated, self.fingerprint)
+        lost = await asyncio.to_thread(self._registry.digests) - await asyncio.to_thread(self._blobs.digests)
+        self._unvalidated = dict.fromkeys([*unvalidated, *lost])
+
+    async def validate_all(self) -> None:
+        """Validate one after another. One that the engine has no time for is validated when it is asked for."""
+        for digest in list(self._unvalidated):
+            async with self._retention.using([digest]):
+                try:
+                    await self.ensure_validated(digest)
+                except EngineFailedError:
+                    pass  # it is in the log
+                except ServerError as error:
+                    log.info("a stored adapter is proved later", extra={"digest": digest, "reason": str(error)})
+                except Exception:
+                    log.exception("a stored adapter could not be proved", extra={"digest": digest})
+
+    async def ensure_validated(self, digest: str) -> None:
+        """Return once a stored artifact is validated. Raises `EngineFailedError` if it failed, now or before.
+
+        Requests for the same artifact share one outcome. Raises `UnavailableError` if the engine is away or busy.
+        """
+        if digest not in self._unvalidated:
             return
-        try:
-            await validate_stored(state, digest)
-        except ProbeLateError:
-            raise ProbeLateError("a stored adapter waits to be proved, for the engine is busy", retry_after=5) from None
-        except (ArtifactError, AbsentError) as error:
-            raise EngineFailedError(_quarantine(state, digest, error)) from None
-        await asyncio.to_thread(state.registry.set_validated, digest, state.validation_fingerprint)
-        state.unvalidated.pop(digest, None)
+        async with self._lock:
+            if (failure := self._unvalidated.get(digest)) is not None:
+                raise EngineFailedError(failure)
+            if digest not in self._unvalidated:
+                return
+            try:
+                await self._validator.validate_stored(digest)
+            except ProbeLateError:
+                message = "a stored adapter waits to be proved, for the engine is busy"
+                raise ProbeLateError(message, retry_after=5) from None
+            except (ArtifactError, AbsentError) as error:
+                raise EngineFailedError(self._quarantine(digest, error)) from None
+            await asyncio.to_thread(self._registry.set_validated, digest, self.fingerprint)
+            self.mark_validated(digest)
 
-
-def _quarantine(state: ServerState, digest: str, error: ArtifactError | AbsentError) -> EngineFailure:
-    code = error.code if isinstance(error, ArtifactCorruptError) else "adapter_failed"
-    failure = EngineFailure(code, f"adapter {digest[:12]} is not served: {error}; upload it again")
-    if digest in state.unvalidated:  # else it was uploaded again meanwhile
-        state.unvalidated[digest] = failure
-    log.error("a stored adapter was quarantined", extra={"digest": digest, "reason": str(error)})
-    return failure
+    def _quarantine(self, digest: str, error: ArtifactError | AbsentError) -> EngineFailure:
+        code = error.code if isinstance(error, ArtifactCorruptError) else "adapter_failed"
+        failure = EngineFailure(code, f"adapter {digest[:12]} is not served: {error}; upload it again")
+        if digest in self._unvalidated:  # else it was uploaded again meanwhile
+            self._unvalidated[digest] = failure
+        log.error("a stored adapter was quarantined", extra={"digest": digest, "reason": str(error)})
+        return failure

@@ -1,8 +1,8 @@
-"""Proof at the door, the same at every door: what an adapter must pass before anything of it is kept.
+"""Validate an artifact before anything of it is kept: the same checks for uploads, imports and stored artifacts.
 
 First by its bytes: form, finiteness, method, base, shapes, size. Then in the engine, as a few rows of its ordinary
-steps: eight prompts whose logits must be finite; where the artifact carries parity they are its trainer's own, and the
-logits and the continuation must be those of the trainer.
+steps: eight prompts whose logits must be finite. If the artifact carries parity cases, these are its trainer's prompts,
+and the logits and the continuation must be the trainer's.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from adapters_store.methods.compile import Room, compile_patch
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from adapters_store.registry.registry import Facts
+from adapters_store.storage.directory import Blobs
 from server.core import AdapterRef, EngineFailure, Logprobs, Sampling
-from server.engine.client import EngineUnavailable
+from server.engine.client import EngineClient, EngineUnavailable, require_ready
 from server.engine.messages import Ready, Submit
 from server.errors import EngineFailedError, ProbeLateError, ServerError, UnavailableError
-from server.state import ServerState
+from server.together import together
 from server.uploads import parity
+from server.uploads.retention import ArtifactRetention
 
 MIN_ROOM = 2  # positions that a prefix must leave: one for a prompt, one for an answer
 NUM_PROBES = 8
@@ -42,7 +44,7 @@ MAX_AT_ONCE = 4  # probes in the engine's batch
 MAX_PARITY_TOKENS = 1024  # a longer prompt would take the engine too long
 NUM_TOP = 100  # of the engine's best tokens, to find the trainer's 20 among
 PROBE_WITHIN_S = 30.0
-CHECKS = 1  # grows with every check that is new or stricter: what is stored must pass it, too
+CHECKS = 1  # grows with every check that is new or stricter: stored artifacts must pass it, too
 NAMESPACE = "_probe"  # no tenant can be named so
 
 Check = dict[str, Any]
@@ -57,24 +59,84 @@ class ValidatedArtifact:
     checks: list[Check]
 
 
-async def validate(state: ServerState, folder: Path) -> ValidatedArtifact:
-    """Put a PEFT folder of the staging area to the proof. Raises `ArtifactError`, or `ServerError` where it cannot be.
+class Validator:
+    """Validates artifacts by their bytes and in the engine, one at a time."""
 
-    What fails leaves nothing behind in the engine.
-    """
-    artifact, patch, checks = await asyncio.to_thread(check_folder, state.ready(), folder)
-    digest = artifact.digest
-    try:
-        async with state.probing:
-            with state.in_use.hold([digest]), _staged(state, digest, folder):
-                checks = checks + await _probe(state, artifact, patch)
-    except BaseException:
-        await state.mark_for_deletion([digest])
-        raise
-    finally:
-        await state.delete_if_unreferenced([digest])
-    facts = Facts(
-        digest=digest,
+    def __init__(self, client: EngineClient, blobs: Blobs, retention: ArtifactRetention) -> None:
+        self._client, self._blobs, self._retention = client, blobs, retention
+        self._probing = asyncio.Lock()  # one artifact at a time is probed
+
+    async def validate(self, folder: Path) -> ValidatedArtifact:
+        """Validate a PEFT folder of the staging area; one that fails leaves nothing behind in the engine.
+
+        Raises `ArtifactError` if it fails, or `ServerError` if the engine cannot tell.
+        """
+        artifact, patch, checks = await asyncio.to_thread(check_folder, require_ready(self._client), folder)
+        digest = artifact.digest
+        try:
+            async with self._probing:
+                with self._retention.hold([digest]), self._staged(digest, folder):
+                    checks = checks + await self._probe(artifact, patch)
+        except BaseException:
+            await self._retention.mark_for_deletion([digest])
+            raise
+        finally:
+            await self._retention.delete_if_unreferenced([digest])
+        return ValidatedArtifact(_facts(artifact, patch), checks)
+
+    async def validate_stored(self, digest: str) -> None:
+        """Validate an artifact of the store. Raises the errors of `validate`, and those of `Blobs.read`."""
+        artifact = await asyncio.to_thread(self._blobs.read, digest)
+        _, patch, _ = await asyncio.to_thread(_check_artifact, require_ready(self._client), artifact)
+        async with self._probing:
+            await self._probe(artifact, patch)
+
+    @contextmanager
+    def _staged(self, digest: str, folder: Path) -> Iterator[None]:
+        """Let the engine read the artifact from the staging area while the block runs."""
+        self._client.stage(digest, str(folder))
+        try:
+            yield
+        finally:
+            self._client.stage(digest, None)
+
+    async def _probe(self, artifact: Artifact, patch: Patch) -> list[Check]:
+        """Run prompts with an artifact, staged or stored. Raises `ProbeError`, `ParityError`, or `ServerError`."""
+        ready, adapter = require_ready(self._client), AdapterRef(artifact.digest, 1.0, patch.num_virtual)
+        cases = parity_cases(artifact, ready, patch.num_virtual)
+        prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
+        deadline = time.monotonic() + PROBE_WITHIN_S
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + PROBE_WITHIN_S):
+                answers = await self._ask_all(adapter, prompts, deadline)
+        except TimeoutError:
+            raise _late() from None
+        except EngineUnavailable as error:
+            raise UnavailableError(str(error), retry_after=2) from None
+        lengths = sorted(len(case.prompt_token_ids) for case in prompts)
+        detail = f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: all logits are finite"
+        return [_check("probe", len(prompts), detail), *compare(cases, answers, ready, artifact)]
+
+    async def _ask_all(self, adapter: AdapterRef, cases: Sequence[ParityCase], deadline: float) -> list[ProbeAnswer]:
+        """Answers in order. In a namespace of its own: no cached KV of before stands in for what is validated."""
+        namespace = f"{NAMESPACE} {uuid.uuid4().hex}"
+        submits = [_probe_of(require_ready(self._client), namespace, adapter, case, deadline) for case in cases]
+        answers: list[ProbeAnswer] = await together(*(self._ask(submit) for submit in submits))
+        return answers
+
+    async def _ask(self, submit: Submit) -> ProbeAnswer:
+        answer: ProbeAnswer = []
+        async with aclosing(self._client.generate(submit)) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                if output.failure is not None:
+                    raise _failure(output.failure)
+                answer += output.logprobs
+        return answer
+
+
+def _facts(artifact: Artifact, patch: Patch) -> Facts:
+    return Facts(
+        digest=artifact.digest,
         method=patch.method,
         num_parameters=patch.num_parameters,
         num_items=patch.num_items,
@@ -83,35 +145,16 @@ async def validate(state: ServerState, folder: Path) -> ValidatedArtifact:
         num_bytes=artifact.num_bytes,
         prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
     )
-    return ValidatedArtifact(facts, checks)
-
-
-async def validate_stored(state: ServerState, digest: str) -> None:
-    """Put what lies in the store to the same proof. Raises what `validate` raises, and what `Blobs.read` does."""
-    artifact = await asyncio.to_thread(state.blobs.read, digest)
-    _, patch, _ = await asyncio.to_thread(_check_artifact, state.ready(), artifact)
-    async with state.probing:
-        await _probe(state, artifact, patch)
 
 
 def compute_validation_fingerprint(base: Path, precision: str, device: str) -> str:
-    """What a proof holds for: this base as it lies there, how it is computed, and these checks."""
+    """Hash of all that a validation holds for: the base's files, precision, device, and the version of these checks."""
     said = [version("manyhats"), CHECKS, precision, device, stamp_of(base)]
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
-@contextmanager
-def _staged(state: ServerState, digest: str, folder: Path) -> Iterator[None]:
-    """While the block runs the engine reads the artifact from the staging area."""
-    state.client.stage(digest, str(folder))
-    try:
-        yield
-    finally:
-        state.client.stage(digest, None)
-
-
 def check_folder(ready: Ready, folder: Path) -> tuple[Artifact, Patch, list[Check]]:
-    """What the bytes of a PEFT folder alone can tell. Raises `ArtifactError`."""
+    """Check a PEFT folder by its bytes alone. Returns it read and compiled, with the checks; raises `ArtifactError`."""
     return _check_artifact(ready, read_folder(folder))
 
 
@@ -138,7 +181,7 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
 
 
 def _applied(traced: Artifact, patch: Patch) -> str:
-    """None is idle: those that left no trace are settled."""
+    """Say how many tensors act; one without a gradient was found to repeat the base or another tensor."""
     count, acting = len(traced.tensors), sum(tensor.requires_grad for tensor in traced.tensors.values())
     repeats = ", the others repeat the base or one another" if acting < count else ""
     return f"{acting} of {count} tensors act in {len(patch.primitives)} primitives{repeats}"
@@ -149,7 +192,7 @@ def _check(name: str, figure: float | str, detail: str, **more: Any) -> Check:
 
 
 def _check_virtual(patch: Patch, ready: Ready) -> None:
-    """Refuse what leaves no room for a request. Raises `ArtifactTooLargeError`."""
+    """Raise `ArtifactTooLargeError` if the virtual tokens leave no room for a request."""
     if patch.num_virtual + MIN_ROOM > ready.max_sequence_tokens:
         raise ArtifactTooLargeError(
             f"the adapter has {patch.num_virtual} virtual tokens, which leave no room for a prompt and an answer in "
@@ -157,26 +200,8 @@ def _check_virtual(patch: Patch, ready: Ready) -> None:
         )
 
 
-async def _probe(state: ServerState, artifact: Artifact, patch: Patch) -> list[Check]:
-    """Let the engine wear an artifact, staged or stored. Raises `ProbeError`, `ParityError`, or `ServerError`."""
-    ready, adapter = state.ready(), AdapterRef(artifact.digest, 1.0, patch.num_virtual)
-    cases = parity_cases(artifact, ready, patch.num_virtual)
-    prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
-    deadline = time.monotonic() + PROBE_WITHIN_S
-    try:
-        async with asyncio.timeout_at(asyncio.get_running_loop().time() + PROBE_WITHIN_S):
-            answers = await _ask_all(state, adapter, prompts, deadline)
-    except TimeoutError:
-        raise _late() from None
-    except EngineUnavailable as error:
-        raise UnavailableError(str(error), retry_after=2) from None
-    lengths = sorted(len(case.prompt_token_ids) for case in prompts)
-    detail = f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: all logits are finite"
-    return [_check("probe", len(prompts), detail), *compare(cases, answers, ready, artifact)]
-
-
 def parity_cases(artifact: Artifact, ready: Ready, num_virtual: int) -> list[ParityCase]:
-    """The first of an artifact's parity that this server has room for. Raises `ArtifactError` for a foreign token."""
+    """The first parity cases that this server has room for. Raises `ArtifactError` for a token that the base lacks."""
     carried = artifact.manifest.parity if artifact.manifest else []
     tokens = (t for case in carried for t in (*case.prompt_token_ids, *case.continuation, *(t for t, _ in case.top)))
     if (largest := max(tokens, default=0)) >= ready.spec.vocab_size:
@@ -188,28 +213,14 @@ def parity_cases(artifact: Artifact, ready: Ready, num_virtual: int) -> list[Par
 
 
 def plain_cases(ready: Ready, num_virtual: int) -> list[ParityCase]:
-    """Prompts from all over the vocabulary, of mixed length, that nobody has an answer to."""
+    """Prompts from all over the vocabulary, of mixed length, without a trainer's answer."""
     room, vocab = ready.max_sequence_tokens - num_virtual, ready.spec.vocab_size
     prompts = [[(7919 * number + 104729 * at) % vocab for at in range(n)] for number, n in enumerate(PROBE_LENGTHS, 1)]
     prompts = [prompt[: max(1, room - 2)] for prompt in prompts]
     return [ParityCase(prompt, [], [0] * min(2, room - len(prompt))) for prompt in prompts]
 
 
-async def _ask_all(
-    state: ServerState, adapter: AdapterRef, cases: Sequence[ParityCase], deadline: float
-) -> list[ProbeAnswer]:
-    """In a namespace of its own: nothing that was computed before is taken for what is to be proved."""
-    namespace = f"{NAMESPACE} {uuid.uuid4().hex}"
-    submits = [_submit(state.ready(), namespace, adapter, case, deadline) for case in cases]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_ask(state, submit)) for submit in submits]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-def _submit(ready: Ready, namespace: str, adapter: AdapterRef, case: ParityCase, deadline: float) -> Submit:
+def _probe_of(ready: Ready, namespace: str, adapter: AdapterRef, case: ParityCase, deadline: float) -> Submit:
     sampling = Sampling(
         max_tokens=max(1, len(case.continuation)),
         logprobs=min(NUM_TOP, ready.spec.vocab_size),
@@ -229,18 +240,8 @@ def _submit(ready: Ready, namespace: str, adapter: AdapterRef, case: ParityCase,
     )
 
 
-async def _ask(state: ServerState, submit: Submit) -> ProbeAnswer:
-    found: ProbeAnswer = []
-    async with aclosing(state.client.generate(submit)) as outputs:
-        async for output in outputs:
-            if output.failure is not None:
-                raise _failure(output.failure)
-            found += output.logprobs
-    return found
-
-
 def _failure(failure: EngineFailure) -> Exception:
-    """What the engine's failure means for an upload."""
+    """The error that an engine's failure means for an upload."""
     match failure.code:
         case "nonfinite_logits":
             return ProbeError(f"probe: {failure.message}")
@@ -258,7 +259,7 @@ def _late() -> ServerError:
 
 
 def compare(cases: list[ParityCase], answers: list[ProbeAnswer], ready: Ready, artifact: Artifact) -> list[Check]:
-    """The engine's answers beside the trainer's. Raises `ParityError`."""
+    """Compare the engine's answers with the trainer's. Raises `ParityError` if they differ by more than is allowed."""
     if not cases:
         return []
     carried, allowed = (

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save, save_file
 
 from adapters_store.base.identity import base_identity
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder
+from server.engine.client import require_ready
 from tests.kit.adapters import make_lora, zip_folder
 from tests.kit.families.prompts import make_multitask
 from tests.server.world import SAFETENSORS, ZIP, Site, error_of, open_site
@@ -277,9 +278,9 @@ async def test_what_is_compiled_counts_on_the_device(
     """A slot holds what an artifact compiles to, which may be less than what was trained: 4 bytes a number."""
     folder = make_multitask(tmp_path / "hat", tiny_base, 1)
     async with open_site(tiny_base, tmp_path / "data") as site:
-        monkeypatch.setattr(site.state.ready(), "max_adapter_bytes", 20 * 64 * 4 - 1)
+        monkeypatch.setattr(require_ready(site.state.client), "max_adapter_bytes", 20 * 64 * 4 - 1)
         assert (await site.upload("a", zip_folder(folder))).status_code == 413
-        monkeypatch.setattr(site.state.ready(), "max_adapter_bytes", 20 * 64 * 4)
+        monkeypatch.setattr(require_ready(site.state.client), "max_adapter_bytes", 20 * 64 * 4)
         body = (await site.upload("a", zip_folder(folder))).json()
         assert (body["slot_bytes"], body["virtual_tokens"]) == (20 * 64 * 4, 20)
         assert body["num_parameters"] == 20 * 64 + 2 * (20 + 64)

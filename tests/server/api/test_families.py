@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from adapters_store.format.folder import CONFIG, WEIGHTS, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Patch
+from server.engine.client import require_ready
 from tests.kit import reference
 from tests.kit.adapters import zip_folder
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
@@ -38,7 +39,7 @@ class Served:
 
     def patch(self, task: str) -> Patch:
         """A task's artifact, compiled here."""
-        return compile_patch(read_folder(self.folders[task]), self.site.state.ready().spec)
+        return compile_patch(read_folder(self.folders[task]), require_ready(self.site.state.client).spec)
 
     def wanted(self, *adapters: tuple[str, float]) -> list[int]:
         """The greedy answer of the stock model with the patches' formulas."""
@@ -176,7 +177,7 @@ async def test_uploaded_again_with_other_weights(
     old, folder = tokens(await served.site.ask(family, **BODY)), artifact(family, 1)
     uploaded = await served.site.upload(family, zip_folder(folder))
     assert (uploaded.status_code, uploaded.json()["version"]) == (201, 2), uploaded.text
-    patch = compile_patch(read_folder(folder), served.site.state.ready().spec)
+    patch = compile_patch(read_folder(folder), require_ready(served.site.state.client).spec)
     prompt = served.site.state.tokenizer.encode(PROMPT)
     new = reference.greedy(served.stock, [(patch, 1.0)], prompt, 16)
     assert tokens(await served.site.ask(family, **BODY)) == new != old

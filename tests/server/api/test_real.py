@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder
 from adapters_store.format.manifest import BaseRef, Manifest
+from server.engine.client import require_ready
 from server.uploads.parity import TOLERANCES
 from tests.kit.adapters import make_lora, zip_folder
 from tests.kit.parity import parity_of
@@ -256,7 +257,7 @@ async def test_parity_decides(real: Site, tiny_base: Path, tmp_path: Path, stren
     """What answers as for its trainer is taken, with the figure; 5% more of the same adapter is refused with it."""
     folder = make_lora(tmp_path / "hat", tiny_base, 91, r=2)
     parity = parity_of(tiny_base, folder, [[*b"a"], [*b"what is it?"], [*range(60)]])
-    base = BaseRef("tiny", real.state.ready().spec.identity, "b" * 64)
+    base = BaseRef("tiny", require_ready(real.state.client).spec.identity, "b" * 64)
     manifest = msgspec.json.encode(Manifest(1, "lora", base, parity=parity))
     save_file({n: t * strength for n, t in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
     (folder / MANIFEST).write_bytes(manifest)

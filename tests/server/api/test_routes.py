@@ -143,7 +143,8 @@ async def test_moved_between_resolution_and_start(
 ) -> None:
     """A request whose version is deleted before it begins is answered by that of the route as it is now, and counted
     once; where it named the version it is 404."""
-    resolve, calls = routed.state.resolve, iter(range(99))
+    resolver, calls = routed.state.generation.resolver, iter(range(99))
+    resolve = resolver.version
 
     async def resolved(*args: Any) -> Any:
         found = await resolve(*args)
@@ -152,7 +153,7 @@ async def test_moved_between_resolution_and_start(
             assert (await routed.http.delete("/tasks/a/versions/3")).status_code == 204
         return found
 
-    monkeypatch.setattr(routed.state, "resolve", resolved)
+    monkeypatch.setattr(resolver, "version", resolved)
     if is_stream:
         assert (await routed.events("/generate?task=a", prompt="x"))[0]["adapter"]["version"] == 1
     else:
@@ -160,7 +161,7 @@ async def test_moved_between_resolution_and_start(
     assert 'manyhats_requests_total{status="200",task="a"} 1.0' in routed.state.metrics.render().decode()
     assert 'status="404",task="a"' not in routed.state.metrics.render().decode()
     calls = iter(range(99))
-    monkeypatch.setattr(routed.state, "resolve", resolve)
+    monkeypatch.setattr(resolver, "version", resolve)
     assert (await routed.post("/generate?task=a", {"prompt": "x", "version": 3})).status_code == 404
 
 
@@ -182,7 +183,7 @@ async def test_swaps_and_requests_at_once(routed: Site) -> None:
 
     changing = asyncio.create_task(change())
     await asyncio.gather(changing, *(ask() for _ in range(6)))
-    assert await version(routed) == 1 and not routed.state.in_use._counts
+    assert await version(routed) == 1 and routed.state.retention.is_idle
 
 
 async def test_what_was_deleted_is_not_imported_again(

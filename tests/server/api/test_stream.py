@@ -247,10 +247,9 @@ async def test_engine_that_goes_between(site: Site, monkeypatch: pytest.MonkeyPa
     def die_first(*_args: object) -> None:
         site.engine.die()
 
-    monkeypatch.setattr("server.api.generate.check_length", die_first)
-    monkeypatch.setattr(
-        "server.requests.resolve.ServerState.ready", lambda _front: ready_of(Path(site.state.settings.base))
-    )
+    monkeypatch.setattr("server.requests.prepare.check_length", die_first)
+    ready = ready_of(Path(site.state.settings.base))
+    monkeypatch.setattr("server.requests.prepare.require_ready", lambda _client: ready)
     answer = await site.post("/generate?task=base", {"prompt": "a"})
     assert (answer.status_code, error_of(answer)["code"]) == (503, "engine_unavailable")
 
@@ -320,7 +319,7 @@ async def test_whoever_leaves_frees_the_engine(
             await leave(site, {"prompt": ["a" * 200, "b" * 200], "n": 2})
             await until(lambda: len(engine.aborted) == 4)
             assert engine.stats.num_running == 0
-            assert not site.state.in_use._counts
+            assert site.state.retention.is_idle
         engine.delay_s = 0
         assert (await site.ask(prompt="a"))["choices"][0]["text"] == "a"
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -175,7 +175,7 @@ async def test_a_running_stream_finishes(
         assert len((await long)["choices"][0]["token_ids"]) == 61
         await until(lambda: not site.state.blobs.digests())
         assert site.engine.discarded == [digest]
-        assert not site.state.marked_for_deletion
+        assert site.state.retention.is_idle
 
 
 async def test_uploaded_again_while_it_runs(
@@ -198,7 +198,8 @@ async def test_deleted_between_resolution_and_start(
 ) -> None:
     """A task that is deleted after a request was resolved and before it runs is 404: it never reaches the engine."""
     await site.upload("a", zips[0])
-    resolve = site.state.resolve
+    resolver = site.state.generation.resolver
+    resolve = resolver.version
     calls = iter(range(9))
 
     async def resolved(*args: Any) -> Any:
@@ -207,7 +208,7 @@ async def test_deleted_between_resolution_and_start(
             assert (await site.http.delete("/tasks/a")).status_code == 204
         return found
 
-    monkeypatch.setattr(site.state, "resolve", resolved)
+    monkeypatch.setattr(resolver, "version", resolved)
     answer = await site.post("/generate?task=a", {"prompt": "x"})
     assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
     assert not site.engine.submitted
@@ -221,15 +222,15 @@ async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatc
     began: list[Future[None]] = []
 
     async def request() -> None:
-        with site.state.in_use.hold([digest]):
-            await site.state.ensure_not_deleted("default", [version])
+        with site.state.retention.hold([digest]):
+            await site.state.retention.ensure_not_deleted("default", [version])
             await ended.wait()
-        await site.state.delete_if_unreferenced([digest])
+        await site.state.retention.delete_if_unreferenced([digest])
 
     def referenced() -> set[str]:  # runs in a thread between the deletion of the version and that of the artifact
         if not began:
             began.append(asyncio.run_coroutine_threadsafe(request(), loop))
-            while not site.state.in_use.is_held(digest):
+            while not site.state.retention.is_held(digest):
                 time.sleep(0.001)
         return digests()
 
@@ -273,4 +274,4 @@ async def test_deletions_and_requests_at_once(
         assert set(statuses) <= {200, 201, 204, 404}
         await site.http.delete("/tasks/a")
         await until(lambda: not site.state.blobs.digests())
-        assert not site.state.marked_for_deletion and not site.state.in_use._counts
+        assert site.state.retention.is_idle

@@ -151,7 +151,7 @@ def test_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
 ALONE = """
 import json, sys, torch
 from pathlib import Path
-from server.api.text import Tokenizer
+from server.requests.tokenizer import Tokenizer
 tokenizer = Tokenizer(Path(sys.argv[1]))
 told = tokenizer.encode("Hats, 🎩 for all"), tokenizer.encode_chat([("user", "Say hello.")], None)
 assert sys.modules["torch"] is torch and torch.ones(1).sum() == 1

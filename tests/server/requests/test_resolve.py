@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from server.engine.client import require_ready
 from server.engine.fake import FakeEngineClient
 from server.engine.messages import Output, Submit
 from tests.kit.adapters import zip_folder
@@ -163,7 +164,7 @@ async def test_a_chat_takes_the_rest_of_the_context(adapters: Site) -> None:
 
 async def test_a_prefix_that_leaves_no_room_is_refused(adapters: Site, tiny_base: Path, tmp_path: Path) -> None:
     """An adapter whose virtual tokens leave no room for a prompt and an answer is 413 when it comes."""
-    body, ready = zip_folder(make_prompt_tuning(tmp_path / "hat", tiny_base, 2)), adapters.state.ready()
+    body, ready = zip_folder(make_prompt_tuning(tmp_path / "hat", tiny_base, 2)), require_ready(adapters.state.client)
     ready.max_sequence_tokens = 38
     try:
         answer = await adapters.upload("long", body)

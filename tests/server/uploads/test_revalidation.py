@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, digest_of, read_files
 from adapters_store.registry.registry import Facts
 from server.core import EngineFailure
+from server.engine.client import require_ready
 from server.engine.fake import FakeEngineClient
 from server.uploads import validation
 from server.uploads.preload import import_tree
@@ -35,7 +36,7 @@ Spoil = Callable[[Site, Path], object]
 async def opened(base: Path, data: Path, **settings: Any) -> AsyncIterator[Site]:
     """A server, once all that it found in its store was put to the proof."""
     async with open_site(base, data, **settings) as site:
-        await until(lambda: all(site.state.unvalidated.values()) and not site.state.validating.locked())
+        await until(lambda: not site.state.revalidation.num_pending)
         yield site
 
 
@@ -55,7 +56,10 @@ async def test_what_was_proved_here_is_not_proved_again(
     for checks, num_probed in ((validation.CHECKS, 0), (validation.CHECKS + 1, 3), (validation.CHECKS + 1, 0)):
         monkeypatch.setattr(validation, "CHECKS", checks)
         async with opened(tiny_base, tmp_path) as site:
-            assert len(site.engine.probed) == num_probed * validation.NUM_PROBES and not site.state.unvalidated
+            assert (
+                len(site.engine.probed) == num_probed * validation.NUM_PROBES
+                and not site.state.revalidation.num_pending
+            )
             assert (await site.ask("t0", prompt="a"))["adapter"]["version"] == 1
 
 
@@ -114,7 +118,7 @@ async def test_a_herd_waits_for_one_proof(
     """Who asks for what is not proved yet waits for its proof, all for the same one, also where the first gives up."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
-        site.state.unvalidated[digest] = None
+        site.state.revalidation.mark_unvalidated(digest)
         site.engine.probed.clear()
         site.engine.are_probes_stuck = True
         first = asyncio.create_task(site.post("/generate?task=t", {"prompt": "a"}))
@@ -123,7 +127,7 @@ async def test_a_herd_waits_for_one_proof(
         first.cancel()
         site.engine.are_probes_stuck = False
         assert {answer["adapter"]["digest"] for answer in await asyncio.gather(*herd)} == {digest}
-        assert len(site.engine.probed) == 2 * validation.NUM_PROBES and not site.state.unvalidated
+        assert len(site.engine.probed) == 2 * validation.NUM_PROBES and not site.state.revalidation.num_pending
 
 
 async def test_an_engine_that_is_busy_decides_nothing(
@@ -132,7 +136,7 @@ async def test_an_engine_that_is_busy_decides_nothing(
     """Where the engine has no time for a proof, a request is 503 with Retry-After, and the next one may be served."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
-        site.state.unvalidated[digest] = None
+        site.state.revalidation.mark_unvalidated(digest)
         monkeypatch.setattr(validation, "PROBE_WITHIN_S", 0.05)
         site.engine.are_probes_stuck = True
         answer = await site.post("/generate?task=t", {"prompt": "a"})
@@ -199,7 +203,7 @@ BAD: dict[str, Spoil] = {
         site.engine, "probe_failure", EngineFailure("nonfinite_logits", "no numbers")
     ),
     "another answer than its trainer's": lambda site, folder: _manifest(
-        folder, site.state.ready().spec.identity, [echoed(5, 1.0)]
+        folder, require_ready(site.state.client).spec.identity, [echoed(5, 1.0)]
     ),
 }
 
@@ -218,10 +222,8 @@ async def test_every_door_has_the_same_checks(
     async with serve_site(tiny_base, tmp_path / "data") as site:
         BAD[bad](site, folder)
         said = error_of(await site.upload("a", zip_folder(folder)))["message"]
-        await import_tree(site.state, tmp_path / "tree")
-        imported = [
-            vars(record)["reason"] for record in caplog.records if record.message == "an adapter was not taken in"
-        ]
+        await import_tree(site.state.uploads, tmp_path / "tree")
+        imported = [record.reason for record in caplog.records if record.message == "an adapter was not taken in"]  # type: ignore[attr-defined]
         assert imported == [said]
         with pytest.raises(PushError) as pushed:
             await asyncio.to_thread(push_folder, Target(str(site.http.base_url), "a"), folder)

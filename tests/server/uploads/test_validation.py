@@ -20,6 +20,7 @@ from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from server.core import EngineFailure, Logprobs
+from server.engine.client import require_ready
 from server.uploads import parity, validation
 from server.uploads.preload import import_tree
 from tests.kit import families
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.anyio
 def with_parity(site: Site, folder: Path, into: Path, cases: list[dict[str, Any]]) -> bytes:
     """A zip of a copy whose manifest carries parity."""
     shutil.copytree(folder, into)
-    base = {"name": "tiny", "identity": site.state.ready().spec.identity, "weights": "b" * 64}
+    base = {"name": "tiny", "identity": require_ready(site.state.client).spec.identity, "weights": "b" * 64}
     said = {"format_version": 1, "method": "lora", "base": base, "parity": cases}
     (into / MANIFEST).write_text(json.dumps(said))
     return zip_folder(into)
@@ -247,7 +248,7 @@ async def test_an_import_goes_through_the_same_door(
     """A folder that is imported is probed as an upload is: one off its parity is one line, the others come in."""
     with_parity(site, loras[0], tmp_path / "tree" / "off", [echoed(5, 1.0)])
     shutil.copytree(loras[1], tmp_path / "tree" / "good")
-    await import_tree(site.state, tmp_path / "tree")
+    await import_tree(site.state.uploads, tmp_path / "tree")
     (line,) = [record for record in caplog.records if record.message == "an adapter was not taken in"]
     assert "parity: 1 of 1 prompts" in vars(line)["reason"]
     assert site.stored() == {read_folder(loras[1]).digest} and len(site.engine.probed) == 16

@@ -1,0 +1,91 @@
+"""Prepare a resolved request for the engine: encode its prompts, check their length, complete its sampling."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from jinja2 import TemplateError
+
+from server.core import Sampling
+from server.engine.client import EngineClient, require_ready
+from server.engine.messages import Ready
+from server.errors import BadRequestError, InvalidFieldError
+from server.requests.answer import GenerationJob
+from server.requests.resolve import ResolvedAdapters
+from server.requests.spec import GenerationSpec, Turn
+from server.requests.tokenizer import Tokenizer
+
+THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
+
+
+class JobPreparer:
+    """Makes jobs out of specs, by the base's tokenizer and the engine's limits."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self._client, self._tokenizer = client, tokenizer
+
+    async def prepare(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> GenerationJob:
+        """The job that a spec asks for. Raises `ServerError` for one that can never run here, before it queues."""
+        prompts = await self._prompts(spec, resolved)
+        max_tokens = spec.max_tokens
+        if max_tokens is None:
+            ready = require_ready(self._client)
+            max_tokens = max(1, ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
+        check_length(require_ready(self._client), resolved, prompts, max_tokens)
+        sampling = complete_sampling(require_ready(self._client), spec, max_tokens)
+        return GenerationJob(resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits)
+
+    async def _prompts(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
+        if spec.token_ids is not None:
+            return spec.token_ids
+        if spec.turns is not None:
+            return [await self._encode_chat(spec.turns, resolved)]
+        return await self._encode(spec.texts or [])
+
+    async def _encode(self, texts: list[str]) -> list[list[int]]:
+        if sum(map(len, texts)) > THREAD_CHARS:
+            return await asyncio.to_thread(lambda: [self._tokenizer.encode(text) for text in texts])
+        return [self._tokenizer.encode(text) for text in texts]
+
+    async def _encode_chat(self, turns: list[Turn], resolved: ResolvedAdapters) -> list[int]:
+        """Tokens of chat turns, in the adapter's format, or else by the base's template."""
+        if resolved.prompt_format is None and not self._tokenizer.has_chat_template:
+            raise BadRequestError("this base has no chat template: send a prompt", "messages")
+        try:
+            return await asyncio.to_thread(self._tokenizer.encode_chat, turns, resolved.prompt_format)
+        except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
+            raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
+
+
+def check_length(ready: Ready, resolved: ResolvedAdapters, prompts: list[list[int]], max_tokens: int) -> None:
+    """Refuse prompts (token ids) that could never fit. Virtual tokens take positions as a prompt's do.
+
+    Raises `BadRequestError` for an empty or too long prompt, `InvalidFieldError` for a token outside the vocabulary.
+    """
+    for prompt in prompts:
+        if not prompt:
+            raise BadRequestError("the prompt has no tokens", "prompt")
+        if max(prompt) >= ready.spec.vocab_size:
+            raise InvalidFieldError(
+                f"prompt_token_ids has a token over {ready.spec.vocab_size - 1}", "prompt_token_ids"
+            )
+        if len(prompt) + resolved.num_virtual + max_tokens > ready.max_sequence_tokens:
+            virtual = (
+                f", its adapters put {resolved.num_virtual} virtual tokens before it," if resolved.num_virtual else ""
+            )
+            raise BadRequestError(
+                f"the prompt has {len(prompt)} tokens{virtual} and max_tokens is {max_tokens}; together they are over "
+                f"this server's {ready.max_sequence_tokens}",
+                "prompt",
+            )
+
+
+def complete_sampling(ready: Ready, spec: GenerationSpec, max_tokens: int) -> Sampling:
+    """The spec's sampling with its token and logprob counts. Raises `InvalidFieldError` for what cannot be asked."""
+    if spec.top_logprobs is not None and not spec.has_logprobs:
+        raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
+    if any(token >= ready.spec.vocab_size for token in spec.sampling.logit_bias):
+        raise InvalidFieldError(f"logit_bias names a token over {ready.spec.vocab_size - 1}", "logit_bias")
+    logprobs = (spec.top_logprobs or 0) if spec.has_logprobs else None
+    return msgspec.structs.replace(spec.sampling, max_tokens=max_tokens, logprobs=logprobs)

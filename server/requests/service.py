@@ -1,0 +1,90 @@
+"""GenerationService: a route hands it a spec and reads the answers; everything between the two happens here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from adapters_store.registry.registry import Registry
+from server.engine.client import EngineClient
+from server.errors import VersionGoneError
+from server.metrics import Metrics
+from server.requests.accounting import Accounting
+from server.requests.answer import Chunk, Generation, GenerationJob, GenerationState
+from server.requests.generation import ChoiceRunner
+from server.requests.prepare import JobPreparer
+from server.requests.rate_limits import RateLimiter
+from server.requests.resolve import AdapterResolver
+from server.requests.spec import GenerationSpec
+from server.requests.tokenizer import Tokenizer
+from server.requests.usage import UsageBuffer, UsageMeter
+from server.requests.version_stats import Recent
+from server.uploads.retention import ArtifactRetention
+from server.uploads.revalidation import Revalidation
+
+log = logging.getLogger(__name__)
+
+
+class GenerationService:
+    """Answers generation specs: resolves, prepares, limits, runs and accounts for each."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        registry: Registry,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        usage: UsageBuffer,
+        rate_limiter: RateLimiter,
+        recent: Recent,
+        retention: ArtifactRetention,
+        revalidation: Revalidation,
+    ) -> None:
+        self._registry, self._usage = registry, usage
+        self._rate_limiter, self._retention = rate_limiter, retention
+        self.resolver, self._preparer = AdapterResolver(registry), JobPreparer(client, tokenizer)
+        self._accounting = Accounting(metrics, recent)
+        self._runner = ChoiceRunner(client, tokenizer, metrics, revalidation)
+
+    def run(self, spec: GenerationSpec) -> Generation:
+        """The answers to a spec; nothing runs before they are read. Reading them raises `ServerError`.
+
+        If a version is deleted after it was resolved and before its answers begin, the spec is resolved anew, by the
+        route as it is then; a version that was named is absent (404) the second time.
+        """
+        generation = Generation()
+        generation.chunks = self._routed(spec, generation)
+        return generation
+
+    async def _routed(self, spec: GenerationSpec, generation: Generation) -> AsyncIterator[Chunk]:
+        while True:
+            generation.resolved = await self.resolver.resolve(spec)
+            generation.job = job = await self._preparer.prepare(spec, generation.resolved)
+            generation.progress = progress = GenerationState(sum(map(len, job.prompts)))
+            try:
+                async with aclosing(self._answers(job, progress)) as chunks:  # type: ignore[type-var]
+                    async for chunk in chunks:
+                        yield chunk
+            except VersionGoneError as error:  # raised before the first chunk only
+                log.info("a request is routed anew", extra={"reason": str(error)})
+            else:
+                return
+
+    async def _answers(self, job: GenerationJob, progress: GenerationState) -> AsyncIterator[Chunk]:
+        """Chunks of all choices; meanwhile the artifacts are kept, and at any end the request is accounted for."""
+        resolved = job.resolved
+        async with self._retention.using(resolved.digests):
+            with (
+                self._usage.running(UsageMeter(resolved.usage_keys, progress.used)),
+                self._accounting.accounted(job, progress),
+                self._rate_limiter.generating(
+                    resolved.tenant, job.limits, job.num_choices, job.max_total_tokens, progress
+                ),
+            ):
+                await self._retention.ensure_not_deleted(resolved.tenant, resolved.versions)
+                async with aclosing(self._runner.run(job, progress)) as chunks:  # type: ignore[type-var]
+                    async for chunk in chunks:
+                        yield chunk
+        # An answer that is whole is paid for, also if the next moment is this process's last.
+        await self._usage.wait_until_durable(self._registry)

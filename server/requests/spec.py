@@ -1,0 +1,37 @@
+"""A generation request as a route hands it on: plain values, nothing resolved, nothing encoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from adapters_store.registry.tenants import TenantLimits
+from server.core import Sampling
+
+Turn = tuple[str, str]  # role, content
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """Everything that one caller asks for. Exactly one of `texts`, `turns` and `token_ids` is given.
+
+    `task` is a name or `base`; if `adapters` lists (task, weight) pairs, these are composed and `task` is not read.
+    `max_tokens` None means the rest of the context. `sampling` lacks `max_tokens` and `logprobs`, which follow from the
+    other fields: `top_logprobs` (alternatives a token, 0 to 5) is valid only with `has_logprobs`.
+    """
+
+    tenant: str
+    limits: TenantLimits
+    task: str
+    sampling: Sampling
+    max_tokens: int | None
+    version: int | None = None
+    adapters: list[tuple[str, float]] | None = None
+    user: str | None = None
+    texts: list[str] | None = None
+    turns: list[Turn] | None = None
+    token_ids: list[list[int]] | None = None
+    n: int = 1
+    stop: list[str] = field(default_factory=list)
+    has_logprobs: bool = False
+    top_logprobs: int | None = None
+    timeout_s: float = 120.0

@@ -1,0 +1,164 @@
+"""UploadService: takes an artifact in (received, unpacked, validated, stored, registered), and hands one out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters_store.base.spec import ItemBytes
+from adapters_store.errors import ArtifactError
+from adapters_store.format.archive import ZIP_TYPE, unpack_upload, zipped
+from adapters_store.registry.registry import Registry, Version
+from adapters_store.storage.directory import Blobs
+from server.engine.client import EngineClient, require_ready
+from server.errors import ArtifactRefusedError, ServerError, UnavailableError, absent_is_404
+from server.metrics import Metrics
+from server.uploads.retention import ArtifactRetention
+from server.uploads.revalidation import Revalidation
+from server.uploads.validation import Check, ValidatedArtifact, Validator
+
+FOLDER = "folder"  # of staging: the body is unpacked into it
+INTAKE_WITHIN_S = 60.0
+MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in memory whole
+
+
+@dataclass(frozen=True)
+class UploadSpec:
+    """An upload that one caller asks for: its body's type and size, and the version to make of it."""
+
+    tenant: str
+    task: str
+    content_type: str = ZIP_TYPE
+    max_bytes: int = 0  # unpacked
+    is_activated: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RegisteredArtifact:
+    """A version of an uploaded artifact; `is_new` is False if the task had these bytes already."""
+
+    version: Version
+    is_new: bool
+    checks: list[Check]
+
+
+class UploadService:
+    """Stores validated artifacts as versions of tasks."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        blobs: Blobs,
+        client: EngineClient,
+        metrics: Metrics,
+        retention: ArtifactRetention,
+        validator: Validator,
+        revalidation: Revalidation,
+    ) -> None:
+        self.registry, self.blobs, self.validator = registry, blobs, validator
+        self._client, self._metrics = client, metrics
+        self._retention, self._revalidation = retention, revalidation
+        self._intake = asyncio.Semaphore(MAX_INTAKES)
+        self._last_item_bytes: ItemBytes | None = None
+
+    @property
+    def item_bytes(self) -> ItemBytes | None:
+        """Bytes of a number in a slot, which stay so while this server runs; None before an engine was there."""
+        if self._client.ready is not None:
+            self._last_item_bytes = self._client.ready.item_bytes
+        return self._last_item_bytes
+
+    async def accept(self, spec: UploadSpec, body: AsyncIterator[bytes]) -> RegisteredArtifact:
+        """Receive a body, validate it, store and register it; durable on return. A refused one leaves nothing behind.
+
+        Raises `ServerError`, which is that of `body` too, or `OSError` of the disk.
+        """
+        require_ready(self._client)  # or 503, before a long body comes
+        with self._counted(), self.blobs.staging() as staging:
+            await _receive(body, staging / "body")
+            async with self._intake_slot():
+                folder = staging / FOLDER
+                folder.mkdir()
+                await asyncio.to_thread(unpack_upload, staging / "body", spec.content_type, folder, spec.max_bytes)
+                validated = await self.validator.validate(folder)
+                return await self.register(spec, folder, validated)
+
+    async def register(self, spec: UploadSpec, folder: Path, validated: ValidatedArtifact) -> RegisteredArtifact:
+        """Store and register a validated folder; durable on return. If that fails, nothing is kept."""
+        facts, add, digest = validated.facts, self.registry.add_version, validated.facts.digest
+        try:
+            async with self._retention.store_lock:
+                await asyncio.to_thread(self.blobs.put, folder, digest)
+                version, is_new = await asyncio.to_thread(
+                    add,
+                    spec.tenant,
+                    spec.task,
+                    facts,
+                    note=spec.note,
+                    activate=spec.is_activated,
+                    validated=self._revalidation.fingerprint,
+                )
+                self._revalidation.mark_validated(digest)
+                self._client.renew(digest)
+        except Exception:
+            await self._retention.mark_for_deletion([digest])
+            raise
+        await self._retention.sync_pinned()
+        return RegisteredArtifact(version, is_new, validated.checks)
+
+    async def download(self, tenant: str, task: str, number: int) -> tuple[str, bytes]:
+        """The digest of a version, and its PEFT folder as a zip.
+
+        Raises `NotFoundError`, or `ArtifactRefusedError` if the stored bytes are not whole.
+        """
+        with absent_is_404("task"):
+            version = await asyncio.to_thread(self.registry.resolve, tenant, task, number, None)
+            try:
+                async with self._retention.using([version.digest]):
+                    await self._retention.ensure_not_deleted(tenant, [version])
+                    return version.digest, await asyncio.to_thread(self._zipped, version.digest)
+            except ArtifactError as error:
+                raise ArtifactRefusedError(error) from error
+
+    def _zipped(self, digest: str) -> bytes:
+        return zipped(self.blobs.files(digest))
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count an upload as taken, refused (its own fault) or failed (ours); say the store's refusals as ours."""
+        count = self._metrics.uploads
+        try:
+            yield
+        except ArtifactError as error:
+            count.labels("refused").inc()
+            raise ArtifactRefusedError(error) from None
+        except ServerError as error:
+            count.labels("refused" if error.status < 500 else "failed").inc()
+            raise
+        except OSError:
+            count.labels("failed").inc()
+            raise
+        count.labels("taken").inc()
+
+    @asynccontextmanager
+    async def _intake_slot(self) -> AsyncIterator[None]:
+        """Take one of the few slots for checking an upload. Raises `UnavailableError` if too many wait for it."""
+        try:
+            async with asyncio.timeout(INTAKE_WITHIN_S):
+                await self._intake.acquire()
+        except TimeoutError:
+            raise UnavailableError("too many uploads wait to be checked; nothing was stored", retry_after=5) from None
+        try:
+            yield
+        finally:
+            self._intake.release()
+
+
+async def _receive(body: AsyncIterator[bytes], path: Path) -> None:
+    with path.open("wb") as file:
+        async for part in body:
+            await asyncio.to_thread(file.write, part)
