@@ -11,8 +11,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from adapters_store.format.strict_json import StrictJSONError, loads
-from server.api.deps import state_of
 from server.errors import BadRequestError, InvalidFieldError, TooLargeError
+from server.settings import Settings
 
 Model = TypeVar("Model", bound=BaseModel)
 MIN_BYTES_PER_S = 16 * 2**10  # of a whole body: a part now and then does not keep it open
@@ -49,9 +49,8 @@ def _too_large(max_bytes: int) -> TooLargeError:
     return TooLargeError(f"the body is larger than {max_bytes} bytes")
 
 
-async def read_json(request: Request, model: type[Model]) -> Model:
+async def read_json(request: Request, model: type[Model], settings: Settings) -> Model:
     """The whole body as a model, within the settings' bounds. Raises the errors of `body_parts` and `parse`."""
-    settings = state_of(request).settings
     body = bytearray()
     async for part in body_parts(request, settings.max_body_bytes, settings.body_timeout_s):
         body += part

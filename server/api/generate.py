@@ -28,8 +28,9 @@ router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends
 @router.post("/generate", openapi_extra=openapi_body(GenerateRequest))
 async def generate(request: Request, task: str | None = None) -> Response:
     """Answer with a task's adapter; see the HTTP contract for the body."""
-    asked = await read_json(request, GenerateRequest)
-    spec, state = _spec(caller_of(request), task, asked), state_of(request)
+    state, caller = state_of(request), caller_of(request)
+    asked = await read_json(request, GenerateRequest, state.settings)
+    spec = _spec(caller, task, asked)
     form = GenerateForm(request.state.request_id, state.tokenizer, asked.logprobs is not None)
     return await respond(request, state.generation, spec, form, asked.stream)
 

@@ -28,6 +28,7 @@ from server.schemas import (
     User,
     openapi_body,
 )
+from server.state import ServerState
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(may(GENERATE, looking=True))])
 
@@ -137,33 +138,37 @@ def _model(tenant: str, task: Task | None = None) -> dict[str, Any]:
 @router.post("/completions", openapi_extra=openapi_body(CompletionRequest))
 async def completions(request: Request) -> Response:
     """Complete a prompt, in the shape of OpenAI's completions."""
-    asked = await read_json(request, CompletionRequest)
+    state, caller = state_of(request), caller_of(request)
+    asked = await read_json(request, CompletionRequest, state.settings)
     spec = replace(
-        _spec(caller_of(request), asked),
+        _spec(caller, asked),
         **_prompts(asked.prompt),
         max_tokens=asked.max_tokens,
         has_logprobs=asked.logprobs is not None,
         top_logprobs=asked.logprobs,
     )
-    return await _answer(request, asked, spec, CompletionForm)
+    return await _answer(request, state, asked, spec, CompletionForm)
 
 
 @router.post("/chat/completions", openapi_extra=openapi_body(ChatRequest))
 async def chat_completions(request: Request) -> Response:
     """Answer chat turns, in the shape of OpenAI's chat completions. Without a limit it has the rest of the context."""
-    asked = await read_json(request, ChatRequest)
+    state, caller = state_of(request), caller_of(request)
+    asked = await read_json(request, ChatRequest, state.settings)
     spec = replace(
-        _spec(caller_of(request), asked),
+        _spec(caller, asked),
         turns=[message.turn() for message in asked.messages],
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         has_logprobs=bool(asked.logprobs),
         top_logprobs=asked.top_logprobs,
     )
-    return await _answer(request, asked, spec, ChatForm)
+    return await _answer(request, state, asked, spec, ChatForm)
 
 
-async def _answer(request: Request, asked: OpenAIFields, spec: GenerationSpec, shape: type[OpenAIForm]) -> Response:
-    state, include_usage = state_of(request), asked.stream_options is not None and asked.stream_options.include_usage
+async def _answer(
+    request: Request, state: ServerState, asked: OpenAIFields, spec: GenerationSpec, shape: type[OpenAIForm]
+) -> Response:
+    include_usage = asked.stream_options is not None and asked.stream_options.include_usage
     form = shape(request.state.request_id, asked.model, state.tokenizer, spec.has_logprobs, include_usage)
     return await respond(request, state.generation, spec, form, asked.stream)
 

@@ -54,7 +54,7 @@ async def put_route(request: Request, task: str) -> Response:
     """
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "routed")
-    asked = await read_json(request, RouteRequest)
+    asked = await read_json(request, RouteRequest, state.settings)
     route = Route({int(number): weight for number, weight in asked.versions.items()}, asked.sticky)
     await look_up(state.registry.set_route, tenant, task, route)
     return await _changed(state, tenant, task)
@@ -77,7 +77,7 @@ async def put_pin(request: Request, task: str) -> Response:
     """Keep the versions that the task routes to on the device, or not."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "pinned: it is always there")
-    asked = await read_json(request, PinRequest)
+    asked = await read_json(request, PinRequest, state.settings)
     await look_up(state.registry.set_pinned, tenant, task, asked.pinned)
     return await _changed(state, tenant, task)
 

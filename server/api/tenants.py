@@ -62,7 +62,7 @@ class KeyBody(Strict):
 async def add_tenant(request: Request) -> Response:
     """Add a tenant. A name is given once: that of a tenant which was deleted is refused, too."""
     state = _with_keys(request)
-    asked = await read_json(request, TenantBody)
+    asked = await read_json(request, TenantBody, state.settings)
     try:
         tenant = await _changed(state, state.tenants.add, asked.name, asked.limits.limits())
     except NameTakenError as error:
@@ -95,7 +95,7 @@ async def delete_tenant(request: Request, tenant: str) -> Response:
 async def set_limits(request: Request, tenant: str) -> Response:
     """Replace a tenant's limits, for new requests at once."""
     state = state_of(request)
-    asked = await read_json(request, LimitsBody)
+    asked = await read_json(request, LimitsBody, state.settings)
     return JSONResponse(_tenant(await _changed(state, state.tenants.set_limits, tenant, asked.limits())))
 
 
@@ -104,7 +104,7 @@ async def add_key(request: Request, tenant: str) -> Response:
     """Add a key to a tenant. `key` is shown here and never again."""
     state = _with_keys(request)
     _own(request, tenant)
-    asked = await read_json(request, KeyBody)
+    asked = await read_json(request, KeyBody, state.settings)
     key, sent = await _changed(state, state.tenants.add_key, tenant, list(asked.scopes), asked.note)
     return JSONResponse(_key(key) | {"key": sent}, 201)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.errors import ServerError, VersionGoneError
+from server.errors import ServerError
 from server.metrics import Metrics
 from server.requests.answer import GenerationJob, GenerationState
 from server.requests.version_stats import Recent, RequestOutcome
@@ -20,17 +20,14 @@ class Accounting:
 
     @contextmanager
     def accounted(self, job: GenerationJob, progress: GenerationState) -> Iterator[None]:
-        """Account for the answers that the block makes, at any end. One whose version is gone is tried again: no end.
+        """Account for the answers that the block makes, at any end.
 
         The status is that of the error raised, 200 without one, `cancelled` if the client left.
         """
-        status: str | None = "cancelled"
+        status = "cancelled"
         try:
             yield
             status = "200"
-        except VersionGoneError:
-            status = None
-            raise
         except ServerError as error:
             status = str(error.status)
             raise
@@ -39,8 +36,7 @@ class Accounting:
             raise
         finally:
             progress.total_ms = (time.monotonic() - job.arrived) * 1000
-            if status is not None:
-                self._close(job, progress, status)
+            self._close(job, progress, status)
 
     def _close(self, job: GenerationJob, progress: GenerationState, status: str) -> None:
         metrics, resolved = self._metrics, job.resolved

@@ -30,7 +30,7 @@ class ChoiceRunner:
         self._client, self._tokenizer = client, tokenizer
         self._metrics, self._revalidation = metrics, revalidation
 
-    async def run(self, job: GenerationJob, progress: GenerationState) -> AsyncIterator[Chunk]:
+    async def run_choices(self, job: GenerationJob, progress: GenerationState) -> AsyncIterator[Chunk]:
         """Chunks of all choices as they come, counted in `progress`. An error of one choice, or closing, ends all."""
         queue: Queue = asyncio.Queue()
         choices = [asyncio.create_task(self._feed(job, progress, index, queue)) for index in range(job.num_choices)]
@@ -58,7 +58,7 @@ class ChoiceRunner:
             queue.put_nowait(EngineFailedError(failure))
         except EngineUnavailable as error:
             queue.put_nowait(UnavailableError(str(error), retry_after=2))
-        except Exception as error:  # noqa: BLE001 - whatever it is, `run` raises it to its caller
+        except Exception as error:  # noqa: BLE001 - whatever it is, `run_choices` raises it to its caller
             queue.put_nowait(error)
 
     async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:

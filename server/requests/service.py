@@ -74,7 +74,7 @@ class GenerationService:
     async def _answers(self, job: GenerationJob, progress: GenerationState) -> AsyncIterator[Chunk]:
         """Chunks of all choices; meanwhile the artifacts are kept, and at any end the request is accounted for."""
         resolved = job.resolved
-        async with self._retention.using(resolved.digests):
+        async with self._retention.using(resolved.tenant, resolved.versions):
             with (
                 self._usage.running(UsageMeter(resolved.usage_keys, progress.used)),
                 self._accounting.accounted(job, progress),
@@ -82,8 +82,7 @@ class GenerationService:
                     resolved.tenant, job.limits, job.num_choices, job.max_total_tokens, progress
                 ),
             ):
-                await self._retention.ensure_not_deleted(resolved.tenant, resolved.versions)
-                async with aclosing(self._runner.run(job, progress)) as chunks:  # type: ignore[type-var]
+                async with aclosing(self._runner.run_choices(job, progress)) as chunks:  # type: ignore[type-var]
                     async for chunk in chunks:
                         yield chunk
         # An answer that is whole is paid for, also if the next moment is this process's last.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from adapters_store.errors import AbsentError
@@ -42,7 +42,7 @@ class ArtifactRetention:
 
     @contextmanager
     def hold(self, digests: list[str]) -> Iterator[None]:
-        """Keep artifacts while the block runs. At its end call `delete_if_unreferenced`, or use `using`."""
+        """Keep artifacts while the block runs; the caller deletes those that nothing needs any more at its end."""
         self._num_users.update(digests)
         try:
             yield
@@ -51,15 +51,20 @@ class ArtifactRetention:
             self._num_users += Counter()  # drops the zeros
 
     @asynccontextmanager
-    async def using(self, digests: list[str]) -> AsyncIterator[None]:
-        """Keep artifacts while the block runs; at its end delete those that nothing needs any more."""
+    async def using(self, tenant: str, versions: list[Version]) -> AsyncIterator[None]:
+        """Keep a tenant's versions while the block runs; at its end delete the artifacts that nothing needs any more.
+
+        Raises `VersionGoneError` before the block if a version was deleted since it was resolved.
+        """
+        digests = [version.digest for version in versions]
         try:
             with self.hold(digests):
+                await self._ensure_not_deleted(tenant, versions)
                 yield
         finally:
             await self.delete_if_unreferenced(digests)
 
-    async def ensure_not_deleted(self, tenant: str, versions: Iterable[Version]) -> None:
+    async def _ensure_not_deleted(self, tenant: str, versions: list[Version]) -> None:
         """Raise `VersionGoneError` if a version was deleted after it was resolved and before it was held.
 
         Once this has passed, a held artifact stays. One that is lost in another way is for the engine to report.

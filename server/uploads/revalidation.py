@@ -60,7 +60,7 @@ class Revalidation:
     async def validate_all(self) -> None:
         """Validate one after another. One that the engine has no time for is validated when it is asked for."""
         for digest in list(self._unvalidated):
-            async with self._retention.using([digest]):
+            with self._retention.hold([digest]):
                 try:
                     await self.ensure_validated(digest)
                 except EngineFailedError:
@@ -69,6 +69,7 @@ class Revalidation:
                     log.info("a stored adapter is proved later", extra={"digest": digest, "reason": str(error)})
                 except Exception:
                     log.exception("a stored adapter could not be proved", extra={"digest": digest})
+            await self._retention.delete_if_unreferenced([digest])
 
     async def ensure_validated(self, digest: str) -> None:
         """Return once a stored artifact is validated. Raises `EngineFailedError` if it failed, now or before.

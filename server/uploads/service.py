@@ -118,8 +118,7 @@ class UploadService:
         with absent_is_404("task"):
             version = await asyncio.to_thread(self.registry.resolve, tenant, task, number, None)
             try:
-                async with self._retention.using([version.digest]):
-                    await self._retention.ensure_not_deleted(tenant, [version])
+                async with self._retention.using(tenant, [version]):
                     return version.digest, await asyncio.to_thread(self._zipped, version.digest)
             except ArtifactError as error:
                 raise ArtifactRefusedError(error) from error

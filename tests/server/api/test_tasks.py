@@ -222,10 +222,8 @@ async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatc
     began: list[Future[None]] = []
 
     async def request() -> None:
-        with site.state.retention.hold([digest]):
-            await site.state.retention.ensure_not_deleted("default", [version])
+        async with site.state.retention.using("default", [version]):
             await ended.wait()
-        await site.state.retention.delete_if_unreferenced([digest])
 
     def referenced() -> set[str]:  # runs in a thread between the deletion of the version and that of the artifact
         if not began:
