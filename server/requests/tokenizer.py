@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from adapters_store.format.manifest import PromptFormat
+from server.requests.without_torch import import_transformers
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
 
@@ -20,7 +15,7 @@ class Tokenizer:
     """A base's tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer: Any = _import_alone().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         added = self._tokenizer.added_tokens_decoder
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
@@ -54,30 +49,3 @@ class Tokenizer:
             token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
         return text
-
-
-def _import_alone() -> ModuleType:
-    """transformers; where nobody has imported it yet, as it is on a machine without torch.
-
-    With torch it imports all that models may need, and a tokenizer does not: 160 MB, and a second of a start.
-    """
-    if "transformers" not in sys.modules:
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
-        with _hidden("torch"):
-            import transformers
-
-            transformers.is_torch_available()  # it asks once, and remembers
-    return import_module("transformers")
-
-
-@contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    """Whoever looks for this module meanwhile finds none."""
-    kept = sys.modules.pop(name, None)
-    sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-        if kept is not None:
-            sys.modules[name] = kept

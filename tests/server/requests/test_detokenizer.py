@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,23 +143,3 @@ def test_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
         while time.monotonic() < until or rounds < 2:
             assert list(pool.map(tokenizer.encode, texts)) == alone
             rounds += 1
-
-
-ALONE = """
-import json, sys, torch
-from pathlib import Path
-from server.requests.tokenizer import Tokenizer
-tokenizer = Tokenizer(Path(sys.argv[1]))
-told = tokenizer.encode("Hats, 🎩 for all"), tokenizer.encode_chat([("user", "Say hello.")], None)
-assert sys.modules["torch"] is torch and torch.ones(1).sum() == 1
-print(json.dumps([*told, tokenizer.decode(told[0]), "torch._dynamo" in sys.modules]))
-"""
-
-
-def test_a_tokenizer_brings_no_models(real_base: Path) -> None:
-    """In a process of its own it has the tokens and the chat template, and imports nothing of torch's compiler."""
-    told = subprocess.run([sys.executable, "-c", ALONE, str(real_base)], capture_output=True, text=True, check=True)
-    here = Tokenizer(real_base)
-    tokens, chat = here.encode("Hats, 🎩 for all"), here.encode_chat([("user", "Say hello.")], None)
-    assert json.loads(told.stdout) == [tokens, chat, here.decode(tokens), False]
-    assert "PyTorch" not in told.stderr
