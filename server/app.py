@@ -76,7 +76,7 @@ def create_app(
 
 
 async def _open(settings: Settings, base_folder: Path, engine: EngineClient, stack: AsyncExitStack) -> ServerState:
-    """Start every room; `stack` ends them in the opposite order, also where a later one cannot start."""
+    """Start every room; `stack` ends them in the opposite order, also if a later one cannot start."""
     settings.data.mkdir(parents=True, exist_ok=True)
     stack.enter_context(alone_in(settings.data))
     registry = Registry(settings.registry or f"sqlite:///{settings.data / 'registry.db'}")

@@ -1,4 +1,4 @@
-"""What the engine hands to the model for one step, and what it gets back. No torch here."""
+"""Words that the API, the engine and the model share: sampling, rows of a step, results. No torch here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import msgspec
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the tokens of one sequence are chosen; `seed` is always set, by the front if the user gave none.
+    """Sampling parameters of one sequence; `seed` is always set, by the API if the user gave none.
 
-    `forced` is an answer that is given: its tokens are taken whatever the logits say, and only scored.
+    `forced` tokens are taken as the answer, whatever the logits say, and only scored.
     """
 
     max_tokens: int = 128
@@ -29,11 +29,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Row(msgspec.Struct):
-    """One sequence's share of a step: `tokens` at positions `start ..`, whose KV lies in `blocks`.
+    """A sequence's share of a step: `tokens` at positions `start ..`, whose KV lies in `blocks`.
 
-    The first `num_virtual` positions of the sequence are virtual: their tokens are -1, -2, …, they are those of the
-    prefixes of its hats, and they are not in `history`.
-    `adapters` lists (slot, weight): none is the base, several compose. `sampling` is None where no token is wanted
+    The first `num_virtual` positions of the sequence are virtual: their tokens are -1, -2, …, they stand for
+    its adapters' prefixes, and they are not in `history`.
+    `adapters` lists (slot, weight): none is the base, several compose. `sampling` is None if no token is wanted
     (a prompt's chunk that is not its last). `history` is every token of the sequence so far, of which the first
     `num_prompt` are the prompt; it ends with `tokens`.
     """
@@ -59,7 +59,7 @@ class Logprobs(msgspec.Struct):
 
 
 class Sampled(msgspec.Struct):
-    """One row's result: a token, or `error` (for example non-finite logits), which ends that sequence alone."""
+    """The result of a row: a token, or `error` (for example non-finite logits), which ends that sequence alone."""
 
     token: int = -1
     logprobs: Logprobs | None = None
@@ -86,7 +86,7 @@ class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Runner(Protocol):
-    """One forward pass over a mixed batch. The fake that ships is `server.model.fake.FakeRunner`."""
+    """Runs one forward pass over a mixed batch. The fake that ships is `server.model.fake.FakeRunner`."""
 
     block_size: int
     num_blocks: int
@@ -96,12 +96,12 @@ class Runner(Protocol):
         ...
 
     def run(self, rows: list[Row]) -> list[Sampled | None]:
-        """Compute every row's tokens, write their KV, and sample where a row asks for it (else None), in order."""
+        """Compute every row's tokens, write their KV, and sample if a row asks for it (else None), in order."""
         ...
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """One adapter that a sequence wears; `num_virtual` positions of its prefix come before the prompt."""
+    """An adapter that a sequence uses; `num_virtual` positions of its prefix come before the prompt."""
 
     digest: str
     weight: float = 1.0
@@ -109,7 +109,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class EngineFailure(msgspec.Struct):
-    """Why a sequence ended without a finish: `code` is one of server/errors.py's codes."""
+    """The reason why a sequence ended without a finish: `code` is one of server/errors.py's codes."""
 
     code: str
     message: str

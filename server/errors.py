@@ -1,4 +1,4 @@
-"""Every error that a user can see.
+"""Errors that a user can see, all of them.
 
 ServerError
 ├── BadRequestError 400
@@ -72,7 +72,7 @@ class BadRequestError(ServerError):
 
 
 class UnauthorizedError(ServerError):
-    """No key, or a bad one."""
+    """The key is absent or bad."""
 
     status, code = 401, "unauthorized"
 
@@ -100,7 +100,7 @@ class MethodNotAllowedError(ServerError):
 
 
 class ConflictError(ServerError):
-    """What is there already does not allow it."""
+    """The request conflicts with the present state, such as a name that is taken."""
 
     status, code = 409, "conflict"
 
@@ -132,13 +132,13 @@ class ArtifactRefusedError(ServerError):
 
 
 class TenantLimitError(ServerError):
-    """A tenant is over one of its limits, which `param` names. Where waiting helps, `retry_after` says how long."""
+    """A tenant is over one of its limits, which `param` names. If waiting helps, `retry_after` says how long."""
 
     status, code = 429, "tenant_limit"
 
 
 class InternalError(ServerError):
-    """Our bug."""
+    """The server failed: a bug of ours."""
 
 
 class EngineFailedError(ServerError):
@@ -151,7 +151,7 @@ class EngineFailedError(ServerError):
 
 
 class UnavailableError(ServerError):
-    """No engine is ready, or the server drains."""
+    """The engine is not ready, or the server drains."""
 
     status, code = 503, "engine_unavailable"
 

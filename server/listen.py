@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HEADER_TIMEOUT_S = 20.0  # from a connection's first moment, or a request's first byte, to the end of its headers
-FAREWELL_S = 5.0  # what is cut off gets its error in this time
+FAREWELL_S = 5.0  # requests that are cut off get their error in this time
 NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
 
@@ -60,28 +60,28 @@ def _addresses(host: str, port: int) -> list[Any]:
 
 
 class Protocol(HttpToolsProtocol):
-    """HTTP/1.1 whose headers must come in `HEADER_TIMEOUT_S`; bodies have their own time-out where they are read."""
+    """Speaks HTTP/1.1 with a time-out for headers, `HEADER_TIMEOUT_S`; the API bounds the time of bodies itself."""
 
     _timer: TimerHandle | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """A connection has so long for its first request."""
+        """Start the timer for the connection's first request."""
         super().connection_made(transport)  # type: ignore[arg-type]
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        """A request that has begun has so long for the rest of its headers."""
+        """Start the timer for the rest of a request's headers, once the request has begun."""
         super().data_received(data)
         if self.parser is not None and (self.cycle is None or self.cycle.response_complete):
             self._arm()
 
     def on_headers_complete(self) -> None:
-        """They came."""
+        """Stop the timer: the headers are complete."""
         self._disarm()
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing to wait for."""
+        """Stop the timer: the connection is lost."""
         self._disarm()
         super().connection_lost(exc)
 
@@ -125,7 +125,7 @@ class DrainingServer(uvicorn.Server):
         return getattr(self._app.state, "server", None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own
-        """A signal. It is not raised once more at the end: to stop when asked to is no failure."""
+        """Start to drain, or end at once at a second signal. The signal is not raised again: this is no failure."""
         if self._state is None or not self.started:
             self.should_exit = True
         elif self._drained_by is not None:
@@ -136,18 +136,18 @@ class DrainingServer(uvicorn.Server):
             log.info("draining", extra={"running": len(self.server_state.tasks), "drain_s": self._drain_s})
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: has the drain ended?"""
+        """End the server once the drain has ended; called ten times a second."""
         if self._drained_by is not None and not self.should_exit:
             is_late = time.monotonic() >= self._drained_by
             if is_late and self._state is not None:
                 log.warning("what still runs is ended", extra={"running": len(self.server_state.tasks)})
-                await self._state.client.close()  # whoever waits gets an error with a code
+                await self._state.client.close()  # running requests get an error with a code
             self.should_exit = is_late or not self.server_state.tasks
         return await super().on_tick(counter)
 
 
 def run(serve: Coroutine[Any, Any, T], sockets: list[socket.socket]) -> T:
-    """What serving comes to, in uvicorn's kind of loop; then the sockets are closed."""
+    """Run `serve` to its end in uvicorn's kind of loop, then close the sockets. Returns its result."""
     with contextlib.ExitStack() as stack:
         for listener in sockets:
             stack.enter_context(listener)
@@ -156,7 +156,7 @@ def run(serve: Coroutine[Any, Any, T], sockets: list[socket.socket]) -> T:
 
 
 def address_of(host: str, sockets: list[socket.socket]) -> str:
-    """The URL at which this machine reaches it."""
+    """The URL at which this machine reaches the server."""
     port: int = sockets[0].getsockname()[1]
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing is bound here
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

@@ -11,10 +11,10 @@ _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "ta
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, pid, and whatever `extra` gave."""
+    """Formats a record as a JSON line: time, level, logger, message, pid, and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See the class."""
+        """Format a record as a JSON line."""
         line = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
         line |= {"message": record.getMessage(), "pid": os.getpid()}
         line |= {name: value for name, value in vars(record).items() if name not in _KNOWN}

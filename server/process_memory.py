@@ -1,4 +1,4 @@
-"""What is imported and loaded stays: it is not searched for garbage, and what loading freed goes back to the system."""
+"""Start-up memory: freeze long-lived objects out of the garbage collector and return freed pages to the OS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Look for no garbage meanwhile, which takes a second of a start; and never again in what is there in the end."""
+    """Collect no garbage while the block runs, which saves a second; then freeze all objects that it leaves."""
     gc.disable()
     try:
         yield
@@ -21,12 +21,12 @@ def loading() -> Iterator[None]:
 
 
 def keep_imports() -> None:
-    """Leave what is there by now out of the search that loading ends with."""
+    """Freeze the objects made so far, so that the collection at the end of loading skips them."""
     gc.freeze()
 
 
 def trim() -> None:
-    """Give what was freed back to the system, where the allocator (glibc's) keeps it."""
+    """Return freed pages to the OS, if the allocator (glibc's) keeps them."""
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if give_back is not None:
         give_back(0)

@@ -1,4 +1,4 @@
-"""The bodies of requests: strict models, and the one way in for JSON."""
+"""Wire models: bodies of requests, and parts that several answers share."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ LogitBias = Annotated[
     Field(max_length=1024),  # it is applied anew at each step
 ]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-User = Annotated[str, Field(max_length=512)]  # whom a sticky route keeps with a version; nothing else is made of it
+User = Annotated[str, Field(max_length=512)]  # a sticky route gives each user the same version; not used otherwise
 
 
 class Strict(BaseModel):
-    """Unknown fields and wrong types are errors."""
+    """A model for which unknown fields and wrong types are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Message(Strict):
-    """One chat turn."""
+    """A chat turn: who speaks, and the text."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
 class WeightedTask(Strict):
-    """One of several hats."""
+    """A task among several whose adapters are composed, and its weight."""
 
     task: TaskName
     weight: float = Field(1.0, ge=-100, le=100)
 
 
 class SamplingFields(Strict):
-    """How tokens are chosen; the same names as everywhere in the field."""
+    """Sampling parameters; the same names as everywhere in the field."""
 
     temperature: float = Field(0.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -122,7 +122,7 @@ class PinRequest(Strict):
 
 
 def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
-    """What FastAPI would say of a body that it does not parse itself."""
+    """The OpenAPI entry for a body that FastAPI does not parse itself."""
     schema = model.model_json_schema()
     content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
     return {"requestBody": {"required": True, "content": content}}
@@ -140,7 +140,7 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
 
 
 def identity(version: Version, item_bytes: ItemBytes | None) -> dict[str, Any]:
-    """Which version it is, and what it takes: of its files, of the device (None: not known yet), and of a sequence."""
+    """A version's identity and sizes: bytes of its files and of a slot (None: not known yet), tokens of a sequence."""
     return {
         "version": version.number,
         "digest": version.digest,

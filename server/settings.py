@@ -34,7 +34,7 @@ def _default(config: type[msgspec.Struct], name: str) -> Any:
 
 
 class Settings(BaseSettings):
-    """What `manyhats serve` runs with. Sizes take units: 512MiB, 2GiB."""
+    """Settings of `manyhats serve`. Sizes take units: 512MiB, 2GiB."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", validate_default=True, validate_by_name=True)
 

@@ -70,12 +70,12 @@ class GenerateForm:
     has_logprobs: bool
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
-        """All choices, with usage and timing."""
+        """The body of a plain answer: its choices, usage and timing."""
         choices = [self._choice(choice) for choice in await generation.collect()]
         return self._head(generation.job.resolved) | {"choices": choices} | _tail(generation)
 
     async def events(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
-        """One event a step that has text or ends a choice; the very last carries usage and timing.
+        """Yield one event a step that has text or ends a choice; the very last carries usage and timing.
 
         The tokens of a step whose text is held back come with the next event of the choice.
         """

@@ -74,7 +74,7 @@ class TextPart(Strict):
 
 
 class ChatMessage(Strict):
-    """One chat turn, its content whole or in parts; a turn of ours may come back as it was sent."""
+    """A chat turn, its content whole or in parts; a turn of ours may come back as it was sent."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]

@@ -33,12 +33,12 @@ class OpenAIForm:
         raise NotImplementedError
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
-        """All choices, with usage."""
+        """The body of a plain answer: its choices and usage."""
         choices = [self.choice(choice) for choice in await generation.collect()]
         return self._head | {"object": self.kind, "choices": choices, "usage": _usage(generation.progress)}
 
     async def events(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
-        """One event a chunk that has text, log-probabilities or an end; then the usage, if it was asked for."""
+        """Yield one event a chunk that has text, log-probabilities or an end; then the usage, if it was asked for."""
         head = self._head | {"object": self.chunk_kind}
         usage: dict[str, Any] = {"usage": None} if self._include_usage else {}
         async with aclosing(generation.chunks) as coming:  # type: ignore[type-var]
@@ -90,7 +90,7 @@ class ChatForm(OpenAIForm):
         self._opened: set[int] = set()  # choices whose role was sent
 
     def choice(self, chunk: Chunk) -> dict[str, Any]:
-        """The assistant's message."""
+        """The assistant's message, whole."""
         message = {"role": "assistant", "content": chunk.text, "refusal": None}
         return {"index": chunk.index, "message": message, **self._rest(chunk)}
 

@@ -1,4 +1,4 @@
-"""A running server over HTTP, for the commands that ask one: what it says, or a sentence."""
+"""Ask a running server over HTTP, for the commands that need one; errors are sentences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT_S = 30.0
 
 
 def ask(url: str, key: str | None, verb: str, path: str, body: object = None) -> dict[str, Any]:
-    """What the server says. Raises `ValueError` with its own sentence where it refuses, or `httpx.HTTPError`."""
+    """The server's JSON answer. Raises `ValueError` with its own sentence if it refuses, or `httpx.HTTPError`."""
     headers = [] if key is None else [(b"Authorization", f"Bearer {key}".encode())]
     answer = httpx.request(verb, f"{url.rstrip('/')}{path}", json=body, headers=headers, timeout=TIMEOUT_S)
     try:
@@ -30,7 +30,7 @@ def ask(url: str, key: str | None, verb: str, path: str, body: object = None) ->
 
 @contextmanager
 def sentences(command: str) -> Iterator[None]:
-    """What goes wrong in `manyhats COMMAND` is a sentence, and the exit code is 1."""
+    """Turn an error of `manyhats COMMAND` into a sentence and exit code 1."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:

@@ -16,7 +16,7 @@ COLUMNS = ("task", "version", "route", "method", "where", "MiB", "requests", "to
 TIMES = ("TTFT ms p50", "p95", "all ms p50", "p95")
 
 Url = Annotated[str, typer.Option(help="of the server")]
-ApiKey = Annotated[str | None, typer.Option(help="a key of the tenant, where the server asks for one")]
+ApiKey = Annotated[str | None, typer.Option(help="a key of the tenant, if the server asks for one")]
 
 
 def tasks(
@@ -24,7 +24,7 @@ def tasks(
     url: Url = URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Show tasks: their versions, what each gets of the requests, where it is, and how its last requests went."""
+    """Show tasks: their versions, the share of requests that each gets, its residency, and its last requests."""
     with sentences("tasks"):
         result = ask(url, api_key, "GET", "/tasks" if task is None else f"/tasks/{task}")
         shown = table(result["tasks"] if task is None else [result])
@@ -33,7 +33,7 @@ def tasks(
 
 
 def table(found: list[dict[str, Any]]) -> Table:
-    """A line a version, the newest of a task first."""
+    """The table of tasks: a line a version, the newest of a task first."""
     shown = Table(highlight=False)
     for name in (*COLUMNS, *TIMES):
         shown.add_column(name, justify="left" if name in ("task", "route", "method", "where") else "right")
@@ -64,7 +64,7 @@ def _row(task: dict[str, Any], version: dict[str, Any]) -> list[str]:
 
 
 def _share(route: dict[str, Any], number: int) -> str:
-    """How much of a task's requests a version gets."""
+    """The share of a task's requests that a version gets, as the table shows it."""
     weights = route["versions"]
     if str(number) not in weights:
         return "-"

@@ -1,1 +1,1 @@
-"""One generation: who asks, which adapters it uses, its tokens, its text and its accounts."""
+"""Answer one generation: identify the caller, resolve adapters, encode, run, decode and account."""

@@ -21,7 +21,7 @@ SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """Everything that the answers of one request depend on. `prompts` are token ids; times are monotonic seconds."""
+    """A prepared request: all that its answers depend on. `prompts` are token ids; times are monotonic seconds."""
 
     resolved: ResolvedAdapters
     prompts: list[list[int]]
@@ -141,7 +141,7 @@ class Generation:
     resolved: ResolvedAdapters | None = None
 
     async def collect(self) -> list[Chunk]:
-        """All choices, each whole, in order. Raises `ServerError`; cancelled, it ends the answers."""
+        """Read all choices, each whole, in order. Raises `ServerError`; cancelled, it ends the answers."""
         choices: dict[int, Chunk] = {}
         async with aclosing(self.chunks) as chunks:  # type: ignore[type-var]
             async for chunk in chunks:

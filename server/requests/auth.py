@@ -1,4 +1,4 @@
-"""Who calls: the admin, a tenant's key, or, where no key is asked for, whoever is on this machine."""
+"""Identify callers: the admin, a tenant's key, or, if the server asks for no keys, anyone on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls, for which tenant, and what it may do there. An operator may do it for every tenant."""
+    """A caller: its name, its tenant, and its scopes there. An operator has them for every tenant."""
 
     name: str
     tenant: str
@@ -36,14 +36,14 @@ class Caller:
 
 @dataclass
 class Remembered(Generic[V]):
-    """What a slow look-up said, for a moment. What was not found is remembered too."""
+    """Caches the results of a slow look-up for `REMEMBERED_S`, also those that found nothing."""
 
     look_up: Callable[[str], V]
     clock: Callable[[], float] = time.monotonic
     _found: dict[str, tuple[float, V]] = field(default_factory=dict)
 
     async def get(self, name: str) -> V:
-        """What is known of a name; looked up in a thread where that is not fresh."""
+        """The result for a name; looked up in a thread if the cached one is not fresh."""
         found = self._found.get(name)
         if found is None or self.clock() >= found[0]:
             found = self.clock() + REMEMBERED_S, await asyncio.to_thread(self.look_up, name)
@@ -53,12 +53,12 @@ class Remembered(Generic[V]):
         return found[1]
 
     def clear_cache(self) -> None:
-        """Something was changed here: look everything up again."""
+        """Look everything up again, after a change made by this process."""
         self._found.clear()
 
 
 class Callers:
-    """Tells callers by what they send. Without an admin key everyone on this machine is the operator."""
+    """Identifies callers by their headers. Without an admin key everyone on this machine is the operator."""
 
     def __init__(self, tenants: Tenants, admin_key: str | None, host: str) -> None:
         self._tenants, self._admin_key, self._host = tenants, admin_key, host
@@ -71,12 +71,12 @@ class Callers:
         return self._admin_key is not None
 
     def clear_cache(self) -> None:
-        """Keys, tenants or limits were changed."""
+        """Look keys and limits up again, after a change of keys, tenants or limits."""
         self._keys.clear_cache()
         self._limits.clear_cache()
 
     async def identify(self, authorization: str, tenant: str | None) -> Caller:
-        """Who sends these headers (`tenant`: X-Tenant). Raises `UnauthorizedError`, `NotFoundError`.
+        """The caller that sends these headers (`tenant`: X-Tenant). Raises `UnauthorizedError`, `NotFoundError`.
 
         A tenant that is another's is as absent to a key as one that is none.
         """
@@ -97,9 +97,9 @@ class Callers:
         return Caller(parts[0], known.tenant, known.limits, known.scopes)
 
     def check_origin(self, host: str | None, origin: str | None) -> None:
-        """Without keys only this machine may ask: a page of the web whose name leads here, or that posts here, may not.
+        """Raise `ForbiddenError` for a request through a web page, if the server asks for no keys.
 
-        Raises `ForbiddenError`.
+        A page whose host name leads here, or that posts here from another origin, must not act as this machine's user.
         """
         if self._admin_key is not None:
             return
@@ -133,5 +133,5 @@ class Callers:
 
 
 def no_tenant(name: str) -> NotFoundError:
-    """What is said of a tenant that is absent, or another's."""
+    """The error for a tenant that is absent, or another's."""
     return NotFoundError(f"there is no tenant {name[:MAX_NAME]}", "X-Tenant")

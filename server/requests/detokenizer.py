@@ -9,7 +9,7 @@ MAX_HELD_TOKENS = 32  # bytes that never become a character are given up after s
 
 
 class TextStream:
-    """Tokens in, text out: whole characters only, and never a part of a stop text.
+    """Turns tokens into text as they come: whole characters only, and never a part of a stop text.
 
     Tokens are decoded in a short window behind the last whole character, so that a long answer costs no more per token
     than a short one.
@@ -23,7 +23,7 @@ class TextStream:
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that is certain after one more token. Sets `is_stopped` where a stop text is complete."""
+        """The text that is certain after one more token. Sets `is_stopped` once a stop text is complete."""
         if self._tokenizer.is_special(token_id):
             return ""
         self._window.append(token_id)
@@ -39,7 +39,7 @@ class TextStream:
         return self._release(after[len(before) :])
 
     def flush(self) -> str:
-        """What is left at the end of the answer."""
+        """The text that was held back, at the end of the answer."""
         before = self._tokenizer.decode(self._window[: self._num_read])
         rest = self._tokenizer.decode(self._window)[len(before) :]
         self._num_read = len(self._window)
@@ -50,7 +50,7 @@ class TextStream:
         return text
 
     def _last_whole(self, text: str) -> int:
-        """Where the window's `text` can be cut, so that what may be the beginning of a character stays behind."""
+        """The index at which the window can be cut, so that the possible beginning of a character stays behind."""
         window, decode = self._window, self._tokenizer.decode
         cuts = range(len(window) - MAX_CHARACTER_BYTES + 1, len(window))
         return next((cut for cut in cuts if decode(window[:cut]) + decode(window[cut:]) == text), len(window))

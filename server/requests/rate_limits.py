@@ -1,4 +1,4 @@
-"""What tenants may do in a minute and at once, and when they may again."""
+"""Limit what tenants do in a minute and at once, and say when they may again."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PACE_WEIGHT = 0.2  # of the newest
 
 
 class SlidingWindow:
-    """What was taken in each second of the last minute: at most so much in any 60 seconds."""
+    """Counts amounts by second over the last minute, to hold a limit in any 60 seconds."""
 
     def __init__(self) -> None:
         self._taken: deque[list[int]] = deque()  # [second, amount]
         self._sum = 0
 
     def wait_s(self, amount: int, limit: int, now: float) -> int:
-        """Whole seconds until so much more may be taken; 0 is now. `amount` is not over `limit`."""
+        """Seconds (rounded up) until `amount` more fits under `limit` in any 60 s; 0 if it fits now."""
         self._drop(now)
         over, wait = self._sum + amount - limit, 0
         for second, taken in self._taken:
@@ -36,7 +36,7 @@ class SlidingWindow:
         return wait
 
     def take(self, amount: int, now: float) -> int:
-        """Count so much; the second that it is counted in, for `give_back`."""
+        """Count an amount. Returns the second that it is counted in, for `give_back`."""
         second = int(now)
         if not self._taken or self._taken[-1][0] < second:
             self._taken.append([second, 0])
@@ -45,7 +45,7 @@ class SlidingWindow:
         return second
 
     def give_back(self, amount: int, second: int) -> None:
-        """What was taken in that second was too much; what is older than a minute does not matter any more."""
+        """Take an amount off the count of a second; a second older than a minute does not matter any more."""
         for entry in self._taken:
             if entry[0] == second:
                 entry[1] -= amount
@@ -57,7 +57,7 @@ class SlidingWindow:
 
 
 class GenerationProgress(Protocol):
-    """How far the answers of a request are."""
+    """The progress of a request's answers, as limits see it."""
 
     @property
     def num_begun(self) -> int:
@@ -71,7 +71,7 @@ class GenerationProgress(Protocol):
 
 
 class TenantUsage:
-    """One tenant's books."""
+    """A tenant's requests and tokens of the last minute, and its requests in progress."""
 
     def __init__(self) -> None:
         self.requests, self.tokens = SlidingWindow(), SlidingWindow()
@@ -85,7 +85,7 @@ class TenantUsage:
 
 
 class RateLimiter:
-    """Every tenant's books, and its limits held against them. All in the event loop's thread."""
+    """Holds every tenant's usage against its limits. All calls come from the event loop's thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -106,11 +106,11 @@ class RateLimiter:
     def generating(
         self, tenant: str, limits: TenantLimits, num_choices: int, max_total_tokens: int, progress: GenerationProgress
     ) -> Iterator[None]:
-        """While the block runs a request is answered; it counts as `max_total_tokens` until its real number is known.
+        """Count a request while the block runs: as queued or running, and as `max_total_tokens`; then by its tokens.
 
-        One that fails before its first token, or is routed anew, took none.
+        One that fails before its first token took none.
 
-        Raises `TenantLimitError`, or `BadRequestError` where no wait would help.
+        Raises `TenantLimitError`, or `BadRequestError` if waiting would not help.
         """
         usage, began = self._usage_of(tenant), self._clock()
         self._check_queue(tenant, usage, limits, num_choices)
@@ -135,7 +135,7 @@ class RateLimiter:
         return self._usages.setdefault(tenant, TenantUsage())
 
     def _check_queue(self, tenant: str, usage: TenantUsage, limits: TenantLimits, num_choices: int) -> None:
-        """How long the queue takes is guessed from how long this tenant's answers took."""
+        """Raise `TenantLimitError` for a full queue; the wait is estimated from the pace of this tenant's answers."""
         limit = limits.max_queued
         if limit is None:
             return

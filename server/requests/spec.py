@@ -12,7 +12,7 @@ Turn = tuple[str, str]  # role, content
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """Everything that one caller asks for. Exactly one of `texts`, `turns` and `token_ids` is given.
+    """A generation that one caller asks for. Exactly one of `texts`, `turns` and `token_ids` is given.
 
     `task` is a name or `base`; if `adapters` lists (task, weight) pairs, these are composed and `task` is not read.
     `max_tokens` None means the rest of the context. `sampling` lacks `max_tokens` and `logprobs`, which follow from the

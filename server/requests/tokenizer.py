@@ -1,4 +1,4 @@
-"""Text to tokens and back. An answer's text is always the join of its stream's pieces, so the two cannot differ."""
+"""Encode text to token ids and decode them, by the base's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Tokenizer:
         return token_id in self._special
 
     def decode(self, token_ids: list[int], skip_special: bool = True) -> str:
-        """Text of tokens."""
+        """The text of token ids; special tokens have none, unless `skip_special` is False."""
         text: str = self._tokenizer.decode(
             token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )

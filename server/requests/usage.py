@@ -1,4 +1,4 @@
-"""What requests used, on its way to the registry. Whoever has a whole answer can be sure that it is written."""
+"""Buffer usage and write it in batches; a response is completed only when its usage is durable (or after 2 s)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Counts = tuple[int, int, int]  # requests, prompt tokens, completion tokens
 
 @dataclass
 class UsageMeter:
-    """One request's: what it used so far, and how much of that was counted."""
+    """Meters one request: `used()` is its usage so far, `counted` the part of it that is in the buffer."""
 
     places: list[UsageKey]
     used: Callable[[], Counts]
@@ -30,7 +30,7 @@ class UsageMeter:
 
 
 class UsageBuffer:
-    """Counts at once, writes in one transaction: at the end of an answer, and what still runs once a second."""
+    """Counts usage in memory, and writes all of it in one transaction: at the end of an answer, and once a second."""
 
     def __init__(self) -> None:
         self._lock, self._flush_lock = threading.Lock(), asyncio.Lock()
@@ -39,7 +39,7 @@ class UsageBuffer:
 
     @contextmanager
     def running(self, meter: UsageMeter) -> Iterator[None]:
-        """While the block runs what the bill grows by is counted as it comes, and at its end the rest."""
+        """Count a request's usage at every flush while the block runs, and the rest at its end."""
         with self._lock:
             self._open[id(meter)] = meter
         try:
@@ -50,14 +50,14 @@ class UsageBuffer:
                 self._count(meter)
 
     async def wait_until_durable(self, registry: Registry) -> None:
-        """Return when all that was counted before is durable. Those who come meanwhile are written together."""
+        """Return once all usage counted before is durable, or after `PATIENCE_S`. Concurrent calls share one write."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S), self._flush_lock:
                 if self._counts:
                     await asyncio.to_thread(self.flush, registry)
 
     def flush(self, registry: Registry) -> None:
-        """Write what was used until now; kept for the next time if the registry fails."""
+        """Write all usage counted until now; if the registry fails it is kept for the next time."""
         with self._lock:
             for meter in self._open.values():
                 self._count(meter)

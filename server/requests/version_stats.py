@@ -1,4 +1,4 @@
-"""How the last requests of each version went, so that a canary can be judged beside what it is to replace."""
+"""Outcomes of each version's last requests, so that a canary can be judged beside the version that it may replace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_REQUESTS = 200  # of a version
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """One request that was not cancelled: its status, and milliseconds where it was answered."""
+    """The outcome of a request that was not cancelled: its status, and milliseconds if it was answered."""
 
     status: str
     ttft_ms: float = 0.0
@@ -28,14 +28,14 @@ class Recent:
         self._outcomes: OrderedDict[tuple[str, str, int], deque[RequestOutcome]] = OrderedDict()
 
     def add(self, key: tuple[str, str, int], outcome: RequestOutcome) -> None:
-        """Note how a request of a version ended."""
+        """Record how a request of a version ended."""
         self._outcomes.setdefault(key, deque(maxlen=MAX_REQUESTS)).append(outcome)
         self._outcomes.move_to_end(key)
         if len(self._outcomes) > MAX_VERSIONS:
             self._outcomes.popitem(last=False)
 
     def summary(self, key: tuple[str, str, int]) -> dict[str, Any]:
-        """How many requests, how many failed, and times of those that did not: medians, and 95th percentiles."""
+        """Counts of requests and failures, and medians and 95th percentiles of the times of those that did not fail."""
         outcomes = self._outcomes.get(key, deque[RequestOutcome]())
         good = [outcome for outcome in outcomes if outcome.status == "200"]
         return {
@@ -48,7 +48,7 @@ class Recent:
 
 
 def _spread(values: list[float]) -> dict[str, float] | None:
-    """None for nothing."""
+    """The median and 95th percentile, or None for no values."""
     if not values:
         return None
     cuts = quantiles(values, n=20, method="inclusive") if len(values) > 1 else values * 19

@@ -1,1 +1,1 @@
-"""One artifact: checks, validation in the engine, registration and deletion."""
+"""Take artifacts in, keep them, delete them: validation, registration, retention."""

@@ -23,15 +23,15 @@ PRECISION_OF_DTYPE = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def tolerance(precision: str, artifact: Artifact) -> float:
-    """What a server of this precision allows an artifact of these tensors."""
+    """The largest error or margin (logits) that a server of this precision allows an artifact of these tensors."""
     kept = {PRECISION_OF_DTYPE[str(tensor.dtype).removeprefix("torch.")] for tensor in artifact.tensors.values()}
     return max(TOLERANCES[name] for name in {precision, *kept})
 
 
 def error(case: ParityCase, said: Logprobs) -> float:
-    """How far the logits after the prompt are off. A token that is not among the engine's best counts as its last one.
+    """The largest difference of logits after the prompt. A token not among the engine's best counts as its last one.
 
-    That can only be less than the truth, and is still far off where it matters.
+    This can only understate the difference, which is still far off for an adapter that is wrong.
     """
     ours, least = dict(said.top), said.top[-1][1]
     off = [logit - ours.get(token, least) for token, logit in case.top]
@@ -40,5 +40,5 @@ def error(case: ParityCase, said: Logprobs) -> float:
 
 
 def margin(said: Sequence[Logprobs]) -> float:
-    """By how much the engine prefers another token to the trainer's, at the worst place of a continuation."""
+    """The largest lead (logits) of the engine's best token over the trainer's, along a continuation; 0 if none."""
     return max((one.top[0][1] - one.chosen for one in said), default=0.0)

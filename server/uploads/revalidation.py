@@ -1,7 +1,7 @@
 """Re-validate stored adapters after start-up: each one last validated under another base, precision or version.
 
-One after another, while requests are served already; a request for one that is not validated yet waits for it. One that
-fails is quarantined with its reason: it is not served, it stays where it is, and the same bytes uploaded again heal it.
+One after another, while requests are served already; a request for one that is not validated yet waits for it. One
+that fails is quarantined with its reason: it stays in the store unserved, and the same bytes uploaded again heal it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Revalidation:
         self._unvalidated.pop(digest, None)
 
     async def find_unvalidated(self) -> None:
-        """At start: list the artifacts to validate before they are served. One that the store has lost cannot pass."""
+        """List the artifacts to validate before they are served, at start. One that the store has lost cannot pass."""
         unvalidated = await asyncio.to_thread(self._registry.unvalidated, self.fingerprint)
         lost = await asyncio.to_thread(self._registry.digests) - await asyncio.to_thread(self._blobs.digests)
         self._unvalidated = dict.fromkeys([*unvalidated, *lost])
