@@ -1,4 +1,4 @@
-"""What the tests of the front share: a server over a fake engine, and adapters to upload."""
+"""Fixtures that the server's tests share: a server over a fake engine, and adapters to upload."""
 
 from __future__ import annotations
 

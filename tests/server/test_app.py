@@ -42,7 +42,7 @@ class Watched(FakeEngineClient):
 
 
 async def failure_of(base: Path, data: Path, engine: FakeEngineClient, **settings: Any) -> str:
-    """Why an application cannot start."""
+    """The reason why an application cannot start."""
     app = create_app(settings_of(base, data, **settings), base, engine)
     with pytest.raises(Exception) as error:
         async with app.router.lifespan_context(app):
@@ -52,7 +52,7 @@ async def failure_of(base: Path, data: Path, engine: FakeEngineClient, **setting
 
 
 async def test_all_is_ended(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """At the end the engine is closed, usage is written, and no task of ours is left."""
+    """Closing the application closes the engine, writes usage, and leaves no task of ours."""
     engine = Watched(tiny_base)
     async with open_site(tiny_base, tmp_path, engine) as site:
         await site.ask(prompt="ab")
@@ -61,7 +61,7 @@ async def test_all_is_ended(anyio_backend: str, tiny_base: Path, tmp_path: Path)
 
 
 async def test_an_engine_that_cannot_start(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """Where the engine cannot start, its sentence is the operator's, and everything that was opened is closed."""
+    """An engine that cannot start gives the operator its sentence, and everything that was opened is closed."""
     engine = Watched(tiny_base, "this base cannot be served: no attention interface")
     assert "no attention interface" in await failure_of(tiny_base, tmp_path, engine)
     assert engine.calls == ["start", "close"]
@@ -70,7 +70,7 @@ async def test_an_engine_that_cannot_start(anyio_backend: str, tiny_base: Path, 
 
 
 async def test_a_tokenizer_that_cannot_be_read(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """Where a later room fails, the engine that was starting is ended."""
+    """The engine that was starting is ended if a later room fails."""
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     (base / "tokenizer.json").write_text("{")
@@ -147,7 +147,7 @@ async def test_import(
 
 
 async def test_import_again(anyio_backend: str, tiny_base: Path, tmp_path: Path, tree: Path, zips: list[bytes]) -> None:
-    """At the next start only what was never there is taken in: a task keeps its versions, or stays deleted."""
+    """The next start imports only tasks that were never there: a task keeps its versions, or stays deleted."""
     async with open_site(tiny_base, tmp_path / "data", import_=tree) as site:
         await site.upload("first", zips[2])
         await site.http.delete("/tasks/second")

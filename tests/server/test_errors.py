@@ -91,6 +91,6 @@ def test_refusals_of_the_store() -> None:
     ],
 )
 def test_failures_of_the_engine(code: str, status: int, retry: int | None) -> None:
-    """Every failure of the engine has its status, 500 where it is unknown; what passes says when to come again."""
+    """Every failure of the engine has its status, 500 if it is unknown; one that passes says when to come again."""
     error = errors.EngineFailedError(EngineFailure(code, "why"))
     assert (error.code, error.status, error.retry_after) == (code, status, retry)

@@ -18,7 +18,7 @@ BODY = {"prompt_token_ids": [1, 2, 3], "max_tokens": 5, "ignore_eos": True}
 
 
 def ask(server: Server, tasks: list[str], number: int, answered: list[str]) -> None:
-    """One request after another, streamed in turn, until nobody answers; whole answers are written down."""
+    """Send requests in turn, every second one streamed, until the server is gone; whole answers are written down."""
     try:
         while True:
             task = tasks[(number + len(answered)) % len(tasks)]
@@ -32,7 +32,7 @@ def ask(server: Server, tasks: list[str], number: int, answered: list[str]) -> N
 
 
 def used(server: Server) -> dict[str, dict[str, int]]:
-    """What GET /usage has of each task."""
+    """The usage of each task, by GET /usage."""
     rows = httpx.get(f"{server.url}/usage").raise_for_status().json()["usage"]
     return {row["task"]: row for row in rows}
 

@@ -66,7 +66,7 @@ async def test_a_stop_lets_what_runs_finish(anyio_backend: str, tiny_base: Path,
 
 
 async def test_what_outlasts_the_drain_gets_an_error(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """What still runs when the drain's time is over gets 503, or in a stream an event `error`: no cut connection."""
+    """A request that outlasts the drain gets 503, or in a stream an event `error`: no cut connection."""
     async with serving(tiny_base, tmp_path, drain_s=0) as (site, server):
         site.engine.delay_s = 0.1
         plain = asyncio.create_task(site.post("/generate?task=base", {"prompt": "a" * 100}))
@@ -81,7 +81,7 @@ async def test_what_outlasts_the_drain_gets_an_error(anyio_backend: str, tiny_ba
 
 
 async def test_a_second_signal_ends_at_once(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """Who asks twice does not wait for what runs."""
+    """A second signal ends the server without waiting for running requests."""
     async with serving(tiny_base, tmp_path, drain_s=60) as (site, server):
         site.engine.delay_s = 60
         asking = asyncio.create_task(site.post("/generate?task=base", {"prompt": "a"}))
@@ -127,7 +127,7 @@ async def test_a_second_request_whose_headers_do_not_come(
 
 
 def test_bound_is_not_listening() -> None:
-    """Until the server listens, whoever connects is refused at once, not kept waiting; a port that is taken says so."""
+    """Until the server listens, a connection is refused at once, not kept waiting; a port that is taken says so."""
     (listener,) = listen.bind("127.0.0.1", 0)
     with listener:
         address = listener.getsockname()
@@ -159,7 +159,7 @@ def test_every_address_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("::", "[::1]"), ("localhost",) * 2],  # noqa: S104
 )
 def test_address(host: str, address: str) -> None:
-    """The URL that is printed reaches the server from this machine, whatever it is bound to."""
+    """The URL that is printed reaches the server from this machine, for any address that it is bound to."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         assert listen.address_of(host, [listener]) == f"http://{address}:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What Prometheus sees: the engine's state, and tasks by their names, of which no request can make more."""
+"""Metrics: the engine's state, and tasks by their names, of which no request can make more."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_field_of_the_engine() -> None:
 
 @pytest.mark.parametrize("pid", [None, 2**22 + 1])
 def test_an_engine_that_is_gone(pid: int | None) -> None:
-    """Without an engine, or where its process has just died, the rest is still there."""
+    """The rest of the metrics is there without an engine, also if its process has just died."""
     found = parsed(Metrics(Stats, lambda: pid).render().decode())
     memory = found["manyhats_resident_bytes"]
     assert memory[("process", "front"),] > 1e6

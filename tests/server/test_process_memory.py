@@ -10,7 +10,7 @@ from server import process_memory
 
 
 def test_loading_looks_for_no_garbage_and_leaves_what_is_there_alone() -> None:
-    """While something loads nothing is collected; afterwards what is there is frozen, also where loading failed."""
+    """Loading collects no garbage; afterwards all objects are frozen, also if loading failed."""
     before = gc.get_freeze_count()
     try:
         with pytest.raises(ValueError, match="no base"), process_memory.loading():

@@ -16,7 +16,7 @@ KEY = "k" * 16
 
 
 def test_defaults_are_closed() -> None:
-    """Without any setting the server is on loopback, and asks for no key."""
+    """A server without any setting is on loopback, and asks for no key."""
     settings = Settings()
     assert (settings.host, settings.port, settings.admin_key) == ("127.0.0.1", 8000, None)
 

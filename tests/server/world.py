@@ -43,7 +43,7 @@ ZIP, SAFETENSORS = "application/zip", "application/x-safetensors"
 
 @lru_cache
 def ready_of(base: Path) -> Ready:
-    """What the real engine would say of a base of the kit."""
+    """The description that the real engine gives of a base of the kit."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     return fake_ready(
@@ -76,7 +76,7 @@ class Site:
 
     @property
     def state(self) -> ServerState:
-        """Its rooms."""
+        """The rooms of the server."""
         state: ServerState = self.app.state.server
         return state
 
@@ -101,12 +101,12 @@ class Site:
         return [json.loads(data) for _, data in events]
 
     async def upload(self, task: str, body: bytes, kind: str = ZIP, **params: object) -> httpx.Response:
-        """POST /adapters."""
+        """Upload a body by POST /adapters."""
         query = {"task": task, **{name: str(value) for name, value in params.items()}}
         return await self.http.post("/adapters", params=query, content=body, headers={"Content-Type": kind})
 
     def staged(self) -> list[Path]:
-        """What lies in the staging area."""
+        """The files that lie in the staging area."""
         staging = self.data / "artifacts" / "staging"
         return list(staging.iterdir()) if staging.exists() else []
 

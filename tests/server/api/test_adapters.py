@@ -100,7 +100,7 @@ async def test_uploads_at_once(site: Site, zips: list[bytes]) -> None:
 
 
 async def test_restart(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]) -> None:
-    """What was acknowledged is there after a restart; what lay in staging or belongs to no version is not."""
+    """A restart keeps every acknowledged upload; it drops staged files and artifacts that belong to no version."""
     async with open_site(tiny_base, tmp_path) as site:
         kept = (await site.upload("a", zips[0])).json()["digest"]
         await site.ask("a", prompt="x")
@@ -391,7 +391,7 @@ async def test_a_full_disk_while_the_body_comes(good: Site, zips: list[bytes], m
 
 
 async def test_a_registry_that_cannot_write(good: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the registry cannot write the version it is 507, and the artifact does not stay without one."""
+    """A registry that cannot write the version is 507, and the artifact does not stay without one."""
 
     def full(*_args: object, **_values: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -412,7 +412,7 @@ async def test_a_note_with_nul(site: Site, zips: list[bytes]) -> None:
 
 
 async def test_without_an_engine(site: Site, zips: list[bytes]) -> None:
-    """Without an engine nothing can be proved: 503, and nothing is kept."""
+    """An upload without an engine, which could not be validated, is 503, and nothing is kept."""
     site.engine.die()
     answer = await site.upload("a", zips[0])
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")

@@ -1,4 +1,4 @@
-"""Who may call: with an admin key, every route but health asks for it before it looks at anything else."""
+"""Authentication: with an admin key, every route but health asks for it before it looks at anything else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_every_route_asks_for_the_key(locked: Site) -> None:
 
 
 async def test_the_key_opens(locked: Site) -> None:
-    """The right key opens, whatever the case of `Bearer`."""
+    """The right key opens, in any case of `Bearer`."""
     for scheme in ("Bearer", "bearer", "BEARER"):
         answer = await locked.http.get("/tasks", headers={b"Authorization": f"{scheme} {KEY}".encode()})
         assert answer.status_code == 200
@@ -69,7 +69,7 @@ async def test_tenants(locked: Site) -> None:
 
 
 async def test_without_a_key_no_key_is_asked_for(shared: Site) -> None:
-    """Without an admin key a request needs no key, and one that sends a key is served as well."""
+    """A server without an admin key needs no key, and serves a request that sends one as well."""
     assert (await shared.http.get("/tasks")).status_code == 200
     assert (await shared.http.get("/tasks", headers={"Authorization": "Bearer x"})).status_code == 200
     assert (await shared.http.get("/tasks", headers={"X-Tenant": "other"})).status_code == 404

@@ -1,4 +1,4 @@
-"""What is refused before anything runs: each with the error form, its status, and the name of what is wrong."""
+"""Bodies that are refused before anything runs: each with the error form, its status, and the name of the fault."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("body", "says"), NOT_JSON)
 async def test_not_json(shared: Site, body: str, says: str) -> None:
-    """What is no sound JSON object is 400, and the message says what is wrong with it."""
+    """A body that is no sound JSON object is 400, and the message says what is wrong with it."""
     answer = await shared.post("/generate?task=base", body)
     error = error_of(answer)
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
@@ -147,7 +147,7 @@ async def test_two_prompts_at_once(shared: Site, fields: dict[str, Any]) -> None
 
 
 async def test_no_prompt(shared: Site) -> None:
-    """None of the three prompts, or one without tokens, is 400."""
+    """A body with none of the three prompts, or with one that has no tokens, is 400."""
     assert (await shared.post("/generate?task=base", {})).status_code == 400
     answer = await shared.post("/generate?task=base", {"prompt": ["a", ""]})
     assert answer.status_code == 400 and "no tokens" in error_of(answer)["message"]
@@ -169,7 +169,7 @@ async def test_prompt_too_long(shared: Site) -> None:
     ["unknown", "One", "one ", "a%00b", "..%2f..%2fetc", "%ff%fe", "x" * 64, "x" * 5000, "'; drop--", "🎩", "BASE"],
 )
 async def test_unknown_task_is_404(shared: Site, name: str) -> None:
-    """A name that is no task is 404, whatever is in it; never the base, never 500."""
+    """A name that is no task is 404, with any content; never the base, never 500."""
     before = len(shared.engine.submitted)
     answer = await shared.post(f"/generate?task={name}", {"prompt": "a"})
     error = error_of(answer)
@@ -179,7 +179,7 @@ async def test_unknown_task_is_404(shared: Site, name: str) -> None:
 
 
 async def test_missing_task_is_400(shared: Site) -> None:
-    """No task, or an empty one, is 400; the base must be asked for by name."""
+    """A request without a task, or with an empty one, is 400; the base must be asked for by name."""
     for path in ("/generate", "/generate?task="):
         answer = await shared.post(path, {"prompt": "a"})
         assert (answer.status_code, error_of(answer)["param"]) == (400, "task")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_long_body_stalls_nobody(shared: Site) -> None:
-    """While a long body is parsed, others are answered."""
+    """Parsing a long body keeps no other request waiting."""
     body = json.dumps({"prompt_token_ids": [1] * 1_000_000})
     long = asyncio.create_task(shared.post("/generate?task=base", body))
     num_answered = 0
@@ -44,7 +44,7 @@ async def test_a_body_that_says_it_is_too_long(anyio_backend: str, tiny_base: Pa
 
 
 async def test_an_upload_without_an_engine(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """Without an engine an upload is 503 before its body comes: nothing could prove it."""
+    """An upload without an engine, which could not be validated, is 503 before its body comes."""
     async with serve_site(tiny_base, tmp_path) as site:
         site.engine.die()
         reader, writer = await asyncio.open_connection("127.0.0.1", site.http.base_url.port)
@@ -77,7 +77,7 @@ async def test_a_body_that_crawls(
 
 
 async def test_the_message_names_the_limit() -> None:
-    """Where one branch of a union has the right type and is over a limit, the limit is told, not the other type."""
+    """The message names the limit if one branch of a union has the right type and is over it, not the other type."""
     body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 5})
     with pytest.raises(InvalidFieldError, match="stop: List should have at most 4 items"):
         parse(ChatRequest, body.encode())

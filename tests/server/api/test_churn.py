@@ -41,7 +41,7 @@ class AdapterRef:
 
 @dataclass
 class Churn:
-    """What goes on: the needles that are to be asked again alone, and what did not fit."""
+    """The state of a run: the golden requests to ask again alone, and those whose answer differed."""
 
     site: Site
     golden: Golden
@@ -59,7 +59,7 @@ class Churn:
         return not self.wrong and (few or time.monotonic() < self.until)
 
     async def change(self) -> None:
-        """One change after another, each at its time whether the one before has been answered or not."""
+        """Make the changes in order, each at its time, whether the one before has been answered or not."""
         going = set[asyncio.Task[None]]()
         while self.goes_on():
             going.add(task := asyncio.create_task(self._change_once()))
@@ -88,7 +88,7 @@ class Churn:
             self.wrong.append((kind, answer.status_code, answer.text))
 
     async def ask(self) -> None:
-        """One request after another: what is golden is held against its golden answer, what is not is kept."""
+        """Send requests in turn: golden ones are compared with their golden answer, the others are kept."""
         while self.goes_on():
             task, index = f"t{self.draw.randrange(NUM_TASKS)}", self.draw.randrange(len(self.golden.prompts))
             prompt = self.golden.prompts[index]
@@ -120,7 +120,7 @@ class Churn:
 
 
 def is_answer(want: Answer, tokens: list[int]) -> bool:
-    """Whether tokens are the golden ones, up to where the reference's two best are too close to tell."""
+    """Whether tokens are the golden ones, until the reference's two best tokens are too close to tell."""
     if len(tokens) != len(want.tokens):
         return False
     pairs = zip(want.tokens, tokens, want.margins, strict=True)
@@ -181,8 +181,8 @@ class Swaps:
 
 
 async def test_swaps_under_clients(anyio_backend: str, tiny_base: Path, tmp_path: Path, churn_seconds: float) -> None:
-    """While versions are swapped under 8 clients, every request is 200, each answer is exactly one version's, and none
-    is older than the last swap that was acknowledged before it was asked for."""
+    """Every request is 200 while versions are swapped under 8 clients; each answer is one version's, and none is
+    older than the last swap that was acknowledged before it was asked for."""
     made = [make_lora(tmp_path / str(seed), tiny_base, seed, r=2, strength=1.0) for seed in range(NUM_SWAPPED)]
     bodies = [zip_folder(folder) for folder in made]
     async with serve_real(tiny_base, tmp_path / "data", slot_bytes=128 * 2**10, max_waiting=100) as site:

@@ -47,7 +47,7 @@ class Served:
         return reference.greedy(self.stock, [(self.patch(task), weight) for task, weight in adapters], prompt, 16)
 
     async def worn(self, *adapters: tuple[str, float]) -> dict[str, Any]:
-        """The answer to several hats at once."""
+        """The answer of several adapters composed."""
         listed = [{"task": task, "weight": weight} for task, weight in adapters]
         answer = await self.site.post("/generate", {**BODY, "adapters": listed})
         assert answer.status_code == 200, answer.text
@@ -75,13 +75,13 @@ async def served(
 
 
 def tokens(answer: dict[str, Any]) -> list[int]:
-    """Of an answer's one choice."""
+    """The token ids of an answer's one choice."""
     ids: list[int] = answer["choices"][0]["token_ids"]
     return ids
 
 
 def num_virtual(folder: Path) -> int:
-    """How many virtual tokens an artifact has, as its config says it."""
+    """The number of virtual tokens of an artifact, by its config."""
     config = json.loads((folder / CONFIG).read_text())
     if config["peft_type"] == "CPT":
         return len(config["cpt_token_ids"])
@@ -148,7 +148,7 @@ async def test_several_families_on_one_request(served: Served) -> None:
 
 
 async def test_what_does_not_compose(served: Served) -> None:
-    """A prefix has no weight, given keys come before computed ones, a task is worn once, and all must fit: refused."""
+    """A prefix has no weight, given keys come before computed ones, a task is listed once, and all must fit: refused."""
     refused: dict[str, list[dict[str, Any]]] = {
         "the task cpt puts 3 virtual tokens before the prompt, which cannot be weighed: "
         "give it the weight 1, not 0.5": [{"task": "lora"}, {"task": "cpt", "weight": 0.5}],

@@ -41,7 +41,7 @@ async def test_task_wears_its_adapter(shared: Site) -> None:
 
 
 async def test_defaults(shared: Site) -> None:
-    """What is not given has the contract's defaults, and a seed is drawn anew for each request."""
+    """Fields that are not given have the contract's defaults, and a seed is drawn anew for each request."""
     await shared.ask(prompt="a")
     await shared.ask(prompt="a")
     first, second = shared.engine.submitted[-2:]
@@ -142,7 +142,7 @@ async def test_stop_texts(shared: Site, prompt: str, stop: list[str], text: str)
 
 
 async def test_stop_aborts_the_sequence(shared: Site) -> None:
-    """Where a stop text ends an answer the engine is told to stop, and the tokens after it are not counted."""
+    """A stop text that ends an answer stops the engine too, and the tokens after it are not counted."""
     answer = await shared.ask(prompt="ab" * 50, stop=["b"])
     assert answer["choices"][0]["token_ids"] == [*b"ab"]
     assert answer["usage"]["completion_tokens"] == 2
@@ -164,7 +164,7 @@ async def test_logprobs(shared: Site) -> None:
 
 
 async def test_several_adapters(shared: Site) -> None:
-    """A list of adapters is worn at once, each with its weight (1 if not said), in the order given."""
+    """A list of adapters is composed, each with its weight (1 if not said), in the order given."""
     digests = [(await shared.http.get(f"/tasks/{name}")).json()["versions"][0]["digest"] for name in ("one", "two")]
     body = {"prompt": "a", "adapters": [{"task": "two", "weight": -0.5}, {"task": "one"}]}
     answer = (await shared.post("/generate", body)).json()
@@ -174,7 +174,7 @@ async def test_several_adapters(shared: Site) -> None:
 
 
 async def test_version(site: Site, zips: list[bytes]) -> None:
-    """`version` asks for one version, whatever is routed; without it the routed one answers."""
+    """`version` asks for one version, routed or not; without it the routed one answers."""
     digests = [(await site.upload("t", body)).json()["digest"] for body in zips[:2]]
     for asked, digest in ((1, digests[0]), (2, digests[1]), (None, digests[1])):
         answer = await site.ask("t", prompt="a", version=asked)

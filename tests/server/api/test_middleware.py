@@ -137,7 +137,7 @@ async def test_the_log_line(site: Site, zips: list[bytes], caplog: pytest.LogCap
 
 
 async def test_the_log_has_no_words(site: Site, zips: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
-    """No prompt, answer, stop text or key is in the log, whether a request succeeds, is refused or fails."""
+    """The log has no prompt, answer, stop text or key, whether a request succeeds, is refused or fails."""
     caplog.set_level(logging.DEBUG)
     await site.upload("hat", zips[0])
     words = "XYZZY"

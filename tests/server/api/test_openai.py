@@ -35,7 +35,7 @@ async def server(
 
 @pytest.fixture
 async def client(server: Site) -> AsyncIterator[AsyncOpenAI]:
-    """The official client."""
+    """The official client, over the shared server."""
     async with AsyncOpenAI(base_url=f"{server.http.base_url}/v1", api_key=KEY, max_retries=0) as made:
         yield made
 
@@ -83,7 +83,7 @@ async def test_completion_defaults(client: AsyncOpenAI, server: Site) -> None:
     ],
 )
 async def test_completion_prompts(client: AsyncOpenAI, prompt: Any, texts: list[str]) -> None:
-    """All of OpenAI's forms of a prompt are taken, with n answers each in order."""
+    """Every form of a prompt that OpenAI has is taken, with n answers each in order."""
     answer = await client.completions.create(model="base", prompt=prompt, n=2)
     assert [choice.text for choice in answer.choices] == [text for text in texts for _ in range(2)]
     assert [choice.index for choice in answer.choices] == list(range(2 * len(texts)))
@@ -118,7 +118,7 @@ async def test_completion_stream(client: AsyncOpenAI) -> None:
 
 @pytest.mark.parametrize("kind", ["completions", "chat"])
 async def test_include_usage(client: AsyncOpenAI, kind: str) -> None:
-    """With include_usage one more chunk, without choices, has the usage; the chunks before it have a null."""
+    """The option include_usage adds a chunk without choices that has the usage; the chunks before it have a null."""
     body: dict[str, Any] = {"model": "base", "stream": True, "stream_options": {"include_usage": True}}
     if kind == "chat":
         chunks: list[Any] = [chunk async for chunk in await client.chat.completions.create(**body, messages=TURNS)]
@@ -305,7 +305,7 @@ async def test_bytes_of_a_stream(server: Site) -> None:
 
 
 async def test_the_model_is_a_task_and_never_the_base(server: Site) -> None:
-    """A model that is no task is 404, whatever is in its name."""
+    """A model that is no task is 404, with any name."""
     for name in ("", "BASE", "gpt-4", "a\tb", "x" * 63, "x" * 5000, "🎩"):
         answer = await server.post("/v1/completions", {"model": name, "prompt": "a"})
         assert answer.status_code == 404 and len(answer.text) < 400, name

@@ -83,7 +83,7 @@ async def test_stream_equals_plain(real: Site) -> None:
 
 
 async def test_several_hats(real: Site, loras: list[Path]) -> None:
-    """Weights count: a hat of weight 0 is the base, one alone is its task, and two equal ones at a half are one."""
+    """Weights count: an adapter of weight 0 is the base, one alone is its task, and two equal ones at a half are one."""
     await real.upload("t0-again", zip_folder(loras[0]))
     prompt = {"prompt": "Once upon", "max_tokens": 12, "ignore_eos": True}
 
@@ -105,7 +105,7 @@ async def test_several_hats(real: Site, loras: list[Path]) -> None:
 
 async def test_beginnings_that_were_asked_before_are_told(real: Site) -> None:
     """A plain prompt, chat turns, token ids and OpenAI's completions, of the base and of a task, find whole blocks of
-    what was asked before under the same hat; `usage` and the metrics say how many of their tokens that were."""
+    what was asked before of the same adapter; `usage` and the metrics say how many of their tokens that were."""
     blocks = BLOCK_SIZE * 2
     before, counted = await counters(real), 0
     for task in ("base", "t0"):
@@ -140,7 +140,7 @@ async def counters(site: Site) -> dict[str, float]:
 
 
 async def test_without_the_prefix_cache_nothing_is_shared(tiny_base: Path, tmp_path: Path) -> None:
-    """With the cache off an equal prompt is computed anew, and answered alike."""
+    """An equal prompt is computed anew if the cache is off, and answered alike."""
     async with serve_real(tiny_base, tmp_path, prefix_cache=False) as site:
         answers = [await site.ask(prompt="abc" * BLOCK_SIZE, max_tokens=8) for _ in range(2)]
         assert [answer["usage"]["cached_tokens"] for answer in answers] == [0, 0]
@@ -254,7 +254,7 @@ async def test_an_adapter_whose_numbers_overflow(real: Site, loras: list[Path], 
 
 @pytest.mark.parametrize("strength", [1.0, 1.05])
 async def test_parity_decides(real: Site, tiny_base: Path, tmp_path: Path, strength: float) -> None:
-    """What answers as for its trainer is taken, with the figure; 5% more of the same adapter is refused with it."""
+    """An adapter that answers as for its trainer is taken, with the figure; 5% more of it is refused with it."""
     folder = make_lora(tmp_path / "hat", tiny_base, 91, r=2)
     parity = parity_of(tiny_base, folder, [[*b"a"], [*b"what is it?"], [*range(60)]])
     base = BaseRef("tiny", require_ready(real.state.client).spec.identity, "b" * 64)
@@ -298,7 +298,7 @@ async def test_metrics_of_a_real_engine(real: Site) -> None:
 
 
 async def test_the_engine_is_killed(real: Site) -> None:
-    """When the engine dies: running requests get an error within 2 s, in a stream as an event; `ready` turns 503.
+    """Running requests get an error within 2 s of the engine's death, in a stream as an event; `ready` turns 503.
 
     A new engine comes by itself, and answers with the same tokens: nothing that was stored is lost.
     """

@@ -30,7 +30,7 @@ async def put(site: Site, path: str, **body: Any) -> dict[str, Any]:
 
 
 async def version(site: Site, **body: Any) -> int:
-    """Who answers a request."""
+    """The version that answers a request."""
     found = await site.ask("a", prompt="x", max_tokens=1, **body)
     number: int = found["adapter"]["version"]
     return number
@@ -47,7 +47,7 @@ async def test_a_canary(routed: Site) -> None:
 
 
 async def test_a_user_stays(routed: Site) -> None:
-    """With `sticky` the same user gets the same version by /generate, /v1 and among several hats."""
+    """A sticky route gives the same user the same version by /generate, /v1 and among several adapters."""
     await put(routed, "/tasks/a/route", versions={"1": 50, "3": 50}, sticky="user")
     got = {user: {await version(routed, user=user) for _ in range(4)} for user in "abcdefgh"}
     assert all(len(numbers) == 1 for numbers in got.values()) and len(set(map(tuple, got.values()))) == 2
@@ -110,7 +110,7 @@ async def test_a_route_that_is_none(routed: Site, body: dict[str, Any], status: 
     ],
 )
 async def test_no_such_task(routed: Site, method: str, path: str, body: Any) -> None:
-    """What is not there is 404; the base has no routes and no pins: 422."""
+    """An absent task or version is 404; the base has no routes and no pins: 422."""
     for task, status in (("b", 404), ("base", 422)):
         answer = await routed.http.request(method, path.format(task), json=body)
         assert (answer.status_code, error_of(answer)["param"]) == (status, "task")
@@ -142,7 +142,7 @@ async def test_moved_between_resolution_and_start(
     routed: Site, monkeypatch: pytest.MonkeyPatch, is_stream: bool
 ) -> None:
     """A request whose version is deleted before it begins is answered by that of the route as it is now, and counted
-    once; where it named the version it is 404."""
+    once; if it named the version it is 404."""
     resolver, calls = routed.state.generation.resolver, iter(range(99))
     resolve = resolver.version
 
@@ -166,7 +166,7 @@ async def test_moved_between_resolution_and_start(
 
 
 async def test_swaps_and_requests_at_once(routed: Site) -> None:
-    """While routes change, versions come and old ones are deleted, every request of the task is answered: 0 lost."""
+    """Every request of a task is answered while routes change, versions come and old ones are deleted: 0 lost."""
 
     async def change() -> None:
         for turn in range(12):

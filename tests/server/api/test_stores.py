@@ -1,4 +1,4 @@
-"""Where artifacts and registry are kept: the same server over a folder and SQLite, and over S3 and PostgreSQL."""
+"""Stores of artifacts and registries: the same server over a folder and SQLite, and over S3 and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def flip(store: str, digest: str) -> None:
 async def test_what_is_kept_is_served_and_what_is_corrupt_is_not(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], kept: dict[str, Any]
 ) -> None:
-    """What was uploaded is there after a restart, verified. A flipped bit is 503 `artifact_corrupt`, quarantined; for
-    others nothing changes, and the same upload again heals it."""
+    """An upload is there after a restart, verified. A flipped bit is 503 `artifact_corrupt`, quarantined; for others
+    nothing changes, and the same upload again heals it."""
     data = tmp_path / "data"
     async with serve_real(tiny_base, data, **kept) as site:
         digests = [(await site.upload(f"t{number}", body)).json()["digest"] for number, body in enumerate(zips[:2])]

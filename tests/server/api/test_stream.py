@@ -1,4 +1,4 @@
-"""Streams: the same text as the plain answer, errors in their place, and an end whoever leaves first."""
+"""Streams: the same text as the plain answer, errors in their place, and an end if client or engine leaves first."""
 
 from __future__ import annotations
 
@@ -190,8 +190,8 @@ async def test_our_bug_after_the_first_token(site: Site, monkeypatch: pytest.Mon
     assert "secret" not in answer.text
 
 
-async def test_one_failing_choice_ends_the_request(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one of several choices fails, the request fails, and the others are aborted."""
+async def test_one_failing_choice_ends_the_request(site: Site) -> None:
+    """A request of several choices fails if one of them fails, and the others are aborted."""
     site.engine.delay_s = 0.005
     outputs = site.engine._outputs
 
@@ -208,7 +208,7 @@ async def test_one_failing_choice_ends_the_request(site: Site, monkeypatch: pyte
 
 
 async def test_a_stuck_engine_is_a_deadline(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where even the engine does not end a late request, the front does: 504, and the sequence is aborted."""
+    """The server ends a late request if even the engine does not: 504, and the sequence is aborted."""
     monkeypatch.setattr("server.requests.generation.GRACE_S", 0.05)
     site.engine.delay_s = 60
     answer = await site.post("/generate?task=base", {"prompt": "a", "timeout_s": 0.05})
@@ -217,7 +217,7 @@ async def test_a_stuck_engine_is_a_deadline(site: Site, monkeypatch: pytest.Monk
 
 
 async def test_engine_death_and_revival(site: Site) -> None:
-    """While there is no engine: running requests fail with engine_restarting, new ones and `ready` are 503.
+    """Running requests fail with engine_restarting when the engine dies; new ones and `ready` are 503 meanwhile.
 
     With a new engine all is well again, and nothing that was stored is lost.
     """
@@ -255,7 +255,7 @@ async def test_engine_that_goes_between(site: Site, monkeypatch: pytest.MonkeyPa
 
 
 async def test_events_are_closed_though_never_sent() -> None:
-    """Where the client has left before the first byte, the events are closed all the same."""
+    """The events are closed even if the client has left before the first byte."""
     closed = asyncio.Event()
 
     async def events() -> AsyncGenerator[dict[str, int]]:

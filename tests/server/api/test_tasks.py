@@ -1,4 +1,4 @@
-"""Tasks: what there is and where it is; gone at once when deleted, and never under a running request."""
+"""Tasks: versions and their residency; deleted for new requests at once, and never under a running one."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_upload_after_deletion(site: Site, zips: list[bytes]) -> None:
 
 @pytest.mark.parametrize("path", ["/tasks/a/versions/0", "/tasks/a/versions/-1", f"/tasks/a/versions/{10**30}"])
 async def test_no_such_version(site: Site, zips: list[bytes], path: str) -> None:
-    """A version that is not there is 404, for deletion and download, whatever the number."""
+    """A version that is not there is 404, for deletion and download, by any number."""
     await site.upload("a", zips[0])
     assert (await site.http.delete(path)).status_code == 404
     assert (await site.http.get(f"{path}/artifact")).status_code == 404
@@ -181,7 +181,7 @@ async def test_a_running_stream_finishes(
 async def test_uploaded_again_while_it_runs(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]
 ) -> None:
-    """Bytes that are deleted and uploaded again while a request wears them stay when it ends."""
+    """Bytes that are deleted and uploaded again while a request uses them stay when it ends."""
     async with serve_site(tiny_base, tmp_path) as site:
         digest = (await site.upload("a", zips[0])).json()["digest"]
         site.engine.delay_s = 0.01
@@ -243,7 +243,7 @@ async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatc
 async def test_a_deletion_that_the_disk_refuses(
     site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the artifact cannot be removed the task is gone all the same, and the log says what the next start does."""
+    """A task is gone even if its artifact cannot be removed, and the log says that the next start will."""
 
     def broken(_digest: str) -> None:
         raise OSError("no")

@@ -82,7 +82,7 @@ async def routes(city: City) -> list[tuple[str, str]]:
 
 
 async def test_every_route_asks_for_a_key(city: City) -> None:
-    """No key, a bad one, a revoked and a rotated one: 401 on every route of the document but health, the same words."""
+    """Every route of the document but health is 401 without a key or with a bad, revoked or rotated one."""
     revoked, rotated = await city.tenant("a"), await city.key("a", ALL)
     key_id = revoked.partition(".")[0]
     assert (await city.generate(revoked)).status_code == (await city.generate(rotated)).status_code == 200
@@ -254,7 +254,7 @@ async def test_kv_is_shared_within_a_tenant_alone(city: City) -> None:
 
 
 async def test_the_admin_acts_for_any_tenant(city: City, zips: list[bytes]) -> None:
-    """With X-Tenant the admin key acts for that tenant, without for `default`; one that is not there is 404."""
+    """The admin key acts for the tenant of X-Tenant, without it for `default`; an absent tenant is 404."""
     key = await city.tenant("a")
     assert (await city.admin("POST", "/adapters?task=hat", zips[0], tenant="a")).status_code == 201
     assert (await city.admin("GET", "/tasks/hat")).status_code == 404
@@ -353,7 +353,7 @@ async def test_what_is_routed_anew_is_charged_once(
 
 
 async def test_the_queue_of_a_tenant(city: City) -> None:
-    """No more answers of a tenant wait for their first token than may; who has one does not count any more."""
+    """A tenant has at most `max_queued` answers waiting for a first token; one that has it does not count any more."""
     key = await city.tenant("a", max_queued=2, max_running=1, share=2.0)
     city.site.engine.delay_s = 0.2
     rate_limiter = city.site.state.rate_limiter
@@ -394,7 +394,7 @@ async def test_room_for_adapters(city: City, zips: list[bytes]) -> None:
 
 
 async def test_usage(city: City, zips: list[bytes]) -> None:
-    """What is answered whole is in the registry before its last byte: a kill in the next moment loses none of it."""
+    """The usage of a whole answer is in the registry before its last byte: a kill right after loses none of it."""
     key = await city.tenant("a")
     await city.ask(key, "POST", "/adapters?task=hat", zips[0])
     body = {"prompt": "abcd", "max_tokens": 3}
@@ -475,7 +475,7 @@ async def test_every_change_is_in_the_log(city: City, zips: list[bytes]) -> None
 
 
 async def test_a_change_by_a_key_is_its_own(city: City, zips: list[bytes]) -> None:
-    """What a tenant's key changes is in the log under the key's id, which its tenant's admin can read."""
+    """A change by a tenant's key is in the log under the key's id, which its tenant's admin can read."""
     key = await city.tenant("a")
     await city.ask(key, "POST", "/adapters?task=t", zips[0], **REQUEST_ID)
     changes = (await city.ask(key, "GET", "/audit")).json()["changes"]
@@ -525,7 +525,7 @@ async def test_tenants_in_metrics_are_bounded(city: City) -> None:
 
 
 async def test_without_an_admin_key_there_is_one_tenant(site: Site) -> None:
-    """Without an admin key no tenants or keys are made, and the one tenant may still be limited."""
+    """A server without an admin key makes no tenants or keys, and may still limit its one tenant."""
     for path, body in (("/tenants", {"name": "a"}), ("/tenants/default/keys", {"scopes": ["generate"]})):
         answer = await site.post(path, body)
         assert answer.status_code == 403 and "MANYHATS_ADMIN_KEY" in answer.text
@@ -550,7 +550,7 @@ async def test_without_an_admin_key_there_is_one_tenant(site: Site) -> None:
     ],
 )
 async def test_pages_of_the_web_cannot_ask(site: Site, city: City, headers: dict[str, str], status: int) -> None:
-    """Without keys a request that names another host, as a page whose name was bound to loopback does, is 403."""
+    """A request without a key that names another host, as a page whose name was bound to loopback does, is 403."""
     answer = await site.http.get("/tasks", headers=headers)
     assert answer.status_code == status
     if status == 403:

@@ -32,7 +32,7 @@ KEY = "k" * 16
 
 @dataclass
 class Shown:
-    """What a command said, and how it ended."""
+    """The output of a command, and its exit code."""
 
     code: int
     out: str
@@ -129,7 +129,7 @@ def test_a_flag_that_is_none(run: Run) -> None:
 def test_a_server_that_cannot_start_ends_with_1(
     run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a room cannot start, the command ends with code 1 and the reason."""
+    """A server of which a room cannot start ends with code 1 and the reason."""
     monkeypatch.setattr("server.cli.main.ProcessEngineClient", lambda _config: FakeEngineClient(ready_of(tiny_base)))
     words = ["--base", str(tiny_base), "--data", str(tmp_path), "--import", str(tmp_path / "none")]
     shown = run("serve", *words, "--port", "0")

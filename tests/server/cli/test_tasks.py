@@ -76,7 +76,7 @@ async def _a_canary(site: Site, zips: list[bytes]) -> None:
 
 
 def test_markup_in_answers_is_shown_as_it_is() -> None:
-    """What a server says is text, never rich's markup."""
+    """Answers of a server are text, never rich's markup."""
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table([{"task": "[red]x[/]", "versions": []}]))
     assert "[red]x[/]" in console.export_text()

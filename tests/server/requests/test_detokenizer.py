@@ -41,7 +41,7 @@ def streamed(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> tuple[
 
 
 def whole(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> tuple[str, bool]:
-    """The slow twin: the text of all tokens, up to the first place where a stop text is complete."""
+    """The slow twin: the text of all tokens, up to the first complete stop text."""
     text = tokenizer.decode(tokens)
     for end in range(len(text) + 1):
         starts = [at for at in (text[:end].find(one) for one in stop) if at >= 0]
@@ -53,7 +53,7 @@ def whole(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> tuple[str
 @settings(max_examples=400, deadline=None)
 @given(tokens=TOKENS)
 def test_pieces_join_to_the_whole(tokenizer: Tokenizer, tokens: list[int]) -> None:
-    """Whatever the bytes, the joined pieces are the text of all tokens, also where they are no characters."""
+    """The joined pieces are the text of all tokens, also for bytes that are no characters."""
     pieces, _ = streamed(tokenizer, tokens, [])
     assert "".join(pieces) == tokenizer.decode(tokens)
 
@@ -61,7 +61,7 @@ def test_pieces_join_to_the_whole(tokenizer: Tokenizer, tokens: list[int]) -> No
 @settings(max_examples=400, deadline=None)
 @given(tokens=st.one_of(TOKENS, SOUND), stop=STOPS)
 def test_pieces_end_at_the_first_stop(tokenizer: Tokenizer, tokens: list[int], stop: list[str]) -> None:
-    """With stop texts the pieces join to the text before the first one that is complete, and say so."""
+    """The pieces join to the text before the first stop text that is complete, and say so."""
     pieces, is_stopped = streamed(tokenizer, tokens, stop)
     assert ("".join(pieces), is_stopped) == whole(tokenizer, tokens, stop)
 
@@ -105,7 +105,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @settings(max_examples=200, deadline=None)
 @given(parts=st.lists(st.sampled_from([[256], [257], [258], [259], [260], [*"🎩".encode()]]), max_size=20))
 def test_spaces_before_words_stay(sentencepiece: Tokenizer, parts: list[list[int]]) -> None:
-    """Where a tokenizer strips a leading space, only the answer's first is stripped, and characters come whole."""
+    """A tokenizer that strips a leading space strips only the answer's first, and characters come whole."""
     tokens = [token for part in parts for token in part]
     pieces, _ = streamed(sentencepiece, tokens, [])
     assert "".join(pieces) == sentencepiece.decode(tokens)
@@ -127,7 +127,7 @@ def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("token", [EOS, 97, 0x80])
 def test_a_long_answer_costs_no_more_a_token(tokenizer: Tokenizer, token: int) -> None:
-    """The window that is decoded for each token stays short, whatever the tokens are."""
+    """The window that is decoded for each token stays short, for any tokens."""
     stream = TextStream(tokenizer, [])
     for _ in range(500):
         stream.push(token)

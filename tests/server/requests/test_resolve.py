@@ -1,4 +1,4 @@
-"""Virtual tokens take room, and hats compose only where that means something."""
+"""Virtual tokens take room, and adapters compose only if that means something."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def adapters(
 
 
 def resolved(*adapters: tuple[str, float] | str) -> dict[str, Any]:
-    """The body of a request that wears these, of weight 1 if not said."""
+    """The body of a request that uses these adapters, of weight 1 if not said."""
     listed = [
         {"task": adapter} if isinstance(adapter, str) else {"task": adapter[0], "weight": adapter[1]}
         for adapter in adapters
@@ -70,7 +70,7 @@ async def test_what_a_prefix_takes_is_shown(adapters: Site) -> None:
 
 
 async def test_the_hat_brings_its_virtual_tokens(adapters: Site) -> None:
-    """The engine is told of each hat how many virtual tokens it has, and the answer counts them once a prompt."""
+    """The engine is told the virtual tokens of each adapter, and the answer counts them once a prompt."""
     answer = await adapters.ask("soft", prompt=["ab", "c"], max_tokens=2, n=2)
     (adapter,) = adapters.engine.submitted[-1].adapters
     assert (adapter.weight, adapter.num_virtual) == (1.0, SOFT)
@@ -90,7 +90,7 @@ COMPOSED: dict[str, list[tuple[str, float] | str]] = {
 
 @pytest.mark.parametrize("listed", COMPOSED.values(), ids=COMPOSED)
 async def test_what_composes(adapters: Site, listed: list[tuple[str, float] | str]) -> None:
-    """Updates compose with any weight, whole prefixes one after another; the engine gets all hats in order."""
+    """Updates compose with any weight, whole prefixes one after another; the engine gets all adapters in order."""
     answer = await adapters.post("/generate", resolved(*listed))
     assert answer.status_code == 200, answer.text
     expected = [adapter if isinstance(adapter, tuple) else (adapter, 1.0) for adapter in listed]
@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[list[tuple[str, float] | str], str]] = {
 
 @pytest.mark.parametrize(("listed", "reason"), REFUSED.values(), ids=REFUSED)
 async def test_what_does_not_compose(adapters: Site, listed: list[tuple[str, float] | str], reason: str) -> None:
-    """A prefix cannot be weighed, given keys cannot see what is before them, a task is worn once: 422 that says so."""
+    """A prefix cannot be weighed, given keys cannot see what is before, a task is listed once: 422 that says so."""
     before = len(adapters.engine.submitted)
     answer = await adapters.post("/generate", resolved(*listed))
     error = error_of(answer)
@@ -138,7 +138,7 @@ async def test_virtual_tokens_take_room(adapters: Site) -> None:
 
 
 async def test_two_prefixes_take_room_together(adapters: Site) -> None:
-    """The virtual tokens of all hats are counted."""
+    """The virtual tokens of all adapters are counted."""
     body = resolved("kv", "softer") | {"prompt": "a" * (MAX_TOKENS - KV - SOFTER - 5)}
     assert (await adapters.post("/generate", {**body, "max_tokens": 5})).status_code == 200
     answer = await adapters.post("/generate", {**body, "max_tokens": 6})
@@ -147,7 +147,7 @@ async def test_two_prefixes_take_room_together(adapters: Site) -> None:
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 async def test_virtual_tokens_take_room_in_openais_shape(adapters: Site, route: str) -> None:
-    """So it is in OpenAI's shape."""
+    """Virtual tokens take room in OpenAI's shape, too."""
     text = "a" * (MAX_TOKENS - SOFT)
     asked = {"prompt": text} if route == "completions" else {"messages": [{"role": "user", "content": text}]}
     answer = await adapters.post(f"/v1/{route}", {"model": "soft", "max_tokens": 1, **asked})
@@ -155,7 +155,7 @@ async def test_virtual_tokens_take_room_in_openais_shape(adapters: Site, route: 
 
 
 async def test_a_chat_takes_the_rest_of_the_context(adapters: Site) -> None:
-    """Where max_tokens is not said it is what prompt and virtual tokens leave."""
+    """A chat without max_tokens has the tokens that prompt and virtual tokens leave."""
     asked = {"model": "softer", "messages": [{"role": "user", "content": "hi"}]}
     assert (await adapters.post("/v1/chat/completions", asked)).status_code == 200
     submit = adapters.engine.submitted[-1]

@@ -34,7 +34,7 @@ Spoil = Callable[[Site, Path], object]
 
 @asynccontextmanager
 async def opened(base: Path, data: Path, **settings: Any) -> AsyncIterator[Site]:
-    """A server, once all that it found in its store was put to the proof."""
+    """A server, once it has validated all that it found in its store."""
     async with open_site(base, data, **settings) as site:
         await until(lambda: not site.state.revalidation.num_pending)
         yield site
@@ -49,7 +49,7 @@ def quarantined(caplog: pytest.LogCaptureFixture) -> list[str]:
 async def test_what_was_proved_here_is_not_proved_again(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start under the same base and software proves nothing again; under another everything, once."""
+    """A start under the same base and software validates nothing again; under another everything, once."""
     async with opened(tiny_base, tmp_path) as site:
         for number, body in enumerate(zips):
             await site.upload(f"t{number}", body)
@@ -64,7 +64,7 @@ async def test_what_was_proved_here_is_not_proved_again(
 
 
 async def test_another_base_is_another_ground(tiny_base: Path, tmp_path: Path) -> None:
-    """A proof holds for a base's files as they lie there, and for how it is computed."""
+    """A validation holds for a base's files as they lie there, and for how it is computed."""
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     grounds = [
         validation.compute_validation_fingerprint(base, "fp32", "cpu"),
@@ -84,9 +84,9 @@ async def test_what_fails_under_the_new_base_is_quarantined(
     zips: list[bytes],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Stored under int8, off its parity under fp32: one line and 503 with the reason; others are served as before.
+    """An adapter stored under int8 that is off its parity under fp32 is one line in the log, and 503 with the reason.
 
-    It stays where it is: under what it was proved for it is served again, and uploaded anew it would be refused.
+    Others are served as before. It stays in the store: under int8 it is served again; uploaded anew it is refused.
     """
     coarse = FakeEngineClient(ready_of(tiny_base))
     coarse._description = type(ready_of(tiny_base))(**{**fields_of(ready_of(tiny_base)), "precision": "int8"})
@@ -108,14 +108,14 @@ async def test_what_fails_under_the_new_base_is_quarantined(
 
 
 def fields_of(thing: Any) -> dict[str, Any]:
-    """A message's fields."""
+    """The fields of a message, by name."""
     return {name: getattr(thing, name) for name in thing.__struct_fields__}
 
 
 async def test_a_herd_waits_for_one_proof(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]
 ) -> None:
-    """Who asks for what is not proved yet waits for its proof, all for the same one, also where the first gives up."""
+    """Requests for an adapter that is not validated yet wait for one validation, also if the first of them gives up."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
         site.state.revalidation.mark_unvalidated(digest)
@@ -133,7 +133,7 @@ async def test_a_herd_waits_for_one_proof(
 async def test_an_engine_that_is_busy_decides_nothing(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the engine has no time for a proof, a request is 503 with Retry-After, and the next one may be served."""
+    """A request is 503 with Retry-After if the engine has no time to validate its adapter; the next may be served."""
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("t", zips[0])).json()["digest"]
         site.state.revalidation.mark_unvalidated(digest)
@@ -164,7 +164,7 @@ async def test_what_the_store_lost(
 
 
 async def test_what_nobody_uploaded(anyio_backend: str, tiny_base: Path, tmp_path: Path, loras: list[Path]) -> None:
-    """A folder that was laid into the store by hand is no task's, is never worn, and goes at the next start."""
+    """A folder that was laid into the store by hand is no task's, is never served, and goes at the next start."""
     async with opened(tiny_base, tmp_path) as site:
         digest = digest_of(read_files(loras[0]))
         shutil.copytree(loras[0], site.state.blobs.path(digest))

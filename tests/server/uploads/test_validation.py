@@ -1,4 +1,4 @@
-"""Proof at the door: in the engine, before anything is kept."""
+"""Validation in the engine, before anything is kept."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def test_an_upload_is_probed_before_it_is_kept(
 async def test_a_failed_probe_keeps_nothing(
     site: Site, zips: list[bytes], loras: list[Path], code: str, status: int, said: str
 ) -> None:
-    """Whatever the engine says against it: that status, nothing stored, and what is served goes on as it was."""
+    """A probe that the engine fails is its status, nothing is stored, and the versions that are served stay."""
     await site.upload("a", zips[0])
     site.engine.probe_failure = EngineFailure(code, "the engine's own words")
     answer = await site.upload("a", zips[1])
@@ -100,7 +100,7 @@ async def test_a_failed_probe_keeps_nothing(
 
 
 async def test_what_is_kept_stays_where_a_second_probe_fails(site: Site, zips: list[bytes]) -> None:
-    """The bytes of a version that is served, uploaded again and refused: the version stays, and is not forgotten."""
+    """A version whose bytes are uploaded again and then fail their probe stays, and is not forgotten."""
     await site.upload("a", zips[0])
     site.engine.probe_failure = EngineFailure("nonfinite_logits", "no numbers")
     assert (await site.upload("b", zips[0])).status_code == 422
@@ -166,7 +166,7 @@ async def test_parity_that_has_no_room(site: Site, loras: list[Path], tmp_path: 
 
 
 def said(*pairs: tuple[int, float], chosen: float = 0.0) -> Logprobs:
-    """What the engine says."""
+    """The log-probabilities that the engine gives."""
     return Logprobs(chosen, list(pairs))
 
 
@@ -184,7 +184,7 @@ def test_the_error_of_logits(ours: Logprobs, error: float) -> None:
 
 
 def test_the_margin_of_a_continuation() -> None:
-    """By how much the engine prefers another token, at the worst place; a tie is none."""
+    """The margin is the engine's largest preference of another token; a tie is none."""
     assert parity.margin([said((1, -0.5), chosen=-0.5), said((1, -0.5), chosen=-0.75)]) == pytest.approx(0.25)
     assert parity.margin([]) == 0.0
 
@@ -201,7 +201,7 @@ def test_the_coarser_of_base_and_adapter_decides(precision: str, dtype: torch.dt
 
 @pytest.mark.parametrize("family", [*FAMILIES, *FAMILIES_OF_BIASED])
 def test_every_tensor_acts(biased_base: Path, artifact: Callable[[str, int], Path], family: str) -> None:
-    """Of every family, each tensor that an artifact carries acts in a primitive; an empty patch leaves all idle."""
+    """Each tensor that an artifact of any family carries acts in a primitive; an empty patch leaves all unused."""
     followed = with_grad_tracking(read_folder(artifact(family, 0)))
     with torch.enable_grad():
         patch = compile_patch(followed, spec_of(biased_base))
@@ -227,7 +227,7 @@ def test_what_repeats_the_base_is_counted_apart(tiny_base: Path, tmp_path: Path)
 def test_what_16_bits_cannot_hold(
     tiny_base: Path, loras: list[Path], tmp_path: Path, value: float, largest: float, is_taken: bool
 ) -> None:
-    """Where slots keep 16 bits, a larger value is refused by its name at the door, not when it is loaded."""
+    """A value that 16-bit slots cannot hold is refused by its tensor's name at upload, not when it is loaded."""
     shutil.copytree(loras[0], tmp_path / "big")
     found = load_file(tmp_path / "big" / WEIGHTS)
     name = next(name for name in sorted(found) if "lora_A" in name)
