@@ -30,7 +30,7 @@ async def test_work_that_ends_first() -> None:
 
 
 async def test_a_client_that_leaves_first() -> None:
-    """The work is cancelled, and has ended by the time that `ClientGoneError` is raised; other messages do not count."""
+    """The work is cancelled, and has ended once `ClientGoneError` is raised; other messages do not count."""
     messages, is_ended = iter(["http.request", "http.disconnect"]), asyncio.Event()
 
     async def receive() -> dict[str, Any]:

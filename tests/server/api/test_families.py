@@ -148,7 +148,7 @@ async def test_several_families_on_one_request(served: Served) -> None:
 
 
 async def test_what_does_not_compose(served: Served) -> None:
-    """A prefix has no weight, given keys come before computed ones, a task is listed once, and all must fit: refused."""
+    """A prefix has no weight, given keys come before computed ones, a task comes once, and all must fit: refused."""
     refused: dict[str, list[dict[str, Any]]] = {
         "the task cpt puts 3 virtual tokens before the prompt, which cannot be weighed: "
         "give it the weight 1, not 0.5": [{"task": "lora"}, {"task": "cpt", "weight": 0.5}],

@@ -83,7 +83,7 @@ async def test_stream_equals_plain(real: Site) -> None:
 
 
 async def test_several_hats(real: Site, loras: list[Path]) -> None:
-    """Weights count: an adapter of weight 0 is the base, one alone is its task, and two equal ones at a half are one."""
+    """Weights count: an adapter of weight 0 is the base, one alone its task, and two equal ones at a half are one."""
     await real.upload("t0-again", zip_folder(loras[0]))
     prompt = {"prompt": "Once upon", "max_tokens": 12, "ignore_eos": True}
 
