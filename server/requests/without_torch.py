@@ -34,12 +34,12 @@ def import_transformers() -> ModuleType:
 
 
 @contextmanager
-def _hidden(package: str) -> Iterator[None]:
+def _hidden(hidden: str) -> Iterator[None]:
     """Let this thread find no package of that name while the block runs."""
     find_spec, thread = importlib.util.find_spec, threading.get_ident()
 
-    def find(name: str, parent: str | None = None) -> ModuleSpec | None:
-        return None if name == package and threading.get_ident() == thread else find_spec(name, parent)
+    def find(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name == hidden and threading.get_ident() == thread else find_spec(name, package)
 
     importlib.util.find_spec = find
     try:
