@@ -81,7 +81,7 @@ class GenerateForm:
         """
         head: dict[str, Any] = {}
         held: dict[int, Chunk] = {}
-        async with aclosing(generation.chunks) as coming:  # type: ignore[type-var]
+        async with aclosing(generation.chunks) as coming:
             async for chunk in coming:
                 head = head or self._head(generation.job.resolved)
                 if waiting := held.pop(chunk.index, None):

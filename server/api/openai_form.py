@@ -41,7 +41,7 @@ class OpenAIForm:
         """Yield one event a chunk that has text, log-probabilities or an end; then the usage, if it was asked for."""
         head = self._head | {"object": self.chunk_kind}
         usage: dict[str, Any] = {"usage": None} if self._include_usage else {}
-        async with aclosing(generation.chunks) as coming:  # type: ignore[type-var]
+        async with aclosing(generation.chunks) as coming:
             async for chunk in coming:
                 if chunk.text or chunk.finish_reason is not None or chunk.logprobs:
                     yield head | {"choices": [self.delta(chunk)]} | usage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,7 +135,7 @@ class GenerationState:
 class Generation:
     """The answers to one spec. `job` and `progress` are those of the answers once their first chunk is there."""
 
-    chunks: AsyncIterator[Chunk] = field(init=False)  # of all choices, as they come
+    chunks: AsyncGenerator[Chunk] = field(init=False)  # of all choices, as they come
     job: GenerationJob = field(init=False)
     progress: GenerationState = field(default_factory=lambda: GenerationState(0))
     resolved: ResolvedAdapters | None = None
@@ -143,7 +143,7 @@ class Generation:
     async def collect(self) -> list[Chunk]:
         """Read all choices, each whole, in order. Raises `ServerError`; cancelled, it ends the answers."""
         choices: dict[int, Chunk] = {}
-        async with aclosing(self.chunks) as chunks:  # type: ignore[type-var]
+        async with aclosing(self.chunks) as chunks:
             async for chunk in chunks:
                 choices.setdefault(chunk.index, Chunk.empty(chunk.index)).extend(chunk)
         return [choices[index] for index in sorted(choices)]

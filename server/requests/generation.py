@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from server.core import EngineFailure
@@ -30,7 +30,7 @@ class ChoiceRunner:
         self._client, self._tokenizer = client, tokenizer
         self._metrics, self._revalidation = metrics, revalidation
 
-    async def run_choices(self, job: GenerationJob, progress: GenerationState) -> AsyncIterator[Chunk]:
+    async def run_choices(self, job: GenerationJob, progress: GenerationState) -> AsyncGenerator[Chunk]:
         """Chunks of all choices as they come, counted in `progress`. An error of one choice, or closing, ends all."""
         queue: Queue = asyncio.Queue()
         choices = [asyncio.create_task(self._feed(job, progress, index, queue)) for index in range(job.num_choices)]
@@ -64,7 +64,7 @@ class ChoiceRunner:
     async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
         text = TextStream(self._tokenizer, job.stop)
         label, last = self._metrics.label(job.resolved.label), 0.0
-        async with aclosing(self._client.generate(job.submit(index))) as outputs:  # type: ignore[type-var]
+        async with aclosing(self._client.generate(job.submit(index))) as outputs:
             async for output in outputs:
                 now = time.monotonic()
                 if output.failure is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from adapters_store.registry.registry import Registry
@@ -57,13 +57,13 @@ class GenerationService:
         generation.chunks = self._routed(spec, generation)
         return generation
 
-    async def _routed(self, spec: GenerationSpec, generation: Generation) -> AsyncIterator[Chunk]:
+    async def _routed(self, spec: GenerationSpec, generation: Generation) -> AsyncGenerator[Chunk]:
         while True:
             generation.resolved = await self.resolver.resolve(spec)
             generation.job = job = await self._preparer.prepare(spec, generation.resolved)
             generation.progress = progress = GenerationState(sum(map(len, job.prompts)))
             try:
-                async with aclosing(self._answers(job, progress)) as chunks:  # type: ignore[type-var]
+                async with aclosing(self._answers(job, progress)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             except VersionGoneError as error:  # raised before the first chunk only
@@ -71,7 +71,7 @@ class GenerationService:
             else:
                 return
 
-    async def _answers(self, job: GenerationJob, progress: GenerationState) -> AsyncIterator[Chunk]:
+    async def _answers(self, job: GenerationJob, progress: GenerationState) -> AsyncGenerator[Chunk]:
         """Chunks of all choices; meanwhile the artifacts are kept, and at any end the request is accounted for."""
         resolved = job.resolved
         async with self._retention.using(resolved.tenant, resolved.versions):
@@ -82,7 +82,7 @@ class GenerationService:
                     resolved.tenant, job.limits, job.num_choices, job.max_total_tokens, progress
                 ),
             ):
-                async with aclosing(self._runner.run_choices(job, progress)) as chunks:  # type: ignore[type-var]
+                async with aclosing(self._runner.run_choices(job, progress)) as chunks:
                     async for chunk in chunks:
                         yield chunk
         # An answer that is whole is paid for, also if the next moment is this process's last.

@@ -126,7 +126,7 @@ class Validator:
 
     async def _ask(self, submit: Submit) -> ProbeAnswer:
         answer: ProbeAnswer = []
-        async with aclosing(self._client.generate(submit)) as outputs:  # type: ignore[type-var]
+        async with aclosing(self._client.generate(submit)) as outputs:
             async for output in outputs:
                 if output.failure is not None:
                     raise _failure(output.failure)

@@ -190,7 +190,7 @@ async def test_our_bug_after_the_first_token(site: Site, monkeypatch: pytest.Mon
     assert "secret" not in answer.text
 
 
-async def test_one_failing_choice_ends_the_request(site: Site) -> None:
+async def test_one_failing_choice_ends_the_request(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request of several choices fails if one of them fails, and the others are aborted."""
     site.engine.delay_s = 0.005
     outputs = site.engine._outputs

@@ -330,7 +330,7 @@ async def test_what_is_routed_anew_is_charged_once(
     however often it is tried, it counts once in requests, tokens and usage."""
     key = await city.tenant("a", tokens_per_minute=50, requests_per_minute=4)
     assert (await city.ask(key, "POST", "/adapters?task=hat", zips[0])).status_code == 201
-    site, check = city.site, city.site.state.ensure_not_deleted
+    site, check = city.site, city.site.state.retention._ensure_not_deleted
     gone = [VersionGoneError("it went", "task")] * 3
 
     async def vanish(*what: Any) -> None:
@@ -338,7 +338,7 @@ async def test_what_is_routed_anew_is_charged_once(
             raise gone.pop()
         await check(*what)
 
-    monkeypatch.setattr(site.state, "ensure_not_deleted", vanish)
+    monkeypatch.setattr(site.state.retention, "_ensure_not_deleted", vanish)
     body = {"prompt": "ab" * 10, "max_tokens": 5, "ignore_eos": True}
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200 and not gone
     usage = site.state.rate_limiter._usage_of("a")
