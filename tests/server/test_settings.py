@@ -22,7 +22,7 @@ def test_defaults_are_closed() -> None:
 
 
 def test_defaults_of_the_engine_stand_once(tmp_path: Path) -> None:
-    """Without any setting the engine is configured by its own defaults; its threads alone are counted by the server."""
+    """An engine without any setting is configured by its own defaults; its threads alone are counted by the server."""
     settings = Settings(data=tmp_path)
     base = RunnerConfig(folder="folder", name=settings.base, num_threads=settings.num_threads)
     own = EngineConfig(runner=base, blobs=str(tmp_path / "artifacts"))
