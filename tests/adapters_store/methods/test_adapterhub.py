@@ -10,17 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.archive import ZIP_TYPE, unpack_upload, zipped
-from adapters_store.format.folder import ALIASES, CONFIG, REFUSED, WEIGHTS, Artifact, read_files, read_folder
+from adapters_store.format.folder import (
+    ALIASES,
+    CONFIG,
+    REFUSED,
+    WEIGHTS,
+    Artifact,
+    find_parts,
+    read_files,
+    read_folder,
+)
 from adapters_store.methods import method_of
 from adapters_store.methods.adapterhub import IGNORED_KEYS, IGNORED_OUTER_KEYS, SERVED_VALUES, BnConfig, SavedConfig
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Bottleneck
+from tests.adapters_store.methods.spoil import assert_refused_by_name
 from tests.golden.make_adapterhub import ANSWERS, CASES, HERE, base_digest
 from tests.kit import reference
 from tests.kit.forge import spec_of, toy_artifact, zip_of
@@ -311,3 +322,16 @@ def test_a_pickle_of_adapterhub_is_named(tmp_path: Path) -> None:
     (tmp_path / "pytorch_adapter.bin").write_bytes(b"x")
     with pytest.raises(ArtifactError, match="use_safetensors=True"):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["houlsby-norms", "pfeiffer-norm", "parallel-norms"])
+def test_a_spoiled_tensor_of_adapterhub_is_refused_by_its_name(
+    name: str, tiny_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Missing, extra, of wrong shape or type, not finite: as the contract has it for folders of PEFT."""
+    parts = find_parts(HERE / "llama" / name)
+    config = json.loads(parts[CONFIG].read_text())
+    twins, tensors = (".adapter_down.0.", ".adapter_norm_before."), load_file(parts[WEIGHTS])
+    for name in [name for name in tensors if twins[0] in name and name.replace(*twins) in tensors]:
+        del tensors[name]  # the norm before has two names, and either will do
+    assert_refused_by_name(config, tensors, tmp_path / "in", spec_of(tiny_of("llama")))
