@@ -26,12 +26,13 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import CONFIG, Artifact, read_folder
 from adapters_store.methods import METHODS
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.shared import config, targets
+from adapters_store.methods.shared import config as shared_config
 from adapters_store.methods.shared.expect import PREFIX
+from adapters_store.methods.shared.targets import is_named, layer_of
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from tests.adapters_store.methods.spoil import assert_refused_by_name, one_of_a_kind
-from tests.kit.adapters import Fill, make_peft
+from tests.kit.adapters import make_peft
 from tests.kit.families import FAMILIES
 from tests.kit.forge import spec_of, toy_spec
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
@@ -64,7 +65,7 @@ class MethodContract:
     FAMILIES: ClassVar[Sequence[str]] = ()  # of the kit; the first is the one of FAMILY_ON
     FAMILY_ON: ClassVar[Sequence[tuple[str, int]]] = ()  # kinds of bases, and seeds, that answer as in PEFT
     SEED: ClassVar[int | None] = None  # of the cases; none: another for each kind of base
-    FILL: ClassVar[Fill | None] = None
+    FILL: ClassVar[staticmethod[[str, Tensor, torch.Generator], Tensor] | None] = None  # a `Fill` of the kit
     BASE: ClassVar[str] = "llama"  # the kind that `sound` is made for
     SOUND: ClassVar[Values] = {}  # the config of `sound`
     MAY_MISS: ClassVar[str] = "$^"  # an expression of the tensors that need not be there
@@ -146,7 +147,7 @@ class MethodContract:
     def test_a_silent_key_cannot_change_the_answer(self, sound: Artifact, spec: BaseSpec) -> None:
         """Whatever stands under a key that is let through unread, the patch is the same."""
         patch = compile_patch(sound, spec)
-        for key in {*config.IGNORED_KEYS, *self.IGNORED_KEYS} - {"peft_type", *self.JUDGED}:
+        for key in {*shared_config.IGNORED_KEYS, *self.IGNORED_KEYS} - {"peft_type", *self.JUDGED}:
             for value in (*WRONG_VALUES, None):
                 assert is_same(compile_patch(changed(sound, {key: value}, {}), spec), patch), key
 
@@ -159,7 +160,7 @@ class MethodContract:
 
     def test_an_option_that_is_not_served_is_refused_by_name(self, sound: Artifact, spec: BaseSpec) -> None:
         """Of an option only the values that are served are taken; the refusal names method and key."""
-        for key, values in {**config.SERVED_VALUES, **self.SERVED_VALUES}.items():
+        for key, values in {**shared_config.SERVED_VALUES, **self.SERVED_VALUES}.items():
             for value in values:
                 compile_patch(changed(sound, {key: value}, {}), spec)
             for value in (0, 1, 2.5, "of another kind", ["lm_head"], {"a": 1}, *([] if True in values else [True])):
@@ -275,12 +276,12 @@ class LinearContract(MethodContract):
     def test_the_sites_are_those_that_the_config_names(self, sound: Artifact, spec: BaseSpec) -> None:
         """A target without tensors, and tensors at a site that is no target, excluded or of another layer: refused."""
         site = site_of(next(iter(sound.tensors)), spec)
-        others = [name for name in sound.config["target_modules"] if not targets.is_named(site, [name])]
+        others = [name for name in sound.config["target_modules"] if not is_named(site, [name])]
         without = {name: None for name in sound.tensors if name.startswith(f"{PREFIX}{site}.")}
         with pytest.raises(ArtifactError, match=rf"{re.escape(site)}\..* is missing: target_modules names its site"):
             compile_patch(changed(sound, {}, without), spec)
         targets = sound.config["target_modules"]
-        more = next(site for site in spec.linears if not targets.is_named(site, targets))
+        more = next(site for site in spec.linears if not is_named(site, targets))
         configs: list[tuple[Values, str]] = [
             ({"target_modules": [*others, "nothing"]}, "is extra"),
             ({"exclude_modules": [site]}, "is extra"),
@@ -289,7 +290,9 @@ class LinearContract(MethodContract):
             ({"target_modules": [*targets, more]}, "is missing"),
         ]
         if "layers_to_transform" in {field.name for field in msgspec.structs.fields(self.SCHEMA)}:
-            configs.append(({"layers_to_transform": [targets.layer_of(site) + 1]}, "is extra"))  # type: ignore[operator]
+            layer = layer_of(site)
+            assert layer is not None
+            configs.append(({"layers_to_transform": [layer + 1]}, "is extra"))
         for config, reason in configs:
             with pytest.raises(ArtifactError, match=f"{reason}.*target_modules") as caught:
                 compile_patch(changed(sound, config, {}), spec)

@@ -24,6 +24,7 @@ from tests.kit.families import FAMILIES
 from tests.kit.families.bottleneck import adapted, make_bottleneck
 from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, changed
+from tests.kit.patches import all_of
 
 MLP = "base_model.model.model.layers.0.mlp.bottleneck_"
 ATTENTION = "base_model.model.model.layers.1.self_attn.bottleneck_"
@@ -157,7 +158,9 @@ BAD: dict[str, tuple[str, Tensor | None, str]] = {
     "PEFT's adapter name": (MLP + "up.default.bias", torch.ones(HIDDEN), "is extra"),
     "a tensor of the base": ("model.norm.weight", torch.ones(HIDDEN), "is extra"),
 }
-TENSORS = {name: ({}, {tensor: value}, tensor, reason) for name, (tensor, value, reason) in BAD.items()}
+TENSORS: dict[str, TensorsCase] = {
+    name: ({}, {tensor: value}, tensor, reason) for name, (tensor, value, reason) in BAD.items()
+}
 
 
 class TestBottleneck(MethodContract):
@@ -179,12 +182,11 @@ class TestBottleneck(MethodContract):
 
     def test_half_precision_is_folded_in_fp32(self, sound: Artifact, spec: BaseSpec) -> None:
         """Tensors in 16 bits become fp32 before the scale is folded into the up-projection, once."""
-        halves: dict[str, Tensor | None] = {name: tensor.bfloat16() for name, tensor in sound.tensors.items()}
-        first = next(
-            p for p in compile_patch(changed(sound, {}, halves), spec).primitives if p.site == "model.layers.0.mlp"
-        )
-        up, bias, scale = (halves[MLP + end].float() for end in ("up.weight", "up.bias", "scaling"))  # type: ignore[union-attr]
-        assert isinstance(first, Bottleneck) and first.up.dtype == first.down.dtype == torch.float32
+        halves = {name: tensor.bfloat16() for name, tensor in sound.tensors.items()}
+        bottlenecks = all_of(Bottleneck, compile_patch(changed(sound, {}, halves), spec))
+        first = next(bottleneck for bottleneck in bottlenecks if bottleneck.site == "model.layers.0.mlp")
+        up, bias, scale = (halves[MLP + end].float() for end in ("up.weight", "up.bias", "scaling"))
+        assert first.up.dtype == first.down.dtype == torch.float32
         assert torch.equal(first.up, up * scale[:, None])
         assert first.up_bias is not None and torch.equal(first.up_bias, bias * scale)
 

@@ -11,7 +11,6 @@ from peft import CPTConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from adapters_store.base.spec import BaseSpec
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.cpt import IGNORED_KEYS
@@ -74,7 +73,7 @@ class TestCPT(SoftContract):
         assert isinstance(patch.prefix, PrefixEmbeds) and (patch.prefix.embeds - context).abs().max() > 0.01
         return patch
 
-    def test_all_that_peft_writes_by_default_is_taken(self, sound: Artifact, spec: BaseSpec) -> None:
+    def test_all_that_peft_writes_by_default_is_taken(self) -> None:
         """PEFT's defaults, all written out, are no reason to refuse."""
-        patch = compile_patch(sound, spec)
+        patch = compile_patch(toy_artifact(config(), {EMBEDDINGS: torch.ones(T, SIZE)}), prompt_spec())
         assert (patch.method, patch.num_virtual) == ("cpt", T)

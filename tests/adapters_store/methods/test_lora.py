@@ -25,10 +25,12 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared.targets import Targets, by_pattern, named_sites
+from adapters_store.primitives import LowRank
 from tests.adapters_store.methods.lora_contract import LoraContract
 from tests.adapters_store.methods.method_contract import ConfigCase, TensorsCase
 from tests.kit.adapters import make_lora
 from tests.kit.forge import SITE, a_name, spec_of, toy_artifact, toy_config, toy_spec, toy_tensors
+from tests.kit.patches import all_of
 from tests.kit.tiny import make_tiny_base
 
 CASES: dict[str, dict[str, Any]] = {
@@ -68,9 +70,10 @@ def peft_deltas(base: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_equals_peft(base: Path, folder: Path, is_transposed: bool = False) -> None:
     """The patch adds what PEFT adds, at the same sites."""
-    patch, deltas = compile_patch(read_folder(folder), spec_of(base)), peft_deltas(base, folder)
-    assert {primitive.site for primitive in patch.primitives} == deltas.keys()
-    for primitive in patch.primitives:
+    deltas = peft_deltas(base, folder)
+    primitives = all_of(LowRank, compile_patch(read_folder(folder), spec_of(base)))
+    assert {primitive.site for primitive in primitives} == deltas.keys()
+    for primitive in primitives:
         ours = primitive.b @ primitive.a
         torch.testing.assert_close(ours.T if is_transposed else ours, deltas[primitive.site], rtol=1e-5, atol=1e-6)
 
@@ -221,7 +224,7 @@ def test_targets_are_selected_as_in_peft(
 def test_a_pattern_for_layers_is_never_run() -> None:
     """An expression in layers_pattern is data: then the tensors alone say where they act."""
     config = toy_config(layers_to_transform=[0], layers_pattern=["(a+)+$"])
-    sites = {primitive.site for primitive in compile_patch(toy_artifact(config), toy_spec()).primitives}
+    sites = {primitive.site for primitive in all_of(LowRank, compile_patch(toy_artifact(config), toy_spec()))}
     assert SITE.format(1, "q_proj") in sites
 
 
@@ -246,7 +249,7 @@ class TestLora(LoraContract):
     def test_half_precision_is_folded_in_fp32(self) -> None:
         """Tensors in 16 bits become fp32 before the scale is folded in."""
         halves = {name: tensor.bfloat16() for name, tensor in toy_tensors().items()}
-        (first, *_) = compile_patch(toy_artifact(toy_config(lora_alpha=3), halves), toy_spec()).primitives
+        (first, *_) = all_of(LowRank, compile_patch(toy_artifact(toy_config(lora_alpha=3), halves), toy_spec()))
         assert first.a.dtype == first.b.dtype == torch.float32
         assert torch.equal(first.b, halves[f"base_model.model.{first.site}.lora_B.weight"].float() * 1.5)
 
@@ -258,6 +261,6 @@ class TestLora(LoraContract):
 
     def test_a_scale_that_overflows_is_refused(self) -> None:
         """Finite tensors whose scaled product is not are refused by name."""
-        tensors = toy_tensors(**{a_name(matrix="B"): torch.full((8, 2), 1e38)})
+        tensors = toy_tensors() | {a_name(matrix="B"): torch.full((8, 2), 1e38)}
         with pytest.raises(ArtifactError, match=r"q_proj\.lora_B\.weight overflows where it is compiled"):
             compile_patch(toy_artifact(toy_config(lora_alpha=10_000), tensors), toy_spec())

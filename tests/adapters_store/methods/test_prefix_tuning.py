@@ -165,4 +165,4 @@ class TestCartridge(TestPrefixTuning):
     """The same, the first of them frozen in training."""
 
     KIND, NAME, (PEFT_TYPE, PEFT, IGNORED_KEYS) = "cartridge", "a cartridge", TYPES["cartridge"]
-    FAMILIES, FAMILY_ON = ["cartridge"], [("llama", seed) for seed in (0, 1, 2)]
+    FAMILIES, FAMILY_ON = ["cartridge"], tuple(("llama", seed) for seed in (0, 1, 2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapters_store.base.spec import BaseSpec
+from adapters_store.base.spec import BaseSpec, LinearSite, NormSite
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
@@ -21,6 +21,7 @@ from tests.kit import reference
 from tests.kit.families.selective import make_bitfit, make_selective, make_selective_layer, trained
 from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, changed
+from tests.kit.patches import all_of
 
 TinyOf = Callable[[str], Path]
 PREFIX = "base_model.model."
@@ -88,9 +89,9 @@ def test_bitfit_is_biases_alone(tiny_of: TinyOf, tmp_path: Path, kind: str) -> N
     """All biases compile to one `Bias` each, those of norms too."""
     patch = compiled(tiny_of(kind), make_bitfit(tmp_path / "hat", tiny_of(kind), 0))
     spec = spec_of(tiny_of(kind))
-    biased = [site for site, module in {**spec.linears, **spec.norms}.items() if module.has_bias]
-    assert all(isinstance(primitive, Bias) for primitive in patch.primitives)
-    assert [primitive.site for primitive in patch.primitives] == biased
+    modules: list[tuple[str, LinearSite | NormSite]] = [*spec.linears.items(), *spec.norms.items()]
+    biased = [site for site, module in modules if module.has_bias]
+    assert [primitive.site for primitive in all_of(Bias, patch)] == biased
 
 
 def test_one_primitive_of_a_kind_a_site(tiny_of: TinyOf, tmp_path: Path) -> None:

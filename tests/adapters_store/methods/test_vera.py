@@ -78,7 +78,7 @@ class TestVera(LinearContract):
     def test_whatever_holds_fewer_numbers_is_kept(self, tmp_path: Path, tiny_base: Path) -> None:
         """Factors where they are the smaller, the whole update where the rank is too high for that."""
         for rank, kind in ((31, LowRank), (32, Delta)):  # 64 x 64: equal at 32
-            config = {"r": rank, "target_modules": ["q_proj"], "save_projection": False}
+            config: dict[str, Any] = {"r": rank, "target_modules": ["q_proj"], "save_projection": False}
             folder = self.make(tmp_path / str(rank), tiny_base, **config)
             assert {type(primitive) for primitive in self.assert_answers(tiny_base, folder).primitives} == {kind}
 
