@@ -88,9 +88,9 @@ def _layers(model: nn.Module, num_layers: int) -> list[LayerSites]:
     """The sites of each decoder layer: of the list of as many modules as there are layers."""
     for site, modules in model.named_modules():
         if isinstance(modules, nn.ModuleList) and len(modules) == num_layers:
-            found = [_layer_sites(f"{site}.{at}", layer) for at, layer in enumerate(modules)]
-            if all(found):
-                return [layer for layer in found if layer]
+            layers = [_layer_sites(f"{site}.{at}", layer) for at, layer in enumerate(modules)]
+            if all(layers):
+                return [layer for layer in layers if layer]
     return []
 
 

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from adapters_store.format.safetensors_header import trusted_entries
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
 # What of config.json does not change what the base computes from its weights: names, training, precision.
 IGNORED_KEYS = {
@@ -57,12 +59,7 @@ def base_identity(folder: Path) -> BaseIdentity:
     Raises `BaseUnavailableError` for a folder without safetensors: no other weights are ever opened.
     """
     config = json.loads((folder / "config.json").read_text())
-    shapes = {
-        name: entry["shape"]
-        for file in _weight_files(folder)
-        for name, entry in _safetensors_header(file).items()
-        if name != "__metadata__"
-    }
+    shapes = {name: entry["shape"] for file in _weight_files(folder) for name, entry in trusted_entries(file).items()}
     if not shapes:
         raise BaseUnavailableError(f"{folder} has no *.safetensors: save the base with save_pretrained")
     tokenizer = {name: sha256_of(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
@@ -87,13 +84,6 @@ def _computing(config: Any) -> Any:
     if isinstance(config, list):
         return [_computing(value) for value in config]
     return f"{config:.6g}" if isinstance(config, float) else config
-
-
-def _safetensors_header(file: Path) -> dict[str, dict[str, object]]:
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header: dict[str, dict[str, object]] = json.loads(stream.read(size))
-    return header
 
 
 def _digest(thing: object) -> str:

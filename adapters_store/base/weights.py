@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
+from adapters_store.format.safetensors_header import trusted_entries
 
 OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # transformers renames GPT-NeoX's head when it loads and saves it
 
@@ -34,7 +34,5 @@ def base_weight(spec: BaseSpec, name: str) -> Tensor:
 
 def _files_with(spec: BaseSpec, name: str) -> Iterator[Path]:
     for file in sorted(Path(spec.folder).glob("*.safetensors")) if spec.folder else ():
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        if name in header:
+        if name in trusted_entries(file):
             yield file

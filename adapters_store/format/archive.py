@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import shutil
 import stat
 import struct
@@ -18,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ArtifactTypeError
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, part_of
-from adapters_store.format.safetensors_file import MAX_HEADER_BYTES, read_header
+from adapters_store.format.safetensors_header import MAX_HEADER_BYTES, read_header
 
 ZIP_TYPE, SAFETENSORS_TYPE = "application/zip", "application/x-safetensors"
 MAX_MEMBERS = 64
@@ -160,12 +159,3 @@ def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None
             if target.tell() == 0:
                 _refuse_pickle(chunk, out.name)
             target.write(chunk)
-
-
-def with_metadata(weights: bytes, config: dict[str, object]) -> bytes:
-    """A safetensors file that carries its config: the single-file form of an upload."""
-    header, metadata, start = read_header(weights)
-    header = {"__metadata__": {**metadata, METADATA_KEYS[CONFIG]: json.dumps(config)}, **header}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + weights[start:]

@@ -30,8 +30,8 @@ class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     def render(self, turns: list[tuple[str, str]]) -> str:
         """The prompt of (role, text) turns, ready for the answer."""
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        said = (around[role].before + text + around[role].after for role, text in turns)
-        return self.begin + "".join(said) + self.generation
+        texts = (around[role].before + text + around[role].after for role, text in turns)
+        return self.begin + "".join(texts) + self.generation
 
 
 class BaseRef(msgspec.Struct, forbid_unknown_fields=True):

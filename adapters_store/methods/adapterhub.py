@@ -21,7 +21,7 @@ from torch import Tensor
 from adapters_store.base.spec import BaseSpec, LayerSites
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
 from adapters_store.format.folder import Artifact
-from adapters_store.methods.bottleneck import MAX_SIZE, Names, Of, Place, feed_forward, form_of, make
+from adapters_store.methods.bottleneck import MAX_SIZE, Names, Of, Place, compile_places, feed_forward, form_of
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Bottleneck
@@ -113,7 +113,7 @@ def compile_adapterhub(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, 
     form = form_of(names, config.non_linearity, config.scaling, config.ln_before, config.ln_after)
     if config.ln_before:
         artifact = dataclasses.replace(artifact, tensors=_without_twins(artifact.tensors))
-    return make(artifact, form, places, spec)
+    return compile_places(artifact, form, places, spec)
 
 
 def _check_base(saved: SavedConfig, spec: BaseSpec) -> None:

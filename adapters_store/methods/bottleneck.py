@@ -26,7 +26,7 @@ from adapters_store.methods.shared.expect import PREFIX, expect_exactly, finite
 from adapters_store.methods.shared.targets import Targets, named_sites
 from adapters_store.primitives import Bottleneck
 
-# Every name of an activation in transformers that is one of `patch.ACTIVATIONS`.
+# Every name of an activation in transformers that is one of `primitives.ACTIVATIONS`.
 ACTIVATION_NAMES: Mapping[str, str] = {
     "relu": "relu",
     "gelu": "gelu",
@@ -156,7 +156,7 @@ def form_of(
     return Form(names, activation, scaling, has_norm_before, has_norm_after)
 
 
-def make(artifact: Artifact, form: Form, places: list[Place], spec: BaseSpec) -> tuple[Bottleneck, ...]:
+def compile_places(artifact: Artifact, form: Form, places: list[Place], spec: BaseSpec) -> tuple[Bottleneck, ...]:
     """One `Bottleneck` a place. Raises `ArtifactError` unless the tensors are exactly those of the places."""
     if not artifact.tensors or not places:
         raise ArtifactError("the artifact has no tensors, or its config leaves no layer to them")
@@ -188,7 +188,7 @@ def compile_bottleneck(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, 
         for site, of in _placed(config.placement, layer)
     ]
     _check_targets(config, [place.site for place in places], spec)
-    return make(artifact, form, places, spec)
+    return compile_places(artifact, form, places, spec)
 
 
 def _layers(config: BottleneckConfig, spec: BaseSpec) -> list[LayerSites]:

@@ -65,10 +65,10 @@ def check_values(primitive: Primitive, largest: float) -> None:
             matrices = [matrix]
         case _:
             return
-    found = max(float(matrix.detach().abs().max()) for matrix in matrices) if all(map(len, matrices)) else 0.0
-    if not found <= largest:
+    greatest = max(float(matrix.detach().abs().max()) for matrix in matrices) if all(map(len, matrices)) else 0.0
+    if not greatest <= largest:
         raise ArtifactError(
-            f"a value of {found:g} at {primitive.site} is over {largest:g}, the most that this server keeps of a "
+            f"a value of {greatest:g} at {primitive.site} is over {largest:g}, the most that this server keeps of a "
             "matrix; with --precision fp32 it keeps more",
             primitive.site,
         )

@@ -34,12 +34,14 @@ def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
     config = ExtrasConfig(**msgspec.structs.asdict(read))
     parts, saved = split_extras(artifact, config, spec, WEIGHT_END), saved_sites(config, spec)
     sites = [site for site in (*spec.norms, *spec.linears, spec.embedding) if site not in saved]
-    found = by_site(parts.low_rank, (WEIGHT_END, BIAS_END), sites, spec.name)
-    check_targets(config, found, sites, spec, lambda site: PREFIX + site + WEIGHT_END)
-    shapes = {site: parameters(spec, site) for site in found}
-    expect_exactly(parts.low_rank, {_name(site, name): shapes[site][name] for site in found for name in shapes[site]})
+    targeted = by_site(parts.low_rank, (WEIGHT_END, BIAS_END), sites, spec.name)
+    check_targets(config, targeted, sites, spec, lambda site: PREFIX + site + WEIGHT_END)
+    shapes = {site: parameters(spec, site) for site in targeted}
+    expect_exactly(
+        parts.low_rank, {_name(site, name): shapes[site][name] for site in targeted for name in shapes[site]}
+    )
     primitives = parts.primitives
-    for site in found:
+    for site in targeted:
         primitives += replace_module(
             spec, site, *(artifact.tensors.get(_name(site, name)) for name in ("weight", "bias"))
         )

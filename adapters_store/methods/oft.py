@@ -113,5 +113,5 @@ def _read(config: dict[str, Any]) -> OftConfig:
 
 def _version(version: object) -> tuple[int, int]:
     """Major and minor number; 0, 0 where there is none."""
-    found = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    matched = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
+    return (int(matched[1]), int(matched[2])) if matched else (0, 0)

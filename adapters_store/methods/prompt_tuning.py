@@ -83,7 +83,7 @@ def compile_multitask(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds,
     config = read_virtual_tokens(artifact, spec, MultitaskConfig, "multitask prompt tuning", MULTITASK_IGNORED_KEYS)
     if config.num_tasks != 1:
         raise MethodUnsupportedError(
-            f"num_tasks={config.num_tasks}: a hat is of one task; save that task's item of {COLS} and {ROWS} "
+            f"num_tasks={config.num_tasks}: an adapter is of one task; save that task's item of {COLS} and {ROWS} "
             "with num_tasks=1",
             "num_tasks",
         )
@@ -117,10 +117,10 @@ def read_virtual_tokens(
     return config
 
 
-def expect_of_base(key: str, said: int | None, real: int, spec: BaseSpec) -> None:
+def expect_of_base(key: str, stated: int | None, real: int, spec: BaseSpec) -> None:
     """Raise `WrongBaseError` where a config says another number than the base has; PEFT fills in what it leaves out."""
-    if said is not None and said != real:
-        raise WrongBaseError(f"{key}={said}: {spec.name} has {real}; the artifact is of another base", key)
+    if stated is not None and stated != real:
+        raise WrongBaseError(f"{key}={stated}: {spec.name} has {real}; the artifact is of another base", key)
 
 
 def _check_width(config: VirtualTokens, spec: BaseSpec) -> None:

@@ -33,11 +33,11 @@ def compile_selective(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
     `Delta` and `Bias` at a linear, `Scale` and `Bias` at a norm, `Rows` at the embedding.
     """
     config = read_config(artifact.config, SelectiveConfig, "selective tuning")
-    known = _parameters(spec)
+    shapes = _parameters(spec)
     for name in artifact.tensors:
-        if name.removeprefix(PREFIX) not in known or not name.startswith(PREFIX):
+        if name.removeprefix(PREFIX) not in shapes or not name.startswith(PREFIX):
             raise ArtifactError(f"the tensor {name} has no site in {spec.name}: {_WHERE}", name)
-    expect_exactly(artifact, {PREFIX + name: known[name] for name in _named(config.parameters, known, spec)})
+    expect_exactly(artifact, {PREFIX + name: shapes[name] for name in _named(config.parameters, shapes, spec)})
     return require_changes([primitive for site in _sites(spec) for primitive in _whole(artifact, spec, site)], spec)
 
 
@@ -58,23 +58,23 @@ def _sites(spec: BaseSpec) -> list[str]:
 
 def _parameters(spec: BaseSpec) -> dict[str, list[int]]:
     """Shapes of all parameters by name, one name each: a tied head's weight is the embedding's."""
-    known = {f"{site}.{name}": shape for site in _sites(spec) for name, shape in parameters(spec, site).items()}
+    shapes = {f"{site}.{name}": shape for site in _sites(spec) for name, shape in parameters(spec, site).items()}
     if spec.is_tied:
-        known.pop(f"{spec.head}.weight", None)
-    return known
+        shapes.pop(f"{spec.head}.weight", None)
+    return shapes
 
 
-def _named(names: list[str], known: dict[str, list[int]], spec: BaseSpec) -> list[str]:
-    """Those of `known` that the config names. Raises `ArtifactError` for a name that is none's."""
-    runs = {name: set(_runs(name)) for name in known}
+def _named(names: list[str], shapes: dict[str, list[int]], spec: BaseSpec) -> list[str]:
+    """Those of `shapes` that the config names. Raises `ArtifactError` for a name that is none's."""
+    runs = {name: set(_runs(name)) for name in shapes}
     if unknown := sorted(set(names).difference(*runs.values())):
         is_head = spec.is_tied and unknown[0] in _runs(f"{spec.head}.weight")
         reason = f"its head is tied: name {spec.embedding}.weight" if is_head else _WHERE
         raise ArtifactError(f"parameters names {unknown[0][:80]!r}, which {spec.name} has not; {reason}", "parameters")
-    found = [name for name in known if not runs[name].isdisjoint(names)]
-    if not found:
+    chosen = [name for name in shapes if not runs[name].isdisjoint(names)]
+    if not chosen:
         raise ArtifactError("parameters is empty: nothing was trained", "parameters")
-    return found
+    return chosen
 
 
 def _runs(name: str) -> Iterator[str]:

@@ -34,15 +34,15 @@ def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primit
     """`Rows` at the embedding and, where it is tied or named, at the head. Raises `ArtifactError`."""
     config = read_config(artifact.config, TrainableTokensConfig, "trainable tokens", IGNORED_KEYS)
     ids, order = token_ids(config.token_indices, spec)
-    found = list(by_site(artifact, (END,), _sites(spec), spec.name))
-    if spec.is_tied and spec.embedding in found:
+    sites = list(by_site(artifact, (END,), _sites(spec), spec.name))
+    if spec.is_tied and spec.embedding in sites:
         _check_tied(artifact, spec)
-        found = [spec.embedding]
+        sites = [spec.embedding]
     named = [spec.embedding] if config.target_modules is None else config.target_modules  # as PEFT has it by default
     targets = Targets(target_modules=named)
-    check_targets(targets, found, _sites(spec), spec, lambda site: PREFIX + site + END)
+    check_targets(targets, sites, _sites(spec), spec, lambda site: PREFIX + site + END)
     primitives: list[Primitive] = []
-    for site in found:
+    for site in sites:
         rows = expect_shape(artifact, PREFIX + site + END, [len(ids), row_width(spec, site)]).float()[order]
         primitives += token_rows(spec, site, ids, rows, is_tied=spec.is_tied)
     return tuple(primitives)

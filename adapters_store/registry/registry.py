@@ -145,8 +145,8 @@ class Registry:
         """
         with self._write() as connection:
             task_id = self._make_task(connection, tenant, task)
-            known = select(versions).where(versions.c.task_id == task_id, versions.c.digest == facts.digest)
-            is_new = connection.execute(known).first() is None
+            same_bytes = select(versions).where(versions.c.task_id == task_id, versions.c.digest == facts.digest)
+            is_new = connection.execute(same_bytes).first() is None
             if is_new:
                 check_quota(connection, tenant, facts.num_bytes)
                 number = self._next_number(connection, task_id)
@@ -154,7 +154,7 @@ class Registry:
                 connection.execute(insert(versions).values(**values, **msgspec.to_builtins(facts)))
                 audit.note(connection, tenant, "version.add", task=task, version=number, digest=facts.digest)
             connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == facts.digest))
-            version = _version(task, connection.execute(known).one())
+            version = _version(task, connection.execute(same_bytes).one())
             if validated is not None:
                 connection.execute(_set_validated(facts.digest, validated))
             if activate:
@@ -196,15 +196,15 @@ class Registry:
         """The digests that pinned tasks of all tenants route to, the newest version first."""
         with self._read() as connection:
             pinned = self._tasks(connection, tasks.c.is_pinned)
-        found = [version for task in pinned for version in task.versions if version.number in task.route.weights]
-        return list(dict.fromkeys(v.digest for v in sorted(found, key=lambda v: v.created, reverse=True)))
+        routed = [version for task in pinned for version in task.versions if version.number in task.route.weights]
+        return list(dict.fromkeys(v.digest for v in sorted(routed, key=lambda v: v.created, reverse=True)))
 
     def task(self, tenant: str, task: str) -> Task:
         """A task with its versions and route. Raises `AbsentError`."""
         with self._read() as connection:
             self._task_id(connection, tenant, task)
-            (found,) = self._tasks(connection, (tasks.c.tenant == tenant) & (tasks.c.name == task))
-            return found
+            (task_found,) = self._tasks(connection, (tasks.c.tenant == tenant) & (tasks.c.name == task))
+            return task_found
 
     def tasks(self, tenant: str) -> list[Task]:
         """All tasks of a tenant, by name."""
@@ -215,13 +215,13 @@ class Registry:
         """Remove a task with all versions; their digests. Raises `AbsentError`."""
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
-            gone = connection.execute(select(versions.c.digest).where(versions.c.task_id == task_id)).scalars().all()
-            self._remember(connection, task_id, gone)
+            digests = connection.execute(select(versions.c.digest).where(versions.c.task_id == task_id)).scalars().all()
+            self._remember(connection, task_id, digests)
             connection.execute(delete(versions).where(versions.c.task_id == task_id))
             connection.execute(delete(routes).where(routes.c.task_id == task_id))
             connection.execute(update(tasks).where(tasks.c.id == task_id).values(is_pinned=False))
-            audit.note(connection, tenant, "task.delete", task=task, num_versions=len(gone))
-            return list(gone)
+            audit.note(connection, tenant, "task.delete", task=task, num_versions=len(digests))
+            return list(digests)
 
     def delete_version(self, tenant: str, task: str, number: int) -> str:
         """Remove a version, also from the route; its digest. Raises `AbsentError`."""
@@ -240,17 +240,17 @@ class Registry:
         """Whether a version of these bytes was deleted, and not uploaded since."""
         query = select(removed.c.id).join(tasks, removed.c.task_id == tasks.c.id)
         with self._read() as connection:
-            found = query.where(tasks.c.tenant == tenant, tasks.c.name == task, removed.c.digest == digest)
-            return connection.execute(found).first() is not None
+            of_task = query.where(tasks.c.tenant == tenant, tasks.c.name == task, removed.c.digest == digest)
+            return connection.execute(of_task).first() is not None
 
     def identity(self) -> str:
         """Which registry this is: a word that is drawn once, and that a store of artifacts belongs to."""
         with self._write() as connection:
-            found = connection.execute(select(identity.c.id)).scalar()
-            if found is None:
-                found = uuid.uuid4().hex
-                connection.execute(insert(identity).values(id=found))
-            return str(found)
+            stored = connection.execute(select(identity.c.id)).scalar()
+            if stored is None:
+                stored = uuid.uuid4().hex
+                connection.execute(insert(identity).values(id=stored))
+            return str(stored)
 
     def set_validated(self, digest: str, fingerprint: str) -> None:
         """Bytes passed the proof `fingerprint` a base and a software: so did every version of them."""
@@ -261,19 +261,13 @@ class Registry:
         """The digests of versions that were proved under something else, or never; the newest first."""
         query = select(versions.c.digest).where(func.coalesce(versions.c.proved, "") != fingerprint)
         with self._read() as connection:
-            found = connection.execute(query.order_by(versions.c.created.desc())).scalars()
-            return list(dict.fromkeys(found))
+            digests = connection.execute(query.order_by(versions.c.created.desc())).scalars()
+            return list(dict.fromkeys(digests))
 
     def digests(self) -> set[str]:
         """Every digest that some version refers to."""
         with self._read() as connection:
             return set(connection.execute(select(versions.c.digest)).scalars())
-
-    def add_usage(
-        self, tenant: str, task: str, version: int, *, requests: int, prompt_tokens: int, completion_tokens: int
-    ) -> None:
-        """Count what a request used; version 0 is the base."""
-        self.add_usages({(tenant, task, version): (requests, prompt_tokens, completion_tokens)})
 
     def add_usages(self, counts: Mapping[tuple[str, str, int], Sequence[int]]) -> None:
         """Count what was used: {(tenant, task, version): (requests, prompt tokens, completion tokens)}; all or none."""
@@ -330,9 +324,9 @@ class Registry:
         rows = connection.execute(of_tasks.order_by(tasks.c.tenant, tasks.c.name, versions.c.number)).all()
         last = select(func.max(routes.c.id)).join(tasks, routes.c.task_id == tasks.c.id).where(which)
         newest = select(routes).where(routes.c.id.in_(last.group_by(routes.c.task_id)))
-        found = {row.task_id: route_of(row) for row in connection.execute(newest).all()}
+        route_by_task = {row.task_id: route_of(row) for row in connection.execute(newest).all()}
         return [
-            Task(name, tuple(_version(name, row) for row in group), found.get(task_id, Route()), is_pinned)
+            Task(name, tuple(_version(name, row) for row in group), route_by_task.get(task_id, Route()), is_pinned)
             for (name, is_pinned, task_id), group in groupby(rows, lambda row: (row.name, row.is_pinned, row.task_id))
         ]
 
@@ -353,5 +347,5 @@ def _set_validated(digest: str, fingerprint: str) -> Update:
 
 
 def _version(task: str, row: Row[Any]) -> Version:
-    known = {field.name: getattr(row, field.name) for field in fields(Version) if field.name != "task"}
-    return msgspec.convert({"task": task, **known}, Version)
+    columns = {field.name: getattr(row, field.name) for field in fields(Version) if field.name != "task"}
+    return msgspec.convert({"task": task, **columns}, Version)

@@ -20,7 +20,6 @@ from adapters_store.registry.database import routes, tasks, versions
 
 FULL_ROUTE = 100.0  # the weight of a version that is the whole route
 MAX_HISTORY = 100  # routes of a task that are kept
-STICKY_BY_USER = "user"
 RESOLUTION = 2**53  # of a place on the line
 
 

@@ -105,12 +105,12 @@ class Blobs:
 
         Raises `StoreError` where they are another's: it would take them for its own that nobody refers to.
         """
-        known_owner = self._owner()
-        if known_owner is None:
+        stored_owner = self._owner()
+        if stored_owner is None:
             self._own(owner)
-        elif known_owner != owner:
+        elif stored_owner != owner:
             raise StoreError("this store of artifacts belongs to another registry: give each registry one of its own")
-        return known_owner is not None
+        return stored_owner is not None
 
     def _owner(self) -> str | None:
         file = self.root / OWNER

@@ -150,7 +150,7 @@ async def test_usage_survives_a_registry_that_fails(
     async with open_site(tiny_base, tmp_path) as site:
         await site.ask(prompt="ab")
         with monkeypatch.context() as patch:
-            patch.setattr(site.state.registry, "add_usage", broken)
+            patch.setattr(site.state.registry, "add_usages", broken)
             site.state.usage.flush(site.state.registry)
         await site.ask(prompt="abc")
     async with open_site(tiny_base, tmp_path) as site:

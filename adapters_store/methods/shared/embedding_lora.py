@@ -5,6 +5,8 @@ The embedding of token t answers W[t] + s (B A)[:, t], A [r, vocabulary], B [siz
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
@@ -35,19 +37,25 @@ def compile_embedding(pool: TensorPool, spec: BaseSpec, rank: int, scale: float)
 
 def drop_copies(pool: TensorPool, spec: BaseSpec) -> None:
     """Take the embedding and head that PEFT saved along. Raises `ArtifactError` where they are not the base's."""
+    for name, parameter, shape in _possible_copies(spec):
+        if not pool.has(name):
+            continue
+        copy = pool.pop(name, shape)
+        if not _is_equal(copy, base_weight(spec, parameter)):
+            raise ArtifactError(
+                f"{PREFIX}{name} is not as {spec.name} has it, and modules_to_save does not name it: "
+                "the artifact was trained on a base with another embedding or head",
+                PREFIX + name,
+            )
+        mark_redundant(copy)
+
+
+def _possible_copies(spec: BaseSpec) -> Iterator[tuple[str, str, list[int]]]:
+    """Yield the names that PEFT may save a copy of the embedding or head under: name, the base's parameter, shape."""
     for site in filter(None, (spec.embedding, spec.head)):
         for end, shape in parameters(spec, site).items():
-            for name in (f"{site}.base_layer.{end}", f"{site}.{end}"):
-                if not pool.has(name):
-                    continue
-                copy = pool.pop(name, shape)
-                if not _is_equal(copy, base_weight(spec, f"{site}.{end}")):
-                    raise ArtifactError(
-                        f"{PREFIX}{name} is not as {spec.name} has it, and modules_to_save does not name it: "
-                        "the artifact was trained on a base with another embedding or head",
-                        PREFIX + name,
-                    )
-                mark_redundant(copy)
+            yield f"{site}.base_layer.{end}", f"{site}.{end}", shape
+            yield f"{site}.{end}", f"{site}.{end}", shape
 
 
 def _is_equal(copy: Tensor, weight: Tensor) -> bool:

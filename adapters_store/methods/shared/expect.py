@@ -18,14 +18,14 @@ def by_site(artifact: Artifact, ends: Sequence[str], sites: Collection[str], bas
 
     Every tensor must be named `PREFIX + site + end` with one of `ends` and a site of `sites`.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors_by_site: dict[str, dict[str, Tensor]] = {}
     for name, tensor in artifact.tensors.items():
         end = next((end for end in ends if name.startswith(PREFIX) and name.endswith(end)), None)
         site = name.removeprefix(PREFIX).removesuffix(end or "")
         if end is None or site not in sites:
             raise ArtifactError(f"the tensor {name} has no site in {base}: no layer that it could act on", name)
-        found.setdefault(site, {})[end] = tensor
-    return {site: found[site] for site in sites if site in found}
+        tensors_by_site.setdefault(site, {})[end] = tensor
+    return {site: tensors_by_site[site] for site in sites if site in tensors_by_site}
 
 
 def expect_shape(artifact: Artifact, name: str, expected: list[int]) -> Tensor:

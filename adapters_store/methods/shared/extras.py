@@ -84,12 +84,12 @@ def saved_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, str]:
     if len(names) > MAX_PATTERNS or not all(names):
         raise ArtifactError(f"modules_to_save must be at most {MAX_PATTERNS} names, none empty", "modules_to_save")
     tied = {spec.embedding, spec.head} if _is_saved_tied(config, spec) else set[str]()
-    found: dict[str, str] = {}
+    module_of: dict[str, str] = {}
     for site in [*spec.linears, *spec.norms, spec.embedding] if names or tied else ():
         module = next((module for module in _modules(site) if module.endswith(names)), "")
         if module or site in tied:
-            found[site] = module or site
-    return found
+            module_of[site] = module or site
+    return module_of
 
 
 def _modules(site: str) -> Iterator[str]:
@@ -107,11 +107,11 @@ def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[s
     primitives: list[Primitive] = []
     weights: dict[str, Tensor] = {}
     for site, module in saved.items():
-        found = {name: pool.pop(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
-        weights[site] = found["weight"]
-        primitives += replace_module(spec, site, found["weight"], found.get("bias"))
-        if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
-            inner, size = site.removeprefix(module), list(found["bias"].shape)
+        trained = {name: pool.pop(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
+        weights[site] = trained["weight"]
+        primitives += replace_module(spec, site, trained["weight"], trained.get("bias"))
+        if config.bias == "all" and "bias" in trained:  # PEFT saves it twice more, and does not read that
+            inner, size = site.removeprefix(module), list(trained["bias"].shape)
             for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
                 mark_redundant(pool.pop(f"{module}.{copy}{inner}.bias", size))
     if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
@@ -125,13 +125,13 @@ def _token_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, list[int]]:
     indices = config.trainable_token_indices
     if indices is None:
         return {}
-    found: dict[str, list[int]] = {}
+    tokens_of: dict[str, list[int]] = {}
     for name, tokens in ({spec.embedding: indices} if isinstance(indices, list) else indices).items():
         sites = [site for site in (spec.embedding, spec.head) if name and site.endswith(name)]
-        if len(sites) != 1 or sites[0] in found:
+        if len(sites) != 1 or sites[0] in tokens_of:
             raise MethodUnsupportedError(f"{TOKENS} has {name[:80]}, which is not one embedding or head", TOKENS)
-        found[sites[0]] = tokens
-    return found
+        tokens_of[sites[0]] = tokens
+    return tokens_of
 
 
 def _tokens(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
@@ -154,6 +154,6 @@ def _biased(config: ExtrasConfig, spec: BaseSpec, low_rank_sites: set[str]) -> I
     """Sites that have a new bias, and its size."""
     if config.bias != "none":
         linears = ((site, linear.out_features) for site, linear in spec.linears.items() if linear.has_bias)
-        yield from (found for found in linears if config.bias == "all" or found[0] in low_rank_sites)
+        yield from ((site, size) for site, size in linears if config.bias == "all" or site in low_rank_sites)
     if config.bias == "all":
         yield from ((site, norm.size) for site, norm in spec.norms.items() if norm.has_bias)

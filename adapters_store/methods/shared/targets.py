@@ -26,7 +26,7 @@ class Targets(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 def check_targets(
     config: Targets,
-    found: Collection[str],
+    sites_with_tensors: Collection[str],
     sites: Collection[str],
     spec: BaseSpec,
     tensor: Callable[[str], str],
@@ -36,14 +36,14 @@ def check_targets(
     `tensor` gives the name of a site's tensor, for the sentence. An expression is data that is never run; then the
     tensors alone say where they act.
     """
-    wanted = named_sites(config, sites, spec)
-    if wanted is not None and (missing := sorted(wanted - set(found))):
+    targeted = named_sites(config, sites, spec)
+    if targeted is not None and (missing := sorted(targeted - set(sites_with_tensors))):
         name = tensor(missing[0])
         raise ArtifactError(f"the tensor {name} is missing: target_modules names its site", name)
-    if wanted is not None and (extra := sorted(set(found) - wanted)):
+    if targeted is not None and (extra := sorted(set(sites_with_tensors) - targeted)):
         name = tensor(extra[0])
         raise ArtifactError(f"the tensor {name} is extra: the config's target_modules do not name its site", name)
-    if not found:
+    if not sites_with_tensors:
         raise ArtifactError("the artifact has no tensors")
 
 

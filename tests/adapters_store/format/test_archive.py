@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload, with_metadata, zipped
+from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload, zipped
 from adapters_store.format.folder import CONFIG, FILES, MANIFEST, WEIGHTS, read_files, read_folder
 from tests.kit.forge import digest_of, sound_members, toy_config, toy_folder, toy_manifest, toy_tensors, zip_of
 
@@ -74,8 +74,8 @@ def test_one_folder_around_the_files_is_allowed(room: Room, compress: bool) -> N
 
 def test_a_single_file_carries_its_config_and_manifest(room: Room) -> None:
     """One safetensors file with config and manifest in its metadata becomes a whole folder."""
-    weights = save(toy_tensors(), metadata={"manifest": json.dumps({"format_version": 1})})
-    room.unpack(with_metadata(weights, toy_config()), SAFETENSORS_TYPE)
+    metadata = {"adapter_config": json.dumps(toy_config()), "manifest": json.dumps({"format_version": 1})}
+    room.unpack(save(toy_tensors(), metadata=metadata), SAFETENSORS_TYPE)
     assert json.loads((room.into / CONFIG).read_text()) == toy_config()
     assert json.loads((room.into / MANIFEST).read_text()) == {"format_version": 1}
     (room.into / MANIFEST).unlink()
@@ -86,7 +86,7 @@ def test_a_single_file_carries_its_config_and_manifest(room: Room) -> None:
 @pytest.mark.parametrize("start", [b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5", b"PK"])
 def test_a_header_whose_length_begins_as_a_pickle(room: Room, start: bytes) -> None:
     """Safetensors that begin with a pickle's or a zip's first bytes, as a header's length, are what they are."""
-    whole = with_metadata(save(toy_tensors()), toy_config())
+    whole = save(toy_tensors(), metadata={"adapter_config": json.dumps(toy_config())})
     size = int.from_bytes(whole[:8], "little")
     length = int.from_bytes(start + b"\1", "little")
     padded = length.to_bytes(8, "little") + whole[8 : 8 + size].ljust(length) + whole[8 + size :]

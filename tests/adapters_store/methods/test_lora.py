@@ -27,7 +27,7 @@ from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared.targets import Targets, by_pattern, named_sites
 from adapters_store.primitives import LowRank
 from tests.adapters_store.methods.lora_contract import LoraContract
-from tests.adapters_store.methods.method_contract import ConfigCase, TensorsCase
+from tests.adapters_store.methods.method_contract import ConfigCase, TensorsCase, on
 from tests.kit.adapters import make_lora
 from tests.kit.forge import SITE, a_name, spec_of, toy_artifact, toy_config, toy_spec, toy_tensors
 from tests.kit.patches import all_of
@@ -231,7 +231,8 @@ def test_a_pattern_for_layers_is_never_run() -> None:
 class TestLora(LoraContract):
     """The toy's LoRA against its spec; those of the kit against PEFT."""
 
-    FAMILIES, FAMILY_ON = ["lora", "lora-bias", "lora-saved"], [("llama", 0), ("gpt2", 1), ("phi3", 2)]
+    FAMILIES, FAMILY_ON = ["lora", "lora-bias", "lora-saved"], [("llama", 0), ("phi3", 2)]
+    CASES = on("gpt2", {"on Conv1D": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}})
     TENSORS, CONFIGS = TENSORS, CONFIGS
 
     @pytest.fixture(scope="class")

@@ -176,7 +176,7 @@ def test_everything_survives_a_restart(registry: Registry, url: str) -> None:
     """A new process finds versions, prompt format, route and usage as they were."""
     prompt_format = PromptFormat(begin="<s>", user=Around("U:", "\n"), generation="A: 🎩")
     version, _ = add(registry, D1, prompt_format=prompt_format)
-    registry.add_usage("default", "t", 1, requests=1, prompt_tokens=5, completion_tokens=6)
+    registry.add_usages({("default", "t", 1): (1, 5, 6)})
     again = Registry(url).open()
     assert again.resolve("default", "t") == version
     assert again.resolve("default", "t").prompt_format == prompt_format
@@ -188,8 +188,8 @@ def test_usage_adds_up(registry: Registry) -> None:
     """Counts grow by task and version, the base's as version 0, each tenant's apart."""
     for version, times in ((1, 3), (0, 1)):
         for _ in range(times):
-            registry.add_usage("default", "t", version, requests=1, prompt_tokens=10, completion_tokens=20)
-    registry.add_usage("other", "t", 1, requests=1, prompt_tokens=1, completion_tokens=1)
+            registry.add_usages({("default", "t", version): (1, 10, 20)})
+    registry.add_usages({("other", "t", 1): (1, 1, 1)})
     assert registry.usage("default") == [Usage("t", 0, 1, 10, 20), Usage("t", 1, 3, 30, 60)]
 
 

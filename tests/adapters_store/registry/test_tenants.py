@@ -144,7 +144,7 @@ def test_a_tenant_goes_whole(registry: Registry, tenants: Tenants) -> None:
     upload(registry, "acme", D1)
     upload(registry, "acme", D2, task="u")
     upload(registry, DEFAULT_TENANT, D3)
-    registry.add_usage("acme", "t", 1, requests=1, prompt_tokens=2, completion_tokens=3)
+    registry.add_usages({("acme", "t", 1): (1, 2, 3)})
     assert sorted(tenants.delete("acme")) == [D1, D2]
     assert tenants.known(key.id) is None
     assert registry.tasks("acme") == [] and registry.digests() == {D3}
