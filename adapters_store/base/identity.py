@@ -1,4 +1,4 @@
-"""Identify a base: digests over its architecture, tokenizer and weights."""
+"""Identify a base: digests over its architecture, tokenizer and weights. Needs no torch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ IGNORED_SUFFIXES = ("dropout", "_pdrop")
 
 
 class BaseUnavailableError(Exception):
-    """A base cannot be had; the sentence says why and what to do."""
+    """A base cannot be found, downloaded or read; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """`identity` must match between an artifact and its base; `weights` may differ between copies and precisions.
+    """The digests of a base: `identity` must match an adapter's, `weights` may differ between copies and precisions.
 
     `identity` is sha256 over architecture, tensor shapes and tokenizer; `weights` over the bytes of the weight files,
-    which are read when it is first asked for.
+    which are read on first access.
     """
 
     folder: Path
@@ -44,17 +44,18 @@ class BaseIdentity:
 
     @cached_property
     def weights(self) -> str:
-        """sha256 over the weight files."""
+        """Compute sha256 over the names and bytes of the weight files; reads them all, once."""
         return _digest([[file.name, sha256_of(file)] for file in _weight_files(self.folder)])
 
 
 def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_identity(folder: Path) -> BaseIdentity:
-    """The identity of a base's folder, in milliseconds: of the weights only the headers are read.
+    """Identify the base in a folder, in milliseconds: of the weight files only the headers are read.
 
     Raises `BaseUnavailableError` for a folder without safetensors: no other weights are ever opened.
     """
@@ -67,7 +68,7 @@ def base_identity(folder: Path) -> BaseIdentity:
 
 
 def stamp_of(folder: Path) -> list[tuple[str, int, int]]:
-    """(name, size, time of the last change) of a base's files: what tells at once that it may be another now."""
+    """Return (name, bytes, time of last change in ns) of a base's files: differs if the base may have been replaced."""
     files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
 
@@ -77,7 +78,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _computing(config: Any) -> Any:
-    """What of a config changes what is computed, floats to 6 digits, so that copies through other formats agree."""
+    """Keep what changes the computation in a config, floats to 6 digits, so that copies in other formats agree."""
     if isinstance(config, dict):
         kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS and value is not None}
         return {key: _computing(value) for key, value in kept.items() if not key.endswith(IGNORED_SUFFIXES)}

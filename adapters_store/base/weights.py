@@ -1,4 +1,4 @@
-"""The base's own weights, for methods whose update depends on them: read from its folder, one tensor at a time."""
+"""Read the base's own weights from its folder, one tensor at a time, for methods whose update depends on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # transformers renames GPT-N
 
 
 def base_weight(spec: BaseSpec, name: str) -> Tensor:
-    """A parameter of the base in fp32 by its dotted name. Raises `ArtifactError` where its folder has no such name.
+    """Return a parameter of the base in fp32 by its dotted name. Raises `ArtifactError` if there is none.
 
     The head of a tied base is the embedding. Checkpoints that were saved without the head name their tensors without
     the first word (`h.0.…` for `transformer.h.0.…`).

@@ -1,6 +1,6 @@
-"""An upload becomes a PEFT folder: a zip of one, or a safetensors file that carries its config in its metadata.
+"""Unpack an upload to a PEFT folder: a zip of the folder, or a safetensors file with the config in its metadata.
 
-A folder that AdapterHub saved is taken too, its weights under PEFT's name.
+A zip of a folder that AdapterHub saved is accepted too; its weights file gets PEFT's name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def unpack_upload(body: Path, content_type: str, into: Path, max_bytes: int) -> None:
-    """Write the files of a PEFT folder that an upload holds into the empty folder `into`.
+    """Write the PEFT files of an upload into the empty folder `into`.
 
     At most `max_bytes` are written. Raises `ArtifactError` naming the member that is refused.
     """
@@ -48,7 +48,7 @@ def unpack_upload(body: Path, content_type: str, into: Path, max_bytes: int) -> 
 
 
 def zipped(files: Mapping[str, bytes]) -> bytes:
-    """The files of an artifact as a zip; the same files give the same bytes."""
+    """Zip an artifact's files by name, uncompressed; the same files give the same bytes."""
     body = io.BytesIO()
     with zipfile.ZipFile(body, "w", zipfile.ZIP_STORED) as archive:
         for name, data in files.items():
@@ -57,7 +57,10 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:
-    """A safetensors file may begin with these bytes too, for it begins with its header's length: then "{" follows."""
+    """Raise `ArtifactTypeError` for a pickle or zip by its first bytes.
+
+    A safetensors file starts with its header's length, which may equal these bytes, but then "{" follows.
+    """
     if start.startswith((*PICKLE_STARTS, b"PK")) and start[8:9] != b"{":
         raise ArtifactTypeError(f"{name} is a pickle or a zip by its content, not safetensors; {SAVE_SAFELY}", name)
 
@@ -80,10 +83,10 @@ def _unpack_safetensors(body: Path, into: Path) -> None:
 
 
 class _ShortReads(io.FileIO):
-    """A file that gives at most `CHUNK` bytes at once: a zip's directory is read whole before its members are known."""
+    """A file that reads at most `CHUNK` bytes at once: zipfile reads a directory whole before members are known."""
 
     def read(self, size: int = -1, /) -> bytes:  # type: ignore[override]
-        """Like a file's `read`; raises `ArtifactTooLargeError`."""
+        """Read as a file does. Raises `ArtifactTooLargeError` if more than `CHUNK` bytes are asked for at once."""
         if size > CHUNK:
             raise ArtifactTooLargeError(f"the zip's directory has {size} bytes; at most {CHUNK} are taken")
         return super().read(size) or b""
@@ -109,10 +112,10 @@ def _unpack_zip(body: Path, into: Path, max_bytes: int) -> None:
 
 
 def _choose(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """The members that make the artifact, by file name; every member is checked, whether it is wanted or not.
+    """Select the members that make the artifact, by file name, after checking every member.
 
-    One folder around the files is allowed. What is no part of an artifact (README.md, checkpoints' tokenizers, plots)
-    is ignored, but nothing that could be taken for its weights.
+    One folder around the files is allowed. Other files (README.md, tokenizers, plots) are ignored, except pickles
+    and the like, which could be taken for weights: they are refused.
     """
     if len(infos) > MAX_MEMBERS:
         raise ArtifactTooLargeError(f"the zip has {len(infos)} members; at most {MAX_MEMBERS} are taken")
@@ -153,7 +156,7 @@ def _check_sizes(wanted: dict[str, zipfile.ZipInfo], max_bytes: int) -> None:
 
 
 def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None:
-    """Copy one member. zipfile gives no more than the size that the checks saw, whatever the stream holds."""
+    """Copy a member to `out`. zipfile returns no more than the declared size, whatever the compressed stream holds."""
     with archive.open(info) as source, out.open("wb") as target:
         while chunk := source.read(CHUNK):
             if target.tell() == 0:

@@ -18,7 +18,10 @@ TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 
 
 def read_tensors(data: bytes) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in their own dtype, each a private, aligned copy that is proved finite."""
+    """Read every tensor of a safetensors file in its own dtype, each a private, aligned copy with finite values only.
+
+    Raises `ArtifactError` naming the tensor that is refused.
+    """
     header, _metadata, start = read_header(data)
     spans = {name: _entry(name, entry) for name, entry in header.items()}
     _check_layout(spans, len(data) - start)
@@ -27,7 +30,7 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
 
 
 def _entry(name: str, entry: Any) -> tuple[int, int]:
-    """Check one entry of the header; its (begin, end)."""
+    """Check an entry of the header, and return its (begin, end) in the tensors' bytes."""
     if not TENSOR_NAME.fullmatch(name) or ".." in name:
         raise ArtifactError(f"the tensor name {name[:100]!r} is not a dotted name", name[:100])
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -69,5 +72,5 @@ def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds no NaN and no infinity: its least or largest value would be that."""
+    """Tell if a tensor has no NaN and no infinity: its least or greatest value would be one."""
     return not tensor.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(tensor))

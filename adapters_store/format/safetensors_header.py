@@ -19,7 +19,10 @@ METADATA = "__metadata__"
 
 
 def read_header(data: bytes) -> tuple[dict[str, Any], dict[str, str], int]:
-    """Entries by tensor name, the metadata, and where the tensors' bytes begin."""
+    """Parse and check the header of an untrusted file from its first bytes.
+
+    Returns the entries by tensor name, the metadata, and the offset of the tensors' bytes. Raises `ArtifactError`.
+    """
     if len(data) < 8:
         raise ArtifactError("the safetensors file is shorter than its 8-byte length field")
     size = int.from_bytes(data[:8], "little")

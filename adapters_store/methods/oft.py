@@ -105,7 +105,8 @@ def _read(config: dict[str, Any]) -> OftConfig:
         raise ArtifactError(f"num_cayley_neumann_terms is not between 1 and {MAX_TERMS}", "num_cayley_neumann_terms")
     if read.use_cayley_neumann and _version(config.get("peft_version")) < FIRST_VERSION:
         raise MethodUnsupportedError(
-            "OFT with use_cayley_neumann of a PEFT before 0.18 is another rotation: train it again with a newer one",
+            "OFT with use_cayley_neumann of a PEFT before 0.18 is another rotation (by peft_version): train it again "
+            "with a newer one",
             "peft_version",
         )
     return read
