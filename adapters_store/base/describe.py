@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters_store.base.spec import BaseSpec, KVShape, LayerSites, LinearSite, NormSite
 
-# The norm that reads the residual stream for the feed-forward block, in pre-norm models, by the names that these have.
+# Names, in pre-norm models, of the norm before the feed-forward block, which reads the residual stream.
 STREAM_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 
 

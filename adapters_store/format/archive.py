@@ -21,7 +21,7 @@ from adapters_store.format.safetensors_header import MAX_HEADER_BYTES, read_head
 
 ZIP_TYPE, SAFETENSORS_TYPE = "application/zip", "application/x-safetensors"
 MAX_MEMBERS = 64
-MAX_RATIO = 200  # weights hardly compress; a bomb does
+MAX_RATIO = 200  # weights hardly compress, a zip bomb does
 CHUNK = 2**20
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -79,7 +79,7 @@ def _unpack_safetensors(body: Path, into: Path) -> None:
         if key in metadata:
             (into / name).write_text(metadata[key], encoding="utf-8")
     with body.open("rb") as source, (into / WEIGHTS).open("wb") as target:
-        shutil.copyfileobj(source, target, CHUNK)  # not `copyfile`: where the system refuses its call it tries another
+        shutil.copyfileobj(source, target, CHUNK)  # not `copyfile`, which retries in another way on errors
 
 
 class _ShortReads(io.FileIO):
@@ -106,7 +106,7 @@ def _unpack_zip(body: Path, into: Path, max_bytes: int) -> None:
     except UNSOUND_ZIP as error:
         raise ArtifactError(f"the body is not a sound zip: {str(error)[:200]}") from None
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place in the file that cannot be; anything else is the disk's
+        if error.errno != errno.EINVAL:  # EINVAL: seek to an impossible offset; others are disk errors
             raise
         raise ArtifactError("the body is not a sound zip: it points out of itself") from None
 

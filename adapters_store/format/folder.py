@@ -28,7 +28,7 @@ from adapters_store.format.strict_json import StrictJSONError, loads
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 FILES = (CONFIG, WEIGHTS, MANIFEST)
 ALIASES = {"adapter.safetensors": WEIGHTS}  # AdapterHub's name -> ours
-# What AdapterHub may save beside its weights, that changes the answer, and is not served -> what to do.
+# Files of AdapterHub that change the output and are not served -> what to do.
 REFUSED = {
     "model_head.safetensors": "a prediction head of the adapter's own: save with save_adapter(..., with_head=False), "
     "or leave the file out if the base's head was frozen",

@@ -63,7 +63,7 @@ def _check_layout(spans: dict[str, tuple[int, int]], size: int) -> None:
 
 
 def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
-    if not span:  # AdaLoRA writes what it pruned to rank 0
+    if not span:  # AdaLoRA writes tensors of rank 0
         return torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
     tensor = torch.frombuffer(bytearray(span), dtype=SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
     if not is_finite(tensor):

@@ -8,7 +8,7 @@ import re
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
-MAX_DIGITS = 20  # of an integer: 64 bits; converting thousands of digits takes long
+MAX_DIGITS = 20  # 64 bits; converting thousands of digits is slow
 HOLDERS = (str, list, dict)
 UNSOUND = re.compile("[\0\ud800-\udfff]")
 

@@ -1,4 +1,4 @@
-"""Layer-norm tuning as PEFT writes it (arXiv:2312.11420): the targeted modules, most often norms, whole and new."""
+"""Compile layer-norm tuning as PEFT writes it (arXiv:2312.11420): targeted modules, mostly norms, trained in full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHT_END, BIAS_END = LAYERS + "weight", LAYERS + "bias"
 
 
 class LNTuningConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The keys of PEFT's LNTuningConfig that say what to compute."""
+    """The keys of PEFT's LNTuningConfig that change the computation."""
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -26,9 +26,9 @@ class LNTuningConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
-    """`Scale` and `Bias` at norms; `Delta`, `Bias` and `Rows` where PEFT put other layers. Raises `ArtifactError`.
+    """Compile to `Scale` and `Bias` at norms, and `Delta`, `Bias` or `Rows` elsewhere. Raises `ArtifactError`.
 
-    PEFT copies what it targets: the head of a tied base is its own then, as with `modules_to_save`.
+    PEFT copies what it targets: a tied base's head becomes separate, as with `modules_to_save`.
     """
     read = read_config(artifact.config, LNTuningConfig, "layer-norm tuning")
     config = ExtrasConfig(**msgspec.structs.asdict(read))
