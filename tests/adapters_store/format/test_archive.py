@@ -64,7 +64,7 @@ def test_a_zip_becomes_the_folder_it_was(room: Room, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_one_folder_around_the_files_is_allowed(room: Room, compress: bool) -> None:
-    """Who zips the folder itself, with what PEFT and a Mac put beside the weights, is understood: extras go."""
+    """A zip of the folder itself is accepted, with what PEFT and macOS add to it; extra files are dropped."""
     members = {f"hat/{name}": data for name, data in sound_members().items()}
     extras = {"hat/": b"", "hat/README.md": b"hi", "hat/tokenizer.json": b"{}", "__MACOSX/hat/._" + CONFIG: b"\0\5"}
     room.unpack(zip_of({**extras, **members}, compress))

@@ -1,4 +1,4 @@
-"""The laws of a LoRA, with whatever PEFT trains or saves beside its branches."""
+"""The laws of a LoRA, with all that PEFT trains or saves beside low-rank updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.kit.families import loras
 
 
 class LoraContract(LinearContract):
-    """LoRA of every kind; a class of tests for each says which."""
+    """LoRA of every kind; a subclass for each states its cases."""
 
     PEFT_TYPE, NAME, PEFT, SCHEMA = "LORA", "LoRA", PeftLoraConfig, LoraConfig
     IGNORED_KEYS, SERVED_VALUES = IGNORED_KEYS, SERVED_VALUES

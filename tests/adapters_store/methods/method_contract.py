@@ -1,4 +1,4 @@
-"""The laws of every served method, as one class of tests: a method is a subclass that says what is its own.
+"""The laws of every served method, as a class of tests: a method is a subclass that states its own cases.
 
     class TestMiss(LinearContract):
         PEFT_TYPE, NAME, PEFT, SCHEMA = "MISS", "MiSS", PeftMissConfig, MissConfig
@@ -85,17 +85,17 @@ class MethodContract:
     @pytest.fixture(scope="class")
     @classmethod
     def sound(cls, tmp_path_factory: pytest.TempPathFactory, tiny_of: TinyOf) -> Artifact:
-        """An artifact that is taken, for the laws to spoil."""
+        """An artifact that is accepted, for the tests to spoil."""
         return read_folder(cls.make(tmp_path_factory.mktemp("sound") / "hat", tiny_of(cls.BASE), **cls.SOUND))
 
     @pytest.fixture(scope="class")
     @classmethod
     def spec(cls, tiny_of: TinyOf) -> BaseSpec:
-        """Of the base that `sound` is made for."""
+        """The base that `sound` was made for."""
         return spec_of(tiny_of(cls.BASE))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Give each law its table of this class."""
+        """Parametrise each test by its table of this class."""
         families = {f"family on {kind}, {seed}": (kind, seed) for kind, seed in self.FAMILY_ON}
         tables: Mapping[str, Mapping[str, Any]] = {
             "answered": {**self.CASES, **families},
@@ -109,7 +109,7 @@ class MethodContract:
     def test_the_answers_are_those_of_peft(
         self, tmp_path: Path, tiny_of: TinyOf, answered: tuple[str, Values | int]
     ) -> None:
-        """Whatever the base and the options, the patch gives PEFT's logits, and no tensor of it is idle."""
+        """For every base and option the patch gives PEFT's logits, and depends on all tensors."""
         kind, config = answered
         folder, base = tmp_path / "hat", tiny_of(kind)
         if isinstance(config, int):
@@ -119,7 +119,7 @@ class MethodContract:
         self.assert_answers(base, folder)
 
     def test_a_patch_is_all_of_its_artifact(self, sound: Artifact, spec: BaseSpec) -> None:
-        """Digest, method, all parameters; finite fp32 in one primitive of a kind a site; every tensor acts."""
+        """A patch has digest, method, all parameters, finite fp32, a primitive per kind and site, no unused tensor."""
         followed = with_grad_tracking(sound)
         patch = compile_patch(followed, spec)
         assert (patch.digest, patch.method) == (sound.digest, METHODS[self.PEFT_TYPE].name)
@@ -140,12 +140,12 @@ class MethodContract:
         assert is_same(ours, theirs)
 
     def test_every_key_that_peft_writes_is_judged(self) -> None:
-        """No key of the installed PEFT's config is unknown: a new PEFT that adds one turns this red."""
+        """Every key of the installed PEFT's config is known: a new PEFT that adds one turns this red."""
         if self.PEFT is not None:
             assert_every_key_is_judged(self.PEFT, self.SCHEMA, self.IGNORED_KEYS, self.SERVED_VALUES)
 
     def test_a_silent_key_cannot_change_the_answer(self, sound: Artifact, spec: BaseSpec) -> None:
-        """Whatever stands under a key that is let through unread, the patch is the same."""
+        """A key that is ignored may have any value: the patch is the same."""
         patch = compile_patch(sound, spec)
         for key in {*shared_config.IGNORED_KEYS, *self.IGNORED_KEYS} - {"peft_type", *self.JUDGED}:
             for value in (*WRONG_VALUES, None):
@@ -159,7 +159,7 @@ class MethodContract:
         assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
 
     def test_an_option_that_is_not_served_is_refused_by_name(self, sound: Artifact, spec: BaseSpec) -> None:
-        """Of an option only the values that are served are taken; the refusal names method and key."""
+        """An option is accepted with its served values only; the refusal names method and key."""
         for key, values in {**shared_config.SERVED_VALUES, **self.SERVED_VALUES}.items():
             for value in values:
                 compile_patch(changed(sound, {key: value}, {}), spec)
@@ -196,7 +196,7 @@ class MethodContract:
         assert_refused_by_name(made.config, made.tensors, tmp_path / "in", spec_of(biased_base))
 
     def test_a_tensor_of_another_method_is_refused_by_its_name(self, sound: Artifact, spec: BaseSpec) -> None:
-        """Nothing that a method does not know at a site that it acts on is let through."""
+        """A tensor that the method does not know is refused, also at a site that it acts on."""
         known = {re.sub(r"\d+", "", name) for name in sound.tensors}
         for end in ENDS:
             name = f"{PREFIX}{site_of(next(iter(sound.tensors)), spec)}.{end}"
@@ -217,7 +217,7 @@ class MethodContract:
             compile_patch(sound, toy_spec() if spec.name != "toy" else spec_of(tiny_of("llama")))
 
     def test_what_overflows_is_refused_by_name(self, sound: Artifact, spec: BaseSpec) -> None:
-        """Of values at the end of fp32's range, in one kind of tensor or in all, come finite numbers or a refusal."""
+        """Values at the end of fp32's range, in one kind of tensor or in all, give finite numbers or a refusal."""
         names = [name for name in one_of_a_kind(sound.tensors) if not re.search(self.MAY_MISS, name)]
         for chosen in [*([name] for name in names), names]:
             huge = {name: torch.full(sound.tensors[name].shape, 3e38) for name in chosen}
@@ -252,10 +252,10 @@ class MethodContract:
 
 
 class LinearContract(MethodContract):
-    """The laws of a method that acts on linears which target_modules names; `SOUND` names them in a list."""
+    """The laws of a method that acts on linears named by target_modules; `SOUND` names them in a list."""
 
     def test_a_conv1d_is_refused_or_answers_as_in_peft(self, sound: Artifact, tiny_of: TinyOf) -> None:
-        """Where PEFT does not have the method on a Conv1D, what its tensors would mean is not guessed."""
+        """A Conv1D is refused if PEFT does not have the method for it: the meaning of its tensors is not guessed."""
         if "gpt2" not in {kind for kind, _ in (*self.CASES.values(), *self.FAMILY_ON)}:
             first = next(iter(sound.tensors))
             site = PREFIX + site_of(first, spec_of(tiny_of(self.BASE)))
@@ -267,7 +267,7 @@ class LinearContract(MethodContract):
             assert caught.value.code == "method_unsupported" and caught.value.param in names
 
     def test_sites_of_another_base_are_refused_by_name(self, sound: Artifact, tiny_of: TinyOf) -> None:
-        """Where the base has no such linear, the tensor is named."""
+        """A tensor whose linear the base does not have is named."""
         other = "gpt2" if self.BASE == "llama" else "llama"
         with pytest.raises(ArtifactError, match=f"has no site in {other}") as caught:
             compile_patch(sound, spec_of(tiny_of(other)))
@@ -301,7 +301,7 @@ class LinearContract(MethodContract):
             assert (caught.value.param in sound.tensors) == (reason == "is extra")
 
     def test_an_expression_is_never_run(self, sound: Artifact, spec: BaseSpec) -> None:
-        """Then the tensors alone say where they act."""
+        """A regular expression is never run: the tensors alone decide which sites are changed."""
         patch = compile_patch(sound, spec)
         for config in ({"target_modules": "(a+)+$"}, {"exclude_modules": "(a+)+$"}):
             assert is_same(compile_patch(changed(sound, config, {}), spec), patch)
@@ -321,7 +321,7 @@ def on(kind: str, cases: Mapping[str, Values]) -> dict[str, tuple[str, Values]]:
 
 
 def split_extras(rows: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, TensorsCase], dict[str, ConfigCase]]:
-    """Rows of config, tensors, name (or none) and reason as a table of tensors and one of configs alone."""
+    """Split rows of config, tensors, name (or none) and reason into a table with tensors and one of configs alone."""
     of_tensors, of_configs = dict[str, TensorsCase](), dict[str, ConfigCase]()
     for case, (config, tensors, *name, reason) in rows.items():
         if tensors or any(name):
@@ -332,7 +332,7 @@ def split_extras(rows: Mapping[str, tuple[Any, ...]]) -> tuple[dict[str, Tensors
 
 
 def as_refusals_say(name: str) -> set[str]:
-    """A tensor's name; of a whole module or of rows beside a LoRA also the base's parameter or the plain rows."""
+    """Return the names that a refusal may give a tensor: its own, or that of the base's parameter it replaces."""
     plain = name.replace(".ln_tuning_layers.", ".").replace(".token_adapter.", ".")
     return {name, plain, plain.removeprefix(PREFIX)}
 
@@ -347,12 +347,12 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def floats(patch: Patch) -> list[Tensor]:
-    """All tensors of numbers in a patch's primitives, in order."""
+    """Return every floating-point tensor in a patch's primitives, in order."""
     return [tensor for tensor in flat(patch.primitives) if isinstance(tensor, Tensor) and tensor.is_floating_point()]
 
 
 def flat(thing: Any) -> Iterator[Any]:
-    """Whatever stands in primitives and in their tuples, one by one."""
+    """Yield everything in primitives and in their tuples, one by one."""
     if dataclasses.is_dataclass(thing):
         thing = tuple(getattr(thing, field.name) for field in dataclasses.fields(thing))
     if isinstance(thing, tuple | list):
@@ -369,6 +369,6 @@ def is_same(one: Patch, other: Patch) -> bool:
 
 
 def site_of(name: str, spec: BaseSpec) -> str:
-    """The linear that a tensor's name begins with; the first one where it begins with none."""
+    """Return the linear that a tensor's name begins with, or the first linear if there is none."""
     sites = [site for site in spec.linears if name.startswith(f"{PREFIX}{site}.")]
     return (sites or list(spec.linears))[0]

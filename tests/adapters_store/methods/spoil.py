@@ -40,7 +40,7 @@ def one_of_a_kind(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def spoiled(name: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor], str]]:
-    """How one tensor can be wrong, all tensors then, and the name that a refusal must have."""
+    """Yield the ways to spoil a tensor: all tensors then, and the name that a refusal must give."""
     tensor, others = tensors[name], {other: value for other, value in tensors.items() if other != name}
     yield "is missing", others, name
     for extra in (f"{name}.extra", f"extra.{name}", name.removeprefix("base_"), re.sub(r"\.[01]\.", ".9.", name)):
@@ -70,7 +70,7 @@ def reshaped(tensor: Tensor) -> Iterator[Tensor]:
 def assert_refused_by_name(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], scratch: Path, spec: BaseSpec, may_miss: str = "$^"
 ) -> None:
-    """All that is spoiled is refused, its tensor named in sentence and `param`; what is sound is taken."""
+    """Assert that a spoiled artifact is refused with the tensor's name in text and `param`, a sound one accepted."""
     take_in(config, tensors, scratch, spec)
     for name in one_of_a_kind(tensors):
         for reason, wrong, named in spoiled(name, tensors):

@@ -96,7 +96,7 @@ class TestAdalora(LinearContract):
         return loras.make_adalora(folder, base, seed, **config)
 
     def test_a_site_without_a_rank_has_no_branch(self, sound: Artifact, spec: BaseSpec) -> None:
-        """What was pruned to nothing is nothing, however its empty tensors look."""
+        """A site that was pruned to rank 0 has no update, whatever its empty tensors look like."""
         pattern = {f"{SITE}.lora_E": [False] * 4}
         empty = {A: torch.ones(0, 64), B: torch.ones(64, 0), E: torch.ones(0, 1)}
         patch = compile_patch(changed(sound, {"rank_pattern": pattern}, empty), spec)

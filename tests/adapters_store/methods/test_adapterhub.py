@@ -81,7 +81,7 @@ def test_an_artifact_answers_as_in_adapterhub(bases: Callable[[str], Base], mode
 
 @pytest.fixture(scope="module")
 def spec(bases: Callable[[str], Base]) -> BaseSpec:
-    """Of the tiny llama."""
+    """The spec of the tiny llama."""
     return spec_of(bases("llama")[1])
 
 
@@ -135,7 +135,7 @@ def test_who_saved_from_a_model_without_a_head_is_understood(spec: BaseSpec) -> 
 
 @pytest.mark.parametrize("kept", ["adapter_norm_before", "adapter_down.0"])
 def test_a_norm_has_one_value_under_two_names(spec: BaseSpec, kept: str) -> None:
-    """With ln_before, either name or both are taken; if they differ, neither."""
+    """Either name of a norm or both are accepted with ln_before; if they differ, neither is."""
     artifact = golden("houlsby-norms")
     other = {"adapter_norm_before": ".adapter_down.0.", "adapter_down.0": ".adapter_norm_before."}[kept]
     norms = [name for name in artifact.tensors if other in name]
@@ -149,7 +149,7 @@ def test_a_norm_has_one_value_under_two_names(spec: BaseSpec, kept: str) -> None
 
 
 def test_every_key_that_adapterhub_writes_is_judged() -> None:
-    """No key of the saved config is unknown, and none is known that is not there."""
+    """Every key of the saved config is known, and every known key is in it."""
     known = {*SERVED_VALUES, *IGNORED_KEYS, *BnConfig.__struct_fields__}
     assert golden().config["config"].keys() == known - {"architecture"}  # it is there for other methods
     assert golden().config.keys() == {*IGNORED_OUTER_KEYS, *SavedConfig.__struct_fields__}
@@ -183,7 +183,7 @@ REFUSED_INSIDE: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_an_option_that_changes_the_answer_is_refused_by_name(
     spec: BaseSpec, name: str, changes: dict[str, Any], key: str
 ) -> None:
-    """What is not served is never ignored: the key is named."""
+    """An option that is not served is never ignored: the key is named."""
     with pytest.raises(ArtifactError, match=key) as caught:
         compile_patch(inside(golden(name), **changes), spec)
     assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
@@ -297,7 +297,7 @@ def test_an_upload_of_adapterhubs_folder_becomes_one_of_pefts_names(tmp_path: Pa
 
 
 def test_weights_of_both_names_are_refused(tmp_path: Path) -> None:
-    """Which of two files counts is never a matter of taste: in a zip and in a folder."""
+    """A choice between two weight files is never made silently: in a zip and in a folder."""
     with pytest.raises(ArtifactError, match=f"{WEIGHTS} twice"):
         unpacked(tmp_path, {**MEMBERS, WEIGHTS: b"x"})
     for name, data in {**MEMBERS, WEIGHTS: b"x"}.items():
@@ -317,7 +317,7 @@ def test_what_else_adapterhub_saves_that_changes_the_answer_is_refused(tmp_path:
 
 
 def test_a_pickle_of_adapterhub_is_named(tmp_path: Path) -> None:
-    """Where only pytorch_adapter.bin is there, the sentence says use_safetensors=True."""
+    """A folder with pytorch_adapter.bin alone is refused with the hint use_safetensors=True."""
     (tmp_path / CONFIG).write_bytes(MEMBERS[CONFIG])
     (tmp_path / "pytorch_adapter.bin").write_bytes(b"x")
     with pytest.raises(ArtifactError, match="use_safetensors=True"):

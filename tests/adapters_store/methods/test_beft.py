@@ -26,7 +26,7 @@ CONFIGS: dict[str, ConfigCase] = {
 
 
 class TestBeft(LinearContract):
-    """Biases, also where the base has none."""
+    """Biases, also at linears that have none in the base."""
 
     PEFT_TYPE, NAME, PEFT, SCHEMA = "BEFT", "BEFT", PeftBeftConfig, BeftConfig
     IGNORED_KEYS, SERVED_VALUES, FILL, SOUND = IGNORED_KEYS, SERVED_VALUES, staticmethod(noise), TARGETS

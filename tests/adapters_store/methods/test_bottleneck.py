@@ -95,7 +95,7 @@ def test_a_block_that_is_no_module_has_no_parallel_bottleneck(tmp_path: Path, ti
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("bottleneck")])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_seed_of_the_kit_changes_the_base(tmp_path: Path, tiny_base: Path, family: str, seed: int) -> None:
-    """What the kit makes compiles, whatever the seed chose, and changes the logits by more than 0.1."""
+    """Every seed of the kit compiles, and changes the logits by more than 0.1."""
     primitives = assert_answers_as_adapted(tiny_base, FAMILIES[family](tmp_path / "hat", tiny_base, seed)).primitives
     assert len(primitives) == (4 if family.endswith("houlsby") else 2)
 

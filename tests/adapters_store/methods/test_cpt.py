@@ -24,7 +24,7 @@ from tests.kit.forge import toy_artifact
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """What PEFT writes, with changes."""
+    """Return PEFT's config, with changes."""
     lists = {key: [1, 2, 3] for key in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")}
     return {**CPTConfig(task_type="CAUSAL_LM", **lists).to_dict(), "peft_type": "CPT", **changes}
 
@@ -52,7 +52,7 @@ TENSORS: dict[str, TensorsCase] = {"the change beside the sum": ({}, {CHANGE: to
 
 
 class TestCPT(SoftContract):
-    """What is saved is the context with its projected change, which was made by training and is no text."""
+    """The saved tensor is the context with its projected change, which was trained and is no text."""
 
     NAME, PEFT_TYPE, PEFT, SCHEMA, IGNORED_KEYS = "CPT", "CPT", CPTConfig, VirtualTokens, IGNORED_KEYS
     JUDGED = ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")

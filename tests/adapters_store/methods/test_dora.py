@@ -90,7 +90,7 @@ class TestDora(LoraContract):
         return super().make(folder, base, seed, use_dora=True, **config)
 
     def test_a_row_without_a_direction_is_refused(self, sound: Artifact, spec: BaseSpec) -> None:
-        """Where A and B take a row of the base's weight away there is nothing to give a magnitude to."""
+        """A row of the base's weight that A and B cancel has no direction to give a magnitude to: refused."""
         a, b = torch.zeros(4, 64), torch.zeros(64, 4)
         a[0], b[0, 0] = base_weight(spec, "model.layers.0.self_attn.q_proj.weight")[0], -1
         with pytest.raises(ArtifactError, match=r"q_proj\.lora_magnitude_vector overflows"):

@@ -80,7 +80,7 @@ def save_as_users_do(folder: Path, base: Path, seed: int = 0, **config: Any) -> 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi"])
 @pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "lm_head"]])
 def test_copies_of_the_base_are_taken_and_left(tiny_of: TinyOf, tmp_path: Path, kind: str, targets: list[str]) -> None:
-    """PEFT saves the base's embedding and head along where they are targets: they say nothing."""
+    """Copies of embedding and head, which PEFT saves if they are targets, are accepted and dropped."""
     folder = save_as_users_do(tmp_path / "hat", tiny_of(kind), target_modules=targets)
     assert HEAD + ".base_layer.weight" in read_folder(folder).tensors
     patch = assert_answers_as_peft(tiny_of(kind), folder)
@@ -125,7 +125,7 @@ class TestLoraOnEmbedding(LoraContract):
         return save_as_users_do(folder, base, seed, **config)
 
     def test_a_copy_in_16_bits_is_the_base(self, sound: Artifact, spec: BaseSpec) -> None:
-        """A copy that was rounded is still the base's, and where there is none nothing is missed."""
+        """A copy that was rounded to 16 bits still counts as the base's, and a missing copy is accepted."""
         name = EMBEDDING + ".base_layer.weight"
         for copy in (sound.tensors[name].bfloat16(), sound.tensors[name].half(), None):
             compile_patch(changed(sound, {}, {name: copy}), spec)

@@ -62,7 +62,7 @@ class TestLoha(LinearContract):
     CASES, TENSORS, CONFIGS = on("llama", CASES), TENSORS, CONFIGS
 
     def test_whatever_holds_fewer_numbers_is_kept(self, tmp_path: Path, tiny_base: Path) -> None:
-        """Two factors of rank r^2 where they are the smaller, the whole update where they are not."""
+        """Two factors of rank r^2 are kept if they have fewer numbers, else the full update."""
         for rank, kind in ((5, LowRank), (6, Delta)):  # 64 x 64: equal at rank 32
             config = {**TARGETS, "r": rank, "target_modules": ["q_proj"]}
             folder = self.make(tmp_path / str(rank), tiny_base, **config)

@@ -88,7 +88,7 @@ class TestLokr(LinearContract):
     def test_whatever_holds_fewer_numbers_is_kept(
         self, tmp_path: Path, tiny_base: Path, case: dict[str, Any], kind: type, num_items: int
     ) -> None:
-        """Two factors where they are the smaller, the whole update where they are not."""
+        """Two factors are kept if they have fewer numbers, else the full update."""
         config = {"alpha": case["r"], "target_modules": ["q_proj"], **case}
         patch = self.assert_answers(tiny_base, self.make(tmp_path / "hat", tiny_base, **config))
         assert {type(primitive) for primitive in patch.primitives} == {kind}

@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def peft_deltas(base: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """What PEFT adds to each weight, [out, in]."""
+    """Return what PEFT adds to each weight, [out, in], by site."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
@@ -116,7 +116,7 @@ def test_a_lora_relative_to_a_changed_base_is_refused(init: str) -> None:
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica", None])
 def test_other_initialisations_say_nothing_about_the_answer(init: object) -> None:
-    """Where the base's weights stay as they are, how A and B began does not matter."""
+    """An initialisation that leaves the base's weights unchanged does not change the answer."""
     compile_patch(toy_artifact(toy_config(init_lora_weights=init)), toy_spec())
 
 
@@ -186,7 +186,7 @@ NAMES = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
 @settings(max_examples=1000, deadline=None)
 @given(NAMES, st.lists(st.tuples(st.booleans(), NAMES, st.booleans()), max_size=4))
 def test_patterns_match_as_in_peft(site: str, keys: list[tuple[bool, str, bool]]) -> None:
-    """Without running an expression, the first pattern that fits a site is the one that PEFT's expression finds."""
+    """The first pattern that matches a site is the one that PEFT's expression matches, without running one."""
     texts = [("^" if anchor else "") + (key.replace("_", ".") if is_loose else key) for anchor, key, is_loose in keys]
     patterns = {text: place for place, text in enumerate(texts)}
     expected = patterns.get(get_pattern_key(list(patterns), site), -1)
@@ -222,7 +222,7 @@ def test_targets_are_selected_as_in_peft(
 
 
 def test_a_pattern_for_layers_is_never_run() -> None:
-    """An expression in layers_pattern is data: then the tensors alone say where they act."""
+    """An expression in layers_pattern is never run: the tensors alone decide which sites are changed."""
     config = toy_config(layers_to_transform=[0], layers_pattern=["(a+)+$"])
     sites = {primitive.site for primitive in all_of(LowRank, compile_patch(toy_artifact(config), toy_spec()))}
     assert SITE.format(1, "q_proj") in sites
@@ -244,7 +244,7 @@ class TestLora(LoraContract):
     @pytest.fixture(scope="class")
     @classmethod
     def spec(cls) -> BaseSpec:
-        """Of the toy."""
+        """The spec of the toy base."""
         return toy_spec()
 
     def test_half_precision_is_folded_in_fp32(self) -> None:

@@ -1,4 +1,4 @@
-"""No method that is served, and no family of the kit, is without the laws of `method_contract`."""
+"""Every served method, and every family of the kit, is tested by the laws of `method_contract`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 
 
 def contracts(kind: type[MethodContract] = MethodContract) -> Iterator[type[MethodContract]]:
-    """All classes of tests of this folder that keep the laws."""
+    """Yield every test class of this folder that inherits the laws."""
     for derived in kind.__subclasses__():
         if derived.__name__.startswith("Test"):
             yield derived

@@ -58,7 +58,7 @@ class TestMiss(LinearContract):
     CASES, TENSORS, CONFIGS = on("llama", CASES), TENSORS, CONFIGS
 
     def test_whatever_holds_fewer_numbers_is_kept(self, tmp_path: Path, tiny_base: Path) -> None:
-        """Two factors where they are the smaller, the whole update where they are not."""
+        """Two factors are kept if they have fewer numbers, else the full update."""
         for rank, kind in ((31, LowRank), (32, Delta)):  # 64 x 64: equal at 32
             config = PeftMissConfig(task_type="CAUSAL_LM", r=rank, target_modules=["q_proj"])
             folder = make_peft(tmp_path / str(rank), tiny_base, config, fill=scaled(0.05))

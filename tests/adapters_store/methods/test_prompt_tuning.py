@@ -66,7 +66,7 @@ def test_the_embeddings_of_a_text_answer_as_the_text(tiny_of: TinyOf, kind: str)
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() & {"prompt-tuning", "p-tuning", "multitask-prompt-tuning"}))
 def test_families_have_many_lengths(tiny_base: Path, tmp_path: Path, name: str) -> None:
-    """What other tests take as this family has between 3 and 40 virtual tokens, by the seed, and the same bytes."""
+    """The kit's families have 3 to 40 virtual tokens, by the seed, and the same bytes for the same seed."""
     folders = [FAMILIES[name](tmp_path / str(seed), tiny_base, seed) for seed in (3, 4, 5)]
     patches = [compile_patch(read_folder(folder), spec_of(tiny_base)) for folder in folders]
     assert len({patch.num_virtual for patch in patches}) == 3
@@ -89,7 +89,7 @@ def prompt_spec() -> BaseSpec:
 
 
 def soft(name: str, changes: dict[str, Any] | None = None, **tensors: Tensor | None) -> Artifact:
-    """A sound artifact of three virtual tokens, of rank 2 where it has ranks; None takes a tensor away."""
+    """Make a sound artifact of three virtual tokens, with rank 2 if it has ranks; None takes a tensor away."""
     config: dict[str, Any] = {"peft_type": TYPES[name][0], "num_virtual_tokens": T, "token_dim": SIZE, "num_layers": 2}
     found: dict[str, Tensor | None] = {EMBEDDINGS: torch.arange(24.0).view(T, SIZE)}
     if name == "multitask":
@@ -160,7 +160,7 @@ SPOILED: dict[str, tuple[str, dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize(("key", "value"), [("num_tasks", 2), ("num_tasks", 0), ("num_ranks", 0), ("num_ranks", 10**9)])
 def test_a_prompt_of_many_tasks_is_refused(key: str, value: int) -> None:
-    """Which of many tasks was meant is not in the file: refused, with how to save one of them."""
+    """A prompt of many tasks does not say which one is meant: refused, with how to save one."""
     with pytest.raises(ArtifactError, match=f"{key}={value}") as caught:
         compiled(soft("multitask", {key: value}))
     assert caught.value.param == key
@@ -169,7 +169,7 @@ def test_a_prompt_of_many_tasks_is_refused(key: str, value: int) -> None:
 
 @pytest.mark.parametrize("key", ["num_tasks", "num_ranks"])
 def test_counts_that_are_left_out_are_one(key: str) -> None:
-    """PEFT's defaults hold where a config says nothing."""
+    """A count that the config leaves out has PEFT's default."""
     ones = {COLS: torch.ones(1, T, 1), ROWS: torch.ones(1, 1, SIZE)}
     compiled(soft("multitask", {"num_tasks": 1, "num_ranks": 1, key: None}, **ones))
 
@@ -189,7 +189,7 @@ class SoftContract(MethodContract):
     @pytest.fixture(scope="class")
     @classmethod
     def spec(cls) -> BaseSpec:
-        """Of that base."""
+        """The spec of that base."""
         return prompt_spec()
 
     def assert_answers(self, base: Path, folder: Path, **inputs: Tensor) -> Patch:

@@ -79,14 +79,14 @@ def assert_answers_as_trained(base: Path, folder: Path) -> Patch:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma2"])
 def test_a_layer_of_the_kit_answers_as_trained(tiny_of: TinyOf, tmp_path: Path, kind: str) -> None:
-    """What the bench and the golden tests wear is what it says."""
+    """The selective layers that the benchmark and golden tests use answer as the trained model."""
     for seed in range(2):
         assert_answers_as_trained(tiny_of(kind), make_selective_layer(tmp_path / f"{seed}", tiny_of(kind), seed))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "phi", "opt"])
 def test_bitfit_is_biases_alone(tiny_of: TinyOf, tmp_path: Path, kind: str) -> None:
-    """All biases compile to one `Bias` each, those of norms too."""
+    """Every bias compiles to a `Bias`, those of norms too."""
     patch = compiled(tiny_of(kind), make_bitfit(tmp_path / "hat", tiny_of(kind), 0))
     spec = spec_of(tiny_of(kind))
     modules: list[tuple[str, LinearSite | NormSite]] = [*spec.linears.items(), *spec.norms.items()]

@@ -63,7 +63,7 @@ CONFIGS: dict[str, ConfigCase] = {
 
 
 class TestVera(LinearContract):
-    """With projections that are saved, as those of `SOUND`, or drawn again from the key."""
+    """Projections are saved, as in `SOUND`, or drawn again from the key."""
 
     PEFT_TYPE, NAME, PEFT, SCHEMA = "VERA", "VeRA", PeftVeraConfig, VeraConfig
     IGNORED_KEYS, SERVED_VALUES, FILL, SOUND = IGNORED_KEYS, SERVED_VALUES, staticmethod(noise), TARGETS
@@ -76,7 +76,7 @@ class TestVera(LinearContract):
         return make_peft(folder, base, vera_config(**config), seed, cls.FILL)
 
     def test_whatever_holds_fewer_numbers_is_kept(self, tmp_path: Path, tiny_base: Path) -> None:
-        """Factors where they are the smaller, the whole update where the rank is too high for that."""
+        """Two factors are kept if they have fewer numbers, else the full update."""
         for rank, kind in ((31, LowRank), (32, Delta)):  # 64 x 64: equal at 32
             config: dict[str, Any] = {"r": rank, "target_modules": ["q_proj"], "save_projection": False}
             folder = self.make(tmp_path / str(rank), tiny_base, **config)
@@ -92,7 +92,7 @@ class TestVera(LinearContract):
         assert first.a.dtype == torch.float32
 
     def test_an_artifact_of_projections_alone_is_refused(self, sound: Artifact, spec: BaseSpec) -> None:
-        """A hat that would be the base is no hat."""
+        """An artifact without trained tensors would answer as the base: refused."""
         names = set(sound.tensors) - {A_NAME, B_NAME}
         with pytest.raises(ArtifactError, match="vera_lambda_b is missing: target_modules names its site"):
             compile_patch(changed(sound, {}, dict.fromkeys(names)), spec)
