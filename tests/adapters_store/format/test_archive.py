@@ -73,7 +73,7 @@ def test_one_folder_around_the_files_is_allowed(room: Room, compress: bool) -> N
 
 
 def test_a_single_file_carries_its_config_and_manifest(room: Room) -> None:
-    """One safetensors file with config and manifest in its metadata becomes a whole folder."""
+    """A safetensors file with config and manifest in its metadata becomes a complete folder."""
     metadata = {"adapter_config": json.dumps(toy_config()), "manifest": json.dumps({"format_version": 1})}
     room.unpack(save(toy_tensors(), metadata=metadata), SAFETENSORS_TYPE)
     assert json.loads((room.into / CONFIG).read_text()) == toy_config()
@@ -171,7 +171,7 @@ def test_a_hostile_zip_is_refused_with_its_reason(room: Room, data: bytes, code:
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_the_same_name_twice_is_refused(room: Room) -> None:
-    """Which of two configs counts is never a matter of taste."""
+    """A choice between two configs is never made silently."""
     with pytest.raises(ArtifactError, match=f"{CONFIG} twice"):
         room.unpack(zip_of([*SOUND.items(), (CONFIG, b"{}")]))
 
@@ -216,7 +216,7 @@ def test_an_unknown_content_type_is_refused(room: Room) -> None:
 
 
 def test_a_full_disk_is_the_disks_error(room: Room) -> None:
-    """What the disk says is not blamed on the zip."""
+    """An error of the disk is not blamed on the zip."""
     room.body.write_bytes(zip_of(SOUND))
     with pytest.raises(FileNotFoundError):
         unpack_upload(room.body, ZIP_TYPE, room.into / "absent", MAX_BYTES)
@@ -225,7 +225,7 @@ def test_a_full_disk_is_the_disks_error(room: Room) -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_spoiled_zip_is_refused_or_sound(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Whatever bytes of a zip are changed: an `ArtifactError`, or files that then are checked as any other."""
+    """A zip with any bytes changed gives an `ArtifactError`, or files that are then checked as any other."""
     room, sound = Room(tmp_path_factory.mktemp("room")), bytearray(zip_of(SOUND, compress=True))
     records = [place for place in range(len(sound)) if sound[place : place + 2] == b"PK"]
     for _ in range(data.draw(st.integers(1, 4))):

@@ -1,4 +1,4 @@
-"""safetensors from strangers."""
+"""Safetensors files from untrusted uploads: what is refused, with which message."""
 
 from __future__ import annotations
 

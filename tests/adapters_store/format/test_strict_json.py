@@ -1,4 +1,4 @@
-"""JSON from strangers."""
+"""JSON from untrusted uploads: what is refused, with which message."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class MethodContract:
     def test_the_answers_are_those_of_peft(
         self, tmp_path: Path, tiny_of: TinyOf, answered: tuple[str, Values | int]
     ) -> None:
-        """For every base and option the patch gives PEFT's logits, and depends on all tensors."""
+        """A patch gives PEFT's logits for every base and option, and depends on all tensors."""
         kind, config = answered
         folder, base = tmp_path / "hat", tiny_of(kind)
         if isinstance(config, int):

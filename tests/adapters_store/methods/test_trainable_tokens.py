@@ -64,7 +64,7 @@ def test_a_tied_head_may_be_left_out(tiny_of: TinyOf, tmp_path: Path) -> None:
 
 
 def rows(num: int, width: int = 64) -> Tensor:
-    """Any rows."""
+    """Make any rows [n, width]."""
     return torch.ones(num, width)
 
 
