@@ -1,1 +1,1 @@
-"""The courtyard: what an adapter is, how it is written, where it is kept."""
+"""Read, check, compile and store adapters: shared by server and training, which never import each other."""

@@ -1,4 +1,4 @@
-"""Make files and folders durable: fsync of a file and of a folder."""
+"""Make files and folders durable with fsync."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync every file of a folder, then the folder."""
+    """Sync every file of a folder to disk, then the folder. Raises `OSError`."""
     for file in folder.iterdir():
         fsync(file)
     fsync(folder)
 
 
 def fsync(path: Path) -> None:
-    """Make a file's bytes, or a directory's names, durable."""
+    """Sync a file's bytes, or a directory's entries, to disk. Raises `OSError`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

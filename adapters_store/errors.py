@@ -1,4 +1,4 @@
-"""Why an artifact or a name is refused.
+"""Errors with the code that the API answers, for artifacts, names, quotas and stores.
 
 ArtifactError (artifact_invalid)
 ├── ArtifactTooLargeError (artifact_too_large)
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class ArtifactError(Exception):
-    """An artifact is refused. `param` names the offending thing: a tensor, a config key, a member of the zip."""
+    """An artifact is refused. `param` names the cause: a tensor, a config key, or a member of the zip."""
 
     code = "artifact_invalid"
 
@@ -30,19 +30,19 @@ class ArtifactError(Exception):
 
 
 class ArtifactTooLargeError(ArtifactError):
-    """More bytes, tensors or members than may be taken in."""
+    """The artifact has more bytes, tensors or zip members than the limits allow."""
 
     code = "artifact_too_large"
 
 
 class ArtifactTypeError(ArtifactError):
-    """Not a zip of a PEFT folder and not safetensors."""
+    """The upload is neither a zip of a PEFT folder nor a safetensors file."""
 
     code = "artifact_type"
 
 
 class MethodUnsupportedError(ArtifactError):
-    """A method, or an option that changes the answer, that is not served."""
+    """The artifact's method, or an option of it that changes the output, is not served."""
 
     code = "method_unsupported"
 
@@ -54,50 +54,50 @@ class WrongBaseError(ArtifactError):
 
 
 class ProbeError(ArtifactError):
-    """Worn by the engine, it does not compute."""
+    """The engine failed to compute a probe request with the adapter."""
 
     code = "probe_failed"
 
 
 class ParityError(ArtifactError):
-    """Worn by the engine, it does not answer as it did for its trainer."""
+    """The engine's output with the adapter differs from the output that its trainer recorded."""
 
     code = "parity_failed"
 
 
 class ArtifactCorruptError(ArtifactError):
-    """The bytes in the store are not those that were put there."""
+    """The stored bytes are not the bytes that were put there: their digest differs."""
 
     code = "artifact_corrupt"
 
 
 class AbsentError(Exception):
-    """No such task or version for this tenant, or no such tenant."""
+    """The tenant does not exist, or has no such task, version or key."""
 
     code = "not_found"
 
 
 class NameTakenError(Exception):
-    """The name is a tenant's, or was."""
+    """The tenant's name is in use, or was used before: names are never reused."""
 
     code = "conflict"
 
 
 class NoEarlierRouteError(Exception):
-    """A task never had another route that it could go back to."""
+    """The task has no earlier route to roll back to."""
 
     code = "conflict"
 
 
 class QuotaError(Exception):
-    """A tenant has as many adapters, or bytes of them, as it may; no wait would help."""
+    """The tenant's limit on adapters or on their bytes is reached; waiting does not help."""
 
     code = "limit_reached"
 
 
 class StoreError(Exception):
-    """The store of artifacts or the registry cannot be used as it was named; the message is for the operator."""
+    """The artifact store or the registry cannot be used as configured; the message is for the operator."""
 
 
 class RegistryDownError(Exception):
-    """The registry's database does not answer just now."""
+    """The registry's database does not answer at the moment; retrying can help."""

@@ -1,15 +1,18 @@
-"""The primitives: the instruction set that all methods compile to.
+"""The primitives: the small instruction set that every method compiles to.
 
-A *patch* is an artifact compiled to primitives for one base. At a site with input x and output y = f(x) they act in
-this order, whatever their order in the patch, and in that of several patches that one row wears:
+A *patch* is an adapter compiled to primitives for one base. At a site with input x and output y = f(x) primitives act
+in this order, whatever their order in the patch, and also if one row uses several patches:
 
-1. `Scale` on the input:      x *= v                      f sees the scaled input, and so does all that follows
-2. `Scale` on the output:     y *= v                      it scales what the base computed, not what others add
+1. `Scale` on the input:      x *= v                      f and all later steps see the scaled input
+2. `Scale` on the output:     y *= v                      scales what the base computed, not what patches add
 3. `Delta`, `Rows`, `LowRank`, `Bias`, `Bottleneck` of the input or stream:  y += what each computes from x
 4. `Bottleneck` of the output: y += what it computes from y, one after another in the order of the patches
 
-A patch may be worn with a weight w: it multiplies each update (`y += w B A x`, `y *= 1 + w (v - 1)`), so that 0 is the
-base and 1 the whole patch. Each primitive's `update` is its formula in plain torch, the slow twin of the kernels.
+A patch may be used with a weight w, which multiplies each update (`y += w B A x`, `y *= 1 + w (v - 1)`): 0 gives the
+base, 1 the whole patch. Each primitive's `update` is its formula in plain torch, the reference for the kernels.
+
+Every primitive counts the numbers that it takes in an adapter slot: `num_items` in all, of which `num_matrix_items` are
+of matrices, which a device may store in 16 bits.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ NORM_EPS = 1e-5  # of torch.nn.LayerNorm
 
 
 def even(num_items: int) -> int:
-    """Matrices end at an even number of items, so that what lies behind them is aligned if they are kept in 16 bits."""
+    """Round up to an even number of items, so that what follows a matrix stored in 16 bits stays aligned to 32 bits."""
     return num_items + num_items % 2
 
 
@@ -61,7 +64,7 @@ class LowRank:
         return even(self.a.numel() + self.b.numel())
 
     def update(self, x: Tensor) -> Tensor:
-        """x [..., in] -> what is added to y [..., out]."""
+        """Compute B (A x), which is added to y: x [..., in] -> [..., out]."""
         return (x @ self.a.T) @ self.b.T
 
 
@@ -80,7 +83,7 @@ class Scale:
         return self.v.numel()
 
     def factor(self, weight: float) -> Tensor:
-        """What x or y is multiplied by."""
+        """Compute the factor of x or y for an adapter weight: 1 + weight (v - 1), of v's shape."""
         return 1 + weight * (self.v - 1)
 
 
@@ -98,7 +101,7 @@ class Bias:
         return self.b.numel()
 
     def update(self, x: Tensor) -> Tensor:
-        """x [..., in] -> b, as it is added to every row of y."""
+        """Expand b for every row: x [..., in] -> [..., out]."""
         return self.b.expand(*x.shape[:-1], -1)
 
 
@@ -108,7 +111,7 @@ class Bottleneck:
 
     With `of="stream"`, at a feed-forward block, h is the residual stream that the norm before the block reads.
     Scaling is folded into U and u. M and N are optional layer norms, (gamma, beta) of [size] each. Houlsby
-    arXiv:1902.00751, Pfeiffer arXiv:2005.00247, parallel arXiv:2110.04366.
+    (arXiv:1902.00751), Pfeiffer (arXiv:2005.00247), parallel (arXiv:2110.04366).
     """
 
     site: str
@@ -123,7 +126,7 @@ class Bottleneck:
 
     @property
     def num_items(self) -> int:
-        """All biases are laid out, and each norm that there is."""
+        """Count the matrices, both biases (a slot has space for them even if None) and each norm that is present."""
         size, norms = self.down.shape[1], (self.norm_before, self.norm_after)
         return self.num_matrix_items + len(self.down) + size + sum(2 * size for norm in norms if norm)
 
@@ -132,7 +135,7 @@ class Bottleneck:
         return even(self.down.numel() + self.up.numel())
 
     def update(self, h: Tensor) -> Tensor:
-        """h [..., size] -> what is added to y."""
+        """Compute what is added to y: h [..., size] -> [..., size]."""
         if self.norm_before is not None:
             h = functional.layer_norm(h, h.shape[-1:], *self.norm_before, NORM_EPS)
         h = functional.linear(h, self.down, self.down_bias)
@@ -144,7 +147,7 @@ class Bottleneck:
 
 @dataclass(frozen=True)
 class Delta:
-    """`y += dW x` at a linear: dW [out, in], whole: selective tuning, and updates that are not low-rank."""
+    """`y += dW x` at a linear, dW [out, in] in full: selective tuning, and updates that are not low-rank."""
 
     site: str
     dw: Tensor
@@ -158,13 +161,13 @@ class Delta:
         return even(self.dw.numel())
 
     def update(self, x: Tensor) -> Tensor:
-        """x [..., in] -> dW x."""
+        """Compute dW x, which is added to y: x [..., in] -> [..., out]."""
         return x @ self.dw.T
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `ids` [n] (ascending, int64) of the embedding or of the head, changed by dE [n, size]: trainable tokens.
+    """Changed rows of the embedding or head: `ids` [n] (ascending, int64) changed by dE [n, size] (trainable tokens).
 
     At the embedding `y += dE[j]` for the token ids[j]; at the head `y[ids] += dE x`.
     """
@@ -175,7 +178,7 @@ class Rows:
 
     @property
     def num_items(self) -> int:
-        """An id takes an item too."""
+        """Count the rows and the ids, one item each."""
         return self.num_matrix_items + len(self.ids)
 
     @property
@@ -185,7 +188,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class PrefixEmbeds:
-    """Virtual leading positions with the input embeddings E [n, hidden]: prompt tuning, arXiv:2104.08691; p-tuning."""
+    """Virtual leading positions with the input embeddings E [n, size]: prompt tuning (arXiv:2104.08691), p-tuning."""
 
     embeds: Tensor
     num_matrix_items = 0
@@ -201,9 +204,9 @@ class PrefixEmbeds:
 
 @dataclass(frozen=True)
 class PrefixKV:
-    """Virtual leading positions whose keys and values are given: prefix tuning, arXiv:2101.00190.
+    """Virtual leading positions whose keys and values are given: prefix tuning (arXiv:2101.00190).
 
-    Per layer keys [n, kv heads, key_dim] as they lie in the cache, after rotation, and values [n, kv heads, value_dim].
+    Per layer keys [n, kv heads, key_dim] as the cache stores them, after rotation, and values [n, kv heads, value_dim].
     """
 
     keys: tuple[Tensor, ...]
@@ -225,9 +228,10 @@ Prefix = PrefixEmbeds | PrefixKV
 
 @dataclass(frozen=True)
 class Patch:
-    """An artifact compiled to primitives for one base: at most one of a kind a site, and at most one prefix.
+    """An adapter compiled to primitives for one base: at most one primitive of a kind per site, and at most one prefix.
 
-    `num_parameters` counts what was trained: the artifact's own numbers, whatever they compile to.
+    `digest` identifies the artifact. `num_parameters` counts the artifact's own trained numbers,
+    whatever they compile to.
     """
 
     digest: str
@@ -237,20 +241,20 @@ class Patch:
 
     @property
     def num_items(self) -> int:
-        """Numbers that a slot holds of it."""
+        """Count the numbers that a slot holds for this patch."""
         return sum(primitive.num_items for primitive in self.primitives)
 
     @property
     def num_matrix_items(self) -> int:
-        """Those of them that are of matrices, which a device may keep in fewer bits; all others are kept in 32."""
+        """Count the matrix numbers among `num_items`: a device may store them in 16 bits, all others take 32."""
         return sum(primitive.num_matrix_items for primitive in self.primitives)
 
     @property
     def prefix(self) -> Prefix | None:
-        """Its virtual positions, if it has any."""
+        """Return the virtual leading positions, or None."""
         return next((p for p in self.primitives if isinstance(p, PrefixEmbeds | PrefixKV)), None)
 
     @property
     def num_virtual(self) -> int:
-        """How many virtual positions it puts before a prompt."""
+        """Count the virtual positions that are placed before a prompt."""
         return 0 if self.prefix is None else self.prefix.num_tokens

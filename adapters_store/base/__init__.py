@@ -1,1 +1,1 @@
-"""What a base model is: how it is found, identified and described."""
+"""Find, identify and describe a base model."""

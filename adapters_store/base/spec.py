@@ -1,7 +1,7 @@
-"""What a base looks like to whoever compiles an artifact for it: data, without torch.
+"""Describe a base model as plain data, for the methods that compile adapters to it. Needs no torch.
 
-A *site* is a named place in the base where a primitive acts: the dotted name of a module, as transformers names it
-(`model.layers.0.self_attn.q_proj`). Its input is what the module is called with, its output what it returns.
+A *site* is a named module of the base that a primitive acts on: its dotted name in transformers
+(`model.layers.0.self_attn.q_proj`), PEFT's target module. Its input is the module's input, its output what it returns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 
 class Counted(Protocol):
-    """A primitive, a patch or a version: so many numbers, of which so many are of matrices."""
+    """Anything that takes `num_items` numbers on a device, of which `num_matrix_items` are of matrices."""
 
     @property
     def num_items(self) -> int: ...
@@ -22,13 +22,13 @@ class Counted(Protocol):
 
 @dataclass(frozen=True)
 class ItemBytes:
-    """What a number takes on a device, which may keep those of matrices in fewer bits."""
+    """Bytes of one number on a device: of a matrix, which may be stored in fewer bits, and of anything else."""
 
     matrix: int = 4
     other: int = 4
 
     def of(self, counted: Counted) -> int:
-        """What it takes."""
+        """Return the bytes that a primitive, patch or version takes on the device."""
         return self.matrix * counted.num_matrix_items + self.other * (counted.num_items - counted.num_matrix_items)
 
 
@@ -36,7 +36,7 @@ class ItemBytes:
 class LinearSite:
     """A linear layer: `y [..., out_features] = W x [..., in_features] (+ b)`.
 
-    `is_transposed` says that the base keeps W as [in, out] (GPT-2's `Conv1D`), and so do artifacts that replace it.
+    `is_transposed`: the base stores W as [in, out] (GPT-2's `Conv1D`), and so does an artifact that replaces W.
     """
 
     in_features: int
@@ -47,7 +47,7 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class NormSite:
-    """A norm: `y [..., size] = n(x) (offset + w) (+ b)`, where n has no parameters; offset is 1 in Gemma, else 0."""
+    """A norm: `y [..., size] = n(x) (offset + w) (+ b)`, n without parameters; offset is 1 in Gemma, else 0."""
 
     size: int
     has_bias: bool = False
@@ -56,11 +56,11 @@ class NormSite:
 
 @dataclass(frozen=True)
 class LayerSites:
-    """One decoder layer: its own site and those of its attention and of its feed-forward block.
+    """The sites of a decoder layer: the layer itself, its attention and its feed-forward block.
 
-    `mlp` is a module that returns what is added to the residual stream; `is_mlp_whole` says whether that module is the
-    whole block, so that its input is the block's input too; `stream` is the norm before it, whose input is the residual
-    stream. None where no such module was found.
+    `mlp` is a module whose output is added to the residual stream; with `is_mlp_whole` it is the entire block, so its
+    input is the block's input; `stream` is the norm before the block, whose input is the residual stream. None: not
+    found.
     """
 
     layer: str
@@ -72,7 +72,7 @@ class LayerSites:
 
 @dataclass(frozen=True)
 class KVShape:
-    """Of one layer's cache: number of kv heads, and the widths of a key and of a value."""
+    """The shape of a layer's KV cache: number of kv heads, and the widths of a key and of a value."""
 
     num_kv_heads: int
     key_dim: int
@@ -81,11 +81,11 @@ class KVShape:
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """All that a method must know of the base to check and compile an artifact for it.
+    """The facts about a base that methods need to check and compile an adapter.
 
-    `identity` is the digest over architecture, shapes and tokenizer; `folder` is where its weights can be read
-    (`adapters_store.base.weights`); `is_tied` says that the head multiplies by the embedding's own rows; the embedding
-    returns its rows times `embedding_scale` (Gemma: the square root of hidden_size, else 1).
+    `identity` is the digest over architecture, shapes and tokenizer. `folder` has the weights, for `base.weights`.
+    `is_tied`: the head multiplies by the embedding's own rows. The embedding returns its rows times `embedding_scale`
+    (Gemma: the square root of hidden_size, else 1).
     """
 
     name: str

@@ -1,8 +1,7 @@
-"""The base's own weights, for methods whose update depends on them: read from its folder, one tensor at a time."""
+"""Read the base's own weights from its folder, one tensor at a time, for methods whose update depends on them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
+from adapters_store.format.safetensors_header import trusted_entries
 
-OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # transformers renames GPT-NeoX's head when it loads and saves it
+OLD_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX's head is renamed by transformers on load and save
 
 
 def base_weight(spec: BaseSpec, name: str) -> Tensor:
-    """A parameter of the base in fp32 by its dotted name. Raises `ArtifactError` where its folder has no such name.
+    """Return a parameter of the base in fp32 by its dotted name. Raises `ArtifactError` if there is none.
 
     The head of a tied base is the embedding. Checkpoints that were saved without the head name their tensors without
     the first word (`h.0.…` for `transformer.h.0.…`).
@@ -34,7 +34,5 @@ def base_weight(spec: BaseSpec, name: str) -> Tensor:
 
 def _files_with(spec: BaseSpec, name: str) -> Iterator[Path]:
     for file in sorted(Path(spec.folder).glob("*.safetensors")) if spec.folder else ():
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        if name in header:
+        if name in trusted_entries(file):
             yield file

@@ -1,1 +1,1 @@
-"""The bytes of an artifact: folder, manifest, archive, safetensors and strict JSON."""
+"""Read and write an adapter's files: folder, manifest, upload archive, safetensors and JSON."""

@@ -1,13 +1,12 @@
-"""An upload becomes a PEFT folder: a zip of one, or a safetensors file that carries its config in its metadata.
+"""Unpack an upload to a PEFT folder: a zip of the folder, or a safetensors file with the config in its metadata.
 
-A folder that AdapterHub saved is taken too, its weights under PEFT's name.
+A zip of a folder that AdapterHub saved is accepted too; its weights file gets PEFT's name.
 """
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import shutil
 import stat
 import struct
@@ -18,11 +17,11 @@ from pathlib import Path, PurePosixPath
 
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ArtifactTypeError
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, part_of
-from adapters_store.format.safetensors_file import MAX_HEADER_BYTES, read_header
+from adapters_store.format.safetensors_header import MAX_HEADER_BYTES, read_header
 
 ZIP_TYPE, SAFETENSORS_TYPE = "application/zip", "application/x-safetensors"
 MAX_MEMBERS = 64
-MAX_RATIO = 200  # weights hardly compress; a bomb does
+MAX_RATIO = 200  # weights hardly compress, a zip bomb does
 CHUNK = 2**20
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -36,7 +35,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def unpack_upload(body: Path, content_type: str, into: Path, max_bytes: int) -> None:
-    """Write the files of a PEFT folder that an upload holds into the empty folder `into`.
+    """Write the PEFT files of an upload into the empty folder `into`.
 
     At most `max_bytes` are written. Raises `ArtifactError` naming the member that is refused.
     """
@@ -49,7 +48,7 @@ def unpack_upload(body: Path, content_type: str, into: Path, max_bytes: int) -> 
 
 
 def zipped(files: Mapping[str, bytes]) -> bytes:
-    """The files of an artifact as a zip; the same files give the same bytes."""
+    """Zip an artifact's files by name, uncompressed; the same files give the same bytes."""
     body = io.BytesIO()
     with zipfile.ZipFile(body, "w", zipfile.ZIP_STORED) as archive:
         for name, data in files.items():
@@ -58,7 +57,10 @@ def zipped(files: Mapping[str, bytes]) -> bytes:
 
 
 def _refuse_pickle(start: bytes, name: str) -> None:
-    """A safetensors file may begin with these bytes too, for it begins with its header's length: then "{" follows."""
+    """Raise `ArtifactTypeError` for a pickle or zip by its first bytes.
+
+    A safetensors file starts with its header's length, which may equal these bytes, but then "{" follows.
+    """
     if start.startswith((*PICKLE_STARTS, b"PK")) and start[8:9] != b"{":
         raise ArtifactTypeError(f"{name} is a pickle or a zip by its content, not safetensors; {SAVE_SAFELY}", name)
 
@@ -77,14 +79,14 @@ def _unpack_safetensors(body: Path, into: Path) -> None:
         if key in metadata:
             (into / name).write_text(metadata[key], encoding="utf-8")
     with body.open("rb") as source, (into / WEIGHTS).open("wb") as target:
-        shutil.copyfileobj(source, target, CHUNK)  # not `copyfile`: where the system refuses its call it tries another
+        shutil.copyfileobj(source, target, CHUNK)  # not `copyfile`, which retries in another way on errors
 
 
 class _ShortReads(io.FileIO):
-    """A file that gives at most `CHUNK` bytes at once: a zip's directory is read whole before its members are known."""
+    """A file that reads at most `CHUNK` bytes at once: zipfile reads a directory whole before members are known."""
 
     def read(self, size: int = -1, /) -> bytes:  # type: ignore[override]
-        """Like a file's `read`; raises `ArtifactTooLargeError`."""
+        """Read as a file does. Raises `ArtifactTooLargeError` if more than `CHUNK` bytes are asked for at once."""
         if size > CHUNK:
             raise ArtifactTooLargeError(f"the zip's directory has {size} bytes; at most {CHUNK} are taken")
         return super().read(size) or b""
@@ -104,16 +106,16 @@ def _unpack_zip(body: Path, into: Path, max_bytes: int) -> None:
     except UNSOUND_ZIP as error:
         raise ArtifactError(f"the body is not a sound zip: {str(error)[:200]}") from None
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place in the file that cannot be; anything else is the disk's
+        if error.errno != errno.EINVAL:  # EINVAL: seek to an impossible offset; others are disk errors
             raise
         raise ArtifactError("the body is not a sound zip: it points out of itself") from None
 
 
 def _choose(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """The members that make the artifact, by file name; every member is checked, whether it is wanted or not.
+    """Select the members that make the artifact, by file name, after checking every member.
 
-    One folder around the files is allowed. What is no part of an artifact (README.md, checkpoints' tokenizers, plots)
-    is ignored, but nothing that could be taken for its weights.
+    One folder around the files is allowed. Other files (README.md, tokenizers, plots) are ignored, except pickles
+    and the like, which could be taken for weights: they are refused.
     """
     if len(infos) > MAX_MEMBERS:
         raise ArtifactTooLargeError(f"the zip has {len(infos)} members; at most {MAX_MEMBERS} are taken")
@@ -154,18 +156,9 @@ def _check_sizes(wanted: dict[str, zipfile.ZipInfo], max_bytes: int) -> None:
 
 
 def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, out: Path) -> None:
-    """Copy one member. zipfile gives no more than the size that the checks saw, whatever the stream holds."""
+    """Copy a member to `out`. zipfile returns no more than the declared size, whatever the compressed stream holds."""
     with archive.open(info) as source, out.open("wb") as target:
         while chunk := source.read(CHUNK):
             if target.tell() == 0:
                 _refuse_pickle(chunk, out.name)
             target.write(chunk)
-
-
-def with_metadata(weights: bytes, config: dict[str, object]) -> bytes:
-    """A safetensors file that carries its config: the single-file form of an upload."""
-    header, metadata, start = read_header(weights)
-    header = {"__metadata__": {**metadata, METADATA_KEYS[CONFIG]: json.dumps(config)}, **header}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + weights[start:]

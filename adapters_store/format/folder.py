@@ -1,8 +1,8 @@
-"""What an adapter is on disk: a PEFT folder, and our optional manifest beside it.
+"""Read and write an adapter on disk: a PEFT folder with an optional manifest of our own.
 
 `adapter_config.json` and `adapter_model.safetensors` are PEFT's; `manifest.json` is ours. The digest, an artifact's
-identity, is sha256 over the sorted (name, sha256) of these files: all of them can change an answer. AdapterHub's name
-of the weights is taken for PEFT's.
+identity, is sha256 over the sorted (name, sha256) of these files: each of them can change an answer. AdapterHub's name
+of the weights file is read as PEFT's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adapters_store.format.strict_json import StrictJSONError, loads
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 FILES = (CONFIG, WEIGHTS, MANIFEST)
 ALIASES = {"adapter.safetensors": WEIGHTS}  # AdapterHub's name -> ours
-# What AdapterHub may save beside its weights, that changes the answer, and is not served -> what to do.
+# Files of AdapterHub that change the output and are not served -> what to do.
 REFUSED = {
     "model_head.safetensors": "a prediction head of the adapter's own: save with save_adapter(..., with_head=False), "
     "or leave the file out if the base's head was frozen",
@@ -46,7 +46,10 @@ MAX_FORMAT_CHARS = 4096
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact in memory, sound in form: JSON, layout and finiteness are checked, its method is not yet."""
+    """An artifact in memory whose form is checked (JSON, layout, finite values), but not yet its method.
+
+    `tensors` keep the dtype of the file; `num_bytes` is the size of all files.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -56,14 +59,17 @@ class Artifact:
 
 
 def part_of(name: str) -> str | None:
-    """Which of `FILES` a file of this name is; None if it is no part of an artifact. Raises `ArtifactError`."""
+    """Return the name in `FILES` that a file name stands for, or None.
+
+    Raises `MethodUnsupportedError` for a file that changes the answer and is not served.
+    """
     if name in REFUSED:
         raise MethodUnsupportedError(f"{name} is not served: {REFUSED[name]}", name)
     return name if name in FILES else ALIASES.get(name)
 
 
 def find_parts(folder: Path) -> dict[str, Path]:
-    """The files of a folder that make the artifact, by their name in `FILES`. Raises `ArtifactError`."""
+    """Return the artifact's files in a folder, by their name in `FILES`. Raises `ArtifactError`."""
     parts: dict[str, Path] = {}
     for path in (folder / name for name in (*FILES, *ALIASES, *REFUSED)):
         part = part_of(path.name) if path.is_file() else None
@@ -75,7 +81,7 @@ def find_parts(folder: Path) -> dict[str, Path]:
 
 
 def read_folder(folder: Path) -> Artifact:
-    """Read a PEFT folder. Raises `ArtifactError` naming what is wrong in it."""
+    """Read an artifact from a PEFT folder. Raises `ArtifactError` naming what is wrong."""
     files = read_files(folder)
     if WEIGHTS not in files:
         hint = next((hint for pickle, hint in PICKLES.items() if (folder / pickle).exists()), "")
@@ -84,12 +90,12 @@ def read_folder(folder: Path) -> Artifact:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that make the artifact, by their name in `FILES`. Raises `ArtifactError`."""
+    """Return the bytes of the artifact's files in a folder, by their name in `FILES`. Raises `ArtifactError`."""
     return {name: _read_file(path) for name, path in find_parts(folder).items()}
 
 
 def artifact_of(files: dict[str, bytes]) -> Artifact:
-    """The artifact that files by their name in `FILES` are. Raises `ArtifactError` naming what is wrong in them."""
+    """Parse an artifact from its files, bytes by name in `FILES`. Raises `ArtifactError` naming what is wrong."""
     for name in (WEIGHTS, CONFIG):
         if name not in files:
             raise ArtifactError(f"there is no {name}", name)
@@ -107,7 +113,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def digest_of(files: dict[str, bytes]) -> str:
-    """The identity of an artifact: sha256 over the sorted, length-framed (name, sha256) of its files."""
+    """Compute an artifact's identity: sha256 over the sorted, length-framed (name, sha256) of its files, in hex."""
     total = hashlib.sha256()
     for name in sorted(files):
         total.update(len(name).to_bytes(8, "big") + name.encode() + hashlib.sha256(files[name]).digest())
@@ -144,10 +150,11 @@ def write_folder(
     manifest: Manifest | None = None,
     others: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a PEFT folder whole or not at all: a temporary sibling, then a rename.
+    """Write a PEFT folder atomically: a temporary sibling, then a rename.
 
-    An old folder of that name is moved aside first and removed last: killed in between, one of both is whole on disk.
-    `others` are files by name that go with it and are no part of its identity: a log, a card.
+    An old folder of that name is moved aside first and removed last: if killed in between, one of the two is complete.
+    `others` are files by name that are written too, but do not count for the identity: a log, a model card.
+    Raises `OSError`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

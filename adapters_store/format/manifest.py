@@ -1,4 +1,4 @@
-"""The structs of an artifact's `manifest.json`."""
+"""Structs of an artifact's `manifest.json`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class Around(msgspec.Struct, forbid_unknown_fields=True):
-    """Plain text before and after what a role says."""
+    """Plain text before and after a role's message."""
 
     before: str = ""
     after: str = ""
 
 
 class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """How the adapter was trained to see chat turns: plain text around each role, never a template language."""
+    """The chat format that an adapter was trained on: plain text around each role, never a template language.
+
+    `begin` starts the prompt, `generation` ends it, before the answer.
+    """
 
     begin: str = ""
     system: Around = msgspec.field(default_factory=Around)
@@ -28,14 +31,14 @@ class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     generation: str = ""
 
     def render(self, turns: list[tuple[str, str]]) -> str:
-        """The prompt of (role, text) turns, ready for the answer."""
+        """Render chat messages, (role, text) each, to the prompt that the answer follows."""
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        said = (around[role].before + text + around[role].after for role, text in turns)
-        return self.begin + "".join(said) + self.generation
+        texts = (around[role].before + text + around[role].after for role, text in turns)
+        return self.begin + "".join(texts) + self.generation
 
 
 class BaseRef(msgspec.Struct, forbid_unknown_fields=True):
-    """The base that an artifact was trained on: its name, and the digests of `bases.base_identity`."""
+    """The base that an artifact was trained on: its name, and its digests as in `base.identity.BaseIdentity`."""
 
     name: Word
     identity: Digest
@@ -43,7 +46,7 @@ class BaseRef(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ParityCase(msgspec.Struct, forbid_unknown_fields=True):
-    """A prompt, the trainer's own best (token, logit) after it, best first, and its greedy continuation."""
+    """The trainer's output for a prompt: its best (token, logit) pairs, best first, and its greedy continuation."""
 
     prompt_token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=8192)]
     top: Annotated[list[tuple[TokenId, float]], msgspec.Meta(min_length=1, max_length=100)]
@@ -51,7 +54,7 @@ class ParityCase(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """What training says of an artifact. `training` and `evaluation` are facts for people."""
+    """The trainer's record of an artifact. `training` and `evaluation` are free-form facts for people."""
 
     format_version: int
     method: Word

@@ -1,7 +1,4 @@
-"""safetensors from strangers: the header is checked by us, whole, before a tensor is made of it.
-
-The library (0.8) accepts duplicate names, spaces before the header, sizes of 2^62 and headers of any length.
-"""
+"""Read the tensors of an untrusted safetensors file: names, dtypes, layout and values are checked."""
 
 from __future__ import annotations
 
@@ -12,41 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters_store.errors import ArtifactError, ArtifactTooLargeError, MethodUnsupportedError
-from adapters_store.format.strict_json import StrictJSONError, loads
+from adapters_store.errors import ArtifactError, MethodUnsupportedError
+from adapters_store.format.safetensors_header import read_header
 
-MAX_HEADER_BYTES = 2**20
-MAX_TENSORS = 4096
 MAX_DIMENSIONS = 8
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 
 
-def read_header(data: bytes) -> tuple[dict[str, Any], dict[str, str], int]:
-    """Entries by tensor name, the metadata, and where the tensors' bytes begin."""
-    if len(data) < 8:
-        raise ArtifactError("the safetensors file is shorter than its 8-byte length field")
-    size = int.from_bytes(data[:8], "little")
-    if size > MAX_HEADER_BYTES:
-        raise ArtifactTooLargeError(f"the safetensors header has {size} bytes; at most {MAX_HEADER_BYTES} are taken")
-    if size > len(data) - 8:
-        raise ArtifactError(f"the safetensors header should have {size} bytes, but the file ends before that")
-    if data[8:9] != b"{":
-        raise ArtifactError("the safetensors header does not begin with '{'")
-    try:
-        header = loads(data[8 : 8 + size])
-    except StrictJSONError as error:
-        raise ArtifactError(f"the safetensors header is not sound JSON: {error}") from None
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ArtifactError("the safetensors metadata is not a map of texts", "__metadata__")
-    if len(header) > MAX_TENSORS:
-        raise ArtifactTooLargeError(f"the file has {len(header)} tensors; at most {MAX_TENSORS} are taken")
-    return header, metadata, 8 + size
-
-
 def read_tensors(data: bytes) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in their own dtype, each a private, aligned copy that is proved finite."""
+    """Read every tensor of a safetensors file in its own dtype, each a private, aligned copy with finite values only.
+
+    Raises `ArtifactError` naming the tensor that is refused.
+    """
     header, _metadata, start = read_header(data)
     spans = {name: _entry(name, entry) for name, entry in header.items()}
     _check_layout(spans, len(data) - start)
@@ -55,7 +30,7 @@ def read_tensors(data: bytes) -> dict[str, Tensor]:
 
 
 def _entry(name: str, entry: Any) -> tuple[int, int]:
-    """Check one entry of the header; its (begin, end)."""
+    """Check an entry of the header, and return its (begin, end) in the tensors' bytes."""
     if not TENSOR_NAME.fullmatch(name) or ".." in name:
         raise ArtifactError(f"the tensor name {name[:100]!r} is not a dotted name", name[:100])
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -88,7 +63,7 @@ def _check_layout(spans: dict[str, tuple[int, int]], size: int) -> None:
 
 
 def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
-    if not span:  # AdaLoRA writes what it pruned to rank 0
+    if not span:  # AdaLoRA writes tensors of rank 0
         return torch.empty(entry["shape"], dtype=SAFETENSORS_DTYPES[entry["dtype"]])
     tensor = torch.frombuffer(bytearray(span), dtype=SAFETENSORS_DTYPES[entry["dtype"]]).view(entry["shape"])
     if not is_finite(tensor):
@@ -97,5 +72,5 @@ def _tensor(name: str, entry: dict[str, Any], span: memoryview) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds no NaN and no infinity: its least or largest value would be that."""
+    """Tell if a tensor has no NaN and no infinity: its least or greatest value would be one."""
     return not tensor.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(tensor))

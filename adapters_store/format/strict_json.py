@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded, without duplicate keys, NaN, infinities, NUL or lone surrogates."""
+"""Parse untrusted JSON: bounded, without duplicate keys, NaN, infinities, NUL or lone surrogates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
-MAX_DIGITS = 20  # of an integer: 64 bits; converting thousands of digits takes long
+MAX_DIGITS = 20  # 64 bits; converting thousands of digits is slow
 HOLDERS = (str, list, dict)
 UNSOUND = re.compile("[\0\ud800-\udfff]")
 
 
 class StrictJSONError(ValueError):
-    """The text is not the JSON that is taken; the message says what is wrong with it."""
+    """The text is not JSON of the accepted kind; the message says why."""
 
 
 def loads(data: bytes | str) -> Any:
@@ -63,7 +63,7 @@ def _integer(text: str) -> int:
 
 
 def _check(thing: Any, depth: int) -> None:
-    """`depth`: how many lists and objects are around the thing."""
+    """Check strings and nesting; `depth` counts the lists and objects around `thing`."""
     if isinstance(thing, str):
         if UNSOUND.search(thing):
             raise StrictJSONError("a string holds NUL or half of a surrogate pair")

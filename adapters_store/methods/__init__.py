@@ -1,6 +1,6 @@
-"""One file a method: its config, the tensors it must have, and how it compiles to primitives.
+"""The table of served methods; each file has a method's config, the tensors it needs, and its compilation.
 
-Registering one is one line in `METHODS`, keyed by PEFT's `peft_type`.
+To add a method, add a line to `METHODS`, keyed by PEFT's `peft_type`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from adapters_store.primitives import Primitive
 
 @dataclass(frozen=True)
 class Method:
-    """`compile` checks that an artifact fits a base tensor for tensor, and compiles it; it raises `ArtifactError`.
+    """A served method. `compile` checks each tensor against the base and compiles them, or raises `ArtifactError`.
 
-    `is_kv` says that it compiles to keys and values (`PrefixKV`).
+    `is_kv`: it compiles to keys and values (`PrefixKV`).
     """
 
     name: str
@@ -71,7 +71,10 @@ ADAPTERHUB = Method("bottleneck", adapterhub.compile_adapterhub)  # its configs 
 
 
 def method_of(artifact: Artifact) -> Method:
-    """The method that an artifact's config names. Raises `MethodUnsupportedError`."""
+    """Look up the method that an artifact's config names.
+
+    Raises `ArtifactError` for a config without peft_type, `MethodUnsupportedError` for one that is not served.
+    """
     peft_type = artifact.config.get("peft_type")
     if adapterhub.is_adapterhub(artifact.config):
         return ADAPTERHUB
@@ -83,5 +86,5 @@ def method_of(artifact: Artifact) -> Method:
 
 
 def is_kv(name: str) -> bool:
-    """Whether the method of this name brings the keys and values of its virtual tokens."""
+    """Tell if the method of this name brings keys and values for its virtual tokens."""
     return any(method.name == name and method.is_kv for method in METHODS.values())

@@ -1,4 +1,4 @@
-"""AdaLoRA as PEFT writes it (arXiv:2303.10512): a LoRA by singular values, of a rank that each site got in training.
+"""Compile AdaLoRA as PEFT writes it (arXiv:2303.10512): LoRA by singular values, with a rank per site set in training.
 
 y += alpha / (init_r + 1e-5) B (E * (A x)), A [rank, in], E [rank, 1], B [out, rank]. `rank_pattern` says, for each
 site's E, which of its init_r values were kept.
@@ -24,7 +24,7 @@ from adapters_store.methods.shared.targets import check_targets
 from adapters_store.primitives import Primitive
 
 ENDS = A_END, B_END, E_END = ".lora_A", ".lora_B", ".lora_E"
-# PEFT's AdaLoRA reads these of LoRA's keys no more than it reads how training went.
+# PEFT's AdaLoRA ignores these of LoRA's keys; the others describe training.
 IGNORED_KEYS = lora.IGNORED_KEYS | {
     "alpha_pattern",
     "beta1",
@@ -41,27 +41,27 @@ IGNORED_KEYS = lora.IGNORED_KEYS | {
     "use_rslora",
 }
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {**lora.SERVED_VALUES, "lora_bias": (False,), "use_dora": (False,)}
-EPS = 1e-5  # that PEFT adds to the rank it divides by
+EPS = 1e-5  # PEFT adds it to the rank that alpha is divided by
 
 
 class AdaLoraConfig(ExtrasConfig, kw_only=True):
-    """The keys of PEFT's AdaLoraConfig that say what to compute."""
+    """The keys of PEFT's AdaLoraConfig that change the computation."""
 
     lora_alpha: int | float
     init_r: int
     rank_pattern: dict[str, list[bool]] = msgspec.field(default_factory=dict)
 
     def rank(self, site: str) -> int:
-        """The rank that is left at a site."""
+        """Return the rank that is left at a site after pruning."""
         return sum(self.rank_pattern.get(site + E_END, [True] * self.init_r))
 
     def scale(self, site: str) -> float:
-        """The scale at a site: by the rank at the beginning, whatever is left."""
+        """Return the factor of a site's update: alpha by the initial rank, whatever rank is left."""
         return (self.lora_alpha if self.lora_alpha > 0 else self.rank(site)) / (self.init_r + EPS)
 
 
 def compile_adalora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
-    """A `LowRank` a site that has a rank left, and what is beside. Raises `ArtifactError`."""
+    """Compile to a `LowRank` per site that has a rank left, and the extras' primitives. Raises `ArtifactError`."""
     config = read_config(artifact.config, AdaLoraConfig, "AdaLoRA", IGNORED_KEYS, SERVED_VALUES)
     _check_numbers(config)
     parts = split_extras(artifact, config, spec, *ENDS)

@@ -1,6 +1,6 @@
-"""Bottleneck adapters as AdapterHub's library `adapters` saves them: `save_adapter(folder, name, with_head=False)`.
+"""Compile bottlenecks of AdapterHub's library `adapters`, saved by `save_adapter(folder, name, with_head=False)`.
 
-With y what a block returns, s the residual stream that it is added to and f the bottleneck, its code for the pre-norm
+With y a block's output, s the residual stream that it is added to and f the bottleneck, its code for the pre-norm
 models of `ARCHITECTURES` computes (`adapters/methods/modeling.py`: `Adapter`, `ParallelAdapter`):
 
 * `original_ln_before=False` (double_seq_bn, Houlsby):  s + y + f(y)       at the attention and feed-forward blocks
@@ -21,24 +21,24 @@ from torch import Tensor
 from adapters_store.base.spec import BaseSpec, LayerSites
 from adapters_store.errors import ArtifactError, MethodUnsupportedError, WrongBaseError
 from adapters_store.format.folder import Artifact
-from adapters_store.methods.bottleneck import MAX_SIZE, Names, Of, Place, feed_forward, form_of, make
+from adapters_store.methods.bottleneck import MAX_SIZE, Names, Of, Place, compile_places, feed_forward, form_of
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Bottleneck
 
-# The model types whose code in `adapters` computes what the formulas say, with their architectures' names.
+# Model types whose code in `adapters` follows the formulas above -> their architecture in transformers.
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-VERSION = "adapters."  # what a version begins with; adapter-transformers, before it, meant other activations by a name
-ATTENTION, OUTPUT = "attention_adapters", "output_adapters"  # where `adapters` keeps them in a layer
+VERSION = "adapters."  # adapter-transformers, its predecessor, used names of activations differently
+ATTENTION, OUTPUT = "attention_adapters", "output_adapters"  # the names of a layer's bottlenecks in `adapters`
 NORM = "adapter_norm_before"
 IGNORED_OUTER_KEYS = {"model_class", "model_name"}
 IGNORED_KEYS = {
     "dropout",
     "init_weights",
     "init_weights_seed",
-    "inv_adapter_reduction_factor",  # of inv_adapter
-    "stochastic_depth",  # of training alone
-    # of phm_layer
+    "inv_adapter_reduction_factor",  # an option of inv_adapter
+    "stochastic_depth",  # used in training only
+    # options of phm_layer
     "factorized_phm_W",
     "factorized_phm_rule",
     "hypercomplex_nonlinearity",
@@ -52,7 +52,7 @@ IGNORED_KEYS = {
     "shared_phm_rule",
 }
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {
-    "architecture": (None,),  # of other methods: lora, prefix_tuning, reft, union …
+    "architecture": (None,),  # set for other methods: lora, prefix_tuning, reft, union …
     "cross_adapter": (False,),
     "inv_adapter": (None,),
     "phm_layer": (False,),
@@ -61,7 +61,7 @@ SERVED_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class SavedConfig(msgspec.Struct, kw_only=True):
-    """The keys of the file: whose bottlenecks they are, and how they are made."""
+    """The outer keys of AdapterHub's config file: adapter name, model and version, around the method's `config`."""
 
     name: str
     model_type: str
@@ -71,7 +71,7 @@ class SavedConfig(msgspec.Struct, kw_only=True):
 
 
 class BnConfig(msgspec.Struct, kw_only=True):
-    """The keys of AdapterHub's BnConfig that say what to compute, with its defaults."""
+    """The keys of AdapterHub's BnConfig that change the computation, with its defaults."""
 
     mh_adapter: bool
     output_adapter: bool
@@ -89,12 +89,12 @@ class BnConfig(msgspec.Struct, kw_only=True):
 
 
 def is_adapterhub(config: Mapping[str, Any]) -> bool:
-    """Whether a config is one of AdapterHub's: it has no peft_type, but a config in the config."""
+    """Tell if a config is AdapterHub's: it has no peft_type, but a config within the config."""
     return "peft_type" not in config and "model_type" in config and isinstance(config.get("config"), dict)
 
 
 def compile_adapterhub(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, ...]:
-    """AdapterHub's saved bottlenecks. Raises `ArtifactError`."""
+    """Compile to a `Bottleneck` per block that the config names. Raises `ArtifactError`."""
     saved = read_config(artifact.config, SavedConfig, "AdapterHub", IGNORED_OUTER_KEYS)
     _check_base(saved, spec)
     config = read_config(saved.config, BnConfig, "AdapterHub's bottleneck", IGNORED_KEYS, SERVED_VALUES)
@@ -113,7 +113,7 @@ def compile_adapterhub(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, 
     form = form_of(names, config.non_linearity, config.scaling, config.ln_before, config.ln_after)
     if config.ln_before:
         artifact = dataclasses.replace(artifact, tensors=_without_twins(artifact.tensors))
-    return make(artifact, form, places, spec)
+    return compile_places(artifact, form, places, spec)
 
 
 def _check_base(saved: SavedConfig, spec: BaseSpec) -> None:
@@ -137,7 +137,7 @@ def _check_base(saved: SavedConfig, spec: BaseSpec) -> None:
 
 
 def _check_residuals(config: BnConfig) -> None:
-    """Raise unless the bottleneck's update is added once to what the base computes, as the formulas have it."""
+    """Raise unless the bottleneck's update is added exactly once to the base's output, as the formulas say."""
     is_once = config.original_ln_after
     if config.is_parallel or config.original_ln_before:
         mode = "is_parallel" if config.is_parallel else "original_ln_before"
@@ -148,7 +148,7 @@ def _check_residuals(config: BnConfig) -> None:
             raise _unserved(config, "residual_before_ln")
         if config.adapter_residual_before_ln and config.ln_after:
             raise _unserved(config, "adapter_residual_before_ln")
-        # The residual of the bottleneck holds s where it is taken after s was added: then s is not to be added again.
+        # If the bottleneck's residual is taken after s was added, it includes s, which must not be added again.
         is_once = config.original_ln_after != (config.original_ln_before and not config.residual_before_ln)
     if not is_once:
         raise _unserved(config, "original_ln_after")
@@ -160,7 +160,7 @@ def _unserved(config: BnConfig, key: str) -> MethodUnsupportedError:
 
 
 def _size(config: BnConfig, layer: int, hidden: int) -> int:
-    """The width of a layer's bottlenecks: hidden // reduction_factor, at least 1."""
+    """Return the width of a layer's bottlenecks: hidden // reduction_factor, at least 1."""
     factor = config.reduction_factor
     if isinstance(factor, dict):
         if str(layer) not in factor and "default" not in factor:
@@ -174,7 +174,7 @@ def _size(config: BnConfig, layer: int, hidden: int) -> int:
 
 
 def _starts(artifact: Artifact, spec: BaseSpec) -> list[str]:
-    """What the names of each layer's tensors begin with: its site, without the first word if saved without a head."""
+    """Return the prefix of each layer's tensor names: its site, less the first word if saved without a head."""
     layers = [layer.layer for layer in spec.layers]
     if any(name.startswith(f"{layers[0].partition('.')[0]}.") for name in artifact.tensors):
         return layers
@@ -182,7 +182,7 @@ def _starts(artifact: Artifact, spec: BaseSpec) -> list[str]:
 
 
 def _placed(config: BnConfig, layer: LayerSites) -> Iterator[tuple[str, str, Of]]:
-    """The bottlenecks of a layer: where AdapterHub keeps each, at which site it acts, and on what."""
+    """Yield a layer's bottlenecks: AdapterHub's name of the place, the site, and the tensor that it reads."""
     if config.mh_adapter:
         yield ATTENTION, layer.attention, "output"
     if config.output_adapter and config.is_parallel:
@@ -194,7 +194,7 @@ def _placed(config: BnConfig, layer: LayerSites) -> Iterator[tuple[str, str, Of]
 
 
 def _without_twins(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With ln_before, a norm is there under two names, of which safetensors keeps one or both: under one, then."""
+    """Drop duplicates: with ln_before a norm has two names, and safetensors keeps one or both. Keep `NORM`'s name."""
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         written = name.replace(".adapter_down.0.", f".{NORM}.")

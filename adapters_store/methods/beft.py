@@ -1,4 +1,4 @@
-"""BEFT as PEFT writes it: a bias [1, out] for linears, also for those that have none (y += b)."""
+"""Compile BEFT as PEFT writes it: a bias [1, out] per linear (y += b), also for linears that have none."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
 
 
 class BeftConfig(Targets, kw_only=True):
-    """The keys of PEFT's BeftConfig that say what to compute."""
+    """The keys of PEFT's BeftConfig that change the computation."""
 
 
 def compile_beft(artifact: Artifact, spec: BaseSpec) -> tuple[Bias, ...]:
-    """One `Bias` a site. Raises `ArtifactError`."""
+    """Compile to a `Bias` per site. Raises `ArtifactError`."""
     config = read_config(artifact.config, BeftConfig, "BEFT", IGNORED_KEYS, SERVED_VALUES)
     sites = linears_of(artifact, config, spec, (END,), lambda _site, linear: {END: [1, linear.out_features]})
     return tuple(Bias(site, artifact.tensors[PREFIX + site + END].float().flatten()) for site in sites)

@@ -1,4 +1,4 @@
-"""Bottleneck adapters in our PEFT-style folder (`peft_type: "BOTTLENECK"`): f(h) = N(s (U act(D M(h) + d) + u)).
+"""Compile bottleneck adapters of our own format (`peft_type: "BOTTLENECK"`): f(h) = N(s (U act(D M(h) + d) + u)).
 
 PEFT has no such type; a tuner that writes this wraps the attention and feed-forward modules of the decoder layers:
 
@@ -26,7 +26,7 @@ from adapters_store.methods.shared.expect import PREFIX, expect_exactly, finite
 from adapters_store.methods.shared.targets import Targets, named_sites
 from adapters_store.primitives import Bottleneck
 
-# Every name of an activation in transformers that is one of `patch.ACTIVATIONS`.
+# Names of activations in transformers -> names in `primitives.ACTIVATIONS`.
 ACTIVATION_NAMES: Mapping[str, str] = {
     "relu": "relu",
     "gelu": "gelu",
@@ -49,10 +49,10 @@ Of = Literal["input", "output", "stream"]
 
 
 class BottleneckConfig(msgspec.Struct, kw_only=True):
-    """The keys of our config that say what to compute.
+    """The keys of our config that change the computation.
 
-    `layers_to_transform` are numbers of decoder layers, none means all. `target_modules` may say once more which
-    modules the placement wraps; as an expression it is data that is never run.
+    `layers_to_transform` lists decoder layers, none means all. `target_modules` may repeat the modules that the
+    placement wraps; a regular expression there is ignored, and never run.
     """
 
     bottleneck_size: int
@@ -67,7 +67,7 @@ class BottleneckConfig(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True)
 class Names:
-    """What the tensors of one bottleneck are called, behind its module."""
+    """The names of a bottleneck's tensors, which follow its module's name."""
 
     down: str
     up: str
@@ -83,7 +83,7 @@ NAMES = Names(
 
 @dataclass(frozen=True)
 class Place:
-    """One bottleneck of an artifact: what its tensors' names begin with, where it acts and on what, and its width."""
+    """A bottleneck's place: its tensors' prefix, its site, what it reads there (`of`), and its width."""
 
     start: str
     site: str
@@ -93,7 +93,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Form:
-    """What all bottlenecks of an artifact share."""
+    """The options that all bottlenecks of an artifact share."""
 
     names: Names
     activation: str
@@ -102,7 +102,7 @@ class Form:
     has_norm_after: bool
 
     def expected(self, place: Place, hidden: int) -> dict[str, list[int]]:
-        """The tensors that a bottleneck must have: name -> shape."""
+        """Return the shapes of the tensors that a bottleneck must have, by name."""
         names, start, size = self.names, place.start, place.size
         shapes = {
             f"{start}.{names.down}.weight": [size, hidden],
@@ -117,7 +117,7 @@ class Form:
         return shapes
 
     def primitive(self, tensors: Mapping[str, Tensor], place: Place) -> Bottleneck:
-        """The primitive of a bottleneck, in fp32, the scale folded into U and u once."""
+        """Build a bottleneck's primitive in fp32, the scale folded into U and u. Raises `ArtifactError` on overflow."""
         names, start = self.names, place.start
         scale = tensors[f"{start}.{names.scaling}"].float() if isinstance(self.scaling, str) else self.scaling
         down, down_bias = _pair(tensors, f"{start}.{names.down}")
@@ -125,7 +125,7 @@ class Form:
         return Bottleneck(
             place.site,
             down,
-            finite((up.T * scale).T.contiguous(), f"{start}.{names.up}.weight"),  # one number, or one for each row
+            finite((up.T * scale).T.contiguous(), f"{start}.{names.up}.weight"),  # a number, or one for each row
             self.activation,
             place.of,
             down_bias,
@@ -142,7 +142,7 @@ def _pair(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
 def form_of(
     names: Names, non_linearity: str, scaling: float | str, has_norm_before: bool, has_norm_after: bool
 ) -> Form:
-    """Raises `MethodUnsupportedError` where the activation or the scaling is none that is served."""
+    """Check activation and scaling. Raises `MethodUnsupportedError`, or `ArtifactError` for a number out of bounds."""
     activation = ACTIVATION_NAMES.get(non_linearity.lower())
     if activation is None:
         raise MethodUnsupportedError(
@@ -156,8 +156,8 @@ def form_of(
     return Form(names, activation, scaling, has_norm_before, has_norm_after)
 
 
-def make(artifact: Artifact, form: Form, places: list[Place], spec: BaseSpec) -> tuple[Bottleneck, ...]:
-    """One `Bottleneck` a place. Raises `ArtifactError` unless the tensors are exactly those of the places."""
+def compile_places(artifact: Artifact, form: Form, places: list[Place], spec: BaseSpec) -> tuple[Bottleneck, ...]:
+    """Compile to a `Bottleneck` per place. Raises `ArtifactError` for a missing or extra tensor."""
     if not artifact.tensors or not places:
         raise ArtifactError("the artifact has no tensors, or its config leaves no layer to them")
     expected: dict[str, list[int]] = {}
@@ -168,14 +168,14 @@ def make(artifact: Artifact, form: Form, places: list[Place], spec: BaseSpec) ->
 
 
 def feed_forward(layer: LayerSites) -> str:
-    """The site of a layer's feed-forward block. Raises `MethodUnsupportedError` where the base shows none."""
+    """Return the site of a layer's feed-forward block. Raises `MethodUnsupportedError` if the base has none."""
     if layer.mlp is None:
         raise MethodUnsupportedError(f"{layer.layer} of this base has no feed-forward block that is known", layer.layer)
     return layer.mlp
 
 
 def compile_bottleneck(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, ...]:
-    """Our PEFT-style folder. Raises `ArtifactError`."""
+    """Compile to a `Bottleneck` per module that the placement wraps. Raises `ArtifactError`."""
     config = read_config(artifact.config, BottleneckConfig, "Bottleneck", IGNORED_KEYS)
     if not 0 < config.bottleneck_size <= MAX_SIZE:
         raise ArtifactError(
@@ -188,11 +188,11 @@ def compile_bottleneck(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, 
         for site, of in _placed(config.placement, layer)
     ]
     _check_targets(config, [place.site for place in places], spec)
-    return make(artifact, form, places, spec)
+    return compile_places(artifact, form, places, spec)
 
 
 def _layers(config: BottleneckConfig, spec: BaseSpec) -> list[LayerSites]:
-    """The layers that layers_to_transform names; all of them where it names none."""
+    """Return the layers that layers_to_transform names, or all if it names none. Raises `ArtifactError`."""
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
         return spec.layers
@@ -221,7 +221,7 @@ def _placed(placement: str, layer: LayerSites) -> Iterator[tuple[str, Of]]:
 
 
 def _check_targets(config: BottleneckConfig, sites: list[str], spec: BaseSpec) -> None:
-    """Raise unless target_modules, where they are a list of names, name every module of the placement."""
+    """Raise `ArtifactError` if target_modules is a list of names that lacks a module of the placement."""
     named = named_sites(Targets(target_modules=config.target_modules), sites, spec)
     if named is not None and (missing := [site for site in sites if site not in named]):
         raise ArtifactError(

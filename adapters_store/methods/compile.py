@@ -1,4 +1,4 @@
-"""Compile an artifact to primitives for one base, and check its values."""
+"""Compile an artifact to primitives for one base, within a device's limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adapters_store.primitives import Bottleneck, Delta, LowRank, Patch, Primiti
 
 @dataclass(frozen=True)
 class Room:
-    """What a device has for a patch: bytes, those of a number, and the largest value that it keeps of a matrix."""
+    """A device's limits for a patch: bytes in all, bytes of a number, and the greatest value of a matrix."""
 
     num_bytes: int
     item_bytes: ItemBytes
@@ -24,9 +24,9 @@ class Room:
 
 
 def compile_patch(artifact: Artifact, spec: BaseSpec, room: Room | None = None) -> Patch:
-    """Compile to primitives. Raises `ArtifactError` unless the artifact was made for this base and fits it whole.
+    """Compile an artifact for a base. Raises `ArtifactError` unless it was made for this base and fits it completely.
 
-    A few numbers can compile to as many as the base has: no more than there is `room` for are ever computed.
+    A few numbers can compile to as many as the base has: compilation stops once they exceed `room`.
     """
     manifest, method = artifact.manifest, method_of(artifact)
     if manifest is not None and manifest.base.identity != spec.identity:
@@ -57,7 +57,7 @@ def _primitives(method: Method, artifact: Artifact, spec: BaseSpec, room: Room |
 
 
 def check_values(primitive: Primitive, largest: float) -> None:
-    """Raise `ArtifactError` where a matrix holds a value that the device, which may keep it in 16 bits, cannot."""
+    """Raise `ArtifactError` if a matrix has a value over `largest`, which a device that stores 16 bits cannot hold."""
     match primitive:
         case LowRank(a=a, b=b) | Bottleneck(down=a, up=b):
             matrices = [a, b]
@@ -65,10 +65,10 @@ def check_values(primitive: Primitive, largest: float) -> None:
             matrices = [matrix]
         case _:
             return
-    found = max(float(matrix.detach().abs().max()) for matrix in matrices) if all(map(len, matrices)) else 0.0
-    if not found <= largest:
+    greatest = max(float(matrix.detach().abs().max()) for matrix in matrices) if all(map(len, matrices)) else 0.0
+    if not greatest <= largest:
         raise ArtifactError(
-            f"a value of {found:g} at {primitive.site} is over {largest:g}, the most that this server keeps of a "
+            f"a value of {greatest:g} at {primitive.site} is over {largest:g}, the most that this server keeps of a "
             "matrix; with --precision fp32 it keeps more",
             primitive.site,
         )

@@ -1,6 +1,6 @@
-"""Context-aware prompt tuning as PEFT writes it (arXiv:2410.17222): the embeddings of a context, moved a little.
+"""Compile context-aware prompt tuning as PEFT writes it (arXiv:2410.17222): a context's embeddings, slightly changed.
 
-What PEFT saves is the sum of the context's own embeddings and the projected change: a soft prompt.
+PEFT saves the sum of the context's own embeddings and the projected change: a soft prompt.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from adapters_store.format.folder import Artifact
 from adapters_store.methods.prompt_tuning import compile_embeds
 from adapters_store.primitives import PrefixEmbeds
 
-TOKENS = "cpt_token_ids"  # PEFT takes their number for that of the virtual tokens
-MASKS = ("cpt_mask", "cpt_tokens_type_mask")  # of the loss and of the projection
+TOKENS = "cpt_token_ids"  # PEFT expects as many as virtual tokens
+MASKS = ("cpt_mask", "cpt_tokens_type_mask")  # used in the loss and in the projection
 IGNORED_KEYS = {
     TOKENS,
     *MASKS,
@@ -26,7 +26,7 @@ IGNORED_KEYS = {
 
 
 def compile_cpt(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
-    """The saved embeddings. Raises `ArtifactError`."""
+    """Compile to the saved embeddings, a `PrefixEmbeds`. Raises `ArtifactError`."""
     (prefix,) = compile_embeds(artifact, spec, "CPT", IGNORED_KEYS)
     for key in (TOKENS, *MASKS):
         listed = artifact.config.get(key)

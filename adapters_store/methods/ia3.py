@@ -1,6 +1,6 @@
-"""(IA)3 as PEFT writes it (arXiv:2205.05638): a vector that scales a linear's output, or a feed-forward one's input.
+"""Compile (IA)3 as PEFT writes it (arXiv:2205.05638): a vector that scales a linear's output or input.
 
-`ia3_l` is [out, 1] where it scales the output, [1, in] where feedforward_modules name the site.
+`ia3_l` is [1, in] and scales the input if feedforward_modules name the site, else it is [out, 1] and scales the output.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from adapters_store.methods.shared.targets import PATTERN_CHARS, Targets, check_
 from adapters_store.primitives import Scale
 
 END = ".ia3_l"
-# How a base keeps its weights (fan_in_fan_out) matters only where PEFT merges.
+# The base's weight layout (fan_in_fan_out) matters only for merging in PEFT.
 IGNORED_KEYS = {"fan_in_fan_out", "init_ia3_weights"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
 
 
 class IA3Config(Targets, kw_only=True):
-    """The keys of PEFT's IA3Config that say what to compute."""
+    """The keys of PEFT's IA3Config that change the computation."""
 
     feedforward_modules: list[str] | str | None = None
 
 
 def compile_ia3(artifact: Artifact, spec: BaseSpec) -> tuple[Scale, ...]:
-    """One `Scale` a site. Raises `ArtifactError`."""
+    """Compile to a `Scale` per site. Raises `ArtifactError`."""
     config = read_config(artifact.config, IA3Config, "(IA)3", IGNORED_KEYS, SERVED_VALUES)
     feedforward = _feedforward(config, spec)
     sites = by_site(artifact, (END,), spec.linears, spec.name)
@@ -37,7 +37,10 @@ def compile_ia3(artifact: Artifact, spec: BaseSpec) -> tuple[Scale, ...]:
 
 
 def _feedforward(config: IA3Config, spec: BaseSpec) -> set[str] | None:
-    """The sites that scale their input; None where an expression says it, which is never run, or nothing does."""
+    """Return the sites that scale their input, or None if the config leaves it open.
+
+    The config leaves it open if feedforward_modules is missing or a regular expression, which is never run.
+    """
     names = config.feedforward_modules
     if isinstance(names, list):
         ends = frozenset(names)
@@ -50,12 +53,12 @@ def _feedforward(config: IA3Config, spec: BaseSpec) -> set[str] | None:
 def _scale(artifact: Artifact, site: str, spec: BaseSpec, feedforward: set[str] | None) -> Scale:
     linear, name = spec.linears[site], PREFIX + site + END
     of_input, of_output = [1, linear.in_features], [linear.out_features, 1]
-    # Where the config cannot tell, the vector's own shape tells what it scales.
+    # If the config leaves it open, the vector's own shape tells what it scales.
     is_input = list(artifact.tensors[name].shape) == of_input if feedforward is None else site in feedforward
     vector = expect_shape(artifact, name, of_input if is_input else of_output)
     return Scale(site, vector.float().flatten(), "input" if is_input else "output")
 
 
 def is_feedforward(site: str, names: frozenset[str]) -> bool:
-    """Whether a site ends with one of the names, at a dot or not, as PEFT has it."""
+    """Tell if a site ends with one of the names, at a dot or not, as in PEFT."""
     return any(site[start:] in names for start in range(len(site) + 1))

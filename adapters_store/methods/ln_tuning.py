@@ -1,4 +1,4 @@
-"""Layer-norm tuning as PEFT writes it (arXiv:2312.11420): the targeted modules, most often norms, whole and new."""
+"""Compile layer-norm tuning as PEFT writes it (arXiv:2312.11420): targeted modules, mostly norms, trained in full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHT_END, BIAS_END = LAYERS + "weight", LAYERS + "bias"
 
 
 class LNTuningConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The keys of PEFT's LNTuningConfig that say what to compute."""
+    """The keys of PEFT's LNTuningConfig that change the computation."""
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -26,20 +26,22 @@ class LNTuningConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
-    """`Scale` and `Bias` at norms; `Delta`, `Bias` and `Rows` where PEFT put other layers. Raises `ArtifactError`.
+    """Compile to `Scale` and `Bias` at norms, and `Delta`, `Bias` or `Rows` elsewhere. Raises `ArtifactError`.
 
-    PEFT copies what it targets: the head of a tied base is its own then, as with `modules_to_save`.
+    PEFT copies what it targets: a tied base's head becomes separate, as with `modules_to_save`.
     """
     read = read_config(artifact.config, LNTuningConfig, "layer-norm tuning")
     config = ExtrasConfig(**msgspec.structs.asdict(read))
     parts, saved = split_extras(artifact, config, spec, WEIGHT_END), saved_sites(config, spec)
     sites = [site for site in (*spec.norms, *spec.linears, spec.embedding) if site not in saved]
-    found = by_site(parts.low_rank, (WEIGHT_END, BIAS_END), sites, spec.name)
-    check_targets(config, found, sites, spec, lambda site: PREFIX + site + WEIGHT_END)
-    shapes = {site: parameters(spec, site) for site in found}
-    expect_exactly(parts.low_rank, {_name(site, name): shapes[site][name] for site in found for name in shapes[site]})
+    targeted = by_site(parts.low_rank, (WEIGHT_END, BIAS_END), sites, spec.name)
+    check_targets(config, targeted, sites, spec, lambda site: PREFIX + site + WEIGHT_END)
+    shapes = {site: parameters(spec, site) for site in targeted}
+    expect_exactly(
+        parts.low_rank, {_name(site, name): shapes[site][name] for site in targeted for name in shapes[site]}
+    )
     primitives = parts.primitives
-    for site in found:
+    for site in targeted:
         primitives += replace_module(
             spec, site, *(artifact.tensors.get(_name(site, name)) for name in ("weight", "bias"))
         )

@@ -1,6 +1,6 @@
-"""LoHa as PEFT writes it (FedPara, arXiv:2108.06098): dW = s (W1a W1b) * (W2a W2b), by elements, s = alpha / r.
+"""Compile LoHa as PEFT writes it (FedPara, arXiv:2108.06098): dW = s (W1a W1b) * (W2a W2b), by elements, s = alpha / r.
 
-It has rank r^2 at most: by the Khatri-Rao product of the factors' columns and rows, dW = s (W1a . W2a) (W1b . W2b).
+Its rank is at most r^2: by the Khatri-Rao product of the factors' columns and rows, dW = s (W1a . W2a) (W1b . W2b).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ENDS = (".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b")
 
 
 class LohaConfig(LycorisConfig, kw_only=True):
-    """The keys of PEFT's LoHaConfig that say what to compute."""
+    """The keys of PEFT's LoHaConfig that change the computation."""
 
 
 def compile_loha(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
-    """One `LowRank` of rank r^2 a site, or a `Delta` where that holds fewer numbers. Raises `ArtifactError`."""
+    """Compile to a `LowRank` of rank r^2 per site, or a `Delta` if that has fewer numbers. Raises `ArtifactError`."""
     config = read_lycoris(artifact, LohaConfig, "LoHa")
 
     def shapes(site: str, linear: LinearSite) -> dict[str, list[int]]:
@@ -46,5 +46,5 @@ def _update(artifact: Artifact, site: str, rank: int, scale: float, spec: BaseSp
 
 
 def _columns(left: Tensor, right: Tensor) -> Tensor:
-    """[n, r], [n, r] -> [n, r^2]: column i r + j is the product of column i and column j."""
+    """Multiply columns pairwise: [n, r] and [n, r] -> [n, r^2]; column i r + j is the product of columns i and j."""
     return (left[:, :, None] * right[:, None, :]).flatten(1)

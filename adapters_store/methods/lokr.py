@@ -1,6 +1,6 @@
-"""LoKr as PEFT writes it (arXiv:2309.14859): dW = s kron(W1, W2), s = alpha / r, each of them whole or of rank r.
+"""Compile LoKr as PEFT writes it (arXiv:2309.14859): dW = s kron(W1, W2), s = alpha / r, each factor full or of rank r.
 
-W1 [l, m] and W2 [k, n] with l k = out and m n = in, which `factorization` finds. As kron(P Q, R S) = kron(P, R)
+W1 [l, m] and W2 [k, n] with l k = out and m n = in, given by `factorization`. As kron(P Q, R S) = kron(P, R)
 kron(Q, S), the rank of dW is that of W1 times that of W2.
 """
 
@@ -24,13 +24,13 @@ ENDS = tuple(matrix + part for matrix in (W1, W2) for part in ("", "_a", "_b"))
 
 
 class LokrConfig(LycorisConfig, kw_only=True):
-    """The keys of PEFT's LoKrConfig that say what to compute."""
+    """The keys of PEFT's LoKrConfig that change the computation."""
 
     decompose_both: bool = False
     decompose_factor: int = -1
 
     def shapes(self, site: str, linear: LinearSite) -> dict[str, list[int]]:
-        """What a site's tensors must be: end of the name -> shape."""
+        """Return the shapes of a site's tensors, by the end of their names."""
         rank, (rows1, rows2) = self.rank(site), factorization(linear.out_features, self.decompose_factor)
         columns1, columns2 = factorization(linear.in_features, self.decompose_factor)
         is_whole = not self.decompose_both
@@ -38,16 +38,16 @@ class LokrConfig(LycorisConfig, kw_only=True):
 
 
 def compile_lokr(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
-    """One `LowRank` a site, or a `Delta` where that holds fewer numbers. Raises `ArtifactError`."""
+    """Compile to a `LowRank` per site, or a `Delta` if that has fewer numbers. Raises `ArtifactError`."""
     config = read_lycoris(artifact, LokrConfig, "LoKr")
     sites = linears_of(artifact, config, spec, ENDS, config.shapes)
     return (_update(artifact, site, config.scale(site), spec.linears[site]) for site in sites)
 
 
 def factorization(size: int, factor: int) -> tuple[int, int]:
-    """Two numbers whose product is `size`: `factor` first where it divides it.
+    """Split a size into two factors, as PEFT does: `factor` comes first if it divides the size.
 
-    Else the first is the largest divisor not beyond `factor` (-1: any) nor the square root.
+    Else the first is the greatest divisor up to `factor` (-1: any) and up to the square root.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -72,7 +72,7 @@ def _update(artifact: Artifact, site: str, scale: float, linear: LinearSite) -> 
 
 
 def _rank(tensors: dict[str, Tensor], end: str) -> int:
-    """The most that the rank can be."""
+    """Return an upper bound of a factor's rank."""
     return min(tensors[end].shape) if end in tensors else tensors[f"{end}_b"].shape[0]
 
 
@@ -81,7 +81,7 @@ def _whole(tensors: dict[str, Tensor], end: str) -> Tensor:
 
 
 def _factors(tensors: dict[str, Tensor], end: str) -> tuple[Tensor, Tensor]:
-    """[rows, rank] and [rank, columns]; a whole matrix is itself times the unit matrix of its smaller side."""
+    """Return a factor as [rows, rank] and [rank, columns]; a full matrix is paired with a unit matrix."""
     if end not in tensors:
         return tensors[f"{end}_a"], tensors[f"{end}_b"]
     whole = tensors[end]

@@ -1,4 +1,4 @@
-"""LoRA as PEFT writes it (arXiv:2106.09685): rsLoRA's scale, DoRA's magnitudes, biases, modules saved whole.
+"""Compile LoRA as PEFT writes it (arXiv:2106.09685): with rsLoRA's scale, DoRA's magnitudes, biases, saved modules.
 
 y += s (B (A x) + b), s = alpha / r, or alpha / sqrt(r) with use_rslora (arXiv:2312.03732).
 """
@@ -29,7 +29,7 @@ from adapters_store.primitives import Primitive
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 BIAS_END, MAGNITUDE_END = ".lora_B.bias", ".lora_magnitude_vector"
-# These cannot change what a trained adapter answers.
+# Keys that cannot change a trained adapter's output.
 IGNORED_KEYS = {
     "corda_config",
     "eva_config",
@@ -40,7 +40,7 @@ IGNORED_KEYS = {
     "qalora_group_size",
     "runtime_config",
 }
-# These change it, and only these values of them are served.
+# Keys that change it -> the values that are served.
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -53,14 +53,14 @@ SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False,),
     "velora_config": (None,),
 }
-INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # they leave the base's weights as they are
-EXACT_INITS = ("pissa", "olora")  # they take a part off the base's weights that can be computed again
+INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base's weights unchanged
+EXACT_INITS = ("pissa", "olora")  # subtract a part of the base's weights that can be recomputed
 INITS_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_RANK, MAX_ALPHA = 4096, 1e6
 
 
 class LoraConfig(ExtrasConfig, kw_only=True):
-    """The keys of PEFT's LoraConfig that say what to compute."""
+    """The keys of PEFT's LoraConfig that change the computation."""
 
     r: int
     lora_alpha: int | float
@@ -73,29 +73,29 @@ class LoraConfig(ExtrasConfig, kw_only=True):
     init_lora_weights: bool | str | None = True
 
     def rank(self, site: str) -> int:
-        """The rank at a site."""
+        """Return the rank r at a site."""
         return int(by_pattern(self.rank_pattern, site, self.r))
 
     def scale(self, site: str) -> float:
-        """The scale at a site."""
+        """Return the factor s of a site's update."""
         alpha, rank = by_pattern(self.alpha_pattern, site, self.lora_alpha), self.rank(site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     @property
     def residual_init(self) -> str:
-        """The initialisation that took a part off the base's weights; empty where none did."""
+        """Name the initialisation that subtracted a part of the base's weights ("pissa", "olora"); else ""."""
         init = str(self.init_lora_weights)
         return "olora" if init.lower() == "olora" else init if init in EXACT_INITS else ""
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """How the names of a site's tensors end."""
+        """Return the ends of the names of a site's tensors."""
         ends = {BIAS_END: self.lora_bias, MAGNITUDE_END: self.use_dora}
         return (A_END, B_END, *(end for end, is_used in ends.items() if is_used))
 
 
 def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
-    """A low-rank branch a site, the scale folded into B once, in fp32, and what is beside. Raises `ArtifactError`."""
+    """Compile to a `LowRank` per site, s folded into B in fp32, and the extras' primitives. Raises `ArtifactError`."""
     config, pool = _read(artifact.config), TensorPool(artifact)
     at_embedding = [spec.embedding] if has_embedding_lora(artifact, spec) else []
     rows = _rows(config, pool, spec) if at_embedding else []
@@ -113,7 +113,7 @@ def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
 
 
 def _rows(config: LoraConfig, pool: TensorPool, spec: BaseSpec) -> list[Primitive]:
-    """A LoRA on the embedding, where nothing else is done there."""
+    """Compile a LoRA on the embedding. Raises `MethodUnsupportedError` if another option acts on the embedding too."""
     extras = {
         "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": bool(config.residual_init),
@@ -129,7 +129,7 @@ def _rows(config: LoraConfig, pool: TensorPool, spec: BaseSpec) -> list[Primitiv
 
 
 def _embedding(config: LoraConfig, spec: BaseSpec) -> list[str]:
-    """The embedding, where it can have a LoRA."""
+    """List the embedding if it may have a LoRA, else nothing."""
     is_taken = config.trainable_token_indices is not None or spec.embedding in saved_sites(config, spec)
     return [] if is_taken or not spec.embedding else [spec.embedding]
 
@@ -151,7 +151,7 @@ def _update(
 
 
 def _without_init_residual(update: LowRankUpdate, config: LoraConfig, spec: BaseSpec) -> LowRankUpdate:
-    """The branch, and less what its initialisation took off the base's weight: twice the rank."""
+    """Subtract from the update what initialisation took off the base's weight; the rank doubles."""
     a, b = init_residual(spec, update.site, config.residual_init, config.rank(update.site), config.scale(update.site))
     return dataclasses.replace(update, a=torch.cat([update.a, a]), b=torch.cat([update.b, -b], dim=1))
 

@@ -1,7 +1,7 @@
-"""MiSS as PEFT writes it (arXiv:2409.15371): y += M^T S x, where S sums x over all positions that are equal modulo r.
+"""Compile MiSS as PEFT writes it (arXiv:2409.15371): y += M^T S x, S sums x over positions that are equal modulo r.
 
 M is [r, out]; with init_weights="mini" it is [r, mini_r], repeated over the output. With "bat" M is [out / r, r, r],
-one block for each r outputs, and W becomes W + W M + M, block by block.
+a block for every r outputs, and W becomes W + W M + M, block by block.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save
 
 
 class MissConfig(Targets, kw_only=True):
-    """The keys of PEFT's MissConfig that say what to compute."""
+    """The keys of PEFT's MissConfig that change the computation."""
 
     r: int
     mini_r: int = 1
     init_weights: bool | Literal["bat", "mini"] = True
 
     def shapes(self, site: str, linear: LinearSite) -> dict[str, list[int]]:
-        """What a site's tensor must be. Raises `ArtifactError` where the config cannot be at this site."""
+        """Return the shape of a site's tensor by its name's end. Raises `ArtifactError` if r or mini_r does not fit."""
         if self.r > linear.in_features:
             raise ArtifactError(f"r has the rank {self.r}, but {site} has {linear.in_features} inputs", "r")
         if self.init_weights == "mini" and linear.out_features % self.mini_r:
@@ -49,7 +49,7 @@ class MissConfig(Targets, kw_only=True):
 
 
 def compile_miss(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
-    """One `LowRank` a site, or a `Delta` where that holds fewer numbers, and for "bat". Raises `ArtifactError`."""
+    """Compile to a `LowRank` per site, or a `Delta` for "bat" or if that is smaller. Raises `ArtifactError`."""
     config = read_config(artifact.config, MissConfig, "MiSS", IGNORED_KEYS, SERVED_VALUES)
     for name, rank in (("r", config.r), ("mini_r", config.mini_r)):
         if rank < 1:

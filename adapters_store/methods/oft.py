@@ -1,4 +1,4 @@
-"""OFT as PEFT writes it (arXiv:2306.07280): W becomes W R^T, R orthogonal, block by block along the input.
+"""Compile OFT as PEFT writes it (arXiv:2306.07280): W becomes W R^T, R orthogonal, block by block along the input.
 
 A block of size n has n (n - 1) / 2 numbers, the upper triangle of a skew-symmetric Q, and R is Cayley's transform of
 Q: (I - Q) (I + Q)^-1, or the first terms of its Neumann series.
@@ -27,11 +27,11 @@ END = ".oft_R.weight"
 IGNORED_KEYS = {"eps", "fan_in_fan_out", "init_weights", "module_dropout"}  # eps bounds coft's rotations alone
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "coft": (False,), "modules_to_save": (None,)}
 MAX_TERMS = 100
-FIRST_VERSION = (0, 18)  # of PEFT that sums Neumann's series as it does now
+FIRST_VERSION = (0, 18)  # of PEFT with today's sum of Neumann's series
 
 
 class OftConfig(Targets, kw_only=True):
-    """The keys of PEFT's OFTConfig that say what to compute."""
+    """The keys of PEFT's OFTConfig that change the computation."""
 
     oft_block_size: int
     r: int = 0
@@ -40,26 +40,26 @@ class OftConfig(Targets, kw_only=True):
     num_cayley_neumann_terms: int = 5
 
     def block_size(self, linear: LinearSite) -> int:
-        """The size of a block: the divisor of the inputs that is nearest to it, or to their number r."""
+        """Return a block's size: the divisor of the inputs nearest to oft_block_size, or the inputs over about r."""
         if self.oft_block_size:
             return nearest_divisor(linear.in_features, self.oft_block_size)
         return linear.in_features // nearest_divisor(linear.in_features, self.r)
 
     def shapes(self, _site: str, linear: LinearSite) -> dict[str, list[int]]:
-        """What a site's tensor must be."""
+        """Return the shape of a site's tensor, by the end of its name."""
         size = self.block_size(linear)
         return {END: [1 if self.block_share else linear.in_features // size, size * (size - 1) // 2]}
 
 
 def compile_oft(artifact: Artifact, spec: BaseSpec) -> Iterator[Delta]:
-    """One `Delta` a site, dW = W (R - I)^T. Raises `ArtifactError`."""
+    """Compile to a `Delta` per site, dW = W (R - I)^T. Raises `ArtifactError`."""
     config = _read(artifact.config)
     sites = linears_of(artifact, config, spec, (END,), config.shapes)
     return (_update(artifact, config, site, spec) for site in sites)
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of a number that is nearest to another, the lower one of two; at most the number itself."""
+    """Return the divisor of `number` nearest to `wanted`; the lower one of two equally near."""
     if wanted >= number:
         return number
     lower = next(divisor for divisor in range(wanted, 0, -1) if number % divisor == 0)
@@ -80,14 +80,14 @@ def _update(artifact: Artifact, config: OftConfig, site: str, spec: BaseSpec) ->
 
 
 def _cayley(q: Tensor) -> Tensor:
-    """R - I."""
+    """Compute R - I from Q [blocks, n, n] by solving (I + Q)."""
     unit = torch.eye(q.shape[-1])
     rotation: Tensor = torch.linalg.solve(unit + q, unit - q, left=False)
     return rotation - unit
 
 
 def _neumann(q: Tensor, num_terms: int) -> Tensor:
-    """R - I = 2 Q + 2 Q^2 + ..., the last of its powers once, as PEFT sums it: four terms are three."""
+    """Compute R - I = 2 Q + 2 Q^2 + ..., the last power counted once, as in PEFT, whose four terms are three."""
     if num_terms < 3:
         return 2 * (num_terms - 1) * q
     total, power = 2 * q, q
@@ -105,13 +105,14 @@ def _read(config: dict[str, Any]) -> OftConfig:
         raise ArtifactError(f"num_cayley_neumann_terms is not between 1 and {MAX_TERMS}", "num_cayley_neumann_terms")
     if read.use_cayley_neumann and _version(config.get("peft_version")) < FIRST_VERSION:
         raise MethodUnsupportedError(
-            "OFT with use_cayley_neumann of a PEFT before 0.18 is another rotation: train it again with a newer one",
+            "OFT with use_cayley_neumann of a PEFT before 0.18 is another rotation (by peft_version): train it again "
+            "with a newer one",
             "peft_version",
         )
     return read
 
 
 def _version(version: object) -> tuple[int, int]:
-    """Major and minor number; 0, 0 where there is none."""
-    found = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    """Parse the major and minor number of a version; (0, 0) if it has none."""
+    matched = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", version) if isinstance(version, str) else None
+    return (int(matched[1]), int(matched[2])) if matched else (0, 0)

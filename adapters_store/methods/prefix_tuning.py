@@ -1,7 +1,7 @@
-"""Prefix tuning as PEFT writes it (arXiv:2101.00190), and cartridges (arXiv:2506.06266): given keys and values.
+"""Compile prefix tuning (arXiv:2101.00190) and cartridges (arXiv:2506.06266) as PEFT writes them: keys and values.
 
-The file holds one row a virtual token: layer x (key, value) x kv head x width. PEFT folds a projection when it saves,
-and puts the keys into the cache as they are, as if they had been rotated; the prompt's positions begin behind them.
+The tensor has a row per virtual token: layer x (key, value) x kv head x width. PEFT folds the projection when saving,
+and puts the keys into the cache unchanged, as if rotated already; the prompt's positions start after them.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from adapters_store.methods.prompt_tuning import EMBEDDINGS, VirtualTokens, expe
 from adapters_store.methods.shared.expect import expect_exactly
 from adapters_store.primitives import PrefixKV
 
-# How the rows were trained, not what they are.
+# These keys say how the rows were trained; the rows are saved as computed.
 PREFIX_IGNORED_KEYS = {"encoder_hidden_size", "init_weights", "prefix_projection"}
 CARTRIDGE_IGNORED_KEYS = {"num_frozen_tokens"}
 
 
 class KVConfig(VirtualTokens, kw_only=True):
-    """The keys that lay out a row: `num_attention_heads` are kv heads, `token_dim` is the width of all of them."""
+    """The keys that lay out a row: `num_attention_heads` counts kv heads, `token_dim` is the width of all of them."""
 
     num_attention_heads: int | None = None
 
 
 def compile_prefix_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixKV, ...]:
-    """The saved keys and values. Raises `ArtifactError`."""
+    """Compile to the saved keys and values, a `PrefixKV`. Raises `ArtifactError`."""
     return _compile_kv(artifact, spec, "prefix tuning", PREFIX_IGNORED_KEYS)
 
 
 def compile_cartridge(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixKV, ...]:
-    """The same layout; that some of its tokens were not trained is no matter. Raises `ArtifactError`."""
+    """Compile to the saved keys and values, a `PrefixKV`; frozen tokens are like others. Raises `ArtifactError`."""
     return _compile_kv(artifact, spec, "a cartridge", CARTRIDGE_IGNORED_KEYS)
 
 
@@ -48,7 +48,7 @@ def _compile_kv(artifact: Artifact, spec: BaseSpec, method: str, ignored: Collec
 
 
 def _one_shape(spec: BaseSpec, method: str) -> KVShape:
-    """The shape of every layer's cache. Raises where PEFT's rows, which are of one shape, cannot lay it out."""
+    """Return the KV shape that all layers share. Raises `MethodUnsupportedError` if PEFT's rows cannot lay it out."""
     shapes = set(spec.kv)
     shape = shapes.pop() if shapes else None
     if shape is None or shapes or shape.key_dim != shape.value_dim:

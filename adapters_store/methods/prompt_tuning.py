@@ -1,7 +1,7 @@
-"""Soft prompts as PEFT writes them: virtual tokens before the prompt, given by their input embeddings.
+"""Compile soft prompts as PEFT writes them: virtual tokens before the prompt, given by their input embeddings.
 
-Prompt tuning (arXiv:2104.08691); p-tuning (arXiv:2103.10385), whose encoder PEFT folds when it saves: a file holds what
-the encoder answered; multitask prompt tuning (arXiv:2303.02861), whose prompt is E * (C R), with C and R of one task.
+Prompt tuning (arXiv:2104.08691); p-tuning (arXiv:2103.10385), whose encoder PEFT folds when saving: the file has the
+encoder's output; multitask prompt tuning (arXiv:2303.02861): E * (C R), with C and R of a single task.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from adapters_store.primitives import PrefixEmbeds
 EMBEDDINGS, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 MAX_RANKS = 4096
 SERVED_VALUES = {"modules_to_save": (None,)}
-# How training began says nothing about the answer; the heads of a base are no matter of its embeddings.
+# Initialisation does not change a trained prompt, and embeddings have no heads.
 PROMPT_IGNORED_KEYS = {
     "num_attention_heads",
     "prompt_tuning_init",
@@ -40,7 +40,7 @@ MULTITASK_IGNORED_KEYS = {*PROMPT_IGNORED_KEYS, "prompt_tuning_init_state_dict_p
 
 
 class VirtualTokens(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The keys of PEFT's PromptLearningConfig that say what to compute."""
+    """The keys of PEFT's PromptLearningConfig that change the computation."""
 
     num_virtual_tokens: int
     num_transformer_submodules: int = 1
@@ -49,7 +49,7 @@ class VirtualTokens(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class MultitaskConfig(VirtualTokens, kw_only=True):
-    """And those of its MultitaskPromptTuningConfig."""
+    """The keys of PEFT's MultitaskPromptTuningConfig that change the computation."""
 
     num_tasks: int = 1
     num_ranks: int = 1
@@ -59,19 +59,19 @@ T = TypeVar("T", bound=VirtualTokens)
 
 
 def compile_prompt_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
-    """The saved embeddings. Raises `ArtifactError`."""
+    """Compile to the saved embeddings, a `PrefixEmbeds`. Raises `ArtifactError`."""
     return compile_embeds(artifact, spec, "prompt tuning", PROMPT_IGNORED_KEYS)
 
 
 def compile_p_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
-    """What the encoder answered when it was saved. Raises `ArtifactError`."""
+    """Compile to the encoder's saved output, a `PrefixEmbeds`. Raises `ArtifactError`."""
     return compile_embeds(artifact, spec, "p-tuning", ENCODER_IGNORED_KEYS)
 
 
 def compile_embeds(
     artifact: Artifact, spec: BaseSpec, method: str, ignored: Collection[str]
 ) -> tuple[PrefixEmbeds, ...]:
-    """The primitive of a method whose file holds the embeddings [T, embedding_size] of its tokens, and nothing else."""
+    """Compile a method whose only tensor is its tokens' embeddings [T, embedding_size]. Raises `ArtifactError`."""
     config = read_virtual_tokens(artifact, spec, VirtualTokens, method, ignored)
     _check_width(config, spec)
     expect_exactly(artifact, {EMBEDDINGS: [config.num_virtual_tokens, spec.embedding_size]})
@@ -79,11 +79,14 @@ def compile_embeds(
 
 
 def compile_multitask(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds, ...]:
-    """E * (C R), with E [T, embedding_size], C [1, T, ranks], R [1, ranks, embedding_size]. Raises `ArtifactError`."""
+    """Compile E * (C R): E [T, embedding_size], C [1, T, ranks], R [1, ranks, embedding_size].
+
+    Raises `ArtifactError`.
+    """
     config = read_virtual_tokens(artifact, spec, MultitaskConfig, "multitask prompt tuning", MULTITASK_IGNORED_KEYS)
     if config.num_tasks != 1:
         raise MethodUnsupportedError(
-            f"num_tasks={config.num_tasks}: a hat is of one task; save that task's item of {COLS} and {ROWS} "
+            f"num_tasks={config.num_tasks}: an adapter is of one task; save that task's item of {COLS} and {ROWS} "
             "with num_tasks=1",
             "num_tasks",
         )
@@ -100,7 +103,7 @@ def compile_multitask(artifact: Artifact, spec: BaseSpec) -> tuple[PrefixEmbeds,
 def read_virtual_tokens(
     artifact: Artifact, spec: BaseSpec, schema: type[T], method: str, ignored: Collection[str]
 ) -> T:
-    """The config of a method of virtual tokens, checked against the base as far as all of them are."""
+    """Read the config of a method with virtual tokens, and check it against the base. Raises `ArtifactError`."""
     config = read_config(artifact.config, schema, method, ignored, SERVED_VALUES)
     if not 0 < config.num_virtual_tokens < spec.max_positions:
         raise ArtifactError(
@@ -117,10 +120,10 @@ def read_virtual_tokens(
     return config
 
 
-def expect_of_base(key: str, said: int | None, real: int, spec: BaseSpec) -> None:
-    """Raise `WrongBaseError` where a config says another number than the base has; PEFT fills in what it leaves out."""
-    if said is not None and said != real:
-        raise WrongBaseError(f"{key}={said}: {spec.name} has {real}; the artifact is of another base", key)
+def expect_of_base(key: str, stated: int | None, real: int, spec: BaseSpec) -> None:
+    """Raise `WrongBaseError` if a config's number differs from the base's; None is accepted, as PEFT fills it in."""
+    if stated is not None and stated != real:
+        raise WrongBaseError(f"{key}={stated}: {spec.name} has {real}; the artifact is of another base", key)
 
 
 def _check_width(config: VirtualTokens, spec: BaseSpec) -> None:

@@ -1,9 +1,9 @@
-"""Selective tuning: chosen parameters of the base trained in full, and nothing else (BitFit, arXiv:2106.10199).
+"""Compile selective tuning: chosen parameters of the base trained in full, and nothing else (BitFit, arXiv:2106.10199).
 
-Our own PEFT-style folder, since PEFT has no such type. The config has `peft_type: "SELECTIVE"` and `parameters`, names
-of what was trained: a parameter (`model.norm.weight`), or any run of the words between its dots, which stands for every
-parameter that has it (`bias`, `mlp.down_proj`, `layers.1`). Tensors are `base_model.model.` + the parameter's name as
-transformers has it, with its new value as a trainer holds it.
+The format is our own PEFT-style folder, since PEFT has no such type. The config has `peft_type: "SELECTIVE"` and
+`parameters`, names of what was trained: a parameter (`model.norm.weight`), or any run of the words between its dots,
+which stands for every parameter that has it (`bias`, `mlp.down_proj`, `layers.1`). Tensors are `base_model.model.` +
+the parameter's name in transformers, with its new value as the trainer has it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from adapters_store.primitives import Primitive, Rows
 
 
 class SelectiveConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What was trained."""
+    """The config's key: names of the trained parameters."""
 
     parameters: list[str]
 
 
 def compile_selective(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
-    """What makes the base act as if its parameters had the new values, both ends of a tied one. Raises `ArtifactError`.
+    """Compile to updates that give the base the new parameters, at both ends of a tied one. Raises `ArtifactError`.
 
     `Delta` and `Bias` at a linear, `Scale` and `Bias` at a norm, `Rows` at the embedding.
     """
     config = read_config(artifact.config, SelectiveConfig, "selective tuning")
-    known = _parameters(spec)
+    shapes = _parameters(spec)
     for name in artifact.tensors:
-        if name.removeprefix(PREFIX) not in known or not name.startswith(PREFIX):
+        if name.removeprefix(PREFIX) not in shapes or not name.startswith(PREFIX):
             raise ArtifactError(f"the tensor {name} has no site in {spec.name}: {_WHERE}", name)
-    expect_exactly(artifact, {PREFIX + name: known[name] for name in _named(config.parameters, known, spec)})
+    expect_exactly(artifact, {PREFIX + name: shapes[name] for name in _named(config.parameters, shapes, spec)})
     return require_changes([primitive for site in _sites(spec) for primitive in _whole(artifact, spec, site)], spec)
 
 
@@ -57,28 +57,28 @@ def _sites(spec: BaseSpec) -> list[str]:
 
 
 def _parameters(spec: BaseSpec) -> dict[str, list[int]]:
-    """Shapes of all parameters by name, one name each: a tied head's weight is the embedding's."""
-    known = {f"{site}.{name}": shape for site in _sites(spec) for name, shape in parameters(spec, site).items()}
+    """Return the shapes of all parameters by name; a tied head's weight is left out, as it is the embedding's."""
+    shapes = {f"{site}.{name}": shape for site in _sites(spec) for name, shape in parameters(spec, site).items()}
     if spec.is_tied:
-        known.pop(f"{spec.head}.weight", None)
-    return known
+        shapes.pop(f"{spec.head}.weight", None)
+    return shapes
 
 
-def _named(names: list[str], known: dict[str, list[int]], spec: BaseSpec) -> list[str]:
-    """Those of `known` that the config names. Raises `ArtifactError` for a name that is none's."""
-    runs = {name: set(_runs(name)) for name in known}
+def _named(names: list[str], shapes: dict[str, list[int]], spec: BaseSpec) -> list[str]:
+    """Select the parameters that the config names. Raises `ArtifactError` for a name that no parameter has."""
+    runs = {name: set(_runs(name)) for name in shapes}
     if unknown := sorted(set(names).difference(*runs.values())):
         is_head = spec.is_tied and unknown[0] in _runs(f"{spec.head}.weight")
         reason = f"its head is tied: name {spec.embedding}.weight" if is_head else _WHERE
         raise ArtifactError(f"parameters names {unknown[0][:80]!r}, which {spec.name} has not; {reason}", "parameters")
-    found = [name for name in known if not runs[name].isdisjoint(names)]
-    if not found:
+    chosen = [name for name in shapes if not runs[name].isdisjoint(names)]
+    if not chosen:
         raise ArtifactError("parameters is empty: nothing was trained", "parameters")
-    return found
+    return chosen
 
 
 def _runs(name: str) -> Iterator[str]:
-    """Every run of the words between a name's dots."""
+    """Yield every run of the words between a name's dots."""
     words = name.split(".")
     for start in range(len(words)):
         for stop in range(start + 1, len(words) + 1):

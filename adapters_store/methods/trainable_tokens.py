@@ -1,6 +1,6 @@
-"""Trainable tokens as PEFT writes them: new rows of the embedding for a few tokens, and of the head where it is tied.
+"""Compile trainable tokens as PEFT writes them: new rows of the embedding for a few tokens, and of a tied head.
 
-A tensor has the new rows themselves, not what is added to them, in the order of token_indices.
+The tensor has the new rows themselves, not their change, in the order of token_indices.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.primitives import Bias, Primitive, Rows
 
 END = ".trainable_tokens_delta"
-IGNORED_KEYS = {"init_weights"}  # how the rows began
+IGNORED_KEYS = {"init_weights"}  # how the rows were initialised
 
 
 class TrainableTokensConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """The keys of PEFT's TrainableTokensConfig that say what to compute."""
+    """The keys of PEFT's TrainableTokensConfig that change the computation."""
 
     token_indices: list[int]
     target_modules: list[str] | str | None = None
 
 
 def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
-    """`Rows` at the embedding and, where it is tied or named, at the head. Raises `ArtifactError`."""
+    """Compile to `Rows` at the embedding, and at the head if it is tied or targeted. Raises `ArtifactError`."""
     config = read_config(artifact.config, TrainableTokensConfig, "trainable tokens", IGNORED_KEYS)
     ids, order = token_ids(config.token_indices, spec)
-    found = list(by_site(artifact, (END,), _sites(spec), spec.name))
-    if spec.is_tied and spec.embedding in found:
+    sites = list(by_site(artifact, (END,), _sites(spec), spec.name))
+    if spec.is_tied and spec.embedding in sites:
         _check_tied(artifact, spec)
-        found = [spec.embedding]
-    named = [spec.embedding] if config.target_modules is None else config.target_modules  # as PEFT has it by default
+        sites = [spec.embedding]
+    named = [spec.embedding] if config.target_modules is None else config.target_modules  # PEFT's default
     targets = Targets(target_modules=named)
-    check_targets(targets, found, _sites(spec), spec, lambda site: PREFIX + site + END)
+    check_targets(targets, sites, _sites(spec), spec, lambda site: PREFIX + site + END)
     primitives: list[Primitive] = []
-    for site in found:
+    for site in sites:
         rows = expect_shape(artifact, PREFIX + site + END, [len(ids), row_width(spec, site)]).float()[order]
         primitives += token_rows(spec, site, ids, rows, is_tied=spec.is_tied)
     return tuple(primitives)
 
 
 def token_rows(spec: BaseSpec, site: str, ids: Tensor, rows: Tensor, is_tied: bool) -> list[Primitive]:
-    """The new rows [n, width] of the tokens `ids`, ascending, at the embedding or head; at both where they are tied.
+    """Compile new rows [n, width] of the tokens `ids` (ascending) at the embedding or head, or at both if `is_tied`.
 
-    PEFT's layer around a head leaves the head's bias out, in training too: so do the primitives.
+    PEFT's wrapper of a head drops the head's bias, in training too: so do the primitives. Raises `ArtifactError`.
     """
     change = finite(rows - base_weight(spec, f"{site}.weight")[ids], PREFIX + site + END)
     primitives: list[Primitive] = []
@@ -65,7 +65,11 @@ def token_rows(spec: BaseSpec, site: str, ids: Tensor, rows: Tensor, is_tied: bo
 
 
 def token_ids(indices: list[int], spec: BaseSpec, key: str = "token_indices") -> tuple[Tensor, Tensor]:
-    """The ids in ascending order, and where each stands in `key`, the config's list. Raises `ArtifactError`."""
+    """Sort the token ids of `key`, a list of the config.
+
+    Returns the ids in ascending order, and each one's index in the list. Raises `ArtifactError` for an empty list, an
+    id outside the vocabulary, or a duplicate.
+    """
     if not indices:
         raise ArtifactError(f"{key} is empty: there is no token that was trained", key)
     if wrong := [index for index in indices if not 0 <= index < spec.vocab_size]:
@@ -81,12 +85,12 @@ def _sites(spec: BaseSpec) -> list[str]:
 
 
 def row_width(spec: BaseSpec, site: str) -> int:
-    """The size of a row of the embedding or of the head."""
+    """Return the width of a row of the embedding or head."""
     return spec.embedding_size if site == spec.embedding else spec.linears[site].in_features
 
 
 def _check_tied(artifact: Artifact, spec: BaseSpec) -> None:
-    """PEFT writes the rows of a tied head too: one parameter under two names."""
+    """Accept a tied head's rows if they equal the embedding's: PEFT saves this parameter under both names."""
     name, other = PREFIX + spec.embedding + END, PREFIX + spec.head + END
     tensors = artifact.tensors
     if other not in tensors:

@@ -1,4 +1,4 @@
-"""VeRA as PEFT writes it (arXiv:2310.11454): y += b * (B (d * (A x))), A and B random and shared by all sites.
+"""Compile VeRA as PEFT writes it (arXiv:2310.11454): y += b * (B (d * (A x))), A and B random and shared by all sites.
 
 A [r, largest in] and B [largest out, r] are cut to each site's size; only d [r] and b [out] are trained. With
 save_projection=false A and B are drawn again from projection_prng_key, as PEFT draws them.
@@ -28,11 +28,11 @@ B_END, D_END = ".vera_lambda_b", ".vera_lambda_d"
 IGNORED_KEYS = {"d_initial", "fan_in_fan_out", "init_weights", "vera_dropout"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None,)}
 MAX_RANK = 4096
-SEEDS = range(-(2**63), 2**64)  # what torch's generators take
+SEEDS = range(-(2**63), 2**64)  # the range of torch's generators
 
 
 class VeraConfig(Targets, kw_only=True):
-    """The keys of PEFT's VeraConfig that say what to compute."""
+    """The keys of PEFT's VeraConfig that change the computation."""
 
     r: int
     projection_prng_key: int = 0
@@ -40,7 +40,7 @@ class VeraConfig(Targets, kw_only=True):
 
 
 def compile_vera(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
-    """One `LowRank` a site, b and d folded into B, or a `Delta` if that holds fewer numbers. Raises `ArtifactError`."""
+    """Compile to a `LowRank` per site, b and d folded in, or a `Delta` if that is smaller. Raises `ArtifactError`."""
     config = _read(artifact.config)
     trained = {name: tensor for name, tensor in artifact.tensors.items() if name not in (A_NAME, B_NAME)}
 
@@ -56,7 +56,7 @@ def compile_vera(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta
 
 
 def draw_projections(key: int, rank: int, width: int, height: int) -> tuple[Tensor, Tensor]:
-    """A [rank, width] and B [height, rank], uniform, by PEFT's generator and in its order."""
+    """Draw A [rank, width] and B [height, rank] from a seed, uniform, with PEFT's generator and in its order."""
     generator = torch.Generator("cpu").manual_seed(key)
     a_bound, b_bound = (math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(fan_in)) for fan_in in (width, rank))
     a = torch.empty(rank, width, dtype=torch.float32).uniform_(-a_bound, a_bound, generator=generator)

@@ -1,1 +1,1 @@
-"""The SQL registry: tenants, keys, tasks, versions, routes and the audit log."""
+"""The SQL registry: tenants, keys, tasks, versions, routes, usage and the audit log."""

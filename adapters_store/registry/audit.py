@@ -1,7 +1,7 @@
-"""The log of changes: who changed what, and when. A line is written in the transaction of its change, or not at all.
+"""Log every change: its actor, action and time, written in the transaction of the change or not at all.
 
-Who acts is a context variable, so that no change can be made without a name: whoever lets a request in says `acting`,
-and threads that `asyncio.to_thread` starts know it, too.
+The actor is a context variable, so that no change is made without one: the code that accepts a request calls `acting`,
+and threads started by `asyncio.to_thread` inherit it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adapters_store.registry.database import audit
 
 @dataclass(frozen=True)
 class Actor:
-    """Who acts: `server` itself, `local` (no key is asked for), `admin`, or the id of a key."""
+    """The actor of a change: `server` itself, `local` (no key is required), `admin`, or the id of a key."""
 
     name: str = "server"
     request_id: str | None = None
@@ -28,7 +28,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class AuditEntry:
-    """One change. `what` names what was changed, in the words of its action."""
+    """A change. `what` names what was changed, with keys that depend on `action`; `at` is in Unix seconds."""
 
     number: int
     at: float
@@ -44,13 +44,13 @@ _ACTOR: ContextVar[Actor] = ContextVar("actor", default=_SERVER)
 
 
 def act_as(name: str, request_id: str | None = None) -> None:
-    """From now on in this context changes are made by this actor."""
+    """Set the actor of changes for the rest of this context."""
     _ACTOR.set(Actor(name, request_id))
 
 
 @contextmanager
 def acting(name: str, request_id: str | None = None) -> Iterator[None]:
-    """While the block runs changes are made by this actor."""
+    """Set the actor of changes within the block."""
     token = _ACTOR.set(Actor(name, request_id))
     try:
         yield
@@ -59,14 +59,14 @@ def acting(name: str, request_id: str | None = None) -> Iterator[None]:
 
 
 def note(connection: Connection, tenant: str, action: str, **what: Any) -> None:
-    """Write a line of a change that is made in this transaction."""
+    """Add an entry for a change to the change's own transaction."""
     actor = _ACTOR.get()
     values = {"actor": actor.name, "request_id": actor.request_id, "tenant": tenant, "action": action, "what": what}
     connection.execute(insert(audit).values(at=time.time(), **values))
 
 
 def entries(connection: Connection, tenant: str | None, before: int | None, max_entries: int) -> list[AuditEntry]:
-    """The newest changes first: of one tenant or of all, those with a number under `before`."""
+    """Return up to `max_entries` changes, newest first: of a tenant or (None) of all, with numbers below `before`."""
     query = select(audit).order_by(audit.c.id.desc()).limit(max_entries)
     if tenant is not None:
         query = query.where(audit.c.tenant == tenant)

@@ -1,6 +1,6 @@
-"""The registry's tables, and a connection to them: migrated to the newest schema, durable, one writer at a time.
+"""Define the registry's tables, and connect to them: migrated to the newest schema, durable, one writer at a time.
 
-SQLite by default; PostgreSQL by its URL.
+The database is SQLite by default, or PostgreSQL by its URL.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from adapters_store.durable import fsync
 from adapters_store.errors import RegistryDownError, StoreError
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
-WRITER_LOCK, SERVER_LOCK = 0x6D616E79, 0x68617473  # advisory locks, of one database each
+WRITER_LOCK, SERVER_LOCK = 0x6D616E79, 0x68617473  # advisory locks, one of each per database
 DISK_FAULTS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
     sqlite3.SQLITE_READONLY: errno.EROFS,
 }
-IS_NAMED = "manyhats_is_named"  # of a connection that has written
+IS_NAMED = "manyhats_is_named"  # set on a connection that has written
 
 metadata = MetaData()
 tasks = Table(
@@ -75,7 +75,7 @@ versions = Table(
     Column("prompt_format", JSON, nullable=True),
     Column("note", String(1000), nullable=False),
     Column("created", Float, nullable=False),
-    Column("proved", String(64), nullable=True),  # what its bytes passed the proof under, a base and a software
+    Column("proved", String(64), nullable=True),  # fingerprint of the base and software of the last validation
     UniqueConstraint("task_id", "number"),
     UniqueConstraint("task_id", "digest"),
 )
@@ -88,7 +88,7 @@ routes = Table(
     Column("sticky", String(10), nullable=True),
     Column("created", Float, nullable=False),
 )
-removed = Table(  # digests of versions that were deleted, so that no start takes them in again
+removed = Table(  # digests of deleted versions, which no start imports again
     "removed",
     metadata,
     Column("id", Integer, primary_key=True),
@@ -96,7 +96,7 @@ removed = Table(  # digests of versions that were deleted, so that no start take
     Column("digest", String(64), nullable=False),
     UniqueConstraint("task_id", "digest"),
 )
-identity = Table("identity", metadata, Column("id", String(32), primary_key=True))  # one row: which registry this is
+identity = Table("identity", metadata, Column("id", String(32), primary_key=True))  # one row
 usage = Table(
     "usage",
     metadata,
@@ -113,16 +113,16 @@ tenants = Table(
     "tenants",
     metadata,
     Column("name", String(63), primary_key=True),
-    Column("limits", JSON, nullable=False),  # {name of a limit: value}, of those that are set
+    Column("limits", JSON, nullable=False),  # {limit: value}, those that are set
     Column("created", Float, nullable=False),
-    Column("deleted", Float, nullable=True),  # the row stays, so that a name is never given twice
+    Column("deleted", Float, nullable=True),  # the row stays: names are never reused
 )
 keys = Table(
     "keys",
     metadata,
     Column("id", String(16), primary_key=True),
     Column("tenant", ForeignKey("tenants.name"), nullable=False, index=True),
-    Column("hash", String(64), nullable=False),  # sha256 of the secret, which is kept nowhere
+    Column("hash", String(64), nullable=False),  # sha256 of the secret, which is not stored
     Column("scopes", JSON, nullable=False),
     Column("note", String(200), nullable=False),
     Column("created", Float, nullable=False),
@@ -141,9 +141,9 @@ audit = Table(
 
 
 def connect(url: str) -> Engine:
-    """An engine for a database URL. Its write transactions begin by taking the one writer's turn.
+    """Create an engine for a database URL, whose write transactions start by waiting for their turn as the only writer.
 
-    Raises `StoreError` for a URL that is none of ours, or whose driver is not installed.
+    Raises `StoreError` for a URL that is not served, or whose driver is not installed.
     """
     try:
         parsed = make_url(url.replace("postgres://", "postgresql://", 1))
@@ -166,13 +166,13 @@ def connect(url: str) -> Engine:
 
 @contextmanager
 def transaction(engine: Engine, is_write: bool) -> Iterator[Connection]:
-    """A transaction: all that is read in it is of one moment, all that is written is durable when the block ends.
+    """Open a transaction: its reads see one moment, its writes are durable when the block ends.
 
-    Nobody writes beside a writer. Raises `OSError` where SQLite could not read or write its file, and
-    `RegistryDownError` where PostgreSQL does not answer.
+    Only one writer runs at a time. Raises `OSError` if SQLite cannot read or write its file, and `RegistryDownError` if
+    PostgreSQL does not answer.
     """
     options: dict[str, Any] = {"is_write": is_write}
-    if engine.dialect.name == POSTGRESQL:  # a writer reads after its turn has come what others wrote before
+    if engine.dialect.name == POSTGRESQL:  # a writer must see what was written before its turn
         options["isolation_level"] = "READ COMMITTED" if is_write else "REPEATABLE READ"
     try:
         with engine.connect().execution_options(**options) as connection, connection.begin():
@@ -187,9 +187,9 @@ def transaction(engine: Engine, is_write: bool) -> Iterator[Connection]:
 
 
 def hold(engine: Engine) -> Connection | None:
-    """Be the one server of a PostgreSQL database until the connection is closed. Raises `StoreError` where another is.
+    """Claim a PostgreSQL database for this server until the returned connection is closed.
 
-    None: of SQLite, whose folder the server holds.
+    Returns None for SQLite, whose folder the server locks. Raises `StoreError` if another server has the database.
     """
     if engine.dialect.name != POSTGRESQL:
         return None
@@ -204,7 +204,7 @@ def hold(engine: Engine) -> Connection | None:
 
 
 def migrate(connection: Connection) -> None:
-    """Bring a database to the newest schema (alembic; the scripts are in `migrations/`)."""
+    """Upgrade a database to the newest schema (alembic; the scripts are in `migrations/`)."""
     from alembic import command
     from alembic.config import Config
 
@@ -215,14 +215,14 @@ def migrate(connection: Connection) -> None:
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
-    """Readers beside a writer; a commit is durable; references hold; transactions begin where `_begin_sqlite` says."""
+    """Set up a connection: readers run beside a writer, commits are durable, foreign keys hold, no implicit BEGIN."""
     connection.isolation_level = None
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes its turn at once: one that began as a reader would fail if another wrote meanwhile."""
+    """Begin a transaction; a writer locks at once: after a read it would fail if another wrote meanwhile."""
     is_write = connection.get_execution_options().get("is_write", False)
     if is_write and not connection.info.get(IS_NAMED):
         _sync_names(connection)
@@ -231,9 +231,9 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _sync_names(connection: Connection) -> None:
-    """Make the names of SQLite's files durable before a connection first writes.
+    """Make the directory entries of SQLite's files durable before a connection first writes.
 
-    SQLite syncs their folder at the first write itself, and passes over an error of that: so this is that write.
+    SQLite syncs their folder itself at the first write, but ignores an error of that: so that write is made here.
     """
     version = connection.exec_driver_sql("PRAGMA user_version").scalar()
     connection.exec_driver_sql(f"PRAGMA user_version={version}")
@@ -243,6 +243,6 @@ def _sync_names(connection: Connection) -> None:
 
 
 def _begin_postgresql(connection: Connection) -> None:
-    """A writer waits for its turn before it reads anything; it ends with the transaction."""
+    """Let a writer wait for its turn before it reads anything; the lock ends with the transaction."""
     if connection.get_execution_options().get("is_write", False):
         connection.execute(select(func.pg_advisory_xact_lock(WRITER_LOCK)))

@@ -1,7 +1,7 @@
-"""Tasks, versions, routes and usage, in SQL (SQLite by default).
+"""Store tasks, versions, routes and usage in SQL (SQLite by default).
 
-A task exists while it has a version. Versions are immutable and numbered per task; a number is never given twice. All
-calls are synchronous.
+A task exists while it has a version. Versions are immutable and numbered per task; a number is never reused. All calls
+are synchronous, and raise `OSError` or `RegistryDownError` if the database fails (`database.transaction`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from adapters_store.registry.routes import FULL_ROUTE, Route, current_route, rol
 from adapters_store.registry.tenants import DEFAULT_TENANT, check_quota
 
 __all__ = ["DEFAULT_TENANT", "Facts", "Registry", "Task", "Usage", "Version"]
-MAX_NUMBER = 2**63  # of what SQL takes as an integer
+MAX_NUMBER = 2**63  # the end of SQL's integers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is kept of an artifact beside its bytes.
+    """The registry's record of an artifact's content.
 
-    `num_parameters` were trained, `num_items` numbers take its place on the device, of which `num_matrix_items` are of
-    matrices; `num_virtual` tokens of its prefix come before a prompt; `num_bytes` are those of its files.
+    `num_parameters` were trained; `num_items` numbers are taken on the device, of which `num_matrix_items` are of
+    matrices; `num_virtual` prefix tokens come before a prompt; `num_bytes` is the size of the files.
     """
 
     digest: str
@@ -59,7 +59,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Version(Facts):
-    """One immutable version of a task."""
+    """An immutable version of a task; `created` is in Unix seconds."""
 
     task: str
     number: int
@@ -69,7 +69,7 @@ class Version(Facts):
 
 @dataclass(frozen=True)
 class Task:
-    """A tenant's name, its versions in order, its route, and whether what is routed to stays on the device."""
+    """A tenant's task: versions by number, route, and whether the routed versions are pinned to the device."""
 
     name: str
     versions: tuple[Version, ...]
@@ -79,7 +79,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a task's version (0: the base) was used for."""
+    """The use of a task's version (0: the base): requests and tokens."""
 
     task: str
     version: int
@@ -89,7 +89,7 @@ class Usage:
 
 
 class Registry:
-    """The registry at a database URL."""
+    """The tasks, versions, routes and usage in the database at a URL."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -97,7 +97,7 @@ class Registry:
         self._held: Connection | None = None
 
     def open(self) -> Registry:
-        """Connect and migrate to the newest schema. Raises `StoreError` where the database cannot be used."""
+        """Connect, and migrate to the newest schema. Raises `StoreError` if the database cannot be used."""
         self._engine = connect(self.url)
         try:
             self._held = hold(self._engine)
@@ -109,7 +109,7 @@ class Registry:
         return self
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections and release the database."""
         if self._held is not None:
             self._held.close()
         if self._engine is not None:
@@ -123,7 +123,7 @@ class Registry:
 
     @property
     def engine(self) -> Engine:
-        """The database, once it is open: `Tenants` works on the same."""
+        """Return the open database, which `Tenants` shares. Raises `RuntimeError` before `open`."""
         if self._engine is None:
             raise RuntimeError("the registry is not open")
         return self._engine
@@ -138,15 +138,15 @@ class Registry:
         activate: bool = True,
         validated: str | None = None,
     ) -> tuple[Version, bool]:
-        """Add a version, and route to it unless told not to; durable on return. `validated` is as for `set_validated`.
+        """Add a version, and route to it if `activate`; durable on return. `validated`: as in `set_validated`.
 
-        The same digest again is the same version, routed to in the same way; then the second item is False. Raises
-        `QuotaError` where the tenant may have no more.
+        The same digest again is the same version, routed likewise; then the second item is False. Raises `QuotaError`
+        if the tenant's limits are reached.
         """
         with self._write() as connection:
             task_id = self._make_task(connection, tenant, task)
-            known = select(versions).where(versions.c.task_id == task_id, versions.c.digest == facts.digest)
-            is_new = connection.execute(known).first() is None
+            same_bytes = select(versions).where(versions.c.task_id == task_id, versions.c.digest == facts.digest)
+            is_new = connection.execute(same_bytes).first() is None
             if is_new:
                 check_quota(connection, tenant, facts.num_bytes)
                 number = self._next_number(connection, task_id)
@@ -154,7 +154,7 @@ class Registry:
                 connection.execute(insert(versions).values(**values, **msgspec.to_builtins(facts)))
                 audit.note(connection, tenant, "version.add", task=task, version=number, digest=facts.digest)
             connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == facts.digest))
-            version = _version(task, connection.execute(known).one())
+            version = _version(task, connection.execute(same_bytes).one())
             if validated is not None:
                 connection.execute(_set_validated(facts.digest, validated))
             if activate:
@@ -162,7 +162,7 @@ class Registry:
             return version, is_new
 
     def resolve(self, tenant: str, task: str, version: int | None = None, user: str | None = None) -> Version:
-        """The version that a request for a task gets now; `user` is whom a sticky route keeps with its version.
+        """Choose the version for a request: the given one, or by the task's route; `user` is the key of a sticky route.
 
         Raises `AbsentError`.
         """
@@ -175,17 +175,17 @@ class Registry:
             return self._find(connection, task_id, task, number)
 
     def set_route(self, tenant: str, task: str, route: Route) -> None:
-        """Route a task's requests; durable on return. Raises `AbsentError`, for a version that is not there, too."""
+        """Route a task's requests; durable on return. Raises `AbsentError` for a missing task or version."""
         with self._write() as connection:
             set_route(connection, self._task_id(connection, tenant, task), route)
 
     def roll_back(self, tenant: str, task: str) -> Route:
-        """Return to the route before this one. Raises `AbsentError` or `NoEarlierRouteError`."""
+        """Return to the previous route. Raises `AbsentError` or `NoEarlierRouteError`."""
         with self._write() as connection:
             return roll_back(connection, self._task_id(connection, tenant, task))
 
     def set_pinned(self, tenant: str, task: str, is_pinned: bool) -> None:
-        """Keep what a task routes to on the device, or not. Raises `AbsentError`."""
+        """Pin the versions that a task routes to on the device, or unpin them. Raises `AbsentError`."""
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
             which = (tasks.c.id == task_id) & (tasks.c.is_pinned != is_pinned)
@@ -193,38 +193,38 @@ class Registry:
                 audit.note(connection, tenant, "task.pin", task=task, pinned=is_pinned)
 
     def pinned_digests(self) -> list[str]:
-        """The digests that pinned tasks of all tenants route to, the newest version first."""
+        """Return the digests that pinned tasks of all tenants route to, the newest version first."""
         with self._read() as connection:
             pinned = self._tasks(connection, tasks.c.is_pinned)
-        found = [version for task in pinned for version in task.versions if version.number in task.route.weights]
-        return list(dict.fromkeys(v.digest for v in sorted(found, key=lambda v: v.created, reverse=True)))
+        routed = [version for task in pinned for version in task.versions if version.number in task.route.weights]
+        return list(dict.fromkeys(v.digest for v in sorted(routed, key=lambda v: v.created, reverse=True)))
 
     def task(self, tenant: str, task: str) -> Task:
-        """A task with its versions and route. Raises `AbsentError`."""
+        """Return a task with its versions and route. Raises `AbsentError`."""
         with self._read() as connection:
             self._task_id(connection, tenant, task)
-            (found,) = self._tasks(connection, (tasks.c.tenant == tenant) & (tasks.c.name == task))
-            return found
+            (task_found,) = self._tasks(connection, (tasks.c.tenant == tenant) & (tasks.c.name == task))
+            return task_found
 
     def tasks(self, tenant: str) -> list[Task]:
-        """All tasks of a tenant, by name."""
+        """Return a tenant's tasks, by name."""
         with self._read() as connection:
             return self._tasks(connection, tasks.c.tenant == tenant)
 
     def delete_task(self, tenant: str, task: str) -> list[str]:
-        """Remove a task with all versions; their digests. Raises `AbsentError`."""
+        """Delete a task with all its versions, and return their digests. Raises `AbsentError`."""
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
-            gone = connection.execute(select(versions.c.digest).where(versions.c.task_id == task_id)).scalars().all()
-            self._remember(connection, task_id, gone)
+            digests = connection.execute(select(versions.c.digest).where(versions.c.task_id == task_id)).scalars().all()
+            self._remember(connection, task_id, digests)
             connection.execute(delete(versions).where(versions.c.task_id == task_id))
             connection.execute(delete(routes).where(routes.c.task_id == task_id))
             connection.execute(update(tasks).where(tasks.c.id == task_id).values(is_pinned=False))
-            audit.note(connection, tenant, "task.delete", task=task, num_versions=len(gone))
-            return list(gone)
+            audit.note(connection, tenant, "task.delete", task=task, num_versions=len(digests))
+            return list(digests)
 
     def delete_version(self, tenant: str, task: str, number: int) -> str:
-        """Remove a version, also from the route; its digest. Raises `AbsentError`."""
+        """Delete a version, also from the route, and return its digest. Raises `AbsentError`."""
         with self._write() as connection:
             task_id = self._task_id(connection, tenant, task)
             digest = self._find(connection, task_id, task, number).digest
@@ -237,46 +237,40 @@ class Registry:
             return digest
 
     def was_removed(self, tenant: str, task: str, digest: str) -> bool:
-        """Whether a version of these bytes was deleted, and not uploaded since."""
+        """Tell if a version with these bytes was deleted, and not uploaded since."""
         query = select(removed.c.id).join(tasks, removed.c.task_id == tasks.c.id)
         with self._read() as connection:
-            found = query.where(tasks.c.tenant == tenant, tasks.c.name == task, removed.c.digest == digest)
-            return connection.execute(found).first() is not None
+            of_task = query.where(tasks.c.tenant == tenant, tasks.c.name == task, removed.c.digest == digest)
+            return connection.execute(of_task).first() is not None
 
     def identity(self) -> str:
-        """Which registry this is: a word that is drawn once, and that a store of artifacts belongs to."""
+        """Return this registry's own identity, drawn once: an artifact store belongs to one registry."""
         with self._write() as connection:
-            found = connection.execute(select(identity.c.id)).scalar()
-            if found is None:
-                found = uuid.uuid4().hex
-                connection.execute(insert(identity).values(id=found))
-            return str(found)
+            stored = connection.execute(select(identity.c.id)).scalar()
+            if stored is None:
+                stored = uuid.uuid4().hex
+                connection.execute(insert(identity).values(id=stored))
+            return str(stored)
 
     def set_validated(self, digest: str, fingerprint: str) -> None:
-        """Bytes passed the proof `fingerprint` a base and a software: so did every version of them."""
+        """Record that all versions of these bytes passed validation; `fingerprint` names the base and the software."""
         with self._write() as connection:
             connection.execute(_set_validated(digest, fingerprint))
 
     def unvalidated(self, fingerprint: str) -> list[str]:
-        """The digests of versions that were proved under something else, or never; the newest first."""
+        """Return digests of versions last validated under another fingerprint, or never; the newest first."""
         query = select(versions.c.digest).where(func.coalesce(versions.c.proved, "") != fingerprint)
         with self._read() as connection:
-            found = connection.execute(query.order_by(versions.c.created.desc())).scalars()
-            return list(dict.fromkeys(found))
+            digests = connection.execute(query.order_by(versions.c.created.desc())).scalars()
+            return list(dict.fromkeys(digests))
 
     def digests(self) -> set[str]:
-        """Every digest that some version refers to."""
+        """Return every digest that a version refers to."""
         with self._read() as connection:
             return set(connection.execute(select(versions.c.digest)).scalars())
 
-    def add_usage(
-        self, tenant: str, task: str, version: int, *, requests: int, prompt_tokens: int, completion_tokens: int
-    ) -> None:
-        """Count what a request used; version 0 is the base."""
-        self.add_usages({(tenant, task, version): (requests, prompt_tokens, completion_tokens)})
-
     def add_usages(self, counts: Mapping[tuple[str, str, int], Sequence[int]]) -> None:
-        """Count what was used: {(tenant, task, version): (requests, prompt tokens, completion tokens)}; all or none."""
+        """Add to the usage: {(tenant, task, version): (requests, prompt tokens, completion tokens)}; all or none."""
         with self._write() as connection:
             for (tenant, task, version), numbers in counts.items():
                 key = (usage.c.tenant == tenant) & (usage.c.task == task) & (usage.c.version == version)
@@ -286,11 +280,11 @@ class Registry:
                     connection.execute(insert(usage).values(tenant=tenant, task=task, version=version, **more))
 
     def usage(self, tenant: str) -> list[Usage]:
-        """What a tenant used, by task and version."""
+        """Return a tenant's usage, by task and version."""
         return self.usages(tenant).get(tenant, [])
 
     def usages(self, tenant: str | None = None) -> dict[str, list[Usage]]:
-        """What each tenant used, or the one that is named; those that were deleted, too."""
+        """Return the usage by tenant, deleted ones included, or of the named tenant only."""
         query = select(usage).order_by(usage.c.tenant, usage.c.task, usage.c.version)
         with self._read() as connection:
             rows = connection.execute(query if tenant is None else query.where(usage.c.tenant == tenant)).all()
@@ -310,7 +304,7 @@ class Registry:
         return int(task_id)
 
     def _make_task(self, connection: Connection, tenant: str, task: str) -> int:
-        """The id of a task that may be new, or have lost all its versions."""
+        """Return the id of a task, which is created if it is new."""
         query = select(tasks.c.id).where(tasks.c.tenant == tenant, tasks.c.name == task)
         if connection.execute(query).scalar() is None:
             connection.execute(insert(tasks).values(tenant=tenant, name=task, next_number=1))
@@ -324,25 +318,25 @@ class Registry:
         return _version(task, row)
 
     def _tasks(self, connection: Connection, which: ColumnElement[bool]) -> list[Task]:
-        """Tasks with their versions and routes, in two queries however many there are."""
+        """Read tasks with their versions and routes, in two queries however many there are."""
         columns = (tasks.c.name, tasks.c.is_pinned, versions)
         of_tasks = select(*columns).join(versions, versions.c.task_id == tasks.c.id).where(which)
         rows = connection.execute(of_tasks.order_by(tasks.c.tenant, tasks.c.name, versions.c.number)).all()
         last = select(func.max(routes.c.id)).join(tasks, routes.c.task_id == tasks.c.id).where(which)
         newest = select(routes).where(routes.c.id.in_(last.group_by(routes.c.task_id)))
-        found = {row.task_id: route_of(row) for row in connection.execute(newest).all()}
+        route_by_task = {row.task_id: route_of(row) for row in connection.execute(newest).all()}
         return [
-            Task(name, tuple(_version(name, row) for row in group), found.get(task_id, Route()), is_pinned)
+            Task(name, tuple(_version(name, row) for row in group), route_by_task.get(task_id, Route()), is_pinned)
             for (name, is_pinned, task_id), group in groupby(rows, lambda row: (row.name, row.is_pinned, row.task_id))
         ]
 
     def _remember(self, connection: Connection, task_id: int, digests: Iterable[str]) -> None:
-        """Deleted versions, so that an import does not bring them back."""
+        """Record deleted versions, so that an import does not add them again."""
         for digest in digests:
             connection.execute(insert(removed).values(task_id=task_id, digest=digest))
 
     def _next_number(self, connection: Connection, task_id: int) -> int:
-        """A number that this task never had."""
+        """Draw a version number that this task never had."""
         number = connection.execute(select(tasks.c.next_number).where(tasks.c.id == task_id)).scalar_one()
         connection.execute(update(tasks).where(tasks.c.id == task_id).values(next_number=number + 1))
         return int(number)
@@ -353,5 +347,5 @@ def _set_validated(digest: str, fingerprint: str) -> Update:
 
 
 def _version(task: str, row: Row[Any]) -> Version:
-    known = {field.name: getattr(row, field.name) for field in fields(Version) if field.name != "task"}
-    return msgspec.convert({"task": task, **known}, Version)
+    columns = {field.name: getattr(row, field.name) for field in fields(Version) if field.name != "task"}
+    return msgspec.convert({"task": task, **columns}, Version)

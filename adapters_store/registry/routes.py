@@ -1,6 +1,6 @@
-"""The route of a task: which share of its requests each version gets; its history, in SQL.
+"""Split a task's requests over its versions by a route, and keep the routes' history in SQL.
 
-The last row of `routes` of a task is its route; the rows before it are what a rollback goes back to.
+The last row of `routes` of a task is its route; a rollback returns to earlier rows.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ from adapters_store.errors import AbsentError, NoEarlierRouteError
 from adapters_store.registry import audit
 from adapters_store.registry.database import routes, tasks, versions
 
-FULL_ROUTE = 100.0  # the weight of a version that is the whole route
-MAX_HISTORY = 100  # routes of a task that are kept
-STICKY_BY_USER = "user"
-RESOLUTION = 2**53  # of a place on the line
+FULL_ROUTE = 100.0  # weight of the only version of a route
+MAX_HISTORY = 100  # routes kept per task
+RESOLUTION = 2**53  # steps in [0, 1)
 
 
 @dataclass(frozen=True)
 class Route:
-    """{version: weight}, and what keeps a request with its version: its `user`, or nothing (None)."""
+    """Weights by version number, and the key that keeps a request on its version: "user", or None for random."""
 
     weights: dict[int, float] = field(default_factory=dict)
     sticky: str | None = None
 
     def choose(self, place: float) -> int | None:
-        """The version at a place of [0, 1): versions lie side by side in their order, each as long as it weighs.
+        """Return the version at a point of [0, 1), or None for an empty route.
 
-        So whoever is sent to the newest version stays with it while its weight grows. None: the route is empty.
+        Versions split the interval in their order, by weight: a user on the newest version stays there while it grows.
         """
         numbers = sorted(self.weights)
         ends = list(accumulate(self.weights[number] for number in numbers))
         return next((number for number, end in zip(numbers, ends, strict=True) if place * ends[-1] < end), None)
 
     def place(self, tenant: str, task: str, user: str | None) -> float:
-        """Where a request stands: the same for the same user where the route is sticky, else anywhere."""
+        """Return a request's point of [0, 1): by hash of tenant, task and user if the route is sticky, else random."""
         if self.sticky is None or user is None:
             return secrets.randbelow(RESOLUTION) / RESOLUTION
         words = (word.encode() for word in (tenant, task, user))
@@ -49,7 +48,7 @@ class Route:
         return int.from_bytes(hashlib.sha256(framed).digest()[:8], "big") % RESOLUTION / RESOLUTION
 
     def is_like(self, other: Route) -> bool:
-        """Whether requests fall the same way: weights count in proportion alone."""
+        """Tell if requests are split in the same way: only the proportions of weights count."""
         return self.sticky == other.sticky and self._shares() == other._shares()
 
     def _shares(self) -> dict[int, float]:
@@ -57,18 +56,18 @@ class Route:
         return {number: weight / whole for number, weight in self.weights.items()}
 
     def without(self, gone: set[int]) -> Route:
-        """The same route but for some versions."""
+        """Return the route without some versions."""
         return Route({number: weight for number, weight in self.weights.items() if number not in gone}, self.sticky)
 
 
 def current_route(connection: Connection, task_id: int) -> Route:
-    """A task's route; empty where it has none."""
+    """Return a task's route, which is empty if none was set."""
     row = connection.execute(_newest_first(task_id).limit(1)).first()
     return Route() if row is None else route_of(row)
 
 
 def set_route(connection: Connection, task_id: int, route: Route) -> None:
-    """Route from now on; a route that is the same is not a new one, so that a rollback goes to another.
+    """Set a task's route; an equal route is not added again, so that a rollback leads to another one.
 
     Raises `AbsentError` for a version that the task does not have.
     """
@@ -80,7 +79,7 @@ def set_route(connection: Connection, task_id: int, route: Route) -> None:
 
 
 def roll_back(connection: Connection, task_id: int) -> Route:
-    """Return to the route before this one, less the versions that are gone since; asked again, to the one before that.
+    """Return to the previous route, less versions deleted since; repeated calls go further back.
 
     Raises `NoEarlierRouteError`.
     """
@@ -96,7 +95,7 @@ def roll_back(connection: Connection, task_id: int) -> Route:
 
 
 def route_of(row: Row[Any]) -> Route:
-    """A route as its row has it."""
+    """Convert a row of `routes` to a route."""
     return Route({int(number): weight for number, weight in row.weights.items()}, row.sticky)
 
 

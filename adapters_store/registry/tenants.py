@@ -1,8 +1,8 @@
-"""Tenants, their limits and keys, in the registry's database. All calls are synchronous.
+"""Store tenants, their limits and keys in the registry's database. All calls are synchronous.
 
-A key is `mh_<id>.<secret>`: the id finds its row, which has a hash of the secret and no more. A secret has 256 random
-bits, so that a plain sha256 keeps it. The name of a tenant that was deleted is never given again: what is kept of it,
-as usage and shared KV, could be taken for another's.
+A key is `mh_<id>.<secret>`: the id finds its row, which has only a hash of the secret. A secret has 256 random bits,
+so that a plain sha256 protects it. A deleted tenant's name is never reused: records of it, such as usage and shared KV
+blocks, could be taken for the new tenant's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEY = re.compile(r"(mh_[a-z0-9]{12})\.([A-Za-z0-9_-]{43})")
 
 
 class TenantLimits(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What a tenant may do; None is without a limit. `share` weighs it against other tenants where they compete."""
+    """A tenant's limits; None is no limit. `share` is its weight against competing tenants."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -42,7 +42,7 @@ class TenantLimits(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unkno
 
 @dataclass(frozen=True)
 class Tenant:
-    """Who asks and pays; how many adapters it has, of how many bytes."""
+    """A tenant with its number of adapters and their bytes; `created` is in Unix seconds."""
 
     name: str
     limits: TenantLimits
@@ -53,7 +53,7 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Key:
-    """A tenant's key, without its secret."""
+    """A tenant's API key, without its secret; `created` is in Unix seconds."""
 
     id: str
     tenant: str
@@ -64,7 +64,7 @@ class Key:
 
 @dataclass(frozen=True)
 class KeyRecord:
-    """What a key's id is known for: whose it is, what it may do, and the hash that its secret must have."""
+    """The record of a key id: its tenant, scopes, limits, and the hash that its secret must have."""
 
     tenant: str
     scopes: frozenset[str]
@@ -72,23 +72,23 @@ class KeyRecord:
     limits: TenantLimits
 
     def fits(self, secret: str) -> bool:
-        """Whether this is the key's secret."""
+        """Tell if this is the key's secret, in constant time."""
         return hmac.compare_digest(hash_of(secret), self.hash)
 
 
 def hash_of(secret: str) -> str:
-    """What is kept of a secret."""
+    """Return the hash of a secret, which is all that is stored of it."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The id and the secret of a key; None where it has not the form of one."""
+    """Split a key into its id and secret; None if it is malformed."""
     matched = KEY.fullmatch(key)
     return None if matched is None else (matched[1], matched[2])
 
 
 class Tenants:
-    """The tenants of a registry that is open."""
+    """The tenants and keys of an open registry."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -100,7 +100,7 @@ class Tenants:
         return transaction(self._engine, is_write=True)
 
     def add(self, name: str, limits: TenantLimits | None = None) -> Tenant:
-        """A new tenant. Raises `NameTakenError`."""
+        """Add a tenant. Raises `NameTakenError`, also for the name of a deleted one."""
         with self._write() as connection:
             if (row := connection.execute(select(tenants).where(tenants.c.name == name)).first()) is not None:
                 was = "exists" if row.deleted is None else "was deleted; a tenant's name is never given again"
@@ -113,20 +113,20 @@ class Tenants:
             return self._tenant(connection, self._find(connection, name))
 
     def get(self, name: str) -> Tenant:
-        """A tenant by name. Raises `AbsentError`."""
+        """Return a tenant by name. Raises `AbsentError`."""
         with self._read() as connection:
             return self._tenant(connection, self._find(connection, name))
 
     def all(self) -> list[Tenant]:
-        """All tenants by name."""
+        """Return every tenant that is not deleted, by name."""
         with self._read() as connection:
             rows = connection.execute(select(tenants).where(tenants.c.deleted.is_(None)).order_by(tenants.c.name)).all()
             return [self._tenant(connection, row) for row in rows]
 
     def delete(self, name: str) -> list[str]:
-        """A tenant goes with its keys, tasks and versions; the digests of these. Its usage stays. Raises `AbsentError`.
+        """Delete a tenant with its keys, tasks and versions, and return their digests; its usage stays.
 
-        The default tenant cannot go: raises `ValueError`.
+        Raises `AbsentError`, and `ValueError` for the default tenant.
         """
         if name == DEFAULT_TENANT:
             raise ValueError(f"the tenant {DEFAULT_TENANT} is always there")
@@ -142,7 +142,7 @@ class Tenants:
             return list(digests)
 
     def set_limits(self, name: str, limits: TenantLimits) -> Tenant:
-        """Other limits, in place of those before. Raises `AbsentError`."""
+        """Replace a tenant's limits. Raises `AbsentError`."""
         with self._write() as connection:
             self._find(connection, name)
             stored = msgspec.to_builtins(limits)
@@ -151,7 +151,7 @@ class Tenants:
             return self._tenant(connection, self._find(connection, name))
 
     def add_key(self, tenant: str, scopes: list[str], note: str = "") -> tuple[Key, str]:
-        """A new key, and what to send: nobody can tell it again. Raises `AbsentError`."""
+        """Create a key, and return it with the text to send, which is not stored. Raises `AbsentError`."""
         key_id, secret = f"mh_{secrets.token_hex(6)}", secrets.token_urlsafe(32)
         with self._write() as connection:
             self._find(connection, tenant)
@@ -161,14 +161,14 @@ class Tenants:
             return self._find_key(connection, tenant, key_id), f"{key_id}.{secret}"
 
     def keys(self, tenant: str) -> list[Key]:
-        """A tenant's keys, the oldest first. Raises `AbsentError`."""
+        """Return a tenant's keys, the oldest first. Raises `AbsentError`."""
         with self._read() as connection:
             self._find(connection, tenant)
             query = select(keys).where(keys.c.tenant == tenant).order_by(keys.c.created, keys.c.id)
             return [_key(row) for row in connection.execute(query).all()]
 
     def rotate_key(self, tenant: str, key_id: str) -> tuple[Key, str]:
-        """Another secret for a key: the old one is no key any more. Raises `AbsentError`."""
+        """Replace a key's secret, which is void then; return the key and the text to send. Raises `AbsentError`."""
         secret = secrets.token_urlsafe(32)
         with self._write() as connection:
             key = self._find_key(connection, tenant, key_id)
@@ -177,21 +177,21 @@ class Tenants:
             return key, f"{key_id}.{secret}"
 
     def revoke_key(self, tenant: str, key_id: str) -> None:
-        """A key is as if it had never been. Raises `AbsentError`."""
+        """Delete a key. Raises `AbsentError`."""
         with self._write() as connection:
             self._find_key(connection, tenant, key_id)
             connection.execute(delete(keys).where(keys.c.id == key_id))
             audit.note(connection, tenant, "key.revoke", key=key_id)
 
     def known(self, key_id: str) -> KeyRecord | None:
-        """What a key's id is known for; None for one that is none."""
+        """Return the record of a key id, or None if there is no such key."""
         with self._read() as connection:
             query = select(keys, tenants.c.limits).join(tenants, keys.c.tenant == tenants.c.name)
             row = connection.execute(query.where(keys.c.id == key_id)).first()
             return None if row is None else KeyRecord(row.tenant, frozenset(row.scopes), row.hash, _limits(row.limits))
 
     def changes(self, tenant: str | None, before: int | None, max_entries: int) -> list[audit.AuditEntry]:
-        """The log, newest first: see `audit.entries`."""
+        """Return the log of changes, newest first, as `audit.entries` does."""
         with self._read() as connection:
             return audit.entries(connection, tenant, before, max_entries)
 
@@ -214,16 +214,16 @@ class Tenants:
 
 
 def held(connection: Connection, tenant: str) -> tuple[int, int]:
-    """How many versions a tenant has, and of how many bytes."""
+    """Return a tenant's number of versions, and their bytes."""
     counts = select(func.count(), func.coalesce(func.sum(versions.c.num_bytes), 0))
     row = connection.execute(counts.join(tasks, versions.c.task_id == tasks.c.id).where(tasks.c.tenant == tenant)).one()
     return int(row[0]), int(row[1])
 
 
 def check_quota(connection: Connection, tenant: str, num_bytes: int) -> None:
-    """Raise `QuotaError` where one more version of so many bytes is over the tenant's limits.
+    """Raise `QuotaError` if another version of `num_bytes` is over the tenant's limits.
 
-    Raises `AbsentError` where the tenant was deleted while its upload came.
+    Raises `AbsentError` if the tenant was deleted during its upload.
     """
     row = connection.execute(select(tenants).where(tenants.c.name == tenant)).first()
     if row is None:

@@ -1,1 +1,1 @@
-"""Stores of artifacts by digest: a directory or a bucket."""
+"""Store artifacts by digest: in a directory or in a bucket."""

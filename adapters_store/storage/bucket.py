@@ -1,7 +1,7 @@
-"""Artifacts at an fsspec URL (`s3://bucket/prefix`, `gs://…`, `az://…`): objects `<digest[:2]>/<digest>/<file>`.
+"""Store artifacts at an fsspec URL (`s3://bucket/prefix`, `gs://…`, `az://…`): objects `<digest[:2]>/<digest>/<file>`.
 
-A store of objects moves nothing into place, but each object is whole or not there. So the weights come last and go
-first: an artifact is there while they are. What is staged is on the local disk.
+Object stores have no rename, but each object is complete or absent. So the weights are written last and deleted first:
+an artifact exists while they do. Staging is on the local disk.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from adapters_store.errors import AbsentError, StoreError
 from adapters_store.format.folder import FILES, WEIGHTS, find_parts
 from adapters_store.storage.directory import OWNER, Blobs
 
-EXTRAS = {"s3": "manyhats[s3]", "s3a": "manyhats[s3]"}  # what pip installs, by scheme
-UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # others write, too: the front beside the engine
+EXTRAS = {"s3": "manyhats[s3]", "s3a": "manyhats[s3]"}  # packages to install, by scheme
+UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # two processes write: API and engine
 
 
 def open_blobs(store: str | None, folder: Path) -> Blobs:
-    """The store at a folder or URL (None: `folder`, where what is staged lies in any case). Raises `StoreError`."""
+    """Open the store at a folder or URL (None: `folder`, which has the staging area in any case).
+
+    Raises `StoreError`.
+    """
     scheme, separator, rest = (store or "").partition("://")
     if not store:
         return Blobs(folder)
@@ -34,14 +37,14 @@ def open_blobs(store: str | None, folder: Path) -> Blobs:
 
 
 class Bucket(Blobs):
-    """The artifacts below a URL. Every call may raise OSError, with `EIO` where the store does not answer."""
+    """The artifacts below a URL. Every call may raise `OSError`, with `EIO` if the store does not answer."""
 
     def __init__(self, url: str, folder: str | Path) -> None:
         super().__init__(folder)
         self._files, self._prefix = _connect(url)
 
     def put(self, folder: Path, digest: str) -> None:
-        """Copy a folder of `staging` into the store; durable on return. A whole one is left as it is."""
+        """Copy a folder of `staging` into the store; durable on return. A sound artifact is left unchanged."""
         if self.is_whole(digest):
             return
         self.delete(digest)
@@ -50,14 +53,14 @@ class Bucket(Blobs):
                 self._files.pipe_file(self._object(digest, name), path.read_bytes())
 
     def delete(self, digest: str) -> None:
-        """Remove an artifact, its weights first."""
+        """Delete an artifact, its weights first."""
         for name in sorted(FILES, key=lambda name: name != WEIGHTS):
             with _told():
                 if self._files.exists(self._object(digest, name)):
                     self._files.rm_file(self._object(digest, name))
 
     def digests(self) -> set[str]:
-        """All that is kept, whole or in part."""
+        """Return the digests of all artifacts, complete or not."""
         with _told():
             paths = [PurePosixPath(path).parts for path in self._files.find(self._prefix)]
         return {parts[-2] for parts in paths if len(parts) > 2 and parts[-3] == parts[-2][:2]}
@@ -77,7 +80,7 @@ class Bucket(Blobs):
             self._files.pipe_file(f"{self._prefix}/{OWNER}", owner.encode())
 
     def _get(self, name: str) -> bytes | None:
-        """An object; None where there is none."""
+        """Return an object's bytes, or None if it is absent."""
         try:
             with _told():
                 data: bytes = self._files.cat_file(f"{self._prefix}/{name}")
@@ -90,7 +93,7 @@ class Bucket(Blobs):
 
 
 def _connect(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it. Raises `StoreError` where its driver or the bucket is not there."""
+    """Return the file system of a URL, and the path in it. Raises `StoreError` for a missing driver or a bad URL."""
     scheme = url.partition("://")[0]
     try:
         get_filesystem_class(scheme)
@@ -106,7 +109,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Drivers raise errors of many families: whatever is no OSError is the store's failure to answer."""
+    """Turn errors of all families, which drivers raise, into `OSError`: the store failed to answer."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Content-addressed bytes: each artifact is a PEFT folder named by its digest, written whole or not at all."""
+"""Store artifacts by digest in a directory: each is a PEFT folder, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactErr
 from adapters_store.format.folder import CONFIG, WEIGHTS, Artifact, artifact_of, digest_of, read_files
 
 STAGING = "staging"
-OWNER = "owner"  # a file that names the registry whose artifacts these are
+OWNER = "owner"  # a file with the identity of the registry that the store belongs to
 
 
 class Blobs:
-    """A directory of artifacts, `<digest[:2]>/<digest>/`, and beside them a private `staging` area.
+    """A directory of artifacts, `<digest[:2]>/<digest>/`, with a private `staging` area beside them.
 
-    Files are read whole and verified, never mapped: a file that others cut short would end the process.
+    Files are read and verified, never mapped: a mapped file that another process truncates would end this one.
 
-    Every write may raise OSError (a full disk). What that leaves, as all that no version refers to, `sweep` takes.
+    Every write may raise `OSError` (a full disk). `sweep` deletes what that leaves, as all that no version refers to.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -29,7 +29,7 @@ class Blobs:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A private temporary folder on the same file system; gone afterwards, whatever happens."""
+        """Make a private temporary folder on the same file system, which is deleted when the block ends."""
         area = self.root / STAGING
         area.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder = Path(tempfile.mkdtemp(dir=area))
@@ -41,7 +41,7 @@ class Blobs:
     def put(self, folder: Path, digest: str) -> None:
         """Move a folder of `staging` into place; durable on return.
 
-        A digest that is there already is left as it is, unless it is corrupt: then the new bytes take its place.
+        An artifact that exists is left unchanged, unless it is corrupt: then the new bytes replace it.
         """
         target = self.path(digest)
         if not self.is_whole(digest):
@@ -53,11 +53,11 @@ class Blobs:
             except OSError:
                 if not target.exists():  # another upload of the same bytes may have come first
                     raise
-        for parent in (target.parent, self.root, self.root.parent):  # also for one that was moved but not yet durable
+        for parent in (target.parent, self.root, self.root.parent):  # also if another upload moved it just now
             fsync(parent)
 
     def is_whole(self, digest: str) -> bool:
-        """Whether an artifact is there as it was put there."""
+        """Tell if an artifact exists and its bytes match its digest."""
         try:
             self.read(digest)
         except (AbsentError, ArtifactCorruptError):
@@ -65,11 +65,11 @@ class Blobs:
         return True
 
     def path(self, digest: str) -> Path:
-        """Where a digest's folder is, or would be."""
+        """Return the path of a digest's folder, whether it exists or not."""
         return self.root / digest[:2] / digest
 
     def read(self, digest: str) -> Artifact:
-        """Read an artifact and verify its digest. Raises `AbsentError`, or `ArtifactCorruptError`."""
+        """Read an artifact and verify its digest. Raises `AbsentError` or `ArtifactCorruptError`."""
         try:
             return artifact_of(self.files(digest))
         except ArtifactError as error:
@@ -78,7 +78,7 @@ class Blobs:
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {error}") from error
 
     def files(self, digest: str) -> dict[str, bytes]:
-        """The files of an artifact by name, verified. Raises `AbsentError`, or `ArtifactCorruptError`."""
+        """Return an artifact's files, bytes by name, verified. Raises `AbsentError` or `ArtifactCorruptError`."""
         try:
             files = self._read(digest)
         except ArtifactError as error:
@@ -91,26 +91,26 @@ class Blobs:
         return files
 
     def _read(self, digest: str) -> dict[str, bytes]:
-        """The files as they are. Raises `AbsentError`, or `ArtifactError`."""
+        """Read the files without verifying them. Raises `AbsentError` or `ArtifactError`."""
         try:
             files = read_files(self.path(digest))
         except FileNotFoundError:
             files = {}
-        if not files and not self.path(digest).is_dir():  # also where it was deleted while it was read
+        if not files and not self.path(digest).is_dir():  # also if it was deleted during the read
             raise AbsentError(f"no artifact {digest[:12]} in the store")
         return files
 
     def claim(self, owner: str) -> bool:
-        """At start: whether these are this registry's artifacts already; from now on they are.
+        """Claim the store for a registry at start; returns whether it was this registry's already.
 
-        Raises `StoreError` where they are another's: it would take them for its own that nobody refers to.
+        Raises `StoreError` if it is another's: its artifacts would be deleted as unreferenced.
         """
-        known_owner = self._owner()
-        if known_owner is None:
+        stored_owner = self._owner()
+        if stored_owner is None:
             self._own(owner)
-        elif known_owner != owner:
+        elif stored_owner != owner:
             raise StoreError("this store of artifacts belongs to another registry: give each registry one of its own")
-        return known_owner is not None
+        return stored_owner is not None
 
     def _owner(self) -> str | None:
         file = self.root / OWNER
@@ -125,17 +125,17 @@ class Blobs:
         fsync(self.root)
 
     def delete(self, digest: str) -> None:
-        """Remove an artifact: first out of its place, so that it is never there in part."""
+        """Delete an artifact; it is moved away first, so that it is never there in part."""
         with self.staging() as folder:
             if self.path(digest).exists():
                 self.path(digest).rename(folder / digest)
 
     def digests(self) -> set[str]:
-        """All that is kept."""
+        """Return the digests of all artifacts."""
         return {path.name for path in self.root.glob("[0-9a-f][0-9a-f]/*") if path.is_dir()}
 
     def sweep(self, is_referenced: set[str]) -> int:
-        """At start: empty `staging` and delete what no version refers to; how many artifacts went."""
+        """Empty `staging`, and delete artifacts that are not referenced, at start; returns how many were deleted."""
         shutil.rmtree(self.root / STAGING, ignore_errors=True)
         orphans = self.digests() - is_referenced
         for digest in orphans:

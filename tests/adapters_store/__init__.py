@@ -1,1 +1,1 @@
-"""The courtyard's tests: what gets in, what is refused with which sentence, and what is kept."""
+"""Tests of adapters_store: what is accepted, what is refused with which message, and what is stored."""

@@ -21,5 +21,5 @@ def tiny_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def spec(tiny_base: Path) -> BaseSpec:
-    """Of the tiny llama."""
+    """The spec of the tiny llama."""
     return spec_of(tiny_base)

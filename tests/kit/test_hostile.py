@@ -14,9 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save
 
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import SAFETENSORS_TYPE, with_metadata
+from adapters_store.format.archive import SAFETENSORS_TYPE
 from adapters_store.format.folder import CONFIG, WEIGHTS
 from server.core import Row, RunnerConfig, Sampling
 from server.model.runner import Loaded, load
@@ -86,9 +87,9 @@ def test_words_are_data(tmp_path: Path, name: str) -> None:
 def served(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Loaded, bytes]:
     """A base that is ready to run, and a sound LoRA for it as one file."""
     folder = make_lora(tmp_path_factory.mktemp("sound") / "lora", tiny_base, r=2, target_modules=["q_proj", "k_proj"])
-    config = json.loads((folder / CONFIG).read_text())
+    metadata = {"adapter_config": (folder / CONFIG).read_text()}
     loaded = load(RunnerConfig(folder=str(tiny_base), name="t", precision="fp16", num_threads=1, kv_cache_bytes=2**20))
-    return loaded, with_metadata((folder / WEIGHTS).read_bytes(), config)
+    return loaded, save(load_file(folder / WEIGHTS), metadata=metadata)
 
 
 @settings(max_examples=NUM_MUTATIONS, deadline=None, derandomize=True, database=None)

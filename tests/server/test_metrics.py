@@ -148,10 +148,10 @@ async def test_usage_survives_a_registry_that_fails(
         raise OSError("no")
 
     async with open_site(tiny_base, tmp_path) as site:
-        await site.ask(prompt="ab")
         with monkeypatch.context() as patch:
-            patch.setattr(site.state.registry, "add_usage", broken)
-            site.state.usage.flush(site.state.registry)
+            patch.setattr(site.state.registry, "add_usages", broken)
+            await site.ask(prompt="ab")
+            assert site.state.registry.usage("default") == []
         await site.ask(prompt="abc")
     async with open_site(tiny_base, tmp_path) as site:
         (usage,) = site.state.registry.usage("default")

@@ -1,1 +1,1 @@
-"""Parts that several methods share: configs, targets, expected tensors."""
+"""Helpers that several methods share: configs, targets, expected tensors, updates of full modules."""

@@ -1,4 +1,4 @@
-"""What the methods share: configs read key by key, tensors sorted by site, and the sites that a PEFT config names."""
+"""Read a method's config key by key: no key that could change the output is ignored."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import msgspec
 from adapters_store.errors import ArtifactError, MethodUnsupportedError
 from adapters_store.format.folder import CONFIG
 
-# In every PEFT config, and without effect on what a trained adapter answers.
+# Keys of every PEFT config that do not change a trained adapter's output.
 IGNORED_KEYS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"}
 )
-# In every PEFT config, and served with these values alone.
+# Keys of every PEFT config -> the values that are served.
 SERVED_VALUES: Mapping[str, tuple[Any, ...]] = {"task_type": (None, "CAUSAL_LM")}
 
 T = TypeVar("T")
@@ -27,10 +27,11 @@ def read_config(
     ignored: Collection[str] = (),
     served_values: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> T:
-    """The keys of `schema`, a struct, out of a config that is checked key by key.
+    """Read the keys of `schema`, a struct, from a config of which every key is checked.
 
-    `ignored` keys cannot change what a trained adapter answers; of `served_values` only these values are served.
-    None is as if the key were absent. Raises `MethodUnsupportedError` naming a key or a value that is not served.
+    `ignored` keys cannot change a trained adapter's output; each key of `served_values` must have one of its values. A
+    value of None counts as a missing key. Raises `MethodUnsupportedError` naming a key or value that is not served, and
+    `ArtifactError` for a value of the wrong type.
     """
     kept, values = {}, {**SERVED_VALUES, **(served_values or {})}
     fields = {field.encode_name for field in msgspec.structs.fields(schema)}  # type: ignore[arg-type]

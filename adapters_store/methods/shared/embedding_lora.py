@@ -1,9 +1,11 @@
-"""LoRA on the embedding, and the copies of embedding and head that PEFT saves along where one of them is a target.
+"""Compile LoRA on the embedding, and check the copies of embedding and head that PEFT saves if one is a target.
 
-The embedding of token t answers W[t] + s (B A)[:, t], A [r, vocabulary], B [size, r]: rows that change.
+The embedding of token t becomes W[t] + s (B A)[:, t], A [r, vocabulary], B [size, r]: changed rows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -21,12 +23,12 @@ A_END, B_END = ".lora_embedding_A", ".lora_embedding_B"
 
 
 def has_embedding_lora(artifact: Artifact, spec: BaseSpec) -> bool:
-    """Whether there is a LoRA on the embedding."""
+    """Tell if the artifact has a LoRA on the embedding."""
     return any(PREFIX + spec.embedding + end in artifact.tensors for end in (A_END, B_END))
 
 
 def compile_embedding(pool: TensorPool, spec: BaseSpec, rank: int, scale: float) -> list[Primitive]:
-    """`Rows` of the tokens whose embedding the branch changes. Raises `ArtifactError`."""
+    """Compile to `Rows` of the tokens whose embedding changes. Raises `ArtifactError`."""
     site = spec.embedding
     a = pool.pop(site + A_END, [rank, spec.vocab_size]).float()
     b = pool.pop(site + B_END, [spec.embedding_size, rank]).float() * scale
@@ -34,22 +36,28 @@ def compile_embedding(pool: TensorPool, spec: BaseSpec, rank: int, scale: float)
 
 
 def drop_copies(pool: TensorPool, spec: BaseSpec) -> None:
-    """Take the embedding and head that PEFT saved along. Raises `ArtifactError` where they are not the base's."""
+    """Drop the copies of embedding and head that PEFT saves. Raises `ArtifactError` unless they equal the base's."""
+    for name, parameter, shape in _possible_copies(spec):
+        if not pool.has(name):
+            continue
+        copy = pool.pop(name, shape)
+        if not _is_equal(copy, base_weight(spec, parameter)):
+            raise ArtifactError(
+                f"{PREFIX}{name} is not as {spec.name} has it, and modules_to_save does not name it: "
+                "the artifact was trained on a base with another embedding or head",
+                PREFIX + name,
+            )
+        mark_redundant(copy)
+
+
+def _possible_copies(spec: BaseSpec) -> Iterator[tuple[str, str, list[int]]]:
+    """Yield the names under which PEFT may save embedding or head: name, the base's parameter, shape."""
     for site in filter(None, (spec.embedding, spec.head)):
         for end, shape in parameters(spec, site).items():
-            for name in (f"{site}.base_layer.{end}", f"{site}.{end}"):
-                if not pool.has(name):
-                    continue
-                copy = pool.pop(name, shape)
-                if not _is_equal(copy, base_weight(spec, f"{site}.{end}")):
-                    raise ArtifactError(
-                        f"{PREFIX}{name} is not as {spec.name} has it, and modules_to_save does not name it: "
-                        "the artifact was trained on a base with another embedding or head",
-                        PREFIX + name,
-                    )
-                mark_redundant(copy)
+            yield f"{site}.base_layer.{end}", f"{site}.{end}", shape
+            yield f"{site}.{end}", f"{site}.{end}", shape
 
 
 def _is_equal(copy: Tensor, weight: Tensor) -> bool:
-    """In the copy's own precision, which may be less than the base's."""
+    """Compare in the copy's own precision, which may be lower than the base's."""
     return bool((weight.to(copy.dtype) == copy).all())

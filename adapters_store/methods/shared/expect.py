@@ -1,4 +1,4 @@
-"""Expect tensors: by site, of a shape, finite, and nothing else."""
+"""Check an artifact's tensors: assigned to sites, of the expected shapes, finite, and none extra."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact
 from adapters_store.format.safetensors_file import is_finite
 
-PREFIX = "base_model.model."  # of every tensor that PEFT saves of a wrapped model
+PREFIX = "base_model.model."  # starts the name of every tensor that PEFT saves
 
 
 def by_site(artifact: Artifact, ends: Sequence[str], sites: Collection[str], base: str) -> dict[str, dict[str, Tensor]]:
-    """Tensors by site and end of name, the sites in their order in `sites`.
+    """Group tensors by site and by the end of their names, the sites in the order of `sites`.
 
-    Every tensor must be named `PREFIX + site + end` with one of `ends` and a site of `sites`.
+    Every tensor must be named `PREFIX + site + end` with a site of `sites` and one of `ends`, else raises
+    `ArtifactError`.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors_by_site: dict[str, dict[str, Tensor]] = {}
     for name, tensor in artifact.tensors.items():
         end = next((end for end in ends if name.startswith(PREFIX) and name.endswith(end)), None)
         site = name.removeprefix(PREFIX).removesuffix(end or "")
         if end is None or site not in sites:
             raise ArtifactError(f"the tensor {name} has no site in {base}: no layer that it could act on", name)
-        found.setdefault(site, {})[end] = tensor
-    return {site: found[site] for site in sites if site in found}
+        tensors_by_site.setdefault(site, {})[end] = tensor
+    return {site: tensors_by_site[site] for site in sites if site in tensors_by_site}
 
 
 def expect_shape(artifact: Artifact, name: str, expected: list[int]) -> Tensor:
-    """The tensor of a name. Raises `ArtifactError` where it is missing or has another shape."""
+    """Return the tensor of a name. Raises `ArtifactError` if it is missing or has another shape."""
     if name not in artifact.tensors:
         raise ArtifactError(f"the tensor {name} is missing", name)
     shape = list(artifact.tensors[name].shape)
@@ -47,7 +48,7 @@ def expect_exactly(artifact: Artifact, expected: Mapping[str, list[int]]) -> Non
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:
-    """The tensor. Raises `ArtifactError` where what was computed of `name` is not finite any more."""
+    """Return a tensor that was computed from the artifact's `name`. Raises `ArtifactError` if it overflowed."""
     if not is_finite(tensor):
         raise ArtifactError(f"{name} overflows where it is compiled for this base", name)
     return tensor

@@ -1,8 +1,8 @@
-"""What PEFT's LoRA and its kin can train beside their branches: biases, modules saved whole, rows of tokens.
+"""Compile what PEFT's LoRA family can train beside low-rank updates: biases, modules saved in full, token rows.
 
-`bias="all"` saves every bias of the base, `"lora_only"` those of the branches' linears, each as it is after training.
-`modules_to_save` names modules by ends of their names; their linears, norms and embedding are saved as they are.
-`trainable_token_indices` are trained at the embedding, or at what a dict of them names.
+`bias="all"` saves every bias of the base, `"lora_only"` those of the linears with an update, each with its new value.
+`modules_to_save` names modules by the ends of their names; their linears, norms and embedding are saved in full.
+`trainable_token_indices` are trained at the embedding, or at the modules that a dict of them names.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from adapters_store.methods.trainable_tokens import row_width, token_ids, token_
 from adapters_store.primitives import Primitive
 
 TOKENS, TOKENS_END = "trainable_token_indices", ".token_adapter.trainable_tokens_delta"
-# The names by which PEFT knows, with ensure_weight_tying, that a module to save is tied.
+# Modules to save that PEFT treats as tied with ensure_weight_tying.
 TIED_NAMES = ("embed_tokens", "lm_head")
 
 
 class ExtrasConfig(Targets, kw_only=True):
-    """The keys of LoRA and its kin that say what is trained beside the branches."""
+    """The keys of LoRA and its relatives for what is trained beside low-rank updates."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
@@ -42,10 +42,10 @@ class ExtrasConfig(Targets, kw_only=True):
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactParts:
-    """An artifact's tensors told apart.
+    """An artifact split into low-rank tensors and extras.
 
-    `low_rank` has what is left for branches, at the linears `sites`; `biases` are the new biases of those that have
-    one; `primitives` is what all the rest compiles to.
+    `low_rank` has the tensors left for low-rank updates, which may be at the linears `sites`; `biases` [out] are the
+    new biases of linears with an update; `primitives` is what all other extras compile to.
     """
 
     low_rank: Artifact
@@ -55,9 +55,9 @@ class ArtifactParts:
 
 
 def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends: str) -> ArtifactParts:
-    """Take out what is beside the branches; a linear has a branch where its name and one of `ends` are a tensor's.
+    """Split off the extras; a linear has a low-rank update if a tensor is named by its site and one of `ends`.
 
-    Raises `ArtifactError` where a tensor is missing or does not fit.
+    Raises `ArtifactError` if a tensor is missing or does not fit.
     """
     pool, saved, tokens = TensorPool(artifact), saved_sites(config, spec), _token_sites(config, spec)
     if both := tokens.keys() & saved.keys():
@@ -76,24 +76,24 @@ def split_extras(artifact: Artifact, config: ExtrasConfig, spec: BaseSpec, *ends
 
 
 def saved_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, str]:
-    """The linears, norms and embedding that are, or lie in, a module whose name ends as one of `modules_to_save`.
+    """Return the linears, norms and embedding in modules whose names end with one of `modules_to_save`.
 
-    Each with the name of that module, the outermost one.
+    Each comes with the name of that module, the outermost one. Raises `ArtifactError` for too many or empty names.
     """
     names = tuple(config.modules_to_save or ())
     if len(names) > MAX_PATTERNS or not all(names):
         raise ArtifactError(f"modules_to_save must be at most {MAX_PATTERNS} names, none empty", "modules_to_save")
     tied = {spec.embedding, spec.head} if _is_saved_tied(config, spec) else set[str]()
-    found: dict[str, str] = {}
+    module_of: dict[str, str] = {}
     for site in [*spec.linears, *spec.norms, spec.embedding] if names or tied else ():
         module = next((module for module in _modules(site) if module.endswith(names)), "")
         if module or site in tied:
-            found[site] = module or site
-    return found
+            module_of[site] = module or site
+    return module_of
 
 
 def _modules(site: str) -> Iterator[str]:
-    """The names of all that the module at a site lies in, from the outside, and its own."""
+    """Yield the names of the modules around a site, the outermost first, and its own."""
     parts = site.split(".")
     return (".".join(parts[: end + 1]) for end in range(len(parts)))
 
@@ -107,11 +107,11 @@ def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[s
     primitives: list[Primitive] = []
     weights: dict[str, Tensor] = {}
     for site, module in saved.items():
-        found = {name: pool.pop(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
-        weights[site] = found["weight"]
-        primitives += replace_module(spec, site, found["weight"], found.get("bias"))
-        if config.bias == "all" and "bias" in found:  # PEFT saves it twice more, and does not read that
-            inner, size = site.removeprefix(module), list(found["bias"].shape)
+        trained = {name: pool.pop(f"{site}.{name}", shape) for name, shape in parameters(spec, site).items()}
+        weights[site] = trained["weight"]
+        primitives += replace_module(spec, site, trained["weight"], trained.get("bias"))
+        if config.bias == "all" and "bias" in trained:  # PEFT saves two more copies, and does not read them
+            inner, size = site.removeprefix(module), list(trained["bias"].shape)
             for copy in ("original_module", "modules_to_save.default" if inner else "modules_to_save"):
                 mark_redundant(pool.pop(f"{module}.{copy}{inner}.bias", size))
     if _is_saved_tied(config, spec) and not torch.equal(weights[spec.embedding], weights[spec.head]):
@@ -121,21 +121,21 @@ def _saved(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, saved: dict[s
 
 
 def _token_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, list[int]]:
-    """The embedding and head that have tokens of their own."""
+    """Return the token ids trained at the embedding or head, by site. Raises `MethodUnsupportedError`."""
     indices = config.trainable_token_indices
     if indices is None:
         return {}
-    found: dict[str, list[int]] = {}
+    tokens_of: dict[str, list[int]] = {}
     for name, tokens in ({spec.embedding: indices} if isinstance(indices, list) else indices).items():
         sites = [site for site in (spec.embedding, spec.head) if name and site.endswith(name)]
-        if len(sites) != 1 or sites[0] in found:
+        if len(sites) != 1 or sites[0] in tokens_of:
             raise MethodUnsupportedError(f"{TOKENS} has {name[:80]}, which is not one embedding or head", TOKENS)
-        found[sites[0]] = tokens
-    return found
+        tokens_of[sites[0]] = tokens
+    return tokens_of
 
 
 def _tokens(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, tokens: dict[str, list[int]]) -> list[Primitive]:
-    """As in PEFT, a tied head has the embedding's new rows, unless it has other tokens of its own."""
+    """Compile the token rows. As in PEFT, a tied head gets the embedding's new rows, unless it has other tokens."""
     is_mixed = spec.head in tokens and tokens[spec.head] != tokens.get(spec.embedding)
     if spec.is_tied and is_mixed and spec.embedding in tokens and config.ensure_weight_tying:
         raise ArtifactError(f"{TOKENS} differ for embedding and head, but ensure_weight_tying ties them", TOKENS)
@@ -151,9 +151,9 @@ def _tokens(pool: TensorPool, config: ExtrasConfig, spec: BaseSpec, tokens: dict
 
 
 def _biased(config: ExtrasConfig, spec: BaseSpec, low_rank_sites: set[str]) -> Iterator[tuple[str, int]]:
-    """Sites that have a new bias, and its size."""
+    """Yield the sites that have a new bias, each with its size."""
     if config.bias != "none":
         linears = ((site, linear.out_features) for site, linear in spec.linears.items() if linear.has_bias)
-        yield from (found for found in linears if config.bias == "all" or found[0] in low_rank_sites)
+        yield from ((site, size) for site, size in linears if config.bias == "all" or site in low_rank_sites)
     if config.bias == "all":
         yield from ((site, norm.size) for site, norm in spec.norms.items() if norm.has_bias)

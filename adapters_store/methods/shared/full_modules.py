@@ -1,7 +1,7 @@
-"""Modules that an artifact brings whole - linears, norms, the embedding - as updates against the base's own.
+"""Compile modules that an artifact has in full (linears, norms, the embedding) to updates of the base's own.
 
-Parameters have the shapes that transformers keeps them in (`parameters`); one that is None is the base's. What does not
-differ from the base makes no primitive.
+Parameters have the shapes of transformers (`parameters`); None stands for the base's. A parameter that equals the
+base's compiles to no primitive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from adapters_store.primitives import Bias, Delta, Primitive, Rows, Scale
 
 
 def parameters(spec: BaseSpec, site: str) -> dict[str, list[int]]:
-    """Shapes of the parameters of the module at a site, by their names; none where it is no module we know."""
+    """Return the shapes of a site's parameters by name; empty if the site is no linear, norm or embedding."""
     if site in spec.linears:
         linear = spec.linears[site]
         sizes = [linear.out_features, linear.in_features]
@@ -30,7 +30,7 @@ def parameters(spec: BaseSpec, site: str) -> dict[str, list[int]]:
 
 
 def replace_module(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
-    """What makes the module at a site of `parameters` act as if it had these. Raises `ArtifactError`."""
+    """Compile to updates that give the module at a site these parameters. Raises `ArtifactError`."""
     if site in spec.linears:
         primitives = replace_linear(spec, site, weight, bias)
     elif site in spec.norms:
@@ -38,7 +38,7 @@ def replace_module(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tenso
     else:
         primitives = [] if weight is None else replace_embedding(spec, site, weight)
     kinds = {type(primitive) for primitive in primitives}
-    if weight is not None and kinds <= {Bias}:  # it is the base's, and so answers right
+    if weight is not None and kinds <= {Bias}:  # equal to the base's
         mark_redundant(weight)
     if bias is not None and Bias not in kinds:
         mark_redundant(bias)
@@ -46,14 +46,14 @@ def replace_module(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tenso
 
 
 def require_changes(primitives: list[Primitive], spec: BaseSpec) -> tuple[Primitive, ...]:
-    """What an artifact made. Raises `ArtifactError` where that is nothing: no adapter answers as the base."""
+    """Return an artifact's primitives. Raises `ArtifactError` if there are none: it would answer as the base does."""
     if not primitives:
         raise ArtifactError(f"every tensor is as {spec.name} has it: the artifact changes nothing")
     return tuple(primitives)
 
 
 def replace_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
-    """`Delta(W' - W)` and `Bias(b' - b)`; weight as the base keeps it, [in, out] where it is transposed."""
+    """Compile to `Delta(W' - W)` and `Bias(b' - b)`; W' as the base stores it, [in, out] if it is transposed."""
     primitives: list[Primitive] = []
     if weight is not None:
         dw = _change(spec, f"{site}.weight", weight)
@@ -63,9 +63,9 @@ def replace_linear(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tenso
 
 
 def replace_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor | None) -> list[Primitive]:
-    """`Scale(v)`, v = (offset + w') / (offset + w), and `Bias(b' - v b)`.
+    """Compile to `Scale(v)`, v = (offset + w') / (offset + w), and `Bias(b' - v b)`.
 
-    Raises `MethodUnsupportedError` where the base multiplies by exactly 0, and the artifact does not.
+    Raises `MethodUnsupportedError` if the base multiplies by exactly 0 and the artifact does not.
     """
     norm, primitives, v = spec.norms[site], list[Primitive](), torch.tensor(1.0)
     if weight is not None:
@@ -79,7 +79,7 @@ def replace_norm(spec: BaseSpec, site: str, weight: Tensor | None, bias: Tensor 
 
 
 def replace_embedding(spec: BaseSpec, site: str, weight: Tensor) -> list[Primitive]:
-    """`Rows` of the tokens whose rows differ, times `embedding_scale`. A tied head stays as it is."""
+    """Compile to `Rows` of the tokens whose rows differ, times `embedding_scale`; a tied head is left unchanged."""
     de = _change(spec, f"{site}.weight", weight)
     ids = de.any(dim=1).nonzero()[:, 0]
     return [Rows(site, ids, finite(de[ids] * spec.embedding_scale, f"{site}.weight"))] if len(ids) else []

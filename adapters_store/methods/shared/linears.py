@@ -1,4 +1,4 @@
-"""The linears that an artifact acts on, where each has exactly the tensors that the config and the base imply."""
+"""Find the linears that an artifact acts on, each with exactly the tensors that config and base imply."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def linears_of(
     shapes: Shapes,
     takes_conv1d: bool = False,
 ) -> list[str]:
-    """The sites, in the base's order. Raises `ArtifactError`.
+    """Return the sites that have tensors, in the base's order. Raises `ArtifactError`.
 
-    `shapes` gives what a site's tensors must be, end of the name -> shape; `ends` are all ends that it can give.
+    `shapes(site, linear)` gives the shapes of a site's tensors by the ends of their names, and `ends` are all ends that
+    it can give. Conv1D layers are refused unless `takes_conv1d`.
     """
     sites = by_site(artifact, tuple(ends), spec.linears, spec.name)
     if not takes_conv1d and (transposed := [site for site in sites if spec.linears[site].is_transposed]):
@@ -40,5 +41,5 @@ def linears_of(
 
 
 def is_low_rank(rank: int, linear: LinearSite) -> bool:
-    """Whether an update of a rank holds fewer numbers as two factors than whole."""
+    """Tell if an update of this rank has fewer numbers as two factors than in full."""
     return rank * (linear.in_features + linear.out_features) < linear.in_features * linear.out_features

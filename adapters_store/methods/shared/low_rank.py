@@ -1,4 +1,4 @@
-"""A trained linear of PEFT's LoRA family, as primitives: its low-rank branch, DoRA's magnitude, and its biases."""
+"""Compile a linear trained by PEFT's LoRA family: its low-rank update, DoRA's magnitude, and its biases."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from adapters_store.primitives import Bias, LowRank, Primitive, Scale
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """A [r, in] and B [out, r] with the scale folded in, and what the artifact has beside them, [out] each.
+    """A linear's update: A [r, in] and B [out, r] with the scale folded in, and optional vectors [out].
 
-    `magnitude` is DoRA's (arXiv:2402.09353), `bias` is added by the branch, `base_bias` replaces the base's.
+    `magnitude` is DoRA's (arXiv:2402.09353), `bias` is added by the update, `base_bias` replaces the base's.
     """
 
     site: str
@@ -29,24 +29,24 @@ class LowRankUpdate:
 
 
 def compile_low_rank(update: LowRankUpdate, spec: BaseSpec) -> list[Primitive]:
-    """`LowRank`, with a magnitude m also `Scale(v)`, v = m / |W + B A|, by rows, and `Bias` where one is needed.
+    """Compile to `LowRank`; with a magnitude m also to `Scale(v)`, v = m / |W + B A| by rows; and to `Bias` if needed.
 
-    PEFT's DoRA answers v (W + B A) x + b, so the base's bias, which `Scale` scales too, is made good by the `Bias`.
-    Raises `ArtifactError` where a number is not finite.
+    PEFT's DoRA computes v (W + B A) x + b: the `Bias` restores the base's bias, which `Scale` multiplies too.
+    Raises `ArtifactError` if a number is not finite.
     """
     site, v, b, primitives = update.site, None, update.b, list[Primitive]()
     if update.magnitude is not None:
         v = finite(update.magnitude.float() / _norms(update, spec), f"{site}.lora_magnitude_vector")
         b = finite(v[:, None] * b, f"{site}.lora_B")
         primitives.append(Scale(site, v))
-    if len(update.a):  # AdaLoRA leaves some sites without a rank
+    if len(update.a):  # AdaLoRA prunes some sites to rank 0
         primitives.append(LowRank(site, update.a, b))
     bias = _bias(update, v, spec)
     return primitives if bias is None else [*primitives, Bias(site, finite(bias, f"{site}.bias"))]
 
 
 def linear_weight(spec: BaseSpec, site: str) -> Tensor:
-    """The base's weight at a linear as [out, in]."""
+    """Return the base's weight of a linear as [out, in], fp32."""
     weight = base_weight(spec, f"{site}.weight")
     return weight.T if spec.linears[site].is_transposed else weight
 
@@ -57,7 +57,7 @@ def _norms(update: LowRankUpdate, spec: BaseSpec) -> Tensor:
 
 
 def _bias(update: LowRankUpdate, v: Tensor | None, spec: BaseSpec) -> Tensor | None:
-    """What makes v (W x + b) into v W x + b' + the branch's own; None where that is nothing."""
+    """Compute the bias that turns v (W x + b) into v W x + b' + the update's own; None if there is nothing to add."""
     is_scaled = v is not None and spec.linears[update.site].has_bias
     if not is_scaled and update.base_bias is None and update.bias is None:
         return None

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr share, which PEFT took from LyCORIS (arXiv:2309.14859): their config."""
+"""Read the config that LoHa and LoKr share, which PEFT took from LyCORIS (arXiv:2309.14859)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from adapters_store.methods.shared.targets import Targets, by_pattern, check_alp
 
 IGNORED_KEYS = {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
-MAX_RANK, MAX_ALPHA = 1_000_000, 1e6  # a rank beyond a layer's size is LyCORIS's way to ask for whole matrices
+MAX_RANK, MAX_ALPHA = 1_000_000, 1e6  # in LyCORIS a rank beyond a layer's size selects full matrices
 
 
 class LycorisConfig(Targets, kw_only=True):
-    """The keys of PEFT's LycorisConfig that say what to compute."""
+    """The keys of PEFT's LycorisConfig that change the computation."""
 
     r: int
     alpha: int | float
@@ -25,11 +25,11 @@ class LycorisConfig(Targets, kw_only=True):
     alpha_pattern: dict[str, int | float] = msgspec.field(default_factory=dict)
 
     def rank(self, site: str) -> int:
-        """The rank at a site."""
+        """Return the rank r at a site."""
         return int(by_pattern(self.rank_pattern, site, self.r))
 
     def scale(self, site: str) -> float:
-        """What a site's update is multiplied by."""
+        """Return the factor of a site's update, alpha / r."""
         return by_pattern(self.alpha_pattern, site, self.alpha) / self.rank(site)
 
 
@@ -37,7 +37,7 @@ Config = TypeVar("Config", bound=LycorisConfig)
 
 
 def read_lycoris(artifact: Artifact, schema: type[Config], method: str) -> Config:
-    """The config, its numbers bounded. Raises `ArtifactError`, also where a tensor is of a convolution."""
+    """Read a config, its numbers bounded. Raises `ArtifactError`, also if a tensor belongs to a convolution."""
     read = read_config(artifact.config, schema, method, IGNORED_KEYS, SERVED_VALUES)
     check_ranks("r", read.r, read.rank_pattern, MAX_RANK)
     check_alphas("alpha", read.alpha, read.alpha_pattern, MAX_ALPHA)

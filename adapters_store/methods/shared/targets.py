@@ -1,4 +1,4 @@
-"""Match an adapter's target modules and patterns to sites, as PEFT does."""
+"""Match an adapter's target modules and patterns to sites, as PEFT does, without running a regular expression."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapters_store.errors import ArtifactError, MethodUnsupportedError
 
 PATTERN_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 ALL_LINEAR = "all-linear"
-MAX_PATTERNS = 2048  # no more patterns than the sites that 4,096 tensors can have
+MAX_PATTERNS = 2048  # as many as 4,096 tensors can have sites
 
 
 class Targets(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -26,29 +26,29 @@ class Targets(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 def check_targets(
     config: Targets,
-    found: Collection[str],
+    sites_with_tensors: Collection[str],
     sites: Collection[str],
     spec: BaseSpec,
     tensor: Callable[[str], str],
 ) -> None:
-    """Raise unless the sites that have tensors are exactly those of `sites` that target_modules names, and any.
+    """Raise `ArtifactError` unless the sites with tensors are exactly the `sites` that target_modules names, and any.
 
-    `tensor` gives the name of a site's tensor, for the sentence. An expression is data that is never run; then the
-    tensors alone say where they act.
+    `tensor` gives the name of a site's tensor, for the message. A regular expression in the config is never run: then
+    the tensors alone decide.
     """
-    wanted = named_sites(config, sites, spec)
-    if wanted is not None and (missing := sorted(wanted - set(found))):
+    targeted = named_sites(config, sites, spec)
+    if targeted is not None and (missing := sorted(targeted - set(sites_with_tensors))):
         name = tensor(missing[0])
         raise ArtifactError(f"the tensor {name} is missing: target_modules names its site", name)
-    if wanted is not None and (extra := sorted(set(found) - wanted)):
+    if targeted is not None and (extra := sorted(set(sites_with_tensors) - targeted)):
         name = tensor(extra[0])
         raise ArtifactError(f"the tensor {name} is extra: the config's target_modules do not name its site", name)
-    if not found:
+    if not sites_with_tensors:
         raise ArtifactError("the artifact has no tensors")
 
 
 def named_sites(config: Targets, sites: Collection[str], spec: BaseSpec) -> set[str] | None:
-    """The sites that a config names; None where that takes a regular expression to be run, or it names none at all."""
+    """Select the `sites` that a config names; None if that needs a regular expression, or the config names none."""
     targets, excluded, patterns = config.target_modules, config.exclude_modules or [], as_list(config.layers_pattern)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = [site for site, linear in spec.linears.items() if not is_head(site, linear, spec)]
@@ -56,12 +56,12 @@ def named_sites(config: Targets, sites: Collection[str], spec: BaseSpec) -> set[
     if targets is None or not all(set(text) <= PATTERN_CHARS for text in texts):
         return None
     named, out = _named(targets, sites), _named(excluded, sites)
-    layers = _layers(config) if isinstance(targets, list) else None  # PEFT asks for them beside a list alone
+    layers = _layers(config) if isinstance(targets, list) else None  # PEFT uses them with a list only
     return {site for site in named - out if layers is None or site in targets or layer_of(site, patterns) in layers}
 
 
 def _named(names: list[str] | str, sites: Iterable[str]) -> set[str]:
-    """The sites that a list names, or that a text of `PATTERN_CHARS`, to PEFT an expression, matches whole."""
+    """Select the sites that a list names, or that a string of `PATTERN_CHARS`, to PEFT an expression, matches fully."""
     if isinstance(names, str):
         return {site for site in sites if is_match(names, site)}
     listed = frozenset(names)
@@ -69,23 +69,23 @@ def _named(names: list[str] | str, sites: Iterable[str]) -> set[str]:
 
 
 def is_match(pattern: str, site: str) -> bool:
-    """Whether an expression of `PATTERN_CHARS` matches the whole site: '.' is any character."""
+    """Tell if an expression of `PATTERN_CHARS` matches the whole site; '.' is any character."""
     return len(pattern) == len(site) and all(want in (have, ".") for want, have in zip(pattern, site, strict=True))
 
 
 def is_named(site: str, names: Collection[str]) -> bool:
-    """Whether a name is the site, or all of the site behind one of its dots."""
+    """Tell if a name is the site, or the part of the site after one of its dots."""
     parts = site.split(".")
     return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
 def is_head(site: str, linear: LinearSite, spec: BaseSpec) -> bool:
-    """The output head, which PEFT leaves out of all-linear: as wide as the vocabulary, and in no layer."""
+    """Tell if a linear is the output head, which all-linear leaves out: as wide as the vocabulary, and in no layer."""
     return linear.out_features == spec.vocab_size and not any(part.isdigit() for part in site.split("."))
 
 
 def as_list(value: list[str] | str | None) -> list[str]:
-    """One name as a list of one; None as none."""
+    """Turn a name into a list of it, and None into an empty list."""
     return [value] if isinstance(value, str) else value or []
 
 
@@ -95,7 +95,10 @@ def _layers(config: Targets) -> frozenset[int] | None:
 
 
 def layer_of(site: str, patterns: Sequence[str] = ()) -> int | None:
-    """A site's layer as PEFT has it: the first number behind two names, or behind the first of `patterns` that fits."""
+    """Return the layer index in a module name by PEFT's rule, or None.
+
+    It is the first integer behind at least two words, or behind the first of `patterns` that matches.
+    """
     parts = site.split(".")
     numbers = {
         ".".join(parts[:place]): int(parts[place]) for place in range(1, len(parts) - 1) if parts[place].isdigit()
@@ -107,7 +110,7 @@ def layer_of(site: str, patterns: Sequence[str] = ()) -> int | None:
 
 
 def by_pattern(patterns: Mapping[str, float], site: str, default: float) -> float:
-    r"""The value of the first pattern that a site matches as PEFT has it: `(.*\.)?(pattern)$`, '.' any character."""
+    r"""Return the value of the first pattern that matches a site by PEFT's rule `(.*\.)?(pattern)$`; '.' is any."""
     for pattern, value in patterns.items():
         literal = pattern.removeprefix("^")
         start = len(site) - len(literal)
@@ -120,7 +123,7 @@ def by_pattern(patterns: Mapping[str, float], site: str, default: float) -> floa
 
 
 def check_patterns(patterns: Mapping[str, Any], name: str) -> None:
-    """Raise unless the keys are few, and dotted names: a pattern is matched, never run."""
+    """Raise `ArtifactError` unless the keys are few, and dotted names: patterns are compared, never run."""
     if len(patterns) > MAX_PATTERNS:
         raise ArtifactError(f"{name} has {len(patterns)} keys; at most {MAX_PATTERNS} are taken", name)
     for pattern in patterns:
@@ -129,7 +132,7 @@ def check_patterns(patterns: Mapping[str, Any], name: str) -> None:
 
 
 def check_ranks(key: str, rank: int, pattern: Mapping[str, int], max_rank: int) -> None:
-    """Raise unless the rank under `key` and those of rank_pattern are between 1 and `max_rank`."""
+    """Raise `ArtifactError` unless the rank under `key` and those of rank_pattern are between 1 and `max_rank`."""
     check_patterns(pattern, "rank_pattern")
     for name, value in [(key, rank), *(("rank_pattern", value) for value in pattern.values())]:
         if not 0 < value <= max_rank:
@@ -137,7 +140,7 @@ def check_ranks(key: str, rank: int, pattern: Mapping[str, int], max_rank: int) 
 
 
 def check_alphas(key: str, alpha: float, pattern: Mapping[str, float], max_alpha: float) -> None:
-    """Raise unless the alpha under `key` and those of alpha_pattern are neither 0 nor beyond `max_alpha`."""
+    """Raise `ArtifactError` if the alpha under `key` or one of alpha_pattern is 0 or beyond `max_alpha`."""
     check_patterns(pattern, "alpha_pattern")
     for name, value in [(key, alpha), *(("alpha_pattern", value) for value in pattern.values())]:
         if not 0 < abs(value) <= max_alpha:

@@ -1,6 +1,6 @@
-"""PEFT's methods that are not served, and what to do with an adapter of each: a sentence, by what PEFT can do.
+"""Say why a PEFT method is not served, and what to do with its adapter.
 
-PEFT can convert to LoRA what its linear layers say they support (`supports_lora_conversion`); a test holds this list to
+PEFT can convert to LoRA the methods whose linear layers have `supports_lora_conversion`; a test compares this list with
 the installed PEFT.
 """
 
@@ -47,7 +47,7 @@ INCONVERTIBLE = frozenset(
 
 
 def refusal(peft_type: str, served: Collection[str]) -> str:
-    """The sentence that refuses a peft_type that is not served."""
+    """Build the message that refuses a peft_type; `served` are those that are served."""
     if peft_type in CONVERTIBLE:
         return (
             f"peft_type {peft_type} is not served, but PEFT can convert it to LoRA, an approximation of the rank that "

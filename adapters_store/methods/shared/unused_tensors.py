@@ -1,4 +1,7 @@
-"""Which of an artifact's tensors act in what it compiles to: torch's own graph from them to the primitives tells."""
+"""Find an artifact's tensors that its primitives do not depend on, by torch's autograd graph from one to the other.
+
+A tensor that changes nothing hints at an adapter that is served differently from how it was trained.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,25 @@ from adapters_store.primitives import Patch
 
 
 def with_grad_tracking(artifact: Artifact) -> Artifact:
-    """The same artifact, with tensors that leave a trace in all that is computed of them where gradients are on."""
+    """Return the artifact with tensors that require gradients, so that autograd records what depends on them."""
     tensors = {name: tensor.detach().requires_grad_() for name, tensor in artifact.tensors.items()}
     return dataclasses.replace(artifact, tensors=tensors)
 
 
 def mark_redundant(tensor: Tensor) -> None:
-    """Say of an artifact's tensor that it repeats the base or another, or is not read by PEFT: it need not act."""
+    """Exempt a tensor from the unused-tensor check: it duplicates the base or another tensor, or PEFT ignores it."""
     tensor.requires_grad_(False)
 
 
 def unused_tensors(artifact: Artifact, patch: Patch) -> list[str]:
-    """The names of a tracked artifact's tensors that neither act in its patch nor are settled. An empty one cannot."""
+    """Return the names of a tracked artifact's non-empty tensors that neither its patch depends on nor are exempt."""
     reached = _leaves(tensor for primitive in patch.primitives for tensor in _tensors(primitive))
     left = {name: tensor for name, tensor in artifact.tensors.items() if tensor.requires_grad and tensor.numel()}
     return [name for name, tensor in left.items() if id(tensor) not in reached]
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:
-    """Those in a primitive's fields, in tuples too."""
+    """Yield the tensors in a primitive's fields, also those within tuples."""
     if isinstance(thing, Tensor):
         yield thing
     elif isinstance(thing, tuple):
@@ -43,7 +46,7 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
 
 
 def _leaves(tensors: Iterable[Tensor]) -> set[int]:
-    """The ids of the leaves that tensors were computed from."""
+    """Return the ids of the leaf tensors that `tensors` were computed from."""
     leaves, seen, left = set[int](), set[Any](), list[Any]()
     for tensor in tensors:
         if tensor.grad_fn is not None:

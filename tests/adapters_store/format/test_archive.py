@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload, with_metadata, zipped
+from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload, zipped
 from adapters_store.format.folder import CONFIG, FILES, MANIFEST, WEIGHTS, read_files, read_folder
 from tests.kit.forge import digest_of, sound_members, toy_config, toy_folder, toy_manifest, toy_tensors, zip_of
 
@@ -64,7 +64,7 @@ def test_a_zip_becomes_the_folder_it_was(room: Room, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_one_folder_around_the_files_is_allowed(room: Room, compress: bool) -> None:
-    """Who zips the folder itself, with what PEFT and a Mac put beside the weights, is understood: extras go."""
+    """A zip of the folder itself is accepted, with what PEFT and macOS add to it; extra files are dropped."""
     members = {f"hat/{name}": data for name, data in sound_members().items()}
     extras = {"hat/": b"", "hat/README.md": b"hi", "hat/tokenizer.json": b"{}", "__MACOSX/hat/._" + CONFIG: b"\0\5"}
     room.unpack(zip_of({**extras, **members}, compress))
@@ -73,9 +73,9 @@ def test_one_folder_around_the_files_is_allowed(room: Room, compress: bool) -> N
 
 
 def test_a_single_file_carries_its_config_and_manifest(room: Room) -> None:
-    """One safetensors file with config and manifest in its metadata becomes a whole folder."""
-    weights = save(toy_tensors(), metadata={"manifest": json.dumps({"format_version": 1})})
-    room.unpack(with_metadata(weights, toy_config()), SAFETENSORS_TYPE)
+    """A safetensors file with config and manifest in its metadata becomes a complete folder."""
+    metadata = {"adapter_config": json.dumps(toy_config()), "manifest": json.dumps({"format_version": 1})}
+    room.unpack(save(toy_tensors(), metadata=metadata), SAFETENSORS_TYPE)
     assert json.loads((room.into / CONFIG).read_text()) == toy_config()
     assert json.loads((room.into / MANIFEST).read_text()) == {"format_version": 1}
     (room.into / MANIFEST).unlink()
@@ -86,7 +86,7 @@ def test_a_single_file_carries_its_config_and_manifest(room: Room) -> None:
 @pytest.mark.parametrize("start", [b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5", b"PK"])
 def test_a_header_whose_length_begins_as_a_pickle(room: Room, start: bytes) -> None:
     """Safetensors that begin with a pickle's or a zip's first bytes, as a header's length, are what they are."""
-    whole = with_metadata(save(toy_tensors()), toy_config())
+    whole = save(toy_tensors(), metadata={"adapter_config": json.dumps(toy_config())})
     size = int.from_bytes(whole[:8], "little")
     length = int.from_bytes(start + b"\1", "little")
     padded = length.to_bytes(8, "little") + whole[8 : 8 + size].ljust(length) + whole[8 + size :]
@@ -171,7 +171,7 @@ def test_a_hostile_zip_is_refused_with_its_reason(room: Room, data: bytes, code:
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_the_same_name_twice_is_refused(room: Room) -> None:
-    """Which of two configs counts is never a matter of taste."""
+    """A choice between two configs is never made silently."""
     with pytest.raises(ArtifactError, match=f"{CONFIG} twice"):
         room.unpack(zip_of([*SOUND.items(), (CONFIG, b"{}")]))
 
@@ -216,7 +216,7 @@ def test_an_unknown_content_type_is_refused(room: Room) -> None:
 
 
 def test_a_full_disk_is_the_disks_error(room: Room) -> None:
-    """What the disk says is not blamed on the zip."""
+    """An error of the disk is not blamed on the zip."""
     room.body.write_bytes(zip_of(SOUND))
     with pytest.raises(FileNotFoundError):
         unpack_upload(room.body, ZIP_TYPE, room.into / "absent", MAX_BYTES)
@@ -225,7 +225,7 @@ def test_a_full_disk_is_the_disks_error(room: Room) -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_spoiled_zip_is_refused_or_sound(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Whatever bytes of a zip are changed: an `ArtifactError`, or files that then are checked as any other."""
+    """A zip with any bytes changed gives an `ArtifactError`, or files that are then checked as any other."""
     room, sound = Room(tmp_path_factory.mktemp("room")), bytearray(zip_of(SOUND, compress=True))
     records = [place for place in range(len(sound)) if sound[place : place + 2] == b"PK"]
     for _ in range(data.draw(st.integers(1, 4))):

@@ -93,14 +93,14 @@ def test_digest_is_the_one_that_others_compute() -> None:
 
 
 def test_digest_is_framed() -> None:
-    """No other split of the same names and bytes into files has the same digest."""
+    """Another split of the same names and bytes into files has another digest."""
     splits: list[dict[str, bytes]] = [{"a": b"bc"}, {"ab": b"c"}, {"a": b"b", "c": b""}, {"a": b"", "b": b"c"}, {}]
     assert len({folder.digest_of(files) for files in splits}) == len(splits)
 
 
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
 def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
-    """Without its config or its weights a folder is no artifact."""
+    """A folder without its config or its weights is no artifact."""
     folder = toy_folder(tmp_path / "hat")
     (folder / missing).unlink()
     with pytest.raises(ArtifactError, match=f"there is no {missing}"):

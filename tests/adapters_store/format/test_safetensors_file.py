@@ -1,4 +1,4 @@
-"""safetensors from strangers."""
+"""Safetensors files from untrusted uploads: what is refused, with which message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from adapters_store.errors import ArtifactError
-from adapters_store.format.safetensors_file import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_TENSORS, read_tensors
+from adapters_store.format.safetensors_file import MAX_DIMENSIONS, read_tensors
+from adapters_store.format.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
 from tests.kit.forge import entry, raw
 
 F32 = bytes(8)  # two zeros

@@ -1,4 +1,4 @@
-"""JSON from strangers."""
+"""JSON from untrusted uploads: what is refused, with which message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNSOUND = {
 
 @pytest.mark.parametrize(("data", "reason"), UNSOUND.values(), ids=UNSOUND)
 def test_unsound_json_is_refused_with_its_reason(data: bytes, reason: str) -> None:
-    """What is not plain, bounded JSON is refused, quickly, and the sentence says why."""
+    """JSON that is not plain and bounded is refused quickly, and the message says why."""
     began = time.thread_time()
     with pytest.raises(StrictJSONError, match=reason):
         loads(data)

@@ -6,19 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from peft import AdaLoraConfig as PeftAdaLoraConfig
 from torch import Tensor
 
-from adapters_store.errors import ArtifactError
-from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.base.spec import BaseSpec
+from adapters_store.format.folder import Artifact
 from adapters_store.methods.adalora import IGNORED_KEYS, SERVED_VALUES, AdaLoraConfig
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import LowRank
+from tests.adapters_store.methods.method_contract import LinearContract, split_extras
 from tests.kit.families import loras
-from tests.kit.forge import spec_of
-from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
+from tests.kit.like_peft import changed
 
 TinyOf = Callable[[str], Path]
 SITE = "model.layers.0.self_attn.q_proj"
@@ -43,52 +42,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "keys"), CASES.values(), ids=CASES)
-def test_adalora_answers_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, keys: dict[str, Any]) -> None:
-    """Whatever was pruned, the patch gives PEFT's logits."""
-    assert_answers_as_peft(tiny_of(kind), loras.make_adalora(tmp_path / "hat", tiny_of(kind), len(kind), **keys))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random_adaloras_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, seed: int) -> None:
-    """The artifacts of the mixed tests are served as PEFT serves them."""
-    assert_answers_as_peft(tiny_of("llama"), loras.make_adalora(tmp_path / "hat", tiny_of("llama"), seed))
-
-
-def test_a_site_without_a_rank_has_no_branch(tiny_of: TinyOf, adalora: Artifact) -> None:
-    """What was pruned to nothing is nothing, however its empty tensors look."""
-    pattern = {**adalora.config["rank_pattern"], f"{SITE}.lora_E": [False] * 4}
-    empty = {A: torch.ones(0, 64), B: torch.ones(64, 0), E: torch.ones(0, 1)}
-    spec = spec_of(tiny_of("llama"))
-    patch = compile_patch(changed(adalora, {"rank_pattern": pattern}, empty), spec)
-    sites = [p.site for p in patch.primitives if isinstance(p, LowRank)]
-    assert sites == [SITE.replace("layers.0", "layers.1")] and len(patch.primitives) == 1
-
-
-def test_every_key_that_peft_writes_is_judged() -> None:
-    """No key of PEFT's config is unknown here."""
-    assert_every_key_is_judged(PeftAdaLoraConfig, AdaLoraConfig, IGNORED_KEYS, SERVED_VALUES)
-
-
-@pytest.fixture(scope="module")
-def adalora(tiny_of: TinyOf, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """An AdaLoRA on the tiny llama's queries, of which every value is left."""
-    folder = tmp_path_factory.mktemp("adalora") / "hat"
-    artifact = read_folder(
-        loras.make_adalora(folder, tiny_of("llama"), target_modules=["q_proj"], init_r=4, keep=0.9999)
-    )
-    assert {
-        p.rank for p in compile_patch(artifact, spec_of(tiny_of("llama"))).primitives if isinstance(p, LowRank)
-    } == {4}
-    return artifact
-
-
 ALL = [True] * 4
 BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
     "no A": ({}, {A: None}, rf"{A} is missing"),
     "no B": ({}, {B: None}, rf"{B} is missing"),
     "no E": ({}, {E: None}, rf"{E} is missing"),
-    "no site": ({}, {A: None, B: None, E: None}, "is missing: target_modules names its site|which is no tensor's name"),
+    "no site": (
+        {"rank_pattern": {f"{SITE}.lora_E": ALL}},
+        {A: None, B: None, E: None},
+        "rank_pattern has .*, which is no tensor's name",
+    ),
     "A transposed": ({}, {A: torch.ones(64, 4)}, rf"{A} has shape \[64, 4\].*need \[4, 64\]"),
     "B transposed": ({}, {B: torch.ones(4, 64)}, rf"{B} has shape \[4, 64\].*need \[64, 4\]"),
     "E transposed": ({}, {E: torch.ones(1, 4)}, rf"{E} has shape \[1, 4\].*need \[4, 1\]"),
@@ -115,16 +78,27 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
 }
 
 
-@pytest.mark.parametrize(("config", "tensors", "reason"), BAD.values(), ids=BAD)
-def test_config_tensors_and_base_must_agree(
-    tiny_of: TinyOf, adalora: Artifact, config: dict[str, Any], tensors: dict[str, Tensor | None], reason: str
-) -> None:
-    """What is missing, extra, transposed or of another rank is refused by its name."""
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(changed(adalora, config, tensors), spec_of(tiny_of("llama")))
+class TestAdalora(LinearContract):
+    """Pruned and not; of `SOUND` every singular value is left."""
 
+    PEFT_TYPE, NAME, PEFT, SCHEMA = "ADALORA", "AdaLoRA", PeftAdaLoraConfig, AdaLoraConfig
+    IGNORED_KEYS, SERVED_VALUES, SOUND = (
+        IGNORED_KEYS,
+        SERVED_VALUES,
+        {"target_modules": ["q_proj"], "init_r": 4, "keep": 1},
+    )
+    FAMILIES, FAMILY_ON = ["adalora"], [("llama", seed) for seed in range(3)]
+    CASES, (TENSORS, CONFIGS) = CASES, split_extras(BAD)
 
-def test_another_bases_adalora_is_refused(tiny_of: TinyOf, adalora: Artifact) -> None:
-    """Where the base has no such linear, the tensor is named."""
-    with pytest.raises(ArtifactError, match=r"self_attn\.q_proj\.lora_\w has no site in gpt2"):
-        compile_patch(adalora, spec_of(tiny_of("gpt2")))
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
+        """Write one as it is after training."""
+        return loras.make_adalora(folder, base, seed, **config)
+
+    def test_a_site_without_a_rank_has_no_branch(self, sound: Artifact, spec: BaseSpec) -> None:
+        """A site that was pruned to rank 0 has no update, whatever its empty tensors look like."""
+        pattern = {f"{SITE}.lora_E": [False] * 4}
+        empty = {A: torch.ones(0, 64), B: torch.ones(64, 0), E: torch.ones(0, 1)}
+        patch = compile_patch(changed(sound, {"rank_pattern": pattern}, empty), spec)
+        sites = [p.site for p in patch.primitives if isinstance(p, LowRank)]
+        assert sites == [SITE.replace("layers.0", "layers.1")] and len(patch.primitives) == 1

@@ -10,17 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.archive import ZIP_TYPE, unpack_upload, zipped
-from adapters_store.format.folder import ALIASES, CONFIG, REFUSED, WEIGHTS, Artifact, read_files, read_folder
+from adapters_store.format.folder import (
+    ALIASES,
+    CONFIG,
+    REFUSED,
+    WEIGHTS,
+    Artifact,
+    find_parts,
+    read_files,
+    read_folder,
+)
 from adapters_store.methods import method_of
 from adapters_store.methods.adapterhub import IGNORED_KEYS, IGNORED_OUTER_KEYS, SERVED_VALUES, BnConfig, SavedConfig
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Bottleneck
+from tests.adapters_store.methods.spoil import assert_refused_by_name
 from tests.golden.make_adapterhub import ANSWERS, CASES, HERE, base_digest
 from tests.kit import reference
 from tests.kit.forge import spec_of, toy_artifact, zip_of
@@ -70,7 +81,7 @@ def test_an_artifact_answers_as_in_adapterhub(bases: Callable[[str], Base], mode
 
 @pytest.fixture(scope="module")
 def spec(bases: Callable[[str], Base]) -> BaseSpec:
-    """Of the tiny llama."""
+    """The spec of the tiny llama."""
     return spec_of(bases("llama")[1])
 
 
@@ -124,7 +135,7 @@ def test_who_saved_from_a_model_without_a_head_is_understood(spec: BaseSpec) -> 
 
 @pytest.mark.parametrize("kept", ["adapter_norm_before", "adapter_down.0"])
 def test_a_norm_has_one_value_under_two_names(spec: BaseSpec, kept: str) -> None:
-    """With ln_before, either name or both are taken; if they differ, neither."""
+    """Either name of a norm or both are accepted with ln_before; if they differ, neither is."""
     artifact = golden("houlsby-norms")
     other = {"adapter_norm_before": ".adapter_down.0.", "adapter_down.0": ".adapter_norm_before."}[kept]
     norms = [name for name in artifact.tensors if other in name]
@@ -138,7 +149,7 @@ def test_a_norm_has_one_value_under_two_names(spec: BaseSpec, kept: str) -> None
 
 
 def test_every_key_that_adapterhub_writes_is_judged() -> None:
-    """No key of the saved config is unknown, and none is known that is not there."""
+    """Every key of the saved config is known, and every known key is in it."""
     known = {*SERVED_VALUES, *IGNORED_KEYS, *BnConfig.__struct_fields__}
     assert golden().config["config"].keys() == known - {"architecture"}  # it is there for other methods
     assert golden().config.keys() == {*IGNORED_OUTER_KEYS, *SavedConfig.__struct_fields__}
@@ -172,7 +183,7 @@ REFUSED_INSIDE: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_an_option_that_changes_the_answer_is_refused_by_name(
     spec: BaseSpec, name: str, changes: dict[str, Any], key: str
 ) -> None:
-    """What is not served is never ignored: the key is named."""
+    """An option that is not served is never ignored: the key is named."""
     with pytest.raises(ArtifactError, match=key) as caught:
         compile_patch(inside(golden(name), **changes), spec)
     assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
@@ -286,7 +297,7 @@ def test_an_upload_of_adapterhubs_folder_becomes_one_of_pefts_names(tmp_path: Pa
 
 
 def test_weights_of_both_names_are_refused(tmp_path: Path) -> None:
-    """Which of two files counts is never a matter of taste: in a zip and in a folder."""
+    """A choice between two weight files is never made silently: in a zip and in a folder."""
     with pytest.raises(ArtifactError, match=f"{WEIGHTS} twice"):
         unpacked(tmp_path, {**MEMBERS, WEIGHTS: b"x"})
     for name, data in {**MEMBERS, WEIGHTS: b"x"}.items():
@@ -306,8 +317,21 @@ def test_what_else_adapterhub_saves_that_changes_the_answer_is_refused(tmp_path:
 
 
 def test_a_pickle_of_adapterhub_is_named(tmp_path: Path) -> None:
-    """Where only pytorch_adapter.bin is there, the sentence says use_safetensors=True."""
+    """A folder with pytorch_adapter.bin alone is refused with the hint use_safetensors=True."""
     (tmp_path / CONFIG).write_bytes(MEMBERS[CONFIG])
     (tmp_path / "pytorch_adapter.bin").write_bytes(b"x")
     with pytest.raises(ArtifactError, match="use_safetensors=True"):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["houlsby-norms", "pfeiffer-norm", "parallel-norms"])
+def test_a_spoiled_tensor_of_adapterhub_is_refused_by_its_name(
+    name: str, tiny_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Missing, extra, of wrong shape or type, not finite: as the contract has it for folders of PEFT."""
+    parts = find_parts(HERE / "llama" / name)
+    config = json.loads(parts[CONFIG].read_text())
+    twins, tensors = (".adapter_down.0.", ".adapter_norm_before."), load_file(parts[WEIGHTS])
+    for name in [name for name in tensors if twins[0] in name and name.replace(*twins) in tensors]:
+        del tensors[name]  # the norm before has two names, and either will do
+    assert_refused_by_name(config, tensors, tmp_path / "in", spec_of(tiny_of("llama")))

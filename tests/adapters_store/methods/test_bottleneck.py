@@ -15,9 +15,10 @@ from transformers.activations import ACT2FN
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
-from adapters_store.methods.bottleneck import ACTIVATION_NAMES, PLACEMENTS
+from adapters_store.methods.bottleneck import ACTIVATION_NAMES, IGNORED_KEYS, PLACEMENTS, BottleneckConfig
 from adapters_store.methods.compile import compile_patch
-from adapters_store.primitives import ACTIVATIONS, Bottleneck
+from adapters_store.primitives import ACTIVATIONS, Bottleneck, Patch
+from tests.adapters_store.methods.method_contract import ConfigCase, MethodContract, TensorsCase
 from tests.kit import reference
 from tests.kit.families import FAMILIES
 from tests.kit.families.bottleneck import adapted, make_bottleneck
@@ -35,9 +36,15 @@ CASES: dict[str, dict[str, Any]] = {
     "norm after": {"ln_before": False, "ln_after": True, "scaling": -0.5},
     "one layer": {"layers_to_transform": [1]},
 }
+PLACED = {
+    f"{placement}, {name}": ("llama", {"placement": placement, **case})
+    for placement in PLACEMENTS
+    for name, case in CASES.items()
+}
+WHOLE = {"bottleneck_size": SIZE, "scaling": "channel", "ln_before": True, "ln_after": True}
 
 
-def assert_answers_as_adapted(base: Path, folder: Path) -> list[Bottleneck]:
+def assert_answers_as_adapted(base: Path, folder: Path) -> Patch:
     """The patch gives the adapted model's logits within 1e-4, and logits other than the base's by more than 0.1."""
     patch = compile_patch(read_folder(folder), spec_of(base))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -46,14 +53,7 @@ def assert_answers_as_adapted(base: Path, folder: Path) -> list[Bottleneck]:
         theirs = adapted(base, folder)(torch.tensor([TOKENS])).logits[0]
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours - plain).abs().max() > 0.1
-    return all_of(Bottleneck, patch)
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_bottleneck_answers_as_written(tmp_path: Path, tiny_base: Path, placement: str, case: dict[str, Any]) -> None:
-    """Every placement with every norm and scaling gives the logits of the plain model."""
-    assert_answers_as_adapted(tiny_base, make_bottleneck(tmp_path / "hat", tiny_base, 7, placement, **case))
+    return patch
 
 
 @pytest.mark.parametrize("non_linearity", ["relu", "gelu", "silu", "swish", "tanh", "GELU_new", "linear"])
@@ -95,75 +95,44 @@ def test_a_block_that_is_no_module_has_no_parallel_bottleneck(tmp_path: Path, ti
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name.startswith("bottleneck")])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_seed_of_the_kit_changes_the_base(tmp_path: Path, tiny_base: Path, family: str, seed: int) -> None:
-    """What the kit makes compiles, whatever the seed chose, and changes the logits by more than 0.1."""
-    primitives = assert_answers_as_adapted(tiny_base, FAMILIES[family](tmp_path / "hat", tiny_base, seed))
+    """Every seed of the kit compiles, and changes the logits by more than 0.1."""
+    primitives = assert_answers_as_adapted(tiny_base, FAMILIES[family](tmp_path / "hat", tiny_base, seed)).primitives
     assert len(primitives) == (4 if family.endswith("houlsby") else 2)
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Artifact:
-    """A Houlsby artifact with every tensor that there can be."""
-    folder = tmp_path_factory.mktemp("bottleneck") / "hat"
-    options: dict[str, Any] = {"bottleneck_size": SIZE, "scaling": "channel", "ln_before": True, "ln_after": True}
-    return read_folder(make_bottleneck(folder, tiny_base, 0, "houlsby", **options))
-
-
-def test_half_precision_is_folded_in_fp32(sound: Artifact, spec: BaseSpec) -> None:
-    """Tensors in 16 bits become fp32 before the scale is folded into the up-projection, once."""
-    halves = {name: tensor.bfloat16() for name, tensor in sound.tensors.items()}
-    made = all_of(Bottleneck, compile_patch(changed(sound, {}, halves), spec))
-    first = next(p for p in made if p.site == "model.layers.0.mlp")
-    up, bias, scale = (halves[MLP + end].float() for end in ("up.weight", "up.bias", "scaling"))
-    assert first.up.dtype == first.down.dtype == torch.float32
-    assert torch.equal(first.up, up * scale[:, None])
-    assert first.up_bias is not None and torch.equal(first.up_bias, bias * scale)
-
-
-def test_the_modules_may_be_named_twice(sound: Artifact, spec: BaseSpec) -> None:
-    """target_modules say again what the placement wraps, or are refused; an expression is never run."""
-    for targets in (["self_attn", "mlp"], "(a+)+$", [layer.mlp for layer in spec.layers] + ["self_attn"]):
-        compile_patch(changed(sound, {"target_modules": targets}, {}), spec)
-    with pytest.raises(ArtifactError, match=r"target_modules do not name model\.layers\.0\.self_attn") as caught:
-        compile_patch(changed(sound, {"target_modules": ["mlp"]}, {}), spec)
-    assert caught.value.param == "target_modules"
-
-
-VALUES: dict[str, tuple[dict[str, Any], str | None, str]] = {
-    "no size": ({"bottleneck_size": None}, "adapter_config.json", "missing required field `bottleneck_size`"),
-    "size 0": ({"bottleneck_size": 0}, "bottleneck_size", "bottleneck_size is 0"),
-    "a huge size": ({"bottleneck_size": 10**12}, "bottleneck_size", "bottleneck_size is 1000000000000"),
-    "size true": ({"bottleneck_size": True}, "adapter_config.json", r"Expected `int`.*bottleneck_size"),
-    "another size": ({"bottleneck_size": 6}, None, r"need \[6, 64\]"),
-    "no placement": ({"placement": None}, "adapter_config.json", "missing required field `placement`"),
-    "unknown placement": ({"placement": "compacter"}, "placement", "placement compacter is not served"),
-    "another placement": ({"placement": "pfeiffer"}, None, "is extra"),
-    "unknown activation": ({"non_linearity": "leakyrelu"}, "non_linearity", "non_linearity leakyrelu is not served"),
-    "trained activation": ({"non_linearity": "prelu"}, "non_linearity", "non_linearity prelu is not served"),
-    "unknown scaling": ({"scaling": "gated"}, "scaling", "scaling gated is neither"),
-    "scaling 0": ({"scaling": 0}, "scaling", "scaling is 0"),
-    "a huge scaling": ({"scaling": 1e300}, "scaling", r"scaling is 1e\+300"),
-    "scaling true": ({"scaling": True}, "adapter_config.json", r"\$\.scaling"),
-    "another scaling": ({"scaling": "learned"}, None, r"bottleneck_scaling has shape \[64\].*need \[1\]"),
-    "a number for a tensor": ({"scaling": 1.0}, None, "bottleneck_scaling is extra"),
-    "no norm before": ({"ln_before": False}, None, "bottleneck_norm_before.* is extra"),
-    "no norm after": ({"ln_after": False}, None, "bottleneck_norm_after.* is extra"),
-    "norms as a text": ({"ln_after": "yes"}, "adapter_config.json", r"Expected `bool`.*ln_after"),
-    "fewer layers": ({"layers_to_transform": [1]}, None, "is extra"),
-    "a layer that is not there": ({"layers_to_transform": 2}, "layers_to_transform", "names the layer 2; .* has 2"),
-    "a negative layer": ({"layers_to_transform": [-1, 0]}, "layers_to_transform", "names the layer -1"),
-    "unknown key": ({"phm_layer": False}, "phm_layer", "a key that is not known: phm_layer"),
-    "another task": ({"task_type": "SEQ_CLS"}, "task_type", "Bottleneck with task_type=SEQ_CLS is not served"),
+PLACES: dict[str, TensorsCase] = {  # the key that is named
+    "no size": ({"bottleneck_size": None}, {}, "adapter_config.json", "missing required field `bottleneck_size`"),
+    "size 0": ({"bottleneck_size": 0}, {}, "bottleneck_size", "bottleneck_size is 0"),
+    "a huge size": ({"bottleneck_size": 10**12}, {}, "bottleneck_size", "bottleneck_size is 1000000000000"),
+    "size true": ({"bottleneck_size": True}, {}, "adapter_config.json", r"Expected `int`.*bottleneck_size"),
+    "no placement": ({"placement": None}, {}, "adapter_config.json", "missing required field `placement`"),
+    "unknown placement": ({"placement": "compacter"}, {}, "placement", "placement compacter is not served"),
+    "unknown activation": (
+        {"non_linearity": "leakyrelu"},
+        {},
+        "non_linearity",
+        "non_linearity leakyrelu is not served",
+    ),
+    "trained activation": ({"non_linearity": "prelu"}, {}, "non_linearity", "non_linearity prelu is not served"),
+    "unknown scaling": ({"scaling": "gated"}, {}, "scaling", "scaling gated is neither"),
+    "scaling 0": ({"scaling": 0}, {}, "scaling", "scaling is 0"),
+    "a huge scaling": ({"scaling": 1e300}, {}, "scaling", r"scaling is 1e\+300"),
+    "scaling true": ({"scaling": True}, {}, "adapter_config.json", r"\$\.scaling"),
+    "norms as a text": ({"ln_after": "yes"}, {}, "adapter_config.json", r"Expected `bool`.*ln_after"),
+    "a layer that is not there": ({"layers_to_transform": 2}, {}, "layers_to_transform", "names the layer 2; .* has 2"),
+    "a negative layer": ({"layers_to_transform": [-1, 0]}, {}, "layers_to_transform", "names the layer -1"),
+    "unknown key": ({"phm_layer": False}, {}, "phm_layer", "a key that is not known: phm_layer"),
+    "another task": ({"task_type": "SEQ_CLS"}, {}, "task_type", "Bottleneck with task_type=SEQ_CLS is not served"),
 }
-
-
-@pytest.mark.parametrize(("changes", "param", "reason"), VALUES.values(), ids=VALUES)
-def test_a_config_that_is_wrong_or_disagrees_is_refused(
-    sound: Artifact, spec: BaseSpec, changes: dict[str, Any], param: str | None, reason: str
-) -> None:
-    """Types, sizes, names and what the tensors say of them are checked, and the sentence names the place."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(changed(sound, changes, {}), spec)
-    assert caught.value.param == param or (param is None and caught.value.param in sound.tensors)
+CONFIGS: dict[str, ConfigCase] = {  # a tensor is named
+    "another size": ({"bottleneck_size": 6}, r"need \[6, 64\]"),
+    "another placement": ({"placement": "pfeiffer"}, "is extra"),
+    "another scaling": ({"scaling": "learned"}, r"bottleneck_scaling has shape \[64\].*need \[1\]"),
+    "a number for a tensor": ({"scaling": 1.0}, "bottleneck_scaling is extra"),
+    "no norm before": ({"ln_before": False}, "bottleneck_norm_before.* is extra"),
+    "no norm after": ({"ln_after": False}, "bottleneck_norm_after.* is extra"),
+    "fewer layers": ({"layers_to_transform": [1]}, "is extra"),
+}
 
 
 ENDS = {
@@ -177,7 +146,7 @@ ENDS = {
     "norm_after.weight": [HIDDEN],
     "norm_after.bias": [HIDDEN],
 }
-TENSORS: dict[str, tuple[str, Tensor | None, str]] = {
+BAD: dict[str, tuple[str, Tensor | None, str]] = {
     **{f"no {end}": (ATTENTION + end, None, "is missing") for end in ENDS},
     **{f"flat {end}": (MLP + end, torch.ones(7), r"has shape \[7\]") for end in ENDS},
     **{f"deep {end}": (MLP + end, torch.ones(*shape, 1), "has shape") for end, shape in ENDS.items()},
@@ -189,27 +158,49 @@ TENSORS: dict[str, tuple[str, Tensor | None, str]] = {
     "PEFT's adapter name": (MLP + "up.default.bias", torch.ones(HIDDEN), "is extra"),
     "a tensor of the base": ("model.norm.weight", torch.ones(HIDDEN), "is extra"),
 }
+TENSORS: dict[str, TensorsCase] = {
+    name: ({}, {tensor: value}, tensor, reason) for name, (tensor, value, reason) in BAD.items()
+}
 
 
-@pytest.mark.parametrize(("name", "tensor", "reason"), TENSORS.values(), ids=TENSORS)
-def test_tensors_that_are_not_the_bases_are_refused(
-    sound: Artifact, spec: BaseSpec, name: str, tensor: Tensor | None, reason: str
-) -> None:
-    """Missing, extra, transposed, of wrong rank, of another base: refused by the tensor's name."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(changed(sound, {}, {name: tensor}), spec)
-    assert caught.value.param == name and name in str(caught.value)
+class TestBottleneck(MethodContract):
+    """Every placement with every norm and scaling; `SOUND` is a Houlsby with every tensor that there can be."""
 
+    PEFT_TYPE, NAME, SCHEMA, IGNORED_KEYS = "BOTTLENECK", "Bottleneck", BottleneckConfig, IGNORED_KEYS
+    FAMILIES = tuple(name for name in FAMILIES if name.startswith("bottleneck"))
+    SOUND, CASES = WHOLE, PLACED
+    TENSORS, CONFIGS = TENSORS | PLACES, CONFIGS
 
-def test_no_tensors_are_no_adapter(sound: Artifact, spec: BaseSpec) -> None:
-    """A hat that would be the base is no hat."""
-    with pytest.raises(ArtifactError, match="no tensors"):
-        compile_patch(changed(sound, {}, dict.fromkeys(sound.tensors)), spec)
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, placement: str = "houlsby", **config: Any) -> Path:
+        """Write one of a placement."""
+        return make_bottleneck(folder, base, seed, placement, **config)
 
+    def assert_answers(self, base: Path, folder: Path) -> Patch:
+        """Compare the logits with those of a plain model of the same formulas."""
+        return assert_answers_as_adapted(base, folder)
 
-@pytest.mark.parametrize("end", ["up.weight", "up.bias"])
-def test_a_scale_that_overflows_is_refused(sound: Artifact, spec: BaseSpec, end: str) -> None:
-    """Finite tensors whose scaled product is not are refused by name."""
-    huge = {MLP + end: torch.full(ENDS[end], 1e38), MLP + "scaling": torch.full([HIDDEN], 1e10)}
-    with pytest.raises(ArtifactError, match=f"bottleneck_{end} overflows where it is compiled"):
-        compile_patch(changed(sound, {}, huge), spec)
+    def test_half_precision_is_folded_in_fp32(self, sound: Artifact, spec: BaseSpec) -> None:
+        """Tensors in 16 bits become fp32 before the scale is folded into the up-projection, once."""
+        halves = {name: tensor.bfloat16() for name, tensor in sound.tensors.items()}
+        bottlenecks = all_of(Bottleneck, compile_patch(changed(sound, {}, halves), spec))
+        first = next(bottleneck for bottleneck in bottlenecks if bottleneck.site == "model.layers.0.mlp")
+        up, bias, scale = (halves[MLP + end].float() for end in ("up.weight", "up.bias", "scaling"))
+        assert first.up.dtype == first.down.dtype == torch.float32
+        assert torch.equal(first.up, up * scale[:, None])
+        assert first.up_bias is not None and torch.equal(first.up_bias, bias * scale)
+
+    def test_the_modules_may_be_named_twice(self, sound: Artifact, spec: BaseSpec) -> None:
+        """target_modules say again what the placement wraps, or are refused; an expression is never run."""
+        for targets in (["self_attn", "mlp"], "(a+)+$", [layer.mlp for layer in spec.layers] + ["self_attn"]):
+            compile_patch(changed(sound, {"target_modules": targets}, {}), spec)
+        with pytest.raises(ArtifactError, match=r"target_modules do not name model\.layers\.0\.self_attn") as caught:
+            compile_patch(changed(sound, {"target_modules": ["mlp"]}, {}), spec)
+        assert caught.value.param == "target_modules"
+
+    @pytest.mark.parametrize("end", ["up.weight", "up.bias"])
+    def test_a_scale_that_overflows_is_refused(self, sound: Artifact, spec: BaseSpec, end: str) -> None:
+        """Finite tensors whose scaled product is not are refused by name."""
+        huge = {MLP + end: torch.full(ENDS[end], 1e38), MLP + "scaling": torch.full([HIDDEN], 1e10)}
+        with pytest.raises(ArtifactError, match=f"bottleneck_{end} overflows where it is compiled"):
+            compile_patch(changed(sound, {}, huge), spec)

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import CPTConfig
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from adapters_store.errors import ArtifactError
+from adapters_store.format.folder import Artifact
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.cpt import IGNORED_KEYS
-from adapters_store.methods.prompt_tuning import EMBEDDINGS, SERVED_VALUES, VirtualTokens
-from adapters_store.primitives import PrefixEmbeds
-from tests.adapters_store.methods.test_prompt_tuning import SIZE, T, prompt_spec
-from tests.kit.families.prompts import FIRST_ID, make_cpt
+from adapters_store.methods.prompt_tuning import EMBEDDINGS, VirtualTokens
+from adapters_store.primitives import Patch, PrefixEmbeds
+from tests.adapters_store.methods.method_contract import ConfigCase, TensorsCase
+from tests.adapters_store.methods.test_prompt_tuning import CONFIGS as SOFT_CONFIGS
+from tests.adapters_store.methods.test_prompt_tuning import SIZE, SoftContract, T, prompt_spec
+from tests.kit.families.prompts import FIRST_ID
 from tests.kit.forge import toy_artifact
-from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged
-
-TinyOf = Callable[[str], Path]
-
-
-@pytest.mark.parametrize(("kind", "seed"), [("llama", 0), ("llama", 1), ("llama", 2), ("gemma3_text", 1), ("gpt2", 2)])
-def test_a_moved_context_answers_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, seed: int) -> None:
-    """What is saved is the context with its projected change, which was made by training and is no text."""
-    patch = assert_answers_as_peft(tiny_of(kind), make_cpt(tmp_path / "hat", tiny_of(kind), seed))
-    ids = torch.arange(FIRST_ID, FIRST_ID + patch.num_virtual)
-    context = AutoModelForCausalLM.from_pretrained(tiny_of(kind)).get_input_embeddings()(ids)
-    assert isinstance(patch.prefix, PrefixEmbeds) and (patch.prefix.embeds - context).abs().max() > 0.01
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """What PEFT writes, with changes."""
+    """Return PEFT's config, with changes."""
     lists = {key: [1, 2, 3] for key in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")}
     return {**CPTConfig(task_type="CAUSAL_LM", **lists).to_dict(), "peft_type": "CPT", **changes}
-
-
-def test_every_key_that_peft_writes_is_judged() -> None:
-    """No key of the installed PEFT's CPTConfig is unknown here, and all of them together are taken."""
-    assert_every_key_is_judged(CPTConfig, VirtualTokens, IGNORED_KEYS, SERVED_VALUES)
-    patch = compile_patch(toy_artifact(config(), {EMBEDDINGS: torch.ones(T, SIZE)}), prompt_spec())
-    assert (patch.method, patch.num_virtual) == ("cpt", T)
 
 
 @pytest.mark.parametrize("key", ["cpt_mask", "cpt_tokens_type_mask"])
@@ -52,7 +35,7 @@ def test_masks_that_are_left_out_are_no_matter(key: str) -> None:
     compile_patch(toy_artifact(config(**{key: None}), {EMBEDDINGS: torch.ones(T, SIZE)}), prompt_spec())
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+CONFIGS: dict[str, ConfigCase] = {
     "fewer ids than tokens": ({"cpt_token_ids": [1, 2]}, "cpt_token_ids is no list of 3 items"),
     "no ids": ({"cpt_token_ids": None}, "cpt_token_ids is no list of 3 items"),
     "ids as a text": ({"cpt_token_ids": "123"}, "cpt_token_ids is no list of 3 items"),
@@ -64,18 +47,33 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "modules to save": ({"modules_to_save": ["lm_head"]}, "CPT with modules_to_save=.* is not served"),
     "an unknown key": ({"cpt_magic": 1}, "a key that is not known: cpt_magic"),
 }
+CHANGE = "delta_embedding.weight"  # that was not added in
+TENSORS: dict[str, TensorsCase] = {"the change beside the sum": ({}, {CHANGE: torch.ones(T, SIZE)}, CHANGE, "is extra")}
 
 
-@pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_context_that_does_not_fit_is_refused(changes: dict[str, Any], reason: str) -> None:
-    """A list of the context must have an item for each virtual token; the sentence names it."""
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(toy_artifact(config(**changes), {EMBEDDINGS: torch.ones(T, SIZE)}), prompt_spec())
+class TestCPT(SoftContract):
+    """The saved tensor is the context with its projected change, which was trained and is no text."""
 
+    NAME, PEFT_TYPE, PEFT, SCHEMA, IGNORED_KEYS = "CPT", "CPT", CPTConfig, VirtualTokens, IGNORED_KEYS
+    JUDGED = ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask")
+    FAMILIES, TENSORS, CONFIGS = ["cpt"], TENSORS, SOFT_CONFIGS | CONFIGS
+    FAMILY_ON = (("llama", 0), ("llama", 1), ("llama", 2), ("gemma3_text", 1), ("gpt2", 2))
 
-@pytest.mark.parametrize("tensors", [{}, {"delta_embedding.weight": torch.ones(T, SIZE)}], ids=["missing", "extra"])
-def test_the_saved_sum_is_the_only_tensor(tensors: dict[str, torch.Tensor]) -> None:
-    """The sum must be there, and a change that was not added in is refused."""
-    found = {**tensors, **({EMBEDDINGS: torch.ones(T, SIZE)} if tensors else {})}
-    with pytest.raises(ArtifactError, match=r"is missing|delta_embedding\.weight is extra"):
-        compile_patch(toy_artifact(config(), found), prompt_spec())
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sound(cls) -> Artifact:
+        """A context of three tokens, with all that PEFT writes."""
+        return toy_artifact(config(), {EMBEDDINGS: torch.ones(T, SIZE)})
+
+    def assert_answers(self, base: Path, folder: Path, **inputs: Tensor) -> Patch:
+        """Compare the logits with PEFT's, and see that the context moved."""
+        patch = super().assert_answers(base, folder, **inputs)
+        ids = torch.arange(FIRST_ID, FIRST_ID + patch.num_virtual)
+        context = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings()(ids)
+        assert isinstance(patch.prefix, PrefixEmbeds) and (patch.prefix.embeds - context).abs().max() > 0.01
+        return patch
+
+    def test_all_that_peft_writes_by_default_is_taken(self) -> None:
+        """PEFT's defaults, all written out, are no reason to refuse."""
+        patch = compile_patch(toy_artifact(config(), {EMBEDDINGS: torch.ones(T, SIZE)}), prompt_spec())
+        assert (patch.method, patch.num_virtual) == ("cpt", T)

@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapters_store.base.spec import BaseSpec
 from adapters_store.base.weights import base_weight
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Bias, LowRank, Scale
+from tests.adapters_store.methods.lora_contract import LoraContract
+from tests.adapters_store.methods.method_contract import split_extras
 from tests.kit.families import loras
 from tests.kit.forge import spec_of
-from tests.kit.like_peft import assert_answers_as_peft, changed
+from tests.kit.like_peft import changed
 
 TinyOf = Callable[[str], Path]
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -42,26 +45,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "on what OLoRA left": ("qwen2", {"init_lora_weights": "olora", "target_modules": ["v_proj", "o_proj"]}),
     "beside a norm saved whole": ("gpt_neox", {"modules_to_save": ["final_layer_norm"]}),
 }
-
-
-@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
-def test_dora_answers_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
-    """Whatever the base and the options, the patch gives PEFT's logits."""
-    lora = loras.config(use_dora=True, **config)
-    assert_answers_as_peft(tiny_of(kind), loras.make(tmp_path / "hat", tiny_of(kind), lora, len(kind)))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random_doras_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, seed: int) -> None:
-    """The artifacts of the mixed tests are served as PEFT serves them."""
-    assert_answers_as_peft(tiny_of("llama"), loras.make_dora(tmp_path / "hat", tiny_of("llama"), seed))
-
-
-@pytest.fixture(scope="module")
-def dora(tiny_of: TinyOf, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A DoRA of rank 4 on the tiny llama's queries."""
-    lora = loras.config(use_dora=True, target_modules=["q_proj"])
-    return read_folder(loras.make(tmp_path_factory.mktemp("dora") / "hat", tiny_of("llama"), lora))
 
 
 def test_a_site_has_one_primitive_of_a_kind(tiny_of: TinyOf, tmp_path: Path) -> None:
@@ -94,27 +77,21 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
 }
 
 
-@pytest.mark.parametrize(("config", "tensors", "reason"), BAD.values(), ids=BAD)
-def test_config_tensors_and_base_must_agree(
-    tiny_of: TinyOf, dora: Artifact, config: dict[str, Any], tensors: dict[str, Tensor | None], reason: str
-) -> None:
-    """What is missing, extra, transposed or of another rank is refused by its name."""
-    spec = spec_of(tiny_of("llama"))
-    compile_patch(dora, spec)
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(changed(dora, config, tensors), spec)
+class TestDora(LoraContract):
+    """Magnitudes by the norms of the base's own weights, its biases made good."""
 
+    FAMILIES, FAMILY_ON = ["dora"], [("llama", seed) for seed in range(3)]
+    SOUND, CASES = {"target_modules": ["q_proj"]}, CASES
+    TENSORS, CONFIGS = split_extras(BAD)
 
-def test_a_row_without_a_direction_is_refused(tiny_of: TinyOf, dora: Artifact) -> None:
-    """Where A and B take a row of the base's weight away there is nothing to give a magnitude to."""
-    spec = spec_of(tiny_of("llama"))
-    a, b = torch.zeros(4, 64), torch.zeros(64, 4)
-    a[0], b[0, 0] = base_weight(spec, "model.layers.0.self_attn.q_proj.weight")[0], -1
-    with pytest.raises(ArtifactError, match=r"q_proj\.lora_magnitude_vector overflows"):
-        compile_patch(changed(dora, {}, {A: a, B: b}), spec)
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
+        """Write a LoRA with magnitudes."""
+        return super().make(folder, base, seed, use_dora=True, **config)
 
-
-def test_another_bases_dora_is_refused(tiny_of: TinyOf, dora: Artifact) -> None:
-    """Where the base has no such linear, the tensor is named."""
-    with pytest.raises(ArtifactError, match=r"self_attn\.q_proj\.lora_A\.weight has no site in gpt2"):
-        compile_patch(dora, spec_of(tiny_of("gpt2")))
+    def test_a_row_without_a_direction_is_refused(self, sound: Artifact, spec: BaseSpec) -> None:
+        """A row of the base's weight that A and B cancel has no direction to give a magnitude to: refused."""
+        a, b = torch.zeros(4, 64), torch.zeros(64, 4)
+        a[0], b[0, 0] = base_weight(spec, "model.layers.0.self_attn.q_proj.weight")[0], -1
+        with pytest.raises(ArtifactError, match=r"q_proj\.lora_magnitude_vector overflows"):
+            compile_patch(changed(sound, {}, {A: a, B: b}), spec)

@@ -13,13 +13,14 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from adapters_store.errors import ArtifactError
+from adapters_store.base.spec import BaseSpec
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import LowRank, Rows
+from tests.adapters_store.methods.lora_contract import LoraContract
+from tests.adapters_store.methods.method_contract import split_extras
 from tests.kit.adapters import make_peft
 from tests.kit.families import loras
-from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, assert_answers_as_peft, changed
 
 TinyOf = Callable[[str], Path]
@@ -62,13 +63,13 @@ def test_a_lora_on_the_embedding_answers_as_in_peft(
     assert rows.ids.tolist() == sorted(set(TOKENS))
 
 
-def save_as_users_do(folder: Path, base: Path, **config: Any) -> Path:
+def save_as_users_do(folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
     """Write a random artifact by `save_pretrained` without any argument, which saves more."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model = get_peft_model(model, loras.config(**config))
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         for name, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
                 parameter.copy_(fill(name, parameter.clone(), generator))
@@ -79,31 +80,11 @@ def save_as_users_do(folder: Path, base: Path, **config: Any) -> Path:
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "phi"])
 @pytest.mark.parametrize("targets", [["lm_head", "q_proj"], ["embed_tokens", "lm_head"]])
 def test_copies_of_the_base_are_taken_and_left(tiny_of: TinyOf, tmp_path: Path, kind: str, targets: list[str]) -> None:
-    """PEFT saves the base's embedding and head along where they are targets: they say nothing."""
+    """Copies of embedding and head, which PEFT saves if they are targets, are accepted and dropped."""
     folder = save_as_users_do(tmp_path / "hat", tiny_of(kind), target_modules=targets)
     assert HEAD + ".base_layer.weight" in read_folder(folder).tensors
     patch = assert_answers_as_peft(tiny_of(kind), folder)
     assert {type(p) for p in patch.primitives} <= {LowRank, Rows}
-
-
-@pytest.fixture(scope="module")
-def embedded(tiny_of: TinyOf, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A LoRA of rank 4 on the tiny llama's embedding and queries, as users save it."""
-    folder = tmp_path_factory.mktemp("embedded") / "hat"
-    return read_folder(save_as_users_do(folder, tiny_of("llama"), target_modules=["embed_tokens", "q_proj"]))
-
-
-def test_a_copy_in_16_bits_is_the_base(tiny_of: TinyOf, embedded: Artifact) -> None:
-    """A copy that was rounded is still the base's, and where there is none nothing is missed."""
-    name, spec = EMBEDDING + ".base_layer.weight", spec_of(tiny_of("llama"))
-    for copy in (embedded.tensors[name].bfloat16(), embedded.tensors[name].half(), None):
-        compile_patch(changed(embedded, {}, {name: copy}), spec)
-
-
-def test_an_embedding_that_did_not_change_has_no_rows(tiny_of: TinyOf, embedded: Artifact) -> None:
-    """A LoRA on the embedding that is still 0 is there, and costs nothing."""
-    patch = compile_patch(changed(embedded, {}, {A: torch.zeros(4, 259)}), spec_of(tiny_of("llama")))
-    assert {type(p) for p in patch.primitives} == {LowRank}
 
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
@@ -132,12 +113,24 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
 }
 
 
-@pytest.mark.parametrize(("config", "tensors", "reason"), BAD.values(), ids=BAD)
-def test_config_tensors_and_base_must_agree(
-    tiny_of: TinyOf, embedded: Artifact, config: dict[str, Any], tensors: dict[str, Tensor | None], reason: str
-) -> None:
-    """What is missing, transposed, of another base or beside what excludes it is refused by its name."""
-    spec = spec_of(tiny_of("llama"))
-    compile_patch(embedded, spec)
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(changed(embedded, config, tensors), spec)
+class TestLoraOnEmbedding(LoraContract):
+    """A LoRA of rank 4 on the tiny llama's embedding and queries, as users save it."""
+
+    SOUND, MAY_MISS = {"target_modules": ["embed_tokens", "q_proj"]}, r"base_layer|lm_head"
+    CASES, (TENSORS, CONFIGS) = CASES, split_extras(BAD)
+
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
+        """Write it with the copies of the base that PEFT saves along."""
+        return save_as_users_do(folder, base, seed, **config)
+
+    def test_a_copy_in_16_bits_is_the_base(self, sound: Artifact, spec: BaseSpec) -> None:
+        """A copy that was rounded to 16 bits still counts as the base's, and a missing copy is accepted."""
+        name = EMBEDDING + ".base_layer.weight"
+        for copy in (sound.tensors[name].bfloat16(), sound.tensors[name].half(), None):
+            compile_patch(changed(sound, {}, {name: copy}), spec)
+
+    def test_an_embedding_that_did_not_change_has_no_rows(self, sound: Artifact, spec: BaseSpec) -> None:
+        """A LoRA on the embedding that is still 0 is there, and costs nothing."""
+        patch = compile_patch(changed(sound, {}, {A: torch.zeros(4, 259)}), spec)
+        assert {type(p) for p in patch.primitives} == {LowRank}

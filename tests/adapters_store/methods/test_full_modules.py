@@ -44,7 +44,7 @@ def test_parameters_have_the_shapes_of_the_base(tiny_of: TinyOf) -> None:
 
 
 def test_the_base_itself_is_no_update(tiny_of: TinyOf) -> None:
-    """What is as the base has it makes no primitive, and a parameter that is not given is the base's."""
+    """A parameter that equals the base's compiles to no primitive, and a missing one is the base's."""
     for kind in ("gpt2", "gemma3_text"):
         spec = spec_of(tiny_of(kind))
         for site in [*spec.linears, *spec.norms, spec.embedding]:
@@ -84,7 +84,7 @@ def test_only_rows_that_differ_are_kept_and_scaled(tiny_of: TinyOf) -> None:
 
 @pytest.mark.parametrize(("kind", "zero"), [("llama", 0.0), ("gemma3_text", -1.0)])
 def test_what_the_base_multiplies_by_zero_stays_zero(tiny_of: TinyOf, tmp_path: Path, kind: str, zero: float) -> None:
-    """No factor makes something of nothing: refused, unless the artifact has nothing there too."""
+    """A factor cannot turn 0 into something: refused, unless the artifact has 0 there too."""
     weight = load_file(tiny_of(kind) / "model.safetensors")[f"{NORM}.weight"]
     weight[4] = zero
     spec = spec_with(tmp_path / "base", tiny_of(kind), f"{NORM}.weight", weight)

@@ -83,7 +83,7 @@ def test_trained_and_converted_are_one(tiny_of: TinyOf, tmp_path: Path, init: st
 
 
 def _save_initial(model: PeftModel, folder: Path) -> None:
-    """As PEFT's guide has it: the initial adapter, said to be a plain one."""
+    """Save the initial adapter as PEFT's guide does, its config stating a plain one."""
     config = model.peft_config["default"]
     init, config.init_lora_weights = config.init_lora_weights, True
     model.save_pretrained(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LNTuningConfig as PeftLNTuningConfig
-from torch import Tensor
 
 from adapters_store.errors import ArtifactError
-from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.ln_tuning import LNTuningConfig
-from adapters_store.methods.shared import config
+from tests.adapters_store.methods.method_contract import MethodContract, TensorsCase, split_extras
 from tests.kit.families.selective import make_ln_tuning
 from tests.kit.forge import spec_of
-from tests.kit.like_peft import assert_answers_as_peft
 
 TinyOf = Callable[[str], Path]
 NORM, OTHER_NORM = "base_model.model.model.norm", "base_model.model.model.layers.0.input_layernorm"
@@ -51,27 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
-def test_tuned_norms_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
-    """Norms and whatever else was targeted or saved act as PEFT's copies of them."""
-    folder = make_ln_tuning(tmp_path / "hat", tiny_of(kind), seed=len(config), **config)
-    assert_answers_as_peft(tiny_of(kind), folder)
-
-
-def test_every_key_that_peft_writes_is_judged() -> None:
-    """No key of the installed PEFT's config is unknown here: a new PEFT that adds one turns this red."""
-    written = {field.name for field in dataclasses.fields(PeftLNTuningConfig)}
-    assert written <= config.IGNORED_KEYS | {"task_type", *LNTuningConfig.__struct_fields__}
-
-
-def sound(config: dict[str, Any], tensors: dict[str, Tensor | None]) -> Artifact:
-    """Two norms of llama with changes; None takes a tensor away."""
-    keys = {"peft_type": "LN_TUNING", "target_modules": ["model.norm", "layers.0.input_layernorm"], **config}
-    made = {NORM + WEIGHT: torch.full((64,), 2.0), OTHER_NORM + WEIGHT: torch.full((64,), 3.0), **tensors}
-    return Artifact(keys, {name: value for name, value in made.items() if value is not None}, None, "d" * 64, 0)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = {
+REFUSED: dict[str, TensorsCase] = {
     "missing": ({}, {NORM + WEIGHT: None}, NORM + WEIGHT, "is missing: target_modules names"),
     "extra": ({"target_modules": ["norm"]}, {}, OTHER_NORM + WEIGHT, "is extra"),
     "excluded": ({"exclude_modules": ["input_layernorm"]}, {}, OTHER_NORM + WEIGHT, "is extra"),
@@ -99,18 +76,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = 
 }
 
 
-@pytest.mark.parametrize(("config", "tensors", "name", "reason"), REFUSED.values(), ids=REFUSED)
-def test_config_tensors_and_base_must_agree(
-    tiny_of: TinyOf, config: dict[str, Any], tensors: dict[str, Tensor | None], name: str, reason: str
-) -> None:
-    """A tensor without its place, a place without its tensor, a wrong shape: refused by name."""
-    spec = spec_of(tiny_of("llama"))
-    compile_patch(sound({}, {}), spec)
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(sound(config, tensors), spec)
-    assert not name or caught.value.param == name
-
-
 def test_a_missing_bias_is_refused(tiny_of: TinyOf, tmp_path: Path) -> None:
     """A norm that has a bias is whole only with it."""
     artifact = read_folder(make_ln_tuning(tmp_path / "hat", tiny_of("gpt2"), 0))
@@ -125,3 +90,16 @@ def test_an_untrained_artifact_is_refused(tiny_of: TinyOf, tmp_path: Path) -> No
     artifact = read_folder(make_ln_tuning(tmp_path / "hat", tiny_of("llama"), 0, strength=0.0))
     with pytest.raises(ArtifactError, match="every tensor is as llama has it"):
         compile_patch(artifact, spec_of(tiny_of("llama")))
+
+
+class TestLNTuning(MethodContract):
+    """Norms and whatever else was targeted or saved act as PEFT's copies of them."""
+
+    PEFT_TYPE, NAME, PEFT, SCHEMA = "LN_TUNING", "layer-norm tuning", PeftLNTuningConfig, LNTuningConfig
+    FAMILIES, CASES = ["ln-tuning"], CASES
+    SOUND, (TENSORS, CONFIGS) = {"target_modules": ["model.norm", "layers.0.input_layernorm"]}, split_extras(REFUSED)
+
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
+        """Write one, by default of the norms of any base."""
+        return make_ln_tuning(folder, base, seed, **config)

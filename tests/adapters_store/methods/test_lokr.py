@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,20 @@ from hypothesis import strategies as st
 from peft import LoKrConfig as PeftLoKrConfig
 from peft.tuners.lokr.layer import factorization as peft_factorization
 
-from adapters_store.base.spec import BaseSpec
-from adapters_store.errors import ArtifactError
-from adapters_store.format.folder import Artifact, read_folder
-from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.lokr import LokrConfig, factorization
 from adapters_store.methods.shared.lycoris import IGNORED_KEYS, SERVED_VALUES
 from adapters_store.primitives import Delta, LowRank
-from tests.kit.adapters import make_peft, shake
-from tests.kit.families.relatives import make_lokr
-from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
+from tests.adapters_store.methods.method_contract import ConfigCase, LinearContract, TensorsCase, Values, on
+from tests.kit.adapters import shake
 
 SITE = "base_model.model.model.layers.{}.self_attn.{}.lokr_{}"
 W1, A2, B2 = (SITE.format(0, "k_proj", end) for end in ("w1", "w2_a", "w2_b"))  # [4, 8], [8, 3], [3, 8]
 W2, A1, B1 = (SITE.format(0, "k_proj", end) for end in ("w2", "w1_a", "w1_b"))  # whole, or two, by the config
 Q = SITE.format(0, "q_proj", "w1")  # the first of all sites: [8, 8]
+CORE = SITE.format(0, "k_proj", "t2")
 TARGETS: dict[str, Any] = {"r": 3, "alpha": 4, "target_modules": ["q_proj", "k_proj"]}
-CASES: dict[str, dict[str, Any]] = {
+WHOLE: dict[str, Any] = {W1: torch.ones(4, 8), A1: torch.ones(4, 3), B1: torch.ones(3, 8)}
+CASES: dict[str, Values] = {
     "w1 whole, w2 of low rank": {"r": 3, "alpha": 4, "target_modules": "all-linear"},
     "both of low rank": {"r": 2, "alpha": 2, "target_modules": "all-linear", "decompose_both": True},
     "both whole": {"r": 8, "alpha": 6, "target_modules": "all-linear"},
@@ -46,50 +42,57 @@ CASES: dict[str, dict[str, Any]] = {
     "an expression and the head": {**TARGETS, "target_modules": r".*(down_proj|lm_head)"},
     "another beginning": {**TARGETS, "init_weights": "lycoris"},
 }
+TENSORS: dict[str, TensorsCase] = {
+    "a site is missing": ({}, dict.fromkeys([W1, A2, B2]), W1, "is missing: target_modules names its site"),
+    "w1 and its factors": ({}, WHOLE, A1, "is extra"),
+    "w2 and its factors": ({}, {W2: torch.ones(8, 8)}, W2, "is extra"),
+    "factors for w1": ({}, {**WHOLE, W1: None}, W1, "is missing"),
+    "w1 for factors": ({"decompose_both": True}, {}, Q.replace("w1", "w1_a"), "is missing"),
+    "four dimensions": ({}, {B2: torch.ones(3, 8, 1, 1)}, B2, r"need \[3, 8\]"),
+    "another rank": ({"r": 2}, {}, Q.replace("w1", "w2_a"), r"shape \[8, 3\].*need \[8, 2\]"),
+    "a rank that makes w2 whole": ({"r": 4}, {}, Q.replace("w1", "w2"), "is missing"),
+    "another rank by a pattern": ({"rank_pattern": {"k_proj": 2}}, {}, A2, r"need \[8, 2\]"),
+    "another factor": ({"decompose_factor": 2}, {}, Q, r"shape \[8, 8\].*need \[2, 2\]"),
+    "a core": ({}, {CORE: torch.ones(3, 3, 1, 1)}, CORE, "LoKr of a convolution .* is not served"),
+    "overflow": ({}, {W1: torch.full((4, 8), 3e38), B2: torch.full((3, 8), 9.0)}, W1, "overflows where it is"),
+}  # fmt: skip
+CONFIGS: dict[str, ConfigCase] = {
+    "an unknown key": ({"use_scalar": True}, "a key that is not known: use_scalar"),
+    "r is 0": ({"r": 0}, "r has the rank 0"),
+    "r is huge": ({"r": 10**7}, "r has the rank"),
+    "alpha is 0": ({"alpha": 0}, "alpha has the alpha 0"),
+    "rank of a pattern": ({"rank_pattern": {"q_proj": -1}}, "rank_pattern has the rank -1"),
+    "expression as a pattern": ({"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern has a key .*\(a\+\)\+\$"),
+}
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Artifact:
-    """A sound artifact of queries and keys, the first matrix whole and the second of low rank."""
-    config = PeftLoKrConfig(task_type="CAUSAL_LM", **TARGETS)
-    return read_folder(make_peft(tmp_path_factory.mktemp("lokr") / "hat", tiny_base, config))
+class TestLokr(LinearContract):
+    """The Kronecker product, as two factors or whole; `SOUND` has the first matrix whole, the second of low rank."""
 
+    PEFT_TYPE, NAME, PEFT, SCHEMA = "LOKR", "LoKr", PeftLoKrConfig, LokrConfig
+    IGNORED_KEYS, SERVED_VALUES, FILL, SOUND = IGNORED_KEYS, SERVED_VALUES, staticmethod(shake(1.0)), TARGETS
+    FAMILIES, FAMILY_ON = ["lokr"], [("phi3", 1), ("opt", 3), ("gemma2", 0), ("starcoder2", 5)]
+    CASES, TENSORS, CONFIGS = on("llama", CASES), TENSORS, CONFIGS
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_lokr_answers_as_in_peft(tmp_path: Path, tiny_base: Path, case: dict[str, Any]) -> None:
-    """The Kronecker product, as two factors or whole, gives PEFT's logits."""
-    config = PeftLoKrConfig(task_type="CAUSAL_LM", **case)
-    assert_answers_as_peft(tiny_base, make_peft(tmp_path / "hat", tiny_base, config, fill=shake(1.0)))
-
-
-@pytest.mark.parametrize(("model_type", "seed"), [("phi3", 1), ("opt", 3), ("gemma2", 0), ("starcoder2", 5)])
-def test_lokr_answers_as_in_peft_on_other_bases(
-    tmp_path: Path, tiny_of: Callable[[str], Path], model_type: str, seed: int
-) -> None:
-    """Fused projections and biases take the same products."""
-    base = tiny_of(model_type)
-    assert_answers_as_peft(base, make_lokr(tmp_path / "hat", base, seed))
-
-
-@pytest.mark.parametrize(
-    ("case", "kind", "num_items"),
-    [
-        ({"r": 3}, LowRank, 24 * 128),  # w1 whole, of rank 8, times 3; 64 x 64
-        ({"r": 2, "decompose_both": True}, LowRank, 4 * 128),
-        ({"r": 3, "target_modules": ["k_proj"]}, LowRank, 12 * 96),  # w1 [4, 8] is of rank 4
-        ({"r": 8}, Delta, 64 * 64),  # 8 times 8
-        ({"r": 8, "decompose_factor": 1}, LowRank, 8 * 128),  # w1 is one number
-        ({"r": 40, "decompose_factor": 64}, Delta, 64 * 64),  # w2 is one number, w1 whole
-    ],
-)
-def test_whatever_holds_fewer_numbers_is_kept(
-    tmp_path: Path, tiny_base: Path, case: dict[str, Any], kind: type, num_items: int
-) -> None:
-    """Two factors where they are the smaller, the whole update where they are not."""
-    config = PeftLoKrConfig(task_type="CAUSAL_LM", alpha=case["r"], **{"target_modules": ["q_proj"], **case})
-    patch = assert_answers_as_peft(tiny_base, make_peft(tmp_path / "hat", tiny_base, config))
-    assert {type(primitive) for primitive in patch.primitives} == {kind}
-    assert patch.num_items == 2 * num_items
+    @pytest.mark.parametrize(
+        ("case", "kind", "num_items"),
+        [
+            ({"r": 3}, LowRank, 24 * 128),  # w1 whole, of rank 8, times 3; 64 x 64
+            ({"r": 2, "decompose_both": True}, LowRank, 4 * 128),
+            ({"r": 3, "target_modules": ["k_proj"]}, LowRank, 12 * 96),  # w1 [4, 8] is of rank 4
+            ({"r": 8}, Delta, 64 * 64),  # 8 times 8
+            ({"r": 8, "decompose_factor": 1}, LowRank, 8 * 128),  # w1 is one number
+            ({"r": 40, "decompose_factor": 64}, Delta, 64 * 64),  # w2 is one number, w1 whole
+        ],
+    )
+    def test_whatever_holds_fewer_numbers_is_kept(
+        self, tmp_path: Path, tiny_base: Path, case: dict[str, Any], kind: type, num_items: int
+    ) -> None:
+        """Two factors are kept if they have fewer numbers, else the full update."""
+        config = {"alpha": case["r"], "target_modules": ["q_proj"], **case}
+        patch = self.assert_answers(tiny_base, self.make(tmp_path / "hat", tiny_base, **config))
+        assert {type(primitive) for primitive in patch.primitives} == {kind}
+        assert patch.num_items == 2 * num_items
 
 
 @settings(max_examples=500, deadline=None)
@@ -97,68 +100,3 @@ def test_whatever_holds_fewer_numbers_is_kept(
 def test_sizes_are_factored_as_in_peft(size: int, factor: int) -> None:
     """Any size and any factor give PEFT's two numbers."""
     assert factorization(size, factor) == peft_factorization(size, factor)
-
-
-CORE = SITE.format(0, "k_proj", "t2")
-WHOLE: dict[str, Any] = {W1: torch.ones(4, 8), A1: torch.ones(4, 3), B1: torch.ones(3, 8)}
-TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
-    "w1 is missing": ({}, {W1: None}, W1, "is missing"),
-    "w2_a is missing": ({}, {A2: None}, A2, "is missing"),
-    "w2_b is missing": ({}, {B2: None}, B2, "is missing"),
-    "a site is missing": ({}, dict.fromkeys([W1, A2, B2]), W1, "is missing: target_modules names its site"),
-    "w1 and its factors": ({}, WHOLE, A1, "is extra"),
-    "w2 and its factors": ({}, {W2: torch.ones(8, 8)}, W2, "is extra"),
-    "factors for w1": ({}, {**WHOLE, W1: None}, W1, "is missing"),
-    "w1 for factors": ({"decompose_both": True}, {}, Q.replace("w1", "w1_a"), "is missing"),
-    "w1 is transposed": ({}, {W1: torch.ones(8, 4)}, W1, r"shape \[8, 4\].*need \[4, 8\]"),
-    "w2_a is transposed": ({}, {A2: torch.ones(3, 8)}, A2, r"need \[8, 3\]"),
-    "another base's width": ({}, {B2: torch.ones(3, 9)}, B2, r"shape \[3, 9\].*need \[3, 8\]"),
-    "four dimensions": ({}, {B2: torch.ones(3, 8, 1, 1)}, B2, r"need \[3, 8\]"),
-    "another rank": ({"r": 2}, {}, Q.replace("w1", "w2_a"), r"shape \[8, 3\].*need \[8, 2\]"),
-    "a rank that makes w2 whole": ({"r": 4}, {}, Q.replace("w1", "w2"), "is missing"),
-    "another rank by a pattern": ({"rank_pattern": {"k_proj": 2}}, {}, A2, r"need \[8, 2\]"),
-    "another factor": ({"decompose_factor": 2}, {}, Q, r"shape \[8, 8\].*need \[2, 2\]"),
-    "no such layer": ({}, {W1.replace(".0.", ".7."): torch.ones(4, 8)}, W1.replace(".0.", ".7."), "no site in"),
-    "a core": ({}, {CORE: torch.ones(3, 3, 1, 1)}, CORE, "LoKr of a convolution .* is not served"),
-    "another method's": ({}, {A1.replace("lokr", "hada"): torch.ones(2, 2)}, A1.replace("lokr", "hada"), "no site in"),
-    "a site of no target": ({"target_modules": ["q_proj"]}, {}, W1, "is extra"),
-    "a layer of no target": ({"layers_to_transform": [1]}, {}, W1, "is extra"),
-    "overflow": ({}, {W1: torch.full((4, 8), 3e38), B2: torch.full((3, 8), 9.0)}, W1, "overflows where it is"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("config", "tensors", "name", "reason"), TENSORS.values(), ids=TENSORS)
-def test_config_tensors_and_base_must_agree(
-    sound: Artifact, spec: BaseSpec, config: dict[str, Any], tensors: dict[str, Any], name: str, reason: str
-) -> None:
-    """A tensor without its site, a site without its tensor, a wrong shape or rank: refused by the tensor's name."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(changed(sound, config, tensors), spec)
-    assert (caught.value.param, name in str(caught.value)) == (name, True)
-
-
-CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "LoKr with modules_to_save=.* is not served"),
-    "an unknown key": ({"use_scalar": True}, "a key that is not known: use_scalar"),
-    "r is 0": ({"r": 0}, "r has the rank 0"),
-    "r is huge": ({"r": 10**7}, "r has the rank"),
-    "alpha is 0": ({"alpha": 0}, "alpha has the alpha 0"),
-    "rank of a pattern": ({"rank_pattern": {"q_proj": -1}}, "rank_pattern has the rank -1"),
-    "expression as a pattern": ({"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern has a key .*\(a\+\)\+\$"),
-    "the factor is a float": ({"decompose_factor": 2.5}, r"Expected `int`.*\$\.decompose_factor"),
-    "decompose_both is a text": ({"decompose_both": "yes"}, r"\$\.decompose_both"),
-}
-
-
-@pytest.mark.parametrize(("config", "reason"), CONFIGS.values(), ids=CONFIGS)
-def test_what_is_not_served_is_refused_by_name(
-    sound: Artifact, spec: BaseSpec, config: dict[str, Any], reason: str
-) -> None:
-    """A key or a value that may change the answer is never ignored; numbers are bounded."""
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(changed(sound, config, {}), spec)
-
-
-def test_every_key_that_peft_writes_is_judged() -> None:
-    """No key of the installed PEFT's LoKrConfig is unknown here."""
-    assert_every_key_is_judged(PeftLoKrConfig, LokrConfig, IGNORED_KEYS, SERVED_VALUES)

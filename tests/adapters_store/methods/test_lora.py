@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from adapters_store.base.spec import BaseSpec, LinearSite
 from adapters_store.errors import ArtifactError
-from adapters_store.format.folder import read_folder
+from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.lora import IGNORED_KEYS, SERVED_VALUES, LoraConfig
-from adapters_store.methods.shared import config
 from adapters_store.methods.shared.targets import Targets, by_pattern, named_sites
 from adapters_store.primitives import LowRank
+from tests.adapters_store.methods.lora_contract import LoraContract
+from tests.adapters_store.methods.method_contract import ConfigCase, TensorsCase, on
 from tests.kit.adapters import make_lora
 from tests.kit.forge import SITE, a_name, spec_of, toy_artifact, toy_config, toy_spec, toy_tensors
 from tests.kit.patches import all_of
@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def peft_deltas(base: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """What PEFT adds to each weight, [out, in]."""
+    """Return what PEFT adds to each weight, [out, in], by site."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
@@ -91,14 +91,6 @@ def test_lora_on_conv1d_adds_what_peft_adds(tmp_path: Path) -> None:
     assert_equals_peft(base, folder, is_transposed=True)
 
 
-def test_half_precision_is_folded_in_fp32() -> None:
-    """Tensors in 16 bits become fp32 before the scale is folded in."""
-    halves = {name: tensor.bfloat16() for name, tensor in toy_tensors().items()}
-    (first, *_) = all_of(LowRank, compile_patch(toy_artifact(toy_config(lora_alpha=3), halves), toy_spec()))
-    assert first.a.dtype == first.b.dtype == torch.float32
-    assert torch.equal(first.b, halves[f"base_model.model.{first.site}.lora_B.weight"].float() * 1.5)
-
-
 @pytest.mark.parametrize("shorthand", ["all-linear", "All-Linear"])
 def test_all_linear_leaves_the_head_out(shorthand: str) -> None:
     """all-linear means every linear layer but the head, whether the config says it in capitals or not."""
@@ -114,49 +106,6 @@ def test_all_linear_leaves_the_head_out(shorthand: str) -> None:
     )
 
 
-def test_every_key_that_peft_writes_is_judged() -> None:
-    """No key of the installed PEFT's LoraConfig is unknown here: a new PEFT that adds one turns this red."""
-    written = {field.name for field in dataclasses.fields(PeftLoraConfig)} - {"runtime_config"}
-    assert written <= IGNORED_KEYS | config.IGNORED_KEYS | SERVED_VALUES.keys() | {
-        "task_type",
-        *LoraConfig.__struct_fields__,
-    }
-    assert {**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), "r": 2}.keys() == written
-    compile_patch(toy_artifact({**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), **toy_config()}), toy_spec())
-
-
-REFUSED: dict[str, list[Any]] = {
-    "alora_invocation_tokens": [[1, 2]],
-    "arrow_config": [{"top_k": 3}],
-    "kasa_config": [{}],
-    "layer_replication": [[[0, 1]]],
-    "megatron_config": [{}],
-    "monteclora_config": [{}],
-    "target_parameters": [["experts.down_proj"]],
-    "task_type": ["SEQ_CLS", "SEQ_2_SEQ_LM"],
-    "use_bdlora": [True, {"nblocks": 2}],
-    "use_qalora": [True, 0],
-    "velora_config": [{}],
-}
-
-
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in REFUSED.items() for value in values])
-def test_an_option_that_changes_the_answer_is_refused_by_name(key: str, value: object) -> None:
-    """What is not served is never ignored: the key is named."""
-    assert REFUSED.keys() == {*SERVED_VALUES, *config.SERVED_VALUES}
-    with pytest.raises(ArtifactError, match=f"LoRA with {key}=.* is not served") as caught:
-        compile_patch(toy_artifact(toy_config(**{key: value})), toy_spec())
-    assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
-
-
-@pytest.mark.parametrize("key", ["auto_map", "lora_magic", "path", "R"])
-def test_an_unknown_key_is_refused_by_name(key: str) -> None:
-    """A key that no PEFT is known to write is refused: it may change the answer."""
-    with pytest.raises(ArtifactError, match=f"a key that is not known: {key}") as caught:
-        compile_patch(toy_artifact(toy_config(**{key: "x"})), toy_spec())
-    assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
-
-
 @pytest.mark.parametrize("init", ["PiSSA", "pissa_niter_16", "corda", "loftq", "lora_ga"])
 def test_a_lora_relative_to_a_changed_base_is_refused(init: str) -> None:
     """Initialisations that move the base's weights are refused, with how to save a plain LoRA from them."""
@@ -167,11 +116,11 @@ def test_a_lora_relative_to_a_changed_base_is_refused(init: str) -> None:
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica", None])
 def test_other_initialisations_say_nothing_about_the_answer(init: object) -> None:
-    """Where the base's weights stay as they are, how A and B began does not matter."""
+    """An initialisation that leaves the base's weights unchanged does not change the answer."""
     compile_patch(toy_artifact(toy_config(init_lora_weights=init)), toy_spec())
 
 
-VALUES: dict[str, tuple[dict[str, Any], str]] = {
+CONFIGS: dict[str, ConfigCase] = {
     "r is 0": ({"r": 0}, "r has the rank 0"),
     "r is negative": ({"r": -1}, "r has the rank -1"),
     "r is huge": ({"r": 10**19}, "r has the rank"),
@@ -198,34 +147,17 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("changes", "reason"), VALUES.values(), ids=VALUES)
-def test_a_value_of_the_wrong_kind_or_size_is_refused(changes: dict[str, Any], reason: str) -> None:
-    """Types and sizes of the config are checked, and the sentence names the place."""
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(toy_artifact(toy_config(**changes)), toy_spec())
-
-
+NO_PREFIX, B_BIAS = a_name().removeprefix("base_model."), a_name(matrix="B").replace("weight", "bias")
+MAGNITUDE = a_name().replace("lora_A.weight", "lora_magnitude_vector")
 EMBEDDING = "base_model.model.model.embed_tokens.lora_embedding_A"
-TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None, str]] = {
-    "A is missing": ({}, {a_name(): None}, a_name(), "is missing"),
-    "B is missing": ({}, {a_name(matrix="B"): None}, a_name(matrix="B"), "is missing"),
+TENSORS: dict[str, TensorsCase] = {
     "a site is missing": ({}, {a_name(): None, a_name(matrix="B"): None}, a_name(), "is missing: target_modules names"),
-    "A is transposed": ({}, {a_name(): torch.ones(8, 2)}, a_name(), r"shape \[8, 2\].*need \[2, 8\]"),
-    "B is transposed": ({}, {a_name(matrix="B"): torch.ones(2, 8)}, a_name(matrix="B"), r"need \[8, 2\]"),
-    "another base's width": ({}, {a_name(): torch.ones(2, 9)}, a_name(), r"shape \[2, 9\].*need \[2, 8\]"),
-    "one dimension": ({}, {a_name(): torch.ones(16)}, a_name(), r"shape \[16\]"),
     "another rank": ({"r": 4}, {}, a_name(), r"shape \[2, 8\].*need \[4, 8\]"),
     "another rank by a pattern": ({"rank_pattern": {"k_proj": 3}}, {}, a_name(0, "k_proj"), r"need \[3, 8\]"),
-    "no such layer": ({}, {a_name(7): torch.ones(2, 8)}, a_name(7), "no site in toy"),
     "a tensor of the base": ({}, {"model.norm.weight": torch.ones(8)}, "model.norm.weight", "no site in toy"),
-    "no prefix": ({}, {a_name().removeprefix("base_model."): torch.ones(2, 8)}, None, "no site in toy"),
-    "DoRA's magnitude": (
-        {},
-        {a_name().replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(8)},
-        None,
-        "no site",
-    ),
-    "B's bias": ({}, {a_name(matrix="B").replace("weight", "bias"): torch.ones(8)}, None, "no site in toy"),
+    "no prefix": ({}, {NO_PREFIX: torch.ones(2, 8)}, NO_PREFIX, "no site in toy"),
+    "DoRA's magnitude": ({}, {MAGNITUDE: torch.ones(8)}, MAGNITUDE, "no site"),
+    "B's bias": ({}, {B_BIAS: torch.ones(8)}, B_BIAS, "no site in toy"),
     "no such embedding": ({}, {EMBEDDING: torch.ones(2, 16)}, EMBEDDING, "no site in toy"),
     "a site of no target": ({"target_modules": ["q_proj"]}, {}, a_name(0, "k_proj"), "is extra"),
     "a layer of no target": ({"layers_to_transform": [1]}, {}, a_name(0, "k_proj"), "is extra"),
@@ -234,31 +166,6 @@ TENSORS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None, str]] = {
     "excluded by a text": ({"exclude_modules": SITE.format(0, "k_proj")}, {}, a_name(0, "k_proj"), "is extra"),
     "an excluded site": ({"exclude_modules": ["k_proj"]}, {}, a_name(0, "k_proj"), "is extra"),
 }
-
-
-@pytest.mark.parametrize(("changes", "tensors", "name", "reason"), TENSORS.values(), ids=TENSORS)
-def test_config_tensors_and_base_must_agree(
-    changes: dict[str, Any], tensors: dict[str, Any], name: str | None, reason: str
-) -> None:
-    """A tensor without its site, a site without its tensor, a wrong shape or rank: refused by the tensor's name."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(toy_artifact(toy_config(**changes), toy_tensors(**tensors)), toy_spec())
-    param = caught.value.param
-    assert param is not None and param in (name or next(iter(tensors)))
-    assert param in str(caught.value)
-
-
-def test_an_artifact_without_tensors_is_refused() -> None:
-    """A hat that would be the base is no hat."""
-    with pytest.raises(ArtifactError, match="no tensors"):
-        compile_patch(toy_artifact(toy_config(target_modules=["nothing"]), {}), toy_spec())
-
-
-def test_a_scale_that_overflows_is_refused() -> None:
-    """Finite tensors whose scaled product is not are refused by name."""
-    tensors = toy_tensors(0, **{a_name(matrix="B"): torch.full((8, 2), 1e38)})
-    with pytest.raises(ArtifactError, match=r"q_proj\.lora_B\.weight overflows where it is compiled"):
-        compile_patch(toy_artifact(toy_config(lora_alpha=10_000), tensors), toy_spec())
 
 
 def test_a_config_of_a_hundred_thousand_names_is_quick() -> None:
@@ -279,7 +186,7 @@ NAMES = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
 @settings(max_examples=1000, deadline=None)
 @given(NAMES, st.lists(st.tuples(st.booleans(), NAMES, st.booleans()), max_size=4))
 def test_patterns_match_as_in_peft(site: str, keys: list[tuple[bool, str, bool]]) -> None:
-    """Without running an expression, the first pattern that fits a site is the one that PEFT's expression finds."""
+    """The first pattern that matches a site is the one that PEFT's expression matches, without running one."""
     texts = [("^" if anchor else "") + (key.replace("_", ".") if is_loose else key) for anchor, key, is_loose in keys]
     patterns = {text: place for place, text in enumerate(texts)}
     expected = patterns.get(get_pattern_key(list(patterns), site), -1)
@@ -315,7 +222,46 @@ def test_targets_are_selected_as_in_peft(
 
 
 def test_a_pattern_for_layers_is_never_run() -> None:
-    """An expression in layers_pattern is data: then the tensors alone say where they act."""
+    """An expression in layers_pattern is never run: the tensors alone decide which sites are changed."""
     config = toy_config(layers_to_transform=[0], layers_pattern=["(a+)+$"])
     sites = {primitive.site for primitive in all_of(LowRank, compile_patch(toy_artifact(config), toy_spec()))}
     assert SITE.format(1, "q_proj") in sites
+
+
+class TestLora(LoraContract):
+    """The toy's LoRA against its spec; those of the kit against PEFT."""
+
+    FAMILIES, FAMILY_ON = ["lora", "lora-bias", "lora-saved"], [("llama", 0), ("phi3", 2)]
+    CASES = on("gpt2", {"on Conv1D": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}})
+    TENSORS, CONFIGS = TENSORS, CONFIGS
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sound(cls) -> Artifact:
+        """A LoRA of the toy's projections."""
+        return toy_artifact()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> BaseSpec:
+        """The spec of the toy base."""
+        return toy_spec()
+
+    def test_half_precision_is_folded_in_fp32(self) -> None:
+        """Tensors in 16 bits become fp32 before the scale is folded in."""
+        halves = {name: tensor.bfloat16() for name, tensor in toy_tensors().items()}
+        (first, *_) = all_of(LowRank, compile_patch(toy_artifact(toy_config(lora_alpha=3), halves), toy_spec()))
+        assert first.a.dtype == first.b.dtype == torch.float32
+        assert torch.equal(first.b, halves[f"base_model.model.{first.site}.lora_B.weight"].float() * 1.5)
+
+    def test_all_that_peft_writes_by_default_is_taken(self) -> None:
+        """PEFT's defaults, all written out, are no reason to refuse; its fields are what it writes."""
+        written = {field.name for field in dataclasses.fields(PeftLoraConfig)} - {"runtime_config"}
+        assert {**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), "r": 2}.keys() == written
+        compile_patch(toy_artifact({**PeftLoraConfig(task_type="CAUSAL_LM").to_dict(), **toy_config()}), toy_spec())
+
+    def test_a_scale_that_overflows_is_refused(self) -> None:
+        """Finite tensors whose scaled product is not are refused by name."""
+        tensors = toy_tensors() | {a_name(matrix="B"): torch.full((8, 2), 1e38)}
+        with pytest.raises(ArtifactError, match=r"q_proj\.lora_B\.weight overflows where it is compiled"):
+            compile_patch(toy_artifact(toy_config(lora_alpha=10_000), tensors), toy_spec())

@@ -1,4 +1,4 @@
-"""What every method shares: an artifact's method and base are checked before anything of it is used."""
+"""An artifact's method and base are checked before anything else of it is used."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_method_that_is_not_known_is_refused_by_name(peft_type: str) -> None:
 
 @pytest.mark.parametrize("peft_type", [kind.value for kind in PeftType])
 def test_every_method_of_peft_is_served_or_refused_with_what_to_do(peft_type: str) -> None:
-    """Of the installed PEFT's methods each is served, or refused: with the way to LoRA exactly where PEFT has one."""
+    """Every method of the installed PEFT is served, or refused with what to do instead."""
     if peft_type in METHODS:
         assert METHODS[peft_type].name == peft_type.lower()
         assert peft_type not in CONVERTIBLE | INCONVERTIBLE
@@ -87,7 +87,7 @@ def converts_to_lora(peft_type: str) -> bool:
 
 
 def all_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
-    """All classes that derive from one."""
+    """Return every class that derives from a class."""
     for derived in kind.__subclasses__():
         yield derived
         yield from all_subclasses(derived)
@@ -95,7 +95,7 @@ def all_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
 
 @pytest.mark.parametrize("config", [{}, {"peft_type": None}, {"peft_type": ["LORA"]}])
 def test_a_config_without_a_method_is_refused(config: dict[str, object]) -> None:
-    """Without a peft_type nothing is guessed."""
+    """A config without a peft_type is refused: nothing is guessed."""
     with pytest.raises(ArtifactError, match="no peft_type"):
         method_of(toy_artifact(config))
 

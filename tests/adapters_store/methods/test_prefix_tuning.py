@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,33 +15,21 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from adapters_store.base.spec import BaseSpec, KVShape
 from adapters_store.errors import ArtifactError
-from adapters_store.format.folder import Artifact
+from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods import is_kv
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.prefix_tuning import CARTRIDGE_IGNORED_KEYS, PREFIX_IGNORED_KEYS, KVConfig
 from adapters_store.methods.prompt_tuning import EMBEDDINGS, SERVED_VALUES
-from adapters_store.primitives import PrefixKV
+from adapters_store.primitives import Patch, PrefixKV
+from tests.adapters_store.methods.method_contract import ConfigCase, MethodContract, TensorsCase
 from tests.kit import reference
-from tests.kit.families.prompts import make_cartridge, make_prefix_tuning
 from tests.kit.forge import spec_of, toy_artifact, toy_spec
-from tests.kit.like_peft import TOKENS, assert_answers_as_peft, assert_every_key_is_judged
+from tests.kit.like_peft import TOKENS, assert_answers_as_peft
 
 TinyOf = Callable[[str], Path]
-MAKERS = {"prefix": make_prefix_tuning, "cartridge": make_cartridge}
 # Grouped heads (llama), windows that a prefix of 37 fills (mistral, gemma), soft caps (gemma2), two rotary bases
 # (gemma3), heads wider than hidden / heads (qwen3), learned positions (gpt2, opt), a rotary part (gpt_neox, phi).
 BASES = ["mistral", "gemma2", "gemma3_text", "qwen3", "gpt2", "opt", "gpt_neox", "phi"]
-CASES = [
-    *[("llama", name, seed) for name in MAKERS for seed in (0, 1, 2)],
-    *[(kind, "prefix", seed) for kind in BASES for seed in (1, 2)],
-]
-
-
-@pytest.mark.parametrize(("kind", "name", "seed"), CASES)
-def test_prefixes_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, name: str, seed: int) -> None:
-    """3, 20 and 37 virtual tokens, a projection folded, give PEFT's logits on every kind of attention."""
-    patch = assert_answers_as_peft(tiny_of(kind), MAKERS[name](tmp_path / "hat", tiny_of(kind), seed))
-    assert patch.num_virtual == (3, 20, 37)[seed] and is_kv(patch.method)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gpt2"])
@@ -102,16 +90,7 @@ def test_halves_become_whole() -> None:
     assert isinstance(kv, PrefixKV) and kv.keys[0].dtype == kv.values[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_every_key_that_peft_writes_is_judged(name: str) -> None:
-    """No key of the installed PEFT's config is unknown here; its defaults, all written out, are taken."""
-    peft_type, peft_config, ignored = TYPES[name]
-    assert_every_key_is_judged(peft_config, KVConfig, ignored, SERVED_VALUES)
-    config = peft_config(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
-    compile_patch(prefix(name, {**config, "peft_type": peft_type}), kv_spec())
-
-
-VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
+CONFIGS: dict[str, ConfigCase] = {
     "query heads": ({"num_attention_heads": 4}, "num_attention_heads=4: toy has 2; .*another base", "wrong_base"),
     "the stream's width": ({"token_dim": 16}, "token_dim=16: toy has 8", "wrong_base"),
     "more layers": ({"num_layers": 4}, "num_layers=4: toy has 2", "wrong_base"),
@@ -126,32 +105,14 @@ VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("changes", "reason", "code"), VALUES.values(), ids=VALUES)
-def test_a_config_that_does_not_fit_is_refused(name: str, changes: dict[str, Any], reason: str, code: str) -> None:
-    """What the config says of tokens, layers and heads must be the base's; the sentence names the key."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(prefix(name, changes), kv_spec())
-    assert caught.value.code == code
-
-
-TENSORS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "missing": ({EMBEDDINGS: None, "x": torch.ones(1)}, EMBEDDINGS, "is missing"),
-    "extra": ({"transform.0.weight": torch.ones(8, 8)}, "transform.0.weight", "is extra"),
-    "transposed": ({EMBEDDINGS: torch.ones(WIDTH, T)}, EMBEDDINGS, r"shape \[32, 3\].*need \[3, 32\]"),
-    "four dimensions": ({EMBEDDINGS: torch.ones(T, LAYERS, 2, 8)}, EMBEDDINGS, r"shape \[3, 2, 2, 8\]"),
-    "not folded": ({EMBEDDINGS: torch.ones(T, HEADS * DIM)}, EMBEDDINGS, r"shape \[3, 8\].*need \[3, 32\]"),
-    "another base": ({EMBEDDINGS: torch.ones(T, 2 * WIDTH)}, EMBEDDINGS, r"shape \[3, 64\].*need \[3, 32\]"),
+TENSORS: dict[str, TensorsCase] = {
+    "missing": ({}, {EMBEDDINGS: None, "x": torch.ones(1)}, EMBEDDINGS, "is missing"),
+    "extra": ({}, {"transform.0.weight": torch.ones(8, 8)}, "transform.0.weight", "is extra"),
+    "transposed": ({}, {EMBEDDINGS: torch.ones(WIDTH, T)}, EMBEDDINGS, r"shape \[32, 3\].*need \[3, 32\]"),
+    "four dimensions": ({}, {EMBEDDINGS: torch.ones(T, LAYERS, 2, 8)}, EMBEDDINGS, r"shape \[3, 2, 2, 8\]"),
+    "not folded": ({}, {EMBEDDINGS: torch.ones(T, HEADS * DIM)}, EMBEDDINGS, r"shape \[3, 8\].*need \[3, 32\]"),
+    "another base": ({}, {EMBEDDINGS: torch.ones(T, 2 * WIDTH)}, EMBEDDINGS, r"shape \[3, 64\].*need \[3, 32\]"),
 }
-
-
-@pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("tensors", "param", "reason"), TENSORS.values(), ids=TENSORS)
-def test_tensors_that_do_not_fit_are_refused(name: str, tensors: dict[str, Any], param: str, reason: str) -> None:
-    """Exactly one tensor, of one row a virtual token; the sentence names what is wrong."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(prefix(name, **tensors), kv_spec())
-    assert caught.value.param == param and param in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +125,44 @@ def test_a_base_that_rows_of_one_shape_cannot_lay_out(shapes: list[KVShape]) -> 
     with pytest.raises(ArtifactError, match="keys and values of one shape in all layers of toy") as caught:
         compile_patch(prefix(), kv_spec(*shapes))
     assert caught.value.code == "method_unsupported"
+
+
+class TestPrefixTuning(MethodContract):
+    """3, 20 and 37 virtual tokens, a projection folded, on every kind of attention."""
+
+    KIND: ClassVar[str] = "prefix"
+    NAME, SCHEMA, SERVED_VALUES = "prefix tuning", KVConfig, SERVED_VALUES
+    PEFT_TYPE, PEFT, IGNORED_KEYS = TYPES["prefix"]
+    FAMILIES, TENSORS, CONFIGS = ["prefix-tuning"], TENSORS, CONFIGS
+    FAMILY_ON = tuple([("llama", seed) for seed in (0, 1, 2)] + [(kind, seed) for kind in BASES for seed in (1, 2)])
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sound(cls) -> Artifact:
+        """A prefix whose numbers count up."""
+        return prefix(cls.KIND)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> BaseSpec:
+        """A base of two layers."""
+        return kv_spec()
+
+    def assert_answers(self, base: Path, folder: Path) -> Patch:
+        """Compare the logits with PEFT's, and the number of virtual tokens with the kit's."""
+        patch = assert_answers_as_peft(base, folder)
+        assert patch.num_virtual == read_folder(folder).config["num_virtual_tokens"] in (3, 20, 37)
+        assert is_kv(patch.method)
+        return patch
+
+    def test_all_that_peft_writes_by_default_is_taken(self, spec: BaseSpec) -> None:
+        """PEFT's defaults, all written out, are no reason to refuse."""
+        config = self.PEFT(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
+        compile_patch(prefix(self.KIND, {**config, "peft_type": self.PEFT_TYPE}), spec)
+
+
+class TestCartridge(TestPrefixTuning):
+    """The same, the first of them frozen in training."""
+
+    KIND, NAME, (PEFT_TYPE, PEFT, IGNORED_KEYS) = "cartridge", "a cartridge", TYPES["cartridge"]
+    FAMILIES, FAMILY_ON = ["cartridge"], tuple(("llama", seed) for seed in (0, 1, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,36 +29,24 @@ from adapters_store.methods.prompt_tuning import (
     VirtualTokens,
 )
 from adapters_store.primitives import Patch, PrefixEmbeds
+from tests.adapters_store.methods.method_contract import ConfigCase, MethodContract, TensorsCase
 from tests.kit import reference
 from tests.kit.adapters import make_peft
 from tests.kit.families import FAMILIES
-from tests.kit.families.prompts import make_multitask, make_p_tuning, make_prompt_tuning
 from tests.kit.forge import spec_of, toy_artifact, toy_spec
-from tests.kit.like_peft import TOKENS, assert_answers_as_peft, assert_every_key_is_judged
-from tests.kit.tiny import CONFIGS, make_tiny_base
+from tests.kit.like_peft import TOKENS, assert_answers_as_peft
+from tests.kit.tiny import CONFIGS as TINY_CONFIGS
+from tests.kit.tiny import make_tiny_base
 
 TinyOf = Callable[[str], Path]
 TASK = torch.tensor([0])
-MAKERS = {"prompt": make_prompt_tuning, "p": make_p_tuning, "multitask": make_multitask}
 # Scaled embeddings, a scale outside of them, learned positions, and windows that the longer prompts fill.
 OTHER_BASES = ["gemma2", "gemma3_text", "granite", "gpt2", "mistral", "opt"]
-CASES = [
-    *[("llama", name, seed) for name in MAKERS for seed in (0, 1, 2)],
-    *[(kind, "prompt", 2) for kind in OTHER_BASES],
-]
-
-
-@pytest.mark.parametrize(("kind", "name", "seed"), CASES)
-def test_soft_prompts_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, name: str, seed: int) -> None:
-    """3 to 37 virtual tokens, their encoder and their task's factors folded, give PEFT's logits."""
-    folder = MAKERS[name](tmp_path / "hat", tiny_of(kind), seed)
-    patch = assert_answers_as_peft(tiny_of(kind), folder, **({"task_ids": TASK} if name == "multitask" else {}))
-    assert patch.num_virtual == (3, 20, 37)[seed]
 
 
 def test_embeddings_narrower_than_the_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where a base widens its embeddings (OPT), virtual tokens are as wide as those."""
-    monkeypatch.setitem(CONFIGS, "opt", {**CONFIGS["opt"], "word_embed_proj_dim": 32})
+    monkeypatch.setitem(TINY_CONFIGS, "opt", {**TINY_CONFIGS["opt"], "word_embed_proj_dim": 32})
     base = make_tiny_base(tmp_path / "opt", "opt")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=32)
     patch = assert_answers_as_peft(base, make_peft(tmp_path / "hat", base, config))
@@ -78,7 +66,7 @@ def test_the_embeddings_of_a_text_answer_as_the_text(tiny_of: TinyOf, kind: str)
 
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() & {"prompt-tuning", "p-tuning", "multitask-prompt-tuning"}))
 def test_families_have_many_lengths(tiny_base: Path, tmp_path: Path, name: str) -> None:
-    """What other tests take as this family has between 3 and 40 virtual tokens, by the seed, and the same bytes."""
+    """The kit's families have 3 to 40 virtual tokens, by the seed, and the same bytes for the same seed."""
     folders = [FAMILIES[name](tmp_path / str(seed), tiny_base, seed) for seed in (3, 4, 5)]
     patches = [compile_patch(read_folder(folder), spec_of(tiny_base)) for folder in folders]
     assert len({patch.num_virtual for patch in patches}) == 3
@@ -101,7 +89,7 @@ def prompt_spec() -> BaseSpec:
 
 
 def soft(name: str, changes: dict[str, Any] | None = None, **tensors: Tensor | None) -> Artifact:
-    """A sound artifact of three virtual tokens, of rank 2 where it has ranks; None takes a tensor away."""
+    """Make a sound artifact of three virtual tokens, with rank 2 if it has ranks; None takes a tensor away."""
     config: dict[str, Any] = {"peft_type": TYPES[name][0], "num_virtual_tokens": T, "token_dim": SIZE, "num_layers": 2}
     found: dict[str, Tensor | None] = {EMBEDDINGS: torch.arange(24.0).view(T, SIZE)}
     if name == "multitask":
@@ -129,25 +117,18 @@ def test_a_patch_is_one_prefix_of_embeddings(name: str) -> None:
     assert patch.num_parameters == sum(tensor.numel() for tensor in halves.values())
 
 
-@pytest.mark.parametrize("name", TYPES)
-def test_every_key_that_peft_writes_is_judged(name: str) -> None:
-    """No key of the installed PEFT's config is unknown here; its defaults, all written out, are taken."""
-    peft_type, peft_config, schema, ignored = TYPES[name]
-    assert_every_key_is_judged(peft_config, schema, ignored, SERVED_VALUES)
-    config = peft_config(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
-    if name == "multitask":
-        config["num_ranks"] = 2
-    compiled(soft(name, {**config, "peft_type": peft_type}))
-
-
-VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
+CONFIGS: dict[str, ConfigCase] = {
     "no tokens": ({"num_virtual_tokens": 0}, "num_virtual_tokens=0", "artifact_invalid"),
     "all positions": ({"num_virtual_tokens": 64}, "num_virtual_tokens=64: toy has 64 positions", "artifact_invalid"),
     "a huge number": ({"num_virtual_tokens": 10**30}, "num_virtual_tokens", "artifact_invalid"),
     "how many is not said": ({"num_virtual_tokens": None}, "required field `num_virtual_tokens`", "artifact_invalid"),
     "a text": ({"num_virtual_tokens": "3"}, r"Expected `int`.*num_virtual_tokens", "artifact_invalid"),
     "true": ({"num_virtual_tokens": True}, r"Expected `int`.*num_virtual_tokens", "artifact_invalid"),
-    "more than there are": ({"num_virtual_tokens": 4}, r"prompt_embeddings has shape \[3, 8\].*\[4, 8\]", ""),
+    "more than there are": (
+        {"num_virtual_tokens": 4},
+        r"prompt_embeddings has shape \[3, 8\].*\[4, 8\]",
+        "artifact_invalid",
+    ),
     "another width": ({"token_dim": 16}, "token_dim=16: toy has 8; the artifact is of another base", "wrong_base"),
     "more layers": ({"num_layers": 12}, "num_layers=12: toy has 2", "wrong_base"),
     "an encoder-decoder": ({"num_transformer_submodules": 2}, "num_transformer_submodules=2", "method_unsupported"),
@@ -157,16 +138,7 @@ VALUES: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize(("changes", "reason", "code"), VALUES.values(), ids=VALUES)
-def test_a_config_that_does_not_fit_is_refused(name: str, changes: dict[str, Any], reason: str, code: str) -> None:
-    """What the config says of tokens and base must be so; the sentence names the key."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compiled(soft(name, changes))
-    assert caught.value.code == (code or "artifact_invalid")
-
-
-TENSORS: dict[str, tuple[str, dict[str, Any], str, str]] = {
+SPOILED: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "missing": ("prompt", {EMBEDDINGS: None, "x": torch.ones(1)}, EMBEDDINGS, "is missing"),
     "extra": ("prompt", {"prompt_encoder": torch.ones(1)}, "prompt_encoder", "is extra"),
     "an encoder": ("p", {"mlp_head.0.weight": torch.ones(8, 8)}, "mlp_head.0.weight", "is extra"),
@@ -186,17 +158,9 @@ TENSORS: dict[str, tuple[str, dict[str, Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "tensors", "param", "reason"), TENSORS.values(), ids=TENSORS)
-def test_tensors_that_do_not_fit_are_refused(name: str, tensors: dict[str, Any], param: str, reason: str) -> None:
-    """Exactly the tensors that config and base imply, by name and shape; the sentence names the tensor."""
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compiled(soft(name, **tensors))
-    assert caught.value.param == param and param in str(caught.value)
-
-
 @pytest.mark.parametrize(("key", "value"), [("num_tasks", 2), ("num_tasks", 0), ("num_ranks", 0), ("num_ranks", 10**9)])
 def test_a_prompt_of_many_tasks_is_refused(key: str, value: int) -> None:
-    """Which of many tasks was meant is not in the file: refused, with how to save one of them."""
+    """A prompt of many tasks does not say which one is meant: refused, with how to save one."""
     with pytest.raises(ArtifactError, match=f"{key}={value}") as caught:
         compiled(soft("multitask", {key: value}))
     assert caught.value.param == key
@@ -205,6 +169,69 @@ def test_a_prompt_of_many_tasks_is_refused(key: str, value: int) -> None:
 
 @pytest.mark.parametrize("key", ["num_tasks", "num_ranks"])
 def test_counts_that_are_left_out_are_one(key: str) -> None:
-    """PEFT's defaults hold where a config says nothing."""
+    """A count that the config leaves out has PEFT's default."""
     ones = {COLS: torch.ones(1, T, 1), ROWS: torch.ones(1, 1, SIZE)}
     compiled(soft("multitask", {"num_tasks": 1, "num_ranks": 1, key: None}, **ones))
+
+
+class SoftContract(MethodContract):
+    """The laws of a prompt of three virtual tokens, for a base whose embeddings are of another size than its stream."""
+
+    KIND: ClassVar[str]
+    SERVED_VALUES, CONFIGS = SERVED_VALUES, CONFIGS
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sound(cls) -> Artifact:
+        """A prompt of this kind."""
+        return soft(cls.KIND)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> BaseSpec:
+        """The spec of that base."""
+        return prompt_spec()
+
+    def assert_answers(self, base: Path, folder: Path, **inputs: Tensor) -> Patch:
+        """Compare the logits with PEFT's, and the number of virtual tokens with the kit's."""
+        patch = assert_answers_as_peft(base, folder, **inputs)
+        assert patch.num_virtual == read_folder(folder).config["num_virtual_tokens"] in (3, 20, 37)
+        return patch
+
+    def test_all_that_peft_writes_by_default_is_taken(self) -> None:
+        """PEFT's defaults, all written out, are no reason to refuse."""
+        config = self.PEFT(task_type="CAUSAL_LM", num_virtual_tokens=T).to_dict()
+        ranks = {"num_ranks": 2} if self.KIND == "multitask" else {}
+        compiled(soft(self.KIND, {**config, **ranks, "peft_type": self.PEFT_TYPE}))
+
+
+def spoiled_of(kind: str) -> dict[str, TensorsCase]:
+    """The rows of one kind of prompt."""
+    return {name: ({}, tensors, param, reason) for name, (of, tensors, param, reason) in SPOILED.items() if of == kind}
+
+
+class TestPromptTuning(SoftContract):
+    """A prompt that is what was trained."""
+
+    KIND, NAME, (PEFT_TYPE, PEFT, SCHEMA, IGNORED_KEYS) = "prompt", "prompt tuning", TYPES["prompt"]
+    FAMILIES, TENSORS = ["prompt-tuning"], spoiled_of("prompt")
+    FAMILY_ON = tuple([("llama", seed) for seed in (0, 1, 2)] + [(kind, 2) for kind in OTHER_BASES])
+
+
+class TestPTuning(SoftContract):
+    """A prompt that an encoder made."""
+
+    KIND, NAME, (PEFT_TYPE, PEFT, SCHEMA, IGNORED_KEYS) = "p", "p-tuning", TYPES["p"]
+    FAMILIES, TENSORS, FAMILY_ON = ["p-tuning"], spoiled_of("p"), [("llama", seed) for seed in (0, 1, 2)]
+
+
+class TestMultitask(SoftContract):
+    """A prompt with its task's factors."""
+
+    KIND, NAME, (PEFT_TYPE, PEFT, SCHEMA, IGNORED_KEYS) = "multitask", "multitask prompt tuning", TYPES["multitask"]
+    FAMILIES, FAMILY_ON = ["multitask-prompt-tuning"], [("llama", seed) for seed in (0, 1, 2)]
+    TENSORS = spoiled_of("multitask")
+
+    def assert_answers(self, base: Path, folder: Path, **inputs: Tensor) -> Patch:
+        """Compare with PEFT's model, which must be told the task."""
+        return super().assert_answers(base, folder, task_ids=TASK, **inputs)

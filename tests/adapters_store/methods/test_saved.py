@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from adapters_store.errors import ArtifactError
-from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.format.folder import read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Bias, Delta, LowRank, Rows, Scale
+from tests.adapters_store.methods.lora_contract import LoraContract
+from tests.adapters_store.methods.method_contract import split_extras
 from tests.kit.adapters import make_peft
-from tests.kit.families import FAMILIES, loras
+from tests.kit.families import loras
 from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, assert_answers_as_peft, changed
 
@@ -74,23 +76,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, beside all biases": ("gpt2", {"trainable_token_indices": {"wte": SOME}, "bias": "all", **GPT2}),
     "beside norms": ("opt", {"trainable_token_indices": SOME, "modules_to_save": ["final_layer_norm"]}),
 }
-CASES = BIASES | SAVED | ROWS
-
-
-@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
-def test_what_is_beside_a_lora_answers_as_in_peft(
-    tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]
-) -> None:
-    """Biases, whole modules and rows act as in PEFT, beside the branches."""
-    lora = loras.config(**({} if kind in ("gpt2", "starcoder2") else QUERIES) | config)
-    assert_answers_as_peft(tiny_of(kind), loras.make(tmp_path / "hat", tiny_of(kind), lora, len(kind)))
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("family", ["lora-bias", "lora-saved"])
-def test_random_artifacts_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, family: str, seed: int) -> None:
-    """The artifacts of the mixed tests are served as PEFT serves them."""
-    assert_answers_as_peft(tiny_of("llama"), FAMILIES[family](tmp_path / "hat", tiny_of("llama"), seed))
 
 
 def test_what_is_saved_becomes_what_it_changes(tiny_of: TinyOf, tmp_path: Path) -> None:
@@ -128,20 +113,6 @@ def test_what_is_saved_as_the_base_has_it_costs_nothing(
     primitives = assert_answers_as_peft(tiny_of(kind), folder).primitives
     assert {type(p) for p in primitives} == {LowRank, Rows}
     assert [p.ids.tolist() for p in primitives if isinstance(p, Rows)] == [[SOME[0], SOME[2]]]
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_of: TinyOf, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A LoRA on gpt2 with a norm and the embedding saved whole, and biases of the branches."""
-    lora = loras.config(**GPT2, modules_to_save=["ln_f", "wte"], bias="lora_only", lora_bias=True)
-    return read_folder(loras.make(tmp_path_factory.mktemp("saved") / "hat", tiny_of("gpt2"), lora))
-
-
-@pytest.fixture(scope="module")
-def rows(tiny_of: TinyOf, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """A LoRA on gemma3, which is tied, with rows of three tokens."""
-    lora = loras.config(**QUERIES, trainable_token_indices=[7, 5, 9])
-    return read_folder(loras.make(tmp_path_factory.mktemp("rows") / "hat", tiny_of("gemma3_text"), lora))
 
 
 BRANCH, NORM = PREFIX + "transformer.h.0.attn.c_attn", PREFIX + "transformer.ln_f"
@@ -183,17 +154,6 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
 }
 
 
-@pytest.mark.parametrize(("config", "tensors", "reason"), BAD.values(), ids=BAD)
-def test_config_and_tensors_must_agree(
-    tiny_of: TinyOf, saved: Artifact, config: dict[str, Any], tensors: dict[str, Tensor | None], reason: str
-) -> None:
-    """What is missing, extra, of another shape or not as the config says is refused by its name."""
-    spec = spec_of(tiny_of("gpt2"))
-    compile_patch(saved, spec)
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(changed(saved, config, tensors), spec)
-
-
 TOKEN_ROWS = PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta"
 HEAD_ROWS = PREFIX + "lm_head.token_adapter.trainable_tokens_delta"
 TOKENS_KEY = "trainable_token_indices"
@@ -225,17 +185,6 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str]] = {
 }
 
 
-@pytest.mark.parametrize(("config", "tensors", "reason"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_rows_and_tokens_must_agree(
-    tiny_of: TinyOf, rows: Artifact, config: dict[str, Any], tensors: dict[str, Tensor | None], reason: str
-) -> None:
-    """Tokens that are not the base's, or not those of the rows, are refused by name."""
-    spec = spec_of(tiny_of("gemma3_text"))
-    compile_patch(rows, spec)
-    with pytest.raises(ArtifactError, match=reason):
-        compile_patch(changed(rows, config, tensors), spec)
-
-
 def test_two_values_of_a_tied_weight_are_refused(tiny_of: TinyOf, tmp_path: Path) -> None:
     """With ensure_weight_tying the head is the embedding; a file that has two of them is not what was trained."""
     lora = loras.config(**QUERIES, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
@@ -244,3 +193,25 @@ def test_two_values_of_a_tied_weight_are_refused(tiny_of: TinyOf, tmp_path: Path
         compile_patch(
             changed(artifact, {}, {PREFIX + "lm_head.weight": torch.ones(259, 64)}), spec_of(tiny_of("gemma3_text"))
         )
+
+
+class TestLoraSaved(LoraContract):
+    """A LoRA on gpt2 with a norm and the embedding saved whole, and biases of the branches."""
+
+    BASE, SOUND = "gpt2", {**GPT2, "modules_to_save": ["ln_f", "wte"], "bias": "lora_only", "lora_bias": True}
+    CASES, (TENSORS, CONFIGS) = BIASES | SAVED, split_extras(BAD)
+    FAMILIES, FAMILY_ON = ["lora-bias"], [("llama", seed) for seed in range(3)]
+
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
+        """Write one on the queries, if the config does not say others."""
+        queries = QUERIES if "q_proj" in "".join(spec_of(base).linears) else {}
+        return super().make(folder, base, seed, **{**queries, **config})
+
+
+class TestLoraRows(TestLoraSaved):
+    """A LoRA on gemma3, which is tied, with rows of three tokens."""
+
+    BASE, SOUND = "gemma3_text", {**QUERIES, TOKENS_KEY: [7, 5, 9]}
+    CASES, (TENSORS, CONFIGS) = ROWS, split_extras(BAD_ROWS)
+    FAMILIES, FAMILY_ON = ["lora-saved"], [("llama", seed) for seed in range(3)]

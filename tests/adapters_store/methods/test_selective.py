@@ -8,51 +8,55 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from adapters_store.base.spec import LinearSite, NormSite
+from adapters_store.base.spec import BaseSpec, LinearSite, NormSite
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
+from adapters_store.methods.selective import SelectiveConfig
 from adapters_store.primitives import Bias, Delta, Patch, Rows, Scale
+from tests.adapters_store.methods.method_contract import MethodContract, TensorsCase, split_extras
 from tests.kit import reference
 from tests.kit.families.selective import make_bitfit, make_selective, make_selective_layer, trained
 from tests.kit.forge import spec_of
-from tests.kit.like_peft import TOKENS
+from tests.kit.like_peft import TOKENS, changed
 from tests.kit.patches import all_of
 
 TinyOf = Callable[[str], Path]
 PREFIX = "base_model.model."
 NORM, LINEAR = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 
-CASES: dict[str, tuple[str, list[str]]] = {
-    "llama, a layer": ("llama", ["layers.1"]),
-    "llama, norms and one projection": ("llama", ["norm", "input_layernorm.weight", "layers.0.self_attn.v_proj"]),
-    "llama, everything": ("llama", ["model", "lm_head"]),
-    "llama, the embedding": ("llama", ["embed_tokens"]),
-    "llama, the head": ("llama", ["lm_head.weight"]),
-    "gpt2, biases": ("gpt2", ["bias"]),
-    "gpt2, a layer, transposed": ("gpt2", ["transformer.h.0"]),
-    "gpt2, the tied embedding": ("gpt2", ["wte"]),
-    "gpt2, weights without their biases": ("gpt2", ["ln_f.weight", "c_fc.weight"]),
-    "gpt2, biases without their weights": ("gpt2", ["ln_f.bias", "c_fc.bias"]),
-    "gemma2, a layer": ("gemma2", ["layers.2"]),
-    "gemma2, the tied and scaled embedding": ("gemma2", ["embed_tokens"]),
-    "gemma3, everything": ("gemma3_text", ["model"]),
-    "phi, biases": ("phi", ["bias"]),
-    "phi, the head": ("phi", ["lm_head"]),
-    "opt, biases": ("opt", ["bias"]),
-    "opt, a layer and the tied embedding": ("opt", ["layers.0", "embed_tokens.weight"]),
-    "qwen2, biases": ("qwen2", ["bias"]),
-    "qwen3, norms of queries and keys": ("qwen3", ["q_norm", "k_norm"]),
-    "phi3, fused projections": ("phi3", ["qkv_proj", "gate_up_proj"]),
-    "gpt_neox, a layer": ("gpt_neox", ["layers.1"]),
-    "gpt_neox, the head": ("gpt_neox", ["lm_head"]),
-    "starcoder2, biases": ("starcoder2", ["bias"]),
-    "olmo2, a layer": ("olmo2", ["layers.0"]),
-    "granite, the embedding": ("granite", ["embed_tokens"]),
-    "mixtral, attention": ("mixtral", ["self_attn"]),
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, a layer": ("llama", {"parameters": ["layers.1"]}),
+    "llama, norms and one projection": (
+        "llama",
+        {"parameters": ["norm", "input_layernorm.weight", "layers.0.self_attn.v_proj"]},
+    ),
+    "llama, everything": ("llama", {"parameters": ["model", "lm_head"]}),
+    "llama, the embedding": ("llama", {"parameters": ["embed_tokens"]}),
+    "llama, the head": ("llama", {"parameters": ["lm_head.weight"]}),
+    "gpt2, biases": ("gpt2", {"parameters": ["bias"]}),
+    "gpt2, a layer, transposed": ("gpt2", {"parameters": ["transformer.h.0"]}),
+    "gpt2, the tied embedding": ("gpt2", {"parameters": ["wte"]}),
+    "gpt2, weights without their biases": ("gpt2", {"parameters": ["ln_f.weight", "c_fc.weight"]}),
+    "gpt2, biases without their weights": ("gpt2", {"parameters": ["ln_f.bias", "c_fc.bias"]}),
+    "gemma2, a layer": ("gemma2", {"parameters": ["layers.2"]}),
+    "gemma2, the tied and scaled embedding": ("gemma2", {"parameters": ["embed_tokens"]}),
+    "gemma3, everything": ("gemma3_text", {"parameters": ["model"]}),
+    "phi, biases": ("phi", {"parameters": ["bias"]}),
+    "phi, the head": ("phi", {"parameters": ["lm_head"]}),
+    "opt, biases": ("opt", {"parameters": ["bias"]}),
+    "opt, a layer and the tied embedding": ("opt", {"parameters": ["layers.0", "embed_tokens.weight"]}),
+    "qwen2, biases": ("qwen2", {"parameters": ["bias"]}),
+    "qwen3, norms of queries and keys": ("qwen3", {"parameters": ["q_norm", "k_norm"]}),
+    "phi3, fused projections": ("phi3", {"parameters": ["qkv_proj", "gate_up_proj"]}),
+    "gpt_neox, a layer": ("gpt_neox", {"parameters": ["layers.1"]}),
+    "gpt_neox, the head": ("gpt_neox", {"parameters": ["lm_head"]}),
+    "starcoder2, biases": ("starcoder2", {"parameters": ["bias"]}),
+    "olmo2, a layer": ("olmo2", {"parameters": ["layers.0"]}),
+    "granite, the embedding": ("granite", {"parameters": ["embed_tokens"]}),
+    "mixtral, attention": ("mixtral", {"parameters": ["self_attn"]}),
 }
 
 
@@ -61,39 +65,32 @@ def compiled(base: Path, folder: Path) -> Patch:
     return compile_patch(read_folder(folder), spec_of(base))
 
 
-def assert_answers_as_trained(base: Path, folder: Path) -> None:
+def assert_answers_as_trained(base: Path, folder: Path) -> Patch:
     """The patch on the base gives the trained model's logits within 1e-4, and not the base's."""
     model, ids = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), torch.tensor([TOKENS])
-    ours = reference.logits(model, [(compiled(base, folder), 1.0)], TOKENS)
+    patch = compiled(base, folder)
+    ours = reference.logits(model, [(patch, 1.0)], TOKENS)
     with torch.inference_mode():
         theirs, plain = trained(base, folder).eval()(ids).logits[0], model(ids).logits[0]
     assert (ours - theirs).abs().max() < 1e-4
     assert (theirs - plain).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(("kind", "parameters"), CASES.values(), ids=CASES)
-def test_a_patch_answers_as_the_trained_model(
-    tiny_of: TinyOf, tmp_path: Path, kind: str, parameters: list[str]
-) -> None:
-    """The base with the patch answers as the base whose parameters have the new values."""
-    folder = make_selective(tmp_path / "hat", tiny_of(kind), len(kind), parameters, strength=0.5)
-    assert_answers_as_trained(tiny_of(kind), folder)
+    return patch
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma2"])
 def test_a_layer_of_the_kit_answers_as_trained(tiny_of: TinyOf, tmp_path: Path, kind: str) -> None:
-    """What the bench and the golden tests wear is what it says."""
+    """The selective layers that the benchmark and golden tests use answer as the trained model."""
     for seed in range(2):
         assert_answers_as_trained(tiny_of(kind), make_selective_layer(tmp_path / f"{seed}", tiny_of(kind), seed))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "phi", "opt"])
 def test_bitfit_is_biases_alone(tiny_of: TinyOf, tmp_path: Path, kind: str) -> None:
-    """All biases compile to one `Bias` each, those of norms too."""
+    """Every bias compiles to a `Bias`, those of norms too."""
     patch = compiled(tiny_of(kind), make_bitfit(tmp_path / "hat", tiny_of(kind), 0))
     spec = spec_of(tiny_of(kind))
-    sites: dict[str, LinearSite | NormSite] = {**spec.linears, **spec.norms}
-    biased = [site for site, module in sites.items() if module.has_bias]
+    modules: list[tuple[str, LinearSite | NormSite]] = [*spec.linears.items(), *spec.norms.items()]
+    biased = [site for site, module in modules if module.has_bias]
     assert [primitive.site for primitive in all_of(Bias, patch)] == biased
 
 
@@ -127,55 +124,33 @@ def test_half_precision_is_subtracted_in_fp32(tiny_of: TinyOf, tmp_path: Path) -
     assert isinstance(delta, Delta) and torch.equal(delta.dw, half.float() - base)
 
 
-def sound(config: dict[str, Any], tensors: dict[str, Tensor | None]) -> Artifact:
-    """A norm and a linear of llama with changes; None takes a tensor away."""
-    keys = {"peft_type": "SELECTIVE", "task_type": "CAUSAL_LM", "parameters": ["norm", LINEAR], **config}
-    made = {NORM: torch.full((64,), 2.0), LINEAR: torch.ones(64, 96), **tensors}
-    named = {PREFIX + name: value for name, value in made.items() if value is not None}
-    return Artifact(keys, named, None, "d" * 64, 0)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = {
-    "missing": ({}, {NORM: None}, PREFIX + NORM, "is missing"),
+REFUSED: dict[str, TensorsCase] = {
+    "missing": ({}, {PREFIX + NORM: None}, PREFIX + NORM, "is missing"),
     "missing, of a run of words": ({"parameters": ["norm", "down_proj"]}, {}, "", r"layers\.0.*down_proj.* is missing"),
     "extra": ({"parameters": ["norm"]}, {}, PREFIX + LINEAR, "is extra"),
-    "transposed": ({}, {LINEAR: torch.ones(96, 64)}, PREFIX + LINEAR, r"shape \[96, 64\].*need \[64, 96\]"),
-    "another base's width": ({}, {NORM: torch.ones(65)}, PREFIX + NORM, r"need \[64\]"),
-    "one dimension more": ({}, {NORM: torch.ones(1, 64)}, PREFIX + NORM, r"need \[64\]"),
-    "no such layer": ({}, {"model.layers.9.mlp.down_proj.weight": torch.ones(64, 96)}, "", "no site in llama"),
-    "no such bias": ({}, {"model.norm.bias": torch.ones(64)}, PREFIX + "model.norm.bias", "no site in llama"),
-    "a LoRA": ({}, {"model.layers.0.mlp.down_proj.lora_A.weight": torch.ones(2, 96)}, "", "no site in llama"),
-    "no tensors": ({}, {NORM: None, LINEAR: None}, "", "is missing"),
-    "nothing named": ({"parameters": []}, {NORM: None, LINEAR: None}, "parameters", "parameters is empty"),
+    "transposed": ({}, {PREFIX + LINEAR: torch.ones(96, 64)}, PREFIX + LINEAR, r"shape \[96, 64\].*need \[64, 96\]"),
+    "another base's width": ({}, {PREFIX + NORM: torch.ones(65)}, PREFIX + NORM, r"need \[64\]"),
+    "one dimension more": ({}, {PREFIX + NORM: torch.ones(1, 64)}, PREFIX + NORM, r"need \[64\]"),
+    "no such layer": ({}, {PREFIX + "model.layers.9.mlp.down_proj.weight": torch.ones(64, 96)}, "", "no site in llama"),
+    "no such bias": ({}, {PREFIX + "model.norm.bias": torch.ones(64)}, PREFIX + "model.norm.bias", "no site in llama"),
+    "a LoRA": ({}, {PREFIX + "model.layers.0.mlp.down_proj.lora_A.weight": torch.ones(2, 96)}, "", "no site in llama"),
+    "no tensors": ({}, {PREFIX + NORM: None, PREFIX + LINEAR: None}, "", "is missing"),
+    "nothing named": (
+        {"parameters": []},
+        {PREFIX + NORM: None, PREFIX + LINEAR: None},
+        "parameters",
+        "parameters is empty",
+    ),
     "half a word": ({"parameters": ["norm", LINEAR, "orm"]}, {}, "parameters", "names 'orm', which llama has not"),
     "an expression": ({"parameters": [".*"]}, {}, "parameters", r"names '\.\*', which llama has not"),
     "an empty name": ({"parameters": ["", "norm", LINEAR]}, {}, "parameters", "names '', which"),
     "biases of a base without": ({"parameters": ["bias"]}, {}, "parameters", "names 'bias', which llama has not"),
     "no parameters": ({"parameters": None}, {}, "", "missing required field `parameters`"),
     "one text": ({"parameters": "norm"}, {}, "", r"Expected `array`.*\$\.parameters"),
+    "no prefix": ({}, {PREFIX + NORM: None, NORM: torch.ones(64)}, NORM, f"{NORM} has no site in llama"),
     "an unknown key": ({"target_modules": ["norm"]}, {}, "target_modules", "a key that is not known"),
     "another task": ({"task_type": "SEQ_CLS"}, {}, "task_type", "selective tuning with task_type=SEQ_CLS"),
 }
-
-
-@pytest.mark.parametrize(("config", "tensors", "name", "reason"), REFUSED.values(), ids=REFUSED)
-def test_config_tensors_and_base_must_agree(
-    tiny_of: TinyOf, config: dict[str, Any], tensors: dict[str, Tensor | None], name: str, reason: str
-) -> None:
-    """A tensor without its parameter, a parameter without its tensor, a wrong shape: refused by name."""
-    spec = spec_of(tiny_of("llama"))
-    compile_patch(sound({}, {}), spec)
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(sound(config, tensors), spec)
-    assert not name or caught.value.param == name
-
-
-def test_a_name_without_the_prefix_is_refused(tiny_of: TinyOf) -> None:
-    """Tensors are named as PEFT names those of a wrapped model."""
-    artifact = sound({}, {})
-    artifact.tensors[NORM] = artifact.tensors.pop(PREFIX + NORM)
-    with pytest.raises(ArtifactError, match=f"{NORM} has no site in llama"):
-        compile_patch(artifact, spec_of(tiny_of("llama")))
 
 
 NO_SITES = {
@@ -205,8 +180,23 @@ def test_an_untrained_artifact_is_refused(tiny_of: TinyOf, tmp_path: Path) -> No
         compiled(tiny_of("gpt2"), folder)
 
 
-def test_a_change_that_overflows_is_refused(tiny_of: TinyOf) -> None:
-    """A finite value whose ratio to the base's is not finite is refused by name."""
-    artifact = sound({}, {NORM: torch.full((64,), 3e38)})
-    with pytest.raises(ArtifactError, match=rf"{NORM} overflows"):
-        compile_patch(artifact, spec_of(tiny_of("llama")))
+class TestSelective(MethodContract):
+    """The base with the patch answers as the base whose parameters have the new values."""
+
+    PEFT_TYPE, NAME, SCHEMA = "SELECTIVE", "selective tuning", SelectiveConfig
+    FAMILIES, SOUND = ["selective-layer", "bitfit"], {"parameters": ["norm", LINEAR]}
+    CASES, (TENSORS, CONFIGS) = CASES, split_extras(REFUSED)
+
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
+        """Write the new values of the parameters that the config names."""
+        return make_selective(folder, base, seed, **config)
+
+    def assert_answers(self, base: Path, folder: Path) -> Patch:
+        """Compare the logits with those of the trained model."""
+        return assert_answers_as_trained(base, folder)
+
+    def test_a_change_that_overflows_is_refused(self, sound: Artifact, spec: BaseSpec) -> None:
+        """A finite value whose ratio to the base's is not finite is refused by name."""
+        with pytest.raises(ArtifactError, match=rf"{NORM} overflows"):
+            compile_patch(changed(sound, {}, {PREFIX + NORM: torch.full((64,), 3e38)}), spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,15 @@ import torch
 from peft import TrainableTokensConfig as PeftTrainableTokensConfig
 from torch import Tensor
 
-from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.shared import config
 from adapters_store.methods.trainable_tokens import IGNORED_KEYS, TrainableTokensConfig
 from adapters_store.primitives import Rows
+from tests.adapters_store.methods.method_contract import MethodContract, TensorsCase, split_extras
 from tests.kit.families.selective import make_trainable_tokens
 from tests.kit.forge import spec_of
-from tests.kit.like_peft import TOKENS, assert_answers_as_peft
+from tests.kit.like_peft import TOKENS, changed
 
 TinyOf = Callable[[str], Path]
 END = ".trainable_tokens_delta"
@@ -46,13 +44,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "config"), CASES.values(), ids=CASES)
-def test_trained_tokens_answer_as_in_peft(tiny_of: TinyOf, tmp_path: Path, kind: str, config: dict[str, Any]) -> None:
-    """The new rows stand at the embedding, at the head, or at both, as PEFT has them."""
-    folder = make_trainable_tokens(tmp_path / "hat", tiny_of(kind), seed=len(kind), **config)
-    assert_answers_as_peft(tiny_of(kind), folder)
-
-
 def test_rows_are_ascending_and_a_tied_head_has_them_too(tiny_of: TinyOf, tmp_path: Path) -> None:
     """Rows come in the order of their ids; where the base is tied the head's rows are the embedding's."""
     folder = make_trainable_tokens(tmp_path / "hat", tiny_of("gpt2"), 0, token_indices=[9, 2, 4])
@@ -72,32 +63,12 @@ def test_a_tied_head_may_be_left_out(tiny_of: TinyOf, tmp_path: Path) -> None:
         assert isinstance(one, Rows) and isinstance(other, Rows) and torch.equal(one.de, other.de)
 
 
-def test_every_key_that_peft_writes_is_judged() -> None:
-    """No key of the installed PEFT's config is unknown here: a new PEFT that adds one turns this red."""
-    written = {field.name for field in dataclasses.fields(PeftTrainableTokensConfig)}
-    assert written <= IGNORED_KEYS | config.IGNORED_KEYS | {"task_type", *TrainableTokensConfig.__struct_fields__}
-
-
-def sound(spec: BaseSpec, config: dict[str, Any], tensors: dict[str, Tensor | None]) -> Artifact:
-    """Three tokens' rows with changes; None takes a key or a tensor away."""
-    rows = torch.linspace(-1, 1, 3 * spec.embedding_size).reshape(3, -1)
-    keys = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [7, 3, 5], "target_modules": ["embed_tokens"], **config}
-    made = {EMBEDDING: rows, **tensors}
-    return Artifact(
-        {key: value for key, value in keys.items() if value is not None},
-        {name: tensor for name, tensor in made.items() if tensor is not None},
-        None,
-        "d" * 64,
-        0,
-    )
-
-
 def rows(num: int, width: int = 64) -> Tensor:
-    """Any rows."""
+    """Make any rows [n, width]."""
     return torch.ones(num, width)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = {
+REFUSED: dict[str, TensorsCase] = {
     "missing": ({}, {EMBEDDING: None, HEAD: rows(3)}, EMBEDDING, "is missing: target_modules names"),
     "missing, by default": ({"target_modules": None}, {EMBEDDING: None, HEAD: rows(3)}, EMBEDDING, "is missing"),
     "missing, by name": (
@@ -130,17 +101,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Tensor | None], str, str]] = 
 }
 
 
-@pytest.mark.parametrize(("config", "tensors", "name", "reason"), REFUSED.values(), ids=REFUSED)
-def test_config_tensors_and_base_must_agree(
-    tiny_of: TinyOf, config: dict[str, Any], tensors: dict[str, Tensor | None], name: str, reason: str
-) -> None:
-    """A tensor without its place, a place without its tensor, a wrong shape, a token that is none: refused by name."""
-    compile_patch(sound(spec_of(tiny_of("llama")), {}, {}), spec_of(tiny_of("llama")))
-    with pytest.raises(ArtifactError, match=reason) as caught:
-        compile_patch(sound(spec_of(tiny_of("llama")), config, tensors), spec_of(tiny_of("llama")))
-    assert not name or caught.value.param == name
-
-
 def test_a_tied_head_of_its_own_is_refused(tiny_of: TinyOf, tmp_path: Path) -> None:
     """Two different values of one parameter: which one PEFT would take depends on the order of loading."""
     artifact = read_folder(make_trainable_tokens(tmp_path / "hat", tiny_of("gpt2"), 0))
@@ -150,8 +110,20 @@ def test_a_tied_head_of_its_own_is_refused(tiny_of: TinyOf, tmp_path: Path) -> N
     assert caught.value.param == HEAD
 
 
-def test_a_scaled_row_that_overflows_is_refused(tiny_of: TinyOf) -> None:
-    """Finite rows whose product with the embedding's scale is not finite are refused by name."""
-    spec = spec_of(tiny_of("gemma2"))
-    with pytest.raises(ArtifactError, match=r"embed_tokens\.trainable_tokens_delta overflows"):
-        compile_patch(sound(spec, {}, {EMBEDDING: torch.full((3, 64), 1e38)}), spec)
+class TestTrainableTokens(MethodContract):
+    """The new rows stand at the embedding, at the head, or at both, as PEFT has them."""
+
+    PEFT_TYPE, NAME, SCHEMA = "TRAINABLE_TOKENS", "trainable tokens", TrainableTokensConfig
+    PEFT, IGNORED_KEYS = PeftTrainableTokensConfig, IGNORED_KEYS
+    FAMILIES, SOUND = ["trainable-tokens"], {"token_indices": [7, 3, 5], "target_modules": ["embed_tokens"]}
+    CASES, (TENSORS, CONFIGS) = CASES, split_extras(REFUSED)
+
+    @classmethod
+    def make(cls, folder: Path, base: Path, seed: int = 0, **config: Any) -> Path:
+        """Write one, by default of half of the frequent tokens."""
+        return make_trainable_tokens(folder, base, seed, **config)
+
+    def test_a_scaled_row_that_overflows_is_refused(self, sound: Artifact, tiny_of: TinyOf) -> None:
+        """Finite rows whose product with the embedding's scale is not finite are refused by name."""
+        with pytest.raises(ArtifactError, match=r"embed_tokens\.trainable_tokens_delta overflows"):
+            compile_patch(changed(sound, {}, {EMBEDDING: torch.full((3, 64), 1e38)}), spec_of(tiny_of("gemma2")))

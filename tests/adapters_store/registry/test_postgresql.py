@@ -44,7 +44,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def url(server: str) -> str:
-    """The same, emptied."""
+    """The URL of the same database, emptied."""
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute("DROP SCHEMA public CASCADE")
         connection.execute("CREATE SCHEMA public")
@@ -59,7 +59,7 @@ def registry(url: str) -> Iterator[Registry]:
 
 
 def test_migrations_make_the_tables_that_the_code_uses(registry: Registry, url: str) -> None:
-    """There is no difference between the migrated schema and the code's, and migrating again changes nothing."""
+    """The migrated schema is the code's."""
     registry.close()
     Registry(url).open().close()
     engine = connect(url)
@@ -82,7 +82,7 @@ def test_uploads_at_once_get_numbers_of_their_own(registry: Registry) -> None:
 
 
 def test_a_reader_sees_one_moment(registry: Registry) -> None:
-    """What a transaction reads does not change under it, and it does not wait for a writer."""
+    """A transaction's reads do not change under it, and do not wait for a writer."""
     add(registry, D1)
     count = select(func.count()).select_from(versions)
     with transaction(registry.engine, is_write=False) as reader:
@@ -121,7 +121,7 @@ def test_connections_that_were_cut(registry: Registry, server: str) -> None:
 
 
 def test_a_driver_that_is_missing_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without psycopg the sentence says what to install; a URL that is none, or of another database, is a sentence."""
+    """A missing psycopg is refused with what to install, and a bad URL with the forms that are accepted."""
     real = builtins.__import__
 
     def without(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -94,7 +94,7 @@ def test_without_activate_the_route_stays(registry: Registry) -> None:
 
 
 def test_a_task_whose_versions_are_only_stored_serves_none(registry: Registry) -> None:
-    """Nothing is guessed where nothing was routed to."""
+    """A task that nothing was routed to serves no version: none is guessed."""
     add(registry, D1, activate=False)
     with pytest.raises(AbsentError, match="no version in its route"):
         registry.resolve("default", "t")
@@ -125,7 +125,7 @@ def test_deleting_the_routed_version_routes_to_none(registry: Registry) -> None:
 
 
 def test_deleting_another_version_leaves_the_route(registry: Registry) -> None:
-    """What is not routed to may go unnoticed."""
+    """A version that is not routed to can be deleted without a change of the route."""
     add(registry, D1)
     add(registry, D2)
     registry.delete_version("default", "t", 1)
@@ -176,7 +176,7 @@ def test_everything_survives_a_restart(registry: Registry, url: str) -> None:
     """A new process finds versions, prompt format, route and usage as they were."""
     prompt_format = PromptFormat(begin="<s>", user=Around("U:", "\n"), generation="A: 🎩")
     version, _ = add(registry, D1, prompt_format=prompt_format)
-    registry.add_usage("default", "t", 1, requests=1, prompt_tokens=5, completion_tokens=6)
+    registry.add_usages({("default", "t", 1): (1, 5, 6)})
     again = Registry(url).open()
     assert again.resolve("default", "t") == version
     assert again.resolve("default", "t").prompt_format == prompt_format
@@ -188,8 +188,8 @@ def test_usage_adds_up(registry: Registry) -> None:
     """Counts grow by task and version, the base's as version 0, each tenant's apart."""
     for version, times in ((1, 3), (0, 1)):
         for _ in range(times):
-            registry.add_usage("default", "t", version, requests=1, prompt_tokens=10, completion_tokens=20)
-    registry.add_usage("other", "t", 1, requests=1, prompt_tokens=1, completion_tokens=1)
+            registry.add_usages({("default", "t", version): (1, 10, 20)})
+    registry.add_usages({("other", "t", 1): (1, 1, 1)})
     assert registry.usage("default") == [Usage("t", 0, 1, 10, 20), Usage("t", 1, 3, 30, 60)]
 
 
@@ -260,7 +260,7 @@ def test_commits_are_durable_and_references_hold(registry: Registry, url: str) -
 
 
 def test_a_reader_does_not_wait_for_a_writer(registry: Registry) -> None:
-    """While an upload's transaction is open, requests resolve what is committed."""
+    """Requests resolve what is committed while an upload's transaction is open."""
     add(registry, D1)
     with registry._write():
         assert registry.resolve("default", "t").digest == D1
@@ -280,7 +280,7 @@ def test_a_registry_must_be_opened(url: str) -> None:
 
 
 def test_a_file_that_is_no_database_is_not_overwritten(tmp_path: Path, url: str) -> None:
-    """What lies where the registry should be is left as it is."""
+    """A file in the registry's place that is no database is left unchanged."""
     (tmp_path / "registry.db").write_bytes(b"precious" * 1000)
     with pytest.raises(Exception, match="not a database"):
         Registry(url).open()

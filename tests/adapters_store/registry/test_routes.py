@@ -18,7 +18,7 @@ USERS = [f"user-{number}" for number in range(2000)]
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    """With the versions 1, 2 and 3 of the task t; 3 is its route."""
+    """A registry with versions 1, 2 and 3 of the task t; 3 is its route."""
     registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}").open()
     for digest in (D1, D2, D3):
         add(registry, digest)
@@ -58,7 +58,7 @@ def test_a_sticky_user_stays(registry: Registry) -> None:
 
 
 def test_users_stay_with_a_canary_that_grows() -> None:
-    """Whoever got the newest version at 5% gets it at 20% and 100%, too."""
+    """A user who gets the newest version at 5% gets it at 20% and 100% too."""
     routes = [Route({1: 100 - share, 3: share}, "user") for share in (5, 20, 99)]
     canaries = [{user for user in USERS if route.choose(route.place("d", "t", user)) == 3} for route in routes]
     assert canaries[0] < canaries[1] < canaries[2]
@@ -111,7 +111,7 @@ def test_the_history_is_bounded(registry: Registry) -> None:
 
 
 def test_pins_follow_the_route(registry: Registry) -> None:
-    """What a pinned task routes to is pinned, and nothing else; a task that comes again is not pinned."""
+    """A pinned task pins the versions that it routes to, and no others; a task that is created again is not pinned."""
     add(registry, D1, "other")
     assert registry.pinned_digests() == []
     registry.set_pinned("default", "t", True)
@@ -140,7 +140,7 @@ def test_what_was_deleted_is_known(registry: Registry) -> None:
 
 
 def test_a_registry_has_an_identity(registry: Registry, tmp_path: Path) -> None:
-    """It is drawn once, and another registry has another."""
+    """The identity is drawn once, and another registry has another."""
     other = Registry(f"sqlite:///{tmp_path / 'other.db'}").open()
     assert registry.identity() == registry.identity() != other.identity()
     other.close()

@@ -109,7 +109,7 @@ def test_no_two_keys_are_alike(tenants: Tenants) -> None:
     "key", ["", "mh_", "mh_0123456789ab", "mh_0123456789ab.", "x" * 59, "mh_0123456789AB." + "x" * 43]
 )
 def test_what_is_no_key(key: str) -> None:
-    """What has not a key's form is not looked for."""
+    """A text that does not have a key's form is not looked up."""
     assert split_key(key) is None
 
 
@@ -144,7 +144,7 @@ def test_a_tenant_goes_whole(registry: Registry, tenants: Tenants) -> None:
     upload(registry, "acme", D1)
     upload(registry, "acme", D2, task="u")
     upload(registry, DEFAULT_TENANT, D3)
-    registry.add_usage("acme", "t", 1, requests=1, prompt_tokens=2, completion_tokens=3)
+    registry.add_usages({("acme", "t", 1): (1, 2, 3)})
     assert sorted(tenants.delete("acme")) == [D1, D2]
     assert tenants.known(key.id) is None
     assert registry.tasks("acme") == [] and registry.digests() == {D3}
@@ -186,7 +186,7 @@ def test_room_for_adapters(registry: Registry, tenants: Tenants) -> None:
 
 
 def test_uploads_at_once_stay_within_the_quota(registry: Registry, tenants: Tenants) -> None:
-    """Of 8 uploads at once for 3 places 3 are taken."""
+    """Three of 8 concurrent uploads are accepted if there is room for 3."""
     tenants.add("acme", TenantLimits(max_adapters=3))
     refused: list[QuotaError] = []
 
@@ -248,7 +248,7 @@ def test_what_fails_leaves_no_line(registry: Registry, tenants: Tenants) -> None
 
 
 def test_an_actor_is_of_its_context(tenants: Tenants) -> None:
-    """Who acts is known in the context where it was said, and not in a thread that was started outside of it."""
+    """The actor is known in the context that set it, and not in threads started outside of it."""
     with acting("before"):
         act_as("admin")
         thread = threading.Thread(target=tenants.add, args=("b",))

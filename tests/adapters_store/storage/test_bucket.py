@@ -63,7 +63,7 @@ def test_what_is_put_is_read(store: Bucket, lora: Path) -> None:
 
 
 def test_two_servers_see_the_same(store: Bucket, lora: Path, tmp_path: Path) -> None:
-    """What one process puts or deletes another sees at once: nothing is cached."""
+    """An artifact that one process writes or deletes is seen by another at once: nothing is cached."""
     other = open_blobs(f"s3://hats/{tmp_path.name}", tmp_path / "elsewhere")
     with pytest.raises(AbsentError):
         other.read(read_folder(lora).digest)
@@ -91,7 +91,7 @@ def test_a_flipped_bit_is_corrupt_and_a_new_upload_heals_it(store: Bucket, lora:
 
 
 def test_half_an_upload_is_absent(store: Bucket, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights come last: where an upload breaks off before, the artifact is absent, and swept at the next start."""
+    """An upload that breaks off before its weights, which come last, is absent, and swept at start."""
     pipe_file = store._files.pipe_file
 
     def broken(path: str, data: bytes) -> None:
@@ -113,7 +113,7 @@ def test_half_an_upload_is_absent(store: Bucket, lora: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("is_local", [True, False])
 def test_a_store_is_one_registrys(store: Bucket, lora: Path, tmp_path: Path, is_local: bool) -> None:
-    """It belongs to the registry that opens it first; another is refused before it could sweep what is not its own."""
+    """A store belongs to the registry that opens it first; another is refused before it could sweep."""
     mine: Blobs = Blobs(tmp_path / "folder") if is_local else store
     assert not mine.claim("first"), "only now: nothing may be swept by what it did not refer to"
     digest = put(mine, lora)
@@ -139,7 +139,7 @@ def test_a_driver_that_is_missing_is_a_command(tmp_path: Path, monkeypatch: pyte
 
 
 def test_local_folders(tmp_path: Path) -> None:
-    """Without a URL the store is a folder: the one that is given, or the data folder's own."""
+    """A store without a URL is a folder: the given one, or the data folder's own."""
     for given, root in ((None, tmp_path), ("", tmp_path), ("/x/y", Path("/x/y")), ("file:///x/y", Path("/x/y"))):
         opened = open_blobs(given, tmp_path)
         assert type(opened) is Blobs and opened.root == root

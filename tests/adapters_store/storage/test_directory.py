@@ -30,7 +30,7 @@ def keep(blobs: Blobs, seed: int = 0) -> str:
 
 
 def flip_a_bit(blobs: Blobs, digest: str, place: int = -1) -> None:
-    """What a disk may do."""
+    """Flip a bit of a file, as a failing disk may."""
     path = blobs.path(digest) / WEIGHTS
     data = bytearray(path.read_bytes())
     data[place] ^= 1
@@ -107,7 +107,7 @@ def test_a_full_disk_keeps_nothing(blobs: Blobs, monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_uploads_of_the_same_bytes_at_once(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who loses the race finds the winner's artifact in place."""
+    """The upload that loses the race finds the winner's artifact in place."""
     rename = Path.rename
 
     def overtaken(self: Path, target: Path) -> Path:

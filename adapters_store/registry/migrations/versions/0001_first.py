@@ -8,7 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """Make the tables."""
+    """Create tasks, versions, routes and usage."""
     op.create_table(
         "tasks",
         sa.Column("id", sa.Integer, primary_key=True),

@@ -1,4 +1,4 @@
-"""Tenants, their keys and limits, and the log of changes."""
+"""Add tenants, their keys and limits, and the log of changes."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """The tenant that there was until now gets its row. Counts of usage grow over 32 bits."""
+    """Create the tables with a row for the only tenant so far; widen usage counts to 64 bits."""
     op.create_table(
         "tenants",
         sa.Column("name", sa.String(63), primary_key=True),

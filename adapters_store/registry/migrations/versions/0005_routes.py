@@ -1,4 +1,4 @@
-"""Sticky routes, pinned tasks, what was deleted, the registry's own identity; sizes over 32 bits."""
+"""Add sticky routes, pinned tasks, deleted versions and the registry's own identity; widen sizes to 64 bits."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    """No route was sticky until now, no task pinned, and no deletion kept."""
+    """Add columns and tables; existing routes are not sticky, existing tasks not pinned, past deletions unknown."""
     op.add_column("routes", sa.Column("sticky", sa.String(10), nullable=True))
     op.add_column("tasks", sa.Column("is_pinned", sa.Boolean, nullable=False, server_default=sa.false()))
     op.create_table(

@@ -1,4 +1,4 @@
-"""Under which base and software a version was proved."""
+"""Add the base and software that a version was last validated under."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,5 +8,5 @@ down_revision = "0005"
 
 
 def upgrade() -> None:
-    """Of what was stored until now nothing is known: it is proved anew."""
+    """Add versions.proved; existing versions start unvalidated."""
     op.add_column("versions", sa.Column("proved", sa.String(64), nullable=True))
