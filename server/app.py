@@ -25,7 +25,7 @@ from server.requests.auth import Callers
 from server.requests.tokenizer import Tokenizer
 from server.settings import Settings
 from server.state import ServerState
-from server.uploads.preload import import_tree
+from server.uploads.preload import importing
 from server.uploads.revalidation import find_unvalidated, validate_all
 from server.uploads.validation import compute_validation_fingerprint
 
@@ -99,8 +99,7 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
     await find_unvalidated(state)
     await stack.enter_async_context(_in_background(state.usage.keep_flushing(state.registry)))
-    if settings.import_ is not None:
-        await import_tree(state, settings.import_)
+    await stack.enter_async_context(importing(state, settings.import_))
     await state.sync_pinned()
     await stack.enter_async_context(_in_background(validate_all(state)))
     return state

@@ -64,6 +64,7 @@ class ServerState:
         default_factory=dict
     )  # stored digests; why one may not be worn
     is_draining: bool = False  # about to end: what runs may finish, nothing new begins
+    num_imports_pending: int = 0  # folders of --import that failed for a passing reason and are tried again
     last_item_bytes: ItemBytes | None = None
     store_lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # an artifact and its version come and go together
 

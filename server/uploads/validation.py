@@ -57,17 +57,17 @@ class ValidatedArtifact:
     checks: list[Check]
 
 
-async def validate(state: ServerState, folder: Path) -> ValidatedArtifact:
+async def validate(state: ServerState, folder: Path, limit_s: float | None = None) -> ValidatedArtifact:
     """Put a PEFT folder of the staging area to the proof. Raises `ArtifactError`, or `ServerError` where it cannot be.
 
-    What fails leaves nothing behind in the engine.
+    The probes have `limit_s` seconds, by default `PROBE_WITHIN_S`. What fails leaves nothing behind in the engine.
     """
     artifact, patch, checks = await asyncio.to_thread(check_folder, state.ready(), folder)
     digest = artifact.digest
     try:
         async with state.probing:
             with state.in_use.hold([digest]), _staged(state, digest, folder):
-                checks = checks + await _probe(state, artifact, patch)
+                checks = checks + await _probe(state, artifact, patch, limit_s)
     except BaseException:
         await state.mark_for_deletion([digest])
         raise
@@ -157,17 +157,18 @@ def _check_virtual(patch: Patch, ready: Ready) -> None:
         )
 
 
-async def _probe(state: ServerState, artifact: Artifact, patch: Patch) -> list[Check]:
+async def _probe(state: ServerState, artifact: Artifact, patch: Patch, limit_s: float | None = None) -> list[Check]:
     """Let the engine wear an artifact, staged or stored. Raises `ProbeError`, `ParityError`, or `ServerError`."""
     ready, adapter = state.ready(), AdapterRef(artifact.digest, 1.0, patch.num_virtual)
     cases = parity_cases(artifact, ready, patch.num_virtual)
     prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
-    deadline = time.monotonic() + PROBE_WITHIN_S
+    limit_s = PROBE_WITHIN_S if limit_s is None else limit_s
+    deadline = time.monotonic() + limit_s
     try:
-        async with asyncio.timeout_at(asyncio.get_running_loop().time() + PROBE_WITHIN_S):
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + limit_s):
             answers = await _ask_all(state, adapter, prompts, deadline)
     except TimeoutError:
-        raise _late() from None
+        raise _late(limit_s) from None
     except EngineUnavailable as error:
         raise UnavailableError(str(error), retry_after=2) from None
     lengths = sorted(len(case.prompt_token_ids) for case in prompts)
@@ -240,20 +241,20 @@ async def _ask(state: ServerState, submit: Submit) -> ProbeAnswer:
 
 
 def _failure(failure: EngineFailure) -> Exception:
-    """What the engine's failure means for an upload."""
+    """Map the engine's failure to an upload's error; `TimeoutError` if the probe's time was over."""
     match failure.code:
         case "nonfinite_logits":
             return ProbeError(f"probe: {failure.message}")
         case "adapter_too_large":
             return ArtifactTooLargeError(failure.message)
         case "deadline_exceeded":
-            return _late()
+            return TimeoutError()
         case _:
             return EngineFailedError(failure)
 
 
-def _late() -> ServerError:
-    message = f"the adapter could not be probed within {PROBE_WITHIN_S:g} s, for the engine is busy; nothing was stored"
+def _late(limit_s: float) -> ServerError:
+    message = f"the adapter could not be probed within {limit_s:g} s, for the engine is busy; nothing was stored"
     return ProbeLateError(message, retry_after=5)
 
 
