@@ -16,7 +16,7 @@ RUN python -m venv /opt/manyhats
 WORKDIR /src
 # What others made is a layer of its own: a change of ours does not fetch torch again.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['train'], sep='\n')" \
     > requirements.txt && pip install -r requirements.txt
 COPY LICENSE ./
 COPY adapters_store adapters_store
