@@ -25,6 +25,7 @@ from rich.markup import escape
 from adapters_store.base.identity import BaseUnavailableError
 from adapters_store.base.resolve import resolve_base
 from server import listen, logs, process_memory
+from server.cli.kernels import compile_kernels
 from server.engine.process_client import ProcessEngineClient
 from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
 
@@ -79,6 +80,8 @@ def serve(**flags: Any) -> None:
                 folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
         except (BaseUnavailableError, OSError) as error:
             raise _stop(console, str(error)) from error
+        if settings.device == "cpu":
+            compile_kernels(settings.precision, console)
         is_loading = stack.enter_context(contextlib.ExitStack())
         is_loading.enter_context(process_memory.loading())
 
