@@ -80,7 +80,11 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     blobs = await asyncio.to_thread(_open_store, settings, registry)
     stack.push_async_callback(engine.close)
     _, tokenizer = await _both(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
-    metrics = Metrics(lambda: engine.stats, lambda: getattr(engine, "pid", None))
+    metrics = Metrics(
+        lambda: engine.stats,
+        lambda: getattr(engine, "pid", None),
+        lambda: None if engine.ready is None else engine.ready.forward,
+    )
     store = Tenants(registry.engine)
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
     callers = Callers(store, admin_key, settings.host)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -30,6 +31,8 @@ async def ready(request: Request) -> Response:
         return JSONResponse(status, 503, {"Retry-After": "2"})
     body: dict[str, Any] = {"status": "ready", "base": client.ready.spec.name, "precision": client.ready.precision}
     body |= {"load_seconds": round(client.ready.load_seconds, 3), "imports_pending": state.num_imports_pending}
+    if client.ready.forward is not None:
+        body["forward"] = msgspec.to_builtins(client.ready.forward)
     return JSONResponse(body)
 
 

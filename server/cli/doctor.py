@@ -221,10 +221,8 @@ def _base(report: Report, settings: Settings | None) -> Section:
 def _base_folder(settings: Settings) -> Path | None:
     from adapters_store.base.resolve import SMOLLM2, SMOLLM2_FOLDER
 
-    if settings.base == SMOLLM2:
-        folder = settings.cache / "bases" / SMOLLM2_FOLDER
-    else:
-        folder = Path(settings.base).expanduser()
+    ours = settings.cache / "bases" / SMOLLM2_FOLDER
+    folder = ours if settings.base == SMOLLM2 else Path(settings.base).expanduser()
     if (folder / "config.json").is_file():
         return folder
     return _hub_folder(settings.base) if settings.base.count("/") == 1 else None

@@ -105,7 +105,9 @@ def compile_kernels(precision: str, console: Console, cache: KernelCache | None 
         with _shown(console) as on_change:
             compilation.run(on_change)
     except (CompilerError, OSError) as error:
-        log.warning("kernels were not compiled ahead; the engine compiles them as it loads", extra={"reason": str(error)})
+        log.warning(
+            "kernels were not compiled ahead; the engine compiles them as it loads", extra={"reason": str(error)}
+        )
         return
     cache.mark_complete(precision)
     done = f"compiled kernels are kept in {cache.folder}: the next start does not compile"
@@ -145,3 +147,7 @@ class _Lines:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":  # for an image that is built with its kernels
+    compile_kernels("auto", Console(stderr=True))

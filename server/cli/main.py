@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.metadata import entry_points
 from pathlib import Path
 from socket import socket
@@ -34,12 +35,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRAINING = ("train", "compare")  # commands that need the extra `train`
+
 
 def main() -> None:
     """Run a subcommand of whichever package has it."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
     app.callback()(lambda: None)
     wanted = {entry.name: entry for entry in entry_points(group="manyhats.commands")}
+    if sys.argv[1:2] != [] and sys.argv[1] in TRAINING and "--help" not in sys.argv:
+        _require_extra("train", f"{sys.argv[1]}:")
     chosen = [wanted[word] for word in sys.argv[1:2] if word in wanted] or list(wanted.values())
     for entry in chosen:  # only what is run is imported: training's libraries take seconds
         command = entry.load()
@@ -48,6 +53,21 @@ def main() -> None:
             continue
         app.command(entry.name, **getattr(command, "options", {}))(command)
     app()
+
+
+def _require_extra(extra: str, what: str) -> None:
+    """Exit with the command that installs an extra of ours, unless all of its packages are here."""
+    lacking = []
+    for line in metadata.requires("manyhats") or []:
+        name, _, marker = line.partition(";")
+        if extra in re.findall(r"extra == ['\"]([\w-]+)['\"]", marker):
+            try:
+                metadata.version(re.match(r"[\w.-]+", name)[0])  # type: ignore[index]
+            except metadata.PackageNotFoundError:
+                lacking.append(name.strip())
+    if lacking:
+        reason = f"{', '.join(lacking)} not installed; run: pip install 'manyhats[{extra}]' (in a clone: make test)"
+        raise SystemExit(_stop(Console(stderr=True), reason, what).exit_code)
 
 
 def bench(context: typer.Context) -> None:

@@ -24,7 +24,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class KernelCache:
-    """A folder of compiled kernels. `folder` is None if none can be written; `refused` is the usual one if it cannot."""
+    """A folder of compiled kernels; None if none can be written. `refused` is the usual one, if that cannot be."""
 
     folder: Path | None
     refused: Path | None = None
@@ -50,15 +50,17 @@ def digest() -> str:
 
 
 def build_key() -> str:
-    """Sixteen hex digits of all that Numba asks before it takes a kernel from disk: file times, versions and the CPU."""
+    """Sixteen hex digits of what Numba asks before it takes a kernel from disk: file times, versions, the CPU."""
     stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _sources()]
     said = repr([stamps, version("numba"), version("llvmlite"), platform.python_version(), sorted(set(_cpu()))])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def find_cache(base: Path | None = None) -> KernelCache:
-    """The folder for these sources below `base` (by default the user's cache), or one of the user's in the temporary
-    folder if that cannot be written."""
+    """The folder for these sources below `base`, by default the user's cache.
+
+    If that cannot be written it is a folder of this user's alone in the temporary folder, which may go at a reboot.
+    """
     usual = (base or default_cache()) / "kernels" / digest()
     if is_writable(usual):
         return KernelCache(usual)

@@ -64,7 +64,7 @@ def test_what_auto_means() -> None:
 
 
 def test_what_a_person_reads(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --json there is a line for each value, and for each fault what is wrong and what to do; then it exits 1."""
+    """Without --json there is a line for each value, and for each fault what is wrong and what to do; it exits 1."""
     code, said = run("--base", str(tiny_base))
     assert code == 0 and "nothing is wrong" in said and "precision" in said
     monkeypatch.setenv("MANYHATS_MAX_RUNING", "1")
