@@ -1,4 +1,4 @@
-"""What Prometheus sees: requests and tokens by task and by tenant, times, and the engine's own state.
+"""The metrics for Prometheus: requests and tokens by task and by tenant, times, and the engine's own state.
 
 Label values come from resolved tasks and tenants alone, and from at most `MAX_TASKS` and `MAX_TENANTS` of them (the
 rest are `_other`), so that no request can make a series. Versions come without end: the `MAX_VERSIONS` that were used
@@ -96,7 +96,7 @@ class Metrics:
         return key
 
     def render(self) -> bytes:
-        """Prometheus's text format."""
+        """Render all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
@@ -123,7 +123,7 @@ class EngineCollector(Collector):
 
 
 class ForwardCollector(Collector):
-    """How the base is computed, read when it is asked for; nothing while no engine is ready."""
+    """The base's forward as gauges, read when it is asked for; nothing while no engine is ready."""
 
     def __init__(self, forward: Callable[[], ForwardReport | None]) -> None:
         self._forward = forward

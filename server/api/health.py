@@ -38,13 +38,13 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics", dependencies=[Depends(identify), Depends(only_operator)])
 async def metrics(request: Request) -> Response:
-    """Prometheus's text format."""
+    """The metrics in Prometheus's text format."""
     return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/openapi.json", dependencies=[Depends(identify)])
 async def document(request: Request) -> Response:
-    """This document."""
+    """The OpenAPI document of this server."""
     return JSONResponse(request.app.openapi())
 
 

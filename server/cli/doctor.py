@@ -1,7 +1,7 @@
-"""`manyhats doctor`: what this machine would serve with, and what is wrong on it.
+"""`manyhats doctor`: show what this machine would serve with, and name what is wrong on it.
 
-It loads neither torch nor a base, so that it is quick and says something on a machine where those are broken. Each
-section is found by itself: one that cannot be told is a fault of its own, and the others are still shown.
+It loads neither torch nor a base, so that it is quick and says something even if those are broken. Each section is
+found by itself: one that cannot be told is a fault of its own, and the others are still shown.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Section = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and what to do about it, a sentence each without a full stop."""
+    """A fault of this machine and what to do about it, a sentence each without a full stop."""
 
     what: str
     do: str
@@ -45,13 +45,13 @@ class Fault:
 
 @dataclass
 class Report:
-    """What the doctor found: sections of names and values, and faults."""
+    """Everything that was found: sections of names and values, and faults."""
 
     sections: dict[str, Section] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
     def fault(self, what: str, do: str) -> None:
-        """Add a fault."""
+        """Add a fault to the report."""
         self.faults.append(Fault(what, do))
 
 
@@ -88,7 +88,7 @@ def examine(base: str | None = None) -> Report:
 
 
 def _guarded(report: Report, name: str, find: Callable[[], Any]) -> Any:
-    """What `find` finds, or None and a fault if it raises."""
+    """Return what `find` finds; None, with a fault added, if it raises."""
     try:
         return find()
     except Exception as error:  # noqa: BLE001 - whatever is broken here, the rest is told
@@ -174,7 +174,7 @@ def _cpu() -> Section:
 
 
 def _kernels(report: Report, settings: Settings | None) -> Section:
-    """Whether the kernels of the chosen precision are compiled, and where they are kept."""
+    """Tell whether the kernels of the chosen precision are compiled, and in which folder."""
     from server.model.backends.kernel_cache import find_cache
 
     cache, precision = find_cache(), "auto" if settings is None else settings.precision

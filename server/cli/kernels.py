@@ -90,7 +90,7 @@ def _compiler(precision: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def compile_kernels(precision: str, console: Console, cache: KernelCache | None = None) -> None:
-    """Compile what this precision needs, unless it is on disk already; say what is done and where it is kept.
+    """Compile what this precision needs, unless it is on disk already; say what is done and name its folder.
 
     Without a folder that can be written, or if a compiling process fails, this is said and the start goes on: the
     engine then compiles what it needs as it loads.

@@ -119,7 +119,7 @@ async def _serve(
 ) -> str | None:
     """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal.
 
-    Why it could not start, in a sentence for the operator; None where it did.
+    Returns why it could not start, in a sentence for the operator; None if it did.
     """
     engine = ProcessEngineClient(settings.engine_config(folder))
     starting = asyncio.create_task(engine.start())
@@ -153,7 +153,7 @@ def _stop(console: Console, reason: str, what: str = "cannot start:") -> typer.E
 
 
 def _greet(state: ServerState, url: str, console: Console, seconds: float) -> None:
-    """Say where it serves, and a curl that works when pasted."""
+    """Print the server's address and tasks, and a curl that works when pasted."""
     from adapters_store.registry.registry import DEFAULT_TENANT  # by now it is here
 
     settings, ready = state.settings, state.ready()

@@ -1,4 +1,4 @@
-"""What this machine's CPU can do; imports no torch, so that it can be asked quickly."""
+"""Ask this machine's CPU for its features; imports no torch, so that it is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where compiled CPU kernels are kept on disk, and whether they are all there; imports neither Numba nor torch.
+"""Find the folder of compiled CPU kernels, and tell whether all are there; imports neither Numba nor torch.
 
 Numba's own cache looks at one source file at a time, and would go on with what an older neighbour of that file had
 inlined. So each state of the kernels' sources has a folder of its own, named by their digest.

@@ -1,4 +1,4 @@
-"""What the CPU computes itself because no library has it: products that no neighbour changes, paged attention, hats.
+"""CPU kernels (Numba): batch-invariant products, paged attention, adapter primitives, norms and gates.
 
 Rooms above call these where `supports` says so, and the slow twins in plain torch elsewhere.
 """
@@ -15,5 +15,5 @@ if (_folder := find_cache().folder) is not None:
 
 
 def supports(device: str, dtype: torch.dtype) -> bool:
-    """Whether these kernels serve activations of this type on this device: the one place where that is chosen."""
+    """Tell whether these kernels serve activations of this type on this device; nothing else decides it."""
     return torch.device(device).type == "cpu" and dtype == torch.float32

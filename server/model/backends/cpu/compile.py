@@ -39,11 +39,11 @@ class Samples:
         self.paged = self.ids, self.ids, self.pairs, self.pairs, self.ids
 
     def products(self) -> list[Call]:
-        """Linear layers."""
+        """Products of linear layers."""
         return [(product, (self.rows, self.weight, self.row, self.row, self.row, self.rows, 1, NO_PREFETCH))]
 
     def attention(self) -> list[Call]:
-        """Paged attention."""
+        """Paged attention over the KV cache."""
         cache = np.zeros((1, 1, 1, 1), self.stored.dtype)
         params, out = (np.float32(1.0), 0, np.float32(0.0)), np.zeros((1, 1, 1), np.float32)
         arguments = self.rows, self.rows, self.rows, cache, cache, 1, *self.paged, params, out
@@ -71,7 +71,7 @@ class Samples:
         ]
 
     def decoder(self) -> list[Call]:
-        """All layers as one call; it is made of all parts before it."""
+        """The layers as one call; it is made of all parts before it."""
         records, last = np.zeros(1, decoder.LAYER), np.zeros(0, decoder.NORM)
         rotary, item_types = (self.rows, self.rows, self.rows), (self.weight[:0, 0, 0], self.stored)
         arguments = self.rows, records, last, rotary, self.paged, item_types, self.row_adapters, 1
