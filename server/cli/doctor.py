@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass
 class Report:
-    """Everything that was found: sections of names and values, and faults."""
+    """The sections, of names and values each, and the faults of one examination."""
 
     sections: dict[str, Section] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
