@@ -66,7 +66,9 @@ def _require_extra(extra: str, what: str) -> None:
             except metadata.PackageNotFoundError:
                 lacking.append(name.strip())
     if lacking:
-        reason = f"{', '.join(lacking)} not installed; run: pip install 'manyhats[{extra}]' (in a clone: make test)"
+        clone = Path(__file__).parents[2]
+        project = f"-e '{clone}[{extra}]'" if (clone / "pyproject.toml").is_file() else f"'manyhats[{extra}]'"
+        reason = f"{', '.join(lacking)} not installed; run: {sys.executable} -m pip install {project}"
         raise SystemExit(_stop(Console(stderr=True), reason, what).exit_code)
 
 
