@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 COMPILER = (sys.executable, "-m", "server.model.backends.cpu.compile")
 # Each part, and the parts that it is made of; those that take longest are begun first.
 PARTS: dict[str, tuple[str, ...]] = {
+    "adapters": (),
     "attention": (),
     "products": (),
-    "adapters": (),
-    "adapter rows": (),
     "norms": (),
+    "adapter rows": (),
     "decoder": ("attention", "products", "adapters", "adapter rows", "norms"),
 }
 OnChange = Callable[[list[str], int], None]  # the parts that are being compiled, and how many are done
