@@ -25,7 +25,9 @@ PARTS: dict[str, tuple[str, ...]] = {
     "products": (),
     "norms": (),
     "adapter rows": (),
-    "decoder": ("attention", "products", "adapters", "adapter rows", "norms"),
+    "layer products": ("adapters", "products", "adapter rows"),
+    "layer attention": ("adapters", "attention", "norms"),
+    "decoder": ("layer products", "layer attention"),
 }
 OnChange = Callable[[list[str], int], None]  # the parts that are being compiled, and how many are done
 

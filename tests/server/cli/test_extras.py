@@ -41,8 +41,8 @@ def imports(path: Path) -> Iterator[str]:
 def test_serving_imports_nothing_of_training(package: str) -> None:
     """No file of the server or the store imports a package that only training has, not even in a function."""
     assert len(FOR_TRAINING) >= 4
-    wrong = {path.name: sorted(FOR_TRAINING.intersection(imports(path))) for path in (ROOT / package).rglob("*.py")}
-    assert not {name: found for name, found in wrong.items() if found}
+    wrong = {path: sorted(FOR_TRAINING.intersection(imports(path))) for path in (ROOT / package).rglob("*.py")}
+    assert not {path: found for path, found in wrong.items() if found}
 
 
 def test_both_sets_are_apart() -> None:

@@ -50,8 +50,8 @@ def is_running(pid: str) -> bool:
 def test_the_first_start_says_it_and_the_second_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines say what is being compiled and how many are left, a sentence where it is kept; then all is silent."""
     first = said_by().splitlines()
-    assert first[0].startswith("compiling kernels, once: 6 of 6 parts left, now adapters") and len(first) <= 8
-    assert "1 of 6 parts left, now decoder" in first[-2]
+    assert first[0].startswith("compiling kernels, once: 8 of 8 parts left, now adapters") and len(first) <= 10
+    assert "1 of 8 parts left, now decoder" in first[-2]
     assert f"{find_cache().folder}: the next start does not compile" in first[-1]
     monkeypatch.setattr(kernels, "COMPILER", ("false",))
     assert said_by() == ""
@@ -60,7 +60,7 @@ def test_the_first_start_says_it_and_the_second_nothing(monkeypatch: pytest.Monk
 def test_a_terminal_has_a_bar() -> None:
     """On a terminal there is one bar instead of lines."""
     text = said_by(is_terminal=True)
-    assert "compiling kernels" in text and "/6" in text and "parts left" not in text
+    assert "compiling kernels" in text and "/8" in text and "parts left" not in text
 
 
 def test_another_precision_is_another_set() -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 
 from server.model.backends.base import KINDS
@@ -21,7 +22,7 @@ from server.model.backends.cpu.vector import PANEL
 from server.model.precision import has_halves
 
 ITEM_TYPE_OF = {"fp32": np.float32, "fp16": np.uint16, "int8": np.int8}  # of packed weights, as `weights` packs them
-Call = tuple[Any, tuple[Any, ...]]  # a kernel, and samples of its arguments
+Call = tuple[Any, tuple[Any, ...]]  # a kernel, and samples of its arguments or their types
 
 
 class Samples:
@@ -37,6 +38,10 @@ class Samples:
         acts = np.zeros((1, len(KINDS)), np.bool_)
         self.row_adapters = self.pairs, self.ids, self.row, self.ids, table, acts, 0, self.stored
         self.paged = self.ids, self.ids, self.pairs, self.pairs, self.ids
+        self.rotary = self.rows, self.rows, self.rows
+        self.item_type = self.weight[:0, 0, 0]
+        self.layers = np.zeros(1, decoder.LAYER)
+        self.of_layer = numba.typeof(self.layers).dtype  # the types of what a layer's record holds
 
     def products(self) -> list[Call]:
         """Products of linear layers."""
@@ -70,21 +75,35 @@ class Samples:
             (layers.best, (self.rows, self.ids)),
         ]
 
+    def layer_products(self) -> list[Call]:
+        """A layer's products with the adapters on them."""
+        linear = self.of_layer.typeof("qkv")
+        return [(decoder._linear, (self.rows, linear, self.item_type, self.row_adapters, 1))]
+
+    def layer_attention(self) -> list[Call]:
+        """A layer's attention, and its norms with the adapters on them."""
+        params, cache = self.of_layer.typeof("params"), self.of_layer.typeof("cache")
+        return [
+            (decoder._attend, (self.rows, params, cache, self.rotary, self.paged, self.stored)),
+            (decoder._norm, (self.rows, self.of_layer.typeof("input_norm"), self.row_adapters)),
+        ]
+
     def decoder(self) -> list[Call]:
         """The layers as one call; it is made of all parts before it."""
-        records, last = np.zeros(1, decoder.LAYER), np.zeros(0, decoder.NORM)
-        rotary, item_types = (self.rows, self.rows, self.rows), (self.weight[:0, 0, 0], self.stored)
-        arguments = self.rows, records, last, rotary, self.paged, item_types, self.row_adapters, 1
+        last, item_types = np.zeros(0, decoder.NORM), (self.item_type, self.stored)
+        arguments = self.rows, self.layers, last, self.rotary, self.paged, item_types, self.row_adapters, 1
         return [(decoder.decoder_layers, arguments)]
 
 
-# The name of a part, as it is shown, and what compiles it; in the order in which they are begun.
+# The name of a part, as it is shown, and what compiles it.
 PARTS: dict[str, Callable[[Samples], list[Call]]] = {
-    "products": Samples.products,
-    "attention": Samples.attention,
     "adapters": Samples.adapters,
-    "adapter rows": Samples.adapter_rows,
+    "attention": Samples.attention,
+    "products": Samples.products,
     "norms": Samples.norms,
+    "adapter rows": Samples.adapter_rows,
+    "layer products": Samples.layer_products,
+    "layer attention": Samples.layer_attention,
     "decoder": Samples.decoder,
 }
 
@@ -92,7 +111,12 @@ PARTS: dict[str, Callable[[Samples], list[Call]]] = {
 def compile_part(name: str, precision: str) -> None:
     """Compile a part of `PARTS` for a precision, or take it from the cache on disk."""
     for kernel, samples in PARTS[name](Samples(precision)):
-        kernel.compile(tuple(kernel.typeof_pyval(sample) for sample in samples))
+        kernel.compile(types_of(kernel, samples))
+
+
+def types_of(kernel: Any, samples: tuple[Any, ...]) -> tuple[numba.types.Type, ...]:
+    """The types by which Numba finds a compiled kernel; a sample may be a type itself."""
+    return tuple(each if isinstance(each, numba.types.Type) else kernel.typeof_pyval(each) for each in samples)
 
 
 def main() -> None:

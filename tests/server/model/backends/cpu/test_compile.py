@@ -22,7 +22,7 @@ best_tokens(torch.zeros(1, 5))
 samples = ahead.Samples(loaded.precision)
 for part in ahead.PARTS.values():
     for kernel, arguments in part(samples):
-        types = tuple(kernel.typeof_pyval(argument) for argument in arguments)
+        types = ahead.types_of(kernel, arguments)
         for called in kernel.overloads:
             assert called == types, (kernel.py_func.__name__, called, types)
         print(kernel.py_func.__name__, len(kernel.overloads))
