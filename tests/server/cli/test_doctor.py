@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -135,9 +136,11 @@ def test_the_build_is_read_from_torch_itself(tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     assert room._torch_cuda() is None or room._torch_cuda()
     (tmp_path / "version.py").write_text("__version__ = '2.13.0'\ncuda: Optional[str] = '12.8'\n")
-    monkeypatch.setattr(room.util, "find_spec", lambda _name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda _name: SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    )
     assert room._torch_cuda() == "12.8"
-    monkeypatch.setattr(room.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     assert room._torch_cuda() is None
 
 
