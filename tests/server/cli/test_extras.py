@@ -7,12 +7,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-from server.cli import main as room
 from server.cli.main import main
 
 ROOT = Path(__file__).parents[3]
@@ -70,8 +70,8 @@ def test_training_without_its_packages(
         return version(name)
 
     requires = ["torch==2.13.0", "peft==0.21.2; extra == 'train'", 'sacrebleu~=2.6 ; extra == "train"', "rich~=15"]
-    monkeypatch.setattr(room.metadata, "requires", lambda _name: requires)
-    monkeypatch.setattr(room.metadata, "version", lacking)
+    monkeypatch.setattr(metadata, "requires", lambda _name: requires)
+    monkeypatch.setattr(metadata, "version", lacking)
     monkeypatch.setattr(sys, "argv", ["manyhats", command, "--data", "x.csv"])
     monkeypatch.setenv("NO_COLOR", "1")
     with pytest.raises(SystemExit) as end:

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Compile in processes that do nothing, and keep the result in a home of the test's own."""
     monkeypatch.setattr(kernels, "COMPILER", (sys.executable, "-c", ECHO))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(kernel_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
 
 
 def said_by(cache: KernelCache | None = None, is_terminal: bool = False) -> str:

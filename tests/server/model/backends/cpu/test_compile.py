@@ -13,7 +13,8 @@ PROGRAM = """
 import sys
 import torch
 from server.model.backends.cpu import compile as ahead
-from server.model.runner import RunnerConfig, load
+from server.core import RunnerConfig
+from server.model.runner import load
 from server.model.sampler import best_tokens
 
 folder, precision = sys.argv[1:]
