@@ -16,7 +16,7 @@ RUN python -m venv /opt/manyhats
 WORKDIR /src
 # What others made is a layer of its own: a change of ours does not fetch torch again.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*project['dependencies'], *project['optional-dependencies']['train'], sep='\n')" \
     > requirements.txt && pip install -r requirements.txt
 COPY LICENSE ./
 COPY adapters_store adapters_store
@@ -31,7 +31,7 @@ RUN if [ "$BAKE_BASE" = 1 ]; then \
         export HOME=/home/manyhats && model=/opt/manyhats/lib/python3.11/site-packages/server/model \
         && touch -d 2026-01-01 "$model"/backends/cpu/*.py && python -m compileall -q "$model"/backends/cpu/*.py \
         && python -m adapters_store.base.resolve smollm2-135m \
-        && python -c "from adapters_store.base.resolve import resolve_base as r; from server.model.runner import RunnerConfig as C, load; load(C(folder=str(r('smollm2-135m')), name='smollm2-135m'))"; \
+        && python -m server.cli.kernels; \
     fi
 
 FROM runtime

@@ -1,17 +1,24 @@
 # The commands that README, CI and people use. Everything is set up on first use, and again only when it changes.
+# `make serve` installs what serving needs; what the other targets need is added to it when one of them is first used.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= var
 
 .PHONY: serve test check bench peer-openvino peer-llama peer-vllm clean
-$(VENV)/.installed: pyproject.toml
+# Python compiles the modules that are imported when they first are: a seventh of those that are installed.
+INSTALL := -m pip install --disable-pip-version-check --progress-bar on --no-compile
+$(VENV)/.serving: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("manyhats needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[dev]'
+	$(BIN)/python $(INSTALL) -e .
 	touch $@
 
-serve: $(VENV)/.installed
+$(VENV)/.installed: $(VENV)/.serving
+	$(BIN)/python $(INSTALL) -e '.[dev]'
+	touch $@
+
+serve: $(VENV)/.serving
 	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA) --import adapters_store/examples
 
 test: $(VENV)/.installed

@@ -30,7 +30,7 @@ from server.requests.version_stats import Recent
 from server.settings import Settings
 from server.state import ServerState
 from server.together import together
-from server.uploads.preload import import_tree
+from server.uploads.preload import TreeImport
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
 from server.uploads.service import UploadService
@@ -85,14 +85,17 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     blobs = await asyncio.to_thread(_open_store, settings, registry)
     stack.push_async_callback(engine.close)
     _, tokenizer = await together(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
-    metrics = Metrics(lambda: engine.stats, lambda: getattr(engine, "pid", None))
+    metrics = Metrics(
+        lambda: engine.stats,
+        lambda: getattr(engine, "pid", None),
+        lambda: None if engine.ready is None else engine.ready.forward,
+    )
     fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device)
     state = _assemble(settings, engine, registry, blobs, tokenizer, metrics, fingerprint)
     stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
     await state.revalidation.find_unvalidated()
     await stack.enter_async_context(_in_background(state.usage.keep_flushing(registry)))
-    if settings.import_ is not None:
-        await import_tree(state.uploads, settings.import_)
+    await stack.enter_async_context(state.imports.running(settings.import_))
     await state.retention.sync_pinned()
     await stack.enter_async_context(_in_background(state.revalidation.validate_all()))
     return state
@@ -114,6 +117,7 @@ def _assemble(
     retention = ArtifactRetention(registry, blobs, client)
     validator = Validator(client, blobs, retention)
     revalidation = Revalidation(registry, blobs, retention, validator, fingerprint)
+    uploads = UploadService(registry, blobs, client, metrics, retention, validator, revalidation)
     return ServerState(
         settings,
         client,
@@ -129,7 +133,8 @@ def _assemble(
         retention,
         revalidation,
         GenerationService(client, registry, tokenizer, metrics, usage, rate_limiter, recent, retention, revalidation),
-        UploadService(registry, blobs, client, metrics, retention, validator, revalidation),
+        uploads,
+        TreeImport(uploads),
     )
 
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.core import ForwardReport
 from server.engine.messages import Stats
 
 MAX_TASKS = 200
@@ -28,7 +29,12 @@ GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.4, 0.8, 1.5, 3,
 class Metrics:
     """The server's metrics, in a registry of their own."""
 
-    def __init__(self, stats: Callable[[], Stats], engine_pid: Callable[[], int | None]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], Stats],
+        engine_pid: Callable[[], int | None],
+        forward: Callable[[], ForwardReport | None] = lambda: None,
+    ) -> None:
         self.registry = CollectorRegistry()
         self._tasks: set[str] = set()
         self._tenants: set[str] = set()
@@ -58,6 +64,7 @@ class Metrics:
         text = "From arrival to the first token, by tenant"
         self.tenant_ttft = self._histogram("tenant_time_to_first_token_seconds", text, SECONDS, by_tenant)
         self.registry.register(EngineCollector(stats, engine_pid))
+        self.registry.register(ForwardCollector(forward))
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(f"manyhats_{name}", text, labels, registry=self.registry)
@@ -113,6 +120,31 @@ class EngineCollector(Collector):
             if process == "front" or pid is not None:
                 memory.add_metric([process], _resident(pid))
         yield memory
+
+
+class ForwardCollector(Collector):
+    """The base's forward as gauges, read when it is asked for; nothing while no engine is ready."""
+
+    def __init__(self, forward: Callable[[], ForwardReport | None]) -> None:
+        self._forward = forward
+
+    def collect(self) -> Iterator[Metric]:
+        """The share of each kind of part that is fused, 0 to 1, and what the base runs as in labels."""
+        forward = self._forward()
+        if forward is None:
+            return
+        counts = {name: getattr(forward, name) for name in ("attentions", "gated_blocks", "norms")}
+        ratios = {name: count.fused / count.total for name, count in counts.items() if count.total}
+        ratios |= {"whole_decoder": float(forward.is_whole_decoder), "direct_forward": float(forward.is_direct)}
+        text = "Share of the base's parts that run fused; below 1 it is slower than it could be"
+        ratio = GaugeMetricFamily("manyhats_forward_fused_ratio", text, labels=["part"])
+        for part, value in ratios.items():
+            ratio.add_metric([part], value)
+        yield ratio
+        labels = {"backend": forward.backend, "precision": forward.precision, "threads": str(forward.num_threads)}
+        info = GaugeMetricFamily("manyhats_forward_info", "What the base runs as, always 1", labels=[*labels])
+        info.add_metric([*labels.values()], 1.0)
+        yield info
 
 
 def _bounded(name: str, known: set[str], max_names: int) -> str:

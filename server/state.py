@@ -16,6 +16,7 @@ from server.requests.tokenizer import Tokenizer
 from server.requests.usage import UsageBuffer
 from server.requests.version_stats import Recent
 from server.settings import Settings
+from server.uploads.preload import TreeImport
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
 from server.uploads.service import UploadService
@@ -40,4 +41,5 @@ class ServerState:
     revalidation: Revalidation
     generation: GenerationService
     uploads: UploadService
+    imports: TreeImport
     is_draining: bool = False

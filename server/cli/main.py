@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.metadata import entry_points
 from pathlib import Path
 from socket import socket
@@ -25,6 +26,7 @@ from rich.markup import escape
 from adapters_store.base.identity import BaseUnavailableError
 from adapters_store.base.resolve import resolve_base
 from server import listen, logs, process_memory
+from server.cli.kernels import compile_kernels
 from server.engine.client import require_ready
 from server.engine.process_client import ProcessEngineClient
 from server.settings import PREFIX, Settings, SettingsError, check_environment, flags_of, variable
@@ -34,12 +36,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TRAINING = ("train", "compare")  # commands that need the extra `train`
+
 
 def main() -> None:
     """Run a subcommand of whichever package has it."""
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
     app.callback()(lambda: None)
     wanted = {entry.name: entry for entry in entry_points(group="manyhats.commands")}
+    if sys.argv[1:2] != [] and sys.argv[1] in TRAINING and "--help" not in sys.argv:
+        _require_extra("train", f"{sys.argv[1]}:")
     chosen = [wanted[word] for word in sys.argv[1:2] if word in wanted] or list(wanted.values())
     for entry in chosen:  # only what is run is imported: training's libraries take seconds
         command = entry.load()
@@ -48,6 +54,23 @@ def main() -> None:
             continue
         app.command(entry.name, **getattr(command, "options", {}))(command)
     app()
+
+
+def _require_extra(extra: str, what: str) -> None:
+    """Exit with the command that installs an extra of ours, unless all of its packages are here."""
+    lacking = []
+    for line in metadata.requires("manyhats") or []:
+        name, _, marker = line.partition(";")
+        if extra in re.findall(r"extra == ['\"]([\w-]+)['\"]", marker):
+            try:
+                metadata.version(re.match(r"[\w.-]+", name)[0])  # type: ignore[index]
+            except metadata.PackageNotFoundError:
+                lacking.append(name.strip())
+    if lacking:
+        clone = Path(__file__).parents[2]
+        project = f"-e '{clone}[{extra}]'" if (clone / "pyproject.toml").is_file() else f"'manyhats[{extra}]'"
+        reason = f"{', '.join(lacking)} not installed; run: {sys.executable} -m pip install {project}"
+        raise SystemExit(_stop(Console(stderr=True), reason, what).exit_code)
 
 
 def bench(context: typer.Context) -> None:
@@ -80,6 +103,8 @@ def serve(**flags: Any) -> None:
                 folder = resolve_base(settings.base, settings.cache, lambda line: console.print(line, markup=False))
         except (BaseUnavailableError, OSError) as error:
             raise _stop(console, str(error)) from error
+        if settings.device == "cpu":
+            compile_kernels(settings.precision, console)
         is_loading = stack.enter_context(contextlib.ExitStack())
         is_loading.enter_context(process_memory.loading())
 
@@ -97,7 +122,7 @@ async def _serve(
 ) -> str | None:
     """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal.
 
-    Why it could not start, in a sentence for the operator; None where it did.
+    Returns why it could not start, in a sentence for the operator; None if it did.
     """
     engine = ProcessEngineClient(settings.engine_config(folder))
     starting = asyncio.create_task(engine.start())
@@ -131,7 +156,7 @@ def _stop(console: Console, reason: str, what: str = "cannot start:") -> typer.E
 
 
 def _greet(state: ServerState, url: str, console: Console, seconds: float) -> None:
-    """Say where it serves, and a curl that works when pasted."""
+    """Print the server's address and tasks, and a curl that works when pasted."""
     from adapters_store.registry.registry import DEFAULT_TENANT  # by now it is here
 
     settings, ready = state.settings, require_ready(state.client)

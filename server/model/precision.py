@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 
-import llvmlite.binding
 import torch
 
 from adapters_store.base.spec import ItemBytes
+from server.model.host_cpu import has_halves as has_halves
 
 DTYPE_OF_PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -23,11 +22,6 @@ def choose_storage_dtypes(precision: str, device: str) -> StorageDtypes:
     is_halved = torch.device(device).type == "cpu" and precision != "fp32" and has_halves()
     dtype = compute_dtype(precision, device)
     return StorageDtypes(torch.float16 if is_halved else dtype, dtype)
-
-
-def has_halves() -> bool:
-    """Whether this CPU widens 16-bit floats by itself."""
-    return platform.machine() in ("aarch64", "arm64") or bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from adapters_store.format.archive import ZIP_TYPE, unpack_upload, zipped
 from adapters_store.registry.registry import Registry, Version
 from adapters_store.storage.directory import Blobs
 from server.engine.client import EngineClient, require_ready
+from server.engine.messages import Ready
 from server.errors import ArtifactRefusedError, ServerError, UnavailableError, absent_is_404
 from server.metrics import Metrics
 from server.uploads.retention import ArtifactRetention
@@ -72,12 +73,16 @@ class UploadService:
             self._last_item_bytes = self._client.ready.item_bytes
         return self._last_item_bytes
 
+    def require_ready(self) -> Ready:
+        """Return what the engine says of its base. Raises `UnavailableError` while there is no engine."""
+        return require_ready(self._client)
+
     async def accept(self, spec: UploadSpec, body: AsyncIterator[bytes]) -> RegisteredArtifact:
         """Receive a body, validate it, store and register it; durable on return. A refused one leaves nothing behind.
 
         Raises `ServerError`, which is that of `body` too, or `OSError` of the disk.
         """
-        require_ready(self._client)  # or 503, before a long body comes
+        self.require_ready()  # or 503, before a long body comes
         with self._counted(), self.blobs.staging() as staging:
             await _receive(body, staging / "body")
             async with self._intake_slot():

@@ -66,17 +66,18 @@ class Validator:
         self._client, self._blobs, self._retention = client, blobs, retention
         self._probing = asyncio.Lock()  # one artifact at a time is probed
 
-    async def validate(self, folder: Path) -> ValidatedArtifact:
+    async def validate(self, folder: Path, limit_s: float | None = None) -> ValidatedArtifact:
         """Validate a PEFT folder of the staging area; one that fails leaves nothing behind in the engine.
 
-        Raises `ArtifactError` if it fails, or `ServerError` if the engine cannot tell.
+        The probes have `limit_s` seconds, by default `PROBE_WITHIN_S`. Raises `ArtifactError` if it fails, or
+        `ServerError` if the engine cannot tell.
         """
         artifact, patch, checks = await asyncio.to_thread(check_folder, require_ready(self._client), folder)
         digest = artifact.digest
         try:
             async with self._probing:
                 with self._retention.hold([digest]), self._staged(digest, folder):
-                    checks = checks + await self._probe(artifact, patch)
+                    checks = checks + await self._probe(artifact, patch, limit_s)
         except BaseException:
             await self._retention.mark_for_deletion([digest])
             raise
@@ -100,17 +101,18 @@ class Validator:
         finally:
             self._client.stage(digest, None)
 
-    async def _probe(self, artifact: Artifact, patch: Patch) -> list[Check]:
+    async def _probe(self, artifact: Artifact, patch: Patch, limit_s: float | None = None) -> list[Check]:
         """Run prompts with an artifact, staged or stored. Raises `ProbeError`, `ParityError`, or `ServerError`."""
         ready, adapter = require_ready(self._client), AdapterRef(artifact.digest, 1.0, patch.num_virtual)
         cases = parity_cases(artifact, ready, patch.num_virtual)
         prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
-        deadline = time.monotonic() + PROBE_WITHIN_S
+        limit_s = PROBE_WITHIN_S if limit_s is None else limit_s
+        deadline = time.monotonic() + limit_s
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + PROBE_WITHIN_S):
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + limit_s):
                 answers = await self._ask_all(adapter, prompts, deadline)
         except TimeoutError:
-            raise _late() from None
+            raise _late(limit_s) from None
         except EngineUnavailable as error:
             raise UnavailableError(str(error), retry_after=2) from None
         lengths = sorted(len(case.prompt_token_ids) for case in prompts)
@@ -241,20 +243,20 @@ def _probe_of(ready: Ready, namespace: str, adapter: AdapterRef, case: ParityCas
 
 
 def _failure(failure: EngineFailure) -> Exception:
-    """The error that an engine's failure means for an upload."""
+    """Map an engine's failure to an upload's error; `TimeoutError` if the probe's time was over."""
     match failure.code:
         case "nonfinite_logits":
             return ProbeError(f"probe: {failure.message}")
         case "adapter_too_large":
             return ArtifactTooLargeError(failure.message)
         case "deadline_exceeded":
-            return _late()
+            return TimeoutError()
         case _:
             return EngineFailedError(failure)
 
 
-def _late() -> ServerError:
-    message = f"the adapter could not be probed within {PROBE_WITHIN_S:g} s, for the engine is busy; nothing was stored"
+def _late(limit_s: float) -> ServerError:
+    message = f"the adapter could not be probed within {limit_s:g} s, for the engine is busy; nothing was stored"
     return ProbeLateError(message, retry_after=5)
 
 

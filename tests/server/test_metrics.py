@@ -6,13 +6,15 @@ import os
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.core import EngineFailure
+from server.core import EngineFailure, ForwardReport, FusedCount
+from server.engine.fake import FakeEngineClient
 from server.engine.messages import Stats
 from server.metrics import MAX_TASKS, MAX_VERSIONS, Metrics
-from tests.server.world import Site, open_site
+from tests.server.world import Site, open_site, ready_of
 
 
 def parsed(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -169,3 +171,41 @@ def test_series_of_versions_are_bounded() -> None:
     assert seen.count("manyhats_version_requests_total{") == MAX_VERSIONS
     assert seen.count("manyhats_version_time_to_first_token_seconds_count{") == MAX_VERSIONS
     assert 'version="10"' not in seen and 'version="11"' in seen
+
+
+FORWARD = ForwardReport(
+    backend="cpu",
+    precision="fp16",
+    num_threads=2,
+    num_layers=4,
+    attentions=FusedCount(4, 4),
+    gated_blocks=FusedCount(1, 4),
+    norms=FusedCount(0, 0),
+    is_whole_decoder=False,
+    is_direct=True,
+)
+
+
+@pytest.mark.anyio
+async def test_what_a_base_runs_as(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """What the engine says of the base's forward is in /health/ready and in two gauges, and gone without an engine."""
+    engine = FakeEngineClient(msgspec.structs.replace(ready_of(tiny_base), forward=FORWARD))
+    async with open_site(tiny_base, tmp_path, engine) as site:
+        ready = (await site.http.get("/health/ready")).json()["forward"]
+        found = parsed((await site.http.get("/metrics")).text)
+        engine.die()
+        assert "manyhats_forward" not in (await site.http.get("/metrics")).text
+    assert ready["backend"] == "cpu" and ready["gated_blocks"] == {"fused": 1, "total": 4}
+    assert ready["is_direct"] and not ready["is_whole_decoder"] and ready["num_threads"] == 2
+    ratios = {dict(labels)["part"]: value for labels, value in found["manyhats_forward_fused_ratio"].items()}
+    assert ratios == {"attentions": 1.0, "gated_blocks": 0.25, "whole_decoder": 0.0, "direct_forward": 1.0}
+    labels = (("backend", "cpu"), ("precision", "fp16"), ("threads", "2"))
+    assert found["manyhats_forward_info"] == {labels: 1.0}
+
+
+@pytest.mark.anyio
+async def test_an_engine_without_a_model_has_no_forward(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A fake engine says nothing of a forward, and neither do we."""
+    async with open_site(tiny_base, tmp_path) as site:
+        assert "forward" not in (await site.http.get("/health/ready")).json()
+        assert "manyhats_forward" not in (await site.http.get("/metrics")).text

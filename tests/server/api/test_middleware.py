@@ -93,7 +93,7 @@ async def test_health(site: Site) -> None:
     """Live is 200; ready is 200 with what is served."""
     assert (await site.http.get("/health/live")).json() == {"status": "live"}
     ready = (await site.http.get("/health/ready")).json()
-    assert ready == {"status": "ready", "base": "tiny", "precision": "fp32", "load_seconds": 0.0}
+    assert ready == {"status": "ready", "base": "tiny", "precision": "fp32", "load_seconds": 0.0, "imports_pending": 0}
 
 
 async def test_the_document_stands_alone(shared: Site) -> None:

@@ -1,0 +1,103 @@
+"""Find the folder of compiled CPU kernels, and tell whether all are there; imports neither Numba nor torch.
+
+Numba's own cache looks at one source file at a time, and would go on with what an older neighbour of that file had
+inlined. So each state of the kernels' sources has a folder of its own, named by their digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from adapters_store.base.resolve import default_cache
+
+SOURCES = Path(__file__).parent / "cpu"
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class KernelCache:
+    """A folder of compiled kernels; None if none can be written. `refused` is the usual one, if that cannot be."""
+
+    folder: Path | None
+    refused: Path | None = None
+
+    def is_complete(self, precision: str) -> bool:
+        """Whether all kernels for a precision were compiled here, from these sources, for this CPU."""
+        return self.folder is not None and self._marker(precision).is_file()
+
+    def mark_complete(self, precision: str) -> None:
+        """Note that all kernels for a precision are compiled; a folder that cannot be written stays without a note."""
+        with contextlib.suppress(OSError):
+            if self.folder is not None:
+                self._marker(precision).touch()
+
+    def _marker(self, precision: str) -> Path:
+        folder = self.folder or Path()
+        return folder / f"complete-{precision}-{build_key()}"
+
+
+def digest() -> str:
+    """Sixteen hex digits of the kernels' sources."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()[:16]
+
+
+def build_key() -> str:
+    """Sixteen hex digits of what Numba asks before it takes a kernel from disk: file times, versions, the CPU."""
+    stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _sources()]
+    said = repr([stamps, version("numba"), version("llvmlite"), platform.python_version(), sorted(set(_cpu()))])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def find_cache(base: Path | None = None) -> KernelCache:
+    """The folder for these sources below `base`, by default the user's cache.
+
+    If that cannot be written it is a folder of this user's alone in the temporary folder, which may go at a reboot.
+    """
+    usual = (base or default_cache()) / "kernels" / digest()
+    if is_writable(usual):
+        return KernelCache(usual)
+    spare = Path(tempfile.gettempdir()) / f"manyhats-kernels-{os.getuid()}" / digest()
+    return KernelCache(spare if _is_private(spare.parent) and is_writable(spare) else None, usual)
+
+
+def is_writable(folder: Path) -> bool:
+    """Make a folder, if it is not there, and tell whether a file can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _is_private(folder: Path) -> bool:
+    """Make a folder of this user's alone, or tell that it is another's: what lies there is loaded as code."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        return found.st_uid == os.getuid() and found.st_mode & 0o777 == 0o700 and not folder.is_symlink()
+    except OSError:
+        return False
+
+
+def _sources() -> list[Path]:
+    """The files that kernels are compiled from: the one that asks for it changes none of them."""
+    return sorted(path for path in SOURCES.glob("*.py") if path.name != "compile.py")
+
+
+def _cpu() -> Iterator[str]:
+    """The lines of this CPU's name and features, or as much as the system says of it."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    yield platform.machine()
+    yield from (line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))

@@ -1,0 +1,40 @@
+"""Kernels are compiled ahead for the very types that a loaded base calls them with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[5]
+PROGRAM = """
+import sys
+import torch
+from server.model.backends.cpu import compile as ahead
+from server.core import RunnerConfig
+from server.model.runner import load
+from server.model.sampler import best_tokens
+
+folder, precision = sys.argv[1:]
+loaded = load(RunnerConfig(folder=folder, name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
+best_tokens(torch.zeros(1, 5))
+samples = ahead.Samples(loaded.precision)
+for part in ahead.PARTS.values():
+    for kernel, arguments in part(samples):
+        types = ahead.types_of(kernel, arguments)
+        for called in kernel.overloads:
+            assert called == types, (kernel.py_func.__name__, called, types)
+        print(kernel.py_func.__name__, len(kernel.overloads))
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto", "int8"])
+def test_what_is_compiled_ahead_is_what_is_called(tiny_base: Path, precision: str) -> None:
+    """Loading a base calls each kernel with the types of the samples and no others, so it compiles nothing more."""
+    command = [sys.executable, "-c", PROGRAM, str(tiny_base), precision]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    called = {name for name, number in (line.split() for line in done.stdout.splitlines()) if number == "1"}
+    assert called >= {"product", "attend", "apply", "enter", "rms_norm", "gate", "best", "decoder_layers"}
