@@ -23,7 +23,7 @@ def _num_lines(path: Path) -> int:
 
 
 def _function_sizes() -> list[tuple[str, int]]:
-    found = [*nodes(ast.FunctionDef, *PACKAGES), *nodes(ast.AsyncFunctionDef, *PACKAGES)]
+    found: list[tuple[Path, Function]] = [*nodes(ast.FunctionDef, *PACKAGES), *nodes(ast.AsyncFunctionDef, *PACKAGES)]
     return [(f"{name_of(path)}:{node.name}", _function_size(node)) for path, node in found]
 
 
