@@ -1,0 +1,1 @@
+"""Tests over the source tree itself: docstrings, sizes, names, imports, and the built wheel."""
