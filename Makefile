@@ -23,7 +23,8 @@ serve: $(VENV)/.serving
 
 test: $(VENV)/.installed
 	$(BIN)/python -m adapters_store.base.resolve smollm2-135m
-	$(BIN)/python -m pytest
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage report
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

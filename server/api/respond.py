@@ -15,7 +15,7 @@ from server.requests.service import GenerationService
 from server.requests.spec import GenerationSpec
 
 
-class Form(Protocol):
+class AnswerForm(Protocol):
     """Writes answers as a route's JSON. One object serves one request: it may keep what earlier events said."""
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class Form(Protocol):
 
 
 async def respond(
-    request: Request, service: GenerationService, spec: GenerationSpec, form: Form, is_stream: bool
+    request: Request, service: GenerationService, spec: GenerationSpec, form: AnswerForm, is_stream: bool
 ) -> Response:
     """The response to a spec; the request's log line gets its task and usage.
 

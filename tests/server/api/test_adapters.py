@@ -264,7 +264,7 @@ async def test_an_adapter_that_no_slot_holds(
 ) -> None:
     """An adapter that is larger than all slots together is 413 and says both sizes."""
     async with open_site(tiny_base, tmp_path / "data") as site:
-        ready = site.state.ready()
+        ready = site.state.uploads.require_ready()
         ready.max_adapter_bytes = 1000
         answer = await site.upload("a", zip_folder(loras[0]))
         assert (answer.status_code, error_of(answer)["code"]) == (413, "artifact_too_large")

@@ -21,7 +21,7 @@ from server.core import EngineFailure
 from server.engine.client import require_ready
 from server.engine.fake import FakeEngineClient
 from server.uploads import validation
-from server.uploads.preload import import_tree
+from server.uploads.preload import TreeImport
 from tests.kit.adapters import zip_folder
 from tests.server.uploads.test_validation import echoed, with_parity
 from tests.server.world import Site, error_of, open_site, ready_of, serve_site, until
@@ -222,7 +222,7 @@ async def test_every_door_has_the_same_checks(
     async with serve_site(tiny_base, tmp_path / "data") as site:
         BAD[bad](site, folder)
         said = error_of(await site.upload("a", zip_folder(folder)))["message"]
-        await import_tree(site.state.uploads, tmp_path / "tree")
+        await TreeImport(site.state.uploads).begin(tmp_path / "tree")
         imported = [record.reason for record in caplog.records if record.message == "an adapter was not taken in"]  # type: ignore[attr-defined]
         assert imported == [said]
         with pytest.raises(PushError) as pushed:
