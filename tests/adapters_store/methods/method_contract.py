@@ -38,6 +38,8 @@ from tests.kit.forge import spec_of, toy_spec
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
 
 TinyOf = Callable[[str], Path]
+Made = Callable[[str, int], Path]
+Spoiled = tuple[str, int] | None  # a family of the kit and a seed; none: `sound`
 Values = Mapping[str, Any]
 TensorsCase = tuple[
     Values, Mapping[str, Tensor | None], str, str
@@ -101,7 +103,7 @@ class MethodContract:
             "answered": {**self.CASES, **families},
             "tensors_case": self.TENSORS,
             "config_case": {name: (*case, "")[:3] for name, case in self.CONFIGS.items()},
-            "family": {f"{name}, {seed}": (name, seed) for name in self.FAMILIES for seed in SEEDS},
+            "spoiled": {"sound": None} | {f"{name}, {seed}": (name, seed) for name in self.FAMILIES for seed in SEEDS},
         }
         for argument in tables.keys() & set(metafunc.fixturenames):
             metafunc.parametrize(argument, list(tables[argument].values()), ids=list(tables[argument]))
@@ -183,17 +185,17 @@ class MethodContract:
                         pytest.fail(f"{field.encode_name}={value!r} was taken")
                     assert (caught.value.code, caught.value.param) == ("artifact_invalid", CONFIG)
 
-    def test_a_spoiled_tensor_is_refused_by_its_name(self, sound: Artifact, spec: BaseSpec, tmp_path: Path) -> None:
-        """Missing, extra, of wrong shape or type, not finite: for each kind of tensor, through the real intake."""
-        assert_refused_by_name(sound.config, sound.tensors, tmp_path / "in", spec, self.MAY_MISS)
-
-    def test_a_spoiled_tensor_of_a_family_is_refused_by_its_name(
-        self, family: tuple[str, int], biased_base: Path, artifact: Callable[[str, int], Path], tmp_path: Path
+    def test_a_spoiled_tensor_is_refused_by_its_name(
+        self, spoiled: Spoiled, sound: Artifact, spec: BaseSpec, biased_base: Path, artifact: Made, tmp_path: Path
     ) -> None:
-        """The same for what the kit makes of this method, for a base with biases."""
-        made = read_folder(artifact(*family))
+        """Missing, extra, of wrong shape or type, not finite: for each kind of tensor, through the real intake.
+
+        So it is with `sound`, and with what the kit makes of this method for a base with biases.
+        """
+        made = sound if spoiled is None else read_folder(artifact(*spoiled))
         assert made.config["peft_type"] == self.PEFT_TYPE
-        assert_refused_by_name(made.config, made.tensors, tmp_path / "in", spec_of(biased_base))
+        base = spec if spoiled is None else spec_of(biased_base)
+        assert_refused_by_name(made.config, made.tensors, tmp_path / "in", base, self.MAY_MISS)
 
     def test_a_tensor_of_another_method_is_refused_by_its_name(self, sound: Artifact, spec: BaseSpec) -> None:
         """A tensor that the method does not know is refused, also at a site that it acts on."""
@@ -247,8 +249,11 @@ class MethodContract:
         with pytest.raises(ArtifactError, match=reason) as caught:
             compile_patch(changed(sound, config, {}), spec)
         assert caught.value.code == code or not code
-        assert caught.value.param is not None and caught.value.param in str(caught.value)
-        assert caught.value.param in {CONFIG, *sound.config, *config, *sound.tensors} or PREFIX in caught.value.param
+        assert caught.value.param is not None
+        assert caught.value.param in str(caught.value) or caught.value.param in self.JUDGED
+        keys = {field.encode_name for field in msgspec.structs.fields(self.SCHEMA)}
+        known = {CONFIG, *keys, *self.JUDGED, *sound.config, *config, *sound.tensors}
+        assert caught.value.param in known or caught.value.param.startswith(PREFIX)
 
 
 class LinearContract(MethodContract):
@@ -364,8 +369,15 @@ def flat(thing: Any) -> Iterator[Any]:
 
 def is_same(one: Patch, other: Patch) -> bool:
     """Tell if two patches have the same primitives, bit for bit."""
-    pairs = list(zip(flat(one.primitives), flat(other.primitives), strict=True))
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+    pairs = zip(flat(one.primitives), flat(other.primitives), strict=True)
+    return all(is_equal(*pair) for pair in pairs)
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    """Tell if two fields of primitives are the same, tensors also by their type."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)
 
 
 def site_of(name: str, spec: BaseSpec) -> str:

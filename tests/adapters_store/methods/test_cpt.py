@@ -41,11 +41,7 @@ CONFIGS: dict[str, ConfigCase] = {
     "ids as a text": ({"cpt_token_ids": "123"}, "cpt_token_ids is no list of 3 items"),
     "a longer mask": ({"cpt_mask": [1] * 4}, "cpt_mask is no list of 3 items"),
     "a shorter mask of types": ({"cpt_tokens_type_mask": []}, "cpt_tokens_type_mask is no list of 3 items"),
-    "more tokens than rows": ({"num_virtual_tokens": 4}, r"prompt_embeddings has shape \[3, 8\].*need \[4, 8\]"),
     "another base": ({"token_dim": 9}, "token_dim=9: toy has 8"),
-    "another task": ({"task_type": "SEQ_CLS"}, "CPT with task_type=SEQ_CLS is not served"),
-    "modules to save": ({"modules_to_save": ["lm_head"]}, "CPT with modules_to_save=.* is not served"),
-    "an unknown key": ({"cpt_magic": 1}, "a key that is not known: cpt_magic"),
 }
 CHANGE = "delta_embedding.weight"  # that was not added in
 TENSORS: dict[str, TensorsCase] = {"the change beside the sum": ({}, {CHANGE: torch.ones(T, SIZE)}, CHANGE, "is extra")}

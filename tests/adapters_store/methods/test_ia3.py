@@ -34,7 +34,6 @@ CASES: dict[str, Values] = {
     "the head too": {"target_modules": ["lm_head", "up_proj"], "feedforward_modules": ["lm_head"]},
 }
 TENSORS: dict[str, TensorsCase] = {
-    "extra": ({}, {K.replace("k_proj", "q_proj"): torch.ones(64, 1)}, K.replace("k_proj", "q_proj"), "is extra"),
     "feed-forward's output": ({}, {DOWN: torch.ones(64, 1)}, DOWN, r"need \[1, 96\]"),
     "no linear": ({}, {NORM: torch.ones(64, 1)}, NORM, "no site in"),
     "all outputs": ({"feedforward_modules": []}, {}, DOWN.replace(".1.", ".0."), r"need \[64, 1\]"),
@@ -42,7 +41,6 @@ TENSORS: dict[str, TensorsCase] = {
     "a text": ({"feedforward_modules": "down_proj"}, {}, DOWN.replace(".1.", ".0."), r"need \[64, 1\]"),
     "neither": ({"feedforward_modules": None}, {K: torch.ones(33, 1)}, K, r"need \[32, 1\]"),
     "other targets": ({"target_modules": ["k_proj", "v_proj"]}, {}, DOWN.replace(".1.", ".0."), "is extra"),
-    "none": ({}, dict.fromkeys([K, DOWN]), K, "is missing"),
 }  # fmt: skip
 CONFIGS: dict[str, ConfigCase] = {
     "feed-forward holds a number": ({"feedforward_modules": [3]}, r"\$\.feedforward_modules"),

@@ -31,7 +31,6 @@ CASES: dict[str, Values] = {
     "an expression and the head": {**TARGETS, "target_modules": r".*(down_proj|lm_head)"},
 }
 TENSORS: dict[str, TensorsCase] = {
-    "a site is missing": ({}, dict.fromkeys([A1, B1, A2, B2]), A1, "is missing: target_modules names its site"),
     "another rank": ({"r": 4}, {}, Q, r"shape \[64, 3\].*need \[64, 4\]"),
     "another rank by a pattern": ({"rank_pattern": {"k_proj": 2}}, {}, A1, r"need \[32, 2\]"),
     "a core": ({}, {CORE: torch.ones(3, 3, 1, 1)}, CORE, "LoHa of a convolution .* is not served"),

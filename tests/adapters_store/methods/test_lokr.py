@@ -43,12 +43,10 @@ CASES: dict[str, Values] = {
     "another beginning": {**TARGETS, "init_weights": "lycoris"},
 }
 TENSORS: dict[str, TensorsCase] = {
-    "a site is missing": ({}, dict.fromkeys([W1, A2, B2]), W1, "is missing: target_modules names its site"),
     "w1 and its factors": ({}, WHOLE, A1, "is extra"),
     "w2 and its factors": ({}, {W2: torch.ones(8, 8)}, W2, "is extra"),
     "factors for w1": ({}, {**WHOLE, W1: None}, W1, "is missing"),
     "w1 for factors": ({"decompose_both": True}, {}, Q.replace("w1", "w1_a"), "is missing"),
-    "four dimensions": ({}, {B2: torch.ones(3, 8, 1, 1)}, B2, r"need \[3, 8\]"),
     "another rank": ({"r": 2}, {}, Q.replace("w1", "w2_a"), r"shape \[8, 3\].*need \[8, 2\]"),
     "a rank that makes w2 whole": ({"r": 4}, {}, Q.replace("w1", "w2"), "is missing"),
     "another rank by a pattern": ({"rank_pattern": {"k_proj": 2}}, {}, A2, r"need \[8, 2\]"),

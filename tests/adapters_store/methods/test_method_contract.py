@@ -10,6 +10,8 @@ from adapters_store.methods import METHODS
 from tests.adapters_store.methods.method_contract import MethodContract
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 
+PACKAGE = __name__.rpartition(".")[0]
+
 
 def contracts(kind: type[MethodContract] = MethodContract) -> Iterator[type[MethodContract]]:
     """Yield every test class of this folder that inherits the laws."""
@@ -22,7 +24,7 @@ def contracts(kind: type[MethodContract] = MethodContract) -> Iterator[type[Meth
 def test_every_served_method_keeps_the_contract() -> None:
     """A method in `METHODS` has a class of tests, and so has whatever the kit makes of it."""
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
-        import_module(f"tests.adapters_store.methods.{path.stem}")
+        import_module(f"{PACKAGE}.{path.stem}")
     assert {contract.PEFT_TYPE for contract in contracts()} == METHODS.keys()
     families = {family for contract in contracts() for family in contract.FAMILIES}
     assert families == {*FAMILIES, *FAMILIES_OF_BIASED}

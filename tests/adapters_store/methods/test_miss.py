@@ -38,7 +38,6 @@ TENSORS: dict[str, TensorsCase] = {
     "not mini's": (MINI, {}, Q, r"need \[4, 8\]"),
 }
 CONFIGS: dict[str, ConfigCase] = {
-    "bias": ({"bias": "MiSS_only"}, "MiSS with bias=MiSS_only is not served"),
     "r is 0": ({"r": 0}, "r has the rank 0"),
     "r is beyond the inputs": ({"r": 65}, "r has the rank 65, but model.layers.0.self_attn.q_proj has 64 inputs"),
     "r does not divide": ({"r": 5, "init_weights": "bat"}, "r is 5, which does not divide .*q_proj into blocks"),

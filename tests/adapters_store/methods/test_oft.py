@@ -41,7 +41,6 @@ TENSORS: dict[str, TensorsCase] = {
     "overflow": ({}, {Q: torch.full((8, 28), 1e20)}, Q, "overflows where it is"),
 }
 CONFIGS: dict[str, ConfigCase] = {
-    "bias": ({"bias": "oft_only"}, "OFT with bias=oft_only is not served"),
     "an old config": ({"oft_block_size": None}, "missing required field `oft_block_size`"),
     "both": ({"r": 4}, BOTH),
     "neither": ({"oft_block_size": 0}, BOTH),

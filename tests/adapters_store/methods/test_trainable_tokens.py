@@ -80,11 +80,6 @@ REFUSED: dict[str, TensorsCase] = {
     "the head is missing": ({"target_modules": ["embed_tokens", "lm_head"]}, {}, HEAD, "is missing"),
     "the head is extra": ({}, {HEAD: rows(3)}, HEAD, "is extra"),
     "all-linear has no embedding": ({"target_modules": "all-linear"}, {}, EMBEDDING, "is extra"),
-    "no tensors": ({}, {EMBEDDING: None}, "", rf"{EMBEDDING} is missing"),
-    "transposed": ({}, {EMBEDDING: rows(64, 3)}, EMBEDDING, r"shape \[64, 3\].*need \[3, 64\]"),
-    "a row too few": ({}, {EMBEDDING: rows(2)}, EMBEDDING, r"need \[3, 64\]"),
-    "another base's width": ({}, {EMBEDDING: rows(3, 65)}, EMBEDDING, r"need \[3, 64\]"),
-    "one dimension": ({}, {EMBEDDING: torch.ones(192)}, EMBEDDING, r"shape \[192\]"),
     "no site": ({}, {"base_model.model.model.norm" + END: rows(3)}, "base_model.model.model.norm" + END, "no site"),
     "PEFT's nested head": ({}, {f"base_model.model.lm_head.base_layer{END}": rows(3)}, "", "no site"),
     "another end": ({}, {EMBEDDING.replace(END, ".weight"): rows(3)}, "", "no site"),
@@ -97,7 +92,6 @@ REFUSED: dict[str, TensorsCase] = {
     "a token is a text": ({"token_indices": [7, 3, "5"]}, {}, "", r"Expected `int`.*\$\.token_indices"),
     "a token is true": ({"token_indices": [7, 3, True]}, {}, "", r"Expected `int`.*\$\.token_indices"),
     "an unknown key": ({"exclude_modules": ["lm_head"]}, {}, "exclude_modules", "a key that is not known"),
-    "another task": ({"task_type": "SEQ_CLS"}, {}, "task_type", "trainable tokens with task_type=SEQ_CLS"),
 }
 
 

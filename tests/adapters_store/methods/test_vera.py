@@ -51,8 +51,6 @@ TENSORS: dict[str, TensorsCase] = {
     "overflow": ({}, {D: torch.full((4,), 3e38), B: torch.full((64,), 3e38)}, B, "overflows where it is compiled"),
 }
 CONFIGS: dict[str, ConfigCase] = {
-    "bias": ({"bias": "vera_only"}, "VeRA with bias=vera_only is not served"),
-    "all biases": ({"bias": "all"}, "VeRA with bias=all is not served"),
     "an unknown key": ({"use_rslora": True}, "a key that is not known: use_rslora"),
     "r is 0": ({"r": 0}, "r has the rank 0"),
     "r is huge": ({"r": MAX_RANK + 1}, "r has the rank 4097"),
