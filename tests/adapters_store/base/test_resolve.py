@@ -211,7 +211,7 @@ def test_prefetch_of_what_is_there_is_instant(tmp_path: Path, tiny_base: Path) -
     (tmp_path / ".cache/manyhats/bases/smollm2-135m-0.1.2").mkdir(parents=True)
     code = (
         "import sys; sys.argv[1:] = ['smollm2-135m']\n"
-        "from adapters_store import bases; bases.main()\n"
+        "from adapters_store.base import resolve; resolve.main()\n"
         "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], env={"HOME": str(tmp_path)}, capture_output=True, text=True)

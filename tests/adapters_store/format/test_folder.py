@@ -14,7 +14,6 @@ from peft import PeftModel
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
-from adapters_store import durable
 from adapters_store.errors import ArtifactError
 from adapters_store.format import folder
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder, read_manifest, write_folder
@@ -203,7 +202,7 @@ def test_write_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     def full_disk(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(durable, "sync_folder", full_disk)
+    monkeypatch.setattr("adapters_store.format.folder.sync_folder", full_disk)
     with pytest.raises(OSError, match="No space"):
         toy_folder(folder, seed=2)
     assert digest_of(folder) == before
