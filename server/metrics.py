@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.core import ForwardReport
+from server.core import ForwardReport, FusedCount
 from server.engine.messages import Stats
 
 MAX_TASKS = 200
@@ -123,28 +123,32 @@ class EngineCollector(Collector):
 
 
 class ForwardCollector(Collector):
-    """The base's forward as gauges, read when it is asked for; nothing while no engine is ready."""
+    """The base's forward as gauges, read when it is asked for; without samples while no engine is ready."""
 
     def __init__(self, forward: Callable[[], ForwardReport | None]) -> None:
         self._forward = forward
 
     def collect(self) -> Iterator[Metric]:
         """The share of each kind of part that is fused, 0 to 1, and what the base runs as in labels."""
-        forward = self._forward()
-        if forward is None:
-            return
-        counts = {name: getattr(forward, name) for name in ("attentions", "gated_blocks", "norms")}
-        ratios = {name: count.fused / count.total for name, count in counts.items() if count.total}
-        ratios |= {"whole_decoder": float(forward.is_whole_decoder), "direct_forward": float(forward.is_direct)}
         text = "Share of the base's parts that run fused; below 1 it is slower than it could be"
         ratio = GaugeMetricFamily("manyhats_forward_fused_ratio", text, labels=["part"])
-        for part, value in ratios.items():
-            ratio.add_metric([part], value)
-        yield ratio
-        labels = {"backend": forward.backend, "precision": forward.precision, "threads": str(forward.num_threads)}
-        info = GaugeMetricFamily("manyhats_forward_info", "What the base runs as, always 1", labels=[*labels])
-        info.add_metric([*labels.values()], 1.0)
-        yield info
+        names = ["backend", "precision", "threads"]
+        info = GaugeMetricFamily("manyhats_forward_info", "What the base runs as, always 1", labels=names)
+        if (forward := self._forward()) is not None:
+            for part, value in _fused_ratios(forward):
+                ratio.add_metric([part], value)
+            info.add_metric([forward.backend, forward.precision, str(forward.num_threads)], 1.0)
+        yield from (ratio, info)
+
+
+def _fused_ratios(forward: ForwardReport) -> Iterator[tuple[str, float]]:
+    """Each kind of part that the base has, and the share of it that is fused."""
+    for part in ("attentions", "gated_blocks", "norms"):
+        count: FusedCount = getattr(forward, part)
+        if count.total:
+            yield part, count.fused / count.total
+    yield "whole_decoder", float(forward.is_whole_decoder)
+    yield "direct_forward", float(forward.is_direct)
 
 
 def _bounded(name: str, known: set[str], max_names: int) -> str:
