@@ -100,6 +100,50 @@ class Runner(Protocol):
         ...
 
 
+class FusedCount(msgspec.Struct, frozen=True):
+    """How many parts of one kind are fused, of how many that the base has."""
+
+    fused: int = 0
+    total: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.fused}/{self.total}"
+
+
+class ForwardReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How a loaded base is computed: the backend, and which parts of the model run as fused ones.
+
+    `is_whole_decoder` says that all layers are one call of the backend, `is_direct` that the forward calls the
+    embedding, the layers and the head itself, without transformers' code between them. A part that is not fused is
+    computed by transformers' own module, which is right and slower.
+    """
+
+    backend: str
+    precision: str
+    num_threads: int
+    num_layers: int
+    attentions: FusedCount
+    gated_blocks: FusedCount
+    norms: FusedCount
+    is_whole_decoder: bool
+    is_direct: bool
+
+    @property
+    def is_fastest(self) -> bool:
+        """Whether nothing of the fast path is lost."""
+        return self.is_whole_decoder and self.is_direct
+
+    def describe(self) -> str:
+        """One sentence for a log or a terminal, without a full stop."""
+        decoder = "whole decoder" if self.is_whole_decoder else f"{self.num_layers} layers one by one"
+        forward = "direct forward" if self.is_direct else "transformers' forward"
+        threads = f"{self.num_threads} thread{'s' if self.num_threads != 1 else ''}"
+        return (
+            f"{self.backend} backend, {self.precision}, {threads}: {self.attentions} attentions, "
+            f"{self.gated_blocks} gated blocks, {self.norms} norms fused, {decoder}, {forward}"
+        )
+
+
 class AdapterRef(msgspec.Struct, frozen=True):
     """One adapter that a sequence wears; `num_virtual` positions of its prefix come before the prompt."""
 

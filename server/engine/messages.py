@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from adapters_store.base.spec import BaseSpec, ItemBytes
-from server.core import AdapterRef, EngineFailure, Logprobs, RunnerConfig, Sampling, Timing
+from server.core import AdapterRef, EngineFailure, ForwardReport, Logprobs, RunnerConfig, Sampling, Timing
 
 FP32_MAX = 3.4028234663852886e38
 
@@ -152,6 +152,7 @@ class Ready(msgspec.Struct, tag=True):
     precision: str  # of the base's weights: fp32, bf16, fp16 or int8
     load_seconds: float
     largest_value: float = FP32_MAX  # that a slot's matrices can hold
+    forward: ForwardReport | None = None  # how the base is computed; None: an engine without a model
 
 
 class StartFailed(msgspec.Struct, tag=True):

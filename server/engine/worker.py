@@ -114,6 +114,7 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         precision=loaded.precision,
         load_seconds=loaded.load_seconds,
         largest_value=torch.finfo(loaded.adapter_slots.dtypes.matrices).max,
+        forward=loaded.forward,
     )
     return ready, engine
 
@@ -197,6 +198,8 @@ def run_engine(descriptor: int, build: Build) -> int:
         connection.close()
         return 1
     connection.send(ready)
+    if ready.forward is not None:
+        log.info("the base runs as: %s", ready.forward.describe())
     log.info("the engine is ready", extra={"base": ready.spec.name, "load_seconds": round(ready.load_seconds, 3)})
     Service(engine, connection).run()
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from adapters_store.base.describe import describe, linears
 from adapters_store.base.identity import base_identity
 from adapters_store.base.spec import BaseSpec, KVShape
 from server import process_memory
+from server.core import ForwardReport
 from server.model.attention import interface
 from server.model.attention.interface import AttentionProbe
 from server.model.attention.kv_cache import KVCache
@@ -26,6 +29,7 @@ from server.model.errors import UnsupportedBaseError
 from server.model.instrument.fuser import CallRecorder, LayerFuser
 from server.model.instrument.hooks import SiteHooks
 from server.model.instrument.linear import AdapterLinear
+from server.model.instrument.report import report_forward
 from server.model.instrument.whole_decoder import DirectForward
 from server.model.precision import choose_storage_dtypes, compute_dtype
 from server.model.slots.slots import AdapterSlots
@@ -46,27 +50,33 @@ class InstrumentedBase:
     device: str
     eos_token_ids: list[int]
     forward: Forward
+    report: ForwardReport
 
 
 def load_base(folder: Path, name: str, precision: str, device: str) -> InstrumentedBase:
     """Load and instrument a Hugging Face folder.
 
-    Raises `UnsupportedBaseError` with the reason where the base cannot be served rightly.
+    Raises `UnsupportedBaseError` with the reason if the base cannot be served rightly, and `FusedPartError` if our own
+    code fails on a part of it.
     """
     model = _load_model(folder, compute_dtype(precision, device), device)
     spec = describe(model, name, base_identity(folder).identity, folder)
     if torch.device(device).type == "cpu":
         wake()  # rounding keeps the cores busy, and not Python
         _round(model, precision)
+    with torch.inference_mode():
+        base = _instrument(model, spec, precision, device)
+        _release_files(model)
+        return base
+
+
+@contextmanager
+def _foreign(architecture: str) -> Iterator[None]:
+    """While code of transformers runs alone: its errors say that this server does not know the architecture."""
     try:
-        with torch.inference_mode():
-            base = _instrument(model, spec, precision, device)
-            _release_files(model)
-            return base
-    except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
-        raise UnsupportedBaseError(
-            f"{spec.architecture} cannot be instrumented: {type(error).__name__}: {error}"
-        ) from error
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise UnsupportedBaseError(f"{architecture} cannot be instrumented: {type(error).__name__}: {error}") from error
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
@@ -99,13 +109,15 @@ def _round(model: nn.Module, precision: str) -> None:
 
 def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> InstrumentedBase:
     """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
-    reference = ReferenceCheck(model)
     interface.install()
-    model.set_attn_implementation(interface.ATTENTION_NAME)
+    with _foreign(spec.architecture):
+        reference = ReferenceCheck(model)
+        model.set_attn_implementation(interface.ATTENTION_NAME)
     probe, recorder = AttentionProbe(), CallRecorder()
     hooks = SiteHooks(model, spec)
     parts = [site for layer in spec.layers for site in (layer.layer, layer.attention, layer.mlp) if site]
-    with recorder.watching(model, [*spec.norms, *parts]), hooks.learning(2 * REFERENCE_TOKENS):
+    watching = recorder.watching(model, [*spec.norms, *parts])
+    with _foreign(spec.architecture), watching, hooks.learning(2 * REFERENCE_TOKENS):
         reference.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
     adapter_slots = AdapterSlots(spec, device, choose_storage_dtypes(precision, device))
@@ -125,7 +137,9 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     if fused_decoder is not None:
         direct = DirectForward(model, fused_decoder)
         compute = direct if torch.equal(reference.run(direct, paged), logits) else compute
-    return InstrumentedBase(model, spec, adapter_slots, hooks, precision, device, _eos_token_ids(model), compute)
+    report = report_forward(model, spec, "cpu" if torch.device(device).type == "cpu" else "torch", precision, compute)
+    eos_token_ids = _eos_token_ids(model)
+    return InstrumentedBase(model, spec, adapter_slots, hooks, precision, device, eos_token_ids, compute, report)
 
 
 def _release_files(model: nn.Module) -> None:

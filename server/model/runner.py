@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.primitives import PrefixKV
-from server.core import Row, RunnerConfig, Sampled
+from server.core import ForwardReport, Row, RunnerConfig, Sampled
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import page
 from server.model.backends.choose import choose_precision
@@ -39,6 +39,7 @@ class Loaded:
     max_sequence_tokens: int
     precision: str
     load_seconds: float
+    forward: ForwardReport
 
 
 def load(config: RunnerConfig) -> Loaded:
@@ -51,13 +52,17 @@ def load(config: RunnerConfig) -> Loaded:
     if torch.device(config.device).type == "cuda":
         log.warning("the GPU path was not run on a GPU yet: compare its answers with a CPU's before you rely on them")
     base = load_base(Path(config.folder), config.name, precision, config.device)
+    if not base.report.is_fastest:
+        log.warning("the base is served slower than it could be: %s", base.report.describe())
     base.adapter_slots.warm_up()
     runner = PagedRunner(base, config)
     max_tokens = min(base.spec.max_positions, runner.num_blocks * runner.block_size)
     if config.max_sequence_tokens is not None:
         max_tokens = min(max_tokens, config.max_sequence_tokens)
     seconds = time.monotonic() - began
-    return Loaded(runner, base.adapter_slots, base.spec, base.eos_token_ids, max_tokens, precision, seconds)
+    return Loaded(
+        runner, base.adapter_slots, base.spec, base.eos_token_ids, max_tokens, precision, seconds, base.report
+    )
 
 
 class PagedRunner:

@@ -1,7 +1,9 @@
 """Parts of a decoder layer that are computed as one: norms, gated feed-forward blocks, attention with its projections.
 
-Architectures that have such a part have it under the same names. A part is replaced only where it gives, for inputs
-that the stock part saw, what the stock part gave; everything else stays as transformers has it.
+Architectures that have such a part have it under the same names. A part is recognised by its names, its shapes and how
+it was called; it is replaced only if ours gives, for inputs that the stock part saw, what the stock part gave.
+Everything else stays as transformers has it. An error of ours on a part that was recognised is raised: it would make
+the base slow in silence.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from server.model.attention.params import AttentionParams
 from server.model.backends import cpu
 from server.model.backends.base import Packer
 from server.model.backends.choose import pack_torch
+from server.model.errors import FusedPartError
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
+from server.model.instrument.recognise import is_attention, is_gated, is_rms_norm
 from server.model.instrument.whole_decoder import FusedDecoder, is_whole
 from server.model.slots.slots import AdapterSlots
 
 # Of the largest magnitude, by what keys and values are kept in; what is computed in decides where they are coarse.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4}
 COARSE_TOLERANCE = 2e-2
+NOT_CALLED: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 Maker = Callable[[str, Packer], nn.Module]  # the part for a site, its products packed so
 
 
@@ -67,13 +72,17 @@ class LayerFuser:
     _checked: dict[str, bool] = field(default_factory=dict)
 
     def fuse(self) -> FusedDecoder | None:
-        """Every norm, and every part of every layer, that can be; all layers as one call, where they are."""
+        """Replace every norm and every part of every layer that can be; return all layers as one call, if they can.
+
+        Raises `FusedPartError` with the part's name if our code fails on a part that was recognised.
+        """
         for site in self.adapter_slots.spec.norms:
-            self._replace_alike(site, self._norm)
+            if is_rms_norm(self._stock(site), *self._call(site)):
+                self._replace_alike(site, self._norm)
         for layer in self.adapter_slots.spec.layers:
-            if layer.mlp is not None and _has_linears(self._stock(layer.mlp), "gate_proj", "up_proj", "down_proj"):
+            if layer.mlp is not None and is_gated(self._stock(layer.mlp), *self._call(layer.mlp)):
                 self._replace_alike(layer.mlp, self._mlp)
-            if _has_linears(self._stock(layer.attention), "q_proj", "k_proj", "v_proj", "o_proj"):
+            if is_attention(self._stock(layer.attention), *self._call(layer.attention)):
                 self._replace(layer.attention, self._attention(is_rotated=True), self._attention(is_rotated=False))
         sites = [layer.layer for layer in self.adapter_slots.spec.layers]
         if cpu.supports(self.adapter_slots.device, self.adapter_slots.dtypes.others) and all(
@@ -102,7 +111,7 @@ class LayerFuser:
 
     def _replace(self, site: str, *makers: Maker) -> None:
         """By the first kind of part that computes what the stock part does."""
-        make = next((make for make in makers if site in self.recorder.calls and self._is_equal(site, make)), None)
+        make = next((make for make in makers if self._is_equal(site, make)), None)
         if make is not None:
             self._set(site, make)
 
@@ -112,9 +121,9 @@ class LayerFuser:
         Attention is none of them, for layers may turn their queries or not; and all are proved together in the end.
         """
         kind = repr(self._stock(site))
-        if kind not in self._checked and site in self.recorder.calls:
+        if kind not in self._checked:
             self._checked[kind] = self._is_equal(site, make)
-        if self._checked.get(kind):
+        if self._checked[kind]:
             self._set(site, make)
 
     def _set(self, site: str, make: Maker) -> None:
@@ -132,7 +141,7 @@ class LayerFuser:
         hidden = args[0]
         for site, stock in zip(sites, fused_decoder.stock, strict=True):
             hidden = _tensor(stock(hidden, **self._call(site)[1]))
-        if not self._gives(lambda: fused_decoder(*args, **kwargs), hidden):
+        if not self._gives("all layers", lambda: fused_decoder(*args, **kwargs), hidden):
             return None
         fused_decoder.install()
         return fused_decoder
@@ -140,28 +149,21 @@ class LayerFuser:
     def _is_equal(self, site: str, make: Callable[[str, Packer], Callable[..., Any]]) -> bool:
         args, kwargs = self._call(site)
         wanted = _tensor(self._stock(site)(*args, **kwargs))
-        return self._gives(lambda: make(site, pack_torch)(*args, **kwargs), wanted)
+        return self._gives(site, lambda: make(site, pack_torch)(*args, **kwargs), wanted)
 
     def _call(self, site: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = self.recorder.calls[site]
+        args, kwargs = self.recorder.calls.get(site, NOT_CALLED)
         return args, {**kwargs, "paged": self.paged} if "paged" in kwargs else kwargs
 
-    def _gives(self, compute: Callable[[], Any], wanted: Tensor) -> bool:
-        """Whether that is computed, but for rounding."""
+    def _gives(self, name: str, compute: Callable[[], Any], wanted: Tensor) -> bool:
+        """Whether our part gives what is wanted, but for rounding. Raises `FusedPartError` if it fails."""
         try:
             got = _tensor(compute())
-        except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
-            return False  # it has the names of such a part, but is another
+        except Exception as error:
+            raise FusedPartError(f"{name} is of a known kind, but our code fails on it: {error!r}") from error
         is_exact = wanted.dtype == torch.float32
         tolerance = TOLERANCE[self.adapter_slots.dtypes.matrices] if is_exact else COARSE_TOLERANCE
         return got.shape == wanted.shape and bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
-
-
-def _has_linears(module: Any, *names: str) -> bool:
-    """Whether a module has these linear layers, and nothing else that is trained."""
-    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
-        return False
-    return {name.rpartition(".")[0] for name, _ in module.named_parameters()} == set(names)
 
 
 def _tensor(output: Any) -> Tensor:

@@ -17,6 +17,7 @@ from server.model.backends import cpu
 from server.model.backends.base import Packer
 from server.model.backends.cpu import layers
 from server.model.instrument.linear import AdapterLinear
+from server.model.instrument.recognise import norm_eps
 from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import AdapterSlots
 
@@ -28,7 +29,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.group = group
         self.weight = nn.Parameter(norm.weight.detach().float() + offset, requires_grad=False)
-        self.eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        self.eps = norm_eps(norm)
 
     def forward(self, x: Tensor) -> Tensor:
         if not cpu.supports(x.device.type, x.dtype):

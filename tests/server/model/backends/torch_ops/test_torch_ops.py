@@ -174,7 +174,9 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(verify.ReferenceCheck, "compare", lambda _self, logits, *_: logits)
     reference = [Row([5] * verify.REFERENCE_TOKENS, 0, [at]) for at in range(2)]
     monkeypatch.setattr(verify.ReferenceCheck, "paged", lambda _self, cache: page(reference, cache, 1))
-    monkeypatch.setattr(LayerFuser, "_gives", lambda _self, compute, wanted: _tensor(compute()).shape == wanted.shape)
+    monkeypatch.setattr(
+        LayerFuser, "_gives", lambda _self, _name, compute, wanted: _tensor(compute()).shape == wanted.shape
+    )
     monkeypatch.setattr(load_module, "_load_model", fake_model)
     monkeypatch.setattr(AdapterSlots, "warm_up", lambda _self: None)  # it packs, which is the host's
     wearers = mixed(spec, 0, random.Random(0))
