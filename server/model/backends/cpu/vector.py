@@ -149,7 +149,7 @@ def _tile(rows: int, panels: int) -> Any:
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             x, w, start, out, strides, _ = args
             k, x_stride, start_stride, out_stride, w_step, w_panel, prefetch_offset, prefetch_stride = (
-                cgutils.unpack_tuple(builder, strides)
+                cgutils.unpack_tuple(builder, strides)  # `product.TileStrides`
             )
             emit, cells = (
                 _Emit(builder, item_type),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from server.core import FusedCount
+from server.core import FusedCount, RunnerConfig
 from server.model import runner
 from server.model.backends.cpu import decoder, layers
 from server.model.errors import FusedPartError
 from server.model.load import load_base
-from server.model.runner import RunnerConfig, load
+from server.model.runner import load
 from tests.kit.tiny import make_tiny_base
 
 
