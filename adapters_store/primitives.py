@@ -43,8 +43,30 @@ def even(num_items: int) -> int:
     return num_items + num_items % 2
 
 
+class Stored:
+    """Tensors that a slot holds of a primitive: `matrices`, which a device may keep in fewer bits, then `vectors`."""
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Return the matrices, as they lie one behind another."""
+        return ()
+
+    def vectors(self) -> tuple[Tensor, ...]:
+        """Return all other tensors, which lie behind the matrices and are never kept in fewer bits."""
+        return ()
+
+    @property
+    def num_matrix_items(self) -> int:
+        """Count the numbers of the matrices, padding included."""
+        return even(sum(tensor.numel() for tensor in self.matrices()))
+
+    @property
+    def num_items(self) -> int:
+        """Count the numbers that a slot holds, each as one item."""
+        return self.num_matrix_items + sum(tensor.numel() for tensor in self.vectors())
+
+
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Stored):
     """`y += B (A x)` at a linear: A [r, in], B [out, r] with the scale folded in (LoRA, arXiv:2106.09685)."""
 
     site: str
@@ -55,13 +77,9 @@ class LowRank:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    @property
-    def num_items(self) -> int:
-        return self.num_matrix_items
-
-    @property
-    def num_matrix_items(self) -> int:
-        return even(self.a.numel() + self.b.numel())
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Return A [r, in] and B transposed [r, out]."""
+        return self.a, self.b.T
 
     def update(self, x: Tensor) -> Tensor:
         """Compute B (A x), which is added to y: x [..., in] -> [..., out]."""
@@ -69,18 +87,16 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Stored):
     """`y *= v` (v [out]) or, on the input, `x *= v` (v [in]): (IA)3, arXiv:2205.05638; DoRA's magnitude; norms."""
 
     site: str
     v: Tensor
     on: Literal["input", "output"] = "output"
 
-    num_matrix_items = 0
-
-    @property
-    def num_items(self) -> int:
-        return self.v.numel()
+    def vectors(self) -> tuple[Tensor, ...]:
+        """Return the one vector v."""
+        return (self.v,)
 
     def factor(self, weight: float) -> Tensor:
         """Compute the factor of x or y for an adapter weight: 1 + weight (v - 1), of v's shape."""
@@ -88,17 +104,15 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Bias:
+class Bias(Stored):
     """`y += b`, b [out]: BitFit, arXiv:2106.10199."""
 
     site: str
     b: Tensor
 
-    num_matrix_items = 0
-
-    @property
-    def num_items(self) -> int:
-        return self.b.numel()
+    def vectors(self) -> tuple[Tensor, ...]:
+        """Return the one vector b."""
+        return (self.b,)
 
     def update(self, x: Tensor) -> Tensor:
         """Expand b for every row: x [..., in] -> [..., out]."""
@@ -106,7 +120,7 @@ class Bias:
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Stored):
     """`y += N(U act(D M(h) + d) + u)`: D [m, size], U [size, m], h the site's output (sequential) or input (parallel).
 
     With `of="stream"`, at a feed-forward block, h is the residual stream that the norm before the block reads.
@@ -124,15 +138,16 @@ class Bottleneck:
     norm_before: tuple[Tensor, Tensor] | None = None
     norm_after: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def num_items(self) -> int:
-        """Count the matrices, both biases (a slot has space for them even if None) and each norm that is present."""
-        size, norms = self.down.shape[1], (self.norm_before, self.norm_after)
-        return self.num_matrix_items + len(self.down) + size + sum(2 * size for norm in norms if norm)
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Return D [m, size] and U transposed [m, size]."""
+        return self.down, self.up.T
 
-    @property
-    def num_matrix_items(self) -> int:
-        return even(self.down.numel() + self.up.numel())
+    def vectors(self) -> tuple[Tensor, ...]:
+        """Return both biases, zeros if there is none, and (gamma, beta) of each norm that there is."""
+        down_bias = self.down.new_zeros(len(self.down)) if self.down_bias is None else self.down_bias
+        up_bias = self.up.new_zeros(len(self.up)) if self.up_bias is None else self.up_bias
+        norms = [norm for norm in (self.norm_before, self.norm_after) if norm]
+        return (down_bias, up_bias, *(part for norm in norms for part in norm))
 
     def update(self, h: Tensor) -> Tensor:
         """Compute what is added to y: h [..., size] -> [..., size]."""
@@ -146,19 +161,15 @@ class Bottleneck:
 
 
 @dataclass(frozen=True)
-class Delta:
+class Delta(Stored):
     """`y += dW x` at a linear, dW [out, in] in full: selective tuning, and updates that are not low-rank."""
 
     site: str
     dw: Tensor
 
-    @property
-    def num_items(self) -> int:
-        return self.num_matrix_items
-
-    @property
-    def num_matrix_items(self) -> int:
-        return even(self.dw.numel())
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Return the one matrix dW."""
+        return (self.dw,)
 
     def update(self, x: Tensor) -> Tensor:
         """Compute dW x, which is added to y: x [..., in] -> [..., out]."""
@@ -166,7 +177,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Stored):
     """Changed rows of the embedding or head: `ids` [n] (ascending, int64) changed by dE [n, size] (trainable tokens).
 
     At the embedding `y += dE[j]` for the token ids[j]; at the head `y[ids] += dE x`.
@@ -181,29 +192,28 @@ class Rows:
         """Count the rows and the ids, one item each."""
         return self.num_matrix_items + len(self.ids)
 
-    @property
-    def num_matrix_items(self) -> int:
-        return even(self.de.numel())
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Return the one matrix dE."""
+        return (self.de,)
 
 
 @dataclass(frozen=True)
-class PrefixEmbeds:
+class PrefixEmbeds(Stored):
     """Virtual leading positions with the input embeddings E [n, size]: prompt tuning (arXiv:2104.08691), p-tuning."""
 
     embeds: Tensor
-    num_matrix_items = 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.embeds)
 
-    @property
-    def num_items(self) -> int:
-        return self.embeds.numel()
+    def vectors(self) -> tuple[Tensor, ...]:
+        """Return the embeddings E."""
+        return (self.embeds,)
 
 
 @dataclass(frozen=True)
-class PrefixKV:
+class PrefixKV(Stored):
     """Virtual leading positions whose keys and values are given: prefix tuning (arXiv:2101.00190).
 
     Per layer keys [n, kv heads, key_dim] as the cache stores them, after rotation, and values [n, kv heads, value_dim].
@@ -211,15 +221,14 @@ class PrefixKV:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    num_matrix_items = 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.keys[0])
 
-    @property
-    def num_items(self) -> int:
-        return sum(tensor.numel() for tensor in (*self.keys, *self.values))
+    def vectors(self) -> tuple[Tensor, ...]:
+        """Return keys and values, layer by layer."""
+        return tuple(part for layer in zip(self.keys, self.values, strict=True) for part in layer)
 
 
 Primitive = LowRank | Scale | Bias | Bottleneck | Delta | Rows | PrefixEmbeds | PrefixKV

@@ -101,7 +101,7 @@ class Runner(Protocol):
 
 
 class FusedCount(msgspec.Struct, frozen=True):
-    """How many parts of one kind are fused, of how many that the base has."""
+    """Parts of one kind: how many are fused, of how many that the base has."""
 
     fused: int = 0
     total: int = 0
@@ -111,7 +111,7 @@ class FusedCount(msgspec.Struct, frozen=True):
 
 
 class ForwardReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How a loaded base is computed: the backend, and which parts of the model run as fused ones.
+    """Report of how a loaded base is computed: the backend, and which parts of the model run as fused ones.
 
     `is_whole_decoder` says that all layers are one call of the backend, `is_direct` that the forward calls the
     embedding, the layers and the head itself, without transformers' code between them. A part that is not fused is
@@ -134,7 +134,7 @@ class ForwardReport(msgspec.Struct, frozen=True, kw_only=True):
         return self.is_whole_decoder and self.is_direct
 
     def describe(self) -> str:
-        """One sentence for a log or a terminal, without a full stop."""
+        """Write the report as one sentence for a log or a terminal, without a full stop."""
         decoder = "whole decoder" if self.is_whole_decoder else f"{self.num_layers} layers one by one"
         forward = "direct forward" if self.is_direct else "transformers' forward"
         threads = f"{self.num_threads} thread{'s' if self.num_threads != 1 else ''}"

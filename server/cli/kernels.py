@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from server.model.backends.kernel_cache import KernelCache, find_cache
 
 log = logging.getLogger(__name__)
-COMPILER = (sys.executable, "-m", "server.model.backends.cpu.compile")
+COMPILER = (sys.executable, "-m", "server.model.backends.compile_cpu")
 # Each part, and the parts that it is made of; those that take longest are begun first.
 PARTS: dict[str, tuple[str, ...]] = {
     "adapters": (),

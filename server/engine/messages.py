@@ -152,7 +152,7 @@ class Ready(msgspec.Struct, tag=True):
     precision: str  # of the base's weights: fp32, bf16, fp16 or int8
     load_seconds: float
     largest_value: float = FP32_MAX  # that a slot's matrices can hold
-    forward: ForwardReport | None = None  # None: an engine without a model
+    forward: ForwardReport | None = None  # how the base is computed; None: an engine without a model
 
 
 class StartFailed(msgspec.Struct, tag=True):

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one launch for a whole forward where every row is one token. Not run on a GPU yet.
 
 A graph is of a number of rows and of blocks, both rounded up to a power of two: rows that are missing repeat the last
-one, which writes the same keys and values to the same place once more. Steps in which a hat acts are not replayed: what
-is computed then depends on who wears what.
+one, which writes the same keys and values to the same place once more. Steps in which an adapter acts are not replayed:
+what is computed then depends on which row uses what.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 from server.core import Row
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import PagedBatch, spans_of
-from server.model.backends.torch_ops.attention import Padded, QueryGroup, lay_out
-from server.model.backends.torch_ops.copies import Copies
+from server.model.backends.base import GraphBackend, Spans
+from server.model.errors import UnsupportedBaseError
 
 Forward = Callable[[Tensor, Tensor, Tensor, PagedBatch], Tensor]
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]  # -> replay, and where its result lies
 WARM_UPS = 3
+NO_SPANS = Spans([], np.zeros((0, 0), np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 def capture_on_cuda(compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -39,9 +40,13 @@ def capture_on_cuda(compute: Callable[[], Tensor]) -> tuple[Callable[[], object]
 
 
 class DecodeGraphs:
-    """The graphs of one base. `forward` is the base's, over rows that wear nothing that acts."""
+    """The graphs of one base. `forward` is the base's, over rows that use nothing that acts."""
 
     def __init__(self, forward: Forward, cache: KVCache, capture: Capture = capture_on_cuda) -> None:
+        """Raises `UnsupportedBaseError` if the cache's backend has no layout that can be recorded."""
+        if not isinstance(cache.backend, GraphBackend):
+            raise UnsupportedBaseError(f"the {cache.backend.name} backend has no CUDA graphs: leave --cuda-graphs out")
+        self._backend: GraphBackend = cache.backend
         self._forward, self._cache, self._capture = forward, cache, capture
         self._graphs: dict[tuple[int, int], tuple[Tensor, Callable[[], object], Tensor]] = {}
 
@@ -51,10 +56,10 @@ class DecodeGraphs:
         return all(len(row.tokens) == 1 and row.sampling is not None for row in rows)
 
     def run(self, rows: list[Row]) -> Tensor:
-        """The logits [rows, vocabulary] of a decode step, which the next one overwrites."""
+        """Return the logits [rows, vocabulary] of a decode step, which the next one overwrites."""
         num_rows, max_blocks = _rounded(len(rows)), max(row.start for row in rows) // self._cache.block_size + 1
         key = num_rows, _rounded(max_blocks)
-        host = _inputs(rows + rows[-1:] * (num_rows - len(rows)), key[1], self._cache.block_size)
+        host = self._inputs(rows + rows[-1:] * (num_rows - len(rows)), key[1])
         if key not in self._graphs:
             inputs = host.to(self._cache.copies.device, copy=True)
             self._graphs[key] = (inputs, *self._capture(lambda: self._compute(inputs, *key)))
@@ -63,31 +68,20 @@ class DecodeGraphs:
         replay()
         return out[: len(rows)]
 
+    def _inputs(self, rows: list[Row], num_blocks: int) -> Tensor:
+        """Return [rows, 3 + columns] on the host: token, position, wanted row, and the columns of the layout."""
+        spans = spans_of(rows, self._cache.block_size)
+        numbers = [(max(row.tokens[0], 0), row.start, index) for index, row in enumerate(rows)]
+        layout = self._backend.graph_columns(spans, num_blocks, self._cache.block_size)
+        return torch.cat([torch.tensor(numbers), layout], 1)
+
     def _compute(self, inputs: Tensor, num_rows: int, num_blocks: int) -> Tensor:
-        """The forward of what `inputs` holds then, as `_inputs` laid it out."""
-        columns = inputs.view(num_rows, -1).T.contiguous()
-        tokens, positions, wanted, blocks, offsets, places, queries, lengths = columns[:8]
-        group = QueryGroup(queries[:, None], positions[:, None], lengths, columns[8 : 8 + num_blocks].T)
-        nowhere = np.zeros((0, 0), np.int64)
-        paged = PagedBatch(
-            self._cache, [], nowhere, nowhere, nowhere, nowhere, nowhere, Padded(blocks, offsets, places, [group])
-        )
-        return self._forward(tokens, positions, wanted, paged)
-
-
-def _inputs(rows: list[Row], num_blocks: int, block_size: int) -> Tensor:
-    """[rows, 8 + blocks]: token, position, wanted, block, offset, place, query, length, and the blocks of each row."""
-    spans, table, blocks, offsets = spans_of(rows, block_size)
-    laid_out = lay_out(spans, table, blocks, offsets, block_size, Copies("cpu"))
-    (group,) = laid_out.groups
-    token_ids, order = torch.tensor([max(row.tokens[0], 0) for row in rows]), torch.arange(len(rows))
-    columns = [token_ids, group.positions[:, 0], order, laid_out.token_blocks, laid_out.token_offsets]
-    columns += [laid_out.places, group.tokens[:, 0], group.lengths]
-    padded = torch.zeros(len(rows), num_blocks, dtype=torch.int64)
-    padded[:, : group.table.shape[1]] = group.table
-    return torch.cat([torch.stack(columns, 1), padded], 1)
+        """Run the forward of what `inputs` holds then, as `_inputs` laid it out."""
+        tokens, positions, wanted, *_ = columns = inputs.view(num_rows, -1).T.contiguous()
+        layout = self._backend.graph_layout(columns[3:], num_blocks)
+        return self._forward(tokens, positions, wanted, PagedBatch(self._cache, NO_SPANS, layout))
 
 
 def _rounded(number: int) -> int:
-    """The power of two that is at least this."""
+    """Return the power of two that is at least this."""
     return 1 << (number - 1).bit_length()

@@ -1,8 +1,8 @@
 """A model without torch that notices every wrong context.
 
-The fake KV of a position is a hash over the hats and all tokens up to it, as the true one is. Before a step computes
-anything it recomputes that chain and compares it with what lies in the row's blocks: stale, crossed or missing KV
-raises. The next token is a hash of the whole context too, so that a wrong answer cannot look right.
+The fake KV of a position is a hash over the adapters and all tokens up to it, as the true one is. Before a step
+computes anything it recomputes that chain and compares it with what lies in the row's blocks: stale, crossed or missing
+KV raises. The next token is a hash of the whole context too, so that a wrong answer cannot look right.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class FakeSlots:
         return slot
 
     def drop(self, slot: int) -> None:
-        """Free a slot."""
+        """Free a slot for another."""
         del self.slots[slot]
 
 
 def chain_start(adapters: Iterable[tuple[str, float]]) -> int:
-    """The hash before the first position: it depends on (digest, weight) of each hat, in order."""
+    """The hash before the first position: it depends on (digest, weight) of each adapter, in order."""
     return int.from_bytes(hashlib.sha256(repr(list(adapters)).encode()).digest()[:7], "big")
 
 
@@ -62,7 +62,7 @@ def chain(start: int, tokens: Iterable[int]) -> list[int]:
 
 
 def choose(cell: int, sampling: Sampling, vocab_size: int) -> int:
-    """The token after a position with this KV; the seed counts where the temperature is above 0."""
+    """Return the token after a position with this KV; the seed counts if the temperature is above 0."""
     seed = sampling.seed if sampling.temperature > 0 else -1
     return int.from_bytes(hashlib.sha256(f"{cell},{seed}".encode()).digest()[:7], "big") % vocab_size
 
@@ -70,7 +70,7 @@ def choose(cell: int, sampling: Sampling, vocab_size: int) -> int:
 class FakeRunner:
     """A `Runner` over a fake KV cache.
 
-    A batch that holds a token of `raises_on` raises; a row that wears a digest of `nonfinite_on` has an error.
+    A batch that holds a token of `raises_on` raises; a row that uses a digest of `nonfinite_on` has an error.
     `step_seconds` is how long each step takes.
     """
 
@@ -95,12 +95,12 @@ class FakeRunner:
         self._cells: list[int | None] = [None] * (num_blocks * block_size)
 
     def copy(self, source: int, target: int) -> None:
-        """See `Runner.copy`."""
+        """Copy a block, see `Runner.copy`."""
         source, target = source * self.block_size, target * self.block_size
         self._cells[target : target + self.block_size] = self._cells[source : source + self.block_size]
 
     def run(self, rows: list[Row]) -> list[Sampled | None]:
-        """See `Runner.run`. Raises `FakeKVError` where a row's KV is not what its own tokens and hats made."""
+        """Run a step, see `Runner.run`. Raises `FakeKVError` if a row's KV is not of its own tokens and adapters."""
         time.sleep(self.step_seconds)
         self.batches.append(len(rows))
         if any(token in self.raises_on for row in rows for token in row.tokens):
@@ -121,7 +121,7 @@ class FakeRunner:
             row.blocks[at // self.block_size] * self.block_size + at % self.block_size for at in range(len(cells))
         ]
         if [self._cells[place] for place in places[: row.start]] != cells[: row.start]:
-            raise FakeKVError(f"positions before {row.start} hold the KV of other tokens or hats")
+            raise FakeKVError(f"positions before {row.start} hold the KV of other tokens or adapters")
         if not written.isdisjoint(places):
             raise FakeKVError("two rows of a step share a block that one of them writes")
         written.update(places[row.start :])

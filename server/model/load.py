@@ -1,4 +1,4 @@
-"""Load a base, instrument transformers' own modules, and prove that the instrumented base computes the same."""
+"""Load a base, instrument transformers' own modules, and check that the instrumented base computes the same."""
 
 from __future__ import annotations
 
@@ -22,20 +22,16 @@ from server.core import ForwardReport
 from server.model.attention import interface
 from server.model.attention.interface import AttentionProbe
 from server.model.attention.kv_cache import KVCache
-from server.model.backends.choose import choose_product
-from server.model.backends.cpu.threads import wake
-from server.model.backends.cpu.weights import rounded
+from server.model.backends.base import Backend
+from server.model.backends.choose import choose_backend
 from server.model.errors import UnsupportedBaseError
 from server.model.instrument.fuser import CallRecorder, LayerFuser
 from server.model.instrument.hooks import SiteHooks
 from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.report import report_forward
 from server.model.instrument.whole_decoder import DirectForward
-from server.model.precision import choose_storage_dtypes, compute_dtype
 from server.model.slots.slots import AdapterSlots
 from server.model.verify import REFERENCE_TOKENS, Forward, ReferenceCheck
-
-ROUNDED_ROWS = 128
 
 
 @dataclass
@@ -46,33 +42,32 @@ class InstrumentedBase:
     spec: BaseSpec
     adapter_slots: AdapterSlots
     hooks: SiteHooks
-    precision: str
-    device: str
+    backend: Backend
     eos_token_ids: list[int]
     forward: Forward
     report: ForwardReport
 
 
-def load_base(folder: Path, name: str, precision: str, device: str) -> InstrumentedBase:
-    """Load and instrument a Hugging Face folder.
+def load_base(folder: Path, name: str, precision: str, device: str, backend: Backend | None = None) -> InstrumentedBase:
+    """Load and instrument a Hugging Face folder, for a given backend or the one that is chosen.
 
     Raises `UnsupportedBaseError` with the reason if the base cannot be served rightly, and `FusedPartError` if our own
     code fails on a part of it.
     """
-    model = _load_model(folder, compute_dtype(precision, device), device)
+    backend = choose_backend(precision, device) if backend is None else backend
+    model = _load_model(folder, backend.dtypes.others, backend.device)
     spec = describe(model, name, base_identity(folder).identity, folder)
-    if torch.device(device).type == "cpu":
-        wake()  # rounding keeps the cores busy, and not Python
-        _round(model, precision)
+    backend.wake()
+    _round(model, backend)
     with torch.inference_mode():
-        base = _instrument(model, spec, precision, device)
+        base = _instrument(model, spec, backend)
         _release_files(model)
         return base
 
 
 @contextmanager
 def _foreign(architecture: str) -> Iterator[None]:
-    """While code of transformers runs alone: its errors say that this server does not know the architecture."""
+    """Turn errors of transformers' own code into a refusal: this server does not know the architecture."""
     try:
         yield
     except (TypeError, AttributeError, KeyError, ValueError, RuntimeError, IndexError) as error:
@@ -93,21 +88,18 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def _round(model: nn.Module, precision: str) -> None:
-    """Give every linear layer the weight that its product keeps, so that the proof is of the arithmetic alone.
+def _round(model: nn.Module, backend: Backend) -> None:
+    """Give every linear layer the weight that its product keeps, so that the comparison is of the arithmetic alone.
 
-    It goes by some rows at a time, which stay in the CPU's cache. A tied embedding stays as it was.
+    A tied embedding stays as it was.
     """
     for linear in linears(model).values():
         weight, is_transposed = linear.weight.detach(), isinstance(linear, Conv1D)
-        rounded_weight = torch.empty_like(weight)
-        parts = (each.split(ROUNDED_ROWS, dim=int(is_transposed)) for each in (weight, rounded_weight))
-        for part, target in zip(*parts, strict=True):
-            target.copy_(rounded(part.T, precision).T if is_transposed else rounded(part, precision))
-        linear.weight = nn.Parameter(rounded_weight, requires_grad=False)
+        kept = backend.rounded(weight.T).T if is_transposed else backend.rounded(weight)
+        linear.weight = nn.Parameter(kept, requires_grad=False)
 
 
-def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> InstrumentedBase:
+def _instrument(model: Any, spec: BaseSpec, backend: Backend) -> InstrumentedBase:
     """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
     interface.install()
     with _foreign(spec.architecture):
@@ -120,10 +112,10 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     with _foreign(spec.architecture), watching, hooks.learning(2 * REFERENCE_TOKENS):
         reference.run(partial(forward, model), probe)
     spec = replace(spec, kv=_learned_kv(spec, probe))
-    adapter_slots = AdapterSlots(spec, device, choose_storage_dtypes(precision, device))
+    adapter_slots = AdapterSlots(spec, backend)
     hooks.connect(adapter_slots)
-    pack, head = choose_product(precision, device), model.get_output_embeddings()
-    cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, adapter_slots.dtypes, device)
+    pack, head = backend.pack_linear, model.get_output_embeddings()
+    cache = KVCache(spec.kv, 2, REFERENCE_TOKENS, backend)
     paged = reference.paged(cache)
     fused_decoder = LayerFuser(model, adapter_slots, pack, probe.params_of_layer, recorder, paged).fuse()
     for site, linear in linears(model).items():
@@ -135,11 +127,11 @@ def _instrument(model: Any, spec: BaseSpec, precision: str, device: str) -> Inst
     logits = reference.run(compute, paged)
     reference.compare(logits, spec.architecture, adapter_slots.dtypes)
     if fused_decoder is not None:
+        hooks.inside = fused_decoder.sites
         direct = DirectForward(model, fused_decoder)
         compute = direct if torch.equal(reference.run(direct, paged), logits) else compute
-    report = report_forward(model, spec, "cpu" if torch.device(device).type == "cpu" else "torch", precision, compute)
-    eos_token_ids = _eos_token_ids(model)
-    return InstrumentedBase(model, spec, adapter_slots, hooks, precision, device, eos_token_ids, compute, report)
+    report = report_forward(model, spec, backend, compute)
+    return InstrumentedBase(model, spec, adapter_slots, hooks, backend, _eos_token_ids(model), compute, report)
 
 
 def _release_files(model: nn.Module) -> None:

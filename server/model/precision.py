@@ -13,12 +13,12 @@ DTYPE_OF_PRECISION = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torc
 
 
 def compute_dtype(precision: str, device: str) -> torch.dtype:
-    """What activations and KV are kept in: on CPU always fp32, whatever the weights are packed to."""
+    """Return the dtype of activations: on CPU always fp32, whatever the weights are packed to."""
     return torch.float32 if torch.device(device).type == "cpu" else DTYPE_OF_PRECISION[precision]
 
 
 def choose_storage_dtypes(precision: str, device: str) -> StorageDtypes:
-    """What slots and the KV cache keep: on CPU matrices, keys and values in 16 bits, but where the base is exact."""
+    """Return the dtypes of slots and KV cache: matrices and KV in fp16 on a CPU with F16C unless it is fp32."""
     is_halved = torch.device(device).type == "cpu" and precision != "fp32" and has_halves()
     dtype = compute_dtype(precision, device)
     return StorageDtypes(torch.float16 if is_halved else dtype, dtype)
@@ -36,5 +36,5 @@ class StorageDtypes:
 
     @property
     def item_bytes(self) -> ItemBytes:
-        """What a number takes."""
+        """Bytes of a number of each sort."""
         return ItemBytes(self.matrices.itemsize, self.others.itemsize)

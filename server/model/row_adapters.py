@@ -1,4 +1,4 @@
-"""Which hats the rows of a step wear, in tiles of neighbouring rows that wear the same."""
+"""Lay out which adapters the rows of a step use, in tiles of neighbouring rows that use the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ SlotWeights = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class RowAdapters:
-    """tiles [n, 4] = (first row, number of rows, first hat, last hat + 1), but for bare rows; hats: slots, weights."""
+    """The adapters that each row uses.
+
+    tiles [n, 4] = (first row, number of rows, first adapter, last adapter + 1), for rows that use any; the adapters
+    have the slots [adapters] and the weights [adapters].
+    """
 
     num_rows: int
     tiles: NDArray[np.int64]
@@ -24,12 +28,12 @@ class RowAdapters:
     weights: NDArray[np.float32]
 
     def repeated(self, times: int) -> RowAdapters:
-        """Each row `times` times: for sites that see the heads of a token as rows of their own."""
+        """Return each row `times` times: for sites that see the heads of a token as rows of their own."""
         tiles = self.tiles * np.array([times, times, 1, 1])
         return replace(self, num_rows=times * self.num_rows, tiles=tiles)
 
     def segments(self) -> Iterator[tuple[slice, list[tuple[int, float]]]]:
-        """All neighbouring rows that wear the same, and the hats that they wear."""
+        """Yield all neighbouring rows that use the same adapters, with these as (slot, weight)."""
         for (first_adapter, last_adapter), run in groupby(self.tiles.tolist(), lambda tile: tile[2:]):
             tiles, adapters = list(run), slice(first_adapter, last_adapter)
             slot_weights = zip(self.slots[adapters].tolist(), self.weights[adapters].tolist(), strict=True)
@@ -37,8 +41,8 @@ class RowAdapters:
 
 
 def build_row_adapters(rows: Iterable[tuple[SlotWeights, int]]) -> RowAdapters:
-    """Lay out rows, given as hats and the number of neighbours that wear them."""
-    runs: list[tuple[SlotWeights, int, int]] = []  # hats, first row, number of rows
+    """Lay out rows, given as adapters and the number of neighbours that use them."""
+    runs: list[tuple[SlotWeights, int, int]] = []  # adapters, first row, number of rows
     num_rows = 0
     for adapters, count in rows:
         if runs and runs[-1][0] == adapters:
@@ -69,3 +73,12 @@ class SiteGroup(NamedTuple):
     number: int
     sites: NDArray[np.int64]
     columns: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Acts:
+    """Flags of some slots at all groups: whether each kind of primitive acts there, as an array and as tuples."""
+
+    array: NDArray[np.bool_]  # [groups, kinds]
+    of_group: list[tuple[bool, ...]]
+    max_rank: int

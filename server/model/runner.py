@@ -1,4 +1,4 @@
-"""One forward pass a step: rows of many sequences, tasks and lengths in, one token a row out."""
+"""Run one forward pass a step: rows of many sequences, tasks and lengths in, one token a row out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from adapters_store.primitives import PrefixKV
 from server.core import ForwardReport, Row, RunnerConfig, Sampled
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import page
-from server.model.backends.choose import choose_precision
-from server.model.backends.cpu.threads import set_num_threads
+from server.model.backends.base import Backend
+from server.model.backends.choose import choose_backend
 from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
 from server.model.load import InstrumentedBase, load_base
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base that is ready to run."""
+    """A base that is ready to run; `forward` says how it is computed."""
 
     runner: PagedRunner
     adapter_slots: AdapterSlots
@@ -42,16 +42,19 @@ class Loaded:
     forward: ForwardReport
 
 
-def load(config: RunnerConfig) -> Loaded:
-    """Load, instrument and prove a base. Raises `UnsupportedBaseError` with a sentence for the operator."""
+def load(config: RunnerConfig, backend: Backend | None = None) -> Loaded:
+    """Load, instrument and check a base, for a given backend or the one that the config's precision and device choose.
+
+    Raises `UnsupportedBaseError` with a sentence for the operator.
+    """
     began = time.monotonic()
-    set_num_threads(config.num_threads)
-    precision = choose_precision(config.precision, config.device)
+    backend = choose_backend(config.precision, config.device) if backend is None else backend
+    backend.set_num_threads(config.num_threads)
     if config.cuda_graphs and torch.device(config.device).type != "cuda":
         raise UnsupportedBaseError(f"there are no CUDA graphs on {config.device}: leave --cuda-graphs out")
     if torch.device(config.device).type == "cuda":
         log.warning("the GPU path was not run on a GPU yet: compare its answers with a CPU's before you rely on them")
-    base = load_base(Path(config.folder), config.name, precision, config.device)
+    base = load_base(Path(config.folder), config.name, backend.precision, backend.device, backend)
     if not base.report.is_fastest:
         log.warning("the base is served slower than it could be: %s", base.report.describe())
     base.adapter_slots.warm_up()
@@ -61,7 +64,7 @@ def load(config: RunnerConfig) -> Loaded:
         max_tokens = min(max_tokens, config.max_sequence_tokens)
     seconds = time.monotonic() - began
     return Loaded(
-        runner, base.adapter_slots, base.spec, base.eos_token_ids, max_tokens, precision, seconds, base.report
+        runner, base.adapter_slots, base.spec, base.eos_token_ids, max_tokens, backend.precision, seconds, base.report
     )
 
 
@@ -70,12 +73,12 @@ class PagedRunner:
 
     def __init__(self, base: InstrumentedBase, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
-        dtypes = base.adapter_slots.dtypes
-        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, dtypes.matrices.itemsize)
+        self._best_tokens = base.backend.best_tokens
+        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, base.backend)
         self.num_blocks = config.kv_cache_bytes // per_block
         if self.num_blocks < 2:
             raise UnsupportedBaseError(f"a KV cache of {config.kv_cache_bytes} bytes holds no 2 blocks of {per_block}")
-        self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, dtypes, base.device)
+        self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, base.backend)
         self.graphs = DecodeGraphs(base.forward, self.cache) if config.cuda_graphs else None
         self.last_logits = torch.empty(0, base.spec.vocab_size)
 
@@ -86,18 +89,18 @@ class PagedRunner:
 
     @torch.inference_mode()
     def run(self, rows: list[Row]) -> list[Sampled | None]:
-        """Compute every row's tokens, write their KV, and sample where a row asks for it (else None), in order."""
+        """Compute every row's tokens, write their KV, and sample if a row asks for it (else None), in order."""
         for row in rows:
             self._check_prefix(row)
         computed = [row for row in map(self._fill, rows) if row.tokens]
         self.last_logits = self._forward(computed) if computed else self.last_logits[:0]
-        sampled = iter(sample(self.last_logits, [row for row in rows if row.sampling]))
+        sampled = iter(sample(self.last_logits, [row for row in rows if row.sampling], self._best_tokens))
         return [next(sampled) if row.sampling else None for row in rows]
 
     def _check_prefix(self, row: Row) -> None:
         num_virtual = sum(self.base.adapter_slots.slots[slot].num_virtual for slot, _ in row.adapters)
         if num_virtual != row.num_virtual:
-            raise ValueError(f"a row counts {row.num_virtual} virtual positions, its hats have {num_virtual}")
+            raise ValueError(f"a row counts {row.num_virtual} virtual positions, its adapters have {num_virtual}")
 
     def _fill(self, row: Row) -> Row:
         """Write the KV that prefixes give as it is, and leave the rest of a row's tokens to be computed."""
@@ -125,8 +128,8 @@ class PagedRunner:
         numbers = (np.array(each, np.int64) for each in (tokens, positions, wanted))
         token_ids, position_ids, indices = self.base.adapter_slots.copies.send(*numbers)
         paged = page(rows, self.cache, self.num_threads)
-        self.base.adapter_slots.set_batch(rows)
+        self.base.adapter_slots.begin_step(rows, paged)
         try:
             return self.base.forward(token_ids, position_ids, indices, paged)
         finally:
-            self.base.adapter_slots.set_batch([])
+            self.base.adapter_slots.end_step()

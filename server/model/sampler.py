@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from server.core import Logprobs, Row, Sampled, Sampling
-from server.model.backends import cpu
-from server.model.backends.cpu import layers
 
 NUM_CANDIDATES = 1024  # a sort of the whole vocabulary costs ten times a top-k of this size
-BLOCK = 256
 
 
-def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
-    """One token per row from logits [R, vocabulary] in fp32; a row with no finite maximum is an error of that row."""
+def sample(logits: Tensor, rows: list[Row], best_tokens: Callable[[Tensor], Tensor]) -> list[Sampled]:
+    """Choose one token per row from logits [R, vocabulary] in fp32; one that is not finite is an error of its row.
+
+    `best_tokens` is the backend's, see `Backend.best_tokens`.
+    """
     return [
         Sampled(error="the logits are not finite") if best < 0 else _sample_row(logits[index], row, best)
         for index, (row, best) in enumerate(zip(rows, best_tokens(logits).tolist(), strict=True))
     ]
-
-
-def best_tokens(logits: Tensor) -> Tensor:
-    """[R, vocabulary] -> [R]: the first of the largest, -1 where a logit is not finite."""
-    if not cpu.supports(logits.device.type, logits.dtype):
-        finite = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))
-        return torch.where(finite, _argmax(logits), -1)
-    out = torch.empty(len(logits), dtype=torch.int64)
-    layers.best(logits.contiguous().numpy(), out.numpy())
-    return out
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """[R, vocabulary] -> [R], the first of equals; torch's own argmax takes ten times as long as its amax."""
-    blocks = logits.unflatten(-1, (-1, math.gcd(logits.shape[-1], BLOCK)))
-    best: Tensor = blocks.amax(-1).argmax(-1)
-    of_best = blocks[torch.arange(len(best), device=best.device), best]
-    place: Tensor = best * blocks.shape[-1] + of_best.argmax(-1)
-    return place
 
 
 def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:
@@ -63,7 +44,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def penalise(logits: Tensor, row: Row, sampling: Sampling) -> Tensor:
-    """Apply logit_bias and the penalties to logits [vocabulary]; the same tensor where there are none.
+    """Apply logit_bias and the penalties to logits [vocabulary]; the same tensor if there are none.
 
     repetition divides (or multiplies, if negative) the logits of all tokens seen (CTRL, arXiv:1909.05858); presence
     and frequency subtract for tokens of the answer alone, as OpenAI's API defines them.
@@ -105,10 +86,10 @@ def draw(logits: Tensor, sampling: Sampling, chance: float) -> int:
 
 
 def _candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, tokens, and the logsumexp of what they are a part of.
+    """Return logits, tokens, and the logsumexp of what they are a part of.
 
     The top_k, best first; or as many of the best as top_p and min_p can reach; or all, in order of the vocabulary
-    where nothing is cut by rank.
+    if nothing is cut by rank.
     """
     num_tokens = logits.shape[-1]
     if 0 < sampling.top_k < num_tokens:

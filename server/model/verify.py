@@ -26,7 +26,7 @@ REFERENCE_TOLERANCE = {
 
 
 class ReferenceCheck:
-    """What the stock model answers to two short sequences, taken before it is instrumented."""
+    """Answers of the stock model to two short sequences, taken before it is instrumented."""
 
     def __init__(self, model: Any) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -41,12 +41,12 @@ class ReferenceCheck:
         return compute(self.tokens.flatten(), positions, torch.arange(2 * REFERENCE_TOKENS, device=device), paged)
 
     def paged(self, cache: KVCache) -> PagedBatch:
-        """Them as a batch, each in a block of its own."""
+        """Lay both sequences out as a batch, each in a block of its own."""
         rows = [Row(row.tolist(), 0, [index]) for index, row in enumerate(self.tokens)]
         return page(rows, cache, torch.get_num_threads())
 
     def compare(self, logits: Tensor, architecture: str, dtypes: StorageDtypes) -> None:
-        """Raises `UnsupportedBaseError` where the logits are not those of the stock model."""
+        """Raise `UnsupportedBaseError` if the logits are not those of the stock model."""
         gap = ((logits - self.logits).abs().max() / self.logits.abs().max()).item()
         if not gap <= REFERENCE_TOLERANCE[dtypes]:
             raise UnsupportedBaseError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapters_store.base.spec import KVShape
 from server.model.attention.attend import attend
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import AttentionParams
+from server.model.backends.attention_params import AttentionParams
 from server.model.errors import UnsupportedBaseError
 
 ATTENTION_NAME = "manyhats"
@@ -54,7 +54,7 @@ def _attention(
     paged: PagedBatch | AttentionProbe | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q [1, H, T, d], k and v [1, kv heads, T, d] -> [1, T, H, d_v]."""
+    """Attend as transformers' interface asks: q [1, H, T, d], k and v [1, kv heads, T, d] -> [1, T, H, d_v]."""
     unknown = sorted(name for name, thing in other.items() if thing is not None and name not in HARMLESS)
     if paged is None or attention_mask is not None or unknown:
         raise UnsupportedBaseError(

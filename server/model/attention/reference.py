@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import AttentionParams, split
+from server.model.backends.attention_params import AttentionParams, split
 
 
 def attend_reference(
     batch: PagedBatch, layer: int, qkv: Tensor, cos: Tensor, sin: Tensor, params: AttentionParams
 ) -> Tensor:
-    """The slow twin of `attend`, in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
+    """Compute `attend` in plain torch on any device: gather each sequence's K and V, softmax(q k^T) v."""
     cache, shape, device = batch.cache, batch.cache.shapes[layer], qkv.device
     query, key, value = split(qkv, shape, cos, sin)
     heads = query.shape[1]
-    blocks = torch.from_numpy(batch.token_blocks).to(device)
-    cache.store(layer, blocks, torch.from_numpy(batch.token_offsets).to(device), key, value)
+    blocks = torch.from_numpy(batch.spans.token_blocks).to(device)
+    cache.store(layer, blocks, torch.from_numpy(batch.spans.token_offsets).to(device), key, value)
     out = []
-    for sequence, (first, count, start) in enumerate(batch.spans):
+    for sequence, (first, count, start) in enumerate(batch.spans.spans):
         length = start + count
-        table = torch.from_numpy(batch.block_table[sequence, : -(-length // cache.block_size)]).to(device)
+        table = torch.from_numpy(batch.spans.block_table[sequence, : -(-length // cache.block_size)]).to(device)
         k = cache.keys[layer][table, :, :, : cache.block_size].permute(0, 3, 1, 2).flatten(0, 1)[:length]
         v = cache.values[layer][table, :, :, : shape.value_dim].transpose(1, 2).flatten(0, 1)[:length]
         k, v = k.to(query.dtype), v.to(query.dtype)

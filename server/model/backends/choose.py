@@ -1,23 +1,28 @@
-"""Choose a backend and a precision."""
+"""Choose a precision and a backend: the one place that knows which there are."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
-from server.model.backends.base import Packer, Product
+import torch
+
+from server.model.backends.base import Backend
+from server.model.backends.cpu.backend import CpuBackend
 from server.model.backends.cpu.weights import PACKERS
+from server.model.backends.torch_ops.backend import TorchOpsBackend
 from server.model.errors import UnsupportedBaseError
 from server.model.precision import has_halves
 
-
-def pack_torch(weight: Tensor, bias: Tensor | None) -> Product:
-    """torch's own linear: any device, any dtype; the slow twin of the others."""
-    return lambda x: nn.functional.linear(x, weight, bias)
+BACKENDS: dict[str, Callable[[str, str], Backend]] = {  # by the type of device; others are computed by torch
+    "cpu": lambda precision, _device: CpuBackend(precision),
+}
 
 
 def choose_precision(precision: str, device: str) -> str:
-    """What `auto` means here; a device that is not here, or that has no good product for a precision, is refused."""
+    """Return a precision by name, `auto` resolved for this machine.
+
+    Raises `UnsupportedBaseError` if the device is not here, or has no good product for the precision.
+    """
     on_cpu = torch.device(device).type == "cpu"
     usable = [name for name in PACKERS if name != "fp16" or has_halves()] if on_cpu else ["fp32", "bf16", "fp16"]
     if precision not in ("auto", *usable):
@@ -31,6 +36,8 @@ def choose_precision(precision: str, device: str) -> str:
     return precision
 
 
-def choose_product(precision: str, device: str) -> Packer:
-    """The packer for a precision that `choose_precision` gave."""
-    return PACKERS[precision] if torch.device(device).type == "cpu" else pack_torch
+def choose_backend(precision: str, device: str) -> Backend:
+    """Make the backend for a precision on a device. Raises `UnsupportedBaseError`, see `choose_precision`."""
+    precision = choose_precision(precision, device)
+    make = BACKENDS.get(torch.device(device).type)
+    return TorchOpsBackend(precision, device) if make is None else make(precision, device)

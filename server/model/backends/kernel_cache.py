@@ -18,7 +18,9 @@ from pathlib import Path
 
 from adapters_store.base.resolve import default_cache
 
-SOURCES = Path(__file__).parent / "cpu"
+HERE = Path(__file__).parent
+KERNELS = ("adapters", "attention", "decoder", "layers", "product", "threads", "vector")  # files of `cpu` that compile
+SOURCES = (*(HERE / "cpu" / f"{name}.py" for name in KERNELS), HERE / "codes.py", HERE.parent / "row_adapters.py")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -45,13 +47,13 @@ class KernelCache:
 
 
 def digest() -> str:
-    """Sixteen hex digits of the kernels' sources."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in _sources())).hexdigest()[:16]
+    """Sixteen hex digits of the kernels' sources, and of the codes and types that are compiled into them."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
 
 
 def build_key() -> str:
     """Sixteen hex digits of what Numba asks before it takes a kernel from disk: file times, versions, the CPU."""
-    stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _sources()]
+    stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in SOURCES]
     said = repr([stamps, version("numba"), version("llvmlite"), platform.python_version(), sorted(set(_cpu()))])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
@@ -86,11 +88,6 @@ def _is_private(folder: Path) -> bool:
         return found.st_uid == os.getuid() and found.st_mode & 0o777 == 0o700 and not folder.is_symlink()
     except OSError:
         return False
-
-
-def _sources() -> list[Path]:
-    """The files that kernels are compiled from: the one that asks for it changes none of them."""
-    return sorted(path for path in SOURCES.glob("*.py") if path.name != "compile.py")
 
 
 def _cpu() -> Iterator[str]:

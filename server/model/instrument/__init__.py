@@ -1,1 +1,1 @@
-"""How a transformers model is changed to run on a backend with adapters."""
+"""Change a transformers model so that it runs on a backend with adapters."""

@@ -17,26 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import AttentionParams
-from server.model.backends import cpu
-from server.model.backends.base import Packer
-from server.model.backends.choose import pack_torch
+from server.model.backends.attention_params import AttentionParams
+from server.model.backends.base import PackLinear
+from server.model.backends.reference import linear_reference
 from server.model.errors import FusedPartError
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
 from server.model.instrument.recognise import is_attention, is_gated, is_rms_norm
-from server.model.instrument.whole_decoder import FusedDecoder, is_whole
+from server.model.instrument.whole_decoder import FusedDecoder, describe_layer, is_whole
 from server.model.slots.slots import AdapterSlots
 
 # Of the largest magnitude, by what keys and values are kept in; what is computed in decides where they are coarse.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4}
 COARSE_TOLERANCE = 2e-2
 NOT_CALLED: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-Maker = Callable[[str, Packer], nn.Module]  # the part for a site, its products packed so
+Maker = Callable[[str, PackLinear], nn.Module]  # the part for a site, its products packed so
 
 
 @dataclass
 class CallRecorder:
-    """What modules were called with in one forward of the stock model."""
+    """Notes what modules were called with in one forward of the stock model."""
 
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
@@ -65,7 +64,7 @@ class LayerFuser:
 
     model: Any
     adapter_slots: AdapterSlots
-    pack: Packer
+    pack: PackLinear
     params_of_layer: dict[int, AttentionParams]
     recorder: CallRecorder
     paged: PagedBatch
@@ -85,23 +84,20 @@ class LayerFuser:
             if is_attention(self._stock(layer.attention), *self._call(layer.attention)):
                 self._replace(layer.attention, self._attention(is_rotated=True), self._attention(is_rotated=False))
         sites = [layer.layer for layer in self.adapter_slots.spec.layers]
-        if cpu.supports(self.adapter_slots.device, self.adapter_slots.dtypes.others) and all(
-            is_whole(self._stock(site)) for site in sites
-        ):
-            return self._join(sites)
-        return None
+        return self._join(sites) if all(is_whole(self._stock(site)) for site in sites) else None
 
     def _stock(self, site: str) -> Any:
         return self.model.get_submodule(site)
 
-    def _norm(self, site: str, _pack: Packer) -> nn.Module:
-        return RMSNorm(self._stock(site), self.adapter_slots.spec.norms[site].offset, self.adapter_slots.group(site))
+    def _norm(self, site: str, _pack: PackLinear) -> nn.Module:
+        slots = self.adapter_slots
+        return RMSNorm(self._stock(site), slots.spec.norms[site].offset, slots.group(site), slots.backend)
 
-    def _mlp(self, site: str, pack: Packer) -> nn.Module:
+    def _mlp(self, site: str, pack: PackLinear) -> nn.Module:
         return GatedMLP(self._stock(site), site, self.adapter_slots, pack)
 
     def _attention(self, is_rotated: bool) -> Maker:
-        def make(site: str, pack: Packer) -> nn.Module:
+        def make(site: str, pack: PackLinear) -> nn.Module:
             stock = self._stock(site)
             return Attention(
                 stock, site, self.adapter_slots, pack, self.params_of_layer[int(stock.layer_idx)], is_rotated
@@ -110,15 +106,15 @@ class LayerFuser:
         return make
 
     def _replace(self, site: str, *makers: Maker) -> None:
-        """By the first kind of part that computes what the stock part does."""
+        """Replace a part by the first kind that computes what the stock part does."""
         make = next((make for make in makers if self._is_equal(site, make)), None)
         if make is not None:
             self._set(site, make)
 
     def _replace_alike(self, site: str, make: Maker) -> None:
-        """As `_replace`, for parts that are what they print: one proves those like it.
+        """Replace a part that is what it prints, so that one that was checked stands for those like it.
 
-        Attention is none of them, for layers may turn their queries or not; and all are proved together in the end.
+        Attention is none of them, for layers may rotate their queries or not; all are checked together in the end.
         """
         kind = repr(self._stock(site))
         if kind not in self._checked:
@@ -131,12 +127,13 @@ class LayerFuser:
         setattr(self.model.get_submodule(parent), child, make(site, self.pack))
 
     def _join(self, sites: list[str]) -> FusedDecoder | None:
-        """One call for all layers, if that computes what the layers' fused parts do."""
-        fused_decoder = FusedDecoder(
-            [self._stock(site) for site in sites],
-            self.adapter_slots,
-            [self.adapter_slots.group(site) for site in sites],
-        )
+        """Make one call of all layers, if the backend has one and it computes what the layers' fused parts do."""
+        layers, groups = [self._stock(site) for site in sites], [self.adapter_slots.group(site) for site in sites]
+        described = [describe_layer(layer, group) for layer, group in zip(layers, groups, strict=True)]
+        compute = self.adapter_slots.backend.whole_decoder(described)
+        if compute is None:
+            return None
+        fused_decoder = FusedDecoder(layers, self.adapter_slots, groups, compute)
         args, kwargs = self._call(sites[0])
         hidden = args[0]
         for site, stock in zip(sites, fused_decoder.stock, strict=True):
@@ -146,10 +143,10 @@ class LayerFuser:
         fused_decoder.install()
         return fused_decoder
 
-    def _is_equal(self, site: str, make: Callable[[str, Packer], Callable[..., Any]]) -> bool:
+    def _is_equal(self, site: str, make: Callable[[str, PackLinear], Callable[..., Any]]) -> bool:
         args, kwargs = self._call(site)
         wanted = _tensor(self._stock(site)(*args, **kwargs))
-        return self._gives(site, lambda: make(site, pack_torch)(*args, **kwargs), wanted)
+        return self._gives(site, lambda: make(site, linear_reference)(*args, **kwargs), wanted)
 
     def _call(self, site: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = self.recorder.calls.get(site, NOT_CALLED)

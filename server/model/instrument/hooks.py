@@ -1,6 +1,6 @@
-"""The base's modules that are no linears - norms, blocks, layers, the embedding - hand what they compute to the bank.
+"""Hand what modules that are no linears compute - norms, blocks, layers, the embedding - to the adapter slots.
 
-By forward hooks, which are there only while some slot acts at the module: whoever uses LoRA alone pays nothing.
+Forward hooks do it, which are there only while some slot acts at the module: a batch of LoRA alone pays nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from server.model.slots.slots import AdapterSlots
 
 
 class SiteHooks:
-    """The hooks of one model. `heads_first` is learned from one forward: norms that see [1, heads, T, d]."""
+    """The hooks of one model.
+
+    `heads_first` is learned from one forward: norms that see [1, heads, T, d]. `inside` are the sites that a whole
+    decoder computes itself.
+    """
 
     def __init__(self, model: nn.Module, spec: BaseSpec) -> None:
         self.model, self.spec = model, spec
         self.heads_first: set[str] = set()
+        self.inside: set[int] = set()
         self._handles: dict[int, list[RemovableHandle]] = {}
 
     def connect(self, adapter_slots: AdapterSlots) -> None:
-        """Hand over to this bank from now on."""
+        """Hand over to these slots from now on."""
         self.adapter_slots = adapter_slots
         self._counts = [0] * len(adapter_slots.sites)  # slots that act at each site
         self._hooked = {  # linears are ours, and the embedding has its hook from the start
@@ -40,7 +45,7 @@ class SiteHooks:
 
     @contextmanager
     def learning(self, num_tokens: int) -> Iterator[None]:
-        """While a forward of `num_tokens` runs: note the norms whose output has the heads before the tokens."""
+        """Note, while a forward of `num_tokens` runs, the norms whose output has the heads before the tokens."""
         handles = [
             self.model.get_submodule(site).register_forward_hook(self._learner(site, num_tokens))
             for site in self.spec.norms
@@ -59,7 +64,7 @@ class SiteHooks:
         return hook
 
     def _change(self, packed: PackedPatch, change: int) -> None:
-        """A slot came (1) or goes (-1)."""
+        """Count a slot that came (1) or goes (-1), and install or remove hooks."""
         for site in self._hooked.intersection(packed.entries[:, 1].tolist()):
             self._counts[site] += change
             if self._counts[site] == 0:
@@ -75,14 +80,14 @@ class SiteHooks:
         return handles
 
     def _note_stream(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.adapter_slots.stream = args[0]
+        self.adapter_slots.step.stream = args[0]
 
     def _leave(self, site: int) -> Callable[..., Any]:
         name = self.adapter_slots.sites.names[site]
         group, is_heads_first = self.adapter_slots.group(name), name in self.heads_first
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if site in self.adapter_slots.inside:
+            if site in self.inside:
                 return output
             y = output[0] if isinstance(output, tuple) else output
             x = args[0] if args else kwargs["hidden_states"]

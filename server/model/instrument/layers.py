@@ -1,21 +1,17 @@
-"""Layers that replace a base's own: RMS norm, gated MLP, attention."""
+"""Parts of decoder layers, computed by a backend: RMS norm, gated feed-forward block, attention."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from server.model.attention import attend
+from server.model.attention.attend import attend
 from server.model.attention.paged_batch import PagedBatch
-from server.model.attention.params import AttentionParams
-from server.model.backends import cpu
-from server.model.backends.base import Packer
-from server.model.backends.cpu import layers
+from server.model.backends.attention_params import AttentionParams
+from server.model.backends.base import Backend, NormPart, PackLinear
+from server.model.backends.codes import GATE_CODES
 from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.recognise import norm_eps
 from server.model.row_adapters import SiteGroup
@@ -23,44 +19,43 @@ from server.model.slots.slots import AdapterSlots
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), where some bases keep the weight less one (arXiv:1910.07467)."""
+    """y = weight * x / sqrt(mean(x^2) + eps); some bases keep the weight less one (arXiv:1910.07467)."""
 
-    def __init__(self, norm: Any, offset: float, group: SiteGroup) -> None:
+    def __init__(self, norm: Any, offset: float, group: SiteGroup, backend: Backend) -> None:
         super().__init__()
-        self.group = group
         self.weight = nn.Parameter(norm.weight.detach().float() + offset, requires_grad=False)
         self.eps = norm_eps(norm)
+        self.part = NormPart(self.weight, self.eps, group)  # for a whole decoder
+        self._rms_norm = backend.rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        if not cpu.supports(x.device.type, x.dtype):
-            return functional.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = torch.empty_like(rows)
-        layers.rms_norm(rows.numpy(), self.weight.numpy(), np.float32(self.eps), out.numpy())
-        return out.view(x.shape)
+        """Normalise the rows of x [..., size]."""
+        return self._rms_norm(x, self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):
-    """y = W_down (act(W_gate x) * W_up x): gate and up are one product (arXiv:2002.05202)."""
+    """y = W_down (act(W_gate x) * W_up x): gate and up are one product (arXiv:2002.05202).
 
-    def __init__(self, mlp: Any, site: str, adapter_slots: AdapterSlots, pack: Packer) -> None:
+    `gate` is the code of its activation, None if no backend knows it.
+    """
+
+    def __init__(self, mlp: Any, site: str, adapter_slots: AdapterSlots, pack: PackLinear) -> None:
         super().__init__()
         self.gate_up = AdapterLinear(
             [mlp.gate_proj, mlp.up_proj], pack, adapter_slots, [f"{site}.gate_proj", f"{site}.up_proj"], False
         )
         self.down = AdapterLinear([mlp.down_proj], pack, adapter_slots, [f"{site}.down_proj"], False)
         self.group = adapter_slots.group(site)
-        self.act_fn = mlp.act_fn
-        self.gate = next((code for name, code in layers.GATES.items() if _is_act(mlp.act_fn, name)), None)
+        self.act_fn, self._gate = mlp.act_fn, adapter_slots.backend.gate
+        self.gate = next((code for name, code in GATE_CODES.items() if _is_act(mlp.act_fn, name)), None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute x [..., in] -> [..., in]."""
         gate_up = self.gate_up(x)
-        if self.gate is None or not cpu.supports(x.device.type, x.dtype):
+        if self.gate is None:
             gate, up = gate_up.chunk(2, -1)
             return self.down(self.act_fn(gate) * up)  # type: ignore[no-any-return]
-        out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-        layers.gate(gate_up.view(-1, gate_up.shape[-1]).numpy(), self.gate, out.view(-1, out.shape[-1]).numpy())
-        return self.down(out)  # type: ignore[no-any-return]
+        return self.down(self._gate(gate_up, self.gate))  # type: ignore[no-any-return]
 
 
 def _is_act(act: Any, name: str) -> bool:
@@ -68,14 +63,14 @@ def _is_act(act: Any, name: str) -> bool:
 
 
 class Attention(nn.Module):
-    """Attention with q, k and v as one product; queries and keys are turned in the kernel where `is_rotated`."""
+    """Attention with q, k and v as one product; the backend rotates queries and keys if `is_rotated`."""
 
     def __init__(
         self,
         stock: Any,
         site: str,
         adapter_slots: AdapterSlots,
-        pack: Packer,
+        pack: PackLinear,
         params: AttentionParams,
         is_rotated: bool = True,
     ) -> None:
@@ -90,10 +85,11 @@ class Attention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedBatch, **_other: Any
     ) -> tuple[Tensor, None]:
+        """Compute hidden_states [1, T, size] -> ([1, T, size], None), as transformers' attention modules answer."""
         qkv = self.qkv(hidden_states)[0]
         if self.is_rotated:
             cos, sin = (part[0] for part in position_embeddings)
         else:
             cos = sin = qkv.new_empty(len(qkv), 0)
-        attended = attend.attend(paged, self.layer_idx, qkv, cos, sin, self.params)
+        attended = attend(paged, self.layer_idx, qkv, cos, sin, self.params)
         return self.out(attended.flatten(1)[None]), None

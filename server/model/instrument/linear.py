@@ -1,9 +1,4 @@
-"""The base's linear layers: weights packed for the machine, then whatever the batch's hats add.
-
-How a product is computed is chosen in one place, `choose_product`: on CPU by the kernels, with weights in the
-precision's bits and arithmetic in fp32, so that a row's result is the same to the last bit whatever it is computed
-beside; elsewhere by torch's own linear in the precision's type.
-"""
+"""The base's linear layers: weights packed by the backend, then what the adapters of the batch add."""
 
 from __future__ import annotations
 
@@ -13,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from server.model.backends.base import SCALE_IN, Packer
+from server.model.backends.base import LinearPart, PackLinear
+from server.model.backends.codes import SCALE_IN
 from server.model.row_adapters import SiteGroup
-from server.model.slots.slots import AdapterSlots
+from server.model.slots.slots import IDLE, AdapterSlots
 
 
 class AdapterLinear(nn.Module):
@@ -28,7 +24,7 @@ class AdapterLinear(nn.Module):
     def __init__(
         self,
         linears: Sequence[nn.Linear | Conv1D],
-        pack: Packer,
+        pack: PackLinear,
         adapter_slots: AdapterSlots,
         sites: Sequence[str],
         is_head: bool,
@@ -37,9 +33,13 @@ class AdapterLinear(nn.Module):
         self.product = pack(*stacked(linears))
         self.adapter_slots, self.is_head = adapter_slots, is_head
         self.group, self.parts = adapter_slots.group(*sites), [adapter_slots.group(site) for site in sites]
+        self.part = LinearPart(self.product, self.group)  # for a whole decoder
 
     def forward(self, x: Tensor) -> Tensor:
-        acts = self.adapter_slots.acts[self.group.number]
+        """Compute x [..., in] -> y [..., sum of out]."""
+        acts = self.adapter_slots.step.acts.of_group[self.group.number]
+        if acts == IDLE:
+            return self.product(x)
         if len(self.parts) > 1 and acts[SCALE_IN]:
             return torch.cat([self._alone(x, part, number) for number, part in enumerate(self.parts)], -1)
         x = self.adapter_slots.enter(self.group, x, self.is_head)
@@ -48,7 +48,7 @@ class AdapterLinear(nn.Module):
         return y
 
     def _alone(self, x: Tensor, part: SiteGroup, number: int) -> Tensor:
-        """One of several layers, where hats scale their inputs differently."""
+        """Compute one of several layers, if adapters scale their inputs differently."""
         x = self.adapter_slots.enter(part, x, self.is_head)
         first, last = self.group.columns[number : number + 2]
         y = self.product(x)[..., first:last].contiguous()
@@ -57,7 +57,7 @@ class AdapterLinear(nn.Module):
 
 
 def stacked(linears: Sequence[nn.Linear | Conv1D]) -> tuple[Tensor, Tensor | None]:
-    """The weight [sum of out, in] and the bias of layers side by side, without one where none has one."""
+    """Return the weight [sum of out, in] of layers side by side, and the bias, None if none has one."""
     weights = [one.weight.detach().T if isinstance(one, Conv1D) else one.weight.detach() for one in linears]
     biases = [
         weight.new_zeros(len(weight)) if one.bias is None else one.bias.detach()

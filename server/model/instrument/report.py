@@ -10,16 +10,17 @@ from torch import nn
 
 from adapters_store.base.spec import BaseSpec
 from server.core import ForwardReport, FusedCount
+from server.model.backends.base import Backend
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
 from server.model.instrument.whole_decoder import DirectForward, FusedDecoder
 
 
-def report_forward(model: nn.Module, spec: BaseSpec, backend: str, precision: str, forward: Any) -> ForwardReport:
+def report_forward(model: nn.Module, spec: BaseSpec, backend: Backend, forward: Any) -> ForwardReport:
     """Say how a base is computed: `model` with its parts replaced, `forward` the function that steps call."""
     is_direct = isinstance(forward, DirectForward)
     return ForwardReport(
-        backend=backend,
-        precision=precision,
+        backend=backend.name,
+        precision=backend.precision,
         num_threads=torch.get_num_threads(),
         num_layers=spec.num_layers,
         attentions=_count(model, [layer.attention for layer in spec.layers], Attention),

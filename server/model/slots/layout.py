@@ -1,4 +1,4 @@
-"""A patch in the layout of a slot: one flat buffer at true sizes, and a table that says where what lies.
+"""A patch in the layout of a slot: one flat buffer at true sizes, and a table of offsets.
 
 The host copy has the layout of the device's, so that filling a slot is one copy, and on a CPU none. Matrices
 may be kept in fewer bits than what is computed with; vectors and prefixes never are.
@@ -7,10 +7,11 @@ may be kept in fewer bits than what is computed with; vectors and prefixes never
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 from adapters_store.base.spec import BaseSpec, KVShape
 from adapters_store.format.safetensors_file import is_finite
 from adapters_store.primitives import (
-    ACTIVATIONS,
     Bias,
     Bottleneck,
     Delta,
@@ -33,17 +33,27 @@ from adapters_store.primitives import (
     Rows,
     Scale,
 )
-from server.model.backends.base import BIAS, DELTA, PROJECTION, ROWS, SCALE_IN, SCALE_OUT
-from server.model.backends.cpu import adapters as codes
+from server.model.backends.codes import (
+    ACTIVATION_CODES,
+    ACTIVATION_MASK,
+    BIAS,
+    DELTA,
+    IS_BIASED,
+    NORM_AFTER,
+    NORM_BEFORE,
+    OF_OUTPUT,
+    OF_STREAM,
+    PROJECTION,
+    ROWS,
+    SCALE_IN,
+    SCALE_OUT,
+    SOURCE_FLAGS,
+)
 from server.model.precision import StorageDtypes
-
-SIZE = codes.SIZE  # the table's column that is 0 where nothing acts
-CODE_OF = {name: code for code, name in enumerate(ACTIVATIONS)}
-SOURCES = {"input": 0, "output": codes.OF_OUTPUT, "stream": codes.OF_STREAM}
 
 
 class Sites:
-    """All sites of a base by number, with the widths (in, out) of what goes in and comes out."""
+    """Sites of a base by number, with the widths (in, out) of what goes in and comes out."""
 
     def __init__(self, spec: BaseSpec) -> None:
         widths = {site: (linear.in_features, linear.out_features) for site, linear in spec.linears.items()}
@@ -67,9 +77,9 @@ class Sites:
 class PackedPatch:
     """A patch in the slot's layout.
 
-    `entries` has a row for each primitive: kind, site, offset in bytes, size, flags. At a branch's offset lie A [r, in]
-    and B transposed [r, out]; with flags then d [r], u [out], and (gamma, beta) of each norm. Elsewhere lies the
-    primitive's one tensor; of a prefix its embeddings, or layer by layer keys and values.
+    `entries` has a row for each primitive: kind, site, offset in bytes, size, flags. At a projection's offset lie A
+    [r, in] and B transposed [r, out]; with flags then d [r], u [out], and (gamma, beta) of each norm. Elsewhere lies
+    the primitive's one tensor; of a prefix its embeddings, or layer by layer keys and values.
     """
 
     digest: str
@@ -81,12 +91,12 @@ class PackedPatch:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes at either level, but for the few numbers that say where it lies."""
+        """Bytes charged to the host and slot budgets; the small entry table is not counted."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.buffer, *self.row_ids.values()))
 
     @property
     def num_virtual(self) -> int:
-        """How many virtual positions it puts before a prompt."""
+        """Number of virtual positions it puts before a prompt."""
         return 0 if self.prefix is None else self.prefix[2]
 
 
@@ -98,17 +108,17 @@ def pack(patch: Patch, sites: Sites, dtypes: StorageDtypes) -> PackedPatch:
         if isinstance(primitive, PrefixEmbeds | PrefixKV):
             prefix = (type(primitive), layout.end, primitive.num_tokens)
         else:
-            kind, size, flags = _entry(primitive)
-            site = sites.index[primitive.site]
+            kind, site = kind_of(primitive), sites.index[primitive.site]
+            size, flags = STORED[kind].size(primitive), STORED[kind].flags(primitive)
             if (kind, site) in entries:
                 raise ValueError(f"two primitives of one kind at {primitive.site}")
             entries[kind, site] = kind, site, layout.end, size, flags
             if isinstance(primitive, Rows):
                 row_ids[site] = primitive.ids.to(torch.int32)
-        matrices = list(_matrices(primitive))
+        matrices = list(primitive.matrices())
         is_odd = sum(matrix.numel() for matrix in matrices) % 2
-        layout.add(matrices + [torch.zeros(1)] * is_odd, dtypes.matrices)  # see `patch.even`
-        layout.add(_vectors(primitive), dtypes.others)
+        layout.add(matrices + [torch.zeros(1)] * is_odd, dtypes.matrices)  # see `primitives.even`
+        layout.add(primitive.vectors(), dtypes.others)
     table = np.array(list(entries.values()), np.int64).reshape(-1, 5)
     return PackedPatch(patch.digest, layout.write(), dtypes, table, row_ids, prefix)
 
@@ -121,13 +131,13 @@ class _Layout:
         self._parts: list[tuple[torch.dtype, Tensor]] = []
 
     def add(self, tensors: Iterable[Tensor], dtype: torch.dtype) -> None:
-        """Some more."""
+        """Append tensors, in a type."""
         for tensor in tensors:
             self._parts.append((dtype, tensor))
             self.end += tensor.numel() * dtype.itemsize
 
     def write(self) -> Tensor:
-        """The buffer. Raises `ValueError` where a value does not fit its type."""
+        """Return the buffer. Raises `ValueError` if a value does not fit its type."""
         buffer, end = torch.empty(self.end, dtype=torch.uint8), 0
         for dtype, run in groupby(self._parts, itemgetter(0)):
             tensors = [tensor for _, tensor in run]
@@ -141,77 +151,25 @@ class _Layout:
         return buffer
 
 
-def _matrices(primitive: Primitive) -> Iterator[Tensor]:
-    match primitive:
-        case LowRank(a=a, b=b) | Bottleneck(down=a, up=b):
-            yield from (a, b.T)
-        case Delta(dw=part) | Rows(de=part):
-            yield part
-
-
-def _vectors(primitive: Primitive) -> Iterator[Tensor]:
-    match primitive:
-        case Bottleneck(down=down, up=up):
-            yield down.new_zeros(len(down)) if primitive.down_bias is None else primitive.down_bias
-            yield up.new_zeros(len(up)) if primitive.up_bias is None else primitive.up_bias
-            yield from (part for norm in (primitive.norm_before, primitive.norm_after) if norm for part in norm)
-        case Scale(v=part) | Bias(b=part) | PrefixEmbeds(embeds=part):
-            yield part
-        case PrefixKV(keys=keys, values=values):
-            yield from (part for layer in zip(keys, values, strict=True) for part in layer)
-
-
-def _entry(primitive: Primitive) -> tuple[int, int, int]:
-    """Kind, size, flags."""
-    match primitive:
-        case LowRank():
-            return PROJECTION, primitive.rank, 0
-        case Bottleneck():
-            norms = codes.NORM_BEFORE * bool(primitive.norm_before) | codes.NORM_AFTER * bool(primitive.norm_after)
-            activation = CODE_OF[primitive.activation]
-            return PROJECTION, len(primitive.down), codes.IS_BIASED | activation | norms | SOURCES[primitive.of]
-        case Scale(v=v, on=on):
-            return SCALE_IN if on == "input" else SCALE_OUT, len(v), 0
-        case Bias(b=b):
-            return BIAS, len(b), 0
-        case Delta(dw=dw):
-            return DELTA, dw.numel(), 0
-        case Rows(ids=ids):
-            return ROWS, len(ids), 0
-    raise TypeError(f"{type(primitive).__name__} acts at no site")
-
-
-def view(packed: PackedPatch, sites: Sites, kind: int, site: int, entry: NDArray[np.int64]) -> Primitive:
-    """A primitive as a patch's buffer has it; `entry` is its offset, size and flags."""
-    offset, size, flags = entry.tolist()
-    name, (size_in, size_out) = sites.names[site], sites.widths[site]
-    read = _Reader(packed, offset)
-    if kind == PROJECTION:
-        a, b = read.matrices((size, size_in), (size, size_out))
-        return _bottleneck(name, a, b.T, flags, read) if flags else LowRank(name, a, b.T)
-    if kind == DELTA:
-        return Delta(name, *read.matrices((size_out, size_in)))
-    if kind == ROWS:
-        return Rows(name, packed.row_ids[site], *read.matrices((size, size_in)))
-    part = read.other(size)
-    return Bias(name, part) if kind == BIAS else Scale(name, part, "input" if kind == SCALE_IN else "output")
-
-
 class _Reader:
     """Reads a buffer, one part after another, in the type that is computed with."""
 
-    def __init__(self, packed: PackedPatch, offset: int) -> None:
-        self.packed, self.offset = packed, offset
+    def __init__(self, packed: PackedPatch, offset: int, site: int = -1) -> None:
+        self.packed, self.offset, self.site = packed, offset, site
+
+    def row_ids(self) -> Tensor:
+        """Return the ids of the rows that are changed at the site."""
+        return self.packed.row_ids[self.site]
 
     def matrices(self, *shapes: tuple[int, int]) -> list[Tensor]:
-        """The matrices of one primitive."""
+        """Read the matrices of one primitive."""
         found = [self._take(self.packed.dtypes.matrices, shape) for shape in shapes]
         if sum(map(math.prod, shapes)) % 2:
             self.offset += self.packed.dtypes.matrices.itemsize
         return found
 
     def other(self, *shape: int) -> Tensor:
-        """Anything else."""
+        """Read a tensor that is no matrix."""
         return self._take(self.packed.dtypes.others, shape)
 
     def _take(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -219,18 +177,69 @@ class _Reader:
         return self.packed.buffer[start : self.offset].view(dtype).view(shape).to(self.packed.dtypes.others)
 
 
-def _bottleneck(name: str, down: Tensor, up: Tensor, flags: int, read: _Reader) -> Bottleneck:
-    size = len(up)
-    biases = read.other(len(down)), read.other(size)
-    norm_before = (read.other(size), read.other(size)) if flags & codes.NORM_BEFORE else None
-    norm_after = (read.other(size), read.other(size)) if flags & codes.NORM_AFTER else None
-    activation = list(ACTIVATIONS)[flags & codes.ACTIVATION]
-    of = "output" if flags & codes.OF_OUTPUT else "stream" if flags & codes.OF_STREAM else "input"
-    return Bottleneck(name, down, up, activation, of, *biases, norm_before, norm_after)  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class StoredKind:
+    """Storage of primitives of one kind: the entry's size and flags, and how a primitive is read back.
+
+    `read` takes the site's name, its widths (in, out), size, flags and a reader at the entry's offset.
+    """
+
+    size: Callable[[Any], int]
+    read: Callable[[str, tuple[int, int], int, int, _Reader], Primitive]
+    flags: Callable[[Any], int] = lambda _primitive: 0
+
+
+def kind_of(primitive: Primitive) -> int:
+    """Return the kind of a primitive that acts at a site, one of `codes.KINDS`."""
+    if isinstance(primitive, Scale):
+        return SCALE_IN if primitive.on == "input" else SCALE_OUT
+    return KIND_OF_TYPE[type(primitive)]
+
+
+def _flags(projection: LowRank | Bottleneck) -> int:
+    if isinstance(projection, LowRank):
+        return 0
+    norms = NORM_BEFORE * bool(projection.norm_before) | NORM_AFTER * bool(projection.norm_after)
+    return IS_BIASED | ACTIVATION_CODES[projection.activation] | norms | SOURCE_FLAGS[projection.of]
+
+
+def _read_projection(name: str, widths: tuple[int, int], size: int, flags: int, read: _Reader) -> LowRank | Bottleneck:
+    a, b = read.matrices((size, widths[0]), (size, widths[1]))
+    if not flags:
+        return LowRank(name, a, b.T)
+    biases = read.other(size), read.other(widths[1])
+    norm_before = (read.other(widths[1]), read.other(widths[1])) if flags & NORM_BEFORE else None
+    norm_after = (read.other(widths[1]), read.other(widths[1])) if flags & NORM_AFTER else None
+    activation = NAME_OF_ACTIVATION[flags & ACTIVATION_MASK]
+    of = "output" if flags & OF_OUTPUT else "stream" if flags & OF_STREAM else "input"
+    return Bottleneck(name, a, b.T, activation, of, *biases, norm_before, norm_after)  # type: ignore[arg-type]
+
+
+NAME_OF_ACTIVATION = {code: name for name, code in ACTIVATION_CODES.items()}
+KIND_OF_TYPE = {LowRank: PROJECTION, Bottleneck: PROJECTION, Bias: BIAS, Delta: DELTA, Rows: ROWS}
+STORED: dict[int, StoredKind] = {
+    SCALE_IN: StoredKind(lambda p: len(p.v), lambda name, _w, size, _f, read: Scale(name, read.other(size), "input")),
+    SCALE_OUT: StoredKind(lambda p: len(p.v), lambda name, _w, size, _f, read: Scale(name, read.other(size))),
+    DELTA: StoredKind(
+        lambda p: p.dw.numel(), lambda name, widths, _s, _f, read: Delta(name, *read.matrices((widths[1], widths[0])))
+    ),
+    ROWS: StoredKind(
+        lambda p: len(p.ids),
+        lambda name, widths, size, _f, read: Rows(name, read.row_ids(), *read.matrices((size, widths[0]))),
+    ),
+    PROJECTION: StoredKind(lambda p: len(p.matrices()[0]), _read_projection, _flags),
+    BIAS: StoredKind(lambda p: len(p.b), lambda name, _w, size, _f, read: Bias(name, read.other(size))),
+}
+
+
+def view(packed: PackedPatch, sites: Sites, kind: int, site: int, entry: NDArray[np.int64]) -> Primitive:
+    """Return a primitive as a patch's buffer has it; `entry` is its offset, size and flags."""
+    offset, size, flags = entry.tolist()
+    return STORED[kind].read(sites.names[site], sites.widths[site], size, flags, _Reader(packed, offset, site))
 
 
 def prefix_of(packed: PackedPatch, hidden_size: int, kv: list[KVShape]) -> Prefix | None:
-    """A patch's prefix, as its buffer has it."""
+    """Return a patch's prefix, as its buffer has it, or None."""
     if packed.prefix is None:
         return None
     kind, offset, num_tokens = packed.prefix

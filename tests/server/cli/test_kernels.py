@@ -16,8 +16,8 @@ from rich.console import Console
 
 from server.cli import kernels
 from server.cli.kernels import PARTS, Compilation, CompilerError, compile_kernels
+from server.model.backends import compile_cpu as compiler
 from server.model.backends import kernel_cache
-from server.model.backends.cpu import compile as compiler
 from server.model.backends.kernel_cache import KernelCache, find_cache
 
 ECHO = "import sys, time\nfor line in sys.stdin: time.sleep(0.05); print(line.strip(), flush=True)"

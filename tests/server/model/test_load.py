@@ -124,7 +124,7 @@ def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: 
     adapter_slots = load(
         RunnerConfig(folder=str(tiny_base), name="t", precision="fp32", num_threads=1, kv_cache_bytes=2**22)
     ).adapter_slots
-    assert calls == {"enter", "apply"} and not adapter_slots.slots and not adapter_slots.tokens.slots.size
+    assert calls == {"enter", "apply"} and not adapter_slots.slots and not adapter_slots.step.tokens.slots.size
 
 
 def test_cuda_graphs_are_refused_on_a_cpu(tiny_base: Path) -> None:

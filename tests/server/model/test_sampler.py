@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from server.core import Row, Sampled, Sampling
-from server.model.sampler import best_tokens, draw, penalise, sample, uniform
+from server.model.backends.cpu.backend import CpuBackend
+from server.model.sampler import draw, penalise, uniform
+from server.model.sampler import sample as sample_by
+
+
+def sample(logits: Tensor, rows: list[Row]) -> list[Sampled]:
+    return sample_by(logits, rows, CpuBackend("fp32").best_tokens)
 
 
 def row(history: list[int] | None = None, num_prompt: int = 1, **fields: Any) -> Row:
@@ -125,18 +131,6 @@ def test_the_best_token_is_torchs_argmax(size: int) -> None:
     got = [each.token for each in sample(logits, [row()] * 64)]
     assert got == [int((each == each.max()).nonzero()[0]) for each in logits]
     assert sample(logits[:0], []) == []
-
-
-@pytest.mark.parametrize("size", [1, 255, 257, 50257])
-def test_the_kernel_finds_what_torch_finds(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best tokens by the kernel and by its twin in torch: ties, and rows that are not finite, wherever that is."""
-    logits = make_logits(8, size).round()
-    for number, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
-        logits[number + 1, (size - 1) // (number + 1)] = bad
-    by_kernel = best_tokens(logits)
-    monkeypatch.setattr("server.model.backends.cpu.supports", lambda *_: False)
-    assert by_kernel.tolist() == best_tokens(logits).tolist()
-    assert [number for number, token in enumerate(by_kernel.tolist()) if token < 0] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

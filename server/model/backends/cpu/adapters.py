@@ -1,48 +1,85 @@
-"""What the patches of many slots do to a step's rows, which no library has.
+"""Apply the adapters of many slots to a step's rows, which no library does.
 
-A step's rows come in tiles: neighbours that wear the same, so that what is read of a patch serves all of them. A row's
-result depends on its own patches alone (see `vector`). The slow twins in plain torch are the formulas of
-`adapters_store.primitives`, as `reference.apply_reference` applies them.
-`item_type` is an empty array of the type that matrices are
-kept in; everything else of a patch is fp32.
+A step's rows come in tiles: neighbours that use the same adapters, so that what is read of one serves all of them. A
+row's result depends on its own adapters alone (see `vector`). The slow twins in plain torch are the formulas of
+`adapters_store.primitives`, as `backends.reference` applies them. `item_type` is an empty array of the type that
+matrices are kept in; everything else of an adapter is fp32.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
+from numpy.typing import NDArray
 
-from server.model.backends.base import BIAS, DELTA, PROJECTION, SCALE_IN, SCALE_OUT
-from server.model.backends.cpu.product import at, multiply
+from server.model.backends.codes import (
+    ACTIVATION_MASK,
+    BIAS,
+    COUNT,
+    DELTA,
+    FIRST,
+    FIRST_ADAPTER,
+    FLAGS,
+    GELU,
+    GELU_TANH,
+    LAST_ADAPTER,
+    NORM_AFTER,
+    NORM_BEFORE,
+    OF_OUTPUT,
+    OF_STREAM,
+    OFFSET,
+    PROJECTION,
+    RELU,
+    SCALE_IN,
+    SCALE_OUT,
+    SILU,
+    SIZE,
+    TANH,
+)
+from server.model.backends.cpu.product import Strides, at, multiply
 from server.model.backends.cpu.threads import FASTMATH
 from server.model.backends.cpu.vector import FLOATS, PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, view, widened
 
 SQRT_HALF, SQRT_2_PI, GELU_CUBE = np.float32(0.5**0.5), np.float32((2 / np.pi) ** 0.5), np.float32(0.044715)
 NORM_EPS, ONE = np.float32(1e-5), np.float32(1.0)
 OUTPUTS = 32  # of a delta that a thread computes for all rows in turn: 36 KB of SmolLM2's dW, which stay in cache
-# Flags of a branch: its activation's code, then bits. No flag at all is a LoRA.
-ACTIVATION, IS_BIASED, NORM_BEFORE, NORM_AFTER, OF_OUTPUT, OF_STREAM = 15, 16, 32, 64, 128, 256
-OFFSET, SIZE, FLAGS = 0, 1, 2  # columns of a slot's table
-FIRST, COUNT, FIRST_ADAPTER, LAST_ADAPTER = 0, 1, 2, 3  # columns of the tiles
+
+
+class AdapterArgs(NamedTuple):
+    """Adapters that a step's rows use, and their addresses; tiles, slots and weights as `RowAdapters` has them.
+
+    addresses [slots] are those of the slots' buffers; table [kinds, sites, slots, 3] has the offset in bytes, the size
+    and the flags of each primitive; acts [groups, kinds] says what there is to do in this step.
+    """
+
+    tiles: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    addresses: NDArray[np.int64]
+    table: NDArray[np.int64]
+    acts: NDArray[np.bool_]
+    max_rank: int
+    item_type: NDArray[np.generic]
 
 
 @njit(inline="always")
 def _view(address, size):
-    """`size` floats at an address."""
+    """Return `size` floats at an address."""
     return view(address, (size,), FLOATS)
 
 
 @njit(inline="always")
 def _aligned(num_bytes):
-    """Rounded up to whole floats, as `packed` lays parts out."""
+    """Round up to whole floats, as `layout` lays parts out."""
     return (num_bytes + 3) // 4 * 4
 
 
 @njit(cache=True)
 def _down(rows, x, x_stride, a, k, rank, t, t_stride, item_type):
-    """t [rows, rank] = x [rows, k] A^T, where A [rank, k]; addresses and strides in items."""
+    """Write t [rows, rank] = x [rows, k] A^T for A [rank, k]; addresses and strides in items."""
     row = 0
     while row + 4 <= rows:
         x_at, t_at = x + 4 * row * x_stride, t + 4 * row * t_stride
@@ -63,8 +100,9 @@ def _down(rows, x, x_stride, a, k, rank, t, t_stride, item_type):
 
 @njit(cache=True)
 def _up(rows, t, t_stride, b, rank, n, y, y_stride, item_type):
-    """y [rows, n] += t [rows, rank] B, where B [rank, n]; addresses and strides in items."""
-    multiply(rows, n // PANEL, t, b, y, y, (rank, t_stride, y_stride, y_stride, n, PANEL, 0, 0, 0), item_type)
+    """Add t [rows, rank] B to y [rows, n] for B [rank, n]; addresses and strides in items."""
+    strides = Strides(rank, t_stride, y_stride, y_stride, n, PANEL, 0, 0, 0)
+    multiply(rows, n // PANEL, t, b, y, y, strides, item_type)
     for r in range(rows if n % PANEL else 0):
         out = view(y + 4 * r * y_stride, (n,), FLOATS)
         left = view(t + 4 * r * t_stride, (rank,), FLOATS)
@@ -75,24 +113,24 @@ def _up(rows, t, t_stride, b, rank, n, y, y_stride, item_type):
 
 @njit(fastmath=FASTMATH, cache=True)
 def _activate(t, activation):
-    """t = act(t) in place; `activation` is a place in `packed.CODE_OF`."""
+    """Compute t = act(t) in place; `activation` is one of `codes.ACTIVATION_CODES`."""
     for j in range(t.shape[0]):
         v = t[j]
-        if activation == 1:
+        if activation == RELU:
             t[j] = max(v, np.float32(0.0))
-        elif activation == 2:
+        elif activation == GELU:
             t[j] = np.float32(0.5) * v * (np.float32(1.0) + math.erf(v * SQRT_HALF))
-        elif activation == 3:
+        elif activation == GELU_TANH:
             t[j] = np.float32(0.5) * v * (np.float32(1.0) + np.tanh(SQRT_2_PI * (v + GELU_CUBE * v * v * v)))
-        elif activation == 4:
+        elif activation == SILU:
             t[j] = v / (np.float32(1.0) + np.exp(-v))
-        elif activation == 5:
+        elif activation == TANH:
             t[j] = np.tanh(v)
 
 
 @njit(cache=True)
 def _layer_norms(h, h_stride, norm, out, out_stride, rows, size):
-    """Rows of out from rows of h, by (gamma, beta) at `norm`."""
+    """Write rows of out from rows of h, by (gamma, beta) at the address `norm`."""
     for r in range(rows):
         row, normed = _view(h + 4 * r * h_stride, size), _view(out + 4 * r * out_stride, size)
         _layer_norm(row, _view(norm, size), _view(norm + 4 * size, size), normed)
@@ -100,7 +138,7 @@ def _layer_norms(h, h_stride, norm, out, out_stride, rows, size):
 
 @njit(fastmath=FASTMATH, cache=True)
 def _layer_norm(h, gamma, beta, out):
-    """out = gamma (h - mean) / sqrt(variance + eps) + beta; all [size]."""
+    """Write out = gamma (h - mean) / sqrt(variance + eps) + beta; all [size]."""
     mean = np.float32(0.0)
     for i in range(h.shape[0]):
         mean += h[i]
@@ -115,7 +153,7 @@ def _layer_norm(h, gamma, beta, out):
 
 @njit(cache=True)
 def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, weight, t, item_type):
-    """y += weight B (A h) for rows of h and y; t [rows, rank] is room."""
+    """Add weight B (A h) to rows of y, for rows of h; t [rows, rank] is room."""
     b = address + rank * size_in * item_type.itemsize
     _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], item_type)
     for r in range(rows):
@@ -126,7 +164,7 @@ def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, 
 
 @njit(cache=True)
 def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, item_type):
-    """y += weight N(U act(D M(h) + d) + u) for rows of h and y; t [rows, rank] is room."""
+    """Add weight N(U act(D M(h) + d) + u) to rows of y, for rows of h; t [rows, rank] is room."""
     d = address + _aligned(rank * (size_in + size_out) * item_type.itemsize)
     u = d + 4 * rank
     norms = u + 4 * size_out
@@ -140,7 +178,7 @@ def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank
     for r in range(rows):
         for j in range(rank):
             t[r, j] += down_bias[j]
-        _activate(t[r, :rank], flags & ACTIVATION)
+        _activate(t[r, :rank], flags & ACTIVATION_MASK)
         change[r] = _view(u, size_out)
     up, out = address + rank * size_in * item_type.itemsize, at(change)
     _up(rows, at(t), t.shape[1], up, rank, size_out, out, size_out, item_type)
@@ -154,7 +192,7 @@ def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank
 
 @njit(cache=True)
 def _add(rows, bias, weight, y, y_stride):
-    """y += weight bias for rows of y."""
+    """Add weight bias to rows of y."""
     for r in range(rows):
         out = _view(y + 4 * r * y_stride, bias.shape[0])
         for o in range(bias.shape[0]):
@@ -163,7 +201,7 @@ def _add(rows, bias, weight, y, y_stride):
 
 @njit(fastmath=FASTMATH, cache=True)
 def _scale(rows, v, weight, y, y_stride):
-    """y *= 1 + weight (v - 1) for rows of y."""
+    """Multiply rows of y by 1 + weight (v - 1)."""
     for r in range(rows):
         out = _view(y + 4 * r * y_stride, v.shape[0])
         for i in range(v.shape[0]):
@@ -171,9 +209,9 @@ def _scale(rows, v, weight, y, y_stride):
 
 
 @njit(cache=True)
-def _scales(tile, kind, site, size, y, y_stride, row_adapters):
-    """Scales of the inputs or outputs of a site, for a tile's rows of y."""
-    _tiles, slots, weights, addresses, table, _acts, _max_rank, _item_type = row_adapters
+def _scales(tile, kind, site, size, y, y_stride, args):
+    """Scale the inputs or outputs of a site, for a tile's rows of y."""
+    slots, weights, addresses, table = args.slots, args.weights, args.addresses, args.table
     for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
         scale, address = table[kind, site, slots[adapter]], addresses[slots[adapter]]
         if scale[SIZE] > 0:
@@ -181,9 +219,10 @@ def _scales(tile, kind, site, size, y, y_stride, row_adapters):
 
 
 @njit(parallel=True, cache=True)
-def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
-    """Scales of y, then what branches and biases add to it, those of y itself last, one after another."""
-    tiles, slot_numbers, adapter_weights, addresses, table, _acts, max_rank, item_type = row_adapters
+def _act(x, stream, y, columns, sites, is_scaling, is_adding, args):
+    """Scale y, then add what projections and biases give, those that read y itself last, one after another."""
+    tiles, slot_numbers, adapter_weights = args.tiles, args.slots, args.weights
+    addresses, table, max_rank, item_type = args.addresses, args.table, args.max_rank, args.item_type
     parts, width = sites.shape[0], y.shape[1]
     for index in prange(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
@@ -191,7 +230,7 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
         y_at = at(y) + 4 * (first * width + columns[part])
         t = np.empty((rows, max_rank), np.float32)
         if is_scaling:
-            _scales(tile, SCALE_OUT, site, size_out, y_at, width, row_adapters)
+            _scales(tile, SCALE_OUT, site, size_out, y_at, width, args)
         for is_late in range(2 if is_adding else 0):
             for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
                 slot, weight = slot_numbers[adapter], adapter_weights[adapter]
@@ -216,9 +255,10 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters):
 
 
 @njit(cache=True)
-def list_prefetch(size_in, group, row_adapters):
-    """What branches of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
-    (_, sites, columns), (tiles, slots, _, addresses, table, _, _, item_type) = group, row_adapters
+def list_prefetch(size_in, group, args):
+    """List what projections of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
+    sites, columns, tiles, slots = group.sites, group.columns, args.tiles, args.slots
+    addresses, table, item_type = args.addresses, args.table, args.item_type
     parts = sites.shape[0]
     out, count = np.empty((parts * (tiles[:, LAST_ADAPTER] - tiles[:, FIRST_ADAPTER]).sum(), 2), np.int64), 0
     for index in range(tiles.shape[0] * parts):
@@ -232,26 +272,21 @@ def list_prefetch(size_in, group, row_adapters):
 
 
 @njit(parallel=True, cache=True)
-def enter(x, site, row_adapters):
-    """Scale the input x [T, in] of a site in place, x *= 1 + weight (v - 1) for each of a row's hats; see `apply`."""
-    tiles, size = row_adapters[0], x.shape[1]
+def enter(x, site, args):
+    """Scale the input x [T, in] of a site in place, x *= 1 + weight (v - 1) for each of a row's adapters."""
+    tiles, size = args.tiles, x.shape[1]
     for index in prange(tiles.shape[0]):
-        _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, row_adapters)
+        _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, args)
 
 
 @njit(parallel=True, cache=True)
-def deltas(x, y, first_column, last_column, table, row_adapters):
-    """y [T, out] += weight dW x for each of a row's hats, in some columns, dW [out, in]; table [slots, 3]: where.
+def deltas(x, y, first_column, last_column, table, args):
+    """Add weight dW x to some columns of y [T, out] for each of a row's adapters, dW [out, in]; table [slots, 3].
 
-    A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that wear it.
+    A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that use it.
     """
-    tiles, slot_numbers, adapter_weights, addresses, item_type = (
-        row_adapters[0],
-        row_adapters[1],
-        row_adapters[2],
-        row_adapters[3],
-        row_adapters[7],
-    )
+    tiles, slot_numbers, adapter_weights = args.tiles, args.slots, args.weights
+    addresses, item_type = args.addresses, args.item_type
     size_in, size_out, max_rows = x.shape[1], last_column - first_column, 0
     for index in range(tiles.shape[0]):
         max_rows = max(max_rows, tiles[index, COUNT])
@@ -273,7 +308,7 @@ def deltas(x, y, first_column, last_column, table, row_adapters):
 
 @njit(parallel=True, cache=True)
 def head_rows(x, y, ids, matrix, weight, item_type):
-    """y[:, ids] += weight x dE^T for x [T, in], y [T, out], and dE [n, in] at the address `matrix`."""
+    """Add weight x dE^T to y[:, ids] for x [T, in], y [T, out], and dE [n, in] at the address `matrix`."""
     (rows, size_in), count = x.shape, ids.shape[0]
     for part in prange((count + OUTPUTS - 1) // OUTPUTS):
         first, last = part * OUTPUTS, min(count, (part + 1) * OUTPUTS)
@@ -287,7 +322,7 @@ def head_rows(x, y, ids, matrix, weight, item_type):
 
 @njit(cache=True)
 def embed_rows(token_ids, y, ids, matrix, weight, item_type):
-    """y [T, size] += weight dE[j] where a token is ids[j], ascending, and dE [n, size] lies at the address `matrix`."""
+    """Add weight dE[j] to rows of y [T, size] whose token is ids[j], ascending; dE [n, size] is at the address `matrix`."""
     size = y.shape[1]
     for t in range(token_ids.shape[0]):
         place = np.searchsorted(ids, token_ids[t])
@@ -297,22 +332,18 @@ def embed_rows(token_ids, y, ids, matrix, weight, item_type):
 
 
 @njit(cache=True)
-def apply(x, stream, y, group, row_adapters):
-    """Change y [T, out] in place by what hats do at sites that share the input x [T, in]; some read stream [T, size].
+def apply(x, stream, y, group, args):
+    """Change y [T, out] in place by the adapters at sites that share the input x [T, in]; some read stream [T, size].
 
-    group = (its number, sites, columns): sites[p] has the columns [columns[p], columns[p + 1]) of y.
-    worn = (tiles, slots, weights, addresses, table, acts, max_rank, unit): a tile's rows [FIRST, FIRST + COUNT) wear
-    hats [FIRST_HAT, LAST_HAT) of (slots, weights); table [kinds, sites, slots, 3] = (offset in bytes, size, flags) from
-    a slot's address; acts [groups, kinds] says what there is to do in this step.
+    group is a `SiteGroup`, args are `AdapterArgs`.
     """
-    number, sites, columns = group
-    acts, table = row_adapters[5][number], row_adapters[4]
+    sites, columns, acts, table = group.sites, group.columns, args.acts[group.number], args.table
     is_scaling, is_adding = acts[SCALE_OUT], acts[PROJECTION] or acts[BIAS]
     if acts[DELTA]:
         if is_scaling:
-            _act(x, stream, y, columns, sites, True, False, row_adapters)
+            _act(x, stream, y, columns, sites, True, False, args)
             is_scaling = False
         for part in range(sites.shape[0]):
-            deltas(x, y, columns[part], columns[part + 1], table[DELTA, sites[part]], row_adapters)
+            deltas(x, y, columns[part], columns[part + 1], table[DELTA, sites[part]], args)
     if is_scaling or is_adding:
-        _act(x, stream, y, columns, sites, is_scaling, is_adding, row_adapters)
+        _act(x, stream, y, columns, sites, is_scaling, is_adding, args)

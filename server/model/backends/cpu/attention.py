@@ -1,18 +1,19 @@
-"""Paged causal attention, with the rotation of queries and keys and the writing of keys and values in the same call.
+"""Compute paged causal attention, rotate queries and keys and write keys and values in the same call.
 
 A token's result depends on its own position and length alone: blocks are folded in order, each by `vector`'s loops.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
-from server.model.backends.cpu.product import at, multiply
+from server.model.backends.cpu.product import Strides, at, multiply
 from server.model.backends.cpu.threads import FASTMATH
 from server.model.backends.cpu.vector import FLOATS, PANEL, largest, narrowed, view
 
@@ -21,6 +22,24 @@ SPAN = 256  # positions whose scores are softened at once
 NEGATIVE_INFINITY = np.float32(-np.inf)
 LOG2_E = np.float32(1.4426950408889634)
 LOWEST_EXPONENT = np.float32(-126.0)
+
+
+class KernelParams(NamedTuple):
+    """Parameters of one layer, see `AttentionParams`; window and softcap 0 are none."""
+
+    scaling: np.float32
+    window: int
+    softcap: np.float32
+
+
+class AttentionTiles(NamedTuple):
+    """A step's rows over the cache: thread t takes tiles[bounds[t] : bounds[t + 1]]."""
+
+    token_blocks: NDArray[np.int64]  # [T] the block that each token's K and V go to
+    token_offsets: NDArray[np.int64]  # [T] and the place in it
+    block_table: NDArray[np.int64]  # [S, blocks of the longest]
+    tiles: NDArray[np.int64]  # [n, 5] = sequence, kv head, first token, number of tokens, first position
+    bounds: NDArray[np.int64]  # [threads + 1]
 
 
 @intrinsic
@@ -33,7 +52,7 @@ def _float_of_bits(_typing_context: Any, _bits: Any) -> Any:
 
 @njit(inline="always", fastmath=FASTMATH)
 def exp_of_negative(x):
-    """e^x for x <= 0 to 2e-7 relative, in a form that vectorises: 2^n 2^f, f in [-0.5, 0.5], Taylor of degree 6."""
+    """Return e^x for x <= 0 to 2e-7 relative, in a form that vectorises: 2^n 2^f, f in [-0.5, 0.5], Taylor to 6."""
     t = max(x * LOG2_E, LOWEST_EXPONENT)
     n = np.floor(t + np.float32(0.5))
     f = t - n
@@ -49,7 +68,7 @@ def exp_of_negative(x):
 
 @njit(fastmath=FASTMATH, cache=True)
 def _soften(scores, count, top_sum, out, depth):
-    """One step of online softmax over `count` scores: they become exponentials, and out [depth] is rescaled.
+    """Do one step of online softmax over `count` scores: they become exponentials, and out [depth] is rescaled.
 
     All are addresses; top_sum = (largest score, sum of exponentials) so far.
     """
@@ -67,14 +86,14 @@ def _soften(scores, count, top_sum, out, depth):
 
 @njit(inline="always")
 def _seen(position, base, size, window):
-    """The part [first, last) of the `size` positions from `base` on that a query at `position` sees."""
+    """Return the part [first, last) of the `size` positions from `base` on that a query at `position` sees."""
     first = max(0, position - window + 1 - base) if window > 0 else 0
     return first, min(size, position + 1 - base)
 
 
 @njit(cache=True)
 def _cap(scores, softcap):
-    """Scores, soft-capped; those of stale positions nobody reads."""
+    """Cap scores softly, in place; those of stale positions nobody reads."""
     for r in range(scores.shape[0]):
         for p in range(scores.shape[1]):
             scores[r, p] = softcap * np.tanh(scores[r, p] / softcap)
@@ -84,14 +103,14 @@ def _cap(scores, softcap):
 def _attend_tile(
     queries, group, keys, values, head, blocks, block_size, position, params, zeros, sums, scores, top_sum, after
 ):
-    """Sums [rows, depth] of queries [rows, d], `group` rows a position from `position` on, over a sequence's blocks.
+    """Write sums [rows, depth] of queries [rows, d], `group` rows a position from `position` on, over all blocks.
 
     The scores of as many blocks as there is room for are softened at once; which blocks those are depends on their
     places in the sequence alone. While a block is read the next one is asked for, and at last what lies at the address
     `after`: blocks lie apart, and no machine foresees where. Stale positions of a recycled block are never multiplied,
     not even by zero: they may hold another's NaN.
     """
-    (_scaling, window, softcap), rows = params, queries.shape[0]
+    window, softcap, rows = params.window, params.softcap, queries.shape[0]
     (_, num_heads, dim, width), depth, stride = keys.shape, values.shape[3], scores.shape[1]
     k_size, v_size = dim * width * keys.itemsize, block_size * depth * values.itemsize
     k_begin, v_begin = at(keys) + head * k_size, at(values) + head * v_size
@@ -108,10 +127,8 @@ def _attend_tile(
         for b in range(low, high):
             here = k_begin + blocks[b] * num_heads * k_size
             prefetch_offset = (k_begin + blocks[b + 1] * num_heads * k_size if b + 1 < high else v_here) - here
-            strides, out = (
-                (dim, dim, 0, stride, width, PANEL, prefetch_offset, 0, 0),
-                scores_at + 4 * (b - begin) * width,
-            )
+            strides = Strides(dim, dim, 0, stride, width, PANEL, prefetch_offset, 0, 0)
+            out = scores_at + 4 * (b - begin) * width
             multiply(rows, width // PANEL, queries_at, here, zeros_at, out, strides, keys)
         if softcap > 0:
             _cap(scores[:rows], softcap)
@@ -133,13 +150,13 @@ def _attend_tile(
                 if first < last:
                     weights = scores_at + 4 * (n * group * stride + (b - begin) * width + first)
                     out, begun = sums_at + 4 * n * group * depth, here + first * depth * values.itemsize
-                    strides = (last - first, stride, depth, depth, depth, PANEL, v_here - here, 0, 0)
+                    strides = Strides(last - first, stride, depth, depth, depth, PANEL, v_here - here, 0, 0)
                     multiply(rows if is_whole else group, depth // PANEL, weights, begun, out, out, strides, values)
 
 
 @njit(fastmath=FASTMATH, cache=True)
 def _rotate(vector, cos, sin, factor, out):
-    """out = factor * rotated vector, all [d]: the first cos.shape[0] dimensions, halves against each other."""
+    """Write out = factor * rotated vector, all [d]: the first cos.shape[0] dimensions, halves against each other."""
     half = cos.shape[0] // 2
     for i in range(half):
         out[i] = factor * (vector[i] * cos[i] - vector[half + i] * sin[i])
@@ -150,7 +167,7 @@ def _rotate(vector, cos, sin, factor, out):
 
 @njit(cache=True)
 def _store(qkv, first_key, cos, sin, keys, values, block, offset, num_values):
-    """Write the keys, turned, and the values of one token, qkv [heads * d + kv heads * (d + d_v)]."""
+    """Write the keys, rotated, and the values of one token, qkv [heads * d + kv heads * (d + d_v)]."""
     num_kv_heads, dim = keys.shape[1], keys.shape[2]
     first_value, rotated = first_key + num_kv_heads * dim, np.empty(dim, np.float32)
     for h in range(num_kv_heads):
@@ -169,7 +186,7 @@ def _store_rows(qkv, first_key, cos, sin, keys, values, blocks, offsets, num_val
 
 @njit(cache=True)
 def _gather(qkv, first, cos, sin, scaling, group, queries):
-    """queries [count * group, d]: those of one kv head's group of count tokens, turned and scaled."""
+    """Gather queries [count * group, d]: those of one kv head's group of count tokens, rotated and scaled."""
     dim = queries.shape[1]
     for n in range(qkv.shape[0]):
         for g in range(group):
@@ -178,18 +195,17 @@ def _gather(qkv, first, cos, sin, scaling, group, queries):
 
 
 @njit(parallel=True, cache=True)
-def attend(
-    qkv, cos, sin, keys, values, block_size, token_blocks, token_offsets, block_table, tiles, bounds, params, out
-):
+def attend(qkv, cos, sin, keys, values, block_size, step, params, out):
     """Store keys and values of a step's tokens, and attend: out [T, heads, d_v].
 
-    qkv [T, heads * d + kv heads * (d + d_v)]: queries, keys, values. cos, sin [T, turned] turn queries and keys; [T, 0]
-    turn none. keys and values are as `KVCache` has them, in 32 or 16 bits. tiles [n, 5] = (sequence, kv head, first
-    token, number of tokens, first position); thread t takes tiles[bounds[t] : bounds[t + 1]], balanced by the caller.
-    manner = (scaling, window, softcap); window and softcap 0 are none.
+    qkv [T, heads * d + kv heads * (d + d_v)]: queries, keys, values. cos, sin [T, rotated] rotate queries and keys;
+    [T, 0] rotate none. keys and values are as `KVCache` has them, in 32 or 16 bits. `step` is `AttentionTiles`,
+    balanced by the caller, `params` is `KernelParams`.
     """
+    token_blocks, token_offsets, block_table = step.token_blocks, step.token_offsets, step.block_table
+    tiles, bounds = step.tiles, step.bounds
     num_kv_heads, dim, num_values = keys.shape[1], keys.shape[2], out.shape[2]
-    group, scaling = out.shape[1] // num_kv_heads, params[0]
+    group, scaling = out.shape[1] // num_kv_heads, params.scaling
     first_key = group * num_kv_heads * dim
     if qkv.shape[0] == 1:  # to call the other threads takes longer
         _store(qkv[0], first_key, cos[0], sin[0], keys, values, token_blocks[0], token_offsets[0], num_values)

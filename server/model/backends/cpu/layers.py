@@ -1,16 +1,16 @@
-"""Norms and gates: row by row, so that no row depends on another."""
+"""Compute norms, gates and argmax row by row, so that no row depends on another."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit, prange
 
+from server.model.backends.codes import RELU_GATE, SILU_GATE
 from server.model.backends.cpu.attention import exp_of_negative
 from server.model.backends.cpu.product import at
 from server.model.backends.cpu.threads import FASTMATH
 from server.model.backends.cpu.vector import largest
 
-GATES = {"relu": 0, "silu": 1, "gelu_pytorch_tanh": 2}  # the names of transformers' ACT2FN
 SQRT_8_PI, GELU_CUBE = np.float32((8 / np.pi) ** 0.5), np.float32(0.044715)
 BLOCK = 256  # logits that are looked at together
 ONE, ZERO = np.float32(1.0), np.float32(0.0)
@@ -34,7 +34,7 @@ def _norm_rows(x, weight, eps, out):
 
 @njit(cache=True)
 def rms_norm(x, weight, eps, out):
-    """out = weight * x / sqrt(mean(x^2) + eps), row by row of x [T, size] (arXiv:1910.07467)."""
+    """Write out = weight * x / sqrt(mean(x^2) + eps), row by row of x [T, size] (arXiv:1910.07467)."""
     if x.shape[0] == 1:  # to call the other threads takes longer
         _norm_row(x[0], weight, eps, out[0])
     else:
@@ -50,10 +50,10 @@ def _sigmoid(v):
 @njit(fastmath=FASTMATH, cache=True)
 def _gate_row(gate_up, activation, out):
     size = out.shape[0]
-    if activation == 0:
+    if activation == RELU_GATE:
         for i in range(size):
             out[i] = max(gate_up[i], ZERO) * gate_up[size + i]
-    elif activation == 1:
+    elif activation == SILU_GATE:
         for i in range(size):
             out[i] = gate_up[i] * _sigmoid(gate_up[i]) * gate_up[size + i]
     else:
@@ -71,7 +71,7 @@ def _gate_rows(gate_up, activation, out):
 
 @njit(cache=True)
 def gate(gate_up, activation, out):
-    """out [T, n] = act(g) u of gate_up [T, 2n] = (g, u); `activation` is one of `GATES`."""
+    """Write out [T, n] = act(g) u of gate_up [T, 2n] = (g, u); `activation` is one of `codes.GATE_CODES`."""
     if out.shape[0] == 1:
         _gate_row(gate_up[0], activation, out[0])
     else:
@@ -92,7 +92,7 @@ def _add_rows(x, y, out):
 
 @njit(cache=True)
 def add(x, y, out):
-    """out = x + y, row by row."""
+    """Write out = x + y, row by row."""
     if x.shape[0] == 1:
         _add_row(x[0], y[0], out[0])
     else:
@@ -109,7 +109,7 @@ def _is_finite(x):
 
 @njit(parallel=True, cache=True)
 def best(logits, out):
-    """Of each row of logits [R, n] the place of the largest, the first of equals, or -1 where one is not finite."""
+    """Write the place of the largest of each row of logits [R, n], the first of equals, or -1 if one is not finite."""
     size = logits.shape[1]
     for row in prange(logits.shape[0]):
         top, begun = -np.inf, 0

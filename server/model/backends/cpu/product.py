@@ -5,6 +5,8 @@ Columns of W lie in panels of 16; a thread takes its share of the panels, and wa
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit, prange
 
@@ -22,24 +24,53 @@ from server.model.backends.cpu.vector import (
 )
 
 ROWS = 6
-PREFETCH_OFFSET = (
-    4096  # bytes: a product that streams its weight from memory is then as fast as from cache (see README, Figures)
-)
+PREFETCH_OFFSET = 4096  # bytes: a product that streams its weight from memory is then as fast as from cache
 LINE = 64  # bytes that memory gives at once
-SPARE = 5  # quarters of what errands need: they end between panels
+SPARE = 5  # quarters of what prefetching needs: it ends between panels
 NO_PREFETCH = np.empty((0, 2), np.int64)
 BLOCK = 96  # rows whose x stays in the second cache while all panels go by
 
 
+class Strides(NamedTuple):
+    """Strides of a product's operands in items, and of what is asked for from memory meanwhile in bytes.
+
+    x, start and out by row, w by row within a panel and by panel. `prefetch_offset` says how far from a panel that lies
+    which is read next; `later_address` what is wanted later, `later_stride` how many bytes of it a step asks for.
+    """
+
+    k: int
+    x_row: int
+    start_row: int
+    out_row: int
+    w_row: int
+    w_panel: int
+    prefetch_offset: int
+    later_address: int
+    later_stride: int
+
+
+class TileStrides(NamedTuple):
+    """The strides of one part of a product, as `vector`'s tiles take them: what they ask for is one stream."""
+
+    k: int
+    x_row: int
+    start_row: int
+    out_row: int
+    w_row: int
+    w_panel: int
+    prefetch_offset: int
+    prefetch_stride: int
+
+
 @njit(inline="always")
 def at(array):
-    """An array's address."""
+    """Return an array's address."""
     return np.int64(array.ctypes.data)
 
 
 @njit(cache=True)
 def _one_panel(rows, x, w, start, out, strides, item_type):
-    """`tile` of one panel for 1 to 6 rows."""
+    """Run `tile` of one panel for 1 to 6 rows."""
     if rows == 6:
         tile_6x1(x, w, start, out, strides, item_type)
     elif rows == 5:
@@ -56,7 +87,7 @@ def _one_panel(rows, x, w, start, out, strides, item_type):
 
 @njit(cache=True)
 def _few_rows(rows, x, w, start, out, strides, item_type):
-    """`tile` of 4 panels for 1 row, of 2 for 2 or 3 rows."""
+    """Run `tile` of 4 panels for 1 row, of 2 for 2 or 3 rows."""
     if rows == 1:
         tile_1x4(x, w, start, out, strides, item_type)
     elif rows == 2:
@@ -67,32 +98,33 @@ def _few_rows(rows, x, w, start, out, strides, item_type):
 
 @njit(cache=True)
 def multiply(rows, panels, x, w, start, out, strides, item_type):
-    """`tile` for any number of rows and of panels.
+    """Run `tile` for any number of rows and of panels; x, w, start and out are addresses.
 
-    The last of `strides`: how far from here that lies which is read next, the address of what is wanted later, and how
-    many bytes of it a step asks for. Six rows at a time: each of these parts asks for its share of what is next, so
-    that the reading is spread evenly, and if something is wanted later, the last part asks for that alone.
+    Six rows at a time: each of these parts asks for its share of what is read next, so that the reading is spread
+    evenly, and if something is wanted later, the last part asks for that alone.
     """
-    k, x_stride, start_stride, out_stride, w_step, w_panel, prefetch_offset, later_address, later_stride = strides
+    k = strides.k
     parts = (rows + ROWS - 1) // ROWS
-    sharing = parts - 1 if later_stride > 0 else parts
-    prefetch_stride = (w_step * item_type.itemsize + sharing - 1) // max(1, sharing)
+    sharing = parts - 1 if strides.later_stride > 0 else parts
+    prefetch_stride = (strides.w_row * item_type.itemsize + sharing - 1) // max(1, sharing)
     for part in range(parts):
         first, few = rows * part // parts, rows * (part + 1) // parts - rows * part // parts
         x_at, start_at, out_at = (
-            x + 4 * first * x_stride,
-            start + 4 * first * start_stride,
-            out + 4 * first * out_stride,
+            x + 4 * first * strides.x_row,
+            start + 4 * first * strides.start_row,
+            out + 4 * first * strides.out_row,
         )
         later = (
-            (prefetch_offset + part * k * prefetch_stride, prefetch_stride)
+            (strides.prefetch_offset + part * k * prefetch_stride, prefetch_stride)
             if part < sharing
-            else (later_address - w, later_stride)
+            else (strides.later_address - w, strides.later_stride)
         )
-        mine = k, x_stride, start_stride, out_stride, w_step, w_panel, later[0], later[1]
+        mine = TileStrides(
+            k, strides.x_row, strides.start_row, strides.out_row, strides.w_row, strides.w_panel, later[0], later[1]
+        )
         panel, group = 0, 4 if few == 1 else 2
         while panel < panels:
-            w_at, move = w + panel * w_panel * item_type.itemsize, 4 * panel * PANEL
+            w_at, move = w + panel * strides.w_panel * item_type.itemsize, 4 * panel * PANEL
             if few > 3 or panel + group > panels:
                 _one_panel(few, x_at, w_at, start_at + move, out_at + move, mine, item_type)
                 panel += 1
@@ -103,11 +135,11 @@ def multiply(rows, panels, x, w, start, out, strides, item_type):
 
 @njit(parallel=True, cache=True)
 def product(x, weight, start, scales, bias, out, threads, prefetch_list):
-    """out [m, n] = x [m, k] @ weight + start, weight [panels, k, 16] as `linear` packs it, start [panels * 16].
+    """Write out [m, n] = x [m, k] @ weight + start, weight [panels, k, 16] as `weights` packs it, start [panels * 16].
 
     For 8 bits the sums are multiplied by scales [n], and then bias [n] is added; elsewhere both are empty. Meanwhile
-    memory that is read afterwards is asked for: errands [e, 2] = (address, bytes), dealt to the threads in order. Many
-    rows leave the way to memory idle.
+    memory that is read afterwards is asked for: prefetch_list [e, 2] = (address, bytes), dealt to the threads in order.
+    Many rows leave the way to memory idle.
     """
     m, k = x.shape
     n, size = out.shape[1], k * PANEL
@@ -133,16 +165,15 @@ def product(x, weight, start, scales, bias, out, threads, prefetch_list):
                     )
                     if done >= prefetch_list[entry, 1]:
                         entry, done = entry + 1, 0
-                strides = (k, k, 0, n, PANEL, size, prefetch_offset, later_address, later_stride)
+                strides = Strides(k, k, 0, n, PANEL, size, prefetch_offset, later_address, later_stride)
                 w_at = at(weight) + p * size * weight.itemsize
                 move = 4 * p * PANEL
                 multiply(rows, step, x_at, w_at, at(start) + move, out_at + move, strides, weight)
             if full < high:
                 w_at = at(weight) + full * size * weight.itemsize
                 begin = at(start) + 4 * full * PANEL
-                multiply(
-                    rows, 1, x_at, w_at, begin, at(rest), (k, k, 0, PANEL, PANEL, size, prefetch_offset, 0, 0), weight
-                )
+                strides = Strides(k, k, 0, PANEL, PANEL, size, prefetch_offset, 0, 0)
+                multiply(rows, 1, x_at, w_at, begin, at(rest), strides, weight)
                 out[row : row + rows, full * PANEL :] = rest[:rows, : n - full * PANEL]
             for r in range(row, row + rows if scales.shape[0] else row):
                 for c in range(low * PANEL, min(n, high * PANEL)):

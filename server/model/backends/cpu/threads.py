@@ -1,4 +1,4 @@
-"""What all kernels share: their threads, and what the compiler may assume.
+"""Threads of all kernels, and what the compiler may assume.
 
 Numba must share torch's OpenMP, so torch is imported first. `FASTMATH` allows reassociation (a sum cannot be vectorised
 without) but not the assumption that there are no infinities or NaNs: masks need the former, the refusal of broken
@@ -24,7 +24,7 @@ def set_num_threads(num_threads: int) -> None:
 
 @numba.njit(cache=True)
 def _nothing():
-    """The smallest kernel."""
+    """Do nothing: the smallest kernel."""
 
 
 def wake() -> None:

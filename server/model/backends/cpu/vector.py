@@ -113,7 +113,7 @@ class _Emit:
         return changed
 
     def loop(self, first: Any, last: Any, step: int, carried: list[Any], body: Any) -> list[Any]:
-        """for i in range(first, last, step): carried = body(i, carried)."""
+        """Emit for i in range(first, last, step): carried = body(i, carried)."""
         builder, entry = self.builder, self.builder.block
         head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
         builder.branch(head)
@@ -149,7 +149,7 @@ def _tile(rows: int, panels: int) -> Any:
         def codegen(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
             x, w, start, out, strides, _ = args
             k, x_stride, start_stride, out_stride, w_step, w_panel, prefetch_offset, prefetch_stride = (
-                cgutils.unpack_tuple(builder, strides)
+                cgutils.unpack_tuple(builder, strides)  # `product.TileStrides`
             )
             emit, cells = (
                 _Emit(builder, item_type),
@@ -272,7 +272,7 @@ def narrowed(_typing: Any, _value: Any, item_type: Any) -> Any:
 
 @intrinsic
 def widened(_typing: Any, address: Any, item_type: Any) -> Any:
-    """One item of a matrix as fp32."""
+    """Return one item of a matrix as fp32."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return _Emit(builder, item_type).widened(args[0], 1)
@@ -292,5 +292,5 @@ def _pointer(_typing: Any, _address: Any, item_type: Any) -> Any:
 
 @njit(inline="always")
 def view(address, shape, item_type):
-    """What lies at an address, as an array of this shape and of `item_type`'s type."""
+    """Return what lies at an address, as an array of this shape and of `item_type`'s type."""
     return carray(_pointer(address, item_type), shape)

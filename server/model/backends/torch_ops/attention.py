@@ -1,4 +1,4 @@
-"""Attention over the paged cache in torch ops, for devices that have no kernel of ours. Not run on a GPU yet.
+"""Attention over the paged cache in torch ops, for any device. Not run on a GPU yet.
 
 Sequences of a step are put into groups of about equal numbers of queries, padded to the longest of the group, so that
 a step of any batch is a few calls of SDPA: one for all that decode, and seldom more than two for chunks of prompts.
@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from server.model.backends.torch_ops.copies import Copies
-
-Span = tuple[int, int, int]  # first token in the batch, number of tokens, first position
+from server.model.backends.attention_params import AttentionParams, KVLayer
+from server.model.backends.base import Copies, Spans
+from server.model.backends.torch_ops.copies import DeviceCopies
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class QueryGroup:
 
 @dataclass(frozen=True)
 class Padded:
-    """One step's rows. `places` [T] says where in the groups' rows of queries, side by side, each token is."""
+    """Rows of one step. `places` [T] has each token's place in the groups' rows of queries, side by side."""
 
     token_blocks: Tensor  # [T] the block that each token's K and V go to
     token_offsets: Tensor  # [T] and the place in it
@@ -41,15 +40,9 @@ class Padded:
     groups: list[QueryGroup]
 
 
-def lay_out(
-    spans: list[Span],
-    table: NDArray[np.int64],
-    token_blocks: NDArray[np.int64],
-    token_offsets: NDArray[np.int64],
-    block_size: int,
-    copies: Copies,
-) -> Padded:
+def lay_out(step: Spans, block_size: int, copies: Copies) -> Padded:
     """Group the sequences, and send where everything lies."""
+    spans, table, token_blocks, token_offsets = step
     members: dict[int, list[int]] = {}
     for sequence, (_, count, _) in enumerate(spans):
         members.setdefault((count - 1).bit_length(), []).append(sequence)  # 1, 2, 3-4, 5-8, … queries
@@ -69,15 +62,26 @@ def lay_out(
     return Padded(blocks, offsets, where, groups)
 
 
-def attend(
-    padded: Padded, qkv: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor, block_size: int,
-    scaling: float, window: int, cap: float,
-) -> Tensor:  # fmt: skip
-    """Causal attention of q [T, heads, d], whose k and v [T, kv heads, d or d_v] are in the cache -> [T, heads, d_v].
+def graph_columns(step: Spans, num_blocks: int, block_size: int) -> Tensor:
+    """Return [S, 6 + num_blocks] of S rows of one token: block, offset, place, query, position, length, blocks."""
+    padded = lay_out(step, block_size, DeviceCopies("cpu"))
+    (group,) = padded.groups
+    columns = [padded.token_blocks, padded.token_offsets, padded.places, group.tokens[:, 0], group.positions[:, 0]]
+    table = torch.zeros(len(padded.places), num_blocks, dtype=torch.int64)
+    table[:, : group.table.shape[1]] = group.table
+    return torch.cat([torch.stack([*columns, group.lengths], 1), table], 1)
 
-    keys [num_blocks, kv heads, d, width] and values [num_blocks, kv heads, block_size, depth] are of one layer.
-    """
-    query, key, value = qkv
+
+def graph_layout(columns: Tensor, num_blocks: int) -> Padded:
+    """Return the layout that reads the columns [6 + num_blocks, S] of `graph_columns`."""
+    blocks, offsets, places, queries, positions, lengths = columns[:6]
+    group = QueryGroup(queries[:, None], positions[:, None], lengths, columns[6 : 6 + num_blocks].T)
+    return Padded(blocks, offsets, places, [group])
+
+
+def attend(padded: Padded, qkv: tuple[Tensor, Tensor, Tensor], layer: KVLayer, params: AttentionParams) -> Tensor:
+    """Attend causally with q [T, heads, d], whose k and v [T, kv heads, d or d_v] are in the cache: [T, heads, d_v]."""
+    (query, key, value), (keys, values, block_size, _shape) = qkv, layer
     heads, kv_heads, out = query.shape[1], key.shape[1], []
     for group in padded.groups:
         num_sequences, num_queries = group.tokens.shape
@@ -93,14 +97,14 @@ def attend(
         # The queries of the heads that share keys are rows of one product.
         q = query.index_select(0, group.tokens.flatten()).view(num_sequences, num_queries, kv_heads, -1, query.shape[2])
         q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        attended = _weigh(q, k, v, _seen(group, num_positions, window, heads // kv_heads), scaling, cap)
+        attended = _weigh(q, k, v, _seen(group, num_positions, params.window, heads // kv_heads), params)
         attended = attended.unflatten(2, (-1, num_queries)).permute(0, 3, 1, 2, 4)
         out.append(attended.reshape(num_sequences * num_queries, heads, -1))
     return torch.cat(out).index_select(0, padded.places)
 
 
 def _seen(group: QueryGroup, num_positions: int, window: int, num_heads: int) -> Tensor:
-    """[S, 1, heads * Q, positions]: what is not behind a query, and in its window."""
+    """Return [S, 1, heads * Q, positions]: what is not behind a query, and in its window."""
     if (window, num_heads) not in group.seen:
         distance = group.positions[:, :, None] - torch.arange(num_positions, device=group.positions.device)
         seen = distance >= 0
@@ -109,9 +113,9 @@ def _seen(group: QueryGroup, num_positions: int, window: int, num_heads: int) ->
     return group.seen[window, num_heads]
 
 
-def _weigh(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, cap: float) -> Tensor:
-    """softmax(cap tanh(scaling q k^T / cap)) v, where SDPA knows no soft cap."""
-    if not cap:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
-    scores = cap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scaling / cap))
+def _weigh(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, params: AttentionParams) -> Tensor:
+    """Compute softmax(cap tanh(scaling q k^T / cap)) v; SDPA knows no soft cap."""
+    if not params.cap:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=params.scaling)
+    scores = params.cap * torch.tanh((q @ k.transpose(-1, -2)).float() * (params.scaling / params.cap))
     return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v

@@ -1,7 +1,7 @@
-"""Copies from the host to the device: what no step waits for, and what every step brings along.
+"""Copies from the host to the device: slots, for which no step waits, and the small arrays of every step.
 
 On CUDA a slot is filled from pinned memory on a side stream, so that neither the engine's thread nor the steps that
-run meanwhile wait; the first step that wears the slot makes its own stream wait for the copy's event. On a CPU the
+run meanwhile wait; the first step that uses the slot makes its own stream wait for the copy's event. On a CPU the
 host's memory is the device's: nothing is copied, the slot reads what was loaded. This is the one place that knows
 streams and pinned memory. Not run on a GPU yet.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 ALIGNMENT = 8  # bytes: of the largest item that is sent
 
 
-class Copies:
+class DeviceCopies:
     """Copies to one device. `cuda` is what has the streams; a test gives a fake."""
 
     def __init__(self, device: str, cuda: Any = torch.cuda) -> None:
@@ -28,7 +28,7 @@ class Copies:
         self._events: dict[Hashable, Any] = {}  # of copies that nothing has waited for
 
     def pin(self, host: Tensor) -> Tensor:
-        """The same in memory that the device reads by itself; any thread."""
+        """Return the same in memory that the device reads by itself; any thread."""
         return host if self._stream is None else host.pin_memory()
 
     def start(self, key: Hashable, host: Iterable[Tensor]) -> list[Tensor]:
@@ -58,11 +58,11 @@ class Copies:
             self.cuda.current_stream(self.device).wait_event(event)
 
     def release(self, key: Hashable) -> None:
-        """What was copied is used no more."""
+        """Forget a copy: what was copied is used no more."""
         self._events.pop(key, None)
 
     def send(self, *arrays: NDArray[Any]) -> list[Tensor]:
-        """A step's small arrays on the device, by one copy on the current stream."""
+        """Return a step's small arrays on the device, by one copy on the current stream."""
         if self._stream is None:
             return [torch.from_numpy(array).to(self.device) for array in arrays]
         ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]).tolist()

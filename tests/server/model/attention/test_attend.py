@@ -11,9 +11,10 @@ from server.core import Row
 from server.model.attention.attend import attend
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import PagedBatch, page
-from server.model.attention.params import AttentionParams
 from server.model.attention.reference import attend_reference
-from server.model.precision import StorageDtypes
+from server.model.backends.attention_params import AttentionParams
+from server.model.backends.base import Backend
+from server.model.backends.cpu.backend import CpuBackend
 
 BLOCK = 8
 WHOLE = 16  # a block whose positions fill panels: the scores of many are softened at once
@@ -26,8 +27,10 @@ def make_cache(
     value_dim: int = 16,
     dtype: torch.dtype = torch.float32,
     block: int = BLOCK,
+    backend: Backend | None = None,
 ) -> KVCache:
-    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, block, StorageDtypes(dtype, torch.float32))
+    backend = backend or CpuBackend("fp32" if dtype == torch.float32 else "fp16")
+    cache = KVCache([KVShape(kv_heads, dim, value_dim)], num_blocks, block, backend)
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(torch.nan)  # what is stale must never be read
     return cache
@@ -106,16 +109,17 @@ def test_every_tile_is_dealt_once() -> None:
     """Whatever the number of threads, each query of each kv head is computed exactly once."""
     for threads in (1, 2, 3, 7):
         batch = whole(ROWS, make_cache(NUM_BLOCKS), threads)
-        seen = sorted((int(tile[1]), int(tile[2]) + i) for tile in batch.tiles for i in range(tile[3]))
+        seen = sorted((int(tile[1]), int(tile[2]) + i) for tile in batch.layout.tiles for i in range(tile[3]))
         assert seen == [(head, token) for head in range(2) for token in range(sum(LENGTHS))]
-        assert batch.bounds[0] == 0 and batch.bounds[-1] == len(batch.tiles) and len(batch.bounds) == threads + 1
+        bounds = batch.layout.bounds
+        assert bounds[0] == 0 and bounds[-1] == len(batch.layout.tiles) and len(bounds) == threads + 1
 
 
 @pytest.mark.parametrize("value_dims", [(16, 16), (16, 24)])
 def test_a_block_is_copied_in_all_layers(value_dims: tuple[int, int]) -> None:
     """Keys and values of a block come along in every layer, whether layers are alike or not, and of no other block."""
     shapes = [KVShape(2, 16, value_dim) for value_dim in value_dims]
-    cache = KVCache(shapes, 3, BLOCK, StorageDtypes(torch.float32, torch.float32))
+    cache = KVCache(shapes, 3, BLOCK, CpuBackend("fp32"))
     for number, tensor in enumerate((*cache.keys, *cache.values)):
         tensor[:] = torch.arange(3.0).view(3, 1, 1, 1) + 10 * number
     cache.copy(2, 0)

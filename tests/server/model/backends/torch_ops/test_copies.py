@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from server.model.backends.torch_ops.copies import Copies
+from server.model.backends.torch_ops.copies import DeviceCopies
 
 
 @dataclass
@@ -75,7 +75,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 def test_a_step_waits_for_the_copy_that_it_wears(cuda: Cuda) -> None:
     """A slot is filled on the side stream, behind whatever used its memory; whoever wears it first waits, once."""
-    copies = Copies("cuda", cuda)
+    copies = DeviceCopies("cuda", cuda)
     (got,) = copies.start("slot", [torch.arange(3)])
     assert cuda.log == [
         ("compute", "allocates"),
@@ -94,7 +94,7 @@ def test_a_step_waits_for_the_copy_that_it_wears(cuda: Cuda) -> None:
 
 def test_what_is_dropped_is_not_waited_for(cuda: Cuda) -> None:
     """A slot that was freed and filled again is waited for by its new copy's event alone."""
-    copies = Copies("cuda", cuda)
+    copies = DeviceCopies("cuda", cuda)
     copies.start(0, [torch.zeros(2)])
     copies.release(0)
     cuda.log.clear()
@@ -105,10 +105,10 @@ def test_what_is_dropped_is_not_waited_for(cuda: Cuda) -> None:
 @pytest.mark.parametrize("is_pinned", [False, True])
 def test_arrays_arrive_as_they_are(is_pinned: bool, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step sends, of several types and shapes, also empty, arrives equal, one by one or as one buffer."""
-    copies = Copies("cpu")
+    copies = DeviceCopies("cpu")
     if is_pinned:
         empty = torch.empty
-        copies = Copies("cuda", cuda)
+        copies = DeviceCopies("cuda", cuda)
         copies.device = torch.device("cpu")
         monkeypatch.setattr(torch, "empty", lambda *size, dtype, **_pinned: empty(*size, dtype=dtype))
     arrays: list[NDArray[Any]] = [
@@ -124,7 +124,7 @@ def test_arrays_arrive_as_they_are(is_pinned: bool, cuda: Cuda, monkeypatch: pyt
 
 def test_on_a_cpu_nothing_is_copied() -> None:
     """Without streams a slot reads the host's own memory: no step waits for bytes; pinning changes nothing."""
-    copies, host = Copies("cpu"), torch.arange(4)
+    copies, host = DeviceCopies("cpu"), torch.arange(4)
     (got,) = copies.start(0, [copies.pin(host)])
     assert torch.equal(got, host) and got.data_ptr() == host.data_ptr()
     copies.wait(0)

@@ -5,10 +5,8 @@ No GPU is needed: its numbers are computed on CPU tensors, and what a GPU would 
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters_store.primitives import LowRank
 from server.core import Row, RunnerConfig, Sampling
 from server.model import load as load_module
-from server.model import precision, runner, verify
+from server.model import runner, verify
 from server.model.attention.attend import attend
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import page
-from server.model.attention.params import AttentionParams
 from server.model.attention.reference import attend_reference
-from server.model.backends import cpu
-from server.model.backends.choose import pack_torch
+from server.model.backends.attention_params import AttentionParams
+from server.model.backends.torch_ops.backend import TorchOpsBackend
 from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
 from server.model.instrument.fuser import LayerFuser
@@ -44,22 +41,9 @@ from tests.server.model.backends.test_primitives import BLOCK, RowAdapters, comp
 TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3"]
 
 
-@contextmanager
-def as_on_gpu(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """What is loaded on the CPU takes the branch of a GPU, in this type."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "connect", lambda _device, _dtype: False)
-        patch.setattr(load_module, "choose_product", lambda _precision, _device: pack_torch)
-        patch.setattr(precision, "choose_storage_dtypes", lambda _precision, _device: StorageDtypes(dtype, dtype))
-        patch.setattr(precision, "compute_dtype", lambda _precision, _device: dtype)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def on_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In this file everything runs so, but for what has a GPU."""
-    with contextlib.nullcontext() if request.node.get_closest_marker("cuda") else as_on_gpu():
-        yield
+def backend_of(dtype: torch.dtype = torch.float32, device: str = "cpu") -> TorchOpsBackend:
+    """The backend that a GPU gets, in this type."""
+    return TorchOpsBackend("fp32" if dtype == torch.float32 else "bf16", device, StorageDtypes(dtype, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +53,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     @cache
     def get(model_type: str, dtype: torch.dtype = torch.float32) -> tuple[Loaded, Any]:
         folder = make_tiny_base(tmp_path_factory.mktemp("bases") / model_type, model_type)
-        with as_on_gpu(dtype):
-            loaded = load(config_of(folder))
+        loaded = load(config_of(folder), backend_of(dtype))
         return loaded, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     return get
@@ -101,7 +84,7 @@ def test_attention_equals_its_twin(window: int, cap: float, value_dim: int, rota
     qkv, rotary = test_attend.make_qkv(sum(counts), value_dim=value_dim), test_attend.make_turns(115, rotated)
     caches: list[KVCache] = []
     for _ in range(2):
-        made = test_attend.make_cache(54, value_dim=value_dim)
+        made = test_attend.make_cache(54, value_dim=value_dim, backend=backend_of())
         generator = torch.Generator().manual_seed(0)
         for row in rows:
             places = torch.arange(row.start)
@@ -170,7 +153,7 @@ def test_nothing_waits_for_the_device(
     reads it but the sampling."""
     spec = bases(model_type)[0].spec
     monkeypatch.setattr(load_module, "describe", lambda *_: spec)
-    monkeypatch.setattr(runner, "sample", lambda logits, rows: [torch.empty(logits.shape)] * len(rows))
+    monkeypatch.setattr(runner, "sample", lambda logits, rows, _best: [torch.empty(logits.shape)] * len(rows))
     monkeypatch.setattr(verify.ReferenceCheck, "compare", lambda _self, logits, *_: logits)
     reference = [Row([5] * verify.REFERENCE_TOKENS, 0, [at]) for at in range(2)]
     monkeypatch.setattr(verify.ReferenceCheck, "paged", lambda _self, cache: page(reference, cache, 1))
@@ -182,8 +165,8 @@ def test_nothing_waits_for_the_device(
     wearers = mixed(spec, 0, random.Random(0))
     patches = {patch.digest: patch for worn in wearers for patch, _ in worn}
     packed = [pack(patch, Sites(spec), StorageDtypes(torch.bfloat16, torch.bfloat16)) for patch in patches.values()]
-    with as_on_gpu(torch.bfloat16), FakeTensorMode(allow_non_fake_inputs=True):
-        loaded = load(config_of(Path(spec.folder), "meta", "bf16"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loaded = load(config_of(Path(spec.folder), "meta", "bf16"), backend_of(torch.bfloat16, "meta"))
         slots = {one.digest: loaded.adapter_slots.insert(one) for one in packed}
         rows = []
         for at, worn in enumerate(wearers):

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[5]
+ROOT = Path(__file__).parents[4]
 PROGRAM = """
 import sys
 import torch
-from server.model.backends.cpu import compile as ahead
+from server.model.backends import compile_cpu as ahead
 from server.core import RunnerConfig
 from server.model.runner import load
-from server.model.sampler import best_tokens
 
 folder, precision = sys.argv[1:]
 loaded = load(RunnerConfig(folder=folder, name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
-best_tokens(torch.zeros(1, 5))
+loaded.runner.base.backend.best_tokens(torch.zeros(1, 5))
 samples = ahead.Samples(loaded.precision)
 for part in ahead.PARTS.values():
     for kernel, arguments in part(samples):

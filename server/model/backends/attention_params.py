@@ -1,10 +1,10 @@
-"""Parameters of a layer's attention."""
+"""Parameters of a layer's attention, and the formulas on its inputs that every backend is held to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,24 +13,29 @@ from adapters_store.base.spec import KVShape
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """How one layer attends: the factor of scores, how many positions a query sees (0: all), the soft cap (0: none)."""
+    """Parameters of one layer: the factor of scores, how many positions a query sees (0: all), soft cap (0: none)."""
 
     scaling: float
     window: int = 0
     cap: float = 0.0
 
-    def numbers(self) -> tuple[np.float32, int, np.float32]:
-        """As the kernels take them."""
-        return np.float32(self.scaling), self.window, np.float32(self.cap)
+
+class KVLayer(NamedTuple):
+    """Keys and values of one layer. `keys` and `values` [num_blocks, ...] have the shapes of `Backend.block_shapes`."""
+
+    keys: Tensor
+    values: Tensor
+    block_size: int
+    shape: KVShape
 
 
 def num_heads(width: int, shape: KVShape) -> int:
-    """Query heads in qkv [T, width]."""
+    """Return how many query heads are in qkv [T, width]."""
     return (width - shape.num_kv_heads * (shape.key_dim + shape.value_dim)) // shape.key_dim
 
 
 def split(qkv: Tensor, shape: KVShape, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [T, heads, d], key [T, kv heads, d] and value [T, kv heads, d_v], the first two turned."""
+    """Split qkv into query [T, heads, d], key [T, kv heads, d] and value [T, kv heads, d_v], the first two rotated."""
     heads = num_heads(qkv.shape[1], shape)
     sizes = [heads * shape.key_dim, shape.num_kv_heads * shape.key_dim, shape.num_kv_heads * shape.value_dim]
     query, key, value = (part.unflatten(1, (n, -1)) for part, n in zip(
@@ -40,7 +45,7 @@ def split(qkv: Tensor, shape: KVShape, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first dimensions of x [T, heads, d] by cos, sin [T, turned], halves against each other (RoPE).
+    """Rotate the first dimensions of x [T, heads, d] by cos, sin [T, rotated], halves against each other (RoPE).
 
     arXiv:2104.09864.
     """

@@ -1,6 +1,6 @@
 """Compile the CPU kernels ahead, part by part, so that several processes can share the work.
 
-`python -m server.model.backends.cpu.compile PRECISION` reads names of `PARTS` from its standard input, a line each,
+`python -m server.model.backends.compile_cpu PRECISION` reads names of `PARTS` from its standard input, a line each,
 compiles that part into the cache on disk, and answers with the same line. It ends with its input. Nothing is computed:
 only the types of the sample arguments count, and they are those that a loaded base calls the kernels with.
 """
@@ -14,12 +14,16 @@ from typing import Any
 import numba
 import numpy as np
 
-from server.model.backends.base import KINDS
 from server.model.backends.choose import choose_precision
+from server.model.backends.codes import KINDS
 from server.model.backends.cpu import adapters, attention, decoder, layers
+from server.model.backends.cpu.adapters import AdapterArgs
+from server.model.backends.cpu.attention import AttentionTiles, KernelParams
+from server.model.backends.cpu.decoder import ItemTypes, Rotary
 from server.model.backends.cpu.product import NO_PREFETCH, product
 from server.model.backends.cpu.vector import PANEL
 from server.model.precision import has_halves
+from server.model.row_adapters import SiteGroup
 
 ITEM_TYPE_OF = {"fp32": np.float32, "fp16": np.uint16, "int8": np.int8}  # of packed weights, as `weights` packs them
 Call = tuple[Any, tuple[Any, ...]]  # a kernel, and samples of its arguments or their types
@@ -33,12 +37,12 @@ class Samples:
         self.stored = np.zeros(0, np.uint16 if precision != "fp32" and has_halves() else np.float32)
         self.row, self.rows = np.zeros(1, np.float32), np.zeros((1, 1), np.float32)
         self.ids, self.pairs = np.zeros(1, np.int64), np.zeros((1, 1), np.int64)
-        self.group = 0, self.ids, self.ids
+        self.group = SiteGroup(0, self.ids, self.ids)
         table = np.zeros((len(KINDS), 1, 1, 3), np.int64)
         acts = np.zeros((1, len(KINDS)), np.bool_)
-        self.row_adapters = self.pairs, self.ids, self.row, self.ids, table, acts, 0, self.stored
-        self.paged = self.ids, self.ids, self.pairs, self.pairs, self.ids
-        self.rotary = self.rows, self.rows, self.rows
+        self.row_adapters = AdapterArgs(self.pairs, self.ids, self.row, self.ids, table, acts, 0, self.stored)
+        self.paged = AttentionTiles(self.ids, self.ids, self.pairs, self.pairs, self.ids)
+        self.rotary = Rotary(self.rows, self.rows, self.rows)
         self.item_type = self.weight[:0, 0, 0]
         self.layers = np.zeros(1, decoder.LAYER)
         self.of_layer = numba.typeof(self.layers).dtype  # the types of what a layer's record holds
@@ -50,8 +54,8 @@ class Samples:
     def attention(self) -> list[Call]:
         """Paged attention over the KV cache."""
         cache = np.zeros((1, 1, 1, 1), self.stored.dtype)
-        params, out = (np.float32(1.0), 0, np.float32(0.0)), np.zeros((1, 1, 1), np.float32)
-        arguments = self.rows, self.rows, self.rows, cache, cache, 1, *self.paged, params, out
+        params, out = KernelParams(np.float32(1.0), 0, np.float32(0.0)), np.zeros((1, 1, 1), np.float32)
+        arguments = self.rows, self.rows, self.rows, cache, cache, 1, self.paged, params, out
         return [(attention.attend, arguments)]
 
     def adapters(self) -> list[Call]:
@@ -90,7 +94,7 @@ class Samples:
 
     def decoder(self) -> list[Call]:
         """The layers as one call; it is made of all parts before it."""
-        last, item_types = np.zeros(0, decoder.NORM), (self.item_type, self.stored)
+        last, item_types = np.zeros(0, decoder.NORM), ItemTypes(self.item_type, self.stored)
         arguments = self.rows, self.layers, last, self.rotary, self.paged, item_types, self.row_adapters, 1
         return [(decoder.decoder_layers, arguments)]
 
