@@ -322,7 +322,7 @@ def head_rows(x, y, ids, matrix, weight, item_type):
 
 @njit(cache=True)
 def embed_rows(token_ids, y, ids, matrix, weight, item_type):
-    """Add weight dE[j] to rows of y [T, size] whose token is ids[j], ascending; dE [n, size] is at the address `matrix`."""
+    """Add weight dE[j] to rows of y [T, size] whose token is ids[j], ascending; dE [n, size] is at address `matrix`."""
     size = y.shape[1]
     for t in range(token_ids.shape[0]):
         place = np.searchsorted(ids, token_ids[t])
