@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     )
     cuda_graphs: bool = Field(
         _default(RunnerConfig, "cuda_graphs"),
-        description="replay decode steps in which no hat acts as CUDA graphs (not run on a GPU yet)",
+        description="replay decode steps without an active adapter as CUDA graphs (not run on a GPU yet)",
     )
     num_threads: int = Field(default_factory=_num_cores, ge=1, description="threads of the engine")
     kv_cache_bytes: ByteSize = Field(ByteSize(_default(RunnerConfig, "kv_cache_bytes")), description="for the KV cache")

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -39,6 +39,9 @@ from server.engine.messages import (
     ToEngine,
 )
 from server.engine.thread_clock import thread_clock
+
+if TYPE_CHECKING:  # it brings torch
+    from server.model.runner import Loaded
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +80,6 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     base's files raises.
     """
     _hide_accelerate()
-    import torch
-
     from server.engine.adapters.loader_process import LoaderPool
     from server.engine.adapters.loader_threads import LoaderThreads
     from server.model.runner import load
@@ -105,18 +106,25 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
         staged=staged,
         thread_clock=thread_clock(),
     )
-    ready = Ready(
+    return _describe(loaded, config, engine.max_sequence_tokens), engine
+
+
+def _describe(loaded: Loaded, config: EngineConfig, max_sequence_tokens: int) -> Ready:
+    """Describe a loaded base to the API process, which refuses by it what cannot be served."""
+    import torch
+
+    dtypes = loaded.adapter_slots.dtypes
+    return Ready(
         spec=loaded.spec,
         eos_token_ids=loaded.eos_token_ids,
-        max_sequence_tokens=engine.max_sequence_tokens,
+        max_sequence_tokens=max_sequence_tokens,
         max_adapter_bytes=min(config.slot_bytes, config.host_bytes),
-        item_bytes=loaded.adapter_slots.dtypes.item_bytes,
+        item_bytes=dtypes.item_bytes,
         precision=loaded.precision,
         load_seconds=loaded.load_seconds,
-        largest_value=torch.finfo(loaded.adapter_slots.dtypes.matrices).max,
+        largest_value=torch.finfo(dtypes.matrices).max,
         forward=loaded.forward,
     )
-    return ready, engine
 
 
 class Service:
