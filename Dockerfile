@@ -29,7 +29,8 @@ WORKDIR /
 # Numba compiles again where the kernels' file time differs, and a layer keeps whole seconds only: so it gets a whole one.
 RUN if [ "$BAKE_BASE" = 1 ]; then \
         export HOME=/home/manyhats && model=/opt/manyhats/lib/python3.11/site-packages/server/model \
-        && touch -d 2026-01-01 "$model"/backends/cpu/*.py && python -m compileall -q "$model"/backends/cpu/*.py \
+        && touch -d 2026-01-01 "$model"/backends/cpu/*.py "$model"/backends/codes.py "$model"/row_adapters.py \
+        && python -m compileall -q "$model"/backends/cpu/*.py "$model"/backends/codes.py "$model"/row_adapters.py \
         && python -m adapters_store.base.resolve smollm2-135m \
         && python -m server.cli.kernels; \
     fi

@@ -105,7 +105,9 @@ def _target_of(given: dict[str, Any]) -> Any:
     if given["push"] is None:
         return None
     if given["method"] in METHODS and not METHODS[given["method"]].is_uploadable:
-        raise OptionError(f"--push cannot be used with --method {given['method']}, which no server takes as a hat.")
+        raise OptionError(
+            f"--push cannot be used with --method {given['method']}, which no server takes as an adapter."
+        )
     target = Target(given["push"], given["task"] or given["out"].name, given["api_key"], given["note"])
     target.served()
     return target
@@ -168,7 +170,9 @@ def _report(job: Any, done: Any, display: Any) -> None:
     display.scores(done.before, done.after)
     display.say(f"{job.out}: {done.num_bytes:,} bytes, {done.run.steps} steps in {done.run.seconds:.0f} s")
     if not METHODS[job.method].is_uploadable:
-        display.say(f"{job.method} is for comparison: what it wrote is a new base, which no server takes as a hat.")
+        display.say(
+            f"{job.method} is for comparison: what it wrote is a new base, which no server takes as an adapter."
+        )
 
 
 def job_of(given: dict[str, Any]) -> Any:

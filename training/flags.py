@@ -56,7 +56,9 @@ def parameters_of(command: Command) -> list[inspect.Parameter]:
 
 
 def add_flags(command: Command, flags: Sequence[inspect.Parameter]) -> None:
-    """Give a command that takes the rest (`**`) these parameters beside its own, as Typer reads them."""
-    parameters = [*parameters_of(command), *flags]
+    """Give a command that takes the rest (`**`) these parameters, before `jobs` among its own, as Typer reads them."""
+    own = parameters_of(command)
+    place = next((number for number, parameter in enumerate(own) if parameter.name == "jobs"), len(own))
+    parameters = [*own[:place], *flags, *own[place:]]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

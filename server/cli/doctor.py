@@ -130,7 +130,7 @@ def _versions(report: Report) -> Section:
             report.fault(f"{name} is {here}, and {PACKAGE} needs {pin}", f"pip install '{name}=={pin}'")
     found["torch_cuda"] = _torch_cuda()
     if found["torch_cuda"] is not None and not NVIDIA.exists():
-        do = "it works, and takes gigabytes; install torch from an index of CPU builds (README, Container)"
+        do = "it works, and takes gigabytes; install torch from an index of CPU builds (docs/deployment.md)"
         report.fault(f"torch is a build for CUDA {found['torch_cuda']}, and there is no NVIDIA GPU here", do)
     return found
 
@@ -251,7 +251,7 @@ def _memory(report: Report, settings: Settings | None) -> Section:
     free = int(psutil.virtual_memory().available)
     limit, used = (_cgroup_bytes(f"memory.{name}") for name in ("max", "current"))
     if limit is not None and used is not None:
-        free = min(free, max(0, limit - used))
+        free = min(free, max(0, limit - used + _reclaimable_bytes()))
     if settings is None:
         return {"free_bytes": free}
     num_parameters = report.sections.get("base", {}).get("num_parameters", 0)
@@ -260,6 +260,15 @@ def _memory(report: Report, settings: Settings | None) -> Section:
         what = f"{_size(free)} of memory are free, and a start needs {_size(needed)}"
         report.fault(what, "free memory, serve a smaller base, or lower MANYHATS_KV_CACHE_BYTES")
     return {"free_bytes": free, "needed_bytes": needed}
+
+
+def _reclaimable_bytes() -> int:
+    """Count the file cache that this container's memory controller gives back when memory is asked for."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def _cgroup_bytes(name: str) -> int | None:

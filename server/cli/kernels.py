@@ -29,6 +29,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "layer attention": ("adapters", "attention", "norms"),
     "decoder": ("layer products", "layer attention"),
 }
+MAX_PROCESSES = sum(not needed for needed in PARTS.values())  # more never have a part at once
 OnChange = Callable[[list[str], int], None]  # the parts that are being compiled, and how many are done
 
 
@@ -48,7 +49,7 @@ class Compilation:
     def run(self, on_change: OnChange) -> None:
         """Compile all parts. Raises `CompilerError` or `OSError`; what is compiled by then is kept."""
         with ExitStack() as stack, DefaultSelector() as selector:
-            for _ in range(min(self.num_processes, len(PARTS))):
+            for _ in range(min(self.num_processes, MAX_PROCESSES)):
                 process = stack.enter_context(_compiler(self.precision))
                 selector.register(process.stdout, EVENT_READ, process)  # type: ignore[arg-type]
             idle = [key.data for key in selector.get_map().values()]
@@ -75,7 +76,9 @@ class Compilation:
         assert process.stdout is not None  # noqa: S101 - it is a pipe
         name = self.running.pop(process, "its imports")
         if process.stdout.readline().strip() != name:
-            raise CompilerError(f"the process that compiled {name} ended with code {process.wait()}")
+            code = process.poll()
+            process.kill()  # it may have said something else, and live on
+            raise CompilerError(f"the process that compiled {name} ended with code {code or process.wait()}")
         self.done.add(name)
 
 
@@ -153,3 +156,4 @@ def _num_cores() -> int:
 
 if __name__ == "__main__":  # for an image that is built with its kernels
     compile_kernels("auto", Console(stderr=True))
+    sys.exit(0 if find_cache().is_complete("auto") else 1)

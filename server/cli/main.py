@@ -120,7 +120,7 @@ def serve(**flags: Any) -> None:
 async def _serve(
     settings: Settings, folder: Path, sockets: list[socket], on_ready: Callable[[ServerState], None]
 ) -> str | None:
-    """Start the engine, and import the front while it loads: that takes a second or two. Then serve until a signal.
+    """Start the engine, and import the API while it loads: that takes a second or two. Then serve until a signal.
 
     Returns why it could not start, in a sentence for the operator; None if it did.
     """

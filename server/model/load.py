@@ -124,7 +124,10 @@ def _instrument(model: Any, spec: BaseSpec, backend: Backend) -> InstrumentedBas
             model.get_submodule(parent), child, AdapterLinear([linear], pack, adapter_slots, [site], linear is head)
         )
     compute: Forward = partial(forward, model)
-    logits = reference.run(compute, paged)
+    try:
+        logits = reference.run(compute, paged)
+    except AttributeError as error:  # a module of its own reads what our linear layers do not have
+        raise UnsupportedBaseError(f"{spec.architecture} cannot be instrumented: {error}") from error
     reference.compare(logits, spec.architecture, adapter_slots.dtypes)
     if fused_decoder is not None:
         hooks.inside = fused_decoder.sites

@@ -25,7 +25,7 @@ from server.uploads.service import FOLDER, UploadService, UploadSpec
 log = logging.getLogger(__name__)
 
 FIRST_LIMIT_S = 900.0  # of one adapter's probes before the server listens
-RETRY_LIMIT_S = 120.0  # of one adapter's probes afterwards, in which uploads wait for them
+RETRY_LIMIT_S = 30.0  # of one adapter's probes afterwards, in which uploads wait for them
 FIRST_WAIT_S = 1.0
 MAX_WAIT_S = 60.0
 MAX_TRIES = 60  # of one folder: about an hour
@@ -70,8 +70,13 @@ class TreeImport:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, MAX_WAIT_S)
             is_last = num_tries == MAX_TRIES
-            pending = [folder for folder in pending if not await self._is_settled(folder, RETRY_LIMIT_S, is_last)]
-            self.num_pending = len(pending)
+            left = []
+            for folder in pending:
+                if await self._is_settled(folder, RETRY_LIMIT_S, is_last):
+                    self.num_pending -= 1
+                else:
+                    left.append(folder)
+            pending = left
 
     async def _is_settled(self, folder: Path, limit_s: float, is_last: bool = False) -> bool:
         """Try one folder. Returns True if it was imported, needs no import, or is refused for good."""
@@ -95,13 +100,12 @@ class TreeImport:
         with self._uploads.blobs.staging() as staging:
             copy = staging / FOLDER
             copy.mkdir()
-            for name, path in find_parts(folder).items():
-                shutil.copyfile(path, copy / name)
+            await asyncio.to_thread(_copy_parts, folder, copy)
             await self._import_copy(task, folder, copy, limit_s)
 
     async def _import_copy(self, task: str, folder: Path, copy: Path, limit_s: float) -> None:
         """Validate and register a staged copy of a folder, unless the task had these bytes and lost them."""
-        digest = read_folder(copy).digest
+        digest = (await asyncio.to_thread(read_folder, copy)).digest
         if await asyncio.to_thread(self._uploads.registry.was_removed, DEFAULT_TENANT, task, digest):
             log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
             return
@@ -125,4 +129,9 @@ def _is_passing(error: Exception) -> bool:
     """Tell whether the same folder may pass later: the engine, the registry or the store is at fault, or the time."""
     if isinstance(error, ServerError):
         return error.status in (503, 504, 507)
-    return isinstance(error, OSError | RegistryDownError)
+    return isinstance(error, OSError | RegistryDownError) and not isinstance(error, PermissionError)
+
+
+def _copy_parts(folder: Path, copy: Path) -> None:
+    for name, path in find_parts(folder).items():
+        shutil.copyfile(path, copy / name)

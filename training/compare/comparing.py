@@ -28,7 +28,7 @@ from training.methods import METHODS
 from training.run.job import Job
 
 TABLE, PLOT = "compare.md", "compare.png"
-NO_ADAPTER = "it is a new base, and no hat"
+NO_ADAPTER = "it is a new base, and no adapter"
 
 
 @dataclass

@@ -46,7 +46,7 @@ def _how(server: ServerFigures | None) -> str:
     if server is None:
         return ""
     return (
-        f"Decode speed: {server.num_requests} requests at once that wear the adapter, {server.num_tokens} tokens each, "
+        f"Decode speed: {server.num_requests} requests at once that use the adapter, {server.num_tokens} tokens each, "
         f"of the base's {server.base_tokens_per_second:,.0f} tokens/s in the same server before and after it; "
         f"the median of {server.num_rounds} rounds."
     )

@@ -22,6 +22,7 @@ from server.model.backends.cpu.attention import AttentionTiles, KernelParams
 from server.model.backends.cpu.decoder import ItemTypes, Rotary
 from server.model.backends.cpu.product import NO_PREFETCH, product
 from server.model.backends.cpu.vector import PANEL
+from server.model.errors import UnsupportedBaseError
 from server.model.precision import has_halves
 from server.model.row_adapters import SiteGroup
 
@@ -125,7 +126,10 @@ def types_of(kernel: Any, samples: tuple[Any, ...]) -> tuple[numba.types.Type, .
 
 def main() -> None:
     """Compile what standard input names; see the module."""
-    precision = choose_precision(sys.argv[1], "cpu")
+    try:
+        precision = choose_precision(sys.argv[1], "cpu")
+    except UnsupportedBaseError:  # the engine tells the operator
+        sys.exit(2)
     for line in sys.stdin:
         compile_part(line.strip(), precision)
         print(line.strip(), flush=True)  # noqa: T201 - the answer

@@ -109,7 +109,7 @@ def test_the_proof_reads_what_it_says() -> None:
 
 
 def test_kernels_are_compiled_before_anyone_waits(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading runs each kernel of the primitives once, and leaves no slot and no hats behind."""
+    """Loading runs each kernel of the primitives once, and leaves no slot and no adapters behind."""
     calls = set[str]()
 
     def counted(name: str, real: Callable[..., object]) -> Callable[..., None]:

@@ -83,7 +83,7 @@ class StackedAdapterOps:
     ) -> tuple[StackedRows, StackedRows]:
         """Send the weights of all rows to the device; new stacks are made as they are needed."""
         slots = sorted(set(tokens.slots.tolist()))
-        if slots != self._slots:
+        if slots and slots != self._slots:  # between steps, and in steps without adapters, the stacks stay
             self._slots = slots
             self._invalidate()
         is_single = all(last == first + 1 for _, _, first, last in tokens.tiles.tolist())

@@ -25,6 +25,7 @@ from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import page
 from server.model.attention.reference import attend_reference
 from server.model.backends.attention_params import AttentionParams
+from server.model.backends.torch_ops.adapters import StackedAdapterOps
 from server.model.backends.torch_ops.backend import TorchOpsBackend
 from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
@@ -36,6 +37,8 @@ from server.model.slots.slots import AdapterSlots
 from tests.kit.patches import KINDS, all_of, random_patch
 from tests.kit.tiny import make_tiny_base
 from tests.server.model.attention import test_attend
+from tests.server.model.backends.contract import SPEC, patches
+from tests.server.model.backends.contract import random as random_tensor
 from tests.server.model.backends.test_primitives import BLOCK, RowAdapters, compare, mixed
 
 TYPES = ["llama", "gpt2", "gemma2", "gemma3_text", "qwen3"]
@@ -283,3 +286,17 @@ def test_decode_steps_are_replayed(bases: Any) -> None:
     runner.graphs = None
     loaded.adapter_slots.drop(slot)
     assert [len(out) for out in captures] == [4, 1]
+
+
+def test_stacks_are_kept_while_the_same_slots_are_used() -> None:
+    """Steps one after another that use the same slots stack their matrices once, whatever is between them."""
+    slots = AdapterSlots(SPEC, backend_of())
+    number, group = slots.insert(slots.pack(patches()[0])), slots.group("square")
+    stacks, ops = [], slots._ops
+    assert isinstance(ops, StackedAdapterOps)
+    for _ in range(2):
+        slots.begin_step([Row([3], 0, [0], adapters=((number, 1.0),))])
+        slots.apply(group, random_tensor(1, 40), random_tensor(1, 40))
+        slots.end_step()
+        stacks.append(ops._stacks[group.number])
+    assert stacks[0] is stacks[1]
