@@ -137,10 +137,9 @@ def test_a_temporary_folder_of_somebody_else(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_other_sources_are_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another text of the kernels has a folder of its own; the same text of another file time is not taken as done."""
-    source = tmp_path / "cpu" / "a.py"
-    source.parent.mkdir()
+    source = tmp_path / "a.py"
     source.write_text("one")
-    monkeypatch.setattr(kernel_cache, "SOURCES", source.parent)
+    monkeypatch.setattr(kernel_cache, "SOURCES", (source,))
     first = find_cache()
     first.mark_complete("fp32")
     assert find_cache() == first and first.is_complete("fp32")
