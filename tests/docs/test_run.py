@@ -79,7 +79,7 @@ def clone(tmp_path: Path) -> Path:
 
 def answers(said: str) -> list[dict[str, object]]:
     """The JSON objects that stand in an output one after another; lines of streams are left out."""
-    decoder, found, rest = json.JSONDecoder(), [], re.sub(r"^data: .*$", "", said, flags=re.MULTILINE).strip()
+    decoder, found, rest = json.JSONDecoder(), [], re.sub(r"(^|(?<=\}))data: .*$", "", said, flags=re.MULTILINE).strip()
     while rest:
         one, end = decoder.raw_decode(rest)
         found.append(one)
