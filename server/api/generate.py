@@ -85,10 +85,8 @@ class GenerateForm:
             async for chunk in coming:
                 head = head or self._head(generation.job.resolved)
                 if waiting := held.pop(chunk.index, None):
-                    chunk.token_ids, chunk.logprobs = (
-                        waiting.token_ids + chunk.token_ids,
-                        waiting.logprobs + chunk.logprobs,
-                    )
+                    waiting.extend(chunk)
+                    chunk = waiting
                 if not chunk.text and chunk.finish_reason is None:
                     held[chunk.index] = chunk
                     continue
