@@ -18,16 +18,16 @@ from server.model.backends.kernel_cache import KernelCache, find_cache
 
 log = logging.getLogger(__name__)
 COMPILER = (sys.executable, "-m", "server.model.backends.compile_cpu")
-# Each part, and the parts that it is made of; those that take longest are begun first.
+# Each part, and the parts that it is made of. Begun in this order: what takes long or is waited for is first.
 PARTS: dict[str, tuple[str, ...]] = {
     "adapters": (),
     "attention": (),
     "products": (),
     "norms": (),
+    "layer parts": ("adapters", "products", "norms"),
+    "decoder": ("layer parts", "attention"),
+    "loops": (),
     "adapter rows": (),
-    "layer products": ("adapters", "products", "adapter rows"),
-    "layer attention": ("adapters", "attention", "norms"),
-    "decoder": ("layer products", "layer attention"),
 }
 MAX_PROCESSES = sum(not needed for needed in PARTS.values())  # more never have a part at once
 OnChange = Callable[[list[str], int], None]  # the parts that are being compiled, and how many are done

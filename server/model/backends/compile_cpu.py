@@ -20,6 +20,7 @@ from server.model.backends.cpu import adapters, attention, decoder, layers
 from server.model.backends.cpu.adapters import AdapterArgs
 from server.model.backends.cpu.attention import AttentionTiles, KernelParams
 from server.model.backends.cpu.decoder import ItemTypes, Rotary
+from server.model.backends.cpu.loops import ItemType, loops
 from server.model.backends.cpu.product import NO_PREFETCH, product
 from server.model.backends.cpu.vector import PANEL
 from server.model.errors import UnsupportedBaseError
@@ -36,27 +37,36 @@ class Samples:
     def __init__(self, precision: str) -> None:
         self.weight = np.zeros((1, 1, PANEL), ITEM_TYPE_OF[precision])
         self.stored = np.zeros(0, np.uint16 if precision != "fp32" and has_halves() else np.float32)
+        self.item_type = ItemType(self.weight[:0, 0, 0], 0, 0)  # addresses are data
+        self.stored_type = ItemType(self.stored, 0, 0)
         self.row, self.rows = np.zeros(1, np.float32), np.zeros((1, 1), np.float32)
         self.ids, self.pairs = np.zeros(1, np.int64), np.zeros((1, 1), np.int64)
         self.group = SiteGroup(0, self.ids, self.ids)
         table = np.zeros((len(KINDS), 1, 1, 3), np.int64)
         acts = np.zeros((1, len(KINDS)), np.bool_)
-        self.row_adapters = AdapterArgs(self.pairs, self.ids, self.row, self.ids, table, acts, 0, self.stored)
+        self.row_adapters = AdapterArgs(self.pairs, self.ids, self.row, self.ids, table, acts, 0, *self.stored_type)
         self.paged = AttentionTiles(self.ids, self.ids, self.pairs, self.pairs, self.ids)
         self.rotary = Rotary(self.rows, self.rows, self.rows)
-        self.item_type = self.weight[:0, 0, 0]
         self.layers = np.zeros(1, decoder.LAYER)
         self.of_layer = numba.typeof(self.layers).dtype  # the types of what a layer's record holds
 
+    def loops(self) -> list[Call]:
+        """Loops over matrices, of weights and of adapters."""
+        return [call for dtype in dict.fromkeys((self.weight.dtype, self.stored.dtype)) for call in loops(dtype)]
+
     def products(self) -> list[Call]:
-        """Products of linear layers."""
-        return [(product, (self.rows, self.weight, self.row, self.row, self.row, self.rows, 1, NO_PREFETCH))]
+        """Products of linear layers, and scales of what goes into them."""
+        arrays = self.weight, self.row, self.row, self.row
+        return [
+            (product, (self.rows, *arrays, self.rows, 1, NO_PREFETCH, self.item_type)),
+            (adapters.enter, (self.rows, 0, self.row_adapters)),
+        ]
 
     def attention(self) -> list[Call]:
         """Paged attention over the KV cache."""
         cache = np.zeros((1, 1, 1, 1), self.stored.dtype)
         params, out = KernelParams(np.float32(1.0), 0, np.float32(0.0)), np.zeros((1, 1, 1), np.float32)
-        arguments = self.rows, self.rows, self.rows, cache, cache, 1, self.paged, params, out
+        arguments = self.rows, self.rows, self.rows, cache, cache, 1, self.paged, params, out, self.stored_type
         return [(attention.attend, arguments)]
 
     def adapters(self) -> list[Call]:
@@ -64,12 +74,11 @@ class Samples:
         return [(adapters.apply, (self.rows, self.rows, self.rows, self.group, self.row_adapters))]
 
     def adapter_rows(self) -> list[Call]:
-        """Scaled inputs, and rows of the embedding and the head."""
+        """Changed rows of the embedding and of the head."""
         ids, weight = np.zeros(1, np.int32), np.float32(1.0)
         return [
-            (adapters.enter, (self.rows, 0, self.row_adapters)),
-            (adapters.head_rows, (self.rows, self.rows, ids, np.int64(0), weight, self.stored)),
-            (adapters.embed_rows, (self.ids, self.rows, ids, np.int64(0), weight, self.stored)),
+            (adapters.head_rows, (self.rows, self.rows, ids, np.int64(0), weight, self.stored_type)),
+            (adapters.embed_rows, (self.ids, self.rows, ids, np.int64(0), weight, self.stored_type)),
         ]
 
     def norms(self) -> list[Call]:
@@ -80,22 +89,17 @@ class Samples:
             (layers.best, (self.rows, self.ids)),
         ]
 
-    def layer_products(self) -> list[Call]:
-        """A layer's products with the adapters on them."""
-        linear = self.of_layer.typeof("qkv")
-        return [(decoder._linear, (self.rows, linear, self.item_type, self.row_adapters, 1))]
-
-    def layer_attention(self) -> list[Call]:
-        """A layer's attention, and its norms with the adapters on them."""
-        params, cache = self.of_layer.typeof("params"), self.of_layer.typeof("cache")
+    def layer_parts(self) -> list[Call]:
+        """A layer's products and norms with the adapters on them."""
+        linear, norm = self.of_layer.typeof("qkv"), self.of_layer.typeof("input_norm")
         return [
-            (decoder._attend, (self.rows, params, cache, self.rotary, self.paged, self.stored)),
-            (decoder._norm, (self.rows, self.of_layer.typeof("input_norm"), self.row_adapters)),
+            (decoder._linear, (self.rows, linear, self.item_type, self.row_adapters, 1)),
+            (decoder._norm, (self.rows, norm, self.row_adapters)),
         ]
 
     def decoder(self) -> list[Call]:
         """The layers as one call; it is made of all parts before it."""
-        last, item_types = np.zeros(0, decoder.NORM), ItemTypes(self.item_type, self.stored)
+        last, item_types = np.zeros(0, decoder.NORM), ItemTypes(self.item_type, self.stored_type)
         arguments = self.rows, self.layers, last, self.rotary, self.paged, item_types, self.row_adapters, 1
         return [(decoder.decoder_layers, arguments)]
 
@@ -104,11 +108,11 @@ class Samples:
 PARTS: dict[str, Callable[[Samples], list[Call]]] = {
     "adapters": Samples.adapters,
     "attention": Samples.attention,
+    "loops": Samples.loops,
     "products": Samples.products,
     "norms": Samples.norms,
     "adapter rows": Samples.adapter_rows,
-    "layer products": Samples.layer_products,
-    "layer attention": Samples.layer_attention,
+    "layer parts": Samples.layer_parts,
     "decoder": Samples.decoder,
 }
 

@@ -19,7 +19,16 @@ from pathlib import Path
 from adapters_store.base.resolve import default_cache
 
 HERE = Path(__file__).parent
-KERNELS = ("adapters", "attention", "decoder", "layers", "product", "threads", "vector")  # files of `cpu` that compile
+KERNELS = (
+    "adapters",
+    "attention",
+    "decoder",
+    "layers",
+    "loops",
+    "product",
+    "threads",
+    "vector",
+)  # files of `cpu` that compile
 SOURCES = (*(HERE / "cpu" / f"{name}.py" for name in KERNELS), HERE / "codes.py", HERE.parent / "row_adapters.py")
 CPU_INFO = Path("/proc/cpuinfo")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from server.model.backends.codes import OFFSET, ROWS
 from server.model.backends.cpu import adapters
 from server.model.backends.cpu.adapters import AdapterArgs
+from server.model.backends.cpu.loops import ItemType
 from server.model.row_adapters import Acts, RowAdapters, SiteGroup
 
 
@@ -28,7 +29,7 @@ class PreparedRows:
 class CpuAdapterOps:
     """Runs the kernels over slots that lie in the host's memory. `item_type` says what matrices are kept in."""
 
-    def __init__(self, item_type: NDArray[np.generic]) -> None:
+    def __init__(self, item_type: ItemType) -> None:
         self._item_type = item_type
         self._addresses = np.zeros(0, np.int64)  # by slot
         self._row_ids: dict[int, dict[int, NDArray[np.int32]]] = {}  # by slot and site
@@ -54,7 +55,7 @@ class CpuAdapterOps:
     def _prepare(self, rows: RowAdapters, acts: Acts, table: NDArray[np.int64]) -> PreparedRows:
         of_rows = rows.tiles, rows.slots, rows.weights
         return PreparedRows(
-            rows, acts, AdapterArgs(*of_rows, self._addresses, table, acts.array, acts.max_rank, self._item_type)
+            rows, acts, AdapterArgs(*of_rows, self._addresses, table, acts.array, acts.max_rank, *self._item_type)
         )
 
     def scale_input(self, site: int, x: Tensor, prepared: PreparedRows) -> None:

@@ -2,8 +2,8 @@
 
 A step's rows come in tiles: neighbours that use the same adapters, so that what is read of one serves all of them. A
 row's result depends on its own adapters alone (see `vector`). The slow twins in plain torch are the formulas of
-`adapters_store.primitives`, as `backends.reference` applies them. `item_type` is an empty array of the type that
-matrices are kept in; everything else of an adapter is fp32.
+`adapters_store.primitives`, as `backends.reference` applies them. Matrices are kept in items of an `ItemType`;
+everything else of an adapter is fp32.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from server.model.backends.codes import (
     SIZE,
     TANH,
 )
-from server.model.backends.cpu.product import Strides, at, multiply
+from server.model.backends.cpu.loops import ItemType, Strides, dots, multiply
 from server.model.backends.cpu.threads import FASTMATH
-from server.model.backends.cpu.vector import FLOATS, PANEL, dots_1x1, dots_1x8, dots_4x1, dots_4x2, view, widened
+from server.model.backends.cpu.vector import FLOATS, PANEL, at, view, widened
 
 SQRT_HALF, SQRT_2_PI, GELU_CUBE = np.float32(0.5**0.5), np.float32((2 / np.pi) ** 0.5), np.float32(0.044715)
 NORM_EPS, ONE = np.float32(1e-5), np.float32(1.0)
@@ -52,7 +52,8 @@ class AdapterArgs(NamedTuple):
     """Adapters that a step's rows use, and their addresses; tiles, slots and weights as `RowAdapters` has them.
 
     addresses [slots] are those of the slots' buffers; table [kinds, sites, slots, 3] has the offset in bytes, the size
-    and the flags of each primitive; acts [groups, kinds] says what there is to do in this step.
+    and the flags of each primitive; acts [groups, kinds] says what there is to do in this step. sample, multiply and
+    dots are the `ItemType` of matrices: Numba's parallel loops take no tuple within a tuple.
     """
 
     tiles: NDArray[np.int64]
@@ -62,7 +63,9 @@ class AdapterArgs(NamedTuple):
     table: NDArray[np.int64]
     acts: NDArray[np.bool_]
     max_rank: int
-    item_type: NDArray[np.generic]
+    sample: NDArray[np.generic]
+    multiply: int
+    dots: int
 
 
 @njit(inline="always")
@@ -78,27 +81,6 @@ def _aligned(num_bytes):
 
 
 @njit(cache=True)
-def _down(rows, x, x_stride, a, k, rank, t, t_stride, item_type):
-    """Write t [rows, rank] = x [rows, k] A^T for A [rank, k]; addresses and strides in items."""
-    row = 0
-    while row + 4 <= rows:
-        x_at, t_at = x + 4 * row * x_stride, t + 4 * row * t_stride
-        for j in range(0, rank - 1, 2):
-            dots_4x2(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
-        if rank % 2:
-            j = rank - 1
-            dots_4x1(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
-        row += 4
-    for r in range(row, rows):
-        x_at, t_at = x + 4 * r * x_stride, t + 4 * r * t_stride
-        whole = rank // 8 * 8
-        for j in range(0, whole, 8):
-            dots_1x8(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
-        for j in range(whole, rank):
-            dots_1x1(x_at, x_stride, a + j * k * item_type.itemsize, k, k, t_at + 4 * j, t_stride, item_type)
-
-
-@njit(cache=True)
 def _up(rows, t, t_stride, b, rank, n, y, y_stride, item_type):
     """Add t [rows, rank] B to y [rows, n] for B [rank, n]; addresses and strides in items."""
     strides = Strides(rank, t_stride, y_stride, y_stride, n, PANEL, 0, 0, 0)
@@ -108,7 +90,7 @@ def _up(rows, t, t_stride, b, rank, n, y, y_stride, item_type):
         left = view(t + 4 * r * t_stride, (rank,), FLOATS)
         for j in range(rank):
             for o in range(n // PANEL * PANEL, n):
-                out[o] += left[j] * widened(b + (j * n + o) * item_type.itemsize, item_type)
+                out[o] += left[j] * widened(b + (j * n + o) * item_type.sample.itemsize, item_type.sample)
 
 
 @njit(fastmath=FASTMATH, cache=True)
@@ -154,8 +136,8 @@ def _layer_norm(h, gamma, beta, out):
 @njit(cache=True)
 def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, weight, t, item_type):
     """Add weight B (A h) to rows of y, for rows of h; t [rows, rank] is room."""
-    b = address + rank * size_in * item_type.itemsize
-    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], item_type)
+    b = address + rank * size_in * item_type.sample.itemsize
+    dots(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], item_type)
     for r in range(rows):
         for j in range(rank):
             t[r, j] *= weight
@@ -165,7 +147,7 @@ def _low_rank(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, 
 @njit(cache=True)
 def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank, flags, weight, t, item_type):
     """Add weight N(U act(D M(h) + d) + u) to rows of y, for rows of h; t [rows, rank] is room."""
-    d = address + _aligned(rank * (size_in + size_out) * item_type.itemsize)
+    d = address + _aligned(rank * (size_in + size_out) * item_type.sample.itemsize)
     u = d + 4 * rank
     norms = u + 4 * size_out
     if flags & NORM_BEFORE:
@@ -173,14 +155,15 @@ def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank
         _layer_norms(h, h_stride, norms, at(normed), size_in, rows, size_in)
         norms += 8 * size_in
         h, h_stride = at(normed), size_in
-    _down(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], item_type)
-    down_bias, change = _view(d, rank), np.empty((rows, size_out), np.float32)
+    dots(rows, h, h_stride, address, size_in, rank, at(t), t.shape[1], item_type)
+    down_bias, up_bias, change = _view(d, rank), _view(u, size_out), np.empty((rows, size_out), np.float32)
     for r in range(rows):
         for j in range(rank):
             t[r, j] += down_bias[j]
         _activate(t[r, :rank], flags & ACTIVATION_MASK)
-        change[r] = _view(u, size_out)
-    up, out = address + rank * size_in * item_type.itemsize, at(change)
+        for o in range(size_out):
+            change[r, o] = up_bias[o]
+    up, out = address + rank * size_in * item_type.sample.itemsize, at(change)
     _up(rows, at(t), t.shape[1], up, rank, size_out, out, size_out, item_type)
     if flags & NORM_AFTER:
         _layer_norms(out, size_out, norms, out, size_out, rows, size_out)
@@ -222,7 +205,8 @@ def _scales(tile, kind, site, size, y, y_stride, args):
 def _act(x, stream, y, columns, sites, is_scaling, is_adding, args):
     """Scale y, then add what projections and biases give, those that read y itself last, one after another."""
     tiles, slot_numbers, adapter_weights = args.tiles, args.slots, args.weights
-    addresses, table, max_rank, item_type = args.addresses, args.table, args.max_rank, args.item_type
+    addresses, table, max_rank = args.addresses, args.table, args.max_rank
+    item_type = ItemType(args.sample, args.multiply, args.dots)
     parts, width = sites.shape[0], y.shape[1]
     for index in prange(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
@@ -230,7 +214,7 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, args):
         y_at = at(y) + 4 * (first * width + columns[part])
         t = np.empty((rows, max_rank), np.float32)
         if is_scaling:
-            _scales(tile, SCALE_OUT, site, size_out, y_at, width, args)
+            _scales(tile, np.int64(SCALE_OUT), site, size_out, y_at, width, args)
         for is_late in range(2 if is_adding else 0):
             for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
                 slot, weight = slot_numbers[adapter], adapter_weights[adapter]
@@ -258,15 +242,18 @@ def _act(x, stream, y, columns, sites, is_scaling, is_adding, args):
 def list_prefetch(size_in, group, args):
     """List what projections of a group read: [e, 2] = (address, bytes), in the order in which `_act` deals them."""
     sites, columns, tiles, slots = group.sites, group.columns, args.tiles, args.slots
-    addresses, table, item_type = args.addresses, args.table, args.item_type
+    addresses, table = args.addresses, args.table
     parts = sites.shape[0]
-    out, count = np.empty((parts * (tiles[:, LAST_ADAPTER] - tiles[:, FIRST_ADAPTER]).sum(), 2), np.int64), 0
+    num_adapters, count = 0, 0
+    for tile in range(tiles.shape[0]):
+        num_adapters += tiles[tile, LAST_ADAPTER] - tiles[tile, FIRST_ADAPTER]
+    out = np.empty((parts * num_adapters, 2), np.int64)
     for index in range(tiles.shape[0] * parts):
         tile, part = tiles[index // parts], index % parts
         for adapter in range(tile[FIRST_ADAPTER], tile[LAST_ADAPTER]):
             projection, size_out = table[PROJECTION, sites[part], slots[adapter]], columns[part + 1] - columns[part]
             out[count, 0] = addresses[slots[adapter]] + projection[OFFSET]
-            out[count, 1] = projection[SIZE] * (size_in + size_out) * item_type.itemsize
+            out[count, 1] = projection[SIZE] * (size_in + size_out) * args.sample.itemsize
             count += 1
     return out
 
@@ -276,7 +263,7 @@ def enter(x, site, args):
     """Scale the input x [T, in] of a site in place, x *= 1 + weight (v - 1) for each of a row's adapters."""
     tiles, size = args.tiles, x.shape[1]
     for index in prange(tiles.shape[0]):
-        _scales(tiles[index], SCALE_IN, site, size, at(x) + 4 * tiles[index, FIRST] * size, size, args)
+        _scales(tiles[index], np.int64(SCALE_IN), site, size, at(x) + 4 * tiles[index, FIRST] * size, size, args)
 
 
 @njit(parallel=True, cache=True)
@@ -286,7 +273,7 @@ def deltas(x, y, first_column, last_column, table, args):
     A thread takes a few outputs of all rows, so that what it reads of dW is used by all rows that use it.
     """
     tiles, slot_numbers, adapter_weights = args.tiles, args.slots, args.weights
-    addresses, item_type = args.addresses, args.item_type
+    addresses, item_type = args.addresses, ItemType(args.sample, args.multiply, args.dots)
     size_in, size_out, max_rows = x.shape[1], last_column - first_column, 0
     for index in range(tiles.shape[0]):
         max_rows = max(max_rows, tiles[index, COUNT])
@@ -299,8 +286,8 @@ def deltas(x, y, first_column, last_column, table, args):
                 slot = slot_numbers[adapter]
                 if table[slot, SIZE] > 0:
                     rows, x_at = tile[COUNT], at(x) + 4 * tile[FIRST] * size_in
-                    matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * item_type.itemsize
-                    _down(rows, x_at, size_in, matrix, size_in, last - first, at(t), OUTPUTS, item_type)
+                    matrix = addresses[slot] + table[slot, OFFSET] + first * size_in * item_type.sample.itemsize
+                    dots(rows, x_at, size_in, matrix, size_in, last - first, at(t), t.shape[1], item_type)
                     for r in range(rows):
                         for o in range(first, last):
                             y[tile[FIRST] + r, first_column + o] += adapter_weights[adapter] * t[r, o - first]
@@ -313,8 +300,8 @@ def head_rows(x, y, ids, matrix, weight, item_type):
     for part in prange((count + OUTPUTS - 1) // OUTPUTS):
         first, last = part * OUTPUTS, min(count, (part + 1) * OUTPUTS)
         t = np.empty((rows, OUTPUTS), np.float32)
-        a = matrix + first * size_in * item_type.itemsize
-        _down(rows, at(x), size_in, a, size_in, last - first, at(t), OUTPUTS, item_type)
+        a = matrix + first * size_in * item_type.sample.itemsize
+        dots(rows, at(x), size_in, a, size_in, last - first, at(t), t.shape[1], item_type)
         for r in range(rows):
             for o in range(first, last):
                 y[r, ids[o]] += weight * t[r, o - first]
@@ -328,7 +315,7 @@ def embed_rows(token_ids, y, ids, matrix, weight, item_type):
         place = np.searchsorted(ids, token_ids[t])
         if place < ids.shape[0] and ids[place] == token_ids[t]:
             for i in range(size):
-                y[t, i] += weight * widened(matrix + (place * size + i) * item_type.itemsize, item_type)
+                y[t, i] += weight * widened(matrix + (place * size + i) * item_type.sample.itemsize, item_type.sample)
 
 
 @njit(cache=True)
@@ -341,7 +328,7 @@ def apply(x, stream, y, group, args):
     is_scaling, is_adding = acts[SCALE_OUT], acts[PROJECTION] or acts[BIAS]
     if acts[DELTA]:
         if is_scaling:
-            _act(x, stream, y, columns, sites, True, False, args)
+            _act(x, stream, y, columns, sites, is_scaling, not is_scaling, args)
             is_scaling = False
         for part in range(sites.shape[0]):
             deltas(x, y, columns[part], columns[part + 1], table[DELTA, sites[part]], args)

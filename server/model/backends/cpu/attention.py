@@ -13,9 +13,9 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from server.model.backends.cpu.product import Strides, at, multiply
+from server.model.backends.cpu.loops import Strides, multiply
 from server.model.backends.cpu.threads import FASTMATH
-from server.model.backends.cpu.vector import FLOATS, PANEL, largest, narrowed, view
+from server.model.backends.cpu.vector import FLOATS, PANEL, at, largest, narrowed, view
 
 MAX_TOKENS = 16  # of a tile: blocks are reused from cache, and two threads still balance over three kv heads
 SPAN = 256  # positions whose scores are softened at once
@@ -99,10 +99,20 @@ def _cap(scores, softcap):
             scores[r, p] = softcap * np.tanh(scores[r, p] / softcap)
 
 
+@njit(inline="always")
+def _begin(sums, top_sum):
+    """Set what `_soften` goes on from: sums [rows, depth], top_sum [rows, 2]."""
+    for r in range(sums.shape[0]):
+        for i in range(sums.shape[1]):
+            sums[r, i] = np.float32(0.0)
+        top_sum[r, 0], top_sum[r, 1] = NEGATIVE_INFINITY, np.float32(0.0)
+
+
 @njit(cache=True)
 def _attend_tile(
-    queries, group, keys, values, head, blocks, block_size, position, params, zeros, sums, scores, top_sum, after
-):
+    queries, group, keys, values, head, blocks, block_size, position, params, zeros, sums, scores, top_sum, after,
+    item_type,
+):  # fmt: skip
     """Write sums [rows, depth] of queries [rows, d], `group` rows a position from `position` on, over all blocks.
 
     The scores of as many blocks as there is room for are softened at once; which blocks those are depends on their
@@ -116,9 +126,7 @@ def _attend_tile(
     k_begin, v_begin = at(keys) + head * k_size, at(values) + head * v_size
     queries_at, zeros_at, sums_at, scores_at, top_sum_at = at(queries), at(zeros), at(sums), at(scores), at(top_sum)
     count, per_span = rows // group, stride // width
-    sums[:] = np.float32(0.0)
-    top_sum[:, 0] = NEGATIVE_INFINITY
-    top_sum[:, 1] = np.float32(0.0)
+    _begin(sums, top_sum)
     lowest = max(0, position - window + 1) if window > 0 else 0
     end = (position + count - 1) // block_size + 1
     for begin in range(lowest // block_size // per_span * per_span, end, per_span):
@@ -129,7 +137,7 @@ def _attend_tile(
             prefetch_offset = (k_begin + blocks[b + 1] * num_heads * k_size if b + 1 < high else v_here) - here
             strides = Strides(dim, dim, 0, stride, width, PANEL, prefetch_offset, 0, 0)
             out = scores_at + 4 * (b - begin) * width
-            multiply(rows, width // PANEL, queries_at, here, zeros_at, out, strides, keys)
+            multiply(rows, width // PANEL, queries_at, here, zeros_at, out, strides, item_type)
         if softcap > 0:
             _cap(scores[:rows], softcap)
         for r in range(rows):
@@ -151,7 +159,7 @@ def _attend_tile(
                     weights = scores_at + 4 * (n * group * stride + (b - begin) * width + first)
                     out, begun = sums_at + 4 * n * group * depth, here + first * depth * values.itemsize
                     strides = Strides(last - first, stride, depth, depth, depth, PANEL, v_here - here, 0, 0)
-                    multiply(rows if is_whole else group, depth // PANEL, weights, begun, out, out, strides, values)
+                    multiply(rows if is_whole else group, depth // PANEL, weights, begun, out, out, strides, item_type)
 
 
 @njit(fastmath=FASTMATH, cache=True)
@@ -195,12 +203,12 @@ def _gather(qkv, first, cos, sin, scaling, group, queries):
 
 
 @njit(parallel=True, cache=True)
-def attend(qkv, cos, sin, keys, values, block_size, step, params, out):
+def attend(qkv, cos, sin, keys, values, block_size, step, params, out, item_type):
     """Store keys and values of a step's tokens, and attend: out [T, heads, d_v].
 
     qkv [T, heads * d + kv heads * (d + d_v)]: queries, keys, values. cos, sin [T, rotated] rotate queries and keys;
-    [T, 0] rotate none. keys and values are as `KVCache` has them, in 32 or 16 bits. `step` is `AttentionTiles`,
-    balanced by the caller, `params` is `KernelParams`.
+    [T, 0] rotate none. keys and values are as `KVCache` has them, in 32 or 16 bits by `item_type`. `step` is
+    `AttentionTiles`, balanced by the caller, `params` is `KernelParams`.
     """
     token_blocks, token_offsets, block_table = step.token_blocks, step.token_offsets, step.block_table
     tiles, bounds = step.tiles, step.bounds
@@ -228,7 +236,7 @@ def attend(qkv, cos, sin, keys, values, block_size, step, params, out):
             _gather(qkv[span], head * group * dim, cos[span], sin[span], scaling, group, queries)
             _attend_tile(
                 queries[:rows], group, keys, values, head, block_table[sequence], block_size, position,
-                params, zeros, sums[:rows], scores, top_sum[:rows], after,
+                params, zeros, sums[:rows], scores, top_sum[:rows], after, item_type,
             )  # fmt: skip
             for r in range(rows):
                 inverse = np.float32(1.0) / top_sum[r, 1]

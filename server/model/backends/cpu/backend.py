@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters_store.base.spec import KVShape
@@ -18,17 +16,14 @@ from server.model.backends.cpu.adapter_ops import CpuAdapterOps
 from server.model.backends.cpu.attention import AttentionTiles, KernelParams
 from server.model.backends.cpu.copies import HostCopies
 from server.model.backends.cpu.layout import lay_out
+from server.model.backends.cpu.loops import item_type
 from server.model.backends.cpu.vector import whole_panels
 from server.model.backends.cpu.weights import PACKERS, rounded
 from server.model.backends.cpu.whole_decoder import CpuWholeDecoder, kernel_params, kv_arrays
 from server.model.backends.reference import Find, store_reference
 from server.model.precision import choose_storage_dtypes
 
-# What matrices are kept in, see `vector`.
-ITEM_TYPES: dict[torch.dtype, NDArray[Any]] = {
-    torch.float32: np.empty(0, np.float32),
-    torch.float16: np.empty(0, np.uint16),
-}
+ITEM_TYPES = {torch.float32: np.float32, torch.float16: np.uint16}  # of matrices and of the KV cache, see `vector`
 
 
 class CpuBackend:
@@ -91,13 +86,14 @@ class CpuBackend:
         """Store k and v, and attend: one call for all tokens of a step."""
         out = qkv.new_empty(len(qkv), num_heads(qkv.shape[1], layer.shape), layer.shape.value_dim)
         how = KernelParams(*kernel_params(params))
-        of_cache = *kv_arrays(layer), layer.block_size
-        attention.attend(qkv.numpy(), cos.numpy(), sin.numpy(), *of_cache, layout, how, out.numpy())
+        keys, values = kv_arrays(layer)
+        of_cache, kept = (keys, values, layer.block_size), item_type(keys.dtype)
+        attention.attend(qkv.numpy(), cos.numpy(), sin.numpy(), *of_cache, layout, how, out.numpy(), kept)
         return out
 
     def adapters(self, _find: Find) -> AdapterOps:
         """Make the operations of one base's slots; the kernels read the slots' memory themselves."""
-        return CpuAdapterOps(ITEM_TYPES[self.dtypes.matrices])
+        return CpuAdapterOps(item_type(ITEM_TYPES[self.dtypes.matrices]))
 
     def whole_decoder(self, layers: Sequence[DecoderLayer]) -> WholeDecoder | None:
         """Return all layers as one call."""

@@ -15,6 +15,7 @@ from server.model.backends.codes import PROJECTION, SCALE_IN
 from server.model.backends.cpu.adapters import apply, enter, list_prefetch
 from server.model.backends.cpu.attention import KernelParams, attend
 from server.model.backends.cpu.layers import add, gate, rms_norm
+from server.model.backends.cpu.loops import ItemType
 from server.model.backends.cpu.product import product
 from server.model.backends.cpu.vector import FLOATS, PANEL, view
 from server.model.row_adapters import SiteGroup
@@ -50,13 +51,13 @@ class Rotary(NamedTuple):
 
 
 class ItemTypes(NamedTuple):
-    """Empty arrays of the types that weights and the KV cache are kept in."""
+    """What weights and the KV cache are kept in."""
 
-    weights: NDArray[np.generic]
-    cache: NDArray[np.generic]
+    weights: ItemType
+    cache: ItemType
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _group(group):
     """Return a `SiteGroup`, as `apply` takes it, of its record."""
     sites, columns = view(group.sites, (group.parts,), INTEGERS), view(group.columns, (group.parts + 1,), INTEGERS)
@@ -77,10 +78,10 @@ def _product(x, linear, first, last, item_type, threads, prefetch_list):
     """Compute panels [first, last) of W x + b; `prefetch_list` is read afterwards."""
     begin = first * PANEL
     out = np.empty((x.shape[0], min(last * PANEL, linear.size_out) - begin), np.float32)
-    weight = view(linear.weight, (linear.panels, linear.size_in, PANEL), item_type)[first:last]
+    weight = view(linear.weight, (linear.panels, linear.size_in, PANEL), item_type.sample)[first:last]
     start = view(linear.start, (linear.panels * PANEL,), FLOATS)[begin:]
     scales, bias = view(linear.scales, (linear.factors,), FLOATS), view(linear.bias, (linear.factors,), FLOATS)
-    product(x, weight, start, scales[begin:], bias[begin:], out, threads, prefetch_list)
+    product(x, weight, start, scales[begin:], bias[begin:], out, threads, prefetch_list, item_type)
     return out
 
 
@@ -92,12 +93,12 @@ def _linear(x, linear, item_type, args, threads):
     if acts[SCALE_IN]:
         return _site_by_site(x, linear, item_type, args, threads)
     prefetch_list = list_prefetch(x.shape[1], group, args) if acts[PROJECTION] else np.empty((0, 2), np.int64)
-    out = _product(x, linear, 0, linear.panels, item_type, threads, prefetch_list)
+    out = _product(x, linear, np.int64(0), linear.panels, item_type, threads, prefetch_list)
     apply(x, x, out, group, args)
     return out
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _site_by_site(x, linear, item_type, args, threads):
     """Compute `_linear` if adapters scale the input of each site in a way of its own."""
     group = _group(linear.group)
@@ -108,28 +109,30 @@ def _site_by_site(x, linear, item_type, args, threads):
         enter(mine, sites[part], args)
         panel = first // PANEL
         panels = _product(mine, linear, panel, (last + PANEL - 1) // PANEL, item_type, threads, nothing)
-        out[:, first:last] = panels[:, first - panel * PANEL : last - panel * PANEL]
+        for r in range(x.shape[0]):
+            for c in range(first, last):
+                out[r, c] = panels[r, c - panel * PANEL]
         own = SiteGroup(group.number, sites[part : part + 1], columns[part : part + 2])
         apply(mine, mine, out, own, args)
     return out
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _attend(qkv, params, cache, rotary, step, item_type):
     """Compute what an `Attention` does between its products: [T, heads * d_v]."""
     k, v = cache.key_shape, cache.value_shape
     keys, values = (
-        view(cache.keys, (k[0], k[1], k[2], k[3]), item_type),
-        view(cache.values, (v[0], v[1], v[2], v[3]), item_type),
+        view(cache.keys, (k[0], k[1], k[2], k[3]), item_type.sample),
+        view(cache.values, (v[0], v[1], v[2], v[3]), item_type.sample),
     )
     cos, sin = (rotary.cos, rotary.sin) if params.is_rotated else (rotary.none, rotary.none)
     out = np.empty((qkv.shape[0], params.heads, params.d_v), np.float32)
     how = KernelParams(params.scaling, params.window, params.softcap)
-    attend(qkv, cos, sin, keys, values, cache.block_size, step, how, out)
+    attend(qkv, cos, sin, keys, values, cache.block_size, step, how, out, item_type)
     return out.reshape(qkv.shape[0], params.heads * params.d_v)
 
 
-@njit(cache=True)
+@njit(inline="always")
 def _layer(hidden, layer, rotary, step, item_types, args, threads):
     """Compute h + attention(norm(h)), then h + mlp(norm(h))."""
     item_type = item_types.weights

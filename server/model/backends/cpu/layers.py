@@ -7,9 +7,8 @@ from numba import njit, prange
 
 from server.model.backends.codes import RELU_GATE, SILU_GATE
 from server.model.backends.cpu.attention import exp_of_negative
-from server.model.backends.cpu.product import at
 from server.model.backends.cpu.threads import FASTMATH
-from server.model.backends.cpu.vector import largest
+from server.model.backends.cpu.vector import at, largest
 
 SQRT_8_PI, GELU_CUBE = np.float32((8 / np.pi) ** 0.5), np.float32(0.044715)
 BLOCK = 256  # logits that are looked at together

@@ -291,6 +291,12 @@ def _pointer(_typing: Any, _address: Any, item_type: Any) -> Any:
 
 
 @njit(inline="always")
+def at(array):
+    """Return an array's address."""
+    return np.int64(array.ctypes.data)
+
+
+@njit(inline="always")
 def view(address, shape, item_type):
     """Return what lies at an address, as an array of this shape and of `item_type`'s type."""
     return carray(_pointer(address, item_type), shape)

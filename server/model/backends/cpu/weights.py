@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.model.backends.base import Linear, PackLinear
+from server.model.backends.cpu.loops import ItemType, item_type
 from server.model.backends.cpu.product import NO_PREFETCH, product
 from server.model.backends.cpu.vector import PANEL, whole_panels
 from server.model.errors import UnsupportedBaseError
@@ -79,12 +80,13 @@ class PackedProduct:
     """A packed layer, x [..., in] -> [..., out]; `arrays` are what the kernel takes: panels, start, scales, bias."""
 
     size_out: int
+    item_type: ItemType
     arrays: tuple[NDArray[np.generic], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = rows.new_empty(len(rows), self.size_out)
-        product(rows.numpy(), *self.arrays, out.numpy(), torch.get_num_threads(), NO_PREFETCH)
+        product(rows.numpy(), *self.arrays, out.numpy(), torch.get_num_threads(), NO_PREFETCH, self.item_type)
         return out.view(*x.shape[:-1], self.size_out)
 
 
@@ -97,7 +99,7 @@ def _pack(panels: NDArray[np.generic], bias: Tensor | None, size_out: int, scale
     elif bias is not None:
         start[:size_out] = bias.numpy()
 
-    return PackedProduct(size_out, (panels, start, factors, added))
+    return PackedProduct(size_out, item_type(panels.dtype), (panels, start, factors, added))
 
 
 PACKERS: dict[str, PackLinear] = {"fp32": pack_fp32, "fp16": pack_fp16, "int8": pack_int8}

@@ -15,6 +15,7 @@ from server.model.backends.base import DecoderLayer, LinearPart, NormPart
 from server.model.backends.cpu import decoder
 from server.model.backends.cpu.adapter_ops import PreparedRows
 from server.model.backends.cpu.attention import AttentionTiles
+from server.model.backends.cpu.loops import item_type
 from server.model.backends.cpu.weights import PackedProduct
 from server.model.row_adapters import SiteGroup
 
@@ -24,7 +25,7 @@ class CpuWholeDecoder:
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
         self._layers = layers
-        self._item_type = _packed(layers[0].down).arrays[0][:0, 0, 0]
+        self._item_type = _packed(layers[0].down).item_type
         self._kv: Sequence[KVLayer] | None = None  # that `_records` have addresses of
         self._records = np.zeros(0, decoder.LAYER)
         self._item_types = decoder.ItemTypes(self._item_type, self._item_type)
@@ -43,7 +44,7 @@ class CpuWholeDecoder:
         """Compute hidden [T, size] -> [T, size], see `WholeDecoder`."""
         if kv is not self._kv or norm is not self._norm:  # loading moves weights before it makes the steps' cache
             self._kv, self._records = kv, self._record_layers(kv)
-            self._item_types = decoder.ItemTypes(self._item_type, kv_arrays(kv[0])[0][:0, 0, 0, 0])
+            self._item_types = decoder.ItemTypes(self._item_type, item_type(kv_arrays(kv[0])[0].dtype))
             self._norm, self._last = norm, np.array([] if norm is None else [_norm(norm)], decoder.NORM)
         cos, sin = rotary[0].numpy(), rotary[1].numpy()
         out = decoder.decoder_layers(

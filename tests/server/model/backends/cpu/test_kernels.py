@@ -8,6 +8,7 @@ import numba
 import numpy as np
 import pytest
 
+from server.model.backends.cpu.loops import item_type
 from server.model.backends.cpu.product import NO_PREFETCH, product
 from server.model.backends.kernel_cache import digest, find_cache
 
@@ -23,7 +24,7 @@ def test_long_sums_keep_their_digits() -> None:
     k, generator = 40_000, np.random.default_rng(0)
     x, w = generator.random((1, k), np.float32), generator.random((1, k, 16), np.float32)
     out, empty = np.empty((1, 16), np.float32), np.empty(0, np.float32)
-    product(x, w, np.zeros(16, np.float32), empty, empty, out, 1, NO_PREFETCH)
+    product(x, w, np.zeros(16, np.float32), empty, empty, out, 1, NO_PREFETCH, item_type(np.float32))
     wanted = x.astype(np.float64) @ w[0].astype(np.float64)
     assert (np.abs(out - wanted) <= 1e-6 * wanted).all()
 
@@ -38,7 +39,7 @@ def test_what_is_asked_for_changes_no_bit(rows: int) -> None:
     for sizes in ([], [64], [1, 0, 5000, 3], [100] * 99):
         prefetch_list = np.array([(later.ctypes.data, size) for size in sizes], np.int64).reshape(-1, 2)
         out = np.empty((rows, 16 * panels), np.float32)
-        product(x, w, np.zeros(16 * panels, np.float32), empty, empty, out, 2, prefetch_list)
+        product(x, w, np.zeros(16 * panels, np.float32), empty, empty, out, 2, prefetch_list, item_type(np.float32))
         found.append(out)
     np.testing.assert_allclose(found[0], np.einsum("rk,pkc->rpc", x, w).reshape(rows, -1), rtol=1e-5)
     assert all((out == found[0]).all() for out in found)
