@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,16 @@ from server.model.instrument.fuser import CallRecorder, LayerFuser
 from server.model.instrument.hooks import SiteHooks
 from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.report import report_forward
+from server.model.instrument.rotary import fix_rotary
 from server.model.instrument.whole_decoder import DirectForward
 from server.model.slots.slots import AdapterSlots
-from server.model.verify import REFERENCE_TOKENS, Forward, ReferenceCheck
+from server.model.verify import REFERENCE_TOKENS, Forward, ReferenceCheck, starts_at_borders
+
+log = logging.getLogger(__name__)
+FIXED = (
+    "rotary factors that change with length (%s) are fixed to those of %d tokens, the longest sequence that is served; "
+    "a shorter --max-sequence-tokens chooses those of shorter sequences"
+)
 
 
 @dataclass
@@ -46,11 +55,20 @@ class InstrumentedBase:
     eos_token_ids: list[int]
     forward: Forward
     report: ForwardReport
+    max_tokens: int  # of the longest sequence that it may be asked for
 
 
-def load_base(folder: Path, name: str, precision: str, device: str, backend: Backend | None = None) -> InstrumentedBase:
+def load_base(
+    folder: Path,
+    name: str,
+    precision: str,
+    device: str,
+    backend: Backend | None = None,
+    max_tokens_of: Callable[[BaseSpec], int] = attrgetter("max_positions"),
+) -> InstrumentedBase:
     """Load and instrument a Hugging Face folder, for a given backend or the one that is chosen.
 
+    `max_tokens_of` says for the base's spec how long the longest sequence is that will be served.
     Raises `UnsupportedBaseError` with the reason if the base cannot be served rightly, and `FusedPartError` if our own
     code fails on a part of it.
     """
@@ -60,7 +78,10 @@ def load_base(folder: Path, name: str, precision: str, device: str, backend: Bac
     backend.wake()
     _round(model, backend)
     with torch.inference_mode():
-        base = _instrument(model, spec, backend)
+        max_tokens = max(1, min(spec.max_positions, max_tokens_of(spec)))
+        if kinds := fix_rotary(model, max_tokens):
+            log.warning(FIXED, ", ".join(sorted(kinds)), max_tokens)
+        base = _instrument(model, spec, backend, max_tokens)
         _release_files(model)
         return base
 
@@ -99,7 +120,7 @@ def _round(model: nn.Module, backend: Backend) -> None:
         linear.weight = nn.Parameter(kept, requires_grad=False)
 
 
-def _instrument(model: Any, spec: BaseSpec, backend: Backend) -> InstrumentedBase:
+def _instrument(model: Any, spec: BaseSpec, backend: Backend, max_tokens: int) -> InstrumentedBase:
     """Learn how the stock model attends, replace its parts and its linear layers, and compare."""
     interface.install()
     with _foreign(spec.architecture):
@@ -133,8 +154,11 @@ def _instrument(model: Any, spec: BaseSpec, backend: Backend) -> InstrumentedBas
         hooks.inside = fused_decoder.sites
         direct = DirectForward(model, fused_decoder)
         compute = direct if torch.equal(reference.run(direct, paged), logits) else compute
+    starts = starts_at_borders(model.config.get_text_config().to_dict(), max_tokens)
+    reference.check_apart(compute, paged, logits, starts, spec.architecture)
     report = report_forward(model, spec, backend, compute)
-    return InstrumentedBase(model, spec, adapter_slots, hooks, backend, _eos_token_ids(model), compute, report)
+    eos_token_ids = _eos_token_ids(model)
+    return InstrumentedBase(model, spec, adapter_slots, hooks, backend, eos_token_ids, compute, report, max_tokens)
 
 
 def _release_files(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -54,18 +55,24 @@ def load(config: RunnerConfig, backend: Backend | None = None) -> Loaded:
         raise UnsupportedBaseError(f"there are no CUDA graphs on {config.device}: leave --cuda-graphs out")
     if torch.device(config.device).type == "cuda":
         log.warning("the GPU path was not run on a GPU yet: compare its answers with a CPU's before you rely on them")
-    base = load_base(Path(config.folder), config.name, backend.precision, backend.device, backend)
+    folder, max_tokens_of = Path(config.folder), partial(_max_tokens, config, backend)
+    base = load_base(folder, config.name, backend.precision, backend.device, backend, max_tokens_of)
     if not base.report.is_fastest:
         log.warning("the base is served slower than it could be: %s", base.report.describe())
     base.adapter_slots.warm_up()
     runner = PagedRunner(base, config)
-    max_tokens = min(base.spec.max_positions, runner.num_blocks * runner.block_size)
-    if config.max_sequence_tokens is not None:
-        max_tokens = min(max_tokens, config.max_sequence_tokens)
+    max_tokens = min(base.max_tokens, _max_tokens(config, backend, base.spec))
     seconds = time.monotonic() - began
     return Loaded(
         runner, base.adapter_slots, base.spec, base.eos_token_ids, max_tokens, backend.precision, seconds, base.report
     )
+
+
+def _max_tokens(config: RunnerConfig, backend: Backend, spec: BaseSpec) -> int:
+    """Return the tokens of the longest sequence that the KV cache and the config allow."""
+    num_blocks = config.kv_cache_bytes // KVCache.block_bytes(spec.kv, config.block_size, backend)
+    room = num_blocks * config.block_size
+    return room if config.max_sequence_tokens is None else min(room, config.max_sequence_tokens)
 
 
 class PagedRunner:

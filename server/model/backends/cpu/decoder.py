@@ -51,7 +51,7 @@ class Rotary(NamedTuple):
 
 
 class ItemTypes(NamedTuple):
-    """What weights and the KV cache are kept in."""
+    """The types of items of weights and of the KV cache."""
 
     weights: ItemType
     cache: ItemType

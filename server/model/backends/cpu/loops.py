@@ -36,7 +36,7 @@ ROWS = 6  # of x at a time: twelve sums fill the registers
 
 
 class ItemType(NamedTuple):
-    """What items of a matrix are: an empty array of their type, and the addresses of the loops over such matrices."""
+    """The type of a matrix's items, as kernels take it: an empty array, and the addresses of the loops over such matrices."""
 
     sample: NDArray[np.generic]
     multiply: int
@@ -201,11 +201,11 @@ def _call(field: str) -> Any:
 # An intrinsic's arguments are typed here and used in the machine code alone.
 @intrinsic
 def multiply(_typing, rows, panels, x, w, start, out, strides, item_type):  # noqa: ARG001
-    """Call `multiply_loop`."""
+    """Call `multiply_loop` by its address."""
     return types.void(*MULTIPLY, item_type), _call("multiply")
 
 
 @intrinsic
 def dots(_typing, rows, x, x_stride, a, k, rank, out, out_stride, item_type):  # noqa: ARG001
-    """Call `dots_loop`."""
+    """Call `dots_loop` by its address."""
     return types.void(*DOTS, item_type), _call("dots")
