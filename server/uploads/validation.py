@@ -25,6 +25,7 @@ from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ParityEr
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.format.manifest import ParityCase
 from adapters_store.methods.compile import Room, compile_patch
+from adapters_store.methods.shared.idle import idle_primitives
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from adapters_store.registry.registry import Facts
@@ -44,7 +45,7 @@ MAX_AT_ONCE = 4  # probes in the engine's batch
 MAX_PARITY_TOKENS = 1024  # a longer prompt would take the engine too long
 NUM_TOP = 100  # of the engine's best tokens, to find the trainer's 20 among
 PROBE_WITHIN_S = 30.0
-CHECKS = 1  # grows with every check that is new or stricter: stored artifacts must pass it, too
+CHECKS = 2  # grows with every check that is new or stricter: stored artifacts must pass it, too
 NAMESPACE = "_probe"  # no tenant can be named so
 
 Check = dict[str, Any]
@@ -167,6 +168,7 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
     if unused := unused_tensors(traced, patch):
         raise ArtifactError(f"the tensor {unused[0]} would act nowhere in {ready.spec.name}", unused[0])
     _check_virtual(patch, ready)
+    idle = _idle_sites(patch, ready)
     count, is_named = len(artifact.tensors), artifact.manifest is not None
     checks: dict[str, tuple[float | str, str]] = {
         "form": (count, f"{count} tensors, {artifact.num_bytes} bytes"),
@@ -177,16 +179,30 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
             f"identity {ready.spec.identity[:12]} matches" if is_named else "no manifest: shapes alone tell",
         ),
         "shapes": (len(patch.primitives), f"{len(patch.primitives)} primitives for {ready.spec.name}"),
-        "applied": (count, _applied(traced, patch)),
+        "applied": (count, _applied(traced, patch, idle)),
     }
     return artifact, patch, [_check(name, figure, detail) for name, (figure, detail) in checks.items()]
 
 
-def _applied(traced: Artifact, patch: Patch) -> str:
+def _idle_sites(patch: Patch, ready: Ready) -> list[str]:
+    """Return the sites of primitives that change nothing. Raises `ArtifactError` if none changes anything."""
+    is_halved = ready.largest_value <= torch.finfo(torch.float16).max
+    idle = [primitive.site for primitive in idle_primitives(patch, torch.float16 if is_halved else torch.float32)]
+    if idle and len(idle) == len(patch.primitives):
+        raise ArtifactError(
+            f"the adapter changes nothing: at {idle[0]} and all its other sites it leaves every input as it is, as an "
+            "adapter does before it is trained",
+            idle[0],
+        )
+    return idle
+
+
+def _applied(traced: Artifact, patch: Patch, idle: list[str]) -> str:
     """Say how many tensors act; one without a gradient was found to repeat the base or another tensor."""
     count, acting = len(traced.tensors), sum(tensor.requires_grad for tensor in traced.tensors.values())
     repeats = ", the others repeat the base or one another" if acting < count else ""
-    return f"{acting} of {count} tensors act in {len(patch.primitives)} primitives{repeats}"
+    told = f"; {len(idle)} of the primitives change nothing, the first at {idle[0]}" if idle else ""
+    return f"{acting} of {count} tensors act in {len(patch.primitives)} primitives{repeats}{told}"
 
 
 def _check(name: str, figure: float | str, detail: str, **more: Any) -> Check:

@@ -28,9 +28,10 @@ from adapters_store.methods import METHODS
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared import config as shared_config
 from adapters_store.methods.shared.expect import PREFIX
+from adapters_store.methods.shared.idle import idle_primitives
 from adapters_store.methods.shared.targets import is_named, layer_of
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
-from adapters_store.primitives import Patch
+from adapters_store.primitives import Patch, Prefix
 from tests.adapters_store.methods.spoil import assert_refused_by_name, one_of_a_kind
 from tests.kit.adapters import make_peft
 from tests.kit.families import FAMILIES
@@ -71,6 +72,7 @@ class MethodContract:
     BASE: ClassVar[str] = "llama"  # the kind that `sound` is made for
     SOUND: ClassVar[Values] = {}  # the config of `sound`
     MAY_MISS: ClassVar[str] = "$^"  # an expression of the tensors that need not be there
+    UNTRAINED: ClassVar[str] = ""  # an expression of tensors that are 0 before training; "": PEFT initialises it
     CASES: ClassVar[Mapping[str, tuple[str, Values]]] = {}  # a kind of base and a config, which answer as in PEFT
     TENSORS: ClassVar[Mapping[str, TensorsCase]] = {}
     CONFIGS: ClassVar[Mapping[str, ConfigCase]] = {}
@@ -130,6 +132,27 @@ class MethodContract:
         assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in floats(patch))
         places = {(type(primitive), getattr(primitive, "site", "")) for primitive in patch.primitives}
         assert len(places) == len(patch.primitives)
+
+    def untrained(self, sound: Artifact, folder: Path, base: Path) -> Artifact:
+        """Return `sound` as it is before training, when it changes nothing."""
+        if self.UNTRAINED:
+            zeros = {name: 0 * tensor for name, tensor in sound.tensors.items() if re.search(self.UNTRAINED, name)}
+            return changed(sound, {}, zeros)
+        config = self.PEFT(task_type="CAUSAL_LM", **self.SOUND)
+        return read_folder(make_peft(folder, base, config, 0, lambda _name, value, _: value))
+
+    def test_what_is_not_trained_changes_nothing(
+        self, sound: Artifact, spec: BaseSpec, tmp_path: Path, tiny_of: TinyOf
+    ) -> None:
+        """An artifact that was never trained is refused, or all its primitives but a prefix are found idle."""
+        assert idle_primitives(compile_patch(sound, spec)) == []
+        untrained = self.untrained(sound, tmp_path / "hat", tiny_of(self.BASE))
+        try:
+            patch = compile_patch(untrained, spec)
+        except ArtifactError as error:
+            assert str(error).endswith("the artifact changes nothing")
+        else:
+            assert idle_primitives(patch) == [one for one in patch.primitives if not isinstance(one, Prefix)]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_is_computed_in_fp32(self, sound: Artifact, spec: BaseSpec, dtype: torch.dtype) -> None:

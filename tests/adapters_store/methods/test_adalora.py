@@ -74,6 +74,7 @@ class TestAdalora(LinearContract):
         SERVED_VALUES,
         {"target_modules": ["q_proj"], "init_r": 4, "keep": 1},
     )
+    UNTRAINED = "lora_E"
     FAMILIES, FAMILY_ON = ["adalora"], [("llama", seed) for seed in range(3)]
     CASES, (TENSORS, CONFIGS) = CASES, split_extras(BAD)
 

@@ -156,7 +156,7 @@ class TestBottleneck(MethodContract):
 
     PEFT_TYPE, NAME, SCHEMA, IGNORED_KEYS = "BOTTLENECK", "Bottleneck", BottleneckConfig, IGNORED_KEYS
     FAMILIES = tuple(name for name in FAMILIES if name.startswith("bottleneck"))
-    SOUND, CASES = WHOLE, PLACED
+    SOUND, CASES, UNTRAINED = WHOLE, PLACED, r"bottleneck_up|norm_after"
     TENSORS, CONFIGS = TENSORS | PLACES, CONFIGS
 
     @classmethod

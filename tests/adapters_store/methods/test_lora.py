@@ -222,6 +222,7 @@ def test_a_pattern_for_layers_is_never_run() -> None:
 class TestLora(LoraContract):
     """The toy's LoRA against its spec; those of the kit against PEFT."""
 
+    UNTRAINED = "lora_B"
     FAMILIES, FAMILY_ON = ["lora", "lora-bias", "lora-saved"], [("llama", 0), ("phi3", 2)]
     CASES = on("gpt2", {"on Conv1D": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}})
     TENSORS, CONFIGS = TENSORS, CONFIGS

@@ -128,6 +128,7 @@ class TestPrefixTuning(MethodContract):
     KIND: ClassVar[str] = "prefix"
     NAME, SCHEMA, SERVED_VALUES = "prefix tuning", KVConfig, SERVED_VALUES
     PEFT_TYPE, PEFT, IGNORED_KEYS = TYPES["prefix"]
+    UNTRAINED = "$^"  # virtual tokens change something from the start
     FAMILIES, TENSORS, CONFIGS = ["prefix-tuning"], TENSORS, CONFIGS
     FAMILY_ON = tuple([("llama", seed) for seed in (0, 1, 2)] + [(kind, seed) for kind in BASES for seed in (1, 2)])
 

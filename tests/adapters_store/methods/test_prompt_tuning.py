@@ -162,6 +162,7 @@ class SoftContract(MethodContract):
     """The laws of a prompt of three virtual tokens, for a base whose embeddings are of another size than its stream."""
 
     KIND: ClassVar[str]
+    UNTRAINED = "$^"  # virtual tokens change something from the start
     SERVED_VALUES, CONFIGS = SERVED_VALUES, CONFIGS
 
     @pytest.fixture(scope="class")

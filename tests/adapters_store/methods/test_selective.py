@@ -184,6 +184,10 @@ class TestSelective(MethodContract):
         """Write the new values of the parameters that the config names."""
         return make_selective(folder, base, seed, **config)
 
+    def untrained(self, _sound: Artifact, folder: Path, base: Path) -> Artifact:
+        """Return the base's own values."""
+        return read_folder(make_selective(folder, base, 0, strength=0.0, **self.SOUND))
+
     def assert_answers(self, base: Path, folder: Path) -> Patch:
         """Compare the logits with those of the trained model."""
         return assert_answers_as_trained(base, folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +30,8 @@ from tests.kit.adapters import make_peft, zip_folder
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
 from tests.kit.forge import spec_of, toy_artifact
 from tests.server.world import Site, error_of, ready_of
+
+FP16, FP32 = torch.finfo(torch.float16).max, torch.finfo(torch.float32).max
 
 pytestmark = pytest.mark.anyio
 
@@ -221,6 +225,32 @@ def test_what_repeats_the_base_is_counted_apart(tiny_base: Path, tmp_path: Path)
     _, _, checks = validation.check_folder(ready_of(tiny_base), folder)
     (applied,) = [check for check in checks if check["name"] == "applied"]
     assert applied["detail"] == "4 of 5 tensors act in 2 primitives, the others repeat the base or one another"
+
+
+@pytest.mark.parametrize(
+    ("factor", "largest", "is_idle"), [(0.0, FP32, True), (1e-12, FP32, False), (1e-12, FP16, True)]
+)
+def test_what_changes_nothing_is_told(
+    tiny_base: Path, tmp_path: Path, factor: float, largest: float, is_idle: bool
+) -> None:
+    """A LoRA whose B is zero, or is where it is stored, is refused by a site; one such site of two is told."""
+    ready = msgspec.structs.replace(ready_of(tiny_base), largest_value=largest)
+    lora = families.loras.config(target_modules=["q_proj"])
+
+    def made(pattern: str) -> Path:
+        def fill(name: str, value: torch.Tensor, seed: torch.Generator) -> torch.Tensor:
+            return families.loras.fill(name, value, seed) * (factor if re.search(pattern, name) else 1.0)
+
+        return make_peft(tmp_path / pattern, tiny_base, lora, fill=fill)
+
+    (applied,) = (c for c in validation.check_folder(ready, made(r"layers.0.*lora_B"))[2] if c["name"] == "applied")
+    site = "model.layers.0.self_attn.q_proj"
+    told = f"4 of 4 tensors act in 2 primitives; 1 of the primitives change nothing, the first at {site}"
+    assert applied["detail"] == (told if is_idle else told.partition(";")[0])
+    if is_idle:
+        with pytest.raises(ArtifactError, match=f"the adapter changes nothing: at {site}") as caught:
+            validation.check_folder(ready, made("lora_B"))
+        assert caught.value.param == site
 
 
 @pytest.mark.parametrize(("value", "largest", "is_taken"), [(7e4, 65504.0, False), (6e4, 65504.0, True)])

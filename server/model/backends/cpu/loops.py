@@ -36,7 +36,7 @@ ROWS = 6  # of x at a time: twelve sums fill the registers
 
 
 class ItemType(NamedTuple):
-    """The type of a matrix's items, as kernels take it: an empty array, and the addresses of the loops over such matrices."""
+    """The type of a matrix's items, as kernels take it: an empty array, and the addresses of the loops over those."""
 
     sample: NDArray[np.generic]
     multiply: int

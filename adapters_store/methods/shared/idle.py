@@ -1,0 +1,49 @@
+"""Find the primitives of a patch that change nothing, by their effect: an adapter saved before it was trained has some.
+
+A LoRA whose B is zero is wired as it should be, and answers as the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from adapters_store.primitives import Bias, Bottleneck, Delta, LowRank, Patch, Rows, Scale
+
+SitePrimitive = LowRank | Scale | Bias | Bottleneck | Delta | Rows  # virtual tokens always change something
+NUM_ROWS = 16  # of random inputs: a relu that is shut for all of them is shut
+
+
+@torch.no_grad()
+def idle_primitives(patch: Patch, item_dtype: torch.dtype = torch.float32) -> list[SitePrimitive]:
+    """Return the primitives that leave every input as it is, once their matrices are rounded to `item_dtype`."""
+    at_sites = [primitive for primitive in patch.primitives if isinstance(primitive, SitePrimitive)]
+    return [primitive for primitive in at_sites if not _changes_something(primitive, item_dtype)]
+
+
+def _changes_something(primitive: SitePrimitive, dtype: torch.dtype) -> bool:
+    """Tell if a primitive changes any of some random inputs."""
+    match primitive:
+        case Scale(v=v):
+            return bool((v != 1).any())
+        case Bias(b=b):
+            return bool(b.any())
+        case Delta(dw=matrix) | Rows(de=matrix):
+            return bool(_rounded(matrix, dtype).any())
+        case LowRank():
+            rounded = replace(primitive, a=_rounded(primitive.a, dtype), b=_rounded(primitive.b, dtype))
+            return bool(rounded.update(_inputs(primitive.a)).any())
+        case Bottleneck():
+            down, up = _rounded(primitive.down, dtype), _rounded(primitive.up, dtype)
+            return bool(replace(primitive, down=down, up=up).update(_inputs(primitive.down)).any())
+
+
+def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.to(dtype).float()
+
+
+def _inputs(matrix: Tensor) -> Tensor:
+    """Return random rows [16, in] for a matrix [r, in]."""
+    return torch.randn(NUM_ROWS, matrix.shape[1], generator=torch.Generator().manual_seed(0))
