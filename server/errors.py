@@ -9,10 +9,12 @@ ServerError
 ├── MethodNotAllowedError 405
 ├── ConflictError 409
 ├── TooLargeError 413
+├── UriTooLongError 414
 ├── UnsupportedTypeError 415
 ├── InvalidFieldError 422
 ├── ArtifactRefusedError 413 415 422 503, by its code
 ├── TenantLimitError 429
+├── HeadersTooLargeError 431
 ├── InternalError 500
 ├── EngineFailedError 422 500 503 504, by the engine's code
 ├── UnavailableError 503
@@ -109,6 +111,18 @@ class TooLargeError(ServerError):
     """A body over its cap."""
 
     status, code = 413, "too_large"
+
+
+class UriTooLongError(ServerError):
+    """The URL exceeds its bound, complete or not."""
+
+    status, code = 414, "uri_too_long"
+
+
+class HeadersTooLargeError(ServerError):
+    """The headers exceed their bounds, complete or not."""
+
+    status, code = 431, "headers_too_large"
 
 
 class UnsupportedTypeError(ServerError):

@@ -1,4 +1,4 @@
-"""Listening and leaving: the socket is bound before anything loads, slow headers end, and a stop is a drain."""
+"""Listening and leaving: the socket is bound before anything loads, and a stop is a drain."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import errno
 import logging
 import socket
 import time
-from asyncio import BaseTransport, TimerHandle
 from collections.abc import Coroutine
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.http_protocol import BoundedProtocol
 from server.settings import Settings
 
 if TYPE_CHECKING:  # the engine starts before these are imported: they bring torch, which takes a second
@@ -26,7 +25,6 @@ if TYPE_CHECKING:  # the engine starts before these are imported: they bring tor
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-HEADER_TIMEOUT_S = 20.0  # from a connection's first moment, or a request's first byte, to the end of its headers
 FAREWELL_S = 5.0  # requests that are cut off get their error in this time
 NO_SUCH_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 
@@ -59,46 +57,6 @@ def _addresses(host: str, port: int) -> list[Any]:
     return sorted(found, key=lambda one: one[0] != socket.AF_INET)
 
 
-class Protocol(HttpToolsProtocol):
-    """Speaks HTTP/1.1 with a time-out for headers, `HEADER_TIMEOUT_S`; the API bounds the time of bodies itself."""
-
-    _timer: TimerHandle | None = None
-
-    def connection_made(self, transport: BaseTransport) -> None:
-        """Start the timer for the connection's first request."""
-        super().connection_made(transport)  # type: ignore[arg-type]
-        self._arm()
-
-    def data_received(self, data: bytes) -> None:
-        """Start the timer for the rest of a request's headers, once the request has begun."""
-        super().data_received(data)
-        if self.parser is not None and (self.cycle is None or self.cycle.response_complete):
-            self._arm()
-
-    def on_headers_complete(self) -> None:
-        """Stop the timer: the headers are complete."""
-        self._disarm()
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer: the connection is lost."""
-        self._disarm()
-        super().connection_lost(exc)
-
-    def _arm(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._time_out)
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _time_out(self) -> None:
-        self._timer = None
-        self.transport.close()
-
-
 class DrainingServer(uvicorn.Server):
     """Stops in three steps: new work is refused with 503, running requests get `drain_s`, the rest gets an error.
 
@@ -109,7 +67,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Protocol,
+                http=BoundedProtocol,
                 ws="none",
                 log_config=None,
                 access_log=False,

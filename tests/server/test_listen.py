@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server import listen
+from server import http_protocol, listen
 from server.app import create_app
 from server.engine.fake import FakeEngineClient
 from tests.server.world import Site, ready_of, sent, settings_of, until
@@ -99,7 +99,7 @@ async def test_headers_that_do_not_come(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection that says nothing, or stops within its headers, is closed; one that waits for its answer is not."""
-    monkeypatch.setattr(listen, "HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 0.2)
     async with serving(tiny_base, tmp_path) as (site, _):
         port = site.http.base_url.port
         for begun in (b"", b"\r\n", b"GET /health/live HTTP/1.1\r\nHost:"):
@@ -116,7 +116,7 @@ async def test_a_second_request_whose_headers_do_not_come(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The headers of a later request on a connection have no more time than the first's."""
-    monkeypatch.setattr(listen, "HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 0.2)
     async with serving(tiny_base, tmp_path) as (site, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", site.http.base_url.port)
         writer.write(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")

@@ -19,13 +19,13 @@ from server.model.runner import load
 folder, precision = sys.argv[1:]
 loaded = load(RunnerConfig(folder=folder, name="t", precision=precision, num_threads=1, kv_cache_bytes=2**22))
 loaded.runner.base.backend.best_tokens(torch.zeros(1, 5))
-samples = ahead.Samples(loaded.precision)
+samples, compiled = ahead.Samples(loaded.precision), {}
 for part in ahead.PARTS.values():
     for kernel, arguments in part(samples):
-        types = ahead.types_of(kernel, arguments)
-        for called in kernel.overloads:
-            assert called == types, (kernel.py_func.__name__, called, types)
-        print(kernel.py_func.__name__, len(kernel.overloads))
+        compiled.setdefault(kernel, set()).add(ahead.types_of(kernel, arguments))
+for kernel, types in compiled.items():
+    assert types.issuperset(kernel.overloads), (kernel.py_func.__name__, kernel.overloads, types)
+    print(kernel.py_func.__name__, len(kernel.overloads))
 """
 
 
@@ -35,5 +35,6 @@ def test_what_is_compiled_ahead_is_what_is_called(tiny_base: Path, precision: st
     command = [sys.executable, "-c", PROGRAM, str(tiny_base), precision]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    called = {name for name, number in (line.split() for line in done.stdout.splitlines()) if number == "1"}
+    called = {name for name, number in (line.split() for line in done.stdout.splitlines()) if number != "0"}
     assert called >= {"product", "attend", "apply", "enter", "rms_norm", "gate", "best", "decoder_layers"}
+    assert called >= {"multiply_loop", "dots_loop"}
