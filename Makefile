@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= var
 
-.PHONY: serve test coverage check bench peer-openvino peer-llama peer-vllm clean
+.PHONY: serve test check bench peer-openvino peer-llama peer-vllm clean
 # Python compiles the modules that are imported when they first are: a seventh of those that are installed.
 INSTALL := -m pip install --disable-pip-version-check --progress-bar on --no-compile
 $(VENV)/.serving: pyproject.toml
@@ -21,15 +21,11 @@ $(VENV)/.installed: $(VENV)/.serving
 serve: $(VENV)/.serving
 	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA) --import adapters_store/examples
 
+# Two processes take the files in turn; kernels are compiled before, so that both find them.
 test: $(VENV)/.installed
 	$(BIN)/python -m adapters_store.base.resolve smollm2-135m
-	$(BIN)/python -m pytest
-
-# The whole suite under coverage, and what it reached; slower than `make test`.
-coverage: $(VENV)/.installed
-	$(BIN)/python -m adapters_store.base.resolve smollm2-135m
-	$(BIN)/python -m coverage run -m pytest
-	$(BIN)/python -m coverage report
+	$(BIN)/python -m server.cli.kernels fp32 auto int8
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 2 --dist loadfile --cov --durations 20
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -154,6 +154,8 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-if __name__ == "__main__":  # for an image that is built with its kernels
-    compile_kernels("auto", Console(stderr=True))
-    sys.exit(0 if find_cache().is_complete("auto") else 1)
+if __name__ == "__main__":  # for an image that is built with its kernels, and for tests
+    precisions = sys.argv[1:] or ["auto"]
+    for each in precisions:
+        compile_kernels(each, Console(stderr=True))
+    sys.exit(0 if all(find_cache().is_complete(each) for each in precisions) else 1)

@@ -55,7 +55,7 @@ class Patience:
     good_life: float = 60.0  # an engine that lived so long resets the wait to `first_retry`
     loading: float = 900.0  # from start to ready, with the base on a cold disk
     silence: float = 60.0  # between two messages: stats come every second, but one step may be long
-    closing: float = 5.0  # from SIGTERM to SIGKILL
+    closing: float = 5.0  # from SIGKILL to the end
 
 
 @dataclass
@@ -301,9 +301,7 @@ class ProcessEngineClient:
             await asyncio.shield(reaper)
 
     async def _reap(self, process: asyncio.subprocess.Process) -> None:
-        for end in (process.terminate, process.kill):
-            with contextlib.suppress(ProcessLookupError):
-                end()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), self._patience.closing)
-                return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()  # it heeds no SIGTERM, and has nothing to leave behind
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), self._patience.closing)

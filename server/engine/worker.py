@@ -1,9 +1,9 @@
 """The engine's own process: `python -m server.engine.worker --socket DESCRIPTOR`.
 
 The process inherits one end of the API process's socket pair, reads an `EngineConfig`, loads the base, sends `Ready` or
-`StartFailed`, and then steps until the socket closes, so that no engine outlives its API process. One thread reads
-frames, another writes those that the socket does not take at once, and the engine has the main thread. No setting is
-read from the environment.
+`StartFailed`, and then steps until the socket closes, so that no engine outlives its API process; SIGTERM does not end
+it. One thread reads frames, another writes those that the socket does not take at once, and the engine has the main
+thread. No setting is read from the environment.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ def main(arguments: list[str] | None = None, build: Build = build) -> int:
     descriptor = parser.parse_args(arguments).socket
     logs.install("info")
     _tune_process()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the API process ends this one
+    for heard_by_all in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, a supervisor's stop: the API process drains first
+        signal.signal(heard_by_all, signal.SIG_IGN)
     return run_engine(descriptor, build)
 
 

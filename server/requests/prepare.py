@@ -40,8 +40,22 @@ class JobPreparer:
         if spec.token_ids is not None:
             return spec.token_ids
         if spec.turns is not None:
+            self._check_bytes("".join(text for _, text in spec.turns), "messages")
             return [await self._encode_chat(spec.turns, resolved)]
+        for text in spec.texts or []:
+            self._check_bytes(text, "prompt")
         return await self._encode(spec.texts or [])
+
+    def _check_bytes(self, text: str, param: str) -> None:
+        """Refuse a text that no tokens can make fit, before it is tokenised: 4 MB take seconds."""
+        max_tokens, longest = require_ready(self._client).max_sequence_tokens, self._tokenizer.longest_token
+        num_bytes = len(text.encode("utf-8", "surrogatepass")) if len(text) * 4 > max_tokens * longest else 0
+        if num_bytes > max_tokens * longest:
+            raise BadRequestError(
+                f"the {param} of {num_bytes} bytes cannot fit this server's {max_tokens} tokens, the longest of which "
+                f"has {longest} bytes",
+                param,
+            )
 
     async def _encode(self, texts: list[str]) -> list[list[int]]:
         if sum(map(len, texts)) > THREAD_CHARS:

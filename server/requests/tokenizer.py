@@ -18,6 +18,7 @@ class Tokenizer:
         self._tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         added = self._tokenizer.added_tokens_decoder
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())  # in bytes, or more
         self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
 
     @property

@@ -67,7 +67,9 @@ def serve(base: Path | str, data: Path, wait_s: float = 600, **options: object) 
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     began = time.monotonic()
     with log.open("wb") as out:
-        process = subprocess.Popen([MANYHATS, "serve", *words], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [MANYHATS, "serve", *words], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(f"{url}/health/ready", process, log, began + wait_s)

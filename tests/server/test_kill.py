@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.kit.server import Server, serve
@@ -29,6 +32,39 @@ def ask(server: Server, tasks: list[str], number: int, answered: list[str]) -> N
                 answered.append(task)
     except httpx.TransportError:
         return
+
+
+def stream(server: Server, number: int, said: list[str]) -> None:
+    """Keep the last line of a stream, or the error that cut it."""
+    body = BODY | {"stream": True, "max_tokens": 300, "seed": number}
+    try:
+        said[number] = httpx.post(f"{server.url}/generate?task=base", json=body, timeout=60).text.split()[-1]
+    except httpx.TransportError as error:
+        said[number] = repr(error)
+
+
+@pytest.mark.parametrize("heard_by", ["every process", "the group", "the front"])
+def test_a_stop_drains_whoever_hears_it(tiny_base: Path, tmp_path: Path, heard_by: str) -> None:
+    """SIGTERM to the front, to its group or to all of its processes: running streams end well, then all processes."""
+    said = [""] * 8
+    with serve(tiny_base, tmp_path, **SMALL, max_batch_tokens=16) as server:
+        processes = server.processes()
+        assert len(processes) > 1
+        clients = [threading.Thread(target=stream, args=(server, number, said)) for number in range(len(said))]
+        for client in clients:
+            client.start()
+        while "manyhats_engine_num_running 8.0" not in httpx.get(f"{server.url}/metrics").text:
+            assert any(client.is_alive() for client in clients), said
+        if heard_by == "the group":
+            os.killpg(server.process.pid, signal.SIGTERM)
+        for process in processes if heard_by == "every process" else processes[: heard_by == "the front"]:
+            process.send_signal(signal.SIGTERM)
+        for client in clients:
+            client.join()
+        assert server.process.wait(30) == 0
+    assert said == ["[DONE]"] * 8
+    _, alive = psutil.wait_procs(processes, 5)
+    assert not alive
 
 
 def used(server: Server) -> dict[str, dict[str, int]]:

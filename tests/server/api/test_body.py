@@ -81,3 +81,28 @@ async def test_the_message_names_the_limit() -> None:
     body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 5})
     with pytest.raises(InvalidFieldError, match="stop: List should have at most 4 items"):
         parse(ChatRequest, body.encode())
+
+
+LONG = "a" * 200_000
+ASKED = [
+    ("/generate?task=base", {"prompt": LONG}, "prompt"),
+    ("/generate?task=base", {"prompt": ["a", LONG]}, "prompt"),
+    ("/generate?task=base", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+    ("/generate?task=base", {"messages": [{"role": "user", "content": LONG[:100]}] * 2000}, "messages"),
+    ("/v1/completions", {"model": "base", "prompt": LONG}, "prompt"),
+    ("/v1/completions", {"model": "base", "prompt": [LONG, LONG]}, "prompt"),
+    ("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": LONG}]}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), ASKED, ids=[f"{path} {[*body][-1]}" for path, body, _ in ASKED])
+async def test_what_cannot_fit_is_never_tokenised(
+    shared: Site, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, object], param: str
+) -> None:
+    """A text of more bytes than the longest tokens could hold is 400 by its bytes, on every route and in every form."""
+    encoded: list[object] = []
+    for name in ("encode", "encode_chat"):
+        monkeypatch.setattr(shared.state.tokenizer, name, lambda *said: encoded.append(said) or [1])
+    refused = await shared.post(path, body)
+    assert (refused.status_code, error_of(refused)["param"]) == (400, param)
+    assert "bytes cannot fit this server's 400 tokens" in error_of(refused)["message"] and not encoded

@@ -140,7 +140,7 @@ def test_cancelled_listener_aborts() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
 def test_death_fails_running_requests_at_once_and_a_new_engine_starts(death: signal.Signals) -> None:
     """However the process dies, every running request fails within 2 s, ready is None, and a new engine serves."""
 
@@ -163,6 +163,25 @@ def test_death_fails_running_requests_at_once_and_a_new_engine_starts(death: sig
             assert client.pid != pid and client.last_error is None
             again = request("again", "digest")
             assert tokens(await answer(client, again)) == alone(again)
+
+    run(main)
+
+
+@pytest.mark.parametrize("heard", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_is_for_the_api_process(heard: signal.Signals) -> None:
+    """A signal that a supervisor or a terminal sends to every process leaves the engine running until it is told."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            asked = request("r", max_tokens=40)
+            running = asyncio.create_task(answer(client, asked))
+            await until(lambda: client.stats.num_running == 1)
+            pid = client.pid
+            assert pid is not None
+            os.kill(pid, heard)
+            assert tokens(await running) == alone(asked)
+            assert client.pid == pid and client.ready is not None
+        assert not psutil.pid_exists(pid)
 
     run(main)
 
