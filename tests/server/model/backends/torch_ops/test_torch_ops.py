@@ -158,6 +158,9 @@ def test_nothing_waits_for_the_device(
     monkeypatch.setattr(load_module, "describe", lambda *_: spec)
     monkeypatch.setattr(runner, "sample", lambda logits, rows, _best: [torch.empty(logits.shape)] * len(rows))
     monkeypatch.setattr(verify.ReferenceCheck, "compare", lambda _self, logits, *_: logits)
+    monkeypatch.setattr(
+        verify.ReferenceCheck, "check_apart", lambda self, compute, paged, *_: self.run(compute, paged, 3)
+    )
     reference = [Row([5] * verify.REFERENCE_TOKENS, 0, [at]) for at in range(2)]
     monkeypatch.setattr(verify.ReferenceCheck, "paged", lambda _self, cache: page(reference, cache, 1))
     monkeypatch.setattr(
