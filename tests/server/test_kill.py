@@ -36,7 +36,7 @@ def ask(server: Server, tasks: list[str], number: int, answered: list[str]) -> N
 
 def stream(server: Server, number: int, said: list[str]) -> None:
     """Keep the last line of a stream, or the error that cut it."""
-    body = BODY | {"stream": True, "max_tokens": 300, "seed": number}
+    body = BODY | {"stream": True, "max_tokens": 900, "seed": number}
     try:
         said[number] = httpx.post(f"{server.url}/generate?task=base", json=body, timeout=60).text.split()[-1]
     except httpx.TransportError as error:
@@ -47,7 +47,7 @@ def stream(server: Server, number: int, said: list[str]) -> None:
 def test_a_stop_drains_whoever_hears_it(tiny_base: Path, tmp_path: Path, heard_by: str) -> None:
     """SIGTERM to the front, to its group or to all of its processes: running streams end well, then all processes."""
     said = [""] * 8
-    with serve(tiny_base, tmp_path, **SMALL, max_batch_tokens=16) as server:
+    with serve(tiny_base, tmp_path, **SMALL, max_batch_tokens=16, drain_s=100) as server:
         processes = server.processes()
         assert len(processes) > 1
         clients = [threading.Thread(target=stream, args=(server, number, said)) for number in range(len(said))]
@@ -61,7 +61,7 @@ def test_a_stop_drains_whoever_hears_it(tiny_base: Path, tmp_path: Path, heard_b
             process.send_signal(signal.SIGTERM)
         for client in clients:
             client.join()
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
     assert said == ["[DONE]"] * 8
     _, alive = psutil.wait_procs(processes, 5)
     assert not alive

@@ -34,7 +34,7 @@ class PeakMemory:
         """Return the bytes at the beginning and the most since; the most of the process if it cannot be reset."""
         if self._device.type == "cuda":
             return self._base, torch.cuda.max_memory_allocated(self._device)
-        return self._base, _high_water()
+        return self._base, max(self._base, _high_water())  # other threads may free some before the reset
 
 
 def _reset() -> None:
