@@ -17,6 +17,7 @@ from server.errors import BadRequestError, HeadersTooLargeError, ServerError, Ur
 HEADER_TIMEOUT_S = 20.0  # from a connection's first moment, or a request's first byte, to the end of its headers
 MAX_HEAD_BYTES = 64 * 1024  # of a URL and all headers, and of whatever else is not a body
 MAX_HEADERS = 128
+MAX_PIPELINED = 16  # requests of a connection that wait for the answer to an earlier one
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -63,6 +64,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Stop the timer: the headers are complete."""
         self._disarm()
         self._pending = 0
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._refusal = BadRequestError(f"more than {MAX_PIPELINED} requests wait on one connection")
+            raise self._refusal
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -84,7 +88,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer what cannot be parsed, or exceeds the bounds, in the API's form of errors, and close."""
         error = self._refusal or BadRequestError(f"this is no HTTP request that can be read: {msg}")
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or not cycle.response_started:  # else it would stand within another
+        is_between = cycle is None or cycle.response_complete or not cycle.response_started
+        if is_between and not self.pipeline:  # else it would stand within another answer, or be taken for it
             body = json.dumps(error.wire(uuid.uuid4().hex)).encode()
             status = f"{error.status} {HTTPStatus(error.status).phrase}"
             head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"

@@ -32,6 +32,7 @@ ENDLESS = {
     "empty lines": (b"", b"\r\n", None),
     "a chunk's extension": (POST + b"1;a=", b"b", None),
     "a chunk's size": (POST, b"0", None),
+    "requests": (b"", GET + b"\r\n", None),
     "trailers": (POST + b"0\r\n", b"X-A: b\r\n", None),
     "a trailer": (POST + b"0\r\nX-A: ", b"b", None),
 }

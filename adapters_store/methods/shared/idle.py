@@ -45,5 +45,6 @@ def _rounded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _inputs(matrix: Tensor) -> Tensor:
-    """Return random rows [16, in] for a matrix [r, in]."""
-    return torch.randn(NUM_ROWS, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    """Return random rows [48, in] of three sizes for a matrix [r, in]."""
+    rows = torch.randn(NUM_ROWS, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    return torch.cat([rows, 1e2 * rows, 1e4 * rows])  # residual streams reach hundreds: a bias may shut smaller ones
