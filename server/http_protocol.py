@@ -34,7 +34,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._arm()
 
     def data_received(self, data: bytes) -> None:
-        """Start the timer for the rest of a request's headers, once the request has begun."""
+        """Take bytes: refuse what stays incomplete beyond the bound, and time the headers of a request once begun."""
         self._pending += len(data)
         super().data_received(data)
         if self.parser is None or self.transport.is_closing():

@@ -68,10 +68,14 @@ def load(config: RunnerConfig, backend: Backend | None = None) -> Loaded:
     )
 
 
+def _num_blocks(config: RunnerConfig, backend: Backend, spec: BaseSpec) -> int:
+    """Count the whole blocks that the KV cache has room for."""
+    return config.kv_cache_bytes // KVCache.block_bytes(spec.kv, config.block_size, backend)
+
+
 def _max_tokens(config: RunnerConfig, backend: Backend, spec: BaseSpec) -> int:
     """Return the tokens of the longest sequence that the KV cache and the config allow."""
-    num_blocks = config.kv_cache_bytes // KVCache.block_bytes(spec.kv, config.block_size, backend)
-    room = num_blocks * config.block_size
+    room = _num_blocks(config, backend, spec) * config.block_size
     return room if config.max_sequence_tokens is None else min(room, config.max_sequence_tokens)
 
 
@@ -81,9 +85,9 @@ class PagedRunner:
     def __init__(self, base: InstrumentedBase, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
         self._best_tokens = base.backend.best_tokens
-        per_block = KVCache.block_bytes(base.spec.kv, config.block_size, base.backend)
-        self.num_blocks = config.kv_cache_bytes // per_block
+        self.num_blocks = _num_blocks(config, base.backend, base.spec)
         if self.num_blocks < 2:
+            per_block = KVCache.block_bytes(base.spec.kv, config.block_size, base.backend)
             raise UnsupportedBaseError(f"a KV cache of {config.kv_cache_bytes} bytes holds no 2 blocks of {per_block}")
         self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, base.backend)
         self.graphs = DecodeGraphs(base.forward, self.cache) if config.cuda_graphs else None

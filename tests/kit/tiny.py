@@ -87,15 +87,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tiny_base(folder: Path, model_type: str = "llama", seed: int = 0) -> Path:
+def make_tiny_base(folder: Path, model_type: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """Write a tiny random base of `model_type` (a key of `CONFIGS`) to `folder`, the same for the same seed.
+
+    `changes` are keys of its config that differ from those of `CONFIGS`.
 
     2-3 layers, hidden 64, the byte tokenizer of `make_tokenizer`. Its greedy answers are spread: the weights are larger
     than a trained model's, so that the two best tokens are seldom close.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **CONFIGS[model_type]), dtype=torch.float32
+        AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes}), dtype=torch.float32
     )
     randomise(model, seed)
     model.save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.bottleneck import ACTIVATION_NAMES, IGNORED_KEYS, PLACEMENTS, BottleneckConfig
 from adapters_store.methods.compile import compile_patch
+from adapters_store.methods.shared.idle import idle_primitives
 from adapters_store.primitives import ACTIVATIONS, Bottleneck, Patch
 from tests.adapters_store.methods.method_contract import ConfigCase, MethodContract, TensorsCase
 from tests.kit import reference
@@ -192,3 +194,14 @@ class TestBottleneck(MethodContract):
         huge = {MLP + end: torch.full(ENDS[end], 1e38), MLP + "scaling": torch.full([HIDDEN], 1e10)}
         with pytest.raises(ArtifactError, match=f"bottleneck_{end} overflows where it is compiled"):
             compile_patch(changed(sound, {}, huge), spec)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("bias", [-2.0, -20.0])
+def test_a_bias_that_shuts_small_inputs_is_not_idle(activation: str, bias: float) -> None:
+    """A bottleneck that answers to the large values of a residual stream alone changes something."""
+    draw = torch.Generator().manual_seed(0)
+    down, up = torch.randn(16, 576, generator=draw) * 0.02, torch.randn(576, 16, generator=draw) * 0.05
+    shut = Bottleneck("mlp", down, up, activation, down_bias=torch.full((16,), bias))
+    assert idle_primitives(Patch("", "", (shut,))) == []
+    assert len(idle_primitives(Patch("", "", (replace(shut, up=0 * up),)))) == 1

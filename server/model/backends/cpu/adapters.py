@@ -41,7 +41,7 @@ from server.model.backends.codes import (
 )
 from server.model.backends.cpu.loops import ItemType, Strides, dots, multiply
 from server.model.backends.cpu.threads import FASTMATH
-from server.model.backends.cpu.vector import FLOATS, PANEL, at, view, widened
+from server.model.backends.cpu.vector import FLOATS, PANEL, at, copy, view, widened
 
 SQRT_HALF, SQRT_2_PI, GELU_CUBE = np.float32(0.5**0.5), np.float32((2 / np.pi) ** 0.5), np.float32(0.044715)
 NORM_EPS, ONE = np.float32(1e-5), np.float32(1.0)
@@ -161,8 +161,7 @@ def _bottleneck(rows, h, h_stride, size_in, y, size_out, y_stride, address, rank
         for j in range(rank):
             t[r, j] += down_bias[j]
         _activate(t[r, :rank], flags & ACTIVATION_MASK)
-        for o in range(size_out):
-            change[r, o] = up_bias[o]
+        copy(up_bias, change[r])
     up, out = address + rank * size_in * item_type.sample.itemsize, at(change)
     _up(rows, at(t), t.shape[1], up, rank, size_out, out, size_out, item_type)
     if flags & NORM_AFTER:

@@ -17,7 +17,7 @@ from server.model.backends.cpu.attention import KernelParams, attend
 from server.model.backends.cpu.layers import add, gate, rms_norm
 from server.model.backends.cpu.loops import ItemType
 from server.model.backends.cpu.product import product
-from server.model.backends.cpu.vector import FLOATS, PANEL, view
+from server.model.backends.cpu.vector import FLOATS, PANEL, copy, view
 from server.model.row_adapters import SiteGroup
 
 INTEGERS = np.empty(0, np.int64)
@@ -110,8 +110,7 @@ def _site_by_site(x, linear, item_type, args, threads):
         panel = first // PANEL
         panels = _product(mine, linear, panel, (last + PANEL - 1) // PANEL, item_type, threads, nothing)
         for r in range(x.shape[0]):
-            for c in range(first, last):
-                out[r, c] = panels[r, c - panel * PANEL]
+            copy(panels[r, first - panel * PANEL :], out[r, first:last])
         own = SiteGroup(group.number, sites[part : part + 1], columns[part : part + 2])
         apply(mine, mine, out, own, args)
     return out

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from server.model.backends.cpu.loops import ROWS, Strides, multiply
-from server.model.backends.cpu.vector import PANEL, at
+from server.model.backends.cpu.vector import PANEL, at, copy
 
 PREFETCH_OFFSET = 4096  # bytes: a product that streams its weight from memory is then as fast as from cache
 LINE = 64  # bytes that memory gives at once
@@ -25,15 +25,6 @@ def _total(prefetch_list, first, last):
     for entry in range(first, last):
         num_bytes += prefetch_list[entry, 1]
     return num_bytes
-
-
-# Loops, because Numba's assignment to slices brings much code that is slow to compile.
-@njit(inline="always")
-def _copy(panel, out, first_row, rows, first_column):
-    """Copy a panel [rows, 16] to the last columns of out."""
-    for r in range(rows):
-        for c in range(out.shape[1] - first_column):
-            out[first_row + r, first_column + c] = panel[r, c]
 
 
 @njit(inline="always")
@@ -86,6 +77,7 @@ def product(x, weight, start, scales, bias, out, threads, prefetch_list, item_ty
                 begin = at(start) + 4 * full * PANEL
                 strides = Strides(k, k, 0, PANEL, PANEL, size, prefetch_offset, 0, 0)
                 multiply(rows, high - full, x_at, w_at, begin, at(rest), strides, item_type)
-                _copy(rest, out, row, rows, full * PANEL)
+                for r in range(rows):
+                    copy(rest[r], out[row + r, full * PANEL :])
             if scales.shape[0]:
                 _scale(out, row, rows, low * PANEL, min(n, high * PANEL), scales, bias)

@@ -297,6 +297,16 @@ def at(array):
 
 
 @njit(inline="always")
+def copy(source, out):
+    """Copy a row. From 0 on, so that the compiler sees no negative index, and makes vectors of it.
+
+    Numba's assignment to a slice brings much code that is slow to compile.
+    """
+    for i in range(out.shape[0]):
+        out[i] = source[i]
+
+
+@njit(inline="always")
 def view(address, shape, item_type):
     """Return what lies at an address, as an array of this shape and of `item_type`'s type."""
     return carray(_pointer(address, item_type), shape)

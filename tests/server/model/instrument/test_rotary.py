@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -17,7 +17,7 @@ from server.model import load as loading
 from server.model.errors import UnsupportedBaseError
 from server.model.instrument.rotary import fix_rotary
 from server.model.runner import Loaded, load
-from tests.kit.tiny import CONFIGS, make_tokenizer, randomise
+from tests.kit.tiny import make_tiny_base
 
 BORDER, LONGEST, BLOCK = 48, 192, 16
 HALF = 8  # dimensions of a head of the tiny bases, halved
@@ -37,24 +37,20 @@ def make_base(folder: Path, kind: str, model_type: str) -> Path:
     """A tiny base with a kind of rotary embedding whose factors change at `BORDER`, if any do."""
     rope = {"rope_type": kind, "rope_theta": 100.0, **KINDS[kind]}
     longest = BORDER if kind == "dynamic" else LONGEST
-    config = {**CONFIGS[model_type], "max_position_embeddings": longest, "rope_parameters": rope}
+    changes: dict[str, Any] = {"max_position_embeddings": longest, "rope_parameters": rope}
     if model_type == "phi3":
-        config["original_max_position_embeddings"] = BORDER
+        changes["original_max_position_embeddings"] = BORDER
     if model_type == "gemma3_text":  # a kind for each type of layer
         plain = {"rope_type": "default", "rope_theta": 100.0}
-        config["rope_parameters"] = {"full_attention": rope, "sliding_attention": plain}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32)
-    randomise(model, 0)
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+        changes["rope_parameters"] = {"full_attention": rope, "sliding_attention": plain}
+    return make_tiny_base(folder, model_type, **changes)
 
 
-def load_one(folder: Path, max_tokens: int | None = None, precision: str = "fp32") -> Loaded:
+def load_one(folder: Path, max_tokens: int | None = None) -> Loaded:
     name, room = folder.name, 2**24
     return load(
         RunnerConfig(
-            folder=str(folder), name=name, precision=precision, num_threads=1, kv_cache_bytes=room, block_size=BLOCK,
+            folder=str(folder), name=name, precision="fp32", num_threads=1, kv_cache_bytes=room, block_size=BLOCK,
             max_sequence_tokens=max_tokens,
         )
     )  # fmt: skip
