@@ -44,7 +44,7 @@ def create_app(
 ) -> FastAPI:
     """Make the application. `client` is the engine (by default a process of its own); `on_ready` runs before serving.
 
-    If it cannot start, `app.state.start_failure` is a sentence for the operator.
+    If it cannot start, `app.state.start_failure` is a sentence for the operator. `app.state.engine` is the client.
     """
     engine = client or ProcessEngineClient(settings.engine_config(base_folder))
 
@@ -66,7 +66,7 @@ def create_app(
         openapi_url=None,  # these ask for a key, too: see health.py
         redirect_slashes=False,  # a redirect would name whatever host the request did
     )
-    app.state.start_failure = None
+    app.state.start_failure, app.state.engine = None, engine
     for room in (generate, openai, adapters, tasks, tenants, health):
         app.include_router(room.router)
     for kind, handler in HANDLERS.items():

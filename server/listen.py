@@ -20,6 +20,7 @@ from server.settings import Settings
 if TYPE_CHECKING:  # the engine starts before these are imported: they bring torch, which takes a second
     from fastapi import FastAPI
 
+    from server.engine.client import EngineClient
     from server.state import ServerState
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def _addresses(host: str, port: int) -> list[Any]:
 class DrainingServer(uvicorn.Server):
     """Stops in three steps: new work is refused with 503, running requests get `drain_s`, the rest gets an error.
 
-    Health and metrics are answered until the end. A second signal ends it at once.
+    Health and metrics are answered until the end. A second signal ends it at once, and so does one that comes while the
+    base still loads.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
@@ -77,6 +79,7 @@ class DrainingServer(uvicorn.Server):
         )
         self._app, self._drain_s = app, settings.drain_s
         self._drained_by: float | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def _state(self) -> ServerState | None:
@@ -86,12 +89,23 @@ class DrainingServer(uvicorn.Server):
         """Start to drain, or end at once at a second signal. The signal is not raised again: this is no failure."""
         if self._state is None or not self.started:
             self.should_exit = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(self._give_up_start)  # what a signal's handler may call: it wakes the loop
         elif self._drained_by is not None:
             self.should_exit = self.force_exit = True
         else:
             self._state.is_draining = True
             self._drained_by = time.monotonic() + self._drain_s
             log.info("draining", extra={"running": len(self.server_state.tasks), "drain_s": self._drain_s})
+
+    @property
+    def is_start_given_up(self) -> bool:
+        """Whether a signal ended the server before it was ready."""
+        return self._closing is not None
+
+    def _give_up_start(self) -> None:
+        engine: EngineClient = self._app.state.engine
+        self._closing = self._closing or asyncio.create_task(engine.close())
 
     async def on_tick(self, counter: int) -> bool:
         """End the server once the drain has ended; called ten times a second."""

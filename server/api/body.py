@@ -31,7 +31,8 @@ async def body_parts(request: Request, max_bytes: int, timeout_s: float) -> Asyn
     while True:
         left = began + timeout_s + size / MIN_BYTES_PER_S - time.monotonic()
         try:
-            part = await asyncio.wait_for(anext(parts), min(left, timeout_s))
+            async with asyncio.timeout(min(left, timeout_s)):
+                part = await anext(parts)
         except StopAsyncIteration:
             return
         except TimeoutError:

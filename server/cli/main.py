@@ -129,10 +129,11 @@ async def _serve(
     try:
         application = await asyncio.to_thread(import_module, "server.app")
         app = application.create_app(settings, folder, engine, on_ready)
+        server = listen.DrainingServer(app, settings)
         with contextlib.suppress(SystemExit):  # it could not start
-            await listen.DrainingServer(app, settings).serve(sockets)
+            await server.serve(sockets)
         failure: str | None = app.state.start_failure
-        return failure
+        return None if server.is_start_given_up else failure
     finally:
         await engine.close()
         await asyncio.gather(starting, return_exceptions=True)

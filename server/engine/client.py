@@ -39,6 +39,11 @@ class EngineClient(Protocol):
         """The latest gauges and counters, about a second old at most."""
         ...
 
+    @property
+    def retry_after_s(self) -> int:
+        """Whole seconds until an engine is likely to be ready, 1 at least: what the last start took."""
+        ...
+
     async def start(self) -> None:
         """Start the engine and return when it is ready. Raises `EngineStartError`."""
         ...
@@ -50,7 +55,8 @@ class EngineClient(Protocol):
     def generate(self, submit: Submit) -> AsyncGenerator[Output]:
         """Yield the outputs of one sequence; the last has `finish_reason` or `failure`. Closing the iterator aborts.
 
-        Raises `EngineUnavailable` at the first iteration if no engine is ready.
+        If the engine dies meanwhile, the next one goes on with the answer. Raises `EngineUnavailable` at the first
+        iteration if no engine is ready.
         """
         ...
 
@@ -81,5 +87,5 @@ class EngineClient(Protocol):
 def require_ready(client: EngineClient) -> Ready:
     """The engine's description. Raises `UnavailableError` while no engine is ready."""
     if client.ready is None:
-        raise UnavailableError(client.last_error or "the engine is starting", retry_after=2)
+        raise UnavailableError(client.last_error or "the engine is starting", retry_after=client.retry_after_s)
     return client.ready

@@ -147,7 +147,7 @@ class Engine(Generic[P]):
 
         The API process refuses malformed requests before; this is the engine's own guard.
         """
-        num_tokens = len(submit.prompt) + sum(adapter.num_virtual for adapter in submit.adapters)
+        num_tokens = len(submit.prompt) + len(submit.answered) + sum(adapter.num_virtual for adapter in submit.adapters)
         max_tokens = self.max_sequence_tokens
         if not submit.prompt or num_tokens >= max_tokens or submit.sampling.max_tokens < 1:
             num_new = submit.sampling.max_tokens

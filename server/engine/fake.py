@@ -57,6 +57,7 @@ class FakeEngineClient:
     ) -> None:
         self.ready: Ready | None = None
         self.last_error: str | None = None
+        self.retry_after_s = 2
         self.stats = Stats()
         self.delay_s = delay_s
         self.failure: EngineFailure | None = None
@@ -154,7 +155,8 @@ class FakeEngineClient:
         died = self._died
         if delay_s:
             try:
-                await asyncio.wait_for(died.wait(), delay_s)
+                async with asyncio.timeout(delay_s):
+                    await died.wait()
             except TimeoutError:
                 return output
         else:

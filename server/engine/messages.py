@@ -43,6 +43,7 @@ class Submit(msgspec.Struct, tag=True):
     share: float = 1.0  # weight of the namespace against others
     max_running: int | None = None  # sequences of the namespace that run at once
     is_probe: bool = False  # validates an upload: it gets only a few tokens of a step that computes others
+    answered: list[int] = []  # the answer so far, from an engine that died; what follows is the same as there
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -125,6 +126,8 @@ class Stats(msgspec.Struct):
     preemptions_total: int = 0
     cache_hit_tokens_total: int = 0
     cache_query_tokens_total: int = 0
+    deaths_total: int = 0  # engines that died or were ended since the API process started; counted by it, as the next
+    resumed_requests_total: int = 0  # by the engines that came after those
 
 
 class StepDone(msgspec.Struct, tag=True):
@@ -155,6 +158,15 @@ class Ready(msgspec.Struct, tag=True):
     forward: ForwardReport | None = None  # how the base is computed; None: an engine without a model
 
 
+class Beat(msgspec.Struct, tag=True):
+    """The engine process runs; sent each second by a thread that no step delays.
+
+    `cpu_seconds` is what all its threads used since it started: a step that computes is told by it from one that hangs.
+    """
+
+    cpu_seconds: float
+
+
 class StartFailed(msgspec.Struct, tag=True):
     """The engine cannot serve this base, in one sentence for the operator; the process exits after sending it."""
 
@@ -162,4 +174,4 @@ class StartFailed(msgspec.Struct, tag=True):
 
 
 ToEngine = Submit | Abort | Discard | Stage | KeepResident | Renew | AskResidency
-FromEngine = StepDone | Residency | Ready | StartFailed
+FromEngine = StepDone | Residency | Ready | Beat | StartFailed

@@ -1,7 +1,7 @@
 """An `EngineClient` over an engine process, which it starts, watches and restarts.
 
-If the engine dies, every running request is told so at once, and another one is started, after a wait that doubles with
-each death in a row.
+If the engine dies or hangs, another one is started, after a wait that doubles with each death in a row, and goes on
+with the running requests, as `server.engine.in_flight` says.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import socket
 import sys
 import time
@@ -21,9 +22,11 @@ import msgspec
 from server.core import EngineFailure
 from server.engine import frames
 from server.engine.client import EngineStartError, EngineUnavailable
+from server.engine.in_flight import RESTARTING, InFlight, Request
 from server.engine.messages import (
     Abort,
     AskResidency,
+    Beat,
     Discard,
     EngineConfig,
     FromEngine,
@@ -43,7 +46,8 @@ from server.engine.messages import (
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.engine.worker")
-RESTARTING = EngineFailure("engine_restarting", "the engine died while it ran this request; send it again in a moment")
+TICK_S = 0.25  # between two looks at an engine's silence
+IDLE_SHARE = 0.01  # of one core: a step that computes uses more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,9 @@ class Patience:
     max_retry: float = 30.0
     good_life: float = 60.0  # an engine that lived so long resets the wait to `first_retry`
     loading: float = 900.0  # from start to ready, with the base on a cold disk
-    silence: float = 60.0  # between two messages: stats come every second, but one step may be long
+    silence: float = 4.0  # without any message: beats come every second, also during a long step
+    idle_step: float = 15.0  # a step or a load that uses no CPU
+    step: float = 600.0  # any step
     closing: float = 5.0  # from SIGKILL to the end
 
 
@@ -66,10 +72,39 @@ class _Life:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     decoder: msgspec.msgpack.Decoder[FromEngine] = field(default_factory=lambda: msgspec.msgpack.Decoder(FromEngine))
+    silent_s: float = 0.0  # since the last message
+    step_s: float = 0.0  # since the last message of the thread that steps
+    cpu_seconds: float = 0.0  # that the process had used at the last beat
+    idle_s: float = 0.0  # of `step_s`, in which it used next to no CPU
+    verdict: str | None = None  # the reason why it is ended
 
     async def read(self) -> FromEngine | None:
         message: FromEngine | None = await frames.read_async(self.reader, self.decoder)
+        self.silent_s = 0.0
+        if isinstance(message, Beat):
+            seconds, self.cpu_seconds = message.cpu_seconds - self.cpu_seconds, message.cpu_seconds
+            self.idle_s = 0.0 if seconds > IDLE_SHARE else self.idle_s
+        else:
+            self.step_s = self.idle_s = 0.0
         return message
+
+    def tick(self, seconds: float) -> None:
+        """Count a time in which the engine could have said something."""
+        self.silent_s += seconds
+        self.step_s += seconds
+        self.idle_s += seconds
+
+    def overdue(self, patience: Patience) -> str | None:
+        """Say why the engine counts as one that hangs, or None if it does not."""
+        if self.silent_s >= patience.silence:
+            return f"the engine said nothing for {patience.silence:g} s and was ended"
+        if self.idle_s >= patience.idle_step:
+            return f"a step of the engine did nothing for {patience.idle_step:g} s, and it was ended"
+        return (
+            f"a step of the engine took over {patience.step:g} s, and it was ended"
+            if self.step_s >= patience.step
+            else None
+        )
 
     def write(self, message: ToEngine | EngineConfig) -> None:
         if not self.writer.is_closing():
@@ -87,16 +122,25 @@ class ProcessEngineClient:
         self.last_error: str | None = None
         self.stats = Stats()
         self.num_starts = 0
+        self._num_deaths = self._num_resumed = 0
         self._command = tuple(command)
         self._patience = patience or Patience()
         self._life: _Life | None = None
         self._starting: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self.in_flight = InFlight()
+        self._has_news = asyncio.Event()  # an engine is ready, or the client is closed
+        self._is_closed = False
+        self._start_seconds, self._back_at = 0.0, 0.0
         self._resident: list[str] = []
         self._query_ids = itertools.count()
         self._queries: dict[int, asyncio.Future[dict[str, str]]] = {}
         self._reapers: set[asyncio.Task[None]] = set()
+
+    @property
+    def retry_after_s(self) -> int:
+        """Do as `EngineClient.retry_after_s` says."""
+        return max(1, math.ceil(self._back_at - time.monotonic()))
 
     @property
     def pid(self) -> int | None:
@@ -106,11 +150,16 @@ class ProcessEngineClient:
     async def start(self) -> None:
         """Start the first engine and the task that keeps one alive, or wait for a start that is under way.
 
-        Raises `EngineStartError`.
+        Raises `EngineStartError`, also if the client is closed meanwhile.
         """
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(), name="engine start")
-        await self._starting
+        try:
+            await self._starting
+        except asyncio.CancelledError:
+            if self._is_closed:
+                raise EngineStartError("the engine was closed before it was ready") from None
+            raise
 
     async def _start(self) -> None:
         life = await self._begin()
@@ -118,6 +167,8 @@ class ProcessEngineClient:
 
     async def close(self) -> None:
         """End the engine process and the task that restarts it; both are gone on return."""
+        self._is_closed = True
+        self._has_news.set()
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
@@ -135,18 +186,45 @@ class ProcessEngineClient:
         """Do as `EngineClient.generate` says."""
         if self.ready is None or self._life is None:
             raise EngineUnavailable(self.last_error or "the engine is starting")
-        queue = self._queues[submit.sequence_id] = asyncio.Queue()
-        is_over = False
+        request, is_over = self.in_flight.add(submit), False
         try:
-            self._life.write(submit)
+            self._send(request, submit)
             while not is_over:
-                output = await queue.get()
-                is_over = output.finish_reason is not None or output.failure is not None
+                output = await request.outputs.get() or await self._resume(request)
+                is_over = request.note(output)
                 yield output
         finally:
-            self._queues.pop(submit.sequence_id, None)
-            if not is_over and self._life is not None:
+            self.in_flight.remove(request)
+            if request.is_running and self._life is not None:
                 self._life.write(Abort(submit.sequence_id))
+
+    async def _resume(self, request: Request) -> Output:
+        """Return the next output of a request whose engine died, or its failure."""
+        sequence_id, loop = request.submit.sequence_id, asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(loop.time() + request.submit.deadline - time.monotonic()):
+                while (failure := RESTARTING if self._is_closed else request.refusal()) is None:
+                    async with self.in_flight.trial:
+                        if (output := await self._try_alone(request)) is not None:
+                            return output
+        except TimeoutError:
+            failure = EngineFailure("deadline_exceeded", "no engine could end this request before its deadline")
+        return Output(sequence_id, failure=failure)
+
+    async def _try_alone(self, request: Request) -> Output | None:
+        """Send a request to the next engine, and return its next output; None if that engine dies first, too."""
+        await self._has_news.wait()
+        if self._life is None:
+            return None
+        self.in_flight.try_alone(request)
+        self._send(request, request.resumed())
+        self._num_resumed += 1
+        return await request.outputs.get()
+
+    def _send(self, request: Request, submit: Submit) -> None:
+        if self._life is not None:
+            request.is_running = True
+            self._life.write(submit)
 
     def discard(self, digest: str) -> None:
         """Do as `EngineClient.discard` says."""
@@ -190,6 +268,7 @@ class ProcessEngineClient:
         while True:
             if life is not None and await self._relay_all(life) >= self._patience.good_life:
                 wait = self._patience.first_retry
+            self._back_at = time.monotonic() + wait + self._start_seconds
             log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": wait})
             await asyncio.sleep(wait)
             wait = min(2 * wait, self._patience.max_retry)
@@ -200,47 +279,63 @@ class ProcessEngineClient:
     async def _relay_all(self, life: _Life) -> float:
         """Relay the engine's messages until it is dead; returns the seconds that it lived."""
         began = time.monotonic()
+        watchdog = asyncio.create_task(self._watch(life), name="engine watchdog")
         try:
-            while (message := await asyncio.wait_for(life.read(), self._patience.silence)) is not None:
+            while (message := await life.read()) is not None:
                 self._relay(message)
-            self.last_error = "the engine process died"
-        except TimeoutError:
-            self.last_error = f"the engine said nothing for {self._patience.silence:g} s and was ended"
+            self.last_error = life.verdict or "the engine process died"
         except (OSError, msgspec.MsgspecError) as error:
-            self.last_error = f"the connection to the engine broke: {error}"
+            self.last_error = life.verdict or f"the connection to the engine broke: {error}"
         finally:
+            watchdog.cancel()
             await self._drop(life)
         return time.monotonic() - began
 
+    async def _watch(self, life: _Life) -> None:
+        """Cut the connection to an engine that hangs.
+
+        Its silence is counted in ticks, not by the clock: if this process was stopped or starved, so may have been the
+        engine, whose messages are then still to be read.
+        """
+        while life.verdict is None:
+            await asyncio.sleep(TICK_S)
+            life.tick(TICK_S)
+            life.verdict = life.overdue(self._patience)
+        life.writer.transport.abort()
+
     async def _drop(self, life: _Life) -> None:
+        if not self._is_closed:
+            self._has_news.clear()
         self.ready = self._life = None
-        self.stats = Stats()
-        self._fail_running()
+        self._num_deaths += 1
+        self._count(Stats())
+        self.in_flight.lose()
+        for query_id in self._queries:
+            self._answer(query_id, {})
         await self._end(life)
 
     def _relay(self, message: FromEngine) -> None:
         if isinstance(message, StepDone):
-            self.stats = message.stats
+            self._count(message.stats)
             for output in message.outputs:
-                if (queue := self._queues.get(output.sequence_id)) is not None:
-                    queue.put_nowait(output)
+                self.in_flight.deliver(output)
         elif isinstance(message, Residency):
             self._answer(message.query_id, message.states)
+
+    def _count(self, stats: Stats) -> None:
+        """Keep an engine's stats, with the counts of this process."""
+        stats.deaths_total, stats.resumed_requests_total = self._num_deaths, self._num_resumed
+        self.stats = stats
 
     def _answer(self, query_id: int, states: dict[str, str]) -> None:
         query = self._queries.get(query_id)
         if query is not None and not query.done():
             query.set_result(states)
 
-    def _fail_running(self) -> None:
-        for sequence_id, queue in self._queues.items():
-            queue.put_nowait(Output(sequence_id, failure=RESTARTING))
-        for query_id in self._queries:
-            self._answer(query_id, {})
-
     async def _begin(self) -> _Life:
         """Start a process and wait until it is ready. Raises `EngineStartError` after the process was removed."""
         self.num_starts += 1
+        began = time.monotonic()
         life = await self._connect()
         try:
             life.write(self.config)
@@ -252,13 +347,16 @@ class ProcessEngineClient:
             await self._end(life)
             raise
         self._life, self.ready, self.last_error = life, message, None
+        self._start_seconds = time.monotonic() - began
         if self._resident:
             life.write(KeepResident(self._resident))
+        self._has_news.set()
         return life
 
     async def _first_message(self, life: _Life) -> FromEngine | None:
         try:
-            return await asyncio.wait_for(life.read(), self._patience.loading)
+            async with asyncio.timeout(self._patience.loading):
+                return await life.read()
         except TimeoutError:
             raise EngineStartError(f"the engine did not load within {self._patience.loading:g} s") from None
         except OSError:  # it ended with our frame unread
@@ -304,4 +402,5 @@ class ProcessEngineClient:
         with contextlib.suppress(ProcessLookupError):
             process.kill()  # it heeds no SIGTERM, and has nothing to leave behind
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), self._patience.closing)
+            async with asyncio.timeout(self._patience.closing):
+                await process.wait()

@@ -51,14 +51,14 @@ class Sequence:
 
     @classmethod
     def of(cls, submit: Submit) -> Sequence:
-        """Make the waiting sequence that a request asks for."""
+        """Make the waiting sequence that a request asks for, or one that goes on with an answer."""
         num_virtual = sum(adapter.num_virtual for adapter in submit.adapters)
         root = root_key((adapter.digest, adapter.weight) for adapter in submit.adapters)
         return cls(
             id=submit.sequence_id,
             namespace=submit.namespace,
             adapters=submit.adapters,
-            tokens=[*range(-1, -1 - num_virtual, -1), *submit.prompt],
+            tokens=[*range(-1, -1 - num_virtual, -1), *submit.prompt, *submit.answered],
             num_prompt=num_virtual + len(submit.prompt),
             sampling=submit.sampling,
             deadline=submit.deadline,
@@ -83,7 +83,7 @@ class Sequence:
     @property
     def num_cached_prompt(self) -> int:
         """The number of real tokens of the prompt that were found in the prefix cache."""
-        return max(0, self.num_cached - self.num_virtual)
+        return max(0, min(self.num_cached, self.num_prompt) - self.num_virtual)
 
     @property
     def num_output(self) -> int:

@@ -14,6 +14,7 @@ import os
 import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from server.engine.engine import Engine
 from server.engine.messages import (
     Abort,
     AskResidency,
+    Beat,
     Discard,
     EngineConfig,
     KeepResident,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:  # it brings torch
 log = logging.getLogger(__name__)
 
 STATS_EVERY_S = 1.0
+BEAT_EVERY_S = 1.0
 WAIT_FOR_ADAPTERS_S = 0.05  # how often deadlines are checked while every sequence waits for an adapter
 SPIN_COUNT = "20000"
 SWITCH_S = 5e-4
@@ -191,6 +194,12 @@ class Service:
                 pass
 
 
+def _beat(connection: Connection) -> None:
+    while True:
+        connection.send(Beat(time.process_time()))
+        time.sleep(BEAT_EVERY_S)
+
+
 def run_engine(descriptor: int, build: Build) -> int:
     """Load the base and serve over an inherited socket until it closes. Returns the exit code: 1 if loading failed."""
     connection = Connection(descriptor)
@@ -209,6 +218,7 @@ def run_engine(descriptor: int, build: Build) -> int:
     if ready.forward is not None:
         log.info("the base runs as: %s", ready.forward.describe())
     log.info("the engine is ready", extra={"base": ready.spec.name, "load_seconds": round(ready.load_seconds, 3)})
+    threading.Thread(target=_beat, args=(connection,), name="beats", daemon=True).start()
     Service(engine, connection).run()
     return 0
 

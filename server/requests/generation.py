@@ -57,7 +57,7 @@ class ChoiceRunner:
             failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
             queue.put_nowait(EngineFailedError(failure))
         except EngineUnavailable as error:
-            queue.put_nowait(UnavailableError(str(error), retry_after=2))
+            queue.put_nowait(UnavailableError(str(error), retry_after=self._client.retry_after_s))
         except Exception as error:  # noqa: BLE001 - whatever it is, `run_choices` raises it to its caller
             queue.put_nowait(error)
 

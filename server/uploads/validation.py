@@ -115,7 +115,7 @@ class Validator:
         except TimeoutError:
             raise _late(limit_s) from None
         except EngineUnavailable as error:
-            raise UnavailableError(str(error), retry_after=2) from None
+            raise UnavailableError(str(error), retry_after=self._client.retry_after_s) from None
         lengths = sorted(len(case.prompt_token_ids) for case in prompts)
         detail = f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: all logits are finite"
         return [_check("probe", len(prompts), detail), *compare(cases, answers, ready, artifact)]

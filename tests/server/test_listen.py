@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from server import http_protocol, listen
 from server.app import create_app
 from server.engine.fake import FakeEngineClient
+from server.engine.process_client import ProcessEngineClient
+from tests.server.engine.world import config
 from tests.server.world import Site, ready_of, sent, settings_of, until
 
 pytestmark = pytest.mark.anyio
@@ -78,6 +82,28 @@ async def test_what_outlasts_the_drain_gets_an_error(anyio_backend: str, tiny_ba
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_restarting")
         kind, data = sent((await stream).text)[-1]
         assert (kind, json.loads(data)["error"]["code"]) == ("error", "engine_restarting")
+
+
+async def test_a_signal_while_the_base_loads_ends_at_once(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A signal that comes before the server is ready ends it and its engine: no one waits for the base to be loaded."""
+    made = settings_of(tiny_base, tmp_path)
+    command = (sys.executable, "-m", "tests.server.engine.fake_process")
+    engine = ProcessEngineClient(config("loads"), command=command)
+    (listener,) = listen.bind("127.0.0.1", 0)
+    server = listen.DrainingServer(create_app(made, tiny_base, engine), made)
+
+    async def serve() -> None:
+        with listener, pytest.raises(SystemExit):
+            await server._serve([listener])
+
+    serving = asyncio.create_task(serve())
+    await until(lambda: bool(psutil.Process().children()))
+    began = time.monotonic()
+    server.handle_exit(signal.SIGTERM, None)
+    await serving
+    assert server.is_start_given_up
+    assert time.monotonic() - began < 10
+    assert not psutil.Process().children()
 
 
 async def test_a_second_signal_ends_at_once(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ async def serve_site(
                 assert not running.done(), app.state.start_failure
                 await asyncio.sleep(0.01)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            async with httpx.AsyncClient(base_url=url, timeout=30) as http:
+            async with httpx.AsyncClient(base_url=url, timeout=120) as http:
                 yield Site(app, fake, data, http)
         finally:
             server.should_exit = True

@@ -1,18 +1,37 @@
 """An engine process over fakes. The base's name in its config says what it does.
 
-`slow`, `refuses`, `crashes`, `hangs`, `loads` (for ever) or `garbles` (its first frame).
+`slow`, `computes` (for a second and a half a step), `refuses`, `crashes`, `hangs`, `loads` (for ever) or `garbles` (its
+first frame). Whatever its name, it dies of a step that has the token `POISON`.
 """
 
 import os
 import sys
 import time
 
+from server.core import Row, Sampled
 from server.engine.engine import Engine
 from server.engine.fake import fake_ready
 from server.engine.messages import EngineConfig, Ready
 from server.engine.worker import OnLoaded, main
 from server.model.fake import FakePacked, FakeRunner, FakeSlots
 from tests.server.engine.spawners import ThreadSpawner
+
+POISON = 9999  # beyond the vocabulary: no fake answers with it
+
+
+class MortalRunner(FakeRunner):
+    """A fake that ends its process if it computes `POISON`, and that may compute for a long time."""
+
+    busy_seconds = 0.0
+
+    def run(self, rows: list[Row]) -> list[Sampled | None]:
+        """Run a step, see `Runner.run`."""
+        if any(POISON in row.tokens for row in rows):
+            os.abort()
+        until = time.monotonic() + self.busy_seconds
+        while time.monotonic() < until:
+            hash(until)
+        return super().run(rows)
 
 
 def load(digest: str) -> FakePacked:
@@ -35,7 +54,8 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Fake
         time.sleep(60)
     adapter_slots = FakeSlots(config.slot_bytes)
     seconds = {"slow": 0.02, "hangs": 60.0}.get(config.runner.name, 0.0)
-    runner = FakeRunner(adapter_slots, step_seconds=seconds)
+    runner = MortalRunner(adapter_slots, step_seconds=seconds)
+    runner.busy_seconds = 1.5 * (config.runner.name == "computes")
     engine = Engine(
         runner,
         adapter_slots,

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
+import random
 import signal
 import sys
 import time
@@ -11,12 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from server.core import AdapterRef, Sampling
 from server.engine.client import EngineStartError, EngineUnavailable
 from server.engine.messages import Output, Submit
 from server.engine.process_client import Patience, ProcessEngineClient
 from server.model.fake import answer_alone
+from tests.server.engine.fake_process import POISON
 from tests.server.engine.world import config
 
 COMMAND = (sys.executable, "-m", "tests.server.engine.fake_process")
@@ -49,8 +53,20 @@ def tokens(outputs: list[Output]) -> list[int]:
 
 def alone(submit: Submit) -> list[int]:
     adapters = [(adapter.digest, adapter.weight) for adapter in submit.adapters]
+    num_virtual = sum(adapter.num_virtual for adapter in submit.adapters)
     limits: dict[str, Any] = {"vocab_size": 512, "eos_token_ids": [0], "max_sequence_tokens": 256}
-    return answer_alone(submit.prompt, adapters, submit.sampling, **limits)[0]
+    return answer_alone(submit.prompt, adapters, submit.sampling, num_virtual, **limits)[0]
+
+
+def failure_of(outputs: list[Output]) -> str | None:
+    """The code that a request failed with."""
+    failure = outputs[-1].failure
+    return None if failure is None else failure.code
+
+
+def replace_patience(**seconds: float) -> Patience:
+    """The tests' patience, but for `seconds`."""
+    return dataclasses.replace(FAST, **seconds)
 
 
 async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
@@ -140,29 +156,156 @@ def test_cancelled_listener_aborts() -> None:
     run(main)
 
 
+def various(num: int, max_tokens: int) -> list[Submit]:
+    """Requests of every kind that a fake tells apart: with and without adapters, greedy and seeded, with a prefix."""
+    made = []
+    for at in range(num):
+        submit = request(f"r{at}", *[f"digest{at % 3}"] * (at % 3), max_tokens=max_tokens)
+        sampling = replace(submit.sampling, temperature=float(at % 2), seed=at)
+        adapters = tuple(replace(adapter, num_virtual=at % 4) for adapter in submit.adapters)
+        made.append(replace(submit, sampling=sampling, adapters=adapters, prompt=[*PROMPT, at]))
+    return made
+
+
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
-def test_death_fails_running_requests_at_once_and_a_new_engine_starts(death: signal.Signals) -> None:
-    """However the process dies, every running request fails within 2 s, ready is None, and a new engine serves."""
+def test_running_requests_go_on_when_the_engine_dies(death: signal.Signals) -> None:
+    """However the process dies, running requests end as if it had not; new ones are told when to come back."""
 
     async def main() -> None:
         async with engine("slow") as client:
-            running = [asyncio.create_task(answer(client, request(f"r{at}", max_tokens=200))) for at in range(5)]
-            await until(lambda: client.stats.num_running == 5)
+            asked = various(8, max_tokens=40)
+            running = [asyncio.create_task(answer(client, submit)) for submit in asked]
+            await until(lambda: client.stats.tokens_total > 60)
             pid = client.pid
             assert pid is not None
             os.kill(pid, death)
-            began = time.monotonic()
-            answers = await asyncio.gather(*running)
-            assert time.monotonic() - began < 2
-            for outputs in answers:
-                assert outputs[-1].failure and outputs[-1].failure.code == "engine_restarting"
-            assert client.ready is None
+            await until(lambda: client.ready is None)
             with pytest.raises(EngineUnavailable, match="died"):
                 await answer(client, request("too early"))
-            await until(lambda: client.ready is not None)
+            assert 1 <= client.retry_after_s <= 10
+            for submit, outputs in zip(asked, await asyncio.gather(*running), strict=True):
+                assert tokens(outputs) == alone(submit)
+                assert outputs[-1].finish_reason == "length"
+                assert sum(output.timing is not None for output in outputs) == 1
             assert client.pid != pid and client.last_error is None
+            assert (client.stats.deaths_total, client.stats.resumed_requests_total) == (1, 8)
             again = request("again", "digest")
             assert tokens(await answer(client, again)) == alone(again)
+
+    run(main)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_answers_are_the_same_wherever_they_are_cut(seed: int) -> None:
+    """Engines that die at random moments, once a request and more often: every answer is what it is alone."""
+
+    async def main() -> None:
+        chance = random.Random(seed)
+        async with engine("slow") as client:
+            asked = various(16, max_tokens=40)
+            running = asyncio.gather(*(answer(client, submit) for submit in asked))
+            for _ in range(3):
+                await until(lambda: client.ready is not None)
+                await asyncio.sleep(chance.random() * 0.4)
+                assert client.pid is not None
+                os.kill(client.pid, signal.SIGKILL)
+                await until(lambda: client.ready is None)
+            answers = await running
+            assert [tokens(outputs) for outputs in answers] == [alone(submit) for submit in asked]
+
+    run(main)
+
+
+def test_a_request_that_kills_engines_is_not_tried_again() -> None:
+    """A request that two engines died of, alone or among others, fails as harmful; the others end as they do alone."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            poison = replace(request("poison"), prompt=[POISON])
+            assert failure_of(await answer(client, poison)) == "request_harmful"
+            assert client.stats.deaths_total == 2
+            await until(lambda: client.ready is not None)
+            asked = various(6, max_tokens=35)
+            running = [asyncio.create_task(answer(client, submit)) for submit in asked]
+            await until(lambda: client.stats.num_running == 6)
+            assert failure_of(await answer(client, replace(poison, sequence_id="another"))) == "request_harmful"
+            assert client.stats.deaths_total <= 5
+            answers = await asyncio.gather(*running)
+            assert [tokens(outputs) for outputs in answers] == [alone(submit) for submit in asked]
+
+    run(main)
+
+
+def test_a_request_is_resumed_at_most_three_times() -> None:
+    """A request whose fourth engine dies fails with a code that says to send it again."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            others = [asyncio.create_task(answer(client, submit)) for submit in various(2, max_tokens=200)]
+            for _ in range(4):
+                await until(lambda: client.stats.num_running == 2)
+                assert client.pid is not None
+                os.kill(client.pid, signal.SIGKILL)
+                await until(lambda: client.ready is None)
+            assert {failure_of(await other) for other in others} == {"engine_restarting"}
+
+    run(main)
+
+
+def test_probes_are_not_resumed() -> None:
+    """The probe of an upload fails at once if the engine dies: the upload itself may be the cause."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            probe = asyncio.create_task(answer(client, replace(request("r", max_tokens=200), is_probe=True)))
+            await until(lambda: client.stats.num_running == 1)
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            assert failure_of(await probe) == "engine_restarting"
+            assert client.ready is None
+
+    run(main)
+
+
+@pytest.mark.parametrize("ends", ["deadline", "close", "listener"])
+def test_a_request_that_waits_for_the_next_engine_can_end(ends: str) -> None:
+    """A request without an engine ends by its deadline, with the client or with its listener; nothing is left."""
+
+    async def main() -> None:
+        async with engine("slow", patience=replace_patience(first_retry=30.0)) as client:
+            timeout = 0.5 if ends == "deadline" else 60
+            asking = asyncio.create_task(answer(client, request("r", max_tokens=200, timeout=timeout)))
+            await until(lambda: client.stats.num_running == 1)
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.ready is None)
+            if ends == "close":
+                await client.close()
+            if ends == "listener":
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+            else:
+                code = "deadline_exceeded" if ends == "deadline" else "engine_restarting"
+                assert failure_of(await asking) == code
+            assert not client.in_flight.requests
+
+    run(main)
+
+
+def test_the_listener_of_a_resumed_request_can_leave() -> None:
+    """Closing the iterator of a request that was resumed frees its sequence in the new engine."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            asking = asyncio.create_task(answer(client, request("r", max_tokens=200)))
+            await until(lambda: client.stats.num_running == 1)
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: client.ready is None)
+            await until(lambda: client.stats.num_running == 1)
+            asking.cancel()
+            assert await until(lambda: client.stats.num_running == 0) < 1.5
 
     run(main)
 
@@ -187,17 +330,62 @@ def test_a_signal_to_the_group_is_for_the_api_process(heard: signal.Signals) -> 
 
 
 def test_engine_that_says_nothing_is_replaced() -> None:
-    """A stopped process is alive and silent: after a while it is ended, its requests fail and a new one starts."""
+    """A stopped process is alive and silent: after a while it is ended, and a new one goes on with its requests."""
 
     async def main() -> None:
-        async with engine(patience=Patience(first_retry=0.05, silence=1.5, closing=0.5)) as client:
+        async with engine("slow", patience=replace_patience(silence=1.5)) as client:
             pid = client.pid
             assert pid is not None
+            asked = request("r", max_tokens=40)
+            running = asyncio.create_task(answer(client, asked))
+            await until(lambda: client.stats.num_running == 1)
             os.kill(pid, signal.SIGSTOP)
-            outputs = await answer(client, request("r"))
-            assert outputs[-1].failure and outputs[-1].failure.code == "engine_restarting"
-            await until(lambda: client.ready is not None)
+            assert await until(lambda: client.ready is None) < 4
+            assert client.last_error and "said nothing for 1.5 s" in client.last_error
+            assert tokens(await running) == alone(asked)
             assert not psutil.pid_exists(pid)
+
+    run(main)
+
+
+def test_a_step_that_does_nothing_is_ended() -> None:
+    """A step that neither ends nor computes is no long step: the engine is ended, and again with the same request."""
+
+    async def main() -> None:
+        async with engine("hangs", patience=replace_patience(idle_step=1.5)) as client:
+            assert failure_of(await answer(client, request("r"))) == "request_harmful"
+            assert client.stats.deaths_total == 2
+            assert client.last_error is None or "did nothing for 1.5 s" in client.last_error
+
+    run(main)
+
+
+def test_a_step_that_computes_may_take_long() -> None:
+    """A step that computes for longer than an engine may be silent or idle is waited for, up to its own limit."""
+
+    async def main() -> None:
+        patience = replace_patience(silence=1.25, idle_step=1.25, step=1.0)
+        async with engine("computes", patience=dataclasses.replace(patience, step=60.0)) as client:
+            asked = request("r", max_tokens=2)
+            assert tokens(await answer(client, asked)) == alone(asked)
+            assert client.stats.deaths_total == 0
+        async with engine("computes", patience=patience) as client:
+            assert failure_of(await answer(client, request("r"))) == "request_harmful"
+
+    run(main)
+
+
+def test_a_client_that_was_stopped_does_not_blame_the_engine() -> None:
+    """If this process did not run for longer than an engine may be silent, the engine lives on."""
+
+    async def main() -> None:
+        async with engine("slow", patience=replace_patience(silence=1.5)) as client:
+            asked = request("r", max_tokens=40)
+            running = asyncio.create_task(answer(client, asked))
+            await until(lambda: client.stats.num_running == 1)
+            time.sleep(2.5)
+            assert tokens(await running) == alone(asked)
+            assert client.stats.deaths_total == 0
 
     run(main)
 
@@ -208,10 +396,10 @@ def test_restarts_wait_longer_each_time(caplog: pytest.LogCaptureFixture) -> Non
     async def main() -> None:
         async with engine() as client:
             for _ in range(5):
-                await until(lambda: client.ready is not None)
                 assert client.pid is not None
                 os.kill(client.pid, signal.SIGKILL)
                 await until(lambda: client.ready is None)
+                await until(lambda: client.ready is not None)
 
     run(main)
     waits = [record.wait_s for record in caplog.records if "a new one starts" in record.getMessage()]  # type: ignore[attr-defined]
@@ -309,6 +497,20 @@ def test_start_that_is_cancelled_leaves_nothing(seconds: float) -> None:
         await asyncio.gather(start, return_exceptions=True)
         await client.close()
         await until(lambda: me.num_fds() == num_files and not me.children())
+
+    run(main)
+
+
+def test_close_while_the_engine_loads_ends_the_start() -> None:
+    """Whoever waits for an engine that is closed before it is ready is told so, and no process is left."""
+
+    async def main() -> None:
+        client = ProcessEngineClient(config("loads"), command=COMMAND, patience=FAST)
+        waiting = asyncio.gather(client.start(), client.start(), return_exceptions=True)
+        await until(lambda: bool(psutil.Process().children()))
+        await client.close()
+        assert [str(error) for error in await waiting] == ["the engine was closed before it was ready"] * 2
+        assert not psutil.Process().children()
 
     run(main)
 
