@@ -83,13 +83,14 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]
     base's files raises.
     """
     _hide_accelerate()
-    from server.engine.adapters.loader_process import LoaderPool
+    from server.engine.adapters.loader_process import LoaderPool, run_loader
     from server.engine.adapters.loader_threads import LoaderThreads
+    from server.engine.adapters.nursery import Nursery
     from server.model.runner import load
     from server.model.slots.layout import PackedPatch
 
     process_memory.keep_imports()
-    loader_pool = LoaderPool(config.num_loaders)
+    loader_pool = LoaderPool(config.num_loaders, Nursery.fork(run_loader))
     loaded = load(config.runner)
     loader_pool.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.dtypes)
     staged = dict[str, str]()

@@ -1,21 +1,18 @@
 """Processes that load adapters beside the engine's own, so that no load holds the GIL while a step needs it.
 
 A loader thread that computes in Python holds the GIL; if it loses its core meanwhile, at its low priority, the steps
-wait for it. So loads are computed in processes that are forked from the engine before it loads its base, which share
-what is imported by then. A thread of the engine only waits for the reply: a head, the packed adapter's buffer, and a
-frame that says what lies where in it. If there is no such process, or it has ended, the thread loads by itself.
+wait for it. So loads are computed in processes that `server.engine.adapters.nursery` forks, which share what is
+imported before the engine loads its base. A thread of the engine only waits for the reply: a head, the packed adapter's
+buffer, and a frame that says what lies where in it. A process that ends or hangs in a load fails that load alone, and
+another one takes its place; only where none can be started does the thread load by itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
-import os
 import socket
 import struct
-from collections.abc import Callable
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import msgspec
@@ -28,12 +25,13 @@ from server.engine import frames
 from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_reason
 from server.engine.adapters.loader_threads import give_way
+from server.engine.adapters.nursery import Child, Nursery
 from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch
 
 log = logging.getLogger(__name__)
 
-STANDARD = 2  # descriptors up to this are the standard streams
+SILENT_S = 300  # of a load, whose store has deadlines of its own; a process that hangs is ended then
 HEAD = struct.Struct("<QQ")  # bytes of the buffer, of the frame behind it
 PREFIXES = {kind.__name__: kind for kind in (PrefixEmbeds, PrefixKV)}
 
@@ -59,31 +57,18 @@ class LoadReply(msgspec.Struct):
 class LoaderProcess:
     """The engine's side of a process that loads adapters; one caller uses it at a time."""
 
-    def __init__(self, pid: int, connection: socket.socket) -> None:
-        self.pid, self._socket = pid, connection
-
-    @classmethod
-    def fork(cls) -> LoaderProcess | None:
-        """Start a process that waits for its setup; None if the system has no fork.
-
-        To be called before torch has started threads: they would be missing in the new process.
-        """
-        if not hasattr(os, "fork"):
-            return None
-        ours, theirs = socket.socketpair()
-        pid = os.fork()
-        if not pid:
-            _run_loader(theirs)
-        theirs.close()
-        return cls(pid, ours)
-
-    def begin(self, setup: LoaderSetup) -> None:
-        """Send the process its setup. Raises `OSError` if the process has ended."""
+    def __init__(self, child: Child, setup: LoaderSetup) -> None:
+        self._child, self._socket = child, child.socket
+        # A limit of the kernel's, not Python's: one call waits for all of a buffer.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENT_S, 0))
         self._socket.sendall(frames.encode(setup))
 
-    def load(self, digest: str, folder: str | None, dtypes: StorageDtypes) -> PackedPatch:
-        """Load an adapter in the process. Raises `LoadError` if the load fails, `OSError` if the process has ended."""
+    def begin(self, digest: str, folder: str | None) -> None:
+        """Send a load to the process. Raises `OSError` if the process has ended."""
         self._socket.sendall(frames.encode(LoadRequest(digest, folder)))
+
+    def finish(self, dtypes: StorageDtypes) -> PackedPatch:
+        """Receive the adapter. Raises `LoadError` if the load fails, `OSError` if the process ends or hangs."""
         num_buffer, num_frame = HEAD.unpack(self._receive(HEAD.size).numpy().tobytes())
         body = self._receive(num_buffer + num_frame)
         reply = msgspec.msgpack.decode(body.numpy().data[num_buffer:], type=LoadReply)
@@ -91,11 +76,9 @@ class LoaderProcess:
             raise LoadError(reply.code, reply.reason)
         return _packed(reply, body[:num_buffer], dtypes)
 
-    def close(self) -> None:
-        """Make the process end, and wait until it has."""
-        self._socket.close()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._child.kill()
 
     def _receive(self, size: int) -> torch.Tensor:
         """Receive `size` bytes [size] in one call: after each call a thread waits for the GIL, up to a whole step."""
@@ -110,80 +93,89 @@ class LoaderProcess:
 
 
 class LoaderPool:
-    """Loads adapters in the first process that is free, or in the calling thread if no process is left."""
+    """Loads adapters in the first of `num_processes` that is free, or in the calling thread if there is none."""
 
-    def __init__(self, num_processes: int, fork: Callable[[], LoaderProcess | None] = LoaderProcess.fork) -> None:
-        self._processes = [process for _ in range(num_processes) if (process := fork()) is not None]
+    def __init__(self, num_processes: int, nursery: Nursery | None) -> None:
+        self._num_processes, self._nursery = num_processes, nursery
+        self._processes: set[LoaderProcess] = set()
         self._free: SimpleQueue[LoaderProcess] = SimpleQueue()
 
     def begin(self, store: str | None, blobs: str, spec: BaseSpec, dtypes: StorageDtypes) -> None:
-        """Set the processes up for a store and a base. Raises `StoreError` if the store cannot be opened."""
-        setup = LoaderSetup(store, blobs, spec, str(dtypes.matrices), str(dtypes.others))
-        self._loader, self._dtypes = ArtifactLoader(setup), dtypes
-        for process in self._processes:
-            try:
-                process.begin(setup)
-            except OSError as error:
-                _retire(process, error)
-            else:
-                self._free.put(process)
+        """Start the processes for a store and a base. Raises `StoreError` if the store cannot be opened."""
+        self._setup = LoaderSetup(store, blobs, spec, str(dtypes.matrices), str(dtypes.others))
+        self._loader, self._dtypes = ArtifactLoader(self._setup), dtypes
+        for _ in range(self._num_processes):
+            self._start()
 
     def load(self, digest: str, folder: str | None) -> PackedPatch:
         """Load an artifact from `folder`, or from the store if that is None.
 
         To be called from at most as many threads at once as there are processes. Raises `LoadError` if the load fails
-        in a process, and what `ArtifactLoader.load` raises if it fails here.
+        in a process or ends it, and what `ArtifactLoader.load` raises if it fails here.
         """
-        try:
-            process = self._free.get_nowait()
-        except Empty:
+        process = self._begin(digest, folder)
+        if process is None:
             give_way()
             return self._loader.load(digest, folder)
         try:
-            packed = process.load(digest, folder, self._dtypes)
+            packed = process.finish(self._dtypes)
         except LoadError:
             self._free.put(process)
             raise
         except OSError as error:
-            _retire(process, error)
-            return self.load(digest, folder)
+            self._replace(process, error)
+            raise LoadError("adapter_failed", "the process that loaded it ended or hung") from None
         self._free.put(process)
         return packed
 
     def close(self) -> None:
         """Make all processes end."""
         for process in self._processes:
-            process.close()
+            process.kill()
+        if self._nursery is not None:
+            self._nursery.close()
+
+    def _begin(self, digest: str, folder: str | None) -> LoaderProcess | None:
+        """Give the load to a free process, and return it; one that ended while it was free is replaced."""
+        while True:
+            try:
+                process = self._free.get_nowait()
+            except Empty:
+                return None
+            try:
+                process.begin(digest, folder)
+            except OSError as error:
+                self._replace(process, error)
+            else:
+                return process
+
+    def _replace(self, process: LoaderProcess, error: OSError) -> None:
+        log.warning("a process that loads adapters has ended or hangs", extra={"reason": str(error)})
+        self._processes.discard(process)
+        process.kill()
+        self._start()
+
+    def _start(self) -> None:
+        if self._nursery is None:
+            return
+        try:
+            process = LoaderProcess(self._nursery.spawn(), self._setup)
+        except OSError as error:
+            log.warning("no process that loads adapters can be started; threads load", extra={"reason": str(error)})
+            return
+        self._processes.add(process)
+        self._free.put(process)
 
 
-def _retire(process: LoaderProcess, error: OSError) -> None:
-    log.warning("a process that loads adapters has ended; threads load", extra={"reason": str(error)})
-    process.close()
-
-
-def _run_loader(connection: socket.socket) -> None:
-    """Serve load requests in the new process until the engine closes its socket; never returns."""
-    try:
-        _keep_only(connection.fileno())
-        gc.enable()
-        torch.set_num_threads(1)
-        give_way()
-        setup = frames.read(connection, msgspec.msgpack.Decoder(LoaderSetup))
-        loader, decoder = setup and ArtifactLoader(setup), msgspec.msgpack.Decoder(LoadRequest)
-        while loader and (request := frames.read(connection, decoder)) is not None:
-            _reply(connection, loader, request)
-    except BaseException as error:  # noqa: BLE001 - nothing of the engine's stack above may run here
-        log.error("a process that loads adapters ends", extra={"reason": str(error)})
-    finally:
-        os._exit(0)
-
-
-def _keep_only(descriptor: int) -> None:
-    """Close the inherited descriptors but the standard streams, or the API process would not see the engine end."""
-    for inherited in sorted(int(path.name) for path in Path("/dev/fd").iterdir()):
-        if inherited > STANDARD and inherited != descriptor:
-            with contextlib.suppress(OSError):  # the listing's own
-                os.close(inherited)
+def run_loader(connection: socket.socket) -> None:
+    """Serve load requests in a process of its own until the engine closes its socket."""
+    gc.enable()
+    torch.set_num_threads(1)
+    give_way()
+    setup = frames.read(connection, msgspec.msgpack.Decoder(LoaderSetup))
+    loader, decoder = setup and ArtifactLoader(setup), msgspec.msgpack.Decoder(LoadRequest)
+    while loader and (request := frames.read(connection, decoder)) is not None:
+        _reply(connection, loader, request)
 
 
 def _reply(connection: socket.socket, loader: ArtifactLoader, request: LoadRequest) -> None:

@@ -101,10 +101,10 @@ def test_loader_processes_end_with_the_engine(tiny_base: Path, tmp_path: Path) -
         await client.start()
         try:
             assert client.pid is not None
-            loader_pool = psutil.Process(client.pid).children()
+            loader_pool = psutil.Process(client.pid).children(recursive=True)  # and the process that forks them
             os.kill(client.pid, signal.SIGKILL)
             return await asyncio.to_thread(lambda: psutil.wait_procs(loader_pool, 30)[0])
         finally:
             await client.close()
 
-    assert len(asyncio.run(asyncio.wait_for(main(), 120))) == 3
+    assert len(asyncio.run(asyncio.wait_for(main(), 120))) == 3 + 1

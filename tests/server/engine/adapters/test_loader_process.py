@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,10 +18,12 @@ import torch
 
 from adapters_store.format.folder import read_folder
 from adapters_store.storage.directory import Blobs
+from server.engine.adapters import loader_process
 from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_message
-from server.engine.adapters.loader_process import LoaderPool, LoaderProcess
+from server.engine.adapters.loader_process import LoaderPool, run_loader
 from server.engine.adapters.loader_threads import NICENESS
+from server.engine.adapters.nursery import Nursery
 from server.model.load import load_base
 from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch
@@ -46,7 +49,7 @@ def job(biased_base: Path, blobs: Blobs) -> LoaderSetup:
 @pytest.fixture
 def processes(job: LoaderSetup) -> Iterator[LoaderPool]:
     """Two, ready to load."""
-    made = LoaderPool(2)
+    made = LoaderPool(2, Nursery.fork(run_loader))
     made.begin(job.store, job.blobs, job.spec, KEPT)
     yield made
     made.close()
@@ -65,8 +68,8 @@ def assert_same(found: PackedPatch, wanted: PackedPatch) -> None:
 
 
 def children() -> list[psutil.Process]:
-    """The processes that were forked from this one and are there."""
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    """The loader processes that are there: children of the nursery."""
+    return [child for nursery in psutil.Process().children() for child in nursery.children()]
 
 
 def own_priority() -> int:
@@ -114,33 +117,72 @@ def test_why_a_load_failed_arrives(processes: LoaderPool, blobs: Blobs, biased_b
     assert len(children()) == 2
 
 
-def test_if_processes_end_the_thread_loads(
-    processes: LoaderPool,
-    job: LoaderSetup,
-    blobs: Blobs,
-    biased_base: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+@pytest.fixture
+def lora(blobs: Blobs, biased_base: Path, tmp_path: Path) -> str:
+    """The digest of an artifact that is in the store."""
+    return store(blobs, FAMILIES["lora"](tmp_path / "lora", biased_base, 4))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_process_that_ends_while_it_is_free_is_replaced(
+    processes: LoaderPool, job: LoaderSetup, lora: str, how: signal.Signals
 ) -> None:
-    """Killed one after the other: what is asked for comes, a warning is logged, and the thread that loads gives way."""
-    digest = store(blobs, FAMILIES["lora"](tmp_path / "a", biased_base, 4))
-    before, wanted = os.getpriority(os.PRIO_PROCESS, 0), ArtifactLoader(job).load(digest, None)
+    """Whatever ended the processes, the next loads come from new ones."""
+    wanted, before = ArtifactLoader(job).load(lora, None), children()
+    for child in before:
+        child.send_signal(how)
+    psutil.wait_procs(before, 10)
+    for _ in range(3):
+        assert_same(processes.load(lora, None), wanted)
+    assert len(children()) == 2 and not {child.pid for child in children()} & {child.pid for child in before}
+
+
+@pytest.mark.parametrize("how", ["ends", "hangs"])
+def test_a_load_that_takes_its_process_along_fails_alone(
+    job: LoaderSetup, lora: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load in which a process ends or hangs fails, and is not given to the next process; other loads go on."""
+    monkeypatch.setattr(loader_process, "SILENT_S", 1 if how == "hangs" else 60)
+    made = LoaderPool(2, Nursery.fork(run_loader))
+    made.begin(job.store, job.blobs, job.spec, KEPT)
+    before = children()
+    before[0].suspend()  # the first that was started is the first that is free
     with ThreadPoolExecutor(1) as threads:
-        for child in children():
-            assert threads.submit(own_priority).result() == before
-            child.send_signal(signal.SIGKILL)
-            assert_same(threads.submit(processes.load, digest, None).result(), wanted)
-        assert_same(threads.submit(processes.load, digest, None).result(), wanted)
+        stuck = threads.submit(made.load, "0" * 64, None)
+        wait_until(lambda: made._free.qsize() == 1)
+        assert made.load(lora, None).digest == lora
+        if how == "ends":
+            before[0].kill()
+        with pytest.raises(LoadError, match="ended or hung") as raised:
+            stuck.result()
+    assert raised.value.code == "adapter_failed"
+    for _ in range(3):
+        assert made.load(lora, None).digest == lora
+    assert len(children()) == 2 and len({*children()} & {*before}) == 1
+    made.close()
+    assert not psutil.Process().children()
+
+
+def test_without_its_nursery_the_thread_loads(processes: LoaderPool, job: LoaderSetup, lora: str) -> None:
+    """If no process can be started in place of those that ended, the thread that asks loads, at low priority."""
+    before, wanted = own_priority(), ArtifactLoader(job).load(lora, None)
+    assert processes._nursery is not None
+    gone = psutil.Process().children(recursive=True)
+    processes._nursery.close()
+    for child in gone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(gone, 10)
+    with ThreadPoolExecutor(1) as threads:
+        assert_same(threads.submit(processes.load, lora, None).result(), wanted)
         assert threads.submit(own_priority).result() == max(before, NICENESS)
-    assert not children()
-    assert caplog.text.count("threads load") == 2
     assert own_priority() == before
 
 
 def test_without_a_fork_the_thread_loads(job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
     """A system without fork has no loader processes, and loads all the same."""
     digest = store(blobs, FAMILIES["ia3"](tmp_path / "a", biased_base, 5))
-    alone = LoaderPool(2, fork=lambda: None)
+    alone = LoaderPool(2, None)
     alone.begin(job.store, job.blobs, job.spec, KEPT)
     with ThreadPoolExecutor(1) as threads:
         assert_same(threads.submit(alone.load, digest, None).result(), ArtifactLoader(job).load(digest, None))
@@ -153,13 +195,20 @@ def test_a_process_gives_way_and_holds_nothing(processes: LoaderPool) -> None:
         wait_until(partial(lambda one: one.nice() == lowest and one.num_fds() == 4, child))
 
 
-def test_a_process_ends_with_its_engine(job: LoaderSetup) -> None:
-    """A process ends as soon as the other end of its socket is gone, however that came."""
-    process = LoaderProcess.fork()
-    assert process is not None
-    process.begin(job)
-    process._socket.close()
-    assert os.waitpid(process.pid, 0) == (process.pid, 0)
+def test_a_process_ends_with_its_engine() -> None:
+    """A process ends as soon as the other end of its socket is gone, whatever it does then."""
+    nursery = Nursery.fork(lambda _connection: time.sleep(600))
+    assert nursery is not None
+    child = nursery.spawn()
+    before = children()
+    assert [process.pid for process in before] == [child.pid]
+    child.socket.close()
+    assert not psutil.wait_procs(before, 5)[1]
+    child.kill()
+    nursery.close()
+    assert not psutil.Process().children()
+    with pytest.raises(OSError):
+        nursery.spawn()
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
