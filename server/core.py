@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Protocol
 
 import msgspec
@@ -10,7 +11,8 @@ import msgspec
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of one sequence; `seed` is always set, by the API if the user gave none.
 
-    `forced` tokens are taken as the answer, whatever the logits say, and only scored.
+    `forced` tokens are taken as the answer, whatever the logits say, and only scored. The answer ends at a token of
+    `stop_token_ids`, as at the base's own end tokens, which alone `ignore_eos` passes over.
     """
 
     max_tokens: int = 128
@@ -26,6 +28,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     forced: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+    def is_end(self, token: int, eos_token_ids: Container[int]) -> bool:
+        """Whether a token ends the answer; `eos_token_ids` are the base's own."""
+        return token in self.stop_token_ids or (token in eos_token_ids and not self.ignore_eos)
 
 
 class Row(msgspec.Struct):

@@ -16,6 +16,7 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
 MAX_PROMPTS = 64
 MAX_TURNS = 4096
+MAX_STOP_TOKENS = 256
 MAX_ROUTED = 64  # versions of a route
 MIN_TEMPERATURE = 1e-3  # logits divided by less would not be finite: less is greedy
 
@@ -63,11 +64,13 @@ class SamplingFields(Strict):
     logit_bias: LogitBias = Field(default_factory=dict)
     seed: Seed | None = None
     ignore_eos: bool = False
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] = Field(default_factory=list)
 
     def sampling(self) -> Sampling:
         """The engine's form of these fields; a seed is drawn if none was given."""
         values = {name: getattr(self, name) for name in SamplingFields.model_fields}
         values["logit_bias"] = {int(token): value for token, value in self.logit_bias.items()}
+        values["stop_token_ids"] = tuple(self.stop_token_ids)
         values["seed"] = secrets.randbits(63) if self.seed is None else self.seed
         values["temperature"] = self.temperature if self.temperature >= MIN_TEMPERATURE else 0.0
         return Sampling(**values)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adapters_store.base import identity, resolve
-from adapters_store.base.describe import describe
+from adapters_store.base.describe import describe, end_token_ids
 from adapters_store.base.spec import BaseSpec
 from adapters_store.format.manifest import BaseRef
 from training.errors import BaseError, OptionError
@@ -40,6 +40,11 @@ class Base:
     def num_parameters(self) -> int:
         """Number of parameters of the base itself. Ask before a method adds its own."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens at which a served answer ends: the base's own, and the tokenizer's, with which rows end."""
+        return frozenset({*end_token_ids(self.model), self.tokenizer.eos_token_id})
 
     @property
     def ref(self) -> BaseRef:
@@ -74,4 +79,9 @@ def _load(folder: Path) -> tuple[Any, Any]:
         raise BaseError(f"The base in {folder} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise BaseError(f"The tokenizer in {folder} has no end-of-sequence token; an answer could not end.")
+    if tokenizer.eos_token_id >= model.config.get_text_config().vocab_size:
+        raise BaseError(
+            f"The tokenizer in {folder} ends texts with the token {tokenizer.eos_token_id}, which the model cannot "
+            "write; an answer could not end. Name another eos_token in tokenizer_config.json."
+        )
     return tokenizer, model

@@ -44,6 +44,14 @@ def describe(model: Any, name: str, identity: str, folder: Path) -> BaseSpec:
     )
 
 
+def end_token_ids(model: Any) -> list[int]:
+    """Return the tokens that end an answer: those of the generation config and of the config."""
+    configs = (model.generation_config, model.config, model.config.get_text_config())
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    ends = [[] if eos is None else [eos] if isinstance(eos, int) else eos for eos in named]
+    return list(dict.fromkeys(token_id for tokens in ends for token_id in tokens))
+
+
 def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Return every linear layer (`nn.Linear` or `Conv1D`) by its site."""
     return {site: module for site, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}

@@ -54,12 +54,16 @@ class ParityCase(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """The trainer's record of an artifact. `training` and `evaluation` are free-form facts for people."""
+    """The trainer's record of an artifact. `training` and `evaluation` are free-form facts for people.
+
+    `ends` are the tokens that it was trained to end an answer with; the server stops at them as at the base's own.
+    """
 
     format_version: int
     method: Word
     base: BaseRef
     prompt_format: PromptFormat | None = None
+    ends: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
     parity: Annotated[list[ParityCase], msgspec.Meta(max_length=64)] = []
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}

@@ -44,7 +44,8 @@ class Facts:
     """The registry's record of an artifact's content.
 
     `num_parameters` were trained; `num_items` numbers are taken on the device, of which `num_matrix_items` are of
-    matrices; `num_virtual` prefix tokens come before a prompt; `num_bytes` is the size of the files.
+    matrices; `num_virtual` prefix tokens come before a prompt; `num_bytes` is the size of the files. An answer ends at
+    the token ids `ends`, beside the base's.
     """
 
     digest: str
@@ -55,6 +56,7 @@ class Facts:
     num_virtual: int
     num_bytes: int
     prompt_format: PromptFormat | None = None
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -263,7 +263,7 @@ class Engine(Generic[P]):
             self._finish(sequence)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
-        if token in self._eos and not sequence.sampling.ignore_eos:
+        if sequence.sampling.is_end(token, self._eos):
             return "stop"
         is_full = len(sequence.tokens) >= self.max_sequence_tokens
         return "length" if is_full or sequence.num_output >= sequence.sampling.max_tokens else None

@@ -172,10 +172,9 @@ class FakeEngineClient:
             return [Output(submit.sequence_id, failure=failure)]
         answer = list(submit.sampling.forced) or (self._echo if submit.is_probe else self._answer)(submit)
         tokens, reason = answer[: submit.sampling.max_tokens], "length"
-        eos = self._description.eos_token_ids
-        if not submit.sampling.ignore_eos and any(token in eos for token in tokens):
-            tokens = tokens[: next(at for at, token in enumerate(tokens) if token in eos) + 1]
-            reason = "stop"
+        is_end, eos = submit.sampling.is_end, self._description.eos_token_ids
+        if ends := [at for at, token in enumerate(tokens) if is_end(token, eos)]:
+            tokens, reason = tokens[: ends[0] + 1], "stop"
         outputs = [self._output(submit, token) for token in tokens]
         outputs[0].timing = Timing(queued_ms=1.0, load_ms=0.0, ttft_ms=2.0)
         outputs[-1].finish_reason = reason

@@ -158,7 +158,7 @@ def answer_alone(
         token = choose(cell, sampling, vocab_size)
         output.append(token)
         cell = chain(cell, [token])[-1]
-        if token in eos and not sampling.ignore_eos:
+        if sampling.is_end(token, eos):
             return output, "stop"
         if len(output) >= sampling.max_tokens or len(context) + len(output) >= max_sequence_tokens:
             return output, "length"

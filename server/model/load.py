@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapters_store.base.describe import describe, linears
+from adapters_store.base.describe import describe, end_token_ids, linears
 from adapters_store.base.identity import base_identity
 from adapters_store.base.spec import BaseSpec, KVShape
 from server import process_memory
@@ -157,8 +157,8 @@ def _instrument(model: Any, spec: BaseSpec, backend: Backend, max_tokens: int) -
     starts = starts_at_borders(model.config.get_text_config().to_dict(), max_tokens)
     reference.check_apart(compute, paged, logits, starts, spec.architecture)
     report = report_forward(model, spec, backend, compute)
-    eos_token_ids = _eos_token_ids(model)
-    return InstrumentedBase(model, spec, adapter_slots, hooks, backend, eos_token_ids, compute, report, max_tokens)
+    ends = end_token_ids(model)
+    return InstrumentedBase(model, spec, adapter_slots, hooks, backend, ends, compute, report, max_tokens)
 
 
 def _release_files(model: nn.Module) -> None:
@@ -186,10 +186,3 @@ def forward(model: Any, token_ids: Tensor, position_ids: Tensor, wanted: Tensor,
         input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=wanted, paged=paged
     )
     return out.logits[0].float()  # type: ignore[no-any-return]
-
-
-def _eos_token_ids(model: Any) -> list[int]:
-    """The end tokens that `generate` would use: the generation config's, else the config's."""
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = model.config.get_text_config().eos_token_id if eos is None else eos
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

@@ -81,10 +81,11 @@ class ChoiceRunner:
 
 
 def _chunk(index: int, output: Output, text: TextStream) -> Chunk:
-    """The text of an output's tokens, up to a stop text."""
+    """The text of an output's tokens, up to a stop text. The token that ends an answer has none, special or not."""
     chunk = Chunk(index, "", [], [], output.finish_reason)
+    num_shown = len(output.token_ids) - (output.finish_reason == "stop")
     for at, token_id in enumerate(output.token_ids):
-        chunk.text += text.push(token_id)
+        chunk.text += text.push(token_id) if at < num_shown else ""
         chunk.token_ids.append(token_id)
         chunk.logprobs += output.logprobs[at : at + 1]
         if text.is_stopped:

@@ -33,7 +33,7 @@ class JobPreparer:
             ready = require_ready(self._client)
             max_tokens = max(1, ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
         check_length(require_ready(self._client), resolved, prompts, max_tokens)
-        sampling = complete_sampling(require_ready(self._client), spec, max_tokens)
+        sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
         return GenerationJob(resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits)
 
     async def _prompts(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
@@ -45,6 +45,17 @@ class JobPreparer:
         for text in spec.texts or []:
             self._check_bytes(text, "prompt")
         return await self._encode(spec.texts or [])
+
+    def _ends(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> tuple[int, ...]:
+        """The tokens that end an answer beside the base's own.
+
+        They are the request's, also those that it names by their text; and the adapters' and the tokenizer's, which
+        `ignore_eos` passes over as it does the base's.
+        """
+        named = [self._tokenizer.special_id(text) for text in spec.stop]
+        learned = {self._tokenizer.eos_token_id, *resolved.ends}.difference(require_ready(self._client).eos_token_ids)
+        ends = [*spec.sampling.stop_token_ids, *named, *([] if spec.sampling.ignore_eos else learned)]
+        return tuple(sorted({token_id for token_id in ends if token_id is not None}))
 
     def _check_bytes(self, text: str, param: str) -> None:
         """Refuse a text that no tokens can make fit, before it is tokenised: 4 MB take seconds."""
@@ -95,11 +106,12 @@ def check_length(ready: Ready, resolved: ResolvedAdapters, prompts: list[list[in
             )
 
 
-def complete_sampling(ready: Ready, spec: GenerationSpec, max_tokens: int) -> Sampling:
-    """The spec's sampling with its token and logprob counts. Raises `InvalidFieldError` for what cannot be asked."""
+def complete_sampling(ready: Ready, spec: GenerationSpec, max_tokens: int, ends: tuple[int, ...]) -> Sampling:
+    """The spec's sampling with its ends, token and logprob counts. Raises `InvalidFieldError` for the impossible."""
     if spec.top_logprobs is not None and not spec.has_logprobs:
         raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
-    if any(token >= ready.spec.vocab_size for token in spec.sampling.logit_bias):
-        raise InvalidFieldError(f"logit_bias names a token over {ready.spec.vocab_size - 1}", "logit_bias")
+    for name in ("logit_bias", "stop_token_ids"):
+        if any(token >= ready.spec.vocab_size for token in getattr(spec.sampling, name)):
+            raise InvalidFieldError(f"{name} names a token over {ready.spec.vocab_size - 1}", name)
     logprobs = (spec.top_logprobs or 0) if spec.has_logprobs else None
-    return msgspec.structs.replace(spec.sampling, max_tokens=max_tokens, logprobs=logprobs)
+    return msgspec.structs.replace(spec.sampling, max_tokens=max_tokens, logprobs=logprobs, stop_token_ids=ends)

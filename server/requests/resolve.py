@@ -41,6 +41,11 @@ class ResolvedAdapters:
         return formats[0] if formats else None
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer of these adapters, beside the base's own."""
+        return tuple(token_id for version in self.versions for token_id in version.ends)
+
+    @property
     def num_virtual(self) -> int:
         """Virtual tokens before every prompt."""
         return sum(version.num_virtual for version in self.versions)

@@ -17,7 +17,8 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         self._tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         added = self._tokenizer.added_tokens_decoder
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._special = frozenset(self._special_ids.values())
         self.longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())  # in bytes, or more
         self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
 
@@ -25,6 +26,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the base says how chat turns are written."""
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, if the tokenizer names one."""
+        token_id: int | None = self._tokenizer.eos_token_id
+        return token_id
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written as `text`, or None."""
+        return self._special_ids.get(text)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the tokenizer's own special tokens around it."""

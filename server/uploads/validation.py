@@ -45,7 +45,7 @@ MAX_AT_ONCE = 4  # probes in the engine's batch
 MAX_PARITY_TOKENS = 1024  # a longer prompt would take the engine too long
 NUM_TOP = 100  # of the engine's best tokens, to find the trainer's 20 among
 PROBE_WITHIN_S = 30.0
-CHECKS = 2  # grows with every check that is new or stricter: stored artifacts must pass it, too
+CHECKS = 3  # grows with every check that is new or stricter: stored artifacts must pass it, too
 NAMESPACE = "_probe"  # no tenant can be named so
 
 Check = dict[str, Any]
@@ -147,6 +147,7 @@ def _facts(artifact: Artifact, patch: Patch) -> Facts:
         num_virtual=patch.num_virtual,
         num_bytes=artifact.num_bytes,
         prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
+        ends=_ends(artifact),
     )
 
 
@@ -168,6 +169,7 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
     if unused := unused_tensors(traced, patch):
         raise ArtifactError(f"the tensor {unused[0]} would act nowhere in {ready.spec.name}", unused[0])
     _check_virtual(patch, ready)
+    _check_ends(artifact, ready)
     idle = _idle_sites(patch, ready)
     count, is_named = len(artifact.tensors), artifact.manifest is not None
     checks: dict[str, tuple[float | str, str]] = {
@@ -179,6 +181,7 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
             f"identity {ready.spec.identity[:12]} matches" if is_named else "no manifest: shapes alone tell",
         ),
         "shapes": (len(patch.primitives), f"{len(patch.primitives)} primitives for {ready.spec.name}"),
+        "ends": (len(_ends(artifact)), _told_ends(artifact)),
         "applied": (count, _applied(traced, patch, idle)),
     }
     return artifact, patch, [_check(name, figure, detail) for name, (figure, detail) in checks.items()]
@@ -216,6 +219,27 @@ def _check_virtual(patch: Patch, ready: Ready) -> None:
             f"the adapter has {patch.num_virtual} virtual tokens, which leave no room for a prompt and an answer in "
             f"this server's {ready.max_sequence_tokens} tokens a sequence"
         )
+
+
+def _ends(artifact: Artifact) -> tuple[int, ...]:
+    return tuple(artifact.manifest.ends) if artifact.manifest else ()
+
+
+def _check_ends(artifact: Artifact, ready: Ready) -> None:
+    """Raise `ArtifactError` for an end token that no answer can have: a request would run to its `max_tokens`."""
+    if (largest := max(_ends(artifact), default=0)) >= ready.spec.vocab_size:
+        raise ArtifactError(
+            f"ends names the token {largest}, which {ready.spec.name} with {ready.spec.vocab_size} tokens never "
+            "writes: its answers would not end",
+            "ends",
+        )
+
+
+def _told_ends(artifact: Artifact) -> str:
+    ends = ", ".join(map(str, _ends(artifact)))
+    return (
+        f"an answer ends at {ends} and at the base's ends" if ends else "none of its own: an answer ends as the base's"
+    )
 
 
 def parity_cases(artifact: Artifact, ready: Ready, num_virtual: int) -> list[ParityCase]:

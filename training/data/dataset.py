@@ -115,7 +115,7 @@ def read_training_data(options: RowOptions, base: Base, seed: int) -> TrainingDa
     else:
         held = read_dataset(options.eval, options.columns, options.template, base.tokenizer)
     max_length = min(options.max_length, base.spec.max_positions)
-    return TrainingData(train, held, *(tokenise(split, base.tokenizer, max_length) for split in (train, held)))
+    return TrainingData(train, held, *(tokenise(split, base, max_length) for split in (train, held)))
 
 
 def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
@@ -144,15 +144,23 @@ def hold_out(dataset: Dataset, seed: int, share: float = 0.1, max_rows: int = 40
     return Dataset(dataset.path, train, dataset.digest), Dataset(dataset.path, held, dataset.digest)
 
 
-def tokenise(dataset: Dataset, tokenizer: Any, max_length: int) -> list[TokenizedRow]:
-    """Tokenise every example. Raises `DataError` for a prompt without tokens and a row over `max_length`."""
-    rows = []
+def tokenise(dataset: Dataset, base: Base, max_length: int) -> list[TokenizedRow]:
+    """Tokenise every example.
+
+    Raises `DataError` for a prompt without tokens, a completion that a server would cut, and a row over `max_length`.
+    """
+    tokenizer, ends, rows = base.tokenizer, base.ends, []
     for example in dataset.examples:
         prompt = tokenizer(example.prompt, add_special_tokens=not example.is_chat)["input_ids"]
         completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         where = example.where
         if not prompt:
             raise DataError(f"{where}: the prompt is empty; a model needs at least one token before its answer.")
+        if end := next((token for token in completion[:-1] if token in ends), None):
+            raise DataError(
+                f"{where}: the completion holds {tokenizer.decode([end])!r}, the token {end}, at which every answer of "
+                "this base ends: what comes after it would never be written. Cut it there, or take it out."
+            )
         if len(prompt) + len(completion) > max_length:
             raise DataError(
                 f"{where} has {len(prompt) + len(completion)} tokens, over the limit of {max_length}: "

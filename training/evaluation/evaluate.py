@@ -70,7 +70,7 @@ def evaluate(model: Any, suite: Suite, on_rows: Callable[[int], None] = lambda _
         for row, own in zip(rows, logits.split([len(row.completion) for row in rows]), strict=True):
             num_exact += tuple(own.argmax(-1).tolist()) == row.completion
             num_chosen += suite.choices is not None and is_chosen(row, own, suite.choices)
-    answers = answer_texts(model, list(suite.asked), suite.tokenizer, suite.max_tokens, on_rows)
+    answers = answer_texts(model, list(suite.asked), suite.tokenizer, suite.ends, suite.max_tokens, on_rows)
     references = list(suite.asked.values())
     num_rows = len(suite.rows)
     return Scores(

@@ -7,7 +7,7 @@ alone. A base whose attention slides counts its window in cached positions: ther
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -21,12 +21,17 @@ BATCH = 16
 
 
 def answer_texts(
-    model: Any, prompts: Sequence[Prompt], tokenizer: Any, max_tokens: int, on_rows: Callable[[int], None]
+    model: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    ends: frozenset[int],
+    max_tokens: int,
+    on_rows: Callable[[int], None],
 ) -> list[str]:
-    """Return the text of each prompt's greedy answer."""
+    """Return the text of each prompt's greedy answer, which ends at a token of `ends`."""
     if not prompts:
         return []
-    answers = answer(model, prompts, tokenizer.eos_token_id, max_tokens, on_rows)
+    answers = answer(model, prompts, ends, max_tokens, on_rows)
     return [tokenizer.decode(answers[prompt]).strip() for prompt in prompts]
 
 
@@ -34,16 +39,16 @@ def answer_texts(
 def answer(
     model: Any,
     prompts: Sequence[Prompt],
-    eos_token_id: int,
+    ends: frozenset[int],
     max_tokens: int,
     on_rows: Callable[[int], None] = lambda _num: None,
 ) -> dict[Prompt, list[int]]:
-    """Return each prompt's greedy answer as token ids without EOS, at most `max_tokens` of them."""
+    """Return each prompt's greedy answer as token ids before the first of `ends`, at most `max_tokens` of them."""
     model.eval()
     answers: dict[Prompt, list[int]] = {}
     for batch in _batches(prompts, is_sliding=_is_sliding(model.config)):
-        for prompt, tokens in zip(batch, _decode(model, batch, eos_token_id, max_tokens), strict=True):
-            answers[prompt] = tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
+        for prompt, tokens in zip(batch, _decode(model, batch, ends, max_tokens), strict=True):
+            answers[prompt] = list(takewhile(lambda token: token not in ends, tokens))
         on_rows(len(batch))
     return answers
 
@@ -62,8 +67,9 @@ def _batches(prompts: Sequence[Prompt], is_sliding: bool) -> Iterator[list[Promp
         yield from (of_group[i : i + BATCH] for i in range(0, len(of_group), BATCH))
 
 
-def _decode(model: Any, prompts: Sequence[Prompt], eos_token_id: int, max_tokens: int) -> list[list[int]]:
+def _decode(model: Any, prompts: Sequence[Prompt], ends: frozenset[int], max_tokens: int) -> list[list[int]]:
     device = next(model.parameters()).device
+    last = torch.tensor(sorted(ends), device=device)
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
     places = torch.arange(ids.shape[1], device=device)
@@ -77,7 +83,7 @@ def _decode(model: Any, prompts: Sequence[Prompt], eos_token_id: int, max_tokens
     chosen: list[Tensor] = []
     for place in range(max_tokens):
         chosen.append(logits.argmax(-1))
-        if place == max_tokens - 1 or bool((torch.stack(chosen) == eos_token_id).any(0).all()):
+        if place == max_tokens - 1 or bool(torch.isin(torch.stack(chosen), last).any(0).all()):
             break
         attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], dim=1)
         logits = inner(

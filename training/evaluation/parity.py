@@ -17,12 +17,12 @@ PARITY_CASES, PARITY_TOP, PARITY_TOKENS = 8, 20, 16
 
 @torch.inference_mode()
 def parity(
-    model: Any, held: Sequence[TokenizedRow], train: Sequence[TokenizedRow], eos_token_id: int
+    model: Any, held: Sequence[TokenizedRow], train: Sequence[TokenizedRow], ends: frozenset[int]
 ) -> list[ParityCase]:
     """Return cases of a few prompts: the top logits of the first token, and the greedy continuation.
 
     The prompts differ and are spread over the lengths in `held`, or in both sets if those are too few. Each token is
-    computed without a cache. EOS ends a continuation.
+    computed without a cache. A token of `ends` ends a continuation.
     """
     model.eval()
     prompts = {row.ids[: row.num_prompt] for row in held}
@@ -33,7 +33,7 @@ def parity(
     picked = [ordered[i * (len(ordered) - 1) // max(1, count - 1)] for i in range(count)]
     cases = [ParityCase(list(ids), [], []) for ids in picked]
     for _ in range(PARITY_TOKENS):
-        open_cases = [case for case in cases if eos_token_id not in case.continuation]
+        open_cases = [case for case in cases if ends.isdisjoint(case.continuation)]
         for case, logits in zip(open_cases, _next_logits(model, open_cases), strict=True):
             if not case.top:
                 best = logits.topk(min(PARITY_TOP, len(logits)))

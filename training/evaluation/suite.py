@@ -22,7 +22,8 @@ class Suite:
     """The rows and prompts that models are scored on, the same for a base and its adapters.
 
     `choices` are the labels, if answers are labels; `asked` are the prompts that answers of at most `max_tokens` are
-    written to, with their references; `neutral` is a text that has nothing to do with the task, in windows.
+    written to, with their references, up to a token of `ends`; `neutral` is a text that has nothing to do with the
+    task, in windows.
     """
 
     rows: Sequence[TokenizedRow]
@@ -31,6 +32,7 @@ class Suite:
     max_tokens: int
     neutral: Sequence[TokenizedRow]
     tokenizer: Any
+    ends: frozenset[int]
 
     @property
     def size(self) -> int:
@@ -55,6 +57,7 @@ def suite_of(rows: TrainingData, base: Base, num_answers: int) -> Suite:
         max((len(row.completion) for row in rows.held_rows), default=1),
         neutral,
         base.tokenizer,
+        base.ends,
     )
 
 

@@ -40,7 +40,8 @@ def write_artifact(
         method=_served_name(job.method, adapter),
         base=base.ref,
         prompt_format=None if data.train.is_chat else job.template.prompt_format(),
-        parity=parity(adapter.model, data.held_rows, data.train_rows, base.tokenizer.eos_token_id),
+        ends=[base.tokenizer.eos_token_id],
+        parity=parity(adapter.model, data.held_rows, data.train_rows, base.ends),
         training=dict(training),
         evaluation=dict(evaluation),
     )

@@ -26,6 +26,7 @@ ROLES = PromptFormat(
 )
 FULL = {
     "prompt_format": ROLES,
+    "ends": [2, 7],
     "parity": [ParityCase([1, 2, 3], [(7, 1.5), (8, -2.0)], [7, 7])],
     "training": {"steps": 100, "data": {"rows": 3}},
     "evaluation": {"before": {"exact_match": 0.0}, "after": {"exact_match": 0.9}},

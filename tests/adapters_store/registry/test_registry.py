@@ -173,13 +173,14 @@ def test_tasks_are_listed_by_name(registry: Registry) -> None:
 
 
 def test_everything_survives_a_restart(registry: Registry, url: str) -> None:
-    """A new process finds versions, prompt format, route and usage as they were."""
+    """A new process finds versions, prompt format, ends, route and usage as they were."""
     prompt_format = PromptFormat(begin="<s>", user=Around("U:", "\n"), generation="A: 🎩")
-    version, _ = add(registry, D1, prompt_format=prompt_format)
+    version, _ = add(registry, D1, prompt_format=prompt_format, ends=(2, 7))
     registry.add_usages({("default", "t", 1): (1, 5, 6)})
     again = Registry(url).open()
     assert again.resolve("default", "t") == version
     assert again.resolve("default", "t").prompt_format == prompt_format
+    assert again.resolve("default", "t").ends == (2, 7)
     assert again.usage("default") == registry.usage("default")
     again.close()
 

@@ -41,7 +41,7 @@ async def test_upload(site: Site, zips: list[bytes], loras: list[Path]) -> None:
     assert (body["task"], body["version"], body["method"]) == ("hat", 1, "lora")
     assert (body["digest"], body["bytes"]) == (artifact.digest, artifact.num_bytes)
     assert body["num_parameters"] == sum(tensor.numel() for tensor in artifact.tensors.values())
-    names = ["form", "finite", "method", "base", "shapes", "applied", "probe"]
+    names = ["form", "finite", "method", "base", "shapes", "ends", "applied", "probe"]
     assert [check["name"] for check in body["checks"]] == names
     assert all(check["ok"] for check in body["checks"])
     assert site.stored() == {artifact.digest}

@@ -50,6 +50,19 @@ def test_eos_ends_with_stop_and_is_shown() -> None:
     assert len(world.answers[going_on].tokens) == 60
 
 
+def test_stop_token_ids_end_also_where_eos_does_not() -> None:
+    """A token of `stop_token_ids` ends the sequence that names it, with ignore_eos too, and no other."""
+    world = World(vocab_size=10)
+    going_on = world.submit(PROMPT, max_tokens=60, ignore_eos=True)
+    world.run()
+    tokens = world.answers[going_on].tokens
+    stop = next(token for token in tokens if token not in EOS)
+    stopped = world.submit(PROMPT, max_tokens=60, ignore_eos=True, stop_token_ids=(stop,))
+    world.run()
+    assert world.answers[stopped].finish_reason == "stop" and world.is_right(stopped)
+    assert world.answers[stopped].tokens == tokens[: tokens.index(stop) + 1]
+
+
 def test_context_limit_ends_with_length() -> None:
     """A sequence that fills the context, or the whole KV cache, ends with "length" and every token that fits."""
     world = World(num_blocks=5, block_size=4, max_sequence_tokens=18)

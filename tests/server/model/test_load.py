@@ -22,6 +22,7 @@ from server.model.errors import UnsupportedBaseError
 from server.model.load import load_base
 from server.model.precision import choose_storage_dtypes
 from server.model.runner import load
+from tests.kit.tiny import EOS
 
 
 def test_a_base_describes_itself(tiny_base: Path) -> None:
@@ -69,11 +70,11 @@ def test_a_folder_that_is_no_causal_model_is_refused(tmp_path: Path, tiny_base: 
 
 
 def test_the_end_tokens_are_those_of_generate(tmp_path: Path, tiny_base: Path) -> None:
-    """The generation config's list of end tokens wins over the config's one."""
+    """The generation config's end tokens and the config's all end an answer, each once."""
     shutil.copytree(tiny_base, tmp_path / "base")
     file = tmp_path / "base" / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [5, 9]}))
-    assert load_base(tmp_path / "base", "tiny", "fp32", "cpu").eos_token_ids == [5, 9]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [5, EOS, 9]}))
+    assert load_base(tmp_path / "base", "tiny", "fp32", "cpu").eos_token_ids == [5, EOS, 9]
 
 
 def test_a_cache_that_cannot_be_is_refused(tiny_base: Path) -> None:

@@ -24,6 +24,7 @@ from training.evaluation.text_metrics import bleu, rouge_l
 from training.methods import METHODS, attach, options_of
 from training.run.manifest import split_digest
 
+ENDS = frozenset({EOS})
 PROMPTS = [tuple(b"a"), tuple(b"Colour: red"), tuple(b"green or blue?"), tuple(range(60, 100)), tuple(b"b" * 40)]
 NUM_TOKENS = 12
 SAID = [b"warm", b"cold", b"hot"]
@@ -55,7 +56,7 @@ def rows_of(train: list[TokenizedRow], held: list[TokenizedRow], folder: Path) -
 def test_a_batch_of_answers_is_what_each_gives_alone(kind: str, tmp_path: Path) -> None:
     """Padding, the cache and sliding windows change no token of a greedy answer."""
     model = base_of(make_tiny_base(tmp_path / kind, kind)).model
-    found = answer(model, PROMPTS, EOS, NUM_TOKENS)
+    found = answer(model, PROMPTS, ENDS, NUM_TOKENS)
     assert found == {prompt: slow_answer(model, prompt) for prompt in PROMPTS}
     assert len({tuple(tokens) for tokens in found.values()}) > 1
 
@@ -70,16 +71,16 @@ def test_every_hat_answers_with_a_cache_as_without(method: str, biased_base: Pat
         for parameter in adapter.trained():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     adapter.finalize(torch.float32)
-    found = answer(adapter.model.eval(), PROMPTS, EOS, NUM_TOKENS)
+    found = answer(adapter.model.eval(), PROMPTS, ENDS, NUM_TOKENS)
     assert found == {prompt: slow_answer(adapter.model, prompt) for prompt in PROMPTS}
 
 
 def test_an_answer_ends_at_its_eos(tiny_base: Path) -> None:
     """EOS ends an answer and is none of it, while its neighbours go on."""
     model = base_of(tiny_base).model
-    whole = answer(model, PROMPTS, EOS, NUM_TOKENS)
+    whole = answer(model, PROMPTS, ENDS, NUM_TOKENS)
     end = whole[PROMPTS[1]][3]
-    cut = answer(model, PROMPTS, end, NUM_TOKENS)
+    cut = answer(model, PROMPTS, frozenset({EOS, end}), NUM_TOKENS)
     assert cut[PROMPTS[1]] == whole[PROMPTS[1]][: whole[PROMPTS[1]].index(end)]
     assert any(len(cut[prompt]) > len(cut[PROMPTS[1]]) for prompt in PROMPTS)
 
@@ -116,7 +117,7 @@ def test_texts_are_written_out_and_compared(tiny_base: Path, tmp_path: Path) -> 
     """Answers that are no labels are scored by ROUGE-L and BLEU; of a prompt's several references the best counts."""
     base = base_of(tiny_base)
     prompts = [tuple(f"prompt {i}".encode()) for i in range(6)]
-    answers = answer(base.model, prompts, EOS, NUM_TOKENS)
+    answers = answer(base.model, prompts, ENDS, NUM_TOKENS)
     mine = [TokenizedRow((*prompt, *answers[prompt], EOS), len(prompt), 0) for prompt in prompts]
     other = [TokenizedRow((*prompt, *b"nothing like it at all", EOS), len(prompt), 0) for prompt in prompts]
     scores = evaluate(base.model, suite_of(rows_of(mine, [*other, *mine], tmp_path), base, 4))
