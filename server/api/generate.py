@@ -125,8 +125,7 @@ class GenerateForm:
         return self._token(token_id, logprobs.chosen) | {"top": [self._token(*pair) for pair in logprobs.top]}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token = self.tokenizer.decode([token_id], skip_special=False)
-        return {"token": token, "token_id": token_id, "logprob": logprob}
+        return {"token": self.tokenizer.token_text(token_id), "token_id": token_id, "logprob": logprob}
 
 
 def _tail(generation: Generation) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from server.core import Logprobs
 from server.requests.answer import Chunk, Generation, GenerationState
-from server.requests.tokenizer import REPLACEMENT, Tokenizer
+from server.requests.tokenizer import Tokenizer
 
 
 class OpenAIForm:
@@ -48,8 +50,19 @@ class OpenAIForm:
         if self._include_usage:
             yield head | {"choices": [], "usage": _usage(generation.progress)}
 
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special=False)
+
+class _Offset:
+    """Counts characters of an answer by the bytes of its tokens; a part of a character begins where that does."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._num_characters = 0
+
+    def pass_over(self, data: bytes) -> int:
+        """Count the characters that end in the next token's bytes, and return where they begin."""
+        start = self._num_characters
+        self._num_characters += len(self._decoder.decode(data))
+        return start
 
 
 class CompletionForm(OpenAIForm):
@@ -59,7 +72,7 @@ class CompletionForm(OpenAIForm):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._offsets: dict[int, int] = {}  # characters of each choice so far
+        self._offsets: dict[int, _Offset] = {}  # of each choice
 
     def choice(self, chunk: Chunk) -> dict[str, Any]:
         """Text, with OpenAI's older form of log-probabilities."""
@@ -70,14 +83,35 @@ class CompletionForm(OpenAIForm):
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
         """Parallel lists; `text_offset` counts characters of the answer, also over chunks."""
-        tokens = [self._text(token) for token in chunk.token_ids]
-        starts = []
-        for token in tokens:
-            starts.append(self._offsets.get(chunk.index, 0))
-            self._offsets[chunk.index] = starts[-1] + len(token)
-        tops = [{self._text(token): value for token, value in logprobs.top} for logprobs in chunk.logprobs]
-        chosen = [logprobs.chosen for logprobs in chunk.logprobs]
-        return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": starts}
+        offset = self._offsets.setdefault(chunk.index, _Offset())
+        starts = [offset.pass_over(self._shown(token_id)) for token_id in chunk.token_ids]
+        tops = [self._tops(*pair) for pair in zip(chunk.token_ids, chunk.logprobs, strict=True)]
+        return {
+            "tokens": [self._name(token_id) for token_id in chunk.token_ids],
+            "token_logprobs": [logprobs.chosen for logprobs in chunk.logprobs],
+            "top_logprobs": tops,
+            "text_offset": starts,
+        }
+
+    def _tops(self, chosen: int, logprobs: Logprobs) -> dict[str, float]:
+        """The best tokens and the chosen one by name; of tokens of one name all but the first have ids for names."""
+        values = dict(logprobs.top) | {chosen: logprobs.chosen}
+        names = {chosen: self._name(chosen)}
+        for token_id in values:
+            name = self._name(token_id)
+            names.setdefault(token_id, f"token_id:{token_id}" if name in names.values() else name)
+        return {names[token_id]: value for token_id, value in values.items()}
+
+    def _name(self, token_id: int) -> str:
+        """A token's text, or OpenAI's form of bytes that are a part of a character."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _shown(self, token_id: int) -> bytes:
+        return b"" if self._tokenizer.is_special(token_id) else self._tokenizer.token_bytes(token_id)
 
 
 class ChatForm(OpenAIForm):
@@ -112,9 +146,8 @@ class ChatForm(OpenAIForm):
         ]
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token = self._text(token_id)
-        is_part = REPLACEMENT in token  # of a character: its own bytes are not known here
-        return {"token": token, "logprob": logprob, "bytes": None if is_part else list(token.encode())}
+        data = self._tokenizer.token_bytes(token_id)
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
 
 
 def _usage(progress: GenerationState) -> dict[str, Any]:

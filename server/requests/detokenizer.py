@@ -1,10 +1,17 @@
-"""Turn a stream of tokens into a stream of text."""
+"""Turn a stream of tokens into a stream of text.
+
+`tokenizers.DecodeStream` does not serve here: it waits for ever behind bytes that are no character, has no end at which
+they are given out, and raises where a token changes how the one before it is written.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from server.requests.tokenizer import REPLACEMENT, Tokenizer
 
 MAX_CHARACTER_BYTES = 4
+NUM_CONTEXT = 8  # tokens of the prompt that an answer is decoded behind
 MAX_HELD_TOKENS = 32  # bytes that never become a character are given up after so many tokens
 
 
@@ -12,13 +19,14 @@ class TextStream:
     """Turns tokens into text as they come: whole characters only, and never a part of a stop text.
 
     Tokens are decoded in a short window behind the last whole character, so that a long answer costs no more per token
-    than a short one.
+    than a short one. The first window is the end of `prompt`: a word that an answer begins with keeps the space before
+    it, which tokenizers strip from the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], prompt: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        self._window: list[int] = []  # tokens since the one before the last that was read
-        self._num_read = 0  # how many of the window are in the text already
+        self._window = self._context(prompt)  # tokens since the one before the last that was read
+        self._num_read = len(self._window)  # how many of the window are in the text already
         self._held = ""  # text that may be the beginning of a stop text
         self.is_stopped = False
 
@@ -48,6 +56,14 @@ class TextStream:
             return text
         text, self._held = text + self._held, ""
         return text
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt that have a text, without a character that the prompt ends within."""
+        shown = [token for token in prompt[-2 * NUM_CONTEXT :] if not self._tokenizer.is_special(token)]
+        context = shown[-NUM_CONTEXT:]
+        while context and self._tokenizer.decode(context).endswith(REPLACEMENT):
+            context.pop()
+        return context
 
     def _last_whole(self, text: str) -> int:
         """The index at which the window can be cut, so that the possible beginning of a character stays behind."""

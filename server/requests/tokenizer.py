@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from adapters_store.format.manifest import PromptFormat
 from server.requests.without_torch import import_transformers
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's piece of a single byte
 
 
 class Tokenizer:
@@ -20,6 +23,11 @@ class Tokenizer:
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special = frozenset(self._special_ids.values())
         self.longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())  # in bytes, or more
+        self._word = self._tokenizer("a", add_special_tokens=False)[
+            "input_ids"
+        ]  # a token stands behind it as in a text
+        characters = import_module("transformers.convert_slow_tokenizer").bytes_to_unicode()
+        self._byte_of = {character: byte for byte, character in characters.items()}  # of byte-level pieces
         self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
 
     @property
@@ -50,6 +58,25 @@ class Tokenizer:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def token_text(self, token_id: int) -> str:
+        """The text of a token as it stands within a text, with the space that it begins with; a special one's name."""
+        if token_id in self._special:
+            return self.decode([token_id], skip_special=False)
+        before = self.decode(self._word)
+        text = self.decode([*self._word, token_id])
+        return text[len(before) :] if text.startswith(before) else self.decode([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token's text in UTF-8, also of one that is a part of a character."""
+        text = self.token_text(token_id)
+        piece: str = self._tokenizer.convert_ids_to_tokens(token_id) or ""
+        if REPLACEMENT not in text:
+            return text.encode()
+        if fallback := BYTE_PIECE.fullmatch(piece):
+            return bytes([int(fallback[1], 16)])
+        is_byte_level = all(character in self._byte_of for character in piece)
+        return bytes(self._byte_of[character] for character in piece) if is_byte_level else text.encode()
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token has no text of its own, as the end of a sequence."""

@@ -107,6 +107,29 @@ async def test_completion_logprobs(client: AsyncOpenAI) -> None:
     assert offsets == [0, 1, 2]
 
 
+async def test_no_token_of_completion_logprobs_is_lost(
+    client: AsyncOpenAI, server: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every alternative has a name of its own, also parts of a character; the chosen token is there, with its value."""
+    outputs = server.engine._outputs
+
+    def unlikely(submit: Submit) -> list[Output]:
+        made = outputs(submit)
+        for output in made:
+            output.logprobs[0].chosen = -9.0
+            output.logprobs[0].top = [((output.token_ids[0] + at) % 250, -0.1 * at) for at in range(1, 6)]
+        return made
+
+    monkeypatch.setattr(server.engine, "_outputs", unlikely)
+    answer = await client.completions.create(model="base", prompt="a🎩b", max_tokens=6, logprobs=5)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.tokens is not None and logprobs.top_logprobs is not None
+    assert logprobs.tokens == ["a", "bytes:\\xf0", "bytes:\\x9f", "bytes:\\x8e", "bytes:\\xa9", "b"]
+    for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True):
+        assert len(top) == 6 and top[token] == -9.0
+    assert logprobs.text_offset == [0, 1, 1, 1, 1, 2]
+
+
 async def test_completion_stream(client: AsyncOpenAI) -> None:
     """A stream's chunks join to the plain answer; the last has the reason, and no usage unless asked for."""
     chunks = [chunk async for chunk in await client.completions.create(model="base", prompt="a🎩b", stream=True)]
@@ -180,7 +203,7 @@ async def test_chat_stream(client: AsyncOpenAI) -> None:
 
 
 async def test_chat_logprobs(client: AsyncOpenAI) -> None:
-    """Chat's logprobs have OpenAI's form; a token that is a part of a character has no bytes of its own to tell."""
+    """Chat's logprobs have OpenAI's form; the bytes of all tokens, also parts of a character, are the answer's."""
     body: dict[str, Any] = {"model": "base", "messages": TURNS, "logprobs": True, "top_logprobs": 2}
     answer = await client.chat.completions.create(**body)
     logprobs = answer.choices[0].logprobs
@@ -188,9 +211,9 @@ async def test_chat_logprobs(client: AsyncOpenAI) -> None:
     first = logprobs.content[0]
     assert (first.token, first.logprob, first.bytes) == ("<", -0.25, [60])
     assert [(top.token, top.logprob) for top in first.top_logprobs] == [("<", -0.25), ("=", -0.5)]
-    adapter = RENDERED.encode().index("🎩".encode())
-    assert logprobs.content[adapter].bytes is None
-    assert len(logprobs.content) == len(RENDERED.encode()) + 1
+    *shown, end = logprobs.content
+    assert bytes(byte for entry in shown for byte in entry.bytes or []) == RENDERED.encode()
+    assert end.bytes == [*b"<eos>"]
     streamed = list[object]()
     async for chunk in await client.chat.completions.create(**body, stream=True):
         found = chunk.choices[0].logprobs

@@ -72,6 +72,12 @@ def test_a_character_comes_whole(tokenizer: Tokenizer) -> None:
     assert pieces == ["a", "", "", "", "🎩", "b", ""]
 
 
+def test_a_part_of_a_prompts_character_is_no_context(tokenizer: Tokenizer) -> None:
+    """A prompt that ends within a character does not swallow the answer's first bytes."""
+    stream = TextStream(tokenizer, [], [*"a🎩".encode()][:-1])
+    assert stream.push(0xA9) + stream.flush() + stream.push(98) == "\ufffdb"
+
+
 def test_what_may_be_a_stop_waits(tokenizer: Tokenizer) -> None:
     """Text that may begin a stop text is held until it is known not to."""
     pieces, _ = streamed(tokenizer, [*b"xSTo"], ["STOP"])
