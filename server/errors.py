@@ -2,6 +2,7 @@
 
 ServerError
 ├── BadRequestError 400
+│   └── ContextLengthError 400
 ├── UnauthorizedError 401
 ├── ForbiddenError 403
 ├── NotFoundError 404
@@ -41,7 +42,6 @@ ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_type": 415, "artifact_co
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 ENGINE_STATUS = {
     "adapter_too_large": 422,
-    "prompt_too_long": 400,
     "deadline_exceeded": 504,
     "overloaded": 503,
     "engine_restarting": 503,
@@ -66,11 +66,24 @@ class ServerError(Exception):
         body = {"type": kind, "code": self.code, "message": str(self), "param": self.param, "request_id": request_id}
         return {"error": body}
 
+    def as_openai(self) -> None:
+        """Take the status, the code and the param that clients of OpenAI's act on; its API has no 422."""
+        if self.status == 422:
+            self.status = 400
+        if self.status == 404 and self.param == "task":
+            self.code, self.param = "model_not_found", "model"
+
 
 class BadRequestError(ServerError):
     """Malformed, or over a limit."""
 
     status, code = 400, "bad_request"
+
+
+class ContextLengthError(BadRequestError):
+    """A prompt and its answer that are longer than any sequence of this server can be."""
+
+    code = "context_length_exceeded"
 
 
 class UnauthorizedError(ServerError):

@@ -36,6 +36,11 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    @classmethod
+    def unknown(cls, field: str) -> str:
+        """Refuse a field that the model does not have, in a sentence."""
+        return f"unknown field {field}"
+
 
 class Message(Strict):
     """A chat turn: who speaks, and the text."""
@@ -99,9 +104,17 @@ class GenerateRequest(SamplingFields):
             raise InvalidFieldError("response_format is not served by this version", "response_format")
         return data
 
+    @property
+    def prompt_field(self) -> str:
+        """The name of the field that has the prompt."""
+        return self._prompt_fields()[0]
+
+    def _prompt_fields(self) -> list[str]:
+        return [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(self, name) is not None]
+
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
-        given = [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(self, name) is not None]
+        given = self._prompt_fields()
         if len(given) != 1:
             said = " and ".join(given) if given else "none of them"
             raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")

@@ -1,13 +1,21 @@
-"""The table of docs/settings.md, from the settings themselves: `python -m tests.readme` writes it."""
+"""Tables of the pages, from the code itself: `python -m tests.readme` writes them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from server.api.openai_fields import CHAT, COMPLETION, MESSAGE, STREAM_OPTIONS, TEXT_PART, described
 from server.settings import Settings, flags_of, variable
 
-PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PLACES = {
+    "completions": COMPLETION,
+    "chat": CHAT,
+    "a message": MESSAGE,
+    "a part of its content": TEXT_PART,
+    "`stream_options`": STREAM_OPTIONS,
+}
 VARYING = {"cache": "`~/.cache/manyhats`", "num_threads": "the cores"}
 
 
@@ -23,9 +31,25 @@ def settings_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def fields_table() -> str:
+    """A Markdown table of fields that are not served: by the values that ask for nothing, where each may stand."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for place, fields in PLACES.items():
+        for name, values in fields.items():
+            places.setdefault((name, described(values)), []).append(place)
+    lines = ["| field | taken values | in |", "|---|---|---|"]
+    for (name, taken), where in sorted(places.items()):
+        shown = ", ".join(f"`{value}`" for value in taken.split(", "))
+        lines.append(f"| `{name}` | {shown} | {', '.join(where)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write(page: str, name: str, table: str) -> None:
+    text = (DOCS / page).read_text()
+    new = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
+    (DOCS / page).write_text(new)
+
+
 if __name__ == "__main__":
-    text = PAGE.read_text()
-    new = re.sub(
-        r"(<!-- settings -->\n).*?(<!-- /settings -->)", lambda m: m[1] + settings_table() + m[2], text, flags=re.DOTALL
-    )
-    PAGE.write_text(new)
+    _write("settings.md", "settings", settings_table())
+    _write("api.md", "fields", fields_table())

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from adapters_store.format.strict_json import StrictJSONError, loads
 from server.errors import BadRequestError, InvalidFieldError, TooLargeError
+from server.schemas import Strict
 from server.settings import Settings
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Strict)
 MIN_BYTES_PER_S = 16 * 2**10  # of a whole body: a part now and then does not keep it open
 THREAD_BYTES = 32 * 2**10  # longer JSON is parsed off the event loop
 
@@ -71,19 +72,19 @@ def parse(model: type[Model], body: bytes) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _refusal(data, error) from None
+        raise _refusal(model, data, error) from None
 
 
-def _refusal(data: Any, error: ValidationError) -> InvalidFieldError:
+def _refusal(model: type[Strict], data: Any, error: ValidationError) -> InvalidFieldError:
     """Name the wrong field: in a union, by the error of the branch that got furthest.
 
-    A branch of the right type that a limit refuses got further than one of a wrong type.
+    A branch of the right type that a limit refuses got further than one of a wrong type, however deep that is.
     """
     found = error.errors(include_url=False, include_input=False)
-    worst = max(found, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    worst = max(found, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
     field = ".".join(_path(data, worst["loc"], worst["type"] == "missing"))[:200] or "body"
     if worst["type"] == "extra_forbidden":
-        return InvalidFieldError(f"unknown field {field}", field)
+        return InvalidFieldError(model.unknown(field), field)
     return InvalidFieldError(f"{field}: {worst['msg']}", field)
 
 

@@ -51,6 +51,7 @@ def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> Generatio
         texts=[asked.prompt] if isinstance(asked.prompt, str) else asked.prompt,
         turns=None if asked.messages is None else [(message.role, message.content) for message in asked.messages],
         token_ids=None if asked.prompt_token_ids is None else [asked.prompt_token_ids],
+        prompt_field=asked.prompt_field,
         sampling=asked.sampling(),
         max_tokens=asked.max_tokens,
         n=asked.n,

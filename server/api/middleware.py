@@ -33,6 +33,7 @@ from server.errors import (
 log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLIENT_CLOSED_REQUEST = 499
+OPENAI_PATHS = "/v1/"
 SEE_LOG = "the server failed; see its log"
 
 
@@ -83,6 +84,8 @@ def _told(state: dict[str, Any]) -> dict[str, Any]:
 
 async def _server_error(request: Request, error: Exception) -> Response:
     known = error if isinstance(error, ServerError) else InternalError(SEE_LOG)
+    if request.url.path.startswith(OPENAI_PATHS):
+        known.as_openai()
     request.state.error = known.code
     if isinstance(known, TenantLimitError):
         metrics, tenant = request.app.state.server.metrics, request.scope["state"].get("tenant", "")

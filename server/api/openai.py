@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.registry.registry import Task
+from server.api import openai_fields
 from server.api.body import read_json
 from server.api.deps import admit, caller_of, look_up, may, state_of, tenant_of
+from server.api.openai_fields import Tolerant
 from server.api.openai_form import ChatForm, CompletionForm, OpenAIForm
 from server.api.respond import respond
+from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE, Caller
 from server.requests.spec import GenerationSpec, Turn
 from server.schemas import (
@@ -23,7 +26,6 @@ from server.schemas import (
     MAX_TURNS,
     SamplingFields,
     Stop,
-    Strict,
     TokenIds,
     User,
     openapi_body,
@@ -31,58 +33,54 @@ from server.schemas import (
 from server.state import ServerState
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(may(GENERATE, looking=True))])
+MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 512  # answers of a request
 
 
-def without_nulls(data: Any) -> Any:
-    """Drop nulls, which OpenAI's clients send for fields that were not given."""
-    return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-
-class StreamOptions(Strict):
+class StreamOptions(Tolerant):
     """Options of a stream: whether its last event carries the usage."""
 
+    neutral = openai_fields.STREAM_OPTIONS
     include_usage: bool = False
 
 
-class OpenAIFields(SamplingFields):
-    """Fields that completions and chat share. OpenAI's fields that are not served are refused by their name."""
+class OpenAIFields(Tolerant, SamplingFields):
+    """Fields that completions and chat share."""
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
-    n: int = Field(1, ge=1, le=8)
+    top_k: int = Field(0, ge=-1, lt=2**31)
+    n: int = Field(1, ge=1, le=128)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: User | None = None
     timeout_s: float = Field(120.0, gt=0, le=3600)
 
-    @model_validator(mode="before")
+    @field_validator("top_k")
     @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        return without_nulls(data)
+    def _all(cls, top_k: int) -> int:
+        return max(0, top_k)  # vLLM's clients write -1 for all
 
     def stops(self) -> list[str]:
         """The stop texts as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class TextPart(Strict):
+class TextPart(Tolerant):
     """A part of a turn's content."""
 
+    neutral = openai_fields.TEXT_PART
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Strict):
+class ChatMessage(Tolerant):
     """A chat turn, its content whole or in parts; a turn of ours may come back as it was sent."""
 
+    neutral = openai_fields.MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        return without_nulls(data)
 
     def turn(self) -> Turn:
         """The turn as a role that templates know, and one text."""
@@ -94,6 +92,7 @@ class ChatMessage(Strict):
 class CompletionRequest(OpenAIFields):
     """The body of POST /v1/completions."""
 
+    neutral = openai_fields.COMPLETION
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -101,17 +100,27 @@ class CompletionRequest(OpenAIFields):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: int = Field(16, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> Self:
+        num_prompts = sum(map(len, _prompts(self.prompt).values()))
+        if num_prompts * self.n > MAX_CHOICES:
+            raise InvalidFieldError(
+                f"n: {num_prompts} prompts with {self.n} answers each are over {MAX_CHOICES} answers", "n"
+            )
+        return self
 
 
 class ChatRequest(OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
+    neutral = openai_fields.CHAT
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_TURNS)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=5)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
 
 @router.get("/models")
@@ -158,6 +167,7 @@ async def chat_completions(request: Request) -> Response:
     spec = replace(
         _spec(caller, asked),
         turns=[message.turn() for message in asked.messages],
+        prompt_field="messages",
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         has_logprobs=bool(asked.logprobs),
         top_logprobs=asked.top_logprobs,

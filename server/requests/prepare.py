@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from server.core import Sampling
 from server.engine.client import EngineClient, require_ready
 from server.engine.messages import Ready
-from server.errors import BadRequestError, InvalidFieldError
+from server.errors import BadRequestError, ContextLengthError, InvalidFieldError
 from server.requests.answer import GenerationJob
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec, Turn
@@ -32,7 +32,7 @@ class JobPreparer:
         if max_tokens is None:
             ready = require_ready(self._client)
             max_tokens = max(1, ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
-        check_length(require_ready(self._client), resolved, prompts, max_tokens)
+        check_length(require_ready(self._client), resolved, prompts, max_tokens, spec.prompt_field)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
         return GenerationJob(resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits)
 
@@ -40,10 +40,10 @@ class JobPreparer:
         if spec.token_ids is not None:
             return spec.token_ids
         if spec.turns is not None:
-            self._check_bytes("".join(text for _, text in spec.turns), "messages")
+            self._check_bytes("".join(text for _, text in spec.turns), spec.prompt_field)
             return [await self._encode_chat(spec.turns, resolved)]
         for text in spec.texts or []:
-            self._check_bytes(text, "prompt")
+            self._check_bytes(text, spec.prompt_field)
         return await self._encode(spec.texts or [])
 
     def _ends(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> tuple[int, ...]:
@@ -62,9 +62,9 @@ class JobPreparer:
         max_tokens, longest = require_ready(self._client).max_sequence_tokens, self._tokenizer.longest_token
         num_bytes = len(text.encode("utf-8", "surrogatepass")) if len(text) * 4 > max_tokens * longest else 0
         if num_bytes > max_tokens * longest:
-            raise BadRequestError(
-                f"the {param} of {num_bytes} bytes cannot fit this server's {max_tokens} tokens, the longest of which "
-                f"has {longest} bytes",
+            raise ContextLengthError(
+                f"this model's maximum context length is {max_tokens} tokens: the {param} of {num_bytes} bytes cannot "
+                f"fit them, the longest of which has {longest} bytes",
                 param,
             )
 
@@ -83,32 +83,33 @@ class JobPreparer:
             raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
 
 
-def check_length(ready: Ready, resolved: ResolvedAdapters, prompts: list[list[int]], max_tokens: int) -> None:
+def check_length(
+    ready: Ready, resolved: ResolvedAdapters, prompts: list[list[int]], max_tokens: int, param: str
+) -> None:
     """Refuse prompts (token ids) that could never fit. Virtual tokens take positions as a prompt's do.
 
-    Raises `BadRequestError` for an empty or too long prompt, `InvalidFieldError` for a token outside the vocabulary.
+    Raises `BadRequestError` for an empty prompt, `ContextLengthError` for a long one, `InvalidFieldError` for a token
+    outside the vocabulary; `param` is the field that they came in.
     """
     for prompt in prompts:
         if not prompt:
-            raise BadRequestError("the prompt has no tokens", "prompt")
+            raise BadRequestError("the prompt has no tokens", param)
         if max(prompt) >= ready.spec.vocab_size:
-            raise InvalidFieldError(
-                f"prompt_token_ids has a token over {ready.spec.vocab_size - 1}", "prompt_token_ids"
-            )
+            raise InvalidFieldError(f"{param} has a token over {ready.spec.vocab_size - 1}", param)
         if len(prompt) + resolved.num_virtual + max_tokens > ready.max_sequence_tokens:
             virtual = (
                 f", its adapters put {resolved.num_virtual} virtual tokens before it," if resolved.num_virtual else ""
             )
-            raise BadRequestError(
-                f"the prompt has {len(prompt)} tokens{virtual} and max_tokens is {max_tokens}; together they are over "
-                f"this server's {ready.max_sequence_tokens}",
-                "prompt",
+            raise ContextLengthError(
+                f"this model's maximum context length is {ready.max_sequence_tokens} tokens: the prompt has "
+                f"{len(prompt)} tokens{virtual} and max_tokens is {max_tokens}",
+                param,
             )
 
 
 def complete_sampling(ready: Ready, spec: GenerationSpec, max_tokens: int, ends: tuple[int, ...]) -> Sampling:
     """The spec's sampling with its ends, token and logprob counts. Raises `InvalidFieldError` for the impossible."""
-    if spec.top_logprobs is not None and not spec.has_logprobs:
+    if spec.top_logprobs and not spec.has_logprobs:
         raise InvalidFieldError("top_logprobs needs logprobs: true", "top_logprobs")
     for name in ("logit_bias", "stop_token_ids"):
         if any(token >= ready.spec.vocab_size for token in getattr(spec.sampling, name)):

@@ -14,9 +14,11 @@ Turn = tuple[str, str]  # role, content
 class GenerationSpec:
     """A generation that one caller asks for. Exactly one of `texts`, `turns` and `token_ids` is given.
 
+    `prompt_field` is the name of that one in the request's body, for errors.
+
     `task` is a name or `base`; if `adapters` lists (task, weight) pairs, these are composed and `task` is not read.
     `max_tokens` None means the rest of the context. `sampling` lacks `max_tokens` and `logprobs`, which follow from the
-    other fields: `top_logprobs` (alternatives a token, 0 to 5) is valid only with `has_logprobs`.
+    other fields: `top_logprobs` (alternatives a token) is valid only with `has_logprobs`.
     """
 
     tenant: str
@@ -30,6 +32,7 @@ class GenerationSpec:
     texts: list[str] | None = None
     turns: list[Turn] | None = None
     token_ids: list[list[int]] | None = None
+    prompt_field: str = "prompt"
     n: int = 1
     stop: list[str] = field(default_factory=list)
     has_logprobs: bool = False

@@ -84,7 +84,6 @@ def test_refusals_of_the_store() -> None:
         ("engine_restarting", 503, 1),
         ("adapter_failed", 503, 1),
         ("deadline_exceeded", 504, None),
-        ("prompt_too_long", 400, None),
         ("adapter_too_large", 422, None),
         ("nonfinite_logits", 500, None),
         ("never heard of", 500, None),

@@ -105,4 +105,5 @@ async def test_what_cannot_fit_is_never_tokenised(
         monkeypatch.setattr(shared.state.tokenizer, name, lambda *_: pytest.fail("it was tokenised"))
     refused = await shared.post(path, body)
     assert (refused.status_code, error_of(refused)["param"]) == (400, param)
-    assert "bytes cannot fit this server's 400 tokens" in error_of(refused)["message"]
+    assert error_of(refused)["code"] == "context_length_exceeded"
+    assert "context length is 400 tokens" in error_of(refused)["message"]

@@ -50,8 +50,9 @@ async def test_models(client: AsyncOpenAI) -> None:
     assert models[1].created > 1.7e9
     assert await client.models.retrieve("hat") == models[1]
     assert await client.models.retrieve("base") == models[0]
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError) as absent:
         await client.models.retrieve("none")
+    assert (absent.value.code, absent.value.param) == ("model_not_found", "model")
 
 
 async def test_completion(client: AsyncOpenAI) -> None:
@@ -225,11 +226,15 @@ async def test_errors_have_their_classes(client: AsyncOpenAI, server: Site) -> N
     """The client raises its own class for each status, with our message, code and field."""
     with pytest.raises(openai.NotFoundError, match="no task none") as absent:
         await client.completions.create(model="none", prompt="a")
-    assert (absent.value.code, absent.value.type) == ("not_found", "not_found_error")
-    with pytest.raises(openai.BadRequestError, match=f"390 tokens.*{MAX_TOKENS}") as long:
+    assert (absent.value.code, absent.value.type) == ("model_not_found", "not_found_error")
+    assert absent.value.param == "model"
+    with pytest.raises(openai.BadRequestError, match=f"context length is {MAX_TOKENS} tokens.*390 tokens") as long:
         await client.completions.create(model="base", prompt="a" * 390)
-    assert long.value.param == "prompt"
-    with pytest.raises(openai.UnprocessableEntityError, match="top_p") as field:
+    assert (long.value.param, long.value.code) == ("prompt", "context_length_exceeded")
+    with pytest.raises(openai.BadRequestError, match="context length") as long:
+        await client.chat.completions.create(model="base", messages=[{"role": "user", "content": "a" * 390}])
+    assert (long.value.param, long.value.code) == ("messages", "context_length_exceeded")
+    with pytest.raises(openai.BadRequestError, match="top_p") as field:
         await client.completions.create(model="base", prompt="a", top_p=2)
     assert field.value.param == "top_p"
     with pytest.raises(openai.AuthenticationError):
@@ -263,44 +268,62 @@ async def test_an_error_in_a_stream_is_raised(
 
 
 UNSERVED: list[tuple[str, dict[str, Any]]] = [
-    ("completions", {"best_of": 2}),
-    ("completions", {"echo": True}),
-    ("completions", {"suffix": "x"}),
     ("completions", {"top_logprobs": 2}),
     ("completions", {"logprobs": True}),
     ("completions", {"max_completion_tokens": 5}),
-    ("chat/completions", {"tools": []}),
-    ("chat/completions", {"tool_choice": "auto"}),
-    ("chat/completions", {"functions": []}),
-    ("chat/completions", {"response_format": {"type": "json_object"}}),
+    ("completions", {"prompt": ["a"] * 65}),
+    ("completions", {"prompt": [[97]] * 65}),
+    ("completions", {"prompt": ["a", 5]}),
+    ("completions", {"n": 129}),
+    ("completions", {"logprobs": 21}),
+    ("chat/completions", {"n": 129}),
+    ("chat/completions", {"top_k": -2}),
     ("chat/completions", {"logprobs": 1}),
     ("chat/completions", {"top_logprobs": 2}),
-    ("chat/completions", {"modalities": ["text"]}),
+    ("chat/completions", {"logprobs": True, "top_logprobs": 21}),
     ("chat/completions", {"prompt": "a"}),
     ("chat/completions", {"max_tokens": 0}),
     ("chat/completions", {"temperature": 3}),
     ("chat/completions", {"stop": ["a"] * 5}),
-    ("chat/completions", {"stream_options": {"include_obfuscation": True}}),
 ]
 
 
 @pytest.mark.parametrize(("route", "field"), UNSERVED)
 async def test_what_is_not_served_is_named(server: Site, route: str, field: dict[str, Any]) -> None:
-    """A field of OpenAI's that is not served, or a value out of range, is 422 and named."""
+    """A field that a route does not have, or a value out of range, is 400 as OpenAI has it, and named."""
     body = {"model": "base"} | ({"messages": TURNS} if "chat" in route else {"prompt": "a"}) | field
     answer = await server.post(f"/v1/{route}", body)
-    (name,) = field
-    assert answer.status_code == 422
+    *_, name = field
+    assert answer.status_code == 400
     assert (error_of(answer)["param"] or "").split(".")[0] == name, answer.text
 
 
 async def test_an_image_is_refused(server: Site) -> None:
-    """A part that is no text is 422 and named by its place."""
+    """A part that is no text is 400 and named by its place."""
     part = {"type": "image_url", "image_url": {"url": "data:"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, part]}]
     answer = await server.post("/v1/chat/completions", {"model": "base", "messages": messages})
-    assert answer.status_code == 422
+    assert answer.status_code == 400
     assert (error_of(answer)["param"] or "").startswith("messages.0.content.1")
+
+
+async def test_a_tool_turn_is_named(server: Site) -> None:
+    """A turn of a role that is not served is refused by its role, whatever else it has."""
+    turn = {"role": "tool", "tool_call_id": "x", "content": "4"}
+    answer = await server.post("/v1/chat/completions", {"model": "base", "messages": [*TURNS, turn]})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "messages.1.role")
+    assert "'assistant'" in error_of(answer)["message"]
+
+
+async def test_as_many_as_openai_has(client: AsyncOpenAI, server: Site) -> None:
+    """A request may have 128 answers and 20 alternatives a token; prompts and answers together have a bound."""
+    answer = await client.chat.completions.create(
+        model="base", messages=TURNS, n=128, logprobs=True, top_logprobs=20, max_tokens=1
+    )
+    assert len(answer.choices) == 128 and server.engine.submitted[-1].sampling.logprobs == 20
+    with pytest.raises(openai.BadRequestError, match=r"5 prompts with 128 answers.*over 512") as many:
+        await client.completions.create(model="base", prompt=["a"] * 5, n=128)
+    assert many.value.param == "n"
 
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
@@ -313,7 +336,7 @@ async def test_nulls_are_absent(server: Site, route: str) -> None:
     assert answer.status_code == 200, answer.text
     for required in ("model", *prompt):
         answer = await server.post(f"/v1/{route}", {"model": "base", **prompt, required: None})
-        assert (answer.status_code, error_of(answer)["param"]) == (422, required)
+        assert (answer.status_code, error_of(answer)["param"]) == (400, required)
 
 
 async def test_bytes_of_a_stream(server: Site) -> None:

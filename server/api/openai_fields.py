@@ -1,0 +1,155 @@
+"""Documented fields of OpenAI's and vLLM's requests that are not served, each with the values that ask for nothing.
+
+Clients send them all the time. Such a value is taken; any other would be ignored in silence, and is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from server.schemas import Strict
+
+Values = tuple[Any, ...]  # values of JSON; a type stands for each of its values
+Fields = Mapping[str, Values]
+
+_OPENAI: Fields = {
+    "audio": (),
+    "function_call": ("none", "auto"),  # without functions there is none to call
+    "functions": ([],),
+    "metadata": (dict,),  # belongs to what is stored
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (bool,),
+    "prediction": (),
+    "prompt_cache_key": (str,),  # a hint: the prefix cache finds equal beginnings without it
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": ("in_memory",),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (str,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_VLLM: Fields = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "ec_transfer_params": ({},),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "logprob_token_ids": (),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "request_id": (),
+    "return_mm_kwargs": (True,),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "routed_experts_prompt_start": (0,),
+    "session_id": (str,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stream_interval": (1,),
+    "structured_outputs": (),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": ("left", "right"),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+COMPLETION: Fields = {
+    **_VLLM,
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+}
+CHAT: Fields = {
+    **_VLLM,
+    **_OPENAI,
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "include_reasoning": (bool,),  # there is none to include
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "return_prompt_text": (False,),
+}
+MESSAGE: Fields = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "name": (str,),  # templates know roles, and no names
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "refusal": ("",),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+TEXT_PART: Fields = {"prompt_cache_breakpoint": ()}
+STREAM_OPTIONS: Fields = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS)
+
+
+class Tolerant(Strict):
+    """A strict model that takes nulls, and the values of `neutral` fields, as if they were not there."""
+
+    neutral: ClassVar[Fields] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None and not cls._is_neutral(name, value)}
+
+    @classmethod
+    def _is_neutral(cls, name: str, value: Any) -> bool:
+        return name not in cls.model_fields and any(_matches(value, one) for one in cls.neutral.get(name, ()))
+
+    @classmethod
+    def unknown(cls, field: str) -> str:
+        """Refuse a field; say which values of it would be taken if it is documented."""
+        name = field.rpartition(".")[2]
+        known = [fields[name] for fields in _ALL if name in fields]
+        if not known:
+            return super().unknown(field)
+        return f"{field} is not served with this value: leave it out, or send {described(known[0])}"
+
+
+def _matches(value: Any, wanted: Any) -> bool:
+    """Whether a value is the wanted one, or of the wanted type. JSON's true is no number."""
+    if isinstance(wanted, type):
+        return isinstance(value, wanted)
+    return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
+
+
+def described(values: Values) -> str:
+    """List values of a field for people, as JSON."""
+    kinds = {bool: "true or false", dict: "any object", str: "any text"}
+    return ", ".join(["null", *(kinds[one] if isinstance(one, type) else json.dumps(one) for one in values)])
