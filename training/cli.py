@@ -133,6 +133,7 @@ def push(
     api_key: Annotated[str | None, Option(help="the server's key", envvar=API_KEY)] = None,
 ) -> None:
     """Upload a PEFT folder to a server as a version of a task."""
+    from adapters_store.format.selection import describe_ignored, find_ignored
     from training.push import Target, push_folder
 
     console = Console(stderr=True)
@@ -141,6 +142,9 @@ def push(
     except TrainingError as error:
         raise stop(console, str(error), "push") from error
     console.print(outcome, highlight=False, markup=False, soft_wrap=True)
+    if ignored := find_ignored(folder):
+        told = f"Not sent, {describe_ignored(ignored)}."
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _train_many(given: dict[str, Any], display: Any, processes: Any) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from adapters_store.errors import AbsentError, ArtifactError, RegistryDownError
 from adapters_store.format.folder import CONFIG, find_parts, read_folder
+from adapters_store.format.selection import describe_ignored, find_ignored
 from adapters_store.registry.registry import DEFAULT_TENANT
 from server.errors import ServerError
 from server.schemas import BASE, NAME_PATTERN
@@ -114,7 +115,8 @@ class TreeImport:
             return
         spec = UploadSpec(DEFAULT_TENANT, task, note=f"imported from {folder.name}")
         await self._uploads.register(spec, copy, validated)
-        log.info("an adapter was taken in", extra={"task": task, "digest": digest})
+        ignored = describe_ignored(await asyncio.to_thread(find_ignored, folder))
+        log.info("an adapter was taken in", extra={"task": task, "digest": digest, "ignored": ignored})
 
     async def _is_task(self, task: str) -> bool:
         """Tell whether the default tenant has a task of this name."""

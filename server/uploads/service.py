@@ -10,7 +10,8 @@ from pathlib import Path
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import ZIP_TYPE, unpack_upload, zipped
+from adapters_store.format.archive import unpack_upload, zipped
+from adapters_store.format.selection import describe_ignored
 from adapters_store.registry.registry import Registry, Version
 from adapters_store.storage.directory import Blobs
 from server.engine.client import EngineClient, require_ready
@@ -19,7 +20,7 @@ from server.errors import ArtifactRefusedError, ServerError, UnavailableError, a
 from server.metrics import Metrics
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
-from server.uploads.validation import Check, ValidatedArtifact, Validator
+from server.uploads.validation import Check, ValidatedArtifact, Validator, check
 
 FOLDER = "folder"  # of staging: the body is unpacked into it
 INTAKE_WITHIN_S = 60.0
@@ -28,11 +29,10 @@ MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in mem
 
 @dataclass(frozen=True)
 class UploadSpec:
-    """An upload that one caller asks for: its body's type and size, and the version to make of it."""
+    """An upload that one caller asks for: how large it may be, and the version to make of it."""
 
     tenant: str
     task: str
-    content_type: str = ZIP_TYPE
     max_bytes: int = 0  # unpacked
     is_activated: bool = True
     note: str = ""
@@ -88,8 +88,10 @@ class UploadService:
             async with self._intake_slot():
                 folder = staging / FOLDER
                 folder.mkdir()
-                await asyncio.to_thread(unpack_upload, staging / "body", spec.content_type, folder, spec.max_bytes)
+                ignored = await asyncio.to_thread(unpack_upload, staging / "body", folder, spec.max_bytes)
                 validated = await self.validator.validate(folder)
+                if ignored:
+                    validated.checks.insert(0, check("ignored", len(ignored), describe_ignored(ignored)))
                 return await self.register(spec, folder, validated)
 
     async def register(self, spec: UploadSpec, folder: Path, validated: ValidatedArtifact) -> RegisteredArtifact:

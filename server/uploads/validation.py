@@ -118,7 +118,7 @@ class Validator:
             raise UnavailableError(str(error), retry_after=self._client.retry_after_s) from None
         lengths = sorted(len(case.prompt_token_ids) for case in prompts)
         detail = f"{len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens: all logits are finite"
-        return [_check("probe", len(prompts), detail), *compare(cases, answers, ready, artifact)]
+        return [check("probe", len(prompts), detail), *compare(cases, answers, ready, artifact)]
 
     async def _ask_all(self, adapter: AdapterRef, cases: Sequence[ParityCase], deadline: float) -> list[ProbeAnswer]:
         """Answers in order. In a namespace of its own: no cached KV of before stands in for what is validated."""
@@ -184,7 +184,7 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
         "ends": (len(_ends(artifact)), _told_ends(artifact)),
         "applied": (count, _applied(traced, patch, idle)),
     }
-    return artifact, patch, [_check(name, figure, detail) for name, (figure, detail) in checks.items()]
+    return artifact, patch, [check(name, figure, detail) for name, (figure, detail) in checks.items()]
 
 
 def _idle_sites(patch: Patch, ready: Ready) -> list[str]:
@@ -208,7 +208,8 @@ def _applied(traced: Artifact, patch: Patch, idle: list[str]) -> str:
     return f"{acting} of {count} tensors act in {len(patch.primitives)} primitives{repeats}{told}"
 
 
-def _check(name: str, figure: float | str, detail: str, **more: Any) -> Check:
+def check(name: str, figure: float | str, detail: str, **more: Any) -> Check:
+    """Write a check that was passed as the answer to an upload shows it."""
     return {"name": name, "ok": True, "figure": figure, "detail": detail, **more}
 
 
@@ -317,4 +318,4 @@ def compare(cases: list[ParityCase], answers: list[ProbeAnswer], ready: Ready, a
     )
     if not max(error, margin) <= allowed:
         raise ParityError(f"parity: {detail}: the adapter answers here as it did not where it was trained")
-    return [_check("parity", round(max(error, margin), 6), detail, limit=allowed)]
+    return [check("parity", round(max(error, margin), 6), detail, limit=allowed)]

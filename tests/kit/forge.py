@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,26 @@ def zip_of(members: dict[str, bytes] | list[tuple[str | zipfile.ZipInfo, bytes]]
         for name, data in members.items() if isinstance(members, dict) else members:
             archive.writestr(name, data)
     return out.getvalue()
+
+
+def tar_of(
+    members: dict[str, bytes] | list[tuple[str | tarfile.TarInfo, bytes]], form: int = tarfile.PAX_FORMAT
+) -> bytes:
+    """A gzipped tar of any members, of the form of GNU or of POSIX."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:", format=form) as archive:
+        for name, data in members.items() if isinstance(members, dict) else members:
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return gzip.compress(out.getvalue(), 1)
+
+
+def tar_link(name: str, kind: bytes = tarfile.SYMTYPE, target: str = "/etc/passwd") -> tarfile.TarInfo:
+    """A member that is no plain file."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
 
 
 def sound_members() -> dict[str, bytes]:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import random
 import stat
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -20,17 +22,26 @@ from safetensors.torch import save
 
 from adapters_store.base.spec import BaseSpec, ItemBytes
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE, unpack_upload
+from adapters_store.format.archive import unpack_upload
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder
 from adapters_store.methods.compile import Room, compile_patch
 from adapters_store.primitives import Patch
-from tests.kit.forge import entry, raw, sound_members, toy_config, toy_spec, toy_tensors, zip_of
+from tests.kit.forge import entry, raw, sound_members, tar_link, tar_of, toy_config, toy_spec, toy_tensors, zip_of
 from tests.kit.watch import Touched, watched
 
 MAX_BYTES = 64 * 2**20
 MAX_CPU_SECONDS, MAX_MEMORY = 0.2, 32 * 2**20
-Body = tuple[bytes, str]  # and its content type
 SOUND = sound_members()
+OUT_OF_THE_FOLDER = (
+    "../evil",
+    "/etc/evil",
+    "a/../../evil",
+    "..\\evil",
+    "\\evil",
+    "C:/evil",
+    "C:evil",
+    "a\\..\\..\\evil",
+)
 KNOWN_DTYPES = ("F32", "F16", "BF16")
 OTHER_DTYPES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -41,10 +52,10 @@ OTHER_DTYPES = {
 }
 
 
-def zipped(**parts: bytes) -> Body:
+def zipped(**parts: bytes) -> bytes:
     """A zip of a sound folder with other files: `config`, `weights`, `manifest`."""
     names = {"config": CONFIG, "weights": WEIGHTS, "manifest": MANIFEST}
-    return zip_of({**SOUND, **{names[part]: data for part, data in parts.items()}}), ZIP_TYPE
+    return zip_of({**SOUND, **{names[part]: data for part, data in parts.items()}})
 
 
 def configs() -> dict[str, bytes]:
@@ -96,26 +107,26 @@ class Evil:
         return (exec, ("import os; os.mkdir('/tmp/manyhats-was-here')",))
 
 
-def pickles() -> dict[str, Body]:
+def pickles() -> dict[str, bytes]:
     """A pickle in every disguise."""
-    made: dict[str, Body] = {}
+    made: dict[str, bytes] = {}
     for protocol in range(6):
         data = pickle.dumps(Evil(), protocol=protocol)
         made[f"protocol {protocol} as weights"] = zipped(weights=data)
         made[f"protocol {protocol} as config"] = zipped(config=data)
         made[f"protocol {protocol} as a manifest"] = zipped(manifest=data)
-        made[f"protocol {protocol} as the body"] = data, ZIP_TYPE
-        made[f"protocol {protocol} as safetensors"] = data, SAFETENSORS_TYPE
+        made[f"protocol {protocol} as the body"] = data
+        made[f"protocol {protocol} as safetensors"] = data
     evil = pickle.dumps(Evil())
     torch_file = zip_of({"archive/data.pkl": evil, "archive/version": b"3"})
-    made["torch's zip as the body"] = torch_file, ZIP_TYPE
+    made["torch's zip as the body"] = torch_file
     made["torch's zip as weights"] = zipped(weights=torch_file)
     for name in ("adapter_model.bin", "a.pt", "a.PTH", "a.pkl", "a.pickle", "sub/a.ckpt", "pytorch_adapter.bin"):
-        made[name] = zip_of({**SOUND, name: evil}), ZIP_TYPE
+        made[name] = zip_of({CONFIG: SOUND[CONFIG], name: evil})
     return made
 
 
-def zips() -> dict[str, Body]:
+def zips() -> dict[str, bytes]:
     """Bombs, links and names that lead out."""
 
     def link(name: str, mode: int = stat.S_IFLNK) -> zipfile.ZipInfo:
@@ -130,15 +141,49 @@ def zips() -> dict[str, Body]:
         "a bomb in a bomb": zip_of({CONFIG: SOUND[CONFIG], WEIGHTS: inner}, compress=True),
         "a bomb as config": zip_of({**SOUND, CONFIG: b" " * 2**24}, compress=True),
         "more than is taken": zip_of({CONFIG: SOUND[CONFIG], WEIGHTS: bytes(MAX_BYTES)}, compress=True),
-        "a link": zip_of([*SOUND.items(), (link("README.md"), b"/etc/passwd")]),
+        "a link as weights": zip_of([(CONFIG, SOUND[CONFIG]), (link(WEIGHTS), b"/etc/passwd")]),
         "a link as config": zip_of([(WEIGHTS, SOUND[WEIGHTS]), (link(CONFIG), b"/etc/passwd")]),
-        "a device": zip_of([*SOUND.items(), (link("null", stat.S_IFCHR), b"")]),
-        "a fifo": zip_of([*SOUND.items(), (link("pipe", stat.S_IFIFO), b"")]),
+        "a device": zip_of([(WEIGHTS, SOUND[WEIGHTS]), (link(CONFIG, stat.S_IFCHR), b"")]),
+        "a fifo": zip_of([(WEIGHTS, SOUND[WEIGHTS]), (link(CONFIG, stat.S_IFIFO), b"")]),
         "30,000 members": zip_of({f"f{i}": b"" for i in range(30_000)}),
     }
-    for name in ("../evil", "/etc/evil", "a/../../evil", "..\\evil", "C:/evil", "."):
+    for name in OUT_OF_THE_FOLDER:
         made[f"the name {name}"] = zip_of({**SOUND, name: b"x"})
-    return {name: (data, ZIP_TYPE) for name, data in made.items()}
+    return made
+
+
+def tars() -> dict[str, bytes]:
+    """The same in a gzipped tar, and headers that want memory or time."""
+    sound = list(SOUND.items())
+    large_header = tarfile.TarInfo(CONFIG)
+    large_header.pax_headers = {"comment": "x" * 2**20}
+    sparse = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n" + b"1\n" * 2**19
+    negative = bytearray(tarfile.TarInfo(WEIGHTS).tobuf())
+    negative[124:136] = b"\xff" * 12  # a size of -1, of which the sum must be right to be read
+    negative[148:156] = b"%06o\0 " % (sum(negative) - sum(negative[148:156]) + 8 * 32)
+    made = {
+        "a bomb": tar_of({CONFIG: SOUND[CONFIG], WEIGHTS: bytes(MAX_BYTES - 10_000)}),
+        "a bomb beside": tar_of({**SOUND, "optimizer.pt": bytes(MAX_BYTES)}),
+        "zeros without end": gzip.compress(bytes(MAX_BYTES), 1),
+        "no tar": gzip.compress(b"hello" * 1000),
+        "cut": tar_of(SOUND)[:-200],
+        "a wrong sum": tar_of(SOUND)[:-8] + bytes(8),
+        "a link as weights": tar_of([sound[0], (tar_link(WEIGHTS), b"")]),
+        "a hard link as weights": tar_of([sound[0], (tar_link(WEIGHTS, tarfile.LNKTYPE), b"")]),
+        "a device as config": tar_of([sound[1], (tar_link(CONFIG, tarfile.CHRTYPE), b"")]),
+        "a fifo as config": tar_of([sound[1], (tar_link(CONFIG, tarfile.FIFOTYPE), b"")]),
+        "a header of 1 MB": tar_of([(large_header, SOUND[CONFIG])]),
+        "a name of 1 MB": tar_of([("x/" * 2**19 + CONFIG, SOUND[CONFIG])], tarfile.GNU_FORMAT),
+        "names of names": gzip.compress(tar_link("x", b"L").tobuf(tarfile.GNU_FORMAT) * 10_000),
+        "a sparse map of 2^19": tar_of([(tar_link(WEIGHTS, tarfile.XHDTYPE), sparse), (CONFIG, b"{}")]),
+        "a negative size": gzip.compress(bytes(negative) * 3),
+        "2,000 members": tar_of({f"f{i}": b"" for i in range(2000)}),
+        "a pickle": tar_of({CONFIG: SOUND[CONFIG], "adapter_model.bin": pickle.dumps(Evil())}),
+        "a pickle as weights": tar_of({**SOUND, WEIGHTS: pickle.dumps(Evil())}),
+    }
+    for name in OUT_OF_THE_FOLDER:
+        made[f"the name {name}"] = tar_of({**SOUND, name: b"x"})
+    return made
 
 
 def structures() -> dict[str, bytes]:
@@ -151,30 +196,31 @@ def structures() -> dict[str, bytes]:
     return made
 
 
-def hostile() -> Mapping[str, Body]:
+def hostile() -> Mapping[str, bytes]:
     """All of them by name."""
-    made: dict[str, Body] = {}
+    made: dict[str, bytes] = {}
     for name, data in structures().items():
         made[f"weights: {name}"] = zipped(weights=data)
-        made[f"one file: {name}"] = data, SAFETENSORS_TYPE
+        made[f"one file: {name}"] = data
     made |= {f"config: {name}": zipped(config=data) for name, data in configs().items()}
     one = save(toy_tensors(), metadata={"adapter_config": "[" * 100_000})
-    made["one file: a config of depth 100,000"] = one, SAFETENSORS_TYPE
+    made["one file: a config of depth 100,000"] = one
     made |= {f"pickle: {name}": body for name, body in pickles().items()}
     made |= {f"zip: {name}": body for name, body in zips().items()}
+    made |= {f"tar: {name}": body for name, body in tars().items()}
     return made
 
 
-def take_in(body: Body, room: Path, spec: BaseSpec | None = None) -> Patch:
+def take_in(body: bytes, room: Path, spec: BaseSpec | None = None) -> Patch:
     """All that an upload to a base (a toy) goes through but the engine, in an empty folder. Raises `ArtifactError`."""
     folder = room / "folder"
     folder.mkdir()
-    (room / "body").write_bytes(body[0])
-    unpack_upload(room / "body", body[1], folder, MAX_BYTES)
+    (room / "body").write_bytes(body)
+    unpack_upload(room / "body", folder, MAX_BYTES)
     return compile_patch(read_folder(folder), spec or toy_spec(), Room(2**28, ItemBytes(), 65504.0))
 
 
-def refusal(body: Body, root: Path, has_memory: bool = False) -> tuple[ArtifactError | None, Touched]:
+def refusal(body: bytes, root: Path, has_memory: bool = False) -> tuple[ArtifactError | None, Touched]:
     """Why a body is refused (None: it is not), and what that touched outside a folder of its own below `root`."""
     with tempfile.TemporaryDirectory(dir=root) as room, watched(has_memory) as touched:
         try:

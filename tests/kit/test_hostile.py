@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import SAFETENSORS_TYPE
 from adapters_store.format.folder import CONFIG, WEIGHTS
 from server.core import Row, RunnerConfig, Sampling
 from server.model.runner import Loaded, load
@@ -41,13 +40,15 @@ BODIES = hostile()
 
 def test_there_are_enough() -> None:
     """Structures, dtypes, configs, pickles and zips: more than the 34 that were asked for, of each kind some."""
-    kinds = {kind: sum(name.startswith(kind) for name in BODIES) for kind in ("weights", "config", "pickle", "zip")}
+    kinds = {
+        kind: sum(name.startswith(kind) for name in BODIES) for kind in ("weights", "config", "pickle", "zip", "tar")
+    }
     assert kinds["weights"] > 34 + len(OTHER_DTYPES) and kinds["config"] > 20 and kinds["pickle"] > 30, kinds
-    assert kinds["zip"] > 10
+    assert kinds["zip"] > 10 and kinds["tar"] > 10
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("kind", ["weights", "one file", "config", "pickle", "zip"])
+@pytest.mark.parametrize("kind", ["weights", "one file", "config", "pickle", "zip", "tar"])
 def test_all_are_refused_and_touch_nothing(tmp_path: Path, kind: str) -> None:
     """Each by a sentence, in under 200 ms of CPU and 32 MB; nothing is opened but below its folder, no one called."""
     refusal(zipped(), tmp_path)  # what Python imports on first use is not the bodies' doing
@@ -104,9 +105,7 @@ def test_a_mutated_artifact_is_refused_or_finite(
     loaded.runner.run([bare])
     alone = loaded.runner.last_logits[0].clone()
     try:
-        slot = loaded.adapter_slots.insert(
-            loaded.adapter_slots.pack(take_in((mutated(sound, draw), SAFETENSORS_TYPE), room, loaded.spec))
-        )
+        slot = loaded.adapter_slots.insert(loaded.adapter_slots.pack(take_in(mutated(sound, draw), room, loaded.spec)))
     except ArtifactError as error:
         assert 10 < len(str(error)) < 500
         return

@@ -181,7 +181,9 @@ def test_any_folder_can_be_pushed(trained: Path, tmp_path: Path, served: Served)
     """Also one without a manifest, which is activated unless told otherwise; what is no artifact is refused here."""
     plain = with_scores(trained, tmp_path / "plain")
     (plain / MANIFEST).unlink()
-    assert "serves version 1." in printed(push(plain, "--task", "t", "--url", URL))
+    (plain / "chat_template.jinja").touch()
+    result = printed(push(plain, "--task", "t", "--url", URL))
+    assert "serves version 1." in result and "Not sent, the base's own tokenizer" in result
     assert "serves version 1." in printed(push(plain, "--task", "t", "--url", URL, "--no-activate"))
     result = push(tmp_path, "--task", "t", "--url", URL)
     assert result.exit_code == 1 and "is no artifact: there is no adapter_model" in printed(result)

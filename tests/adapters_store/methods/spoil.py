@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import ZIP_TYPE, unpack_upload
+from adapters_store.format.archive import unpack_upload
 from adapters_store.format.folder import CONFIG, WEIGHTS, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Patch
@@ -27,7 +27,7 @@ def take_in(config: Mapping[str, Any], tensors: Mapping[str, Tensor], scratch: P
     scratch.mkdir(exist_ok=True)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     (scratch / "body").write_bytes(zip_of({CONFIG: json.dumps(config).encode(), WEIGHTS: save(whole)}))
-    unpack_upload(scratch / "body", ZIP_TYPE, scratch, 2**30)
+    unpack_upload(scratch / "body", scratch, 2**30)
     return compile_patch(read_folder(scratch), spec)
 
 

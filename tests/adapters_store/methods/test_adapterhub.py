@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.errors import ArtifactError
-from adapters_store.format.archive import ZIP_TYPE, unpack_upload, zipped
+from adapters_store.format.archive import unpack_upload, zipped
 from adapters_store.format.folder import (
     ALIASES,
     CONFIG,
@@ -280,7 +280,7 @@ def unpacked(room: Path, members: dict[str, bytes]) -> Path:
     """The folder that an upload of these members becomes."""
     (room / "body").write_bytes(zip_of(members))
     (room / "folder").mkdir()
-    unpack_upload(room / "body", ZIP_TYPE, room / "folder", 2**20)
+    unpack_upload(room / "body", room / "folder", 2**20)
     return room / "folder"
 
 
@@ -292,7 +292,7 @@ def test_an_upload_of_adapterhubs_folder_becomes_one_of_pefts_names(tmp_path: Pa
     assert read_folder(folder).digest == golden().digest
     (tmp_path / "packed.zip").write_bytes(zipped(read_files(HERE / "llama" / "houlsby")))
     (tmp_path / "again").mkdir()
-    unpack_upload(tmp_path / "packed.zip", ZIP_TYPE, tmp_path / "again", 2**20)
+    unpack_upload(tmp_path / "packed.zip", tmp_path / "again", 2**20)
     assert read_folder(tmp_path / "again").digest == golden().digest
 
 

@@ -65,6 +65,17 @@ def said(caplog: pytest.LogCaptureFixture, message: str) -> list[Any]:
     return [record for record in caplog.records if record.message == message]
 
 
+async def test_what_is_not_used_is_told(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tokenizer and whatever else lies beside an adapter is named in the log when the adapter is taken in."""
+    (tree / "first" / "tokenizer.json").write_text("{}")
+    caplog.set_level(logging.INFO)
+    async with open_site(tiny_base, tmp_path / "data", import_=tree):
+        (record,) = [record for record in caplog.records if record.getMessage() == "an adapter was taken in"]
+    assert "not tokenizer.json" in record.__dict__["ignored"]
+
+
 async def test_a_slow_engine_drops_no_adapter(
     tiny_base: Path, tmp_path: Path, tree: Path, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
