@@ -51,7 +51,7 @@ class Request:
 
 
 class InFlight:
-    """All requests that have a listener, by sequence id, and the one that is resumed at present."""
+    """Keeps the requests that have a listener, by sequence id, and the one that is resumed at present."""
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}

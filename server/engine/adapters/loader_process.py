@@ -4,7 +4,7 @@ A loader thread that computes in Python holds the GIL; if it loses its core mean
 wait for it. So loads are computed in processes that `server.engine.adapters.nursery` forks, which share what is
 imported before the engine loads its base. A thread of the engine only waits for the reply: a head, the packed adapter's
 buffer, and a frame that says what lies where in it. A process that ends or hangs in a load fails that load alone, and
-another one takes its place; only where none can be started does the thread load by itself.
+another one takes its place; only if none can be started does the thread load by itself.
 """
 
 from __future__ import annotations
