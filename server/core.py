@@ -66,11 +66,15 @@ class Logprobs(msgspec.Struct):
 
 
 class Sampled(msgspec.Struct):
-    """The result of a row: a token, or `error` (for example non-finite logits), which ends that sequence alone."""
+    """The result of a row: a token, or `error` (for example non-finite logits), which ends that sequence alone.
+
+    `is_internal` tells an error that the row's own values do not explain.
+    """
 
     token: int = -1
     logprobs: Logprobs | None = None
     error: str | None = None
+    is_internal: bool = False
 
 
 class RunnerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,11 +77,16 @@ class Engine(Generic[P]):
 
     def submit(self, submit: Submit) -> None:
         """Queue a sequence; if it cannot be served, its failure is among the next step's outputs."""
-        failure = self._refusal(submit)
-        if failure is not None:
+        try:
+            failure = self._refusal(submit)
+            sequence = Sequence.of(submit) if failure is None else None
+        except Exception:  # of this request alone: nothing is changed yet
+            log.exception("a request raised when it was queued", extra={"sequence": submit.sequence_id})
+            failure, sequence = INTERNAL, None
+        if sequence is None:
             self._outputs.append(Output(submit.sequence_id, failure=failure))
             return
-        sequence = self.sequences[submit.sequence_id] = Sequence.of(submit)
+        self.sequences[submit.sequence_id] = sequence
         self.adapters.use(sequence.digests)
         self.scheduler.add(sequence)
 
@@ -237,14 +242,23 @@ class Engine(Generic[P]):
             if failure is not None:
                 self._fail(sequence, failure)
                 continue
-            sequence.num_computed += num_tokens
-            self.pool.publish(sequence.table, sequence.tokens, sequence.num_computed)
-            if isinstance(result, Sampled):
-                self._append(sequence, result, now)
+            try:
+                self._advance(sequence, num_tokens, result, now)
+            except Exception:
+                log.exception("a sequence raised after its step", extra={"sequence": sequence.id})
+                self._fail(sequence, INTERNAL)
+
+    def _advance(self, sequence: Sequence, num_tokens: int, result: Result, now: float) -> None:
+        sequence.num_computed += num_tokens
+        self.pool.publish(sequence.table, sequence.tokens, sequence.num_computed)
+        if isinstance(result, Sampled):
+            self._append(sequence, result, now)
 
     @staticmethod
     def _row_failure(sequence: Sequence, result: Result) -> EngineFailure | None:
         if isinstance(result, Sampled) and result.error is not None:
+            if result.is_internal:
+                return EngineFailure("internal", result.error)
             digests = ", ".join(digest[:12] for digest in sequence.digests) or "none (the base)"
             return EngineFailure("nonfinite_logits", f"{result.error}; adapters: {digests}")
         return result if isinstance(result, EngineFailure) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -10,18 +11,31 @@ from torch import Tensor
 
 from server.core import Logprobs, Row, Sampled, Sampling
 
+log = logging.getLogger(__name__)
+
 NUM_CANDIDATES = 1024  # a sort of the whole vocabulary costs ten times a top-k of this size
 
 
 def sample(logits: Tensor, rows: list[Row], best_tokens: Callable[[Tensor], Tensor]) -> list[Sampled]:
-    """Choose one token per row from logits [R, vocabulary] in fp32; one that is not finite is an error of its row.
+    """Choose one token per row from logits [R, vocabulary] in fp32.
 
-    `best_tokens` is the backend's, see `Backend.best_tokens`.
+    What is not finite, or raises, is an error of its row alone: no other row is computed again for it. `best_tokens` is
+    the backend's, see `Backend.best_tokens`.
     """
-    return [
-        Sampled(error="the logits are not finite") if best < 0 else _sample_row(logits[index], row, best)
-        for index, (row, best) in enumerate(zip(rows, best_tokens(logits).tolist(), strict=True))
-    ]
+    best_of_rows = best_tokens(logits).tolist()
+    return [_guarded(logits[index], row, best_of_rows[index]) for index, row in enumerate(rows)]
+
+
+def _guarded(logits: Tensor, row: Row, best: int) -> Sampled:
+    if best < 0:
+        return Sampled(error="the logits are not finite")
+    try:
+        return _sample_row(logits, row, best)
+    except OverflowError as error:
+        return Sampled(error=str(error))
+    except Exception:
+        log.exception("a row raised in the sampler", extra={"sampling": str(row.sampling)})
+        return Sampled(error="the sampler failed on this request; the server's log says why", is_internal=True)
 
 
 def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:
@@ -35,7 +49,17 @@ def _choose(logits: Tensor, row: Row, sampling: Sampling, best: int, place: int)
     changed = penalise(logits, row, sampling)
     if sampling.temperature == 0:
         return best if changed is logits else int(changed.argmax())
-    return draw(changed / sampling.temperature, sampling, uniform(sampling.seed, place))
+    return draw(_divide(changed, sampling.temperature), sampling, uniform(sampling.seed, place))
+
+
+def _divide(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits [vocabulary] by the temperature, less a constant where they would be too large for fp32."""
+    scaled, best = logits / temperature, logits.max()
+    if torch.isfinite(best / temperature):
+        return scaled
+    if not torch.isfinite(best):
+        raise OverflowError("the logits are not finite after the penalties")
+    return (logits.double() - best.double()) / temperature
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,12 +1,16 @@
 import random
+from typing import Any
 
 import pytest
 
-from server.core import EngineFailure
-from server.model.fake import FakePacked
+from server.core import EngineFailure, Sampled
+from server.engine.engine import Engine
+from server.engine.sequence import Sequence
+from server.model.fake import FakePacked, FakeRunner
 from tests.server.engine.world import DIGEST_BYTES, EOS, World, digest_of, prompt_of
 
 PROMPT = [10, 11, 12, 13, 14]
+POISON = "499"  # a token, as it is written
 
 
 def code(world: World, name: str) -> str | None:
@@ -151,6 +155,31 @@ def test_step_that_raises_fails_only_who_raises_alone() -> None:
     world.run()
     assert code(world, poisoned) == "internal"
     assert all(world.is_right(name) for name in good)
+    world.assert_at_rest()
+
+
+@pytest.mark.parametrize("where", ["Sequence.of", "Engine._refusal", "Engine._append", "FakeRunner._sample"])
+def test_what_raises_for_one_sequence_ends_it_alone(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever raises beside the forward fails the sequence that it was done for; no other row runs again for it."""
+    world = World(vocab_size=499)
+    good = [world.submit([*PROMPT, at], max_tokens=9, ignore_eos=True) for at in range(3)]
+    kind, name = where.split(".")
+    owner: Any = {"Sequence": Sequence, "Engine": Engine, "FakeRunner": FakeRunner}[kind]
+    is_of_class, real = kind == "Sequence", getattr(owner, name)
+
+    def raises(*given: Any) -> Any:
+        if POISON in str(given):
+            if kind == "FakeRunner":
+                return Sampled(error="it failed", is_internal=True)
+            raise RuntimeError("it failed")
+        return real(*(given[1:] if is_of_class else given))
+
+    monkeypatch.setattr(owner, name, classmethod(raises) if is_of_class else raises)
+    bad = world.submit([*PROMPT, int(POISON)], max_tokens=9, ignore_eos=True)
+    world.run()
+    assert code(world, bad) == "internal"
+    assert all(world.is_right(one) for one in good)
+    assert len(world.runner.batches) <= 10
     world.assert_at_rest()
 
 

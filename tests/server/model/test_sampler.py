@@ -164,3 +164,50 @@ def test_a_forced_answer_is_scored() -> None:
     for sampled, place, token in ((first, 0, 5), (second, 1, 6)):
         assert sampled.logprobs is not None
         assert sampled.logprobs.chosen == pytest.approx(float(logits[place].log_softmax(-1)[token]))
+
+
+HOT: list[dict[str, Any]] = [
+    {},
+    {"top_k": 5},
+    {"top_p": 0.6},
+    {"min_p": 0.1},
+    {"top_k": 50, "top_p": 0.7, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30, 1e38])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-6, 1.0, 1e6])
+def test_finite_logits_are_sampled_at_any_temperature(scale: float, temperature: float) -> None:
+    """However large the logits and however small the temperature, a token is drawn, and a cold one is the best."""
+    logits = make_logits(len(HOT)).clamp(-3, 3) * scale
+    rows = [row(temperature=temperature, seed=at, **fields) for at, fields in enumerate(HOT)]
+    for index, found in enumerate(sample(logits, rows)):
+        assert found.error is None and 0 <= found.token < logits.shape[-1]
+        if scale / temperature > 1e9:
+            assert logits[index, found.token] == logits[index].max()
+
+
+def test_penalties_that_overflow_are_an_error_of_the_row() -> None:
+    """A row whose logits are not finite after its penalties says so; its neighbour is answered."""
+    logits = torch.full((2, 8), 3e38)
+    rows = [row(temperature=1.0, repetition_penalty=0.01), row(temperature=1.0)]
+    found = sample(logits, rows)
+    assert found[0].error == "the logits are not finite after the penalties" and not found[0].is_internal
+    assert found[1].error is None
+
+
+def test_a_row_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever raises for one row is that row's error; the others get what they get without it."""
+    logits = make_logits(3)
+    rows = [row(temperature=1.0, seed=at) for at in range(3)]
+    alone = sample(logits, rows)
+
+    def raises(logits: Tensor, sampling: Sampling, chance: float) -> int:
+        if sampling.seed == 1:
+            raise RuntimeError("no token")
+        return draw(logits, sampling, chance)
+
+    monkeypatch.setattr("server.model.sampler.draw", raises)
+    found = sample(logits, rows)
+    assert found[1].is_internal and found[1].error
+    assert [found[0], found[2]] == [alone[0], alone[2]]
