@@ -29,7 +29,7 @@ from server.requests.usage import UsageBuffer
 from server.requests.version_stats import Recent
 from server.settings import Settings
 from server.state import ServerState
-from server.together import together
+from server.together import for_ever, together
 from server.uploads.preload import TreeImport
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
@@ -94,10 +94,10 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     state = _assemble(settings, engine, registry, blobs, tokenizer, metrics, fingerprint)
     stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
     await state.revalidation.find_unvalidated()
-    await stack.enter_async_context(_in_background(state.usage.keep_flushing(registry)))
+    await stack.enter_async_context(_in_background(state.usage.keep_flushing(registry), "the writer of usage"))
     await stack.enter_async_context(state.imports.running(settings.import_))
     await state.retention.sync_pinned()
-    await stack.enter_async_context(_in_background(state.revalidation.validate_all()))
+    await stack.enter_async_context(_in_background(state.revalidation.validate_all(), "the validation of artifacts"))
     return state
 
 
@@ -147,9 +147,9 @@ def _open_store(settings: Settings, registry: Registry) -> Blobs:
 
 
 @asynccontextmanager
-async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def _in_background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
     """Run the work while the block runs, and cancel it at the end."""
-    task = asyncio.create_task(work)
+    task = for_ever(work, name)
     try:
         yield
     finally:

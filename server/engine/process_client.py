@@ -42,6 +42,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
+from server.together import for_ever
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class ProcessEngineClient:
 
     async def _start(self) -> None:
         life = await self._begin()
-        self._keeper = asyncio.create_task(self._keep(life), name="engine keeper")
+        self._keeper = for_ever(self._keep(life), "the keeper of the engine")
 
     async def close(self) -> None:
         """End the engine process and the task that restarts it; both are gone on return."""
@@ -175,8 +176,7 @@ class ProcessEngineClient:
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper
+            await asyncio.gather(keeper, return_exceptions=True)
         if self._life is not None:  # the keeper was cancelled before its first step
             await self._drop(self._life)
         self.last_error = "the engine is closed"

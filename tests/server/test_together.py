@@ -1,12 +1,14 @@
-"""Coroutines that run together end together."""
+"""Coroutines that run together end together, and none that the server needs ends unseen."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
+from collections.abc import Iterator
 
 import pytest
 
-from server.together import together
+from server.together import for_ever, together
 
 pytestmark = pytest.mark.anyio
 
@@ -34,3 +36,28 @@ async def test_the_first_failure_ends_the_others() -> None:
     with pytest.raises(KeyError):
         await together(wait(), fail())
     assert is_cancelled.is_set()
+
+
+@pytest.fixture
+def signals() -> Iterator[list[int]]:
+    """The signals that this process was told to end by."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
+    yield heard
+    signal.signal(signal.SIGTERM, before)
+
+
+async def test_a_task_that_must_not_end_tells_the_process(signals: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """A task that fails ends the process with its reason in the log; one that ends or is cancelled does not."""
+
+    async def fail() -> None:
+        raise KeyError("the reason")
+
+    await for_ever(asyncio.sleep(0), "a task that ends")
+    cancelled = for_ever(asyncio.sleep(60), "a task that is cancelled")
+    cancelled.cancel()
+    await asyncio.gather(cancelled, return_exceptions=True)
+    assert not signals
+    await asyncio.gather(for_ever(fail(), "the task"), return_exceptions=True)
+    assert signals == [signal.SIGTERM]
+    assert "the task failed; the server ends" in caplog.text and "the reason" in caplog.text
