@@ -18,7 +18,7 @@ from adapters_store.storage.bucket import open_blobs
 from adapters_store.storage.directory import Blobs
 from server.api import adapters, generate, health, openai, tasks, tenants
 from server.api.middleware import HANDLERS, RequestLog
-from server.engine.client import EngineClient
+from server.engine.client import EngineClient, require_ready
 from server.engine.process_client import ProcessEngineClient
 from server.metrics import Metrics
 from server.requests.auth import Callers
@@ -90,7 +90,9 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
         lambda: getattr(engine, "pid", None),
         lambda: None if engine.ready is None else engine.ready.forward,
     )
-    fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device)
+    forward = require_ready(engine).forward
+    rotary = "" if forward is None else forward.rotary
+    fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device, rotary)
     state = _assemble(settings, engine, registry, blobs, tokenizer, metrics, fingerprint)
     stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
     await state.revalidation.find_unvalidated()

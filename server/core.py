@@ -126,7 +126,8 @@ class ForwardReport(msgspec.Struct, frozen=True, kw_only=True):
 
     `is_whole_decoder` says that all layers are one call of the backend, `is_direct` that the forward calls the
     embedding, the layers and the head itself, without transformers' code between them. A part that is not fused is
-    computed by transformers' own module, which is right and slower.
+    computed by transformers' own module, which is right and slower. `rotary` names the rotary factors that were
+    chosen by the longest sequence that is served, if they change with length (see `rotary_choice`).
     """
 
     backend: str
@@ -138,6 +139,7 @@ class ForwardReport(msgspec.Struct, frozen=True, kw_only=True):
     norms: FusedCount
     is_whole_decoder: bool
     is_direct: bool
+    rotary: str = ""
 
     @property
     def is_fastest(self) -> bool:

@@ -13,7 +13,9 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from adapters_store.base.resolve import SMOLLM2, default_cache
+from adapters_store.base.cache import default_cache
+from adapters_store.base.resolve import SMOLLM2
+from adapters_store.cores import num_cores
 from server.core import RunnerConfig
 from server.engine.messages import EngineConfig
 
@@ -22,10 +24,6 @@ PREFIX = "MANYHATS_"
 
 class SettingsError(Exception):
     """A setting that cannot be meant; the sentence says which and what to do."""
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default(config: type[msgspec.Struct], name: str) -> Any:
@@ -46,7 +44,7 @@ class Settings(BaseSettings):
     registry: str | None = Field(
         None, description="database URL of the registry (postgresql://…); SQLite in DATA if not given"
     )
-    cache: Path = Field(default_factory=default_cache, description="folder of converted bases")
+    cache: Path = Field(default_factory=default_cache, description="folder of bases and compiled kernels")
     import_: Path | None = Field(
         None, validation_alias="MANYHATS_IMPORT", description="folder of PEFT folders to take in at start, a task each"
     )
@@ -65,7 +63,7 @@ class Settings(BaseSettings):
         _default(RunnerConfig, "cuda_graphs"),
         description="replay decode steps without an active adapter as CUDA graphs (not run on a GPU yet)",
     )
-    num_threads: int = Field(default_factory=_num_cores, ge=1, description="threads of the engine")
+    num_threads: int = Field(default_factory=num_cores, ge=1, description="threads of the engine")
     kv_cache_bytes: ByteSize = Field(ByteSize(_default(RunnerConfig, "kv_cache_bytes")), description="for the KV cache")
     block_size: int = Field(
         _default(RunnerConfig, "block_size"), ge=4, le=256, multiple_of=4, description="positions a KV block"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,19 +12,22 @@ import torch
 
 from adapters_store.base import identity, resolve
 from adapters_store.base.describe import describe, end_token_ids
+from adapters_store.base.rotary import fix_rotary, rotary_choice
 from adapters_store.base.spec import BaseSpec
+from adapters_store.cores import num_cores
 from adapters_store.format.manifest import BaseRef
 from training.errors import BaseError, OptionError
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base; `name` is as the user wrote it."""
+    """A loaded base; `name` is as the user wrote it, `rotary` the choice of factors that change with length, if any."""
 
     name: str
     folder: Path
     tokenizer: Any
     model: Any
+    rotary: str = ""
 
     @cached_property
     def spec(self) -> BaseSpec:
@@ -52,19 +55,35 @@ class Base:
         return BaseRef(self.name, self.identity.identity, self.identity.weights)
 
 
-def load_base(name: str, device: str, cache: Path | None, say: Callable[[str], None]) -> Base:
-    """Load a base, fetching it if need be. Raises `BaseError`, and `OptionError` for a device that is not there."""
+def load_base(
+    name: str, device: str, cache: Path | None, say: Callable[[str], None], max_tokens: Sequence[int] = (1024,)
+) -> Base:
+    """Load a base, fetching it if need be. Raises `BaseError`, and `OptionError` for a device that is not there.
+
+    Rotary factors that change with length are those of `max_tokens`, of the longest row of each job. Raises
+    `OptionError` if jobs need different ones.
+    """
+    if num_cores() < torch.get_num_threads():  # it asks for no CPU quota itself
+        torch.set_num_threads(num_cores())
     try:
-        folder = resolve.resolve_base(name, cache or resolve.default_cache(), say)
+        folder = resolve.resolve_base(name, cache, say)
         tokenizer, model = _load(folder)
     except identity.BaseUnavailableError as error:
         raise BaseError(str(error)) from error
     try:
-        base = Base(name, folder, tokenizer, model.to(device).eval().requires_grad_(False))
+        model = model.to(device).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    base = Base(name, folder, tokenizer, model, _fix_rotary(model, max_tokens))
     base.spec, base.num_parameters  # noqa: B018 - while the model is as it was loaded
     return base
+
+
+@torch.no_grad()
+def _fix_rotary(model: Any, max_tokens: Sequence[int]) -> str:
+    if len(choices := {rotary_choice(model, each) for each in max_tokens}) > 1:
+        raise OptionError(f"--max-length chooses different factors of rotary embeddings: {', '.join(sorted(choices))}.")
+    return fix_rotary(model, max_tokens[0])
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

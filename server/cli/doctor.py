@@ -177,23 +177,20 @@ def _kernels(report: Report, settings: Settings | None) -> Section:
     """Tell whether the kernels of the chosen precision are compiled, and in which folder."""
     from server.model.backends.kernel_cache import find_cache
 
-    cache, precision = find_cache(), "auto" if settings is None else settings.precision
+    cache = find_cache(None if settings is None else settings.cache)
+    precision = "auto" if settings is None else settings.precision
     if cache.refused is not None:
         instead = "compiled again at each start" if cache.folder is None else f"kept in {cache.folder} meanwhile"
         what = f"compiled kernels cannot be kept in {cache.refused}, which cannot be written: they are {instead}"
-        report.fault(what, "make that folder writable, or set HOME to a folder that is")
+        report.fault(what, "make that folder writable, or name one that is with --cache")
     return {"folder": cache.folder, "precision": precision, "are_compiled": cache.is_complete(precision)}
 
 
 def _caches(settings: Settings | None) -> Section:
-    from adapters_store.base.resolve import default_cache
+    from adapters_store.base.cache import default_cache
 
-    bases = (default_cache() if settings is None else settings.cache) / "bases"
-    kernels = default_cache() / "kernels"
-    return {
-        "bases": {"folder": bases, "bytes": _num_bytes(bases)},
-        "kernels": {"folder": kernels, "bytes": _num_bytes(kernels)},
-    }
+    cache = default_cache() if settings is None else settings.cache
+    return {part: {"folder": cache / part, "bytes": _num_bytes(cache / part)} for part in ("bases", "kernels")}
 
 
 def _num_bytes(folder: Path) -> int:
@@ -225,14 +222,16 @@ def _base_folder(settings: Settings) -> Path | None:
     folder = ours if settings.base == SMOLLM2 else Path(settings.base).expanduser()
     if (folder / "config.json").is_file():
         return folder
-    return _hub_folder(settings.base) if settings.base.count("/") == 1 else None
+    return _hub_folder(settings) if settings.base.count("/") == 1 else None
 
 
-def _hub_folder(name: str) -> Path | None:
+def _hub_folder(settings: Settings) -> Path | None:
     """The folder of a base that was fetched from the hub earlier."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
+    from adapters_store.base.resolve import hub_cache
+
+    found = try_to_load_from_cache(settings.base, "config.json", cache_dir=hub_cache(settings.cache))
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from selectors import EVENT_READ, DefaultSelector
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from adapters_store.cores import num_cores
 from server.model.backends.kernel_cache import KernelCache, find_cache
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def compile_kernels(precision: str, console: Console, cache: KernelCache | None 
         console.print(_warn(cache), style="yellow", markup=False, highlight=False, soft_wrap=True)
     if cache.folder is None or cache.is_complete(precision):
         return
-    compilation = Compilation(precision, _num_cores())
+    compilation = Compilation(precision, num_cores())
     try:
         with _shown(console) as on_change:
             compilation.run(on_change)
@@ -150,12 +150,9 @@ class _Lines:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 if __name__ == "__main__":  # for an image that is built with its kernels, and for tests
     precisions = sys.argv[1:] or ["auto"]
     for each in precisions:
         compile_kernels(each, Console(stderr=True))
-    sys.exit(0 if all(find_cache().is_complete(each) for each in precisions) else 1)
+    found = find_cache()
+    sys.exit(0 if found.folder is None or all(map(found.is_complete, precisions)) else 1)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 
+from adapters_store.base.cache import VARIABLE
 from adapters_store.base.identity import BaseUnavailableError
 from adapters_store.base.resolve import resolve_base
 from server import listen, logs, process_memory
@@ -95,6 +97,7 @@ def serve(**flags: Any) -> None:
     began, console = time.monotonic(), Console(stderr=True)
     settings = _settings(flags, console)
     logs.install(settings.log_level)
+    os.environ[VARIABLE] = str(settings.cache)  # for the engine and its helpers, which load kernels from there
     with contextlib.ExitStack() as stack:
         try:
             sockets = [stack.enter_context(listener) for listener in listen.bind(settings.host, settings.port)]

@@ -12,12 +12,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters_store.base.describe import describe, end_token_ids, linears
 from adapters_store.base.identity import base_identity
+from adapters_store.base.rotary import fix_rotary
 from adapters_store.base.spec import BaseSpec, KVShape
 from server import process_memory
 from server.core import ForwardReport
@@ -31,14 +33,13 @@ from server.model.instrument.fuser import CallRecorder, LayerFuser
 from server.model.instrument.hooks import SiteHooks
 from server.model.instrument.linear import AdapterLinear
 from server.model.instrument.report import report_forward
-from server.model.instrument.rotary import fix_rotary
 from server.model.instrument.whole_decoder import DirectForward
 from server.model.slots.slots import AdapterSlots
 from server.model.verify import REFERENCE_TOKENS, Forward, ReferenceCheck, starts_at_borders
 
 log = logging.getLogger(__name__)
 FIXED = (
-    "rotary factors that change with length (%s) are fixed to those of %d tokens, the longest sequence that is served; "
+    "rotary factors that change with length are fixed to those of the longest sequence that is served (%s, for %d); "
     "a shorter --max-sequence-tokens chooses those of shorter sequences"
 )
 
@@ -79,9 +80,12 @@ def load_base(
     _round(model, backend)
     with torch.inference_mode():
         max_tokens = max(1, min(spec.max_positions, max_tokens_of(spec)))
-        if kinds := fix_rotary(model, max_tokens):
-            log.warning(FIXED, ", ".join(sorted(kinds)), max_tokens)
+        with _foreign(spec.architecture):
+            rotary = fix_rotary(model, max_tokens)
+        if rotary:
+            log.warning(FIXED, rotary, max_tokens)
         base = _instrument(model, spec, backend, max_tokens)
+        base.report = msgspec.structs.replace(base.report, rotary=rotary)
         _release_files(model)
         return base
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from adapters_store.base.identity import stamp_of
-from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ParityError, ProbeError
+from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ParityError, ProbeError, WrongBaseError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.format.manifest import ParityCase
 from adapters_store.methods.compile import Room, compile_patch
@@ -151,9 +151,12 @@ def _facts(artifact: Artifact, patch: Patch) -> Facts:
     )
 
 
-def compute_validation_fingerprint(base: Path, precision: str, device: str) -> str:
-    """Hash of all that a validation holds for: the base's files, precision, device, and the version of these checks."""
-    said = [version("manyhats"), CHECKS, precision, device, stamp_of(base)]
+def compute_validation_fingerprint(base: Path, precision: str, device: str, rotary: str = "") -> str:
+    """Hash of all that a validation holds for: the base's files, precision, device, and the version of these checks.
+
+    `rotary` names the factors that the longest sequence chose (see `rotary_choice`).
+    """
+    said = [version("manyhats"), CHECKS, precision, device, rotary, stamp_of(base)]
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
@@ -170,7 +173,8 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
         raise ArtifactError(f"the tensor {unused[0]} would act nowhere in {ready.spec.name}", unused[0])
     _check_virtual(patch, ready)
     _check_ends(artifact, ready)
-    idle = _idle_sites(patch, ready)
+    _check_rotary(artifact, ready)
+    idle = _idle_sites(artifact, patch, ready)
     count, is_named = len(artifact.tensors), artifact.manifest is not None
     checks: dict[str, tuple[float | str, str]] = {
         "form": (count, f"{count} tensors, {artifact.num_bytes} bytes"),
@@ -187,10 +191,12 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
     return artifact, patch, [check(name, figure, detail) for name, (figure, detail) in checks.items()]
 
 
-def _idle_sites(patch: Patch, ready: Ready) -> list[str]:
+def _idle_sites(artifact: Artifact, patch: Patch, ready: Ready) -> list[str]:
     """Return the sites of primitives that change nothing. Raises `ArtifactError` if none changes anything."""
     is_halved = ready.largest_value <= torch.finfo(torch.float16).max
-    idle = [primitive.site for primitive in idle_primitives(patch, torch.float16 if is_halved else torch.float32)]
+    item_dtype = torch.float16 if is_halved else torch.float32
+    file_dtype = max((tensor.dtype for tensor in artifact.tensors.values()), key=lambda kind: torch.finfo(kind).eps)
+    idle = [primitive.site for primitive in idle_primitives(patch, item_dtype, file_dtype)]
     if idle and len(idle) == len(patch.primitives):
         raise ArtifactError(
             f"the adapter changes nothing: at {idle[0]} and all its other sites it leaves every input as it is, as an "
@@ -211,6 +217,18 @@ def _applied(traced: Artifact, patch: Patch, idle: list[str]) -> str:
 def check(name: str, figure: float | str, detail: str, **more: Any) -> Check:
     """Write a check that was passed as the answer to an upload shows it."""
     return {"name": name, "ok": True, "figure": figure, "detail": detail, **more}
+
+
+def _check_rotary(artifact: Artifact, ready: Ready) -> None:
+    """Raise `WrongBaseError` if the trainer's base had other rotary factors than those that are served."""
+    theirs = "" if artifact.manifest is None else artifact.manifest.rotary
+    ours = "" if ready.forward is None else ready.forward.rotary
+    if theirs and ours and theirs != ours:
+        raise WrongBaseError(
+            f"the adapter was trained with the base's rotary factors {theirs}, and this server has {ours}: choose the "
+            "same by --max-sequence-tokens (and --kv-cache-bytes) here, or by --max-length of the training",
+            "rotary",
+        )
 
 
 def _check_virtual(patch: Patch, ready: Ready) -> None:

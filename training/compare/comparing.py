@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from adapters_store.cores import num_cores
 from adapters_store.format.folder import MANIFEST
 from training.compare import serving
 from training.compare.plot import draw
@@ -168,4 +168,4 @@ def _machine() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.machine()
-    return f"{os.cpu_count()} cores, {name}"
+    return f"{num_cores()} cores, {name}"

@@ -97,7 +97,7 @@ def run_jobs(
     """
     options = _check(jobs, processes)
     first = jobs[0].job
-    base = load_base(first.base, first.device, first.cache, display.say)
+    base = load_base(first.base, first.device, first.cache, display.say, [each.job.max_length for each in jobs])
     shared = SharedBase(base, compute_dtype(first.precision, base.model.device))
     return _Batch(base, shared, display, processes, on_done).run(jobs, options)
 

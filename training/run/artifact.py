@@ -41,6 +41,7 @@ def write_artifact(
         base=base.ref,
         prompt_format=None if data.train.is_chat else job.template.prompt_format(),
         ends=[base.tokenizer.eos_token_id],
+        rotary=base.rotary,
         parity=parity(adapter.model, data.held_rows, data.train_rows, base.ends),
         training=dict(training),
         evaluation=dict(evaluation),

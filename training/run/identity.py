@@ -19,6 +19,7 @@ def run_identity(job: Job, options: MethodOptions, base: Base, data: TrainingDat
         "--method": job.method,
         **{flag(name): value for name, value in chosen.items()},
         "the base": base.identity.identity,
+        "the base's rotary factors": base.rotary,
         "--data": data.train.digest,
         "--eval": data.held.digest,
         "--template": dataclasses.asdict(job.template),

@@ -47,7 +47,7 @@ def run_job(job: Job, display: ProgressDisplay, processes: Processes, before: Sc
     """
     options = check(job)
     # Load and read.
-    base = load_base(job.base, processes.device(job.device), job.cache, display.say)
+    base = load_base(job.base, processes.device(job.device), job.cache, display.say, [job.max_length])
     data = read_training_data(job, base, job.plan.seed)
     identity = run_identity(job, options, base, data)
     checkpoint = Checkpoint(job.out, identity)
@@ -83,6 +83,6 @@ def run_job(job: Job, display: ProgressDisplay, processes: Processes, before: Sc
 
 def score_base(job: Job, display: ProgressDisplay, processes: Processes) -> Scores:
     """Score the base alone: the `before` of every job on these rows and this base. Raises `TrainingError`."""
-    base = load_base(job.base, processes.device(job.device), job.cache, display.say)
+    base = load_base(job.base, processes.device(job.device), job.cache, display.say, [job.max_length])
     data = read_training_data(job, base, job.plan.seed)
     return score(base.model, suite_of(data, base, job.num_answers), display.bar, SCORING_BASE)

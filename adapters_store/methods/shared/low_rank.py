@@ -12,6 +12,8 @@ from adapters_store.base.weights import base_weight
 from adapters_store.methods.shared.expect import finite
 from adapters_store.primitives import Bias, LowRank, Primitive, Scale
 
+MIN_ROUNDING = 1e-5  # relative: what a decomposition or a norm in fp32 is off by on another machine
+
 
 @dataclass(frozen=True)
 class LowRankUpdate:
@@ -37,6 +39,7 @@ def compile_low_rank(update: LowRankUpdate, spec: BaseSpec) -> list[Primitive]:
     site, v, b, primitives = update.site, None, update.b, list[Primitive]()
     if update.magnitude is not None:
         v = finite(update.magnitude.float() / _norms(update, spec), f"{site}.lora_magnitude_vector")
+        v = torch.where((v - 1).abs() < MIN_ROUNDING, 1.0, v)  # or rounding would give the base's bias another
         b = finite(v[:, None] * b, f"{site}.lora_B")
         primitives.append(Scale(site, v))
     if len(update.a):  # AdaLoRA prunes some sites to rank 0

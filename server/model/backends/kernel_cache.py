@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from adapters_store.base.resolve import default_cache
+from adapters_store.base.cache import default_cache, writable
 
 HERE = Path(__file__).parent
 KERNELS = (
@@ -67,36 +65,10 @@ def build_key() -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def find_cache(base: Path | None = None) -> KernelCache:
-    """The folder for these sources below `base`, by default the user's cache.
-
-    If that cannot be written it is a folder of this user's alone in the temporary folder, which may go at a reboot.
-    """
-    usual = (base or default_cache()) / "kernels" / digest()
-    if is_writable(usual):
-        return KernelCache(usual)
-    spare = Path(tempfile.gettempdir()) / f"manyhats-kernels-{os.getuid()}" / digest()
-    return KernelCache(spare if _is_private(spare.parent) and is_writable(spare) else None, usual)
-
-
-def is_writable(folder: Path) -> bool:
-    """Make a folder, if it is not there, and tell whether a file can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
-
-
-def _is_private(folder: Path) -> bool:
-    """Make a folder of this user's alone, or tell that it is another's: what lies there is loaded as code."""
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        return found.st_uid == os.getuid() and found.st_mode & 0o777 == 0o700 and not folder.is_symlink()
-    except OSError:
-        return False
+def find_cache(cache: Path | None = None) -> KernelCache:
+    """The folder for these sources below `cache`, by default the user's, or in the temporary folder: see `writable`."""
+    found = writable(cache or default_cache(), f"kernels/{digest()}")
+    return KernelCache(found.folder, found.refused)
 
 
 def _cpu() -> Iterator[str]:

@@ -10,10 +10,10 @@ from torch import Tensor
 from server.model.attention.paged_batch import PagedBatch
 from server.model.backends.base import DecoderLayer, WholeDecoder
 from server.model.instrument.layers import Attention, GatedMLP, RMSNorm
-from server.model.instrument.rotary import STEADY
 from server.model.row_adapters import SiteGroup
 from server.model.slots.slots import AdapterSlots
 
+STEADY = {"default", "linear", "llama3", "yarn", "proportional"}  # rotary kinds whose factors no length changes
 KNOWN = 8192  # positions whose cosines and sines are kept: 4 MiB of SmolLM2
 
 

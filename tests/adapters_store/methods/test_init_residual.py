@@ -17,8 +17,10 @@ from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared import init_residual
-from adapters_store.primitives import LowRank
+from adapters_store.methods.shared.idle import idle_primitives
+from adapters_store.primitives import Bias, LowRank
 from tests.kit import reference
+from tests.kit.adapters import make_peft
 from tests.kit.families import loras
 from tests.kit.forge import spec_of
 from tests.kit.like_peft import TOKENS, assert_answers_as_peft, changed
@@ -126,3 +128,39 @@ def test_olora_on_conv1d_is_refused(tiny_of: TinyOf, tmp_path: Path) -> None:
     artifact = read_folder(loras.make(tmp_path / "hat", base, loras.config(target_modules=["attn.c_proj"])))
     with pytest.raises(ArtifactError, match=r"olora on Conv1D is not served: save with path_initial_model"):
         compile_patch(replace(artifact, config={**artifact.config, "init_lora_weights": "olora"}), spec_of(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"init_lora_weights": "pissa"}),
+        ("gpt2", {"init_lora_weights": "pissa", "target_modules": ["c_attn", "c_fc"]}),
+        ("llama", {"init_lora_weights": "olora", "lora_alpha": 6}),
+        ("qwen2", {"init_lora_weights": "OLoRA", "r": 1}),
+        ("llama", {"use_dora": True}),
+        ("qwen2", {"use_dora": True, "target_modules": ["q_proj"]}),  # which has biases
+    ],
+)
+def test_what_rounding_leaves_of_nothing_is_idle(
+    tiny_of: TinyOf, tmp_path: Path, kind: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Saved before training, in any precision, an adapter that is a difference is found idle; trained a little, not."""
+    config = loras.config(**{"target_modules": ["v_proj", "down_proj"], **options})
+    folder = make_peft(tmp_path / "hat", tiny_of(kind), config, 0, lambda _name, value, _: value)
+    spec, artifact = spec_of(tiny_of(kind)), read_folder(folder)
+    half = torch.finfo(dtype).eps / 2  # of a number's size
+    saved = {name: (tensor * (1 + half / 8)).to(dtype) for name, tensor in artifact.tensors.items()}
+    patch = compile_patch(changed(artifact, {}, saved), spec)
+    item_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    idle = idle_primitives(patch, item_dtype, dtype)
+    if dtype == torch.float32:
+        assert idle == list(patch.primitives)
+    else:  # a base's bias, times what fewer bits make of a magnitude, stays
+        assert idle == [one for one in patch.primitives if not isinstance(one, Bias)]
+    generator = torch.Generator().manual_seed(1)
+    noise = {
+        n: torch.randn(t.shape, generator=generator) * t.std().clamp(min=0.01) for n, t in artifact.tensors.items()
+    }
+    trained = {name: (tensor + 0.05 * noise[name]).to(dtype) for name, tensor in artifact.tensors.items()}
+    assert idle_primitives(compile_patch(changed(artifact, {}, trained), spec), item_dtype, dtype) == []

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from adapters_store.base import cache as caches
 from server.cli import doctor as room
 from server.cli.doctor import doctor, examine
 from server.model.backends import kernel_cache
@@ -88,14 +89,14 @@ def _unwritable(*folders: str) -> Callable[[Path], bool]:
 
 def test_no_write_access(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder that cannot be written is named, with where kernels are kept instead."""
-    monkeypatch.setattr(kernel_cache, "is_writable", _unwritable(".cache"))
+    monkeypatch.setattr(caches, "is_writable", _unwritable(".cache"))
     assert "home/.cache/manyhats/kernels" in only_fault(tiny_base).what
     assert "kept in" in only_fault(tiny_base).what
 
 
 def test_no_folder_for_compiled_kernels(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no folder can be written at all, that is said."""
-    monkeypatch.setattr(kernel_cache, "is_writable", lambda _folder: False)
+    monkeypatch.setattr(caches, "is_writable", lambda _folder: False)
     assert "compiled again at each start" in only_fault(tiny_base).what
     assert examine(str(tiny_base)).sections["kernels"]["folder"] is None
 

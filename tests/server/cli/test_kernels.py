@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from adapters_store.base import cache as caches
 from server.cli import kernels
 from server.cli.kernels import PARTS, Compilation, CompilerError, compile_kernels
 from server.model.backends import compile_cpu as compiler
@@ -113,21 +114,21 @@ def test_compilers_end_with_us(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cache that cannot be written is named in a warning; kernels are kept in a folder of the user's meanwhile."""
-    real = kernel_cache.is_writable
-    monkeypatch.setattr(kernel_cache, "is_writable", lambda folder: "home" not in str(folder) and real(folder))
+    real = caches.is_writable
+    monkeypatch.setattr(caches, "is_writable", lambda folder: "home" not in str(folder) and real(folder))
     first, second = said_by(), said_by()
     assert f"warning: compiled kernels cannot be kept in {tmp_path / 'home' / '.cache'}" in first
-    assert f"they are kept in {tmp_path}/manyhats-kernels-" in first and "parts left" in first
+    assert f"they are kept in {tmp_path}/manyhats-{os.getuid()}/kernels" in first and "parts left" in first
     assert second.startswith("warning:") and second.count("\n") == 1
-    monkeypatch.setattr(kernel_cache, "is_writable", lambda _folder: False)
+    monkeypatch.setattr(caches, "is_writable", lambda _folder: False)
     assert "each start compiles them again" in said_by() and find_cache().folder is None
 
 
 def test_a_temporary_folder_of_somebody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A folder that others may write is not taken: compiled kernels are loaded as code."""
-    real = kernel_cache.is_writable
-    monkeypatch.setattr(kernel_cache, "is_writable", lambda folder: "home" not in str(folder) and real(folder))
-    spare = tmp_path / f"manyhats-kernels-{os.getuid()}"
+    real = caches.is_writable
+    monkeypatch.setattr(caches, "is_writable", lambda folder: "home" not in str(folder) and real(folder))
+    spare = tmp_path / f"manyhats-{os.getuid()}"
     spare.mkdir(mode=0o777)
     spare.chmod(0o777)
     assert find_cache().folder is None

@@ -71,9 +71,10 @@ async def test_another_base_is_another_ground(tiny_base: Path, tmp_path: Path) -
         validation.compute_validation_fingerprint(base, "int8", "cpu"),
     ]
     grounds.append(validation.compute_validation_fingerprint(base, "fp32", "cuda"))
+    grounds.append(validation.compute_validation_fingerprint(base, "fp32", "cpu", "longrope over 4096 tokens"))
     (base / "model.safetensors").touch()
     grounds.append(validation.compute_validation_fingerprint(base, "fp32", "cpu"))
-    assert len(set(grounds)) == 4 and grounds[-1] == validation.compute_validation_fingerprint(base, "fp32", "cpu")
+    assert len(set(grounds)) == 5 and grounds[-1] == validation.compute_validation_fingerprint(base, "fp32", "cpu")
 
 
 async def test_what_fails_under_the_new_base_is_quarantined(

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters_store.errors import ArtifactError
-from adapters_store.format.folder import MANIFEST, WEIGHTS, read_folder
-from adapters_store.format.manifest import ParityCase
+from adapters_store.errors import ArtifactError, WrongBaseError
+from adapters_store.format.folder import MANIFEST, WEIGHTS, read_folder, write_folder
+from adapters_store.format.manifest import BaseRef, Manifest, ParityCase
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
-from server.core import EngineFailure, Logprobs
+from server.core import EngineFailure, ForwardReport, FusedCount, Logprobs
 from server.engine.client import require_ready
 from server.uploads import parity, validation
 from server.uploads.preload import TreeImport
@@ -225,6 +225,32 @@ def test_what_repeats_the_base_is_counted_apart(tiny_base: Path, tmp_path: Path)
     _, _, checks = validation.check_folder(ready_of(tiny_base), folder)
     (applied,) = [check for check in checks if check["name"] == "applied"]
     assert applied["detail"] == "4 of 5 tensors act in 2 primitives, the others repeat the base or one another"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "is_taken"), [("longrope over 48 tokens", True), ("longrope up to 48 tokens", False)]
+)
+def test_other_rotary_factors_are_refused(
+    tiny_base: Path, loras: list[Path], tmp_path: Path, theirs: str, is_taken: bool
+) -> None:
+    """An adapter whose trainer chose other factors of long sequences is refused by their names, before it is probed."""
+    ready = ready_of(tiny_base)
+    report = ForwardReport(
+        backend="cpu", precision="fp32", num_threads=1, num_layers=2, attentions=FusedCount(),
+        gated_blocks=FusedCount(), norms=FusedCount(), is_whole_decoder=True, is_direct=True,
+        rotary="longrope over 48 tokens",
+    )  # fmt: skip
+    ready = msgspec.structs.replace(ready, forward=report)
+    base = BaseRef("tiny", ready.spec.identity, "b" * 64)
+    manifest, config = Manifest(1, "lora", base, rotary=theirs), read_folder(loras[0]).config
+    write_folder(tmp_path / "hat", config, (loras[0] / WEIGHTS).read_bytes(), manifest)
+    if is_taken:
+        validation.check_folder(ready, tmp_path / "hat")
+    else:
+        with pytest.raises(
+            WrongBaseError, match=r"trained with .* longrope up to 48 tokens, .* has longrope over 48 tokens"
+        ):
+            validation.check_folder(ready, tmp_path / "hat")
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import training.base
+from adapters_store.base.rotary import fix_rotary
 from server.core import Row, RunnerConfig, Sampling
 from server.model import load as loading
 from server.model.errors import UnsupportedBaseError
-from server.model.instrument.rotary import fix_rotary
 from server.model.runner import Loaded, load
 from tests.kit.tiny import make_tiny_base
+from training.errors import OptionError
 
 BORDER, LONGEST, BLOCK = 48, 192, 16
 HALF = 8  # dimensions of a head of the tiny bases, halved
@@ -109,7 +111,7 @@ def test_the_answers_are_transformers_own(base: tuple[str, Path]) -> None:
     kind, folder = base
     loaded, stock = load_one(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     longest = loaded.max_sequence_tokens
-    assert fix_rotary(stock, longest) == ({kind} & CHANGING)
+    assert fix_rotary(stock, longest).split(" ")[0] == (kind if kind in CHANGING else "")
     for length in (20, longest - 1):
         tokens = prompt(length, 3)
         with torch.inference_mode():
@@ -130,12 +132,35 @@ def test_the_longest_sequence_chooses_the_factors(tmp_path: Path, model_type: st
     assert not torch.allclose(run(long, tokens)[0], wanted, atol=2e-2)
 
 
+def test_a_trainer_has_the_same_factors(base: tuple[str, Path]) -> None:
+    """A trainer's base has the logits of the server's for rows on either side of the border, and names its choice."""
+    kind, folder = base
+    for max_tokens in (BORDER, None):
+        served = load_one(folder, max_tokens)
+        longest = served.max_sequence_tokens
+        trained = training.base.load_base(str(folder), "cpu", None, lambda _line: None, [longest])
+        assert trained.rotary == served.forward.rotary
+        assert bool(trained.rotary) == (kind in CHANGING)
+        for length in (20, longest - 1):
+            tokens = prompt(length, 5)
+            with torch.inference_mode():
+                logits = trained.model(torch.tensor([tokens])).logits[0, -1]
+            torch.testing.assert_close(run(served, tokens)[0], logits, atol=2e-3, rtol=2e-3)
+
+
+def test_jobs_that_choose_different_factors_cannot_share_a_base(tmp_path: Path) -> None:
+    """Jobs with rows on either side of a border are refused together; each of them alone has its own factors."""
+    folder = str(make_base(tmp_path / "base", "longrope", "llama"))
+    with pytest.raises(OptionError, match=f"longrope over {BORDER} tokens, longrope up to {BORDER} tokens"):
+        training.base.load_base(folder, "cpu", None, lambda _line: None, [BORDER, BORDER + 1])
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_a_base_that_looks_at_its_neighbours_is_refused(
     tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A base whose factors still change with the largest position of a call is refused with a sentence."""
-    monkeypatch.setattr(loading, "fix_rotary", lambda *_: set())
+    monkeypatch.setattr(loading, "fix_rotary", lambda *_: "")
     with pytest.raises(UnsupportedBaseError, match="depends on the largest position of a call"):
         load_one(make_base(tmp_path / "base", "longrope", model_type))
 
@@ -153,3 +178,23 @@ def test_an_unknown_kind_of_dependence_is_refused(tmp_path: Path, keeps: bool, m
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
     with pytest.raises(UnsupportedBaseError, match="computes a sequence otherwise beside or after one that reaches"):
         load_one(make_base(tmp_path / "base", "default", "llama"))
+
+
+def test_errors_of_a_rotary_module_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotary module that names a kind and is built otherwise than transformers' own is a reason, not a traceback."""
+    folder = make_base(tmp_path / "base", "longrope", "llama")
+
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> None:
+        raise AttributeError("no inv_freq")
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    with pytest.raises(UnsupportedBaseError, match=r"LlamaForCausalLM cannot be instrumented.*no inv_freq"):
+        load_one(folder)
+
+
+def test_other_kinds_are_left_alone() -> None:
+    """A kind that no length changes, or that nobody knows, is neither asked nor changed."""
+    module = torch.nn.Module()
+    for kind in ("default", "yarn", "a new one", None):
+        module.rope_type = kind  # type: ignore[assignment]
+        assert fix_rotary(module, 100) == "" and module.rope_type == kind
