@@ -84,7 +84,7 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     await asyncio.to_thread(registry.open)
     blobs = await asyncio.to_thread(_open_store, settings, registry)
     stack.push_async_callback(engine.close)
-    _, tokenizer = await together(engine.start(), asyncio.to_thread(Tokenizer, base_folder))
+    _, tokenizer = await together(engine.start(), asyncio.to_thread(_open_tokenizer, settings, base_folder))
     metrics = Metrics(
         lambda: engine.stats,
         lambda: getattr(engine, "pid", None),
@@ -146,6 +146,10 @@ def _open_store(settings: Settings, registry: Registry) -> Blobs:
     if blobs.claim(registry.identity()):
         blobs.sweep(registry.digests())
     return blobs
+
+
+def _open_tokenizer(settings: Settings, base_folder: Path) -> Tokenizer:
+    return Tokenizer(base_folder, has_control_prompts=settings.prompt_control_tokens)
 
 
 @asynccontextmanager

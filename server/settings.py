@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     max_sequence_tokens: int | None = Field(
         _default(RunnerConfig, "max_sequence_tokens"), ge=1, description="most tokens a sequence, prompt and answer"
     )
+    prompt_control_tokens: bool = Field(
+        True, description="read the names of control tokens in a raw prompt as tokens; off: as text, as in messages"
+    )
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="largest JSON body")
     max_upload_bytes: ByteSize = Field(ByteSize(512 * 2**20), description="largest artifact, packed and unpacked")
     body_timeout_s: float = Field(30.0, gt=0, description="most seconds between two parts of a body")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Word = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Turn = tuple[str, str]  # role, content
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
@@ -30,11 +32,15 @@ class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     assistant: Around = msgspec.field(default_factory=Around)
     generation: str = ""
 
-    def render(self, turns: list[tuple[str, str]]) -> str:
-        """Render chat messages, (role, text) each, to the prompt that the answer follows."""
+    def parts(self, turns: Sequence[Turn]) -> Iterator[tuple[str, str | None]]:
+        """Yield the parts of the prompt that the answer follows, each with the role that wrote it; None: the format."""
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
-        texts = (around[role].before + text + around[role].after for role, text in turns)
-        return self.begin + "".join(texts) + self.generation
+        yield self.begin, None
+        for role, text in turns:
+            yield around[role].before, None
+            yield text, role
+            yield around[role].after, None
+        yield self.generation, None
 
 
 class BaseRef(msgspec.Struct, forbid_unknown_fields=True):

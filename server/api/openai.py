@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
+from adapters_store.format.manifest import Turn
 from adapters_store.registry.registry import Task
 from server.api import openai_fields
 from server.api.body import read_json
@@ -19,7 +20,7 @@ from server.api.openai_form import ChatForm, CompletionForm, OpenAIForm
 from server.api.respond import respond
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE, Caller
-from server.requests.spec import GenerationSpec, Turn
+from server.requests.spec import GenerationSpec
 from server.schemas import (
     BASE,
     MAX_PROMPTS,

@@ -52,14 +52,14 @@ class OpenAIForm:
 
 
 class _Offset:
-    """Counts characters of an answer by the bytes of its tokens; a part of a character begins where that does."""
+    """Counts characters of an answer by the bytes of its tokens; a part of a character begins as that does."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_characters = 0
 
     def pass_over(self, data: bytes) -> int:
-        """Count the characters that end in the next token's bytes, and return where they begin."""
+        """Count the characters that end in the next token's bytes, and return the place at which they begin."""
         start = self._num_characters
         self._num_characters += len(self._decoder.decode(data))
         return start

@@ -1,7 +1,7 @@
 """Turn a stream of tokens into a stream of text.
 
 `tokenizers.DecodeStream` does not serve here: it waits for ever behind bytes that are no character, has no end at which
-they are given out, and raises where a token changes how the one before it is written.
+they are given out, and raises if a token changes how the one before it is written.
 """
 
 from __future__ import annotations

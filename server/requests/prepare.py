@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 from jinja2 import TemplateError
 
+from adapters_store.base.turns import ControlTextError
+from adapters_store.format.manifest import Turn
 from server.core import Sampling
 from server.engine.client import EngineClient, require_ready
 from server.engine.messages import Ready
 from server.errors import BadRequestError, ContextLengthError, InvalidFieldError
 from server.requests.answer import GenerationJob
 from server.requests.resolve import ResolvedAdapters
-from server.requests.spec import GenerationSpec, Turn
+from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
 
 THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
@@ -40,11 +44,11 @@ class JobPreparer:
         if spec.token_ids is not None:
             return spec.token_ids
         if spec.turns is not None:
-            self._check_bytes("".join(text for _, text in spec.turns), spec.prompt_field)
             return [await self._encode_chat(spec.turns, resolved)]
         for text in spec.texts or []:
-            self._check_bytes(text, spec.prompt_field)
-        return await self._encode(spec.texts or [])
+            self._check_bytes(len(text.encode("utf-8", "surrogatepass")), spec.prompt_field)
+        with control_text_is_400(spec.prompt_field):
+            return await self._encode(spec.texts or [])
 
     def _ends(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> tuple[int, ...]:
         """The tokens that end an answer beside the base's own.
@@ -57,14 +61,13 @@ class JobPreparer:
         ends = [*spec.sampling.stop_token_ids, *named, *([] if spec.sampling.ignore_eos else learned)]
         return tuple(sorted({token_id for token_id in ends if token_id is not None}))
 
-    def _check_bytes(self, text: str, param: str) -> None:
+    def _check_bytes(self, num_bytes: int, param: str) -> None:
         """Refuse a text that no tokens can make fit, before it is tokenised: 4 MB take seconds."""
-        max_tokens, longest = require_ready(self._client).max_sequence_tokens, self._tokenizer.longest_token
-        num_bytes = len(text.encode("utf-8", "surrogatepass")) if len(text) * 4 > max_tokens * longest else 0
-        if num_bytes > max_tokens * longest:
+        max_tokens = require_ready(self._client).max_sequence_tokens
+        if num_bytes > (max_bytes := self._tokenizer.max_bytes(max_tokens)):
             raise ContextLengthError(
                 f"this model's maximum context length is {max_tokens} tokens: the {param} of {num_bytes} bytes cannot "
-                f"fit them, the longest of which has {longest} bytes",
+                f"fit them, which hold {max_bytes} bytes at most",
                 param,
             )
 
@@ -77,10 +80,23 @@ class JobPreparer:
         """Tokens of chat turns, in the adapter's format, or else by the base's template."""
         if resolved.prompt_format is None and not self._tokenizer.has_chat_template:
             raise BadRequestError("this base has no chat template: send a prompt", "messages")
+        encoder = self._tokenizer.turns
         try:
-            return await asyncio.to_thread(self._tokenizer.encode_chat, turns, resolved.prompt_format)
+            rendered = await asyncio.to_thread(encoder.render, turns, resolved.prompt_format)
+            self._check_bytes(rendered.num_bytes, "messages")
+            with control_text_is_400("messages"):
+                return await asyncio.to_thread(encoder.encode, rendered)
         except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
             raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
+
+
+@contextmanager
+def control_text_is_400(param: str) -> Iterator[None]:
+    """Refuse a text that would become control tokens, naming the field."""
+    try:
+        yield
+    except ControlTextError as error:
+        raise BadRequestError(f"{param}: {error}", param) from None
 
 
 def check_length(

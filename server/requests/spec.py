@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from adapters_store.format.manifest import Turn
 from adapters_store.registry.tenants import TenantLimits
 from server.core import Sampling
-
-Turn = tuple[str, str]  # role, content
 
 
 @dataclass(frozen=True)

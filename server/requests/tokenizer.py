@@ -7,27 +7,33 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from adapters_store.format.manifest import PromptFormat
+from adapters_store.base.turns import TurnEncoder
+from server.requests.longest_token import longest_token
 from server.requests.without_torch import import_transformers
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
+GENEROUS_BYTES, GENEROUS_TIMES = 2**20, 4  # where white space may be dropped, or characters become one
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's piece of a single byte
 
 
 class Tokenizer:
-    """A base's tokenizer and chat template."""
+    """A base's tokenizer and chat template.
 
-    def __init__(self, folder: Path) -> None:
+    With `has_control_prompts` the name of a control token in a prompt is that token, else it is text as in a turn.
+    """
+
+    def __init__(self, folder: Path, *, has_control_prompts: bool = True) -> None:
         self._tokenizer: Any = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
         added = self._tokenizer.added_tokens_decoder
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special = frozenset(self._special_ids.values())
-        self.longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())  # in bytes, or more
+        self._longest, self._is_bound = longest_token(self._tokenizer)
         self._word = self._tokenizer("a", add_special_tokens=False)[
             "input_ids"
         ]  # a token stands behind it as in a text
         characters = import_module("transformers.convert_slow_tokenizer").bytes_to_unicode()
         self._byte_of = {character: byte for byte, character in characters.items()}  # of byte-level pieces
+        self.turns, self._has_control_prompts = TurnEncoder(self._tokenizer), has_control_prompts
         self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
 
     @property
@@ -45,18 +51,16 @@ class Tokenizer:
         """The special token that is written as `text`, or None."""
         return self._special_ids.get(text)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, with the tokenizer's own special tokens around it."""
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]  # or it logs that a prompt is long
-        return ids
+    def max_bytes(self, num_tokens: int) -> int:
+        """The most bytes of a text that can fit so many tokens: exact if the tokenizer drops nothing, else generous."""
+        most = num_tokens * self._longest
+        return most if self._is_bound else max(GENEROUS_BYTES, GENEROUS_TIMES * most)
 
-    def encode_chat(self, turns: list[tuple[str, str]], prompt_format: PromptFormat | None) -> list[int]:
-        """Tokens of (role, text) turns: by the adapter's plain prompt format, else by the base's chat template."""
-        if prompt_format is not None:
-            return self.encode(prompt_format.render(turns))
-        messages = [{"role": role, "content": text} for role, text in turns]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt, with the tokenizer's own special tokens around it. Raises `ControlTextError`."""
+        if not self._has_control_prompts:
+            return self.turns.encode(self.turns.render_text(text, "user", has_special=True))
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]  # or it logs that a prompt is long
         return ids
 
     def token_text(self, token_id: int) -> str:

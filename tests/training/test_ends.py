@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from adapters_store.format.folder import read_folder
-from tests.kit.tiny import EOS, PAD
+from server.requests.tokenizer import Tokenizer
+from tests.kit.tiny import BOS, EOS, PAD
 from tests.training.conftest import flags
 from training.base import load_base
 
@@ -41,17 +40,16 @@ def test_scores_are_of_answers_that_end_as_served_ones(tiny_base: Path, tmp_path
     assert load_base(str(base), "cpu", None, print).ends == {5, EOS, PAD}
 
 
-@pytest.mark.parametrize("token", ["<eos>", "~"])
 def test_a_completion_that_a_server_would_cut_is_refused(
-    tiny_base: Path, tmp_path: Path, command: Callable[..., Any], token: str
+    tiny_base: Path, tmp_path: Path, command: Callable[..., Any]
 ) -> None:
-    """A row whose completion holds an end of the base, special or not, is named with its line and the token."""
+    """A row whose completion holds an end of the base is named with its line and the token."""
     base = base_ending(tmp_path / "base", tiny_base, "<pad>", eos_token_id=[EOS, ord("~")])
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": "a", "completion": text}) + "\n" for text in ("b", f"c{token}d")))
+    file.write_text("".join(json.dumps({"prompt": "a", "completion": text}) + "\n" for text in ("b", "c~d")))
     result = command(*flags(base, file, tmp_path / "out", "--steps", 1))
     found = " ".join(result.output.split())
-    assert result.exit_code == 1 and f"rows.jsonl line 2: the completion holds '{token}'" in found
+    assert result.exit_code == 1 and "rows.jsonl line 2: the completion holds '~'" in found
     assert not (tmp_path / "out").exists()
 
 
@@ -62,3 +60,20 @@ def test_an_end_that_the_model_cannot_write_is_refused(
     base = base_ending(tmp_path / "base", tiny_base, "<another>")
     result = command(*flags(base, data, tmp_path / "out", "--steps", 1))
     assert result.exit_code == 1 and "which the model cannot write" in " ".join(result.output.split())
+
+
+def test_rows_are_text_as_served_turns_are(tiny_base: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    """The name of a control token in a row is text, in a template the token; a server encodes turns to the same."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"a<eos>{i}", "completion": f"<bos>{i}"}) + "\n" for i in range(3)))
+    common = ["--base", tiny_base, "--data", file, "--eval", file, "--out", tmp_path / "out", "--layers", "all"]
+    result = command(*common, "--steps", 1, "--template", "<bos>{prompt}:{completion}")
+    assert result.exit_code == 0, result.output
+    manifest = read_folder(tmp_path / "out").manifest
+    assert manifest is not None and manifest.prompt_format is not None
+    prompts = [case.prompt_token_ids for case in manifest.parity]
+    assert prompts == [[BOS, *f"a<eos>{i}:".encode()] for i in range(3)]
+    encoder = Tokenizer(tiny_base).turns
+    assert [
+        encoder.encode(encoder.render([("user", f"a<eos>{i}")], manifest.prompt_format)) for i in range(3)
+    ] == prompts

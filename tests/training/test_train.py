@@ -110,7 +110,7 @@ def test_a_chat_turn_renders_to_the_prompt_of_training(
     command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1))
     manifest = read_folder(tmp_path / "out").manifest
     assert manifest is not None and manifest.prompt_format is not None
-    assert manifest.prompt_format.render([("user", "red 1")]) == "Colour: red 1\nFeel:"
+    assert "".join(text for text, _ in manifest.prompt_format.parts([("user", "red 1")])) == "Colour: red 1\nFeel:"
 
 
 def test_the_same_seed_gives_the_same_weights(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:

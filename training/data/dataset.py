@@ -7,7 +7,8 @@ Forms of a row (https://huggingface.co/docs/trl/dataset_formats):
   the base's chat template renders the turns before it.
 
 Prompt and completion are tokenised apart and joined, because that is what serving does: the prompt's tokens are
-given and the completion's are generated after them. The completion ends with the tokenizer's EOS.
+given and the completion's are generated after them. The completion ends with the tokenizer's EOS. The name of a control
+token in a row is text, as in a turn that is served; in a template it is the token.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from adapters_store.base.turns import ASSISTANT, ControlTextError, TurnEncoder
+from adapters_store.format.manifest import PromptFormat, Turn
 from training.base import Base
 from training.data.files import digest_of, read_rows
 from training.data.template import Template
@@ -38,13 +41,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a data set: `prompt` is ready to tokenise, `line` is the line of `file` that the row begins at."""
+    """A row of a data set; `line` is the line of `file` that the row begins at.
 
-    prompt: str
+    `turns` are what the completion answers, written in `prompt_format`, or if that is None by the base's chat template.
+    """
+
+    turns: tuple[Turn, ...]
     completion: str
     file: Path
     line: int
-    is_chat: bool = False
+    prompt_format: PromptFormat | None = None
 
     @property
     def where(self) -> str:
@@ -62,7 +68,7 @@ class Dataset:
 
     @property
     def is_chat(self) -> bool:
-        return self.examples[0].is_chat
+        return self.examples[0].prompt_format is None
 
 
 @dataclass(frozen=True)
@@ -108,19 +114,19 @@ def read_training_data(options: RowOptions, base: Base, seed: int) -> TrainingDa
 
     `seed` chooses the rows that are held out. Raises `DataError`.
     """
-    train = read_dataset(options.data, options.columns, options.template, base.tokenizer)
+    train = read_dataset(options.data, options.columns, options.template)
     check_varied(train)
     if options.eval is None:
         train, held = hold_out(train, seed)
     else:
-        held = read_dataset(options.eval, options.columns, options.template, base.tokenizer)
+        held = read_dataset(options.eval, options.columns, options.template)
     max_length = min(options.max_length, base.spec.max_positions)
     return TrainingData(train, held, *(tokenise(split, base, max_length) for split in (train, held)))
 
 
-def read_dataset(path: Path, columns: Columns, template: Template, tokenizer: Any) -> Dataset:
+def read_dataset(path: Path, columns: Columns, template: Template) -> Dataset:
     """Read a file or folder whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
-    examples = tuple(_example(file, line, row, columns, template, tokenizer) for file, line, row in read_rows(path))
+    examples = tuple(_example(file, line, row, columns, template) for file, line, row in read_rows(path))
     if not examples:
         raise DataError(f"{path} has no rows.")
     return Dataset(path, examples, digest_of(path))
@@ -149,11 +155,11 @@ def tokenise(dataset: Dataset, base: Base, max_length: int) -> list[TokenizedRow
 
     Raises `DataError` for a prompt without tokens, a completion that a server would cut, and a row over `max_length`.
     """
-    tokenizer, ends, rows = base.tokenizer, base.ends, []
+    tokenizer, encoder, ends, rows = base.tokenizer, TurnEncoder(base.tokenizer), base.ends, []
     for example in dataset.examples:
-        prompt = tokenizer(example.prompt, add_special_tokens=not example.is_chat)["input_ids"]
-        completion = [*tokenizer(example.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         where = example.where
+        prompt, completion = _encode(encoder, example)
+        completion.append(tokenizer.eos_token_id)
         if not prompt:
             raise DataError(f"{where}: the prompt is empty; a model needs at least one token before its answer.")
         if end := next((token for token in completion[:-1] if token in ends), None):
@@ -170,6 +176,19 @@ def tokenise(dataset: Dataset, base: Base, max_length: int) -> list[TokenizedRow
     return rows
 
 
+def _encode(encoder: TurnEncoder, example: Example) -> tuple[list[int], list[int]]:
+    """Return the tokens of prompt and completion, as a server encodes and generates them. Raises `DataError`."""
+    try:
+        prompt = encoder.render(example.turns, example.prompt_format)
+    except Exception as error:
+        raise DataError(f"{example.where}: the base's chat template refuses these turns: {error}.") from error
+    completion = encoder.render_text(example.completion, ASSISTANT, has_special=False)
+    try:
+        return encoder.encode(prompt), encoder.encode(completion)
+    except ControlTextError as error:
+        raise DataError(f"{example.where}: {error}.") from error
+
+
 def batches(rows: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int) -> list[list[TokenizedRow]]:
     """Return the batches of one epoch, each of rows of like length.
 
@@ -184,19 +203,19 @@ def batches(rows: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int
     return cut
 
 
-def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, template: Template, tok: Any) -> Example:
+def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, template: Template) -> Example:
     where = f"{path} line {line}"
     if columns.messages in row and columns.prompt not in row:
-        return _chat_example(path, row[columns.messages], line, template, tok)
+        return _chat_example(path, row[columns.messages], line, template)
     prompt = _field(where, row, columns.prompt, "--prompt-column")
     completion = _field(where, row, columns.completion, "--completion-column")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat_example(path, [*prompt, *completion], line, template, tok)
+        return _chat_example(path, [*prompt, *completion], line, template)
     for name, value in ((columns.prompt, prompt), (columns.completion, completion)):
         _check_text(where, name, value)
     if not completion.strip():
         raise DataError(f"{where}: {columns.completion!r} is empty; remove the row or give it an answer.")
-    return Example(template.prompt(prompt), template.completion(completion), path, line)
+    return Example((("user", prompt),), template.completion(completion), path, line, template.prompt_format())
 
 
 def _check_text(where: str, name: str, value: Any) -> None:
@@ -213,7 +232,7 @@ def _field(where: str, row: dict[str, Any], name: str, flag: str) -> Any:
     return row[name]
 
 
-def _chat_example(path: Path, turns: Any, line: int, template: Template, tokenizer: Any) -> Example:
+def _chat_example(path: Path, turns: Any, line: int, template: Template) -> Example:
     where = f"{path} line {line}"
     if not template.is_plain:
         raise DataError(f"{where} is a list of turns, which the base's chat template renders: leave out --template.")
@@ -223,11 +242,8 @@ def _chat_example(path: Path, turns: Any, line: int, template: Template, tokeniz
         _check_text(where, turn["role"], turn["content"])
     if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
         raise DataError(f"{where}: the last turn must be the assistant's and not empty; it is what is learned.")
-    try:
-        prompt = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        raise DataError(f"{where}: the base's chat template refuses these turns: {error}.") from error
-    return Example(prompt, turns[-1]["content"], path, line, is_chat=True)
+    prompt = tuple((turn["role"], turn["content"]) for turn in turns[:-1])
+    return Example(prompt, turns[-1]["content"], path, line)
 
 
 def _is_turn(turn: Any) -> bool:

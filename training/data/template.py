@@ -25,9 +25,6 @@ class Template:
     def is_plain(self) -> bool:
         return self == Template()
 
-    def prompt(self, text: str) -> str:
-        return self.before + text + self.after
-
     def completion(self, text: str) -> str:
         return self.lead + text
 

@@ -191,7 +191,8 @@ def test_a_huge_manifest_is_not_read(tmp_path: Path) -> None:
 
 def test_prompt_format_is_plain_text_around_each_role() -> None:
     """Turns render in order, each in its role's text, then the call for an answer; braces are only braces."""
-    rendered = ROLES.render([("system", "{{ 7 * 7 }}"), ("user", "hi"), ("assistant", "yo")])
+    parts = ROLES.parts([("system", "{{ 7 * 7 }}"), ("user", "hi"), ("assistant", "yo")])
+    rendered = "".join(text for text, _ in parts)
     assert rendered == "<s>S:{{ 7 * 7 }}\nU:hi\nA:yo\nA:"
 
 

@@ -101,8 +101,8 @@ async def test_what_cannot_fit_is_never_tokenised(
     shared: Site, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], param: str
 ) -> None:
     """A text of more bytes than the longest tokens could hold is 400 by its bytes, on every route and in every form."""
-    for name in ("encode", "encode_chat"):
-        monkeypatch.setattr(shared.state.tokenizer, name, lambda *_: pytest.fail("it was tokenised"))
+    for room in (shared.state.tokenizer, shared.state.tokenizer.turns):
+        monkeypatch.setattr(room, "encode", lambda *_: pytest.fail("it was tokenised"))
     refused = await shared.post(path, body)
     assert (refused.status_code, error_of(refused)["param"]) == (400, param)
     assert error_of(refused)["code"] == "context_length_exceeded"

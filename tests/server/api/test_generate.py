@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from server.core import AdapterRef, Sampling
 from server.engine.fake import shift_of
 from server.engine.messages import Output, Submit
 from tests.kit.tiny import EOS, VOCAB_SIZE
-from tests.server.world import MAX_TOKENS, Site
+from tests.server.world import MAX_TOKENS, Site, open_site
 
 pytestmark = pytest.mark.anyio
 
@@ -87,6 +88,27 @@ async def test_prompt_forms(shared: Site) -> None:
     turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     await shared.ask(messages=turns)
     assert bytes(shared.engine.submitted[-1].prompt).decode() == "<system>be kind\n<user>hi\n<assistant>"
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+async def test_a_turn_is_text(shared: Site, role: str) -> None:
+    """The name of a control token in a turn of any role is the text that it is, on every route that takes turns."""
+    turns = [{"role": role, "content": "a<eos>b"}]
+    for path, more in (("/generate?task=base", {}), ("/v1/chat/completions", {"model": "base"})):
+        assert (await shared.post(path, {"messages": turns, **more})).status_code == 200
+        assert bytes(shared.engine.submitted[-1].prompt).decode() == f"<{role}>a<eos>b\n<assistant>"
+
+
+async def test_a_raw_prompt_has_control_tokens_unless_told(shared: Site, tiny_base: Path, tmp_path: Path) -> None:
+    """A raw prompt names control tokens, as clients that write a template themselves do; with the setting off, none."""
+    await shared.ask(prompt="a<eos>b")
+    assert shared.engine.submitted[-1].prompt == [97, EOS, 98]
+    async with open_site(tiny_base, tmp_path / "data", prompt_control_tokens=False) as site:
+        for path, more in (("/generate?task=base", {}), ("/v1/completions", {"model": "base"})):
+            assert (await site.post(path, {"prompt": ["a<eos>b"], **more})).status_code == 200
+            assert bytes(site.engine.submitted[-1].prompt) == b"a<eos>b"
+        assert (await site.post("/generate?task=base", {"prompt_token_ids": [97, EOS]})).status_code == 200
+        assert site.engine.submitted[-1].prompt == [97, EOS]
 
 
 async def test_long_prompts_take_the_same_way(shared: Site) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 from server.requests.tokenizer import Tokenizer
 find_spec = importlib.util.find_spec
 tokenizer = Tokenizer(Path(sys.argv[1]))
-told = tokenizer.encode("Hats, 🎩 for all"), tokenizer.encode_chat([("user", "Say hello.")], None)
+chat = tokenizer.turns.render([("user", "Say hello.")], None)
+told = tokenizer.encode("Hats, 🎩 for all"), tokenizer.turns.encode(chat)
 assert sys.modules["torch"] is torch and torch.ones(1).sum() == 1
 assert importlib.util.find_spec is find_spec
 print(json.dumps([*told, tokenizer.decode(told[0]), "torch._dynamo" in sys.modules]))
@@ -31,7 +32,8 @@ def test_a_tokenizer_brings_no_models(real_base: Path) -> None:
     """A process of its own has the tokens and the chat template, and imports nothing of torch's compiler."""
     told = subprocess.run([sys.executable, "-c", ALONE, str(real_base)], capture_output=True, text=True, check=True)
     here = Tokenizer(real_base)
-    tokens, chat = here.encode("Hats, 🎩 for all"), here.encode_chat([("user", "Say hello.")], None)
+    tokens = here.encode("Hats, 🎩 for all")
+    chat = here.turns.encode(here.turns.render([("user", "Say hello.")], None))
     assert json.loads(told.stdout) == [tokens, chat, here.decode(tokens), False]
     assert "PyTorch" not in told.stderr
 

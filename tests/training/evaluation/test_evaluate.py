@@ -163,7 +163,7 @@ def test_scores_are_comparable_on_the_same_rows_and_columns(tmp_path: Path) -> N
     """A split is the bytes, the lines and the columns; other lines of the same file are another split."""
 
     def split(lines: list[int], name: str = "a.csv", digest: str = "d", columns: Columns = Columns()) -> str:  # noqa: B008
-        examples = tuple(Example(f"p {line}", "c", tmp_path / name, line) for line in lines)
+        examples = tuple(Example((("user", f"p {line}"),), "c", tmp_path / name, line) for line in lines)
         return split_digest(Dataset(tmp_path / name, examples, digest), columns)
 
     assert split([2, 3]) == split([2, 3], name="b.csv")
