@@ -12,6 +12,7 @@ import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from adapters_store.format.manifest import PromptFormat, Turn
@@ -67,6 +68,23 @@ class TurnEncoder:
         messages = [{"role": role, "content": mark.join(self._cut(text, role))} for role, text in turns]
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return Rendered(tuple(text.split(mark)), False)
+
+    def lead(self, prompt_format: PromptFormat | None) -> str:
+        """The text between a prompt of turns and its answer, which is no part of the answer."""
+        return self._template_lead if prompt_format is None else prompt_format.lead
+
+    @cached_property
+    def _template_lead(self) -> str:
+        """The white space that the chat template writes between the call for an answer and the answer."""
+        template, turns = self._tokenizer.apply_chat_template, [{"role": "user", "content": "a"}]
+        answered = [*turns, {"role": ASSISTANT, "content": "answer"}]
+        try:
+            prompt = template(turns, tokenize=False, add_generation_prompt=True)
+            whole = template(answered, tokenize=False, add_generation_prompt=False)
+        except Exception:  # noqa: BLE001 - a template may refuse anything, or there is none
+            return ""
+        lead: str = whole.removeprefix(prompt).partition("answer")[0]
+        return lead if whole.startswith(prompt) and not lead.strip() else ""
 
     def render_text(self, text: str, role: str, *, has_special: bool) -> Rendered:
         """Render what a role wrote, by itself."""

@@ -23,7 +23,8 @@ class Around(msgspec.Struct, forbid_unknown_fields=True):
 class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The chat format that an adapter was trained on: plain text around each role, never a template language.
 
-    `begin` starts the prompt, `generation` ends it, before the answer.
+    `begin` starts the prompt, `generation` ends it, before the answer. `lead` is the text, a space mostly, that was
+    trained between the prompt and each answer, and is no part of it.
     """
 
     begin: str = ""
@@ -31,13 +32,14 @@ class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
     user: Around = msgspec.field(default_factory=Around)
     assistant: Around = msgspec.field(default_factory=Around)
     generation: str = ""
+    lead: str = ""
 
     def parts(self, turns: Sequence[Turn]) -> Iterator[tuple[str, str | None]]:
         """Yield the parts of the prompt that the answer follows, each with the role that wrote it; None: the format."""
         around = {"system": self.system, "user": self.user, "assistant": self.assistant}
         yield self.begin, None
         for role, text in turns:
-            yield around[role].before, None
+            yield around[role].before + (self.lead if role == "assistant" else ""), None
             yield text, role
             yield around[role].after, None
         yield self.generation, None
@@ -59,6 +61,19 @@ class ParityCase(msgspec.Struct, forbid_unknown_fields=True):
     continuation: Annotated[list[TokenId], msgspec.Meta(max_length=256)]
 
 
+class GenerationDefaults(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """Sampling of an artifact's answers if the request names none; None: the route's own default."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=10)] | None = None
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
+    stop_token_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=256)] | None = None
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The trainer's record of an artifact. `training` and `evaluation` are free-form facts for people.
 
@@ -72,6 +87,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     prompt_format: PromptFormat | None = None
     ends: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
     rotary: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    generation: GenerationDefaults | None = None
     parity: Annotated[list[ParityCase], msgspec.Meta(max_length=64)] = []
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}

@@ -18,7 +18,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, Engine, Row, Update, delete, func, insert, select, update
 
 from adapters_store.errors import AbsentError, StoreError
-from adapters_store.format.manifest import PromptFormat
+from adapters_store.format.manifest import GenerationDefaults, PromptFormat
 from adapters_store.registry import audit
 from adapters_store.registry.database import (
     connect,
@@ -57,6 +57,7 @@ class Facts:
     num_bytes: int
     prompt_format: PromptFormat | None = None
     ends: tuple[int, ...] = ()
+    generation: GenerationDefaults | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> Generatio
         token_ids=None if asked.prompt_token_ids is None else [asked.prompt_token_ids],
         prompt_field=asked.prompt_field,
         sampling=asked.sampling(),
+        named=frozenset(asked.model_fields_set),
         max_tokens=asked.max_tokens,
         n=asked.n,
         stop=asked.stop,

@@ -192,6 +192,7 @@ def _spec(caller: Caller, asked: OpenAIFields) -> GenerationSpec:
         task=asked.model,
         user=asked.user,
         sampling=asked.sampling(),
+        named=frozenset(asked.model_fields_set),
         max_tokens=None,
         n=asked.n,
         stop=asked.stops(),

@@ -31,6 +31,7 @@ class GenerationJob:
     timeout_s: float = 120.0
     arrived: float = field(default_factory=time.monotonic)
     limits: TenantLimits = field(default_factory=TenantLimits)
+    lead: str = ""  # taken off the beginning of each answer
 
     @property
     def max_total_tokens(self) -> int:

@@ -20,14 +20,15 @@ class TextStream:
 
     Tokens are decoded in a short window behind the last whole character, so that a long answer costs no more per token
     than a short one. The first window is the end of `prompt`: a word that an answer begins with keeps the space before
-    it, which tokenizers strip from the beginning of a text.
+    it, which tokenizers strip from the beginning of a text. A `lead` that an answer begins with is taken off.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str], prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], prompt: Sequence[int] = (), lead: str = "") -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._window = self._context(prompt)  # tokens since the one before the last that was read
         self._num_read = len(self._window)  # how many of the window are in the text already
-        self._held = ""  # text that may be the beginning of a stop text
+        self._lead = lead  # until it is known whether the answer begins with it
+        self._held = ""  # text that may be the beginning of the lead, or of a stop text
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
@@ -73,6 +74,10 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         text = self._held + text
+        if len(text) < len(self._lead) and self._lead.startswith(text):
+            self._held = text
+            return ""
+        text, self._lead = text.removeprefix(self._lead), ""
         ends = [(text.find(stop), stop) for stop in self._stop if stop in text]
         if ends:
             self.is_stopped, self._held = True, ""

@@ -62,7 +62,7 @@ class ChoiceRunner:
             queue.put_nowait(error)
 
     async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
-        text = TextStream(self._tokenizer, job.stop, job.prompts[index // job.n])
+        text = TextStream(self._tokenizer, job.stop, job.prompts[index // job.n], job.lead)
         label, last = self._metrics.label(job.resolved.label), 0.0
         async with aclosing(self._client.generate(job.submit(index))) as outputs:
             async for output in outputs:

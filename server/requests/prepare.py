@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import msgspec
 from jinja2 import TemplateError
@@ -31,6 +32,7 @@ class JobPreparer:
 
     async def prepare(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> GenerationJob:
         """The job that a spec asks for. Raises `ServerError` for one that can never run here, before it queues."""
+        spec = replace(spec, sampling=msgspec.structs.replace(spec.sampling, **resolved.defaults(spec.named)))
         prompts = await self._prompts(spec, resolved)
         max_tokens = spec.max_tokens
         if max_tokens is None:
@@ -38,7 +40,10 @@ class JobPreparer:
             max_tokens = max(1, ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
         check_length(require_ready(self._client), resolved, prompts, max_tokens, spec.prompt_field)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
-        return GenerationJob(resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits)
+        lead = "" if spec.turns is None else self._tokenizer.turns.lead(resolved.prompt_format)
+        return GenerationJob(
+            resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits, lead=lead
+        )
 
     async def _prompts(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
         if spec.token_ids is not None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
-from adapters_store.format.manifest import PromptFormat
+import msgspec
+
+from adapters_store.format.manifest import GenerationDefaults, PromptFormat
 from adapters_store.methods import is_kv
 from adapters_store.registry.registry import Registry, Version
 from server.errors import InvalidFieldError, NotFoundError, absent_is_404
 from server.requests.spec import GenerationSpec
 from server.requests.usage import UsageKey
-from server.schemas import BASE
+from server.schemas import BASE, MIN_TEMPERATURE
 
 MAX_NAME = 63  # characters of a task's name
 SEVERAL = "_several"  # no task can be named so
@@ -44,6 +47,22 @@ class ResolvedAdapters:
     def ends(self) -> tuple[int, ...]:
         """Tokens that end an answer of these adapters, beside the base's own."""
         return tuple(token_id for version in self.versions for token_id in version.ends)
+
+    def defaults(self, named: frozenset[str]) -> dict[str, Any]:
+        """The adapters' own sampling, by field, that a request does not name.
+
+        Raises `InvalidFieldError` if several adapters disagree.
+        """
+        found: dict[str, Any] = {}
+        for version in self.versions:
+            for name, value in msgspec.structs.asdict(version.generation or GenerationDefaults()).items():
+                if value is None or name in named:
+                    continue
+                if found.setdefault(name, value) != value:
+                    raise InvalidFieldError(f"these adapters have different defaults of {name}: name one", name)
+        if found.get("temperature", MIN_TEMPERATURE) < MIN_TEMPERATURE:
+            found["temperature"] = 0.0
+        return found
 
     @property
     def num_virtual(self) -> int:

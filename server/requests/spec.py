@@ -17,7 +17,8 @@ class GenerationSpec:
 
     `task` is a name or `base`; if `adapters` lists (task, weight) pairs, these are composed and `task` is not read.
     `max_tokens` None means the rest of the context. `sampling` lacks `max_tokens` and `logprobs`, which follow from the
-    other fields: `top_logprobs` (alternatives a token) is valid only with `has_logprobs`.
+    other fields: `top_logprobs` (alternatives a token) is valid only with `has_logprobs`. `named` are the fields that
+    the request named: of the others, the adapters' own defaults count.
     """
 
     tenant: str
@@ -37,3 +38,4 @@ class GenerationSpec:
     has_logprobs: bool = False
     top_logprobs: int | None = None
     timeout_s: float = 120.0
+    named: frozenset[str] = frozenset()

@@ -45,7 +45,7 @@ MAX_AT_ONCE = 4  # probes in the engine's batch
 MAX_PARITY_TOKENS = 1024  # a longer prompt would take the engine too long
 NUM_TOP = 100  # of the engine's best tokens, to find the trainer's 20 among
 PROBE_WITHIN_S = 30.0
-CHECKS = 3  # grows with every check that is new or stricter: stored artifacts must pass it, too
+CHECKS = 4  # grows with every check that is new or stricter: stored artifacts must pass it, too
 NAMESPACE = "_probe"  # no tenant can be named so
 
 Check = dict[str, Any]
@@ -148,6 +148,7 @@ def _facts(artifact: Artifact, patch: Patch) -> Facts:
         num_bytes=artifact.num_bytes,
         prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
         ends=_ends(artifact),
+        generation=artifact.manifest.generation if artifact.manifest else None,
     )
 
 
@@ -246,7 +247,9 @@ def _ends(artifact: Artifact) -> tuple[int, ...]:
 
 def _check_ends(artifact: Artifact, ready: Ready) -> None:
     """Raise `ArtifactError` for an end token that no answer can have: a request would run to its `max_tokens`."""
-    if (largest := max(_ends(artifact), default=0)) >= ready.spec.vocab_size:
+    generation = artifact.manifest.generation if artifact.manifest else None
+    stops = (generation.stop_token_ids if generation else None) or ()
+    if (largest := max((*_ends(artifact), *stops), default=0)) >= ready.spec.vocab_size:
         raise ArtifactError(
             f"ends names the token {largest}, which {ready.spec.name} with {ready.spec.vocab_size} tokens never "
             "writes: its answers would not end",

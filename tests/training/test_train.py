@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.format.manifest import GenerationDefaults
 from adapters_store.methods.compile import compile_patch
 from server.core import Row, RunnerConfig, Sampling
 from server.model.runner import load
@@ -109,8 +110,18 @@ def test_a_chat_turn_renders_to_the_prompt_of_training(
     """The manifest's prompt format puts a user's turn as training saw it."""
     command(*flags(tiny_base, data, tmp_path / "out", "--steps", 1))
     manifest = read_folder(tmp_path / "out").manifest
-    assert manifest is not None and manifest.prompt_format is not None
+    assert manifest is not None and manifest.prompt_format is not None and manifest.prompt_format.lead == " "
+    assert manifest.generation == GenerationDefaults(temperature=0.0)
     assert "".join(text for text, _ in manifest.prompt_format.parts([("user", "red 1")])) == "Colour: red 1\nFeel:"
+
+
+@pytest.mark.parametrize("name", ["banking77", "restaurants", "sentiment"])
+def test_examples_say_how_they_are_answered(name: str) -> None:
+    """The examples' manifests have the lead, the end and the sampling that `train` writes for their template."""
+    manifest = read_folder(EXAMPLES / name).manifest
+    assert manifest is not None and manifest.prompt_format is not None
+    assert (manifest.prompt_format.lead, manifest.ends) == (" ", [2])
+    assert manifest.generation == GenerationDefaults(temperature=0.0)
 
 
 def test_the_same_seed_gives_the_same_weights(tiny_base: Path, data: Path, tmp_path: Path, command: Any) -> None:

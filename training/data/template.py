@@ -31,7 +31,7 @@ class Template:
     def prompt_format(self) -> PromptFormat:
         """Return the manifest's format: a user's message becomes the very prompt of training, others end a line."""
         line = Around(after="\n")
-        return PromptFormat(system=line, user=Around(self.before, self.after), assistant=line)
+        return PromptFormat(system=line, user=Around(self.before, self.after), assistant=line, lead=self.lead)
 
 
 def parse_template(text: str) -> Template:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save
 
 from adapters_store.format.folder import FORMAT_VERSION, Artifact, write_folder
-from adapters_store.format.manifest import Manifest
+from adapters_store.format.manifest import GenerationDefaults, Manifest
 from adapters_store.methods import method_of
 from training.base import Base
 from training.data.dataset import TrainingData
@@ -40,6 +40,7 @@ def write_artifact(
         method=_served_name(job.method, adapter),
         base=base.ref,
         prompt_format=None if data.train.is_chat else job.template.prompt_format(),
+        generation=GenerationDefaults(temperature=0.0),  # as it was scored
         ends=[base.tokenizer.eos_token_id],
         rotary=base.rotary,
         parity=parity(adapter.model, data.held_rows, data.train_rows, base.ends),
