@@ -17,7 +17,7 @@ from adapters_store.registry.tenants import Tenants
 from adapters_store.storage.bucket import open_blobs
 from adapters_store.storage.directory import Blobs
 from server.api import adapters, generate, health, openai, tasks, tenants
-from server.api.middleware import HANDLERS, RequestLog
+from server.api.middleware import HANDLERS, CrossOrigin, RequestLog
 from server.engine.client import EngineClient, require_ready
 from server.engine.process_client import ProcessEngineClient
 from server.metrics import Metrics
@@ -72,6 +72,8 @@ def create_app(
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_middleware(RequestLog)
+    if settings.origins:
+        app.add_middleware(CrossOrigin, origins=settings.origins)
     return app
 
 
@@ -128,7 +130,7 @@ def _assemble(
         tokenizer,
         metrics,
         tenants,
-        Callers(tenants, admin_key, settings.host),
+        Callers(tenants, admin_key, settings.host, settings.origins),
         rate_limiter,
         usage,
         recent,

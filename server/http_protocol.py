@@ -1,6 +1,8 @@
 """HTTP/1.1 with bounds on every part of a request before it is complete: its bytes, its time, and its headers' number.
 
 uvicorn's parser keeps a URL, a header or a trailer until it ends, however long that is. The API bounds bodies itself.
+An upgrade that a request offers is not taken, and its body is read; HTTP/1.0 has answers without chunks. Reading never
+waits for an answer, or a client that leaves would not be noticed; one that does not read its answer is cut off.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ import json
 import uuid
 from asyncio import BaseTransport, TimerHandle
 from http import HTTPStatus
+from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.errors import BadRequestError, HeadersTooLargeError, ServerError, UriTooLongError
 
@@ -18,12 +22,35 @@ HEADER_TIMEOUT_S = 20.0  # from a connection's first moment, or a request's firs
 MAX_HEAD_BYTES = 64 * 1024  # of a URL and all headers, and of whatever else is not a body
 MAX_HEADERS = 128
 MAX_PIPELINED = 16  # requests of a connection that wait for the answer to an earlier one
+MAX_PIPELINED_BYTES = 2**20  # of their bodies
+MAX_UNREAD_S = 60.0  # in which a client takes nothing of what waits for it
+
+
+FRAMING = (b"content-length", b"transfer-encoding")
+
+
+class UpgradeIgnoringParser(httptools.HttpRequestParser):
+    """Reads a request that offers an upgrade to its end: the library leaves its body to another protocol."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+
+    def feed_data(self, data: Any) -> None:
+        """Parse bytes. After an offer, the rest stands behind a head without one, which the protocol does not hear."""
+        try:
+            super().feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self.feed_data(self._protocol.begin_again() + data[offer.args[0] :])
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Speaks HTTP/1.1 and refuses, with an error of the API's form, what exceeds the bounds or is no HTTP at all."""
 
+    _running: RequestResponseCycle | None = None
+    _is_again = False  # the parser is in a head that was heard already
     _timer: TimerHandle | None = None
+    _reader_timer: TimerHandle | None = None
     _pending = 0  # bytes since something of a request was complete
     _head_bytes = 0  # of the URL and of what headers of this request there are
     _refusal: ServerError | None = None
@@ -31,7 +58,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: BaseTransport) -> None:
         """Start the timer for the connection's first request."""
         super().connection_made(transport)  # type: ignore[arg-type]
+        self.parser = UpgradeIgnoringParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
         self._arm()
+
+    def begin_again(self) -> bytes:
+        """Return a head that frames the body as this request's does, and be deaf to it."""
+        self._is_again = True
+        framing = b"".join(b"%s: %s\r\n" % header for header in self.headers if header[0] in FRAMING)
+        return b"POST / HTTP/1.1\r\n" + framing + b"\r\n"
 
     def data_received(self, data: bytes) -> None:
         """Take bytes: refuse what stays incomplete beyond the bound, and time the headers of a request once begun."""
@@ -47,42 +82,91 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Begin to count a request."""
-        self._head_bytes = 0
-        super().on_message_begin()
+        if not self._is_again:
+            self._head_bytes = 0
+            super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
         """Take a part of the URL."""
-        super().on_url(url)
-        self._count(len(url))
+        if not self._is_again:
+            super().on_url(url)
+            self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header or a trailer."""
+        if self._is_again:
+            return
         super().on_header(name, value)
         self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         """Stop the timer: the headers are complete."""
+        if self._is_again:
+            self._is_again = False
+            return
         self._disarm()
         self._pending = 0
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refusal = BadRequestError(f"more than {MAX_PIPELINED} requests wait on one connection")
             raise self._refusal
         super().on_headers_complete()
+        self._read_on()
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body, which the API bounds."""
+        """Take a part of the body, which the API bounds once it reads it."""
         self._pending = 0
         super().on_body(body)
+        if sum(len(cycle.body) for cycle, _ in self.pipeline) > MAX_PIPELINED_BYTES:
+            self._refusal = BadRequestError(f"requests of more than {MAX_PIPELINED_BYTES} bytes wait on one connection")
+            raise self._refusal
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read on though requests wait, which uvicorn does not: behind them may come the client's end."""
+        if self.pipeline:
+            self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         """End a request; more may follow in what was received."""
         self._pending = 0
-        super().on_message_complete()
+        if not self.parser.should_upgrade():  # else its body is still to come
+            super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer: the connection is lost."""
+        """Stop the timers and tell the request that runs; uvicorn tells the last that came, which may be another."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         self._disarm()
+        self._stop_timing_reader()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Stop writing, and time the client, which does not read."""
+        super().pause_writing()
+        self._time_reader(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """Write on: the client reads."""
+        super().resume_writing()
+        self._stop_timing_reader()
+
+    def _time_reader(self, num_waiting: int) -> None:
+        self._reader_timer = self.loop.call_later(MAX_UNREAD_S, self._judge_reader, num_waiting)
+
+    def _stop_timing_reader(self) -> None:
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
+            self._reader_timer = None
+
+    def _judge_reader(self, num_waiting: int) -> None:
+        """Cut the client off if as many bytes wait for it as before."""
+        now_waiting = self.transport.get_write_buffer_size()
+        if now_waiting < num_waiting:
+            self._time_reader(now_waiting)
+        else:
+            self.logger.warning("a client that does not read is cut off", extra={"waiting_bytes": now_waiting})
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be parsed, or exceeds the bounds, in the API's form of errors, and close."""
@@ -96,6 +180,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
         self.logger.warning("a request was refused before it was complete", extra={"reason": str(error)})
         self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        is_old = cycle.scope["http_version"] == "1.0"
+        super()._start_asgi_task(cycle, _without_chunks(cycle, app) if is_old else app)
 
     def _count(self, num_bytes: int) -> None:
         """Count a part of a head. Raises to the parser, which stops and calls `send_400_response`."""
@@ -123,3 +212,23 @@ class BoundedProtocol(HttpToolsProtocol):
     def _time_out(self) -> None:
         self._timer = None
         self.transport.close()
+
+
+def _without_chunks(cycle: RequestResponseCycle, app: Any) -> Any:
+    """Wrap an application: the end of an answer whose length it does not say is the end of the connection."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        is_open = False
+
+        async def tell(message: Any) -> None:
+            nonlocal is_open
+            if message["type"] == "http.response.start":
+                is_open = not any(name.lower() == b"content-length" for name, _ in message["headers"])
+                cycle.chunked_encoding = False if is_open else None
+            elif is_open:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, tell)
+
+    return answer

@@ -74,6 +74,7 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=int(FAREWELL_S),
             )
         )

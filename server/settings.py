@@ -7,9 +7,10 @@ import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
-from pydantic import ByteSize, Field, SecretStr, model_validator
+from pydantic import ByteSize, Field, SecretStr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -94,6 +95,10 @@ class Settings(BaseSettings):
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="largest JSON body")
     max_upload_bytes: ByteSize = Field(ByteSize(512 * 2**20), description="largest artifact, packed and unpacked")
     body_timeout_s: float = Field(30.0, gt=0, description="most seconds between two parts of a body")
+    keep_alive_s: int = Field(120, ge=1, description="seconds that a connection is kept open between requests")
+    allowed_origins: str = Field(
+        "", description="origins whose web pages may ask, with commas between (https://a.example,https://b.example)"
+    )
     drain_s: int = Field(30, ge=0, description="seconds that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the JSON log")
 
@@ -107,6 +112,20 @@ class Settings(BaseSettings):
         if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 16:
             raise ValueError(f"{PREFIX}ADMIN_KEY is shorter than 16 characters")
         return self
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, given: str) -> str:
+        for origin in given.split(",") if given else ():
+            parts = urlsplit(origin)
+            if origin != f"{parts.scheme}://{parts.netloc}" or not parts.scheme or not parts.netloc:
+                raise ValueError(f"{origin!r} is no origin: write scheme, host and port alone, as https://a.example")
+        return given
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins whose web pages may ask."""
+        return self.allowed_origins.split(",") if self.allowed_origins else []
 
     def engine_config(self, base_folder: Path) -> EngineConfig:
         """The engine's configuration: every setting that a field of `EngineConfig` or `RunnerConfig` is named after."""

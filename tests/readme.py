@@ -26,7 +26,7 @@ def settings_table() -> str:
         flag = "(variable only)" if name == "admin_key" else " ".join(f"`{flag}`" for flag in flags_of(name, field))
         default = field.get_default(call_default_factory=True)
         shown = default.human_readable() if hasattr(default, "human_readable") else default
-        said = VARYING.get(name, "-" if shown is None else f"`{shown}`")
+        said = VARYING.get(name, "-" if shown in (None, "") else f"`{shown}`")
         lines.append(f"| {flag} `{variable(name)}` | {said} | {field.description} |")
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ MAX_FORMAT_CHARS = 4096
 class Artifact:
     """An artifact in memory whose form is checked (JSON, layout, finite values), but not yet its method.
 
-    `tensors` keep the dtype of the file; `num_bytes` is the size of all files.
+    `tensors` keep the dtype of the file; `num_bytes` is the size of all files. `idle_keys` are keys of the config that
+    compiling it passed over: no method of ours has them, and they cannot change an answer.
     """
 
     config: dict[str, Any]
@@ -56,6 +57,7 @@ class Artifact:
     manifest: Manifest | None
     digest: str
     num_bytes: int
+    idle_keys: set[str] = field(default_factory=set, compare=False)
 
 
 def part_of(name: str) -> str | None:

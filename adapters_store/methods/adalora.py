@@ -62,7 +62,7 @@ class AdaLoraConfig(ExtrasConfig, kw_only=True):
 
 def compile_adalora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """Compile to a `LowRank` per site that has a rank left, and the extras' primitives. Raises `ArtifactError`."""
-    config = read_config(artifact.config, AdaLoraConfig, "AdaLoRA", IGNORED_KEYS, SERVED_VALUES)
+    config = read_config(artifact, AdaLoraConfig, "AdaLoRA", IGNORED_KEYS, SERVED_VALUES)
     _check_numbers(config)
     parts = split_extras(artifact, config, spec, *ENDS)
     sites = by_site(parts.low_rank, ENDS, parts.sites, spec.name)

@@ -95,9 +95,15 @@ def is_adapterhub(config: Mapping[str, Any]) -> bool:
 
 def compile_adapterhub(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, ...]:
     """Compile to a `Bottleneck` per block that the config names. Raises `ArtifactError`."""
-    saved = read_config(artifact.config, SavedConfig, "AdapterHub", IGNORED_OUTER_KEYS)
+    saved = read_config(artifact, SavedConfig, "AdapterHub", IGNORED_OUTER_KEYS)
     _check_base(saved, spec)
-    config = read_config(saved.config, BnConfig, "AdapterHub's bottleneck", IGNORED_KEYS, SERVED_VALUES)
+    config = read_config(
+        dataclasses.replace(artifact, config=saved.config),
+        BnConfig,
+        "AdapterHub's bottleneck",
+        IGNORED_KEYS,
+        SERVED_VALUES,
+    )
     _check_residuals(config)
     if not set(config.leave_out) <= set(range(len(spec.layers))):
         raise ArtifactError(

@@ -14,7 +14,7 @@ from adapters_store.primitives import Bias
 
 END = ".beft_bias"
 IGNORED_KEYS = {"init_weights"}
-SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None, [])}
 
 
 class BeftConfig(Targets, kw_only=True):
@@ -23,6 +23,6 @@ class BeftConfig(Targets, kw_only=True):
 
 def compile_beft(artifact: Artifact, spec: BaseSpec) -> tuple[Bias, ...]:
     """Compile to a `Bias` per site. Raises `ArtifactError`."""
-    config = read_config(artifact.config, BeftConfig, "BEFT", IGNORED_KEYS, SERVED_VALUES)
+    config = read_config(artifact, BeftConfig, "BEFT", IGNORED_KEYS, SERVED_VALUES)
     sites = linears_of(artifact, config, spec, (END,), lambda _site, linear: {END: [1, linear.out_features]})
     return tuple(Bias(site, artifact.tensors[PREFIX + site + END].float().flatten()) for site in sites)

@@ -176,7 +176,7 @@ def feed_forward(layer: LayerSites) -> str:
 
 def compile_bottleneck(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, ...]:
     """Compile to a `Bottleneck` per module that the placement wraps. Raises `ArtifactError`."""
-    config = read_config(artifact.config, BottleneckConfig, "Bottleneck", IGNORED_KEYS)
+    config = read_config(artifact, BottleneckConfig, "Bottleneck", IGNORED_KEYS)
     if not 0 < config.bottleneck_size <= MAX_SIZE:
         raise ArtifactError(
             f"bottleneck_size is {config.bottleneck_size}, which is not between 1 and {MAX_SIZE}", "bottleneck_size"

@@ -17,7 +17,7 @@ from adapters_store.primitives import Scale
 END = ".ia3_l"
 # The base's weight layout (fan_in_fan_out) matters only for merging in PEFT.
 IGNORED_KEYS = {"fan_in_fan_out", "init_ia3_weights"}
-SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None, [])}
 
 
 class IA3Config(Targets, kw_only=True):
@@ -28,7 +28,7 @@ class IA3Config(Targets, kw_only=True):
 
 def compile_ia3(artifact: Artifact, spec: BaseSpec) -> tuple[Scale, ...]:
     """Compile to a `Scale` per site. Raises `ArtifactError`."""
-    config = read_config(artifact.config, IA3Config, "(IA)3", IGNORED_KEYS, SERVED_VALUES)
+    config = read_config(artifact, IA3Config, "(IA)3", IGNORED_KEYS, SERVED_VALUES)
     feedforward = _feedforward(config, spec)
     sites = by_site(artifact, (END,), spec.linears, spec.name)
     primitives = tuple(_scale(artifact, site, spec, feedforward) for site in sites)

@@ -30,7 +30,7 @@ def compile_ln_tuning(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
 
     PEFT copies what it targets: a tied base's head becomes separate, as with `modules_to_save`.
     """
-    read = read_config(artifact.config, LNTuningConfig, "layer-norm tuning")
+    read = read_config(artifact, LNTuningConfig, "layer-norm tuning")
     config = ExtrasConfig(**msgspec.structs.asdict(read))
     parts, saved = split_extras(artifact, config, spec, WEIGHT_END), saved_sites(config, spec)
     sites = [site for site in (*spec.norms, *spec.linears, spec.embedding) if site not in saved]

@@ -45,7 +45,7 @@ SERVED_VALUES: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "kasa_config": (None,),
-    "layer_replication": (None,),
+    "layer_replication": (None, []),
     "megatron_config": (None,),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
@@ -96,7 +96,7 @@ class LoraConfig(ExtrasConfig, kw_only=True):
 
 def compile_lora(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """Compile to a `LowRank` per site, s folded into B in fp32, and the extras' primitives. Raises `ArtifactError`."""
-    config, pool = _read(artifact.config), TensorPool(artifact)
+    config, pool = _read(artifact), TensorPool(artifact)
     at_embedding = [spec.embedding] if has_embedding_lora(artifact, spec) else []
     rows = _rows(config, pool, spec) if at_embedding else []
     parts = split_extras(pool.remaining(), config, spec, *config.ends)
@@ -156,8 +156,8 @@ def _without_init_residual(update: LowRankUpdate, config: LoraConfig, spec: Base
     return dataclasses.replace(update, a=torch.cat([update.a, a]), b=torch.cat([update.b, -b], dim=1))
 
 
-def _read(config: dict[str, Any]) -> LoraConfig:
-    read = read_config(config, LoraConfig, "LoRA", IGNORED_KEYS, SERVED_VALUES)
+def _read(artifact: Artifact) -> LoraConfig:
+    read = read_config(artifact, LoraConfig, "LoRA", IGNORED_KEYS, SERVED_VALUES)
     if read.lora_bias and (read.use_dora or read.residual_init):
         raise MethodUnsupportedError("PEFT has no lora_bias with use_dora, pissa or olora", "lora_bias")
     if not read.residual_init:

@@ -23,7 +23,7 @@ from adapters_store.primitives import Delta, LowRank
 
 END = ".miss_block"
 IGNORED_KEYS = {"miss_dropout"}
-SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None,)}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None, [])}
 
 
 class MissConfig(Targets, kw_only=True):
@@ -50,7 +50,7 @@ class MissConfig(Targets, kw_only=True):
 
 def compile_miss(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
     """Compile to a `LowRank` per site, or a `Delta` for "bat" or if that is smaller. Raises `ArtifactError`."""
-    config = read_config(artifact.config, MissConfig, "MiSS", IGNORED_KEYS, SERVED_VALUES)
+    config = read_config(artifact, MissConfig, "MiSS", IGNORED_KEYS, SERVED_VALUES)
     for name, rank in (("r", config.r), ("mini_r", config.mini_r)):
         if rank < 1:
             raise ArtifactError(f"{name} has the rank {rank}, which is not at least 1", name)

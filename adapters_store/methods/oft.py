@@ -25,7 +25,7 @@ from adapters_store.primitives import Delta
 
 END = ".oft_R.weight"
 IGNORED_KEYS = {"eps", "fan_in_fan_out", "init_weights", "module_dropout"}  # eps bounds coft's rotations alone
-SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "coft": (False,), "modules_to_save": (None,)}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "coft": (False,), "modules_to_save": (None, [])}
 MAX_TERMS = 100
 FIRST_VERSION = (0, 18)  # of PEFT with today's sum of Neumann's series
 
@@ -53,7 +53,7 @@ class OftConfig(Targets, kw_only=True):
 
 def compile_oft(artifact: Artifact, spec: BaseSpec) -> Iterator[Delta]:
     """Compile to a `Delta` per site, dW = W (R - I)^T. Raises `ArtifactError`."""
-    config = _read(artifact.config)
+    config = _read(artifact)
     sites = linears_of(artifact, config, spec, (END,), config.shapes)
     return (_update(artifact, config, site, spec) for site in sites)
 
@@ -97,13 +97,13 @@ def _neumann(q: Tensor, num_terms: int) -> Tensor:
     return total + power @ q
 
 
-def _read(config: dict[str, Any]) -> OftConfig:
-    read = read_config(config, OftConfig, "OFT", IGNORED_KEYS, SERVED_VALUES)
+def _read(artifact: Artifact) -> OftConfig:
+    read = read_config(artifact, OftConfig, "OFT", IGNORED_KEYS, SERVED_VALUES)
     if min(read.r, read.oft_block_size) < 0 or (read.r == 0) == (read.oft_block_size == 0):
         raise ArtifactError("of r and oft_block_size exactly one must be above 0, and the other 0", "oft_block_size")
     if not 0 < read.num_cayley_neumann_terms <= MAX_TERMS:
         raise ArtifactError(f"num_cayley_neumann_terms is not between 1 and {MAX_TERMS}", "num_cayley_neumann_terms")
-    if read.use_cayley_neumann and _version(config.get("peft_version")) < FIRST_VERSION:
+    if read.use_cayley_neumann and _version(artifact.config.get("peft_version")) < FIRST_VERSION:
         raise MethodUnsupportedError(
             "OFT with use_cayley_neumann of a PEFT before 0.18 is another rotation (by peft_version): train it again "
             "with a newer one",

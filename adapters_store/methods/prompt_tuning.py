@@ -7,7 +7,7 @@ encoder's output; multitask prompt tuning (arXiv:2303.02861): E * (C R), with C 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,7 +20,7 @@ from adapters_store.primitives import PrefixEmbeds
 
 EMBEDDINGS, COLS, ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 MAX_RANKS = 4096
-SERVED_VALUES = {"modules_to_save": (None,)}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None, [])}
 # Initialisation does not change a trained prompt, and embeddings have no heads.
 PROMPT_IGNORED_KEYS = {
     "num_attention_heads",
@@ -104,7 +104,7 @@ def read_virtual_tokens(
     artifact: Artifact, spec: BaseSpec, schema: type[T], method: str, ignored: Collection[str]
 ) -> T:
     """Read the config of a method with virtual tokens, and check it against the base. Raises `ArtifactError`."""
-    config = read_config(artifact.config, schema, method, ignored, SERVED_VALUES)
+    config = read_config(artifact, schema, method, ignored, SERVED_VALUES)
     if not 0 < config.num_virtual_tokens < spec.max_positions:
         raise ArtifactError(
             f"num_virtual_tokens={config.num_virtual_tokens}: {spec.name} has {spec.max_positions} positions, "

@@ -32,7 +32,7 @@ def compile_selective(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ..
 
     `Delta` and `Bias` at a linear, `Scale` and `Bias` at a norm, `Rows` at the embedding.
     """
-    config = read_config(artifact.config, SelectiveConfig, "selective tuning")
+    config = read_config(artifact, SelectiveConfig, "selective tuning")
     shapes = _parameters(spec)
     for name in artifact.tensors:
         if name.removeprefix(PREFIX) not in shapes or not name.startswith(PREFIX):

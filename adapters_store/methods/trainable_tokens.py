@@ -32,7 +32,7 @@ class TrainableTokensConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=
 
 def compile_trainable_tokens(artifact: Artifact, spec: BaseSpec) -> tuple[Primitive, ...]:
     """Compile to `Rows` at the embedding, and at the head if it is tied or targeted. Raises `ArtifactError`."""
-    config = read_config(artifact.config, TrainableTokensConfig, "trainable tokens", IGNORED_KEYS)
+    config = read_config(artifact, TrainableTokensConfig, "trainable tokens", IGNORED_KEYS)
     ids, order = token_ids(config.token_indices, spec)
     sites = list(by_site(artifact, (END,), _sites(spec), spec.name))
     if spec.is_tied and spec.embedding in sites:

@@ -26,7 +26,7 @@ from adapters_store.primitives import Delta, LowRank
 A_NAME, B_NAME = "base_model.vera_A", "base_model.vera_B"
 B_END, D_END = ".vera_lambda_b", ".vera_lambda_d"
 IGNORED_KEYS = {"d_initial", "fan_in_fan_out", "init_weights", "vera_dropout"}
-SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None,)}
+SERVED_VALUES: dict[str, tuple[Any, ...]] = {"bias": ("none",), "modules_to_save": (None, [])}
 MAX_RANK = 4096
 SEEDS = range(-(2**63), 2**64)  # the range of torch's generators
 
@@ -41,7 +41,7 @@ class VeraConfig(Targets, kw_only=True):
 
 def compile_vera(artifact: Artifact, spec: BaseSpec) -> Iterator[LowRank | Delta]:
     """Compile to a `LowRank` per site, b and d folded in, or a `Delta` if that is smaller. Raises `ArtifactError`."""
-    config = _read(artifact.config)
+    config = _read(artifact)
     trained = {name: tensor for name, tensor in artifact.tensors.items() if name not in (A_NAME, B_NAME)}
 
     def shapes(_site: str, linear: LinearSite) -> dict[str, list[int]]:
@@ -82,8 +82,8 @@ def _update(artifact: Artifact, site: str, a: Tensor, b: Tensor, spec: BaseSpec)
     return Delta(site, finite(b @ a, name))
 
 
-def _read(config: dict[str, Any]) -> VeraConfig:
-    read = read_config(config, VeraConfig, "VeRA", IGNORED_KEYS, SERVED_VALUES)
+def _read(artifact: Artifact) -> VeraConfig:
+    read = read_config(artifact, VeraConfig, "VeRA", IGNORED_KEYS, SERVED_VALUES)
     if not 0 < read.r <= MAX_RANK:
         raise ArtifactError(f"r has the rank {read.r}, which is not between 1 and {MAX_RANK}", "r")
     if read.projection_prng_key not in SEEDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeVar
 
@@ -11,20 +12,61 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from adapters_store.format.strict_json import StrictJSONError, loads
-from server.errors import BadRequestError, InvalidFieldError, TooLargeError
+from server.errors import BadRequestError, InvalidFieldError, TooLargeError, UnsupportedTypeError
 from server.schemas import Strict
 from server.settings import Settings
 
 Model = TypeVar("Model", bound=Strict)
 MIN_BYTES_PER_S = 16 * 2**10  # of a whole body: a part now and then does not keep it open
+PART_BYTES = 64 * 2**10  # of what is unpacked at once
+GZIP = zlib.MAX_WBITS | 16  # zlib's word for it
 THREAD_BYTES = 32 * 2**10  # longer JSON is parsed off the event loop
 
 
 async def body_parts(request: Request, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
-    """The parts of a body as they come. Raises `TooLargeError`, or `BadRequestError` if it stops coming or crawls.
+    """The parts of a body as they come, unpacked if it is gzip; none is larger than `PART_BYTES` then.
 
-    A body whose declared length is over the cap is refused before it comes. `timeout_s` bounds the time between parts.
+    Raises `TooLargeError`, `UnsupportedTypeError` for another encoding, or `BadRequestError` if the body stops coming,
+    crawls, or is no gzip. One whose declared length is over the cap is refused before it comes. `timeout_s` bounds the
+    time between parts.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip"):
+        raise UnsupportedTypeError(
+            f"the body's encoding {encoding[:40]} is not taken: send it as it is, or as gzip", "Content-Encoding"
+        )
+    parts = _parts(request, max_bytes, timeout_s)
+    if encoding == "identity":
+        async for part in parts:
+            yield part
+        return
+    size, unpacking = 0, zlib.decompressobj(wbits=GZIP)
+    async for part in parts:
+        for unpacked in _unpacked(unpacking, part):
+            size += len(unpacked)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            yield unpacked
+    if not unpacking.eof:
+        raise BadRequestError("the body is not whole: its gzip ends too early", "Content-Encoding")
+
+
+def _unpacked(unpacking: Any, packed: bytes) -> Iterator[bytes]:
+    """Unpack bytes of gzip in pieces. Raises `BadRequestError` if they are none, or go on after its end."""
+    try:
+        piece = unpacking.decompress(packed, PART_BYTES)
+        while piece:
+            yield piece
+            piece = unpacking.decompress(unpacking.unconsumed_tail, PART_BYTES)
+    except zlib.error as error:
+        raise BadRequestError(
+            f"the body is no gzip, as its Content-Encoding says: {error}", "Content-Encoding"
+        ) from None
+    if unpacking.unused_data:
+        raise BadRequestError("the body has bytes after the end of its gzip", "Content-Encoding")
+
+
+async def _parts(request: Request, max_bytes: int, timeout_s: float) -> AsyncIterator[bytes]:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)

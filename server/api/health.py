@@ -21,6 +21,7 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
+@router.get("/health")
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """Answer 200 only while the engine answers and the server takes new work."""

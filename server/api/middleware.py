@@ -10,7 +10,9 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +22,7 @@ from server.api.disconnect import ClientGoneError
 from server.errors import (
     STORAGE_FAULTS,
     BadRequestError,
+    ForbiddenError,
     InternalError,
     InvalidFieldError,
     MethodNotAllowedError,
@@ -48,6 +51,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _routed(scope)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
@@ -58,6 +62,8 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if scope["app"].state.server.is_draining:  # or the client's next request finds the connection closed
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
@@ -74,6 +80,39 @@ class RequestLog:
                 facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
                 timing = {"status": status, "seconds": round(time.monotonic() - began, 4)}
                 log.info("request", extra={**facts, **timing, **_told(state)})
+
+
+def _routed(scope: Scope) -> Scope:
+    """The scope by which a request finds its route: HEAD is a GET whose body is not sent, a last slash is no matter."""
+    path = scope["path"]
+    return {
+        **scope,
+        "method": "GET" if scope["method"] == "HEAD" else scope["method"],
+        "path": path[:-1] if path.endswith("/") and path != "/" else path,
+    }
+
+
+class CrossOrigin(CORSMiddleware):
+    """Let web pages of the allowed origins ask, and read what an answer's headers say."""
+
+    def __init__(self, app: ASGIApp, origins: list[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a browser's question whether it may ask; a refusal has the form of errors."""
+        allowed = super().preflight_response(request_headers)
+        if allowed.status_code == 200:
+            return allowed
+        origin = request_headers["origin"][:200]
+        error = ForbiddenError(f"the origin {origin} may not ask this: see --allowed-origins", "Origin")
+        request_id = uuid.uuid4().hex
+        return JSONResponse(error.wire(request_id), error.status, {"X-Request-Id": request_id, "Vary": "Origin"})
 
 
 def _told(state: dict[str, Any]) -> dict[str, Any]:

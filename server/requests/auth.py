@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
@@ -60,8 +60,8 @@ class Remembered(Generic[V]):
 class Callers:
     """Identifies callers by their headers. Without an admin key everyone on this machine is the operator."""
 
-    def __init__(self, tenants: Tenants, admin_key: str | None, host: str) -> None:
-        self._tenants, self._admin_key, self._host = tenants, admin_key, host
+    def __init__(self, tenants: Tenants, admin_key: str | None, host: str, origins: Collection[str] = ()) -> None:
+        self._tenants, self._admin_key, self._host, self._origins = tenants, admin_key, host, origins
         self._keys = Remembered(tenants.known)
         self._limits = Remembered(self._limits_of)
 
@@ -99,10 +99,12 @@ class Callers:
     def check_origin(self, host: str | None, origin: str | None) -> None:
         """Raise `ForbiddenError` for a request through a web page, if the server asks for no keys.
 
-        A page whose host name leads here, or that posts here from another origin, must not act as this machine's user.
+        A page whose host name leads here, or that posts here from another origin, must not act as this machine's user,
+        unless its origin is an allowed one.
         """
         if self._admin_key is not None:
             return
+        origin = None if origin in self._origins else origin
         for header, name in (("Host", host), ("Origin", None if origin is None else urlsplit(origin).netloc)):
             if name is not None and not self._is_here(name):
                 raise ForbiddenError(

@@ -41,6 +41,7 @@ from server.uploads.retention import ArtifactRetention
 MIN_ROOM = 2  # positions that a prefix must leave: one for a prompt, one for an answer
 NUM_PROBES = 8
 PROBE_LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34)
+MAX_KEYS_CHARS = 500  # of a check's detail
 MAX_AT_ONCE = 4  # probes in the engine's batch
 MAX_PARITY_TOKENS = 1024  # a longer prompt would take the engine too long
 NUM_TOP = 100  # of the engine's best tokens, to find the trainer's 20 among
@@ -189,6 +190,8 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
         "ends": (len(_ends(artifact)), _told_ends(artifact)),
         "applied": (count, _applied(traced, patch, idle)),
     }
+    if keys := sorted(traced.idle_keys):
+        checks["config"] = (len(keys), f"keys that are not known and not used: {', '.join(keys)[:MAX_KEYS_CHARS]}")
     return artifact, patch, [check(name, figure, detail) for name, (figure, detail) in checks.items()]
 
 

@@ -41,7 +41,8 @@ async def serving(base: Path, data: Path, **settings: Any) -> AsyncIterator[tupl
         async with httpx.AsyncClient(base_url=listen.address_of("127.0.0.1", [listener]), timeout=30) as http:
             yield Site(app, engine, data, http), server
     finally:
-        server.handle_exit(signal.SIGTERM, None)
+        if server._drained_by is None:  # a second signal would leave the application open
+            server.handle_exit(signal.SIGTERM, None)
         await asyncio.wait_for(running, 10)
 
 

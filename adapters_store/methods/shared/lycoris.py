@@ -38,7 +38,7 @@ Config = TypeVar("Config", bound=LycorisConfig)
 
 def read_lycoris(artifact: Artifact, schema: type[Config], method: str) -> Config:
     """Read a config, its numbers bounded. Raises `ArtifactError`, also if a tensor belongs to a convolution."""
-    read = read_config(artifact.config, schema, method, IGNORED_KEYS, SERVED_VALUES)
+    read = read_config(artifact, schema, method, IGNORED_KEYS, SERVED_VALUES)
     check_ranks("r", read.r, read.rank_pattern, MAX_RANK)
     check_alphas("alpha", read.alpha, read.alpha_pattern, MAX_ALPHA)
     if cores := [name for name in artifact.tensors if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2"))]:

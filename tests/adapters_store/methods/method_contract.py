@@ -183,6 +183,22 @@ class MethodContract:
             compile_patch(changed(sound, {key: "x"}, {}), spec)
         assert (caught.value.code, caught.value.param) == ("method_unsupported", key)
 
+    def test_an_unknown_key_that_is_not_used_is_passed_over(self, sound: Artifact, spec: BaseSpec) -> None:
+        """A newer PEFT's key that is null, false or empty is taken, and told; so is another trainer's, of any value.
+
+        Any other value of such a key, zero too, is refused by name.
+        """
+        patch = compile_patch(sound, spec)
+        unused: list[Any] = [None, False, "", [], {}]
+        for key, values in {"use_magic": unused, **dict.fromkeys(shared_config.OTHERS_KEYS, WRONG_VALUES)}.items():
+            for value in values:
+                artifact = dataclasses.replace(changed(sound, {key: value}, {}), idle_keys=set())
+                assert is_same(compile_patch(artifact, spec), patch), (key, value)
+                assert artifact.idle_keys == {key}
+        for value in (0, 1, 0.0, True, "x", [0], {"a": 1}):
+            with pytest.raises(ArtifactError, match="a key that is not known: use_magic"):
+                compile_patch(changed(sound, {"use_magic": value}, {}), spec)
+
     def test_an_option_that_is_not_served_is_refused_by_name(self, sound: Artifact, spec: BaseSpec) -> None:
         """An option is accepted with its served values only; the refusal names method and key."""
         for key, values in {**shared_config.SERVED_VALUES, **self.SERVED_VALUES}.items():

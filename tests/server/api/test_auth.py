@@ -11,7 +11,7 @@ from tests.server.world import Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
 KEY = "k" * 15 + "é"
-OPEN = {"/health/live", "/health/ready"}
+OPEN = {"/health", "/health/live", "/health/ready"}
 BEARER = {b"Authorization": f"Bearer {KEY}".encode()}
 
 
@@ -23,7 +23,7 @@ async def locked(anyio_backend: str, tiny_base: Path, tmp_path_factory: pytest.T
 
 
 async def test_every_route_asks_for_the_key(locked: Site) -> None:
-    """Every route of the OpenAPI document but the two health routes is 401 without a key and with a bad one.
+    """Every route of the OpenAPI document but the health routes is 401 without a key and with a bad one.
 
     So is the document. Nothing else is told: not whether the task is there, the query sound or the body JSON.
     """

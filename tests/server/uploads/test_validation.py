@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters_store.errors import ArtifactError, WrongBaseError
-from adapters_store.format.folder import MANIFEST, WEIGHTS, read_folder, write_folder
+from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder, write_folder
 from adapters_store.format.manifest import BaseRef, Manifest, ParityCase
 from adapters_store.methods.compile import compile_patch
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
@@ -211,6 +211,19 @@ def test_every_tensor_acts(biased_base: Path, artifact: Callable[[str, int], Pat
         patch = compile_patch(followed, spec_of(biased_base))
     assert unused_tensors(followed, patch) == []
     assert unused_tensors(followed, Patch("", "", ())) == [name for name, t in followed.tensors.items() if t.numel()]
+
+
+def test_keys_that_are_not_used_are_told(tiny_base: Path, loras: list[Path], tmp_path: Path) -> None:
+    """Keys that nobody knows and that say nothing are named by a check of their own, which is else not there."""
+    folder = tmp_path / "hat"
+    shutil.copytree(loras[0], folder)
+    _, _, checks = validation.check_folder(ready_of(tiny_base), folder)
+    assert "config" not in {check["name"] for check in checks}
+    config = json.loads((folder / CONFIG).read_text()) | {"use_newer": False, "lorap_emb_lr": 1e-6}
+    (folder / CONFIG).write_text(json.dumps(config))
+    _, _, checks = validation.check_folder(ready_of(tiny_base), folder)
+    (told,) = [check for check in checks if check["name"] == "config"]
+    assert told["detail"] == "keys that are not known and not used: lorap_emb_lr, use_newer"
 
 
 def test_what_repeats_the_base_is_counted_apart(tiny_base: Path, tmp_path: Path) -> None:
