@@ -21,11 +21,12 @@ $(VENV)/.installed: $(VENV)/.serving
 serve: $(VENV)/.serving
 	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA) --import adapters_store/examples
 
-# Two processes take the files in turn; kernels are compiled before, so that both find them.
+# Two processes take the files in turn; kernels are compiled before, so that both find them. Their threads share the
+# cores: one that waits for another sleeps, or it would spin on the core that the other needs.
 test: $(VENV)/.installed
 	$(BIN)/python -m adapters_store.base.resolve smollm2-135m
 	$(BIN)/python -m server.cli.kernels fp32 auto int8
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 2 --dist loadfile --cov --durations 20
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 2 --dist loadfile --cov --durations 20
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
