@@ -94,7 +94,7 @@ bench.options = {  # type: ignore[attr-defined]
 
 def serve(**flags: Any) -> None:
     """Serve one base and many adapters over HTTP."""
-    began, console = time.monotonic(), Console(stderr=True)
+    began, console = time.monotonic(), logs.console()
     settings = _settings(flags, console)
     logs.install(settings.log_level)
     os.environ[VARIABLE] = str(settings.cache)  # for the engine and its helpers, which load kernels from there

@@ -175,8 +175,9 @@ def serving(base: Path, data: Path, *words: str, **environment: str) -> Iterator
     said = ""
     try:
         for line in process.stderr:
-            said += line
-            if line.startswith("  curl"):
+            message = json.loads(line)["message"]  # no line is anything else
+            said += f"{message}\n"
+            if message.startswith("  curl"):
                 break
         yield process, said
     finally:
