@@ -75,7 +75,10 @@ def load_base(
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise OptionError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     base = Base(name, folder, tokenizer, model, _fix_rotary(model, max_tokens))
-    base.spec, base.num_parameters  # noqa: B018 - while the model is as it was loaded
+    try:
+        base.spec, base.num_parameters  # noqa: B018 - while the model is as it was loaded
+    except identity.BaseUnavailableError as error:
+        raise BaseError(str(error)) from error
     return base
 
 

@@ -13,14 +13,29 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapters_store.base.identity import BaseUnavailableError
 from adapters_store.base.spec import BaseSpec, KVShape, LayerSites, LinearSite, NormSite
 
 # Names, in pre-norm models, of the norm before the feed-forward block, which reads the residual stream.
 STREAM_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
+NO_DECODER = "{} is no decoder of layers with causal attention and numbered positions, which a base must be ({})"
 
 
 def describe(model: Any, name: str, identity: str, folder: Path) -> BaseSpec:
-    """Build the spec of a decoder-only transformers model; `identity` and `folder` are stored in it unchanged."""
+    """Build the spec of a decoder-only transformers model; `identity` and `folder` are stored in it unchanged.
+
+    Raises `BaseUnavailableError` for a model that is no decoder whose layers attend.
+    """
+    try:
+        spec = _describe(model, name, identity, folder)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BaseUnavailableError(NO_DECODER.format(type(model).__name__, error)) from error
+    if not spec.layers:
+        raise BaseUnavailableError(NO_DECODER.format(type(model).__name__, "no list of its layers attends"))
+    return spec
+
+
+def _describe(model: Any, name: str, identity: str, folder: Path) -> BaseSpec:
     config, sites = model.config.get_text_config(), {module: site for site, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return BaseSpec(

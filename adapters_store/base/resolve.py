@@ -9,6 +9,7 @@ resumes.
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 import subprocess
 import sys
@@ -42,10 +43,35 @@ def resolve_base(name: str, cache: Path | None = None, progress: Progress = lamb
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BaseUnavailableError(f"{folder} has no config.json: a base is a Hugging Face model folder")
-        return folder
+        return _checked(folder)
     if folder.is_absolute() or name.count("/") != 1:
         raise BaseUnavailableError(f"base {name!r} is neither {SMOLLM2}, nor a folder, nor a hub id like owner/model")
-    return _from_hub(name, cache or default_cache(), progress)
+    return _checked(_from_hub(name, cache or default_cache(), progress))
+
+
+def _checked(folder: Path) -> Path:
+    """Return a base's folder. Raises `BaseUnavailableError` for one that no decoder can be loaded from as it is."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BaseUnavailableError(f"{folder}/config.json cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise BaseUnavailableError(f"{folder}/config.json is no JSON object")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
+        raise BaseUnavailableError(
+            f"{folder} has quantised weights ({str(method)[:40] or 'quantization_config'}): name the base that they "
+            "were made of; `manyhats serve --precision int8` quantises it itself"
+        )
+    if config.get("is_encoder_decoder"):
+        raise BaseUnavailableError(
+            f"{folder} is an encoder with a decoder ({_type(config)}): a base is a decoder alone"
+        )
+    return folder
+
+
+def _type(config: dict[str, object]) -> str:
+    return str(config.get("model_type"))[:40]
 
 
 def hub_cache(cache: Path) -> Path | None:

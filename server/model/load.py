@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapters_store.base.describe import describe, end_token_ids, linears
-from adapters_store.base.identity import base_identity
+from adapters_store.base.identity import BaseUnavailableError, base_identity
 from adapters_store.base.rotary import fix_rotary
 from adapters_store.base.spec import BaseSpec, KVShape
 from server import process_memory
@@ -75,7 +75,10 @@ def load_base(
     """
     backend = choose_backend(precision, device) if backend is None else backend
     model = _load_model(folder, backend.dtypes.others, backend.device)
-    spec = describe(model, name, base_identity(folder).identity, folder)
+    try:
+        spec = describe(model, name, base_identity(folder).identity, folder)
+    except BaseUnavailableError as error:
+        raise UnsupportedBaseError(str(error)) from error
     backend.wake()
     _round(model, backend)
     with torch.inference_mode():
@@ -109,7 +112,8 @@ def _load_model(folder: Path, dtype: torch.dtype, device: str) -> nn.Module:
             folder, dtype=dtype, attn_implementation="eager", local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UnsupportedBaseError(f"{folder} cannot be loaded as a decoder-only base: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedBaseError(f"{folder} cannot be loaded as a decoder-only base: {reason}") from error
     return model.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
