@@ -43,8 +43,8 @@ TRAINING = ("train", "compare")  # commands that need the extra `train`
 
 def main() -> None:
     """Run a subcommand of whichever package has it."""
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-    app.callback()(lambda: None)
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+    app.callback()(_options)
     wanted = {entry.name: entry for entry in entry_points(group="manyhats.commands")}
     if sys.argv[1:2] != [] and sys.argv[1] in TRAINING and "--help" not in sys.argv:
         _require_extra("train", f"{sys.argv[1]}:")
@@ -56,6 +56,20 @@ def main() -> None:
             continue
         app.command(entry.name, **getattr(command, "options", {}))(command)
     app()
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"manyhats {metadata.version('manyhats')}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before a subcommand."""
 
 
 def _require_extra(extra: str, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -23,13 +24,28 @@ def tasks(
     task: Annotated[str | None, typer.Argument(help="one task; all, if not given")] = None,
     url: Url = URL,
     api_key: ApiKey = None,
+    json_: Annotated[bool, typer.Option("--json", help="print the server's answer as it is")] = False,
 ) -> None:
     """Show tasks: their versions, the share of requests that each gets, its residency, and its last requests."""
     with sentences("tasks"):
         result = ask(url, api_key, "GET", "/tasks" if task is None else f"/tasks/{task}")
-        shown = table(result["tasks"] if task is None else [result])
+        found = result["tasks"] if task is None else [result]
+        if json_:
+            print(json.dumps(result))  # noqa: T201 - the answer
+            return
+        shown = table(found)
         whole = Console(width=MAX_WIDTH).measure(shown).maximum
         Console(width=max(Console().width, whole)).print(shown)  # a line too long beats columns cut short
+        for name in _unrouted(found):
+            warning = (
+                f"warning: {name} routes to no version: its requests are refused until it is routed or uploaded again"
+            )
+            Console(stderr=True).print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _unrouted(found: list[dict[str, Any]]) -> list[str]:
+    """The tasks that have versions, none of which gets requests."""
+    return [task["task"] for task in found if task["versions"] and not task["route"]["versions"]]
 
 
 def table(found: list[dict[str, Any]]) -> Table:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,35 @@ def test_the_command_lists_its_subcommands(run: Run, words: list[str]) -> None:
     """`manyhats` alone and with --help lists what there is."""
     shown = run(*words)
     assert "serve" in shown.out + shown.err and "train" in shown.out + shown.err
+
+
+def test_the_version_is_the_packages(run: Run) -> None:
+    """`manyhats --version` prints the version that is installed."""
+    shown = run("--version")
+    assert (shown.code, shown.out) == (0, f"manyhats {metadata.version('manyhats')}\n")
+
+
+def test_a_shell_can_complete_commands() -> None:
+    """A shell that asks for completions gets the subcommands, and a script for itself."""
+    environment = {**os.environ, "_MANYHATS_COMPLETE": "complete_bash", "COMP_WORDS": "manyhats ke", "COMP_CWORD": "1"}
+    done = subprocess.run([MANYHATS], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["keys"]
+
+
+HEAVY = ("torch", "transformers", "numba", "peft", "matplotlib", "fastapi")
+
+
+@pytest.mark.parametrize("command", ["", "serve", "keys", "train", "push", "compare", "doctor", "tasks"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    """Help is shown without what computes or serves: none of those libraries is imported for it."""
+    program = (
+        "import sys; from server.cli.main import main\n"
+        f"sys.argv = ['manyhats', *{command.split()!r}, '--help']\n"
+        "try: main()\n"
+        f"finally: print('imported:', *set({HEAVY!r}).intersection(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout and done.stdout.endswith("imported:\n"), done.stdout[-200:]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ async def test_a_canary_is_shown(anyio_backend: str, tiny_base: Path, tmp_path: 
         assert all(cell.isdigit() for cell in first[10:]) and second[10:] == ["-"] * 4
         code, said = await asyncio.to_thread(run, "--url", url, "--api-key", KEY)
         assert code == 0 and [row[0] for row in rows(said)] == ["base", "a (pinned)", "a (pinned)"]
+        code, said = await asyncio.to_thread(run, "a", "--json", "--url", url, "--api-key", KEY)
+        assert code == 0 and json.loads(said) == (await site.http.get("/tasks/a")).json()
+        assert (await site.upload("new", zips[0], activate="false")).status_code == 201
+        code, said = await asyncio.to_thread(run, "--url", url, "--api-key", KEY)
+        assert code == 0 and "warning: new routes to no version" in said and said.count("warning") == 1
         for words, sentence in (
             (("b", "--api-key", KEY), "404: there is no task b"),
             ((), "401:"),
