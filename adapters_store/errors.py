@@ -12,11 +12,15 @@ AbsentError (not_found)
 NameTakenError (conflict)
 NoEarlierRouteError (conflict)
 StoreError
+StoreDownError (store_unavailable)
 RegistryDownError
+└── RegistryHeldError
 QuotaError (limit_reached)
 """
 
 from __future__ import annotations
+
+import errno
 
 
 class ArtifactError(Exception):
@@ -99,5 +103,21 @@ class StoreError(Exception):
     """The artifact store or the registry cannot be used as configured; the message is for the operator."""
 
 
+class StoreDownError(OSError):
+    """The artifact store does not answer at the moment; retrying can help."""
+
+    code = "store_unavailable"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+
 class RegistryDownError(Exception):
     """The registry's database does not answer at the moment; retrying can help."""
+
+
+class RegistryHeldError(RegistryDownError):
+    """The registry's database answers, and another program or server holds it: nothing can be written now."""

@@ -7,17 +7,21 @@ import contextlib
 import fcntl
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
+from adapters_store.errors import RegistryDownError, StoreDownError
+from adapters_store.registry.database import NUM_CONNECTIONS
 from adapters_store.registry.registry import Registry
 from adapters_store.registry.tenants import Tenants
 from adapters_store.storage.bucket import open_blobs
-from adapters_store.storage.directory import Blobs
+from adapters_store.storage.directory import CALL_WITHIN_S, Blobs
 from server.api import adapters, generate, health, openai, tasks, tenants
 from server.api.middleware import HANDLERS, CrossOrigin, RequestLog
+from server.dependency import Dependency
 from server.engine.client import EngineClient, require_ready
 from server.engine.process_client import ProcessEngineClient
 from server.metrics import Metrics
@@ -29,6 +33,7 @@ from server.requests.usage import UsageBuffer
 from server.requests.version_stats import Recent
 from server.settings import Settings
 from server.state import ServerState
+from server.stores import Stores
 from server.together import for_ever, together
 from server.uploads.preload import TreeImport
 from server.uploads.retention import ArtifactRetention
@@ -36,6 +41,7 @@ from server.uploads.revalidation import Revalidation
 from server.uploads.service import UploadService
 from server.uploads.validation import Validator, compute_validation_fingerprint
 
+NUM_STORE_THREADS = 4  # calls of the store of artifacts at once
 OnReady = Callable[[ServerState], None]
 
 
@@ -80,69 +86,92 @@ def create_app(
 async def _open(settings: Settings, base_folder: Path, engine: EngineClient, stack: AsyncExitStack) -> ServerState:
     """Start every room; `stack` ends them in the opposite order, also if a later one cannot start."""
     settings.data.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(alone_in(settings.data))
-    registry = Registry(settings.registry or f"sqlite:///{settings.data / 'registry.db'}")
-    stack.callback(registry.close)
-    await asyncio.to_thread(registry.open)
-    blobs = await asyncio.to_thread(_open_store, settings, registry)
-    stack.push_async_callback(engine.close)
-    _, tokenizer = await together(engine.start(), asyncio.to_thread(_open_tokenizer, settings, base_folder))
+    stack.enter_context(alone_with(settings.data / "lock", f"data folder {settings.data}"))
     metrics = Metrics(
         lambda: engine.stats,
         lambda: getattr(engine, "pid", None),
         lambda: None if engine.ready is None else engine.ready.forward,
     )
+    stores = await _open_stores(settings, metrics, stack)
+    stack.push_async_callback(engine.close)
+    _, tokenizer = await together(engine.start(), asyncio.to_thread(_open_tokenizer, settings, base_folder))
     forward = require_ready(engine).forward
     rotary = "" if forward is None else forward.rotary
     fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device, rotary)
-    state = _assemble(settings, engine, registry, blobs, tokenizer, metrics, fingerprint)
-    stack.push_async_callback(asyncio.to_thread, state.usage.flush, registry)
-    await state.revalidation.find_unvalidated()
-    await stack.enter_async_context(_in_background(state.usage.keep_flushing(registry), "the writer of usage"))
-    await stack.enter_async_context(state.imports.running(settings.import_))
-    await state.retention.sync_pinned()
-    await stack.enter_async_context(_in_background(state.revalidation.validate_all(), "the validation of artifacts"))
+    state = _assemble(settings, engine, stores, tokenizer, metrics, fingerprint)
+    await _run_rooms(state, stack)
     return state
+
+
+async def _run_rooms(state: ServerState, stack: AsyncExitStack) -> None:
+    """Import, tell the engine what is pinned, and start what runs in the background."""
+    stores = state.stores
+    stack.push_async_callback(state.usage.close, stores)
+    await state.revalidation.find_unvalidated()
+    watches = {
+        "the watch of the registry": stores.database.watch(stores.registry.check),
+        "the watch of the store": stores.storage.watch(stores.blobs.check),
+        "the writer of usage": state.usage.keep_flushing(stores),
+    }
+    for name, work in watches.items():
+        await stack.enter_async_context(_in_background(work, name))
+    await stack.enter_async_context(state.imports.running(state.settings.import_))
+    await state.retention.sync_pinned()
+    await stack.enter_async_context(_in_background(state.retention.keep_retrying(), "the deletion of artifacts"))
+    await stack.enter_async_context(_in_background(state.revalidation.validate_all(), "the validation of artifacts"))
 
 
 def _assemble(
     settings: Settings,
     client: EngineClient,
-    registry: Registry,
-    blobs: Blobs,
+    stores: Stores,
     tokenizer: Tokenizer,
     metrics: Metrics,
     fingerprint: str,
 ) -> ServerState:
     """Make every room that only holds others, from the bottom up; nothing runs yet."""
-    tenants = Tenants(registry.engine)
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
-    rate_limiter, usage, recent = RateLimiter(), UsageBuffer(), Recent()
-    retention = ArtifactRetention(registry, blobs, client)
-    validator = Validator(client, blobs, retention)
-    revalidation = Revalidation(registry, blobs, retention, validator, fingerprint)
-    uploads = UploadService(registry, blobs, client, metrics, retention, validator, revalidation)
+    rate_limiter, usage, recent = RateLimiter(), UsageBuffer(metrics), Recent()
+    retention = ArtifactRetention(stores, client, metrics)
+    validator = Validator(client, stores, retention)
+    revalidation = Revalidation(stores, retention, validator, fingerprint)
+    uploads = UploadService(stores, client, metrics, retention, validator, revalidation)
     return ServerState(
         settings,
         client,
-        registry,
-        blobs,
+        stores,
         tokenizer,
         metrics,
-        tenants,
-        Callers(tenants, admin_key, settings.host, settings.origins),
+        Callers(stores, admin_key, settings.host, settings.origins),
         rate_limiter,
         usage,
         recent,
         retention,
         revalidation,
-        GenerationService(client, registry, tokenizer, metrics, usage, rate_limiter, recent, retention, revalidation),
+        GenerationService(client, stores, tokenizer, metrics, usage, rate_limiter, recent, retention, revalidation),
         uploads,
-        TreeImport(uploads),
+        TreeImport(uploads, metrics),
     )
 
 
-def _open_store(settings: Settings, registry: Registry) -> Blobs:
+async def _open_stores(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> Stores:
+    """Open the registry and the store of artifacts, each with threads of its own; `stack` closes them."""
+    database = Dependency("registry", NUM_CONNECTIONS, CALL_WITHIN_S, RegistryDownError, metrics)
+    stack.callback(database.close)
+    storage = Dependency("store", NUM_STORE_THREADS, CALL_WITHIN_S, StoreDownError, metrics)
+    stack.callback(storage.close)
+    registry = Registry(settings.registry or f"sqlite:///{settings.data / 'registry.db'}")
+    if registry.file is not None:
+        stack.enter_context(
+            alone_with(registry.file.with_name(f"{registry.file.name}.lock"), f"registry {registry.file}")
+        )
+    stack.callback(registry.close)
+    await database.call_within(None, registry.open)
+    blobs = await storage.call_within(None, partial(_open_blobs, settings, registry))
+    return Stores(registry, Tenants(registry.engine), blobs, database, storage)
+
+
+def _open_blobs(settings: Settings, registry: Registry) -> Blobs:
     """Open the store of artifacts; sweep those that the registry does not refer to, unless the store is new to it."""
     blobs = open_blobs(settings.store, settings.data / "artifacts")
     if blobs.claim(registry.identity()):
@@ -167,11 +196,14 @@ async def _in_background(work: Coroutine[Any, Any, None], name: str) -> AsyncIte
 
 
 @contextmanager
-def alone_in(data: Path) -> Iterator[None]:
-    """Hold the data folder: a second server would sweep away what the first is about to keep. Raises `OSError`."""
-    with (data / "lock").open("w") as file:
+def alone_with(lock: Path, what: str) -> Iterator[None]:
+    """Hold what a lock file stands for: a second server would sweep away what the first is about to keep.
+
+    Raises `OSError`.
+    """
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"another server uses the data folder {data}; give this one its own") from None
+            raise BlockingIOError(f"another server uses the {what}; give this one its own") from None
         yield

@@ -21,7 +21,8 @@ ServerError
 ├── UnavailableError 503
 │   ├── DrainingError 503
 │   ├── ProbeLateError 503
-│   └── RegistryUnavailableError 503
+│   ├── RegistryUnavailableError 503
+│   └── StoreUnavailableError 503
 └── StorageError 507
 
 On the wire: {"error": {"type", "code", "message", "param", "request_id"}}.
@@ -34,7 +35,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from adapters_store.errors import AbsentError, ArtifactError
+from adapters_store.errors import AbsentError, ArtifactError, StoreDownError
 from server.core import EngineFailure
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -47,6 +48,7 @@ ENGINE_STATUS = {
     "engine_restarting": 503,
     "adapter_failed": 503,
     "artifact_corrupt": 503,
+    StoreDownError.code: 503,
 }
 
 
@@ -199,6 +201,12 @@ class RegistryUnavailableError(UnavailableError):
     """The registry's database does not answer."""
 
     code = "registry_unavailable"
+
+
+class StoreUnavailableError(UnavailableError):
+    """The store of artifacts does not answer."""
+
+    code = "store_unavailable"
 
 
 class StorageError(ServerError):

@@ -8,12 +8,16 @@ import logging
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import IO, Any, cast
 
 from rich.console import Console
 
 log = logging.getLogger(__name__)
 
+
+EVERY_S = 60.0  # between two lines of one cause
 _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
@@ -50,10 +54,42 @@ def console() -> Console:
     return Console(stderr=True) if sys.stderr.isatty() else Console(file=cast("IO[str]", PrintedLines()))
 
 
+def cause_of(error: BaseException, **more: object) -> dict[str, object]:
+    """The `extra` of a line about a fault that may meet every request, so that `OncePerMinute` bounds such lines."""
+    number = getattr(error, "errno", None)
+    return {"reason": str(error) or type(error).__name__, "cause": f"{type(error).__name__} {number}", **more}
+
+
+class OncePerMinute(logging.Filter):
+    """Lets a line with a `cause` pass once a minute, by its logger and message; it says how many were left out before.
+
+    Without it a full disk would be filled with lines that say so.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._told: dict[tuple[str, str, str], tuple[float, int]] = {}  # when each was let pass, and how many not since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell if a record passes."""
+        if not hasattr(record, "cause"):
+            return True
+        key = record.name, str(record.msg), str(record.cause)
+        told_at, num_left_out = self._told.get(key, (-EVERY_S, 0))
+        if (now := self._clock()) < told_at + EVERY_S:
+            self._told[key] = told_at, num_left_out + 1
+            return False
+        self._told[key] = now, 0
+        record.left_out = num_left_out
+        return True
+
+
 def install(level: str) -> None:
     """Send all logging of this process to stderr in this form; so also warnings, and exceptions that end a thread."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    handler.addFilter(OncePerMinute())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     sys.excepthook = lambda *error: _log_uncaught(error)

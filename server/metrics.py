@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -57,6 +57,12 @@ class Metrics:
         )
         self.uploads = self._counter("uploads", "Uploads, by status", ["status"])
         self.responses = self._counter("http_responses", "All answers, refusals too, by route", ["route", "status"])
+        self.dependency_failures = self._counter(
+            "dependency_failures", "Calls of the registry or the store that failed", ["dependency", "kind"]
+        )
+        self.retries = self._counter("retries", "Steps made again after a failure, by what was tried", ["what"])
+        text = "Whether the registry or the store answers as it should"
+        self.dependency_up = Gauge("manyhats_dependency_up", text, ["dependency"], registry=self.registry)
         by_tenant = ["tenant"]
         self.tenant_requests = self._counter("tenant_requests", "Requests ended, by status", [*by_tenant, "status"])
         self.tenant_tokens = self._counter("tenant_tokens", "Tokens, of prompts and of answers", [*by_tenant, "kind"])

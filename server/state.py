@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapters_store.registry.registry import Registry
-from adapters_store.registry.tenants import Tenants
-from adapters_store.storage.directory import Blobs
 from server.engine.client import EngineClient
 from server.metrics import Metrics
 from server.requests.auth import Callers
@@ -16,6 +13,7 @@ from server.requests.tokenizer import Tokenizer
 from server.requests.usage import UsageBuffer
 from server.requests.version_stats import Recent
 from server.settings import Settings
+from server.stores import Stores
 from server.uploads.preload import TreeImport
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
@@ -28,11 +26,9 @@ class ServerState:
 
     settings: Settings
     client: EngineClient
-    registry: Registry
-    blobs: Blobs
+    stores: Stores
     tokenizer: Tokenizer
     metrics: Metrics
-    tenants: Tenants
     callers: Callers
     rate_limiter: RateLimiter
     usage: UsageBuffer

@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,20 @@ from sqlalchemy import (
     event,
     false,
     func,
+    insert,
     make_url,
     select,
+    update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from adapters_store.durable import fsync
-from adapters_store.errors import RegistryDownError, StoreError
+from adapters_store.errors import RegistryDownError, RegistryHeldError, StoreError
 
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
+NUM_CONNECTIONS = 8
+LOCKED_WITHIN_S = 5  # that SQLite waits for another program's lock
+BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 WRITER_LOCK, SERVER_LOCK = 0x6D616E79, 0x68617473  # advisory locks, one of each per database
 DISK_FAULTS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
@@ -98,7 +105,12 @@ removed = Table(  # digests of deleted versions, which no start imports again
     Column("digest", String(64), nullable=False),
     UniqueConstraint("task_id", "digest"),
 )
-identity = Table("identity", metadata, Column("id", String(32), primary_key=True))  # one row
+identity = Table(  # one row
+    "identity",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("server", String(32), nullable=True),  # the one that opened the database last: no other may write
+)
 usage = Table(
     "usage",
     metadata,
@@ -142,6 +154,15 @@ audit = Table(
 )
 
 
+def sqlite_file(url: str) -> Path | None:
+    """Return the file of an SQLite URL; None for any other URL."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return None
+    return Path(parsed.database) if parsed.get_backend_name() == SQLITE and parsed.database else None
+
+
 def connect(url: str) -> Engine:
     """Create an engine for a database URL, whose write transactions start by waiting for their turn as the only writer.
 
@@ -153,7 +174,13 @@ def connect(url: str) -> Engine:
             raise StoreError(f"the registry is kept in SQLite or PostgreSQL, not in {parsed.get_backend_name()}")
         if parsed.drivername == POSTGRESQL:
             parsed = parsed.set(drivername="postgresql+psycopg")
-        engine = create_engine(parsed, pool_pre_ping=parsed.get_backend_name() == POSTGRESQL)
+        if not parsed.database:
+            raise ArgumentError
+        is_postgresql = parsed.get_backend_name() == POSTGRESQL
+        if is_postgresql:
+            from adapters_store.registry import postgresql  # it needs the driver, which is an extra
+        waiting = {} if is_postgresql else {"timeout": LOCKED_WITHIN_S}
+        engine = create_engine(parsed, pool_size=NUM_CONNECTIONS, pool_pre_ping=is_postgresql, connect_args=waiting)
     except ArgumentError:
         raise StoreError("the registry's URL is none: sqlite:///FILE or postgresql://USER@HOST/DATABASE") from None
     except ImportError:
@@ -162,6 +189,7 @@ def connect(url: str) -> Engine:
         event.listen(engine, "connect", _tune_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     else:
+        event.listen(engine, "do_connect", postgresql.connect)
         event.listen(engine, "begin", _begin_postgresql)
     return engine
 
@@ -170,8 +198,8 @@ def connect(url: str) -> Engine:
 def transaction(engine: Engine, is_write: bool) -> Iterator[Connection]:
     """Open a transaction: its reads see one moment, its writes are durable when the block ends.
 
-    Only one writer runs at a time. Raises `OSError` if SQLite cannot read or write its file, and `RegistryDownError` if
-    PostgreSQL does not answer.
+    Only one writer runs at a time. Raises `OSError` if SQLite cannot read or write its file, `RegistryDownError` if
+    PostgreSQL does not answer, and `RegistryHeldError` if another program or server keeps this one from writing.
     """
     options: dict[str, Any] = {"is_write": is_write}
     if engine.dialect.name == POSTGRESQL:  # a writer must see what was written before its turn
@@ -182,44 +210,88 @@ def transaction(engine: Engine, is_write: bool) -> Iterator[Connection]:
     except DBAPIError as error:
         if engine.dialect.name == POSTGRESQL and isinstance(error, OperationalError):
             raise RegistryDownError("the registry's database does not answer; try again in a moment") from error
-        fault = DISK_FAULTS.get(getattr(error.orig, "sqlite_errorcode", 0) & 0xFF)
+        code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+        if code in BUSY:
+            raise RegistryHeldError("another program has locked the registry's file; try again in a moment") from error
+        fault = DISK_FAULTS.get(code)
         if fault is None:
             raise
         raise OSError(fault, os.strerror(fault)) from error
 
 
 def hold(engine: Engine) -> Connection | None:
-    """Claim a PostgreSQL database for this server until the returned connection is closed.
+    """Claim a PostgreSQL database for this server while the returned connection lives.
 
-    Returns None for SQLite, whose folder the server locks. Raises `StoreError` if another server has the database.
+    Returns None for SQLite, whose file the server locks. Raises `RegistryDownError` if the database does not answer,
+    and `RegistryHeldError` if another server has it.
     """
     if engine.dialect.name != POSTGRESQL:
         return None
     try:
         connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if connection.execute(select(func.pg_try_advisory_lock(SERVER_LOCK))).scalar():
+            return connection
     except OperationalError as error:
-        raise StoreError(f"the registry's database cannot be reached: {str(error.orig).splitlines()[0]}") from None
-    if not connection.execute(select(func.pg_try_advisory_lock(SERVER_LOCK))).scalar():
-        connection.close()
-        raise StoreError("another server uses the registry's database; give this one its own")
-    return connection
+        reason = str(error.orig).splitlines()[0]
+        raise RegistryDownError(f"the registry's database cannot be reached: {reason}") from None
+    connection.close()
+    raise RegistryHeldError("another server uses the registry's database; give this one its own")
+
+
+def is_alive(connection: Connection) -> bool:
+    """Tell if a connection still answers."""
+    try:
+        connection.execute(select(1))
+    except DBAPIError:
+        return False
+    return True
+
+
+def allow_writes_of(engine: Engine, server: str) -> None:
+    """Let a PostgreSQL database be written by this server alone, until another one opens it.
+
+    The claim of `hold` ends with its connection, as when the database is restarted: a server that opened the database
+    meanwhile has swept what this one was about to keep. From then on all writes here raise `RegistryHeldError`.
+    """
+    with transaction(engine, is_write=True) as connection:
+        if not connection.execute(update(identity).values(server=server)).rowcount:
+            connection.execute(insert(identity).values(id=uuid.uuid4().hex, server=server))
+    if engine.dialect.name == POSTGRESQL:
+        event.listen(engine, "begin", partial(_refuse_unless_owner, server))
+
+
+def _refuse_unless_owner(server: str, connection: Connection) -> None:
+    """Raise `RegistryHeldError` if a transaction would write, and another server opened the database since."""
+    if connection.get_execution_options().get("is_write", False):
+        ensure_owner(connection, server)
+
+
+def ensure_owner(connection: Connection, server: str) -> None:
+    """Raise `RegistryHeldError` if another server opened the database since this one did."""
+    if connection.execute(select(identity.c.server)).scalar() != server:
+        raise RegistryHeldError("another server has taken the registry's database over: this one changes nothing more")
 
 
 def migrate(connection: Connection) -> None:
-    """Upgrade a database to the newest schema (alembic; the scripts are in `migrations/`)."""
+    """Upgrade a database to the newest schema (alembic; the scripts are in `migrations/`), however long that takes."""
     from alembic import command
     from alembic.config import Config
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
+    driver: Any = connection.connection.driver_connection
+    if connection.dialect.name == POSTGRESQL:
+        driver.limit_s = None
     command.upgrade(config, "head")
+    if connection.dialect.name == POSTGRESQL:
+        del driver.limit_s
 
 
 def _tune_sqlite(connection: Any, _record: Any) -> None:
     """Set up a connection: readers run beside a writer, commits are durable, foreign keys hold, no implicit BEGIN."""
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -6,89 +6,55 @@ are synchronous, and raise `OSError` or `RegistryDownError` if the database fail
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Engine, Row, Update, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    Update,
+    delete,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
 
-from adapters_store.errors import AbsentError, StoreError
-from adapters_store.format.manifest import GenerationDefaults, PromptFormat
+from adapters_store.errors import AbsentError, RegistryDownError, StoreError
 from adapters_store.registry import audit
 from adapters_store.registry.database import (
+    POSTGRESQL,
+    allow_writes_of,
     connect,
+    ensure_owner,
     hold,
     identity,
+    is_alive,
     migrate,
     removed,
     routes,
+    sqlite_file,
     tasks,
     transaction,
     usage,
     versions,
 )
+from adapters_store.registry.records import Facts, Task, Usage, Version, usage_of, version_of
 from adapters_store.registry.routes import FULL_ROUTE, Route, current_route, roll_back, route_of, set_route
 from adapters_store.registry.tenants import DEFAULT_TENANT, check_quota
 
 __all__ = ["DEFAULT_TENANT", "Facts", "Registry", "Task", "Usage", "Version"]
 MAX_NUMBER = 2**63  # the end of SQL's integers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """The registry's record of an artifact's content.
-
-    `num_parameters` were trained; `num_items` numbers are taken on the device, of which `num_matrix_items` are of
-    matrices; `num_virtual` prefix tokens come before a prompt; `num_bytes` is the size of the files. An answer ends at
-    the token ids `ends`, beside the base's.
-    """
-
-    digest: str
-    method: str
-    num_parameters: int
-    num_items: int
-    num_matrix_items: int
-    num_virtual: int
-    num_bytes: int
-    prompt_format: PromptFormat | None = None
-    ends: tuple[int, ...] = ()
-    generation: GenerationDefaults | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Version(Facts):
-    """An immutable version of a task; `created` is in Unix seconds."""
-
-    task: str
-    number: int
-    note: str
-    created: float
-
-
-@dataclass(frozen=True)
-class Task:
-    """A tenant's task: versions by number, route, and whether the routed versions are pinned to the device."""
-
-    name: str
-    versions: tuple[Version, ...]
-    route: Route
-    is_pinned: bool = False
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The use of a task's version (0: the base): requests and tokens."""
-
-    task: str
-    version: int
-    requests: int
-    prompt_tokens: int
-    completion_tokens: int
 
 
 class Registry:
@@ -98,18 +64,42 @@ class Registry:
         self.url = url
         self._engine: Engine | None = None
         self._held: Connection | None = None
+        self._server = uuid.uuid4().hex
+        self._checking = threading.Lock()
+
+    @property
+    def file(self) -> Path | None:
+        """Return SQLite's file, which the server is to lock; None for PostgreSQL, which `open` locks."""
+        return sqlite_file(self.url)
 
     def open(self) -> Registry:
         """Connect, and migrate to the newest schema. Raises `StoreError` if the database cannot be used."""
         self._engine = connect(self.url)
         try:
             self._held = hold(self._engine)
-        except StoreError:
+        except RegistryDownError as error:
             self._engine.dispose()
-            raise
+            raise StoreError(str(error)) from None
         with self._write() as connection:
             migrate(connection)
+        allow_writes_of(self._engine, self._server)
         return self
+
+    def check(self) -> None:
+        """Claim the database again if the connection that holds it was cut, as by a restart of PostgreSQL.
+
+        Raises `RegistryDownError` if the database does not answer, and `RegistryHeldError` if another server has it.
+        """
+        with self._checking:
+            with self._read() as connection:
+                connection.execute(select(identity.c.id))
+                if self.engine.dialect.name == POSTGRESQL:
+                    ensure_owner(connection, self._server)
+            if self._held is not None and not is_alive(self._held):
+                self._held.close()
+                self._held = None
+            if self._held is None:
+                self._held = hold(self.engine)
 
     def close(self) -> None:
         """Close the connections and release the database."""
@@ -157,7 +147,7 @@ class Registry:
                 connection.execute(insert(versions).values(**values, **msgspec.to_builtins(facts)))
                 audit.note(connection, tenant, "version.add", task=task, version=number, digest=facts.digest)
             connection.execute(delete(removed).where(removed.c.task_id == task_id, removed.c.digest == facts.digest))
-            version = _version(task, connection.execute(same_bytes).one())
+            version = version_of(task, connection.execute(same_bytes).one())
             if validated is not None:
                 connection.execute(_set_validated(facts.digest, validated))
             if activate:
@@ -198,21 +188,38 @@ class Registry:
     def pinned_digests(self) -> list[str]:
         """Return the digests that pinned tasks of all tenants route to, the newest version first."""
         with self._read() as connection:
-            pinned = self._tasks(connection, tasks.c.is_pinned)
+            pinned = self._tasks(connection, tasks.c.is_pinned, max_versions=0)
         routed = [version for task in pinned for version in task.versions if version.number in task.route.weights]
         return list(dict.fromkeys(v.digest for v in sorted(routed, key=lambda v: v.created, reverse=True)))
 
-    def task(self, tenant: str, task: str) -> Task:
-        """Return a task with its versions and route. Raises `AbsentError`."""
+    def task(self, tenant: str, task: str, before: int | None = None, max_versions: int | None = None) -> Task:
+        """Return a task with its route, and the newest of its versions (below `before`). Raises `AbsentError`."""
         with self._read() as connection:
-            self._task_id(connection, tenant, task)
-            (task_found,) = self._tasks(connection, (tasks.c.tenant == tenant) & (tasks.c.name == task))
+            task_id = self._task_id(connection, tenant, task)
+            (task_found,) = self._tasks(connection, tasks.c.id == task_id, before, max_versions)
             return task_found
 
-    def tasks(self, tenant: str) -> list[Task]:
-        """Return a tenant's tasks, by name."""
+    def tasks(
+        self, tenant: str, after: str | None = None, max_tasks: int | None = None, max_versions: int | None = None
+    ) -> list[Task]:
+        """Return a tenant's tasks by name, from the one `after` a name on, each with its newest versions."""
+        page = select(tasks.c.id).where(tasks.c.tenant == tenant, _HAS_VERSION)
+        if after is not None:
+            page = page.where(tasks.c.name > after)
         with self._read() as connection:
-            return self._tasks(connection, tasks.c.tenant == tenant)
+            ids = connection.execute(page.order_by(tasks.c.name).limit(max_tasks)).scalars().all()
+            return self._tasks(connection, tasks.c.id.in_(ids), None, max_versions)
+
+    def task_names(
+        self, tenant: str, after: str | None = None, max_tasks: int | None = None
+    ) -> list[tuple[str, float]]:
+        """Return a tenant's tasks by name, from the one `after` a name on, each with when its last version was made."""
+        query = select(tasks.c.name, func.max(versions.c.created)).join(versions, versions.c.task_id == tasks.c.id)
+        query = query.where(tasks.c.tenant == tenant).group_by(tasks.c.name).order_by(tasks.c.name).limit(max_tasks)
+        if after is not None:
+            query = query.where(tasks.c.name > after)
+        with self._read() as connection:
+            return [(name, created) for name, created in connection.execute(query).all()]
 
     def delete_task(self, tenant: str, task: str) -> list[str]:
         """Delete a task with all its versions, and return their digests. Raises `AbsentError`."""
@@ -247,13 +254,9 @@ class Registry:
             return connection.execute(of_task).first() is not None
 
     def identity(self) -> str:
-        """Return this registry's own identity, drawn once: an artifact store belongs to one registry."""
-        with self._write() as connection:
-            stored = connection.execute(select(identity.c.id)).scalar()
-            if stored is None:
-                stored = uuid.uuid4().hex
-                connection.execute(insert(identity).values(id=stored))
-            return str(stored)
+        """Return this registry's own identity, drawn at the first `open`: an artifact store belongs to one registry."""
+        with self._read() as connection:
+            return str(connection.execute(select(identity.c.id)).scalar_one())
 
     def set_validated(self, digest: str, fingerprint: str) -> None:
         """Record that all versions of these bytes passed validation; `fingerprint` names the base and the software."""
@@ -268,8 +271,11 @@ class Registry:
             return list(dict.fromkeys(digests))
 
     def digests(self) -> set[str]:
-        """Return every digest that a version refers to."""
-        with self._read() as connection:
+        """Return every digest that a version refers to.
+
+        It waits its turn as a writer, so that what is deleted by it is not what another change is about to refer to.
+        """
+        with self._write() as connection:
             return set(connection.execute(select(versions.c.digest)).scalars())
 
     def add_usages(self, counts: Mapping[tuple[str, str, int], Sequence[int]]) -> None:
@@ -282,25 +288,22 @@ class Registry:
                 if not connection.execute(update(usage).where(key).values(**grown)).rowcount:
                     connection.execute(insert(usage).values(tenant=tenant, task=task, version=version, **more))
 
-    def usage(self, tenant: str) -> list[Usage]:
-        """Return a tenant's usage, by task and version."""
-        return self.usages(tenant).get(tenant, [])
+    def usage(self, tenant: str, tasks: Collection[str] | None = None) -> list[Usage]:
+        """Return a tenant's usage, by task and version: of all tasks, or of those that are named."""
+        query = select(usage).where(usage.c.tenant == tenant).order_by(usage.c.task, usage.c.version)
+        with self._read() as connection:
+            rows = connection.execute(query if tasks is None else query.where(usage.c.task.in_(tasks))).all()
+        return [usage_of(row) for row in rows]
 
     def usages(self, tenant: str | None = None) -> dict[str, list[Usage]]:
         """Return the usage by tenant, deleted ones included, or of the named tenant only."""
         query = select(usage).order_by(usage.c.tenant, usage.c.task, usage.c.version)
         with self._read() as connection:
             rows = connection.execute(query if tenant is None else query.where(usage.c.tenant == tenant)).all()
-        return {
-            name: [
-                Usage(row.task, row.version, row.requests, row.prompt_tokens, row.completion_tokens) for row in group
-            ]
-            for name, group in groupby(rows, lambda row: row.tenant)
-        }
+        return {name: [usage_of(row) for row in group] for name, group in groupby(rows, lambda row: row.tenant)}
 
     def _task_id(self, connection: Connection, tenant: str, task: str) -> int:
-        has_version = select(versions.c.id).where(versions.c.task_id == tasks.c.id).exists()
-        query = select(tasks.c.id).where(tasks.c.tenant == tenant, tasks.c.name == task, has_version)
+        query = select(tasks.c.id).where(tasks.c.tenant == tenant, tasks.c.name == task, _HAS_VERSION)
         task_id = connection.execute(query).scalar()
         if task_id is None:
             raise AbsentError(f"there is no task {task}")
@@ -318,20 +321,34 @@ class Registry:
         row = connection.execute(query).first() if 0 < number < MAX_NUMBER else None
         if row is None:
             raise AbsentError(f"task {task} has no version {number}")
-        return _version(task, row)
+        return version_of(task, row)
 
-    def _tasks(self, connection: Connection, which: ColumnElement[bool]) -> list[Task]:
-        """Read tasks with their versions and routes, in two queries however many there are."""
-        columns = (tasks.c.name, tasks.c.is_pinned, versions)
-        of_tasks = select(*columns).join(versions, versions.c.task_id == tasks.c.id).where(which)
-        rows = connection.execute(of_tasks.order_by(tasks.c.tenant, tasks.c.name, versions.c.number)).all()
+    def _tasks(
+        self,
+        connection: Connection,
+        which: ColumnElement[bool],
+        before: int | None = None,
+        max_versions: int | None = None,
+    ) -> list[Task]:
+        """Read tasks with their routes and versions (see `Task`), in three queries however many there are."""
         last = select(func.max(routes.c.id)).join(tasks, routes.c.task_id == tasks.c.id).where(which)
         newest = select(routes).where(routes.c.id.in_(last.group_by(routes.c.task_id)))
         route_by_task = {row.task_id: route_of(row) for row in connection.execute(newest).all()}
-        return [
-            Task(name, tuple(_version(name, row) for row in group), route_by_task.get(task_id, Route()), is_pinned)
-            for (name, is_pinned, task_id), group in groupby(rows, lambda row: (row.name, row.is_pinned, row.task_id))
-        ]
+        newest_ids = _newest(which, before, max_versions) if max_versions is not None else None
+        is_newest = true() if newest_ids is None else versions.c.id.in_(newest_ids)
+        of_task = versions.join(tasks, versions.c.task_id == tasks.c.id)
+        counted = select(versions.c.task_id, func.count()).select_from(of_task).where(which)
+        counts = {row[0]: int(row[1]) for row in connection.execute(counted.group_by(versions.c.task_id)).all()}
+        columns = (tasks.c.name, tasks.c.is_pinned, versions, is_newest.label("is_newest"))
+        ordered = select(*columns).select_from(of_task).where(which).order_by(tasks.c.name, versions.c.number)
+        numbers = {number for route in route_by_task.values() for number in route.weights}
+        rows = connection.execute(ordered.where(is_newest | versions.c.number.in_(numbers))).all()
+        found = []
+        for (name, is_pinned, task_id), group in groupby(rows, lambda row: (row.name, row.is_pinned, row.task_id)):
+            route = route_by_task.get(task_id, Route())
+            shown = tuple(version_of(name, row) for row in group if row.is_newest or row.number in route.weights)
+            found.append(Task(name, shown, route, is_pinned, counts[task_id]))
+        return found
 
     def _remember(self, connection: Connection, task_id: int, digests: Iterable[str]) -> None:
         """Record deleted versions, so that an import does not add them again."""
@@ -345,10 +362,17 @@ class Registry:
         return int(number)
 
 
+_HAS_VERSION = select(versions.c.id).where(versions.c.task_id == tasks.c.id).exists()
+
+
+def _newest(which: ColumnElement[bool], before: int | None, max_versions: int) -> Select[Any]:
+    """Return a query for the ids of each task's newest versions, below a number."""
+    place = func.row_number().over(partition_by=versions.c.task_id, order_by=versions.c.number.desc())
+    is_below = true() if before is None else versions.c.number < before
+    placed = select(versions.c.id, place.label("place")).join(tasks, versions.c.task_id == tasks.c.id)
+    page = placed.where(which, is_below).subquery()
+    return select(page.c.id).where(page.c.place <= max_versions)
+
+
 def _set_validated(digest: str, fingerprint: str) -> Update:
     return update(versions).where(versions.c.digest == digest).values(proved=fingerprint)
-
-
-def _version(task: str, row: Row[Any]) -> Version:
-    columns = {field.name: getattr(row, field.name) for field in fields(Version) if field.name != "task"}
-    return msgspec.convert({"task": task, **columns}, Version)

@@ -6,18 +6,15 @@ an artifact exists while they do. Staging is on the local disk.
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 from fsspec.registry import get_filesystem_class
 
-from adapters_store.errors import AbsentError, StoreError
+from adapters_store.errors import AbsentError, StoreDownError, StoreError
 from adapters_store.format.folder import FILES, WEIGHTS, find_parts
-from adapters_store.storage.directory import OWNER, Blobs
+from adapters_store.storage.directory import OWNER, Blobs, limit_s
 
 EXTRAS = {"s3": "manyhats[s3]", "s3a": "manyhats[s3]"}  # packages to install, by scheme
 UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # two processes write: API and engine
@@ -37,7 +34,7 @@ def open_blobs(store: str | None, folder: Path) -> Blobs:
 
 
 class Bucket(Blobs):
-    """The artifacts below a URL. Every call may raise `OSError`, with `EIO` if the store does not answer."""
+    """The artifacts below a URL. Calls raise `OSError`: `StoreDownError` if it does not answer in time."""
 
     def __init__(self, url: str, folder: str | Path) -> None:
         super().__init__(folder)
@@ -49,47 +46,62 @@ class Bucket(Blobs):
             return
         self.delete(digest)
         for name, path in sorted(find_parts(folder).items(), key=lambda part: part[0] == WEIGHTS):
-            with _told():
-                self._files.pipe_file(self._object(digest, name), path.read_bytes())
+            data = path.read_bytes()
+            self._call(self._files.pipe_file, self._object(digest, name), data, num_bytes=len(data))
 
     def delete(self, digest: str) -> None:
         """Delete an artifact, its weights first."""
-        for name in sorted(FILES, key=lambda name: name != WEIGHTS):
-            with _told():
-                if self._files.exists(self._object(digest, name)):
-                    self._files.rm_file(self._object(digest, name))
+        for name in sorted(self._sizes(digest), key=lambda name: name != WEIGHTS):
+            self._call(self._files.rm_file, self._object(digest, name))
 
     def digests(self) -> set[str]:
         """Return the digests of all artifacts, complete or not."""
-        with _told():
-            paths = [PurePosixPath(path).parts for path in self._files.find(self._prefix)]
+        paths = [PurePosixPath(path).parts for path in self._call(self._files.find, self._prefix)]
         return {parts[-2] for parts in paths if len(parts) > 2 and parts[-3] == parts[-2][:2]}
 
     def _read(self, digest: str) -> dict[str, bytes]:
-        files = {name: self._get(f"{digest[:2]}/{digest}/{name}") for name in FILES}
-        if files[WEIGHTS] is None:
+        sizes = self._sizes(digest)
+        files = {name: self._get(self._object(digest, name), num_bytes) for name, num_bytes in sizes.items()}
+        if files.get(WEIGHTS) is None:
             raise AbsentError(f"no artifact {digest[:12]} in the store")
         return {name: data for name, data in files.items() if data is not None}
 
+    def _sizes(self, digest: str) -> dict[str, int]:
+        """Return the sizes of an artifact's files, by name: how long each may take depends on it."""
+        found = self._call(self._files.find, f"{self._prefix}/{digest[:2]}/{digest}", detail=True)
+        sizes = {PurePosixPath(path).name: int(facts["size"] or 0) for path, facts in found.items()}
+        return {name: sizes[name] for name in FILES if name in sizes}
+
     def _owner(self) -> str | None:
-        owner = self._get(OWNER)
+        owner = self._get(f"{self._prefix}/{OWNER}")
         return None if owner is None else owner.decode()
 
     def _own(self, owner: str) -> None:
-        with _told():
-            self._files.pipe_file(f"{self._prefix}/{OWNER}", owner.encode())
+        self._call(self._files.pipe_file, f"{self._prefix}/{OWNER}", owner.encode())
 
-    def _get(self, name: str) -> bytes | None:
+    def _get(self, path: str, num_bytes: int = 0) -> bytes | None:
         """Return an object's bytes, or None if it is absent."""
         try:
-            with _told():
-                data: bytes = self._files.cat_file(f"{self._prefix}/{name}")
-                return data
+            data: bytes = self._call(self._files.cat_file, path, num_bytes=num_bytes)
         except FileNotFoundError:
             return None
+        return data
 
     def _object(self, digest: str, name: str) -> str:
         return f"{self._prefix}/{digest[:2]}/{digest}/{name}"
+
+    def _call(self, method: Any, *args: object, num_bytes: int = 0, **kwargs: object) -> Any:
+        """Call a method that moves so many bytes. One that is late, or fails otherwise, raises `StoreDownError`."""
+        if self._files.async_impl:  # of others the driver's own time limits hold
+            kwargs["timeout"] = limit_s(num_bytes)
+        try:
+            return method(*args, **kwargs)
+        except TimeoutError as error:
+            raise StoreDownError("the store of artifacts does not answer in time") from error
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # drivers raise errors of all families
+            raise StoreDownError(f"the store of artifacts does not answer ({type(error).__name__})") from error
 
 
 def _connect(url: str) -> tuple[Any, str]:
@@ -105,16 +117,3 @@ def _connect(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise StoreError(f"{url} is no store: {error}") from None
     return files, prefix.rstrip("/")
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Turn errors of all families, which drivers raise, into `OSError`: the store failed to answer."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None and not isinstance(error, FileNotFoundError):
-            raise OSError(errno.EIO, f"the store answered {type(error).__name__}") from error
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, f"the store does not answer ({type(error).__name__})") from error

@@ -9,11 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adapters_store.durable import fsync, sync_folder
-from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError, StoreError
+from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError, StoreDownError, StoreError
 from adapters_store.format.folder import CONFIG, WEIGHTS, Artifact, artifact_of, digest_of, read_files
 
 STAGING = "staging"
 OWNER = "owner"  # a file with the identity of the registry that the store belongs to
+CALL_WITHIN_S = 10.0  # of a call that moves few bytes
+MIN_BYTES_PER_S = 2**20  # of one that moves more: slower is down
+
+
+def limit_s(num_bytes: int = 0) -> float:
+    """Return the seconds in which a store moves so many bytes, or is down."""
+    return CALL_WITHIN_S + num_bytes / MIN_BYTES_PER_S
 
 
 class Blobs:
@@ -111,6 +118,11 @@ class Blobs:
         elif stored_owner != owner:
             raise StoreError("this store of artifacts belongs to another registry: give each registry one of its own")
         return stored_owner is not None
+
+    def check(self) -> None:
+        """Raise `OSError` if the store does not answer, or was lost."""
+        if self._owner() is None:
+            raise StoreDownError("the store of artifacts is not where it was")
 
     def _owner(self) -> str | None:
         file = self.root / OWNER

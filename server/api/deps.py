@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -42,11 +41,12 @@ async def identify(request: Request) -> None:
 async def admit(request: Request) -> None:
     """Identify the caller and count a request of its tenant; every route of a tenant's own things depends on it.
 
-    Raises the errors of `identify`, and `TenantLimitError`.
+    A GET is counted apart: whoever watches tasks is not refused a generation for it. Raises the errors of `identify`,
+    and `TenantLimitError`.
     """
     await identify(request)
     caller = caller_of(request)
-    state_of(request).rate_limiter.count_request(caller.tenant, caller.limits)
+    state_of(request).rate_limiter.count_request(caller.tenant, caller.limits, request.method == "GET")
 
 
 def may(scope: str, looking: bool = False) -> Callable[[Request], Coroutine[Any, Any, None]]:
@@ -100,7 +100,7 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-async def look_up(call: Callable[..., T], *args: object, param: str = "task") -> T:
-    """The result of a blocking call of the registry, made in a thread. Raises `NotFoundError` of `param` if absent."""
+async def look_up(state: ServerState, call: Callable[..., T], *args: object, param: str = "task") -> T:
+    """The result of a blocking call of the registry. Raises `NotFoundError` of `param` if absent."""
     with absent_is_404(param):
-        return await asyncio.to_thread(call, *args)
+        return await state.stores.database.call(call, *args)

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from server.api.deps import identify, only_operator, state_of
+from server.state import ServerState
 
 router = APIRouter()
 
@@ -24,17 +25,24 @@ async def live() -> dict[str, str]:
 @router.get("/health")
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
-    """Answer 200 only while the engine answers and the server takes new work."""
-    state, client = state_of(request), state_of(request).client
-    if client.ready is None or state.is_draining:
-        reason = "the server is stopping" if state.is_draining else client.last_error or "the engine is starting"
-        status = {"status": "not ready", "reason": reason}
-        return JSONResponse(status, 503, {"Retry-After": "2"})
-    body: dict[str, Any] = {"status": "ready", "base": client.ready.spec.name, "precision": client.ready.precision}
-    body |= {"load_seconds": round(client.ready.load_seconds, 3), "imports_pending": state.imports.num_pending}
-    if client.ready.forward is not None:
-        body["forward"] = msgspec.to_builtins(client.ready.forward)
+    """Answer 200 only while the engine, the registry and the store answer, and the server takes new work."""
+    state = state_of(request)
+    if (reason := _why_not_ready(state)) is not None:
+        return JSONResponse({"status": "not ready", "reason": reason}, 503, {"Retry-After": "2"})
+    told = state.uploads.require_ready()
+    body: dict[str, Any] = {"status": "ready", "base": told.spec.name, "precision": told.precision}
+    body |= {"load_seconds": round(told.load_seconds, 3), "imports_pending": state.imports.num_pending}
+    if told.forward is not None:
+        body["forward"] = msgspec.to_builtins(told.forward)
     return JSONResponse(body)
+
+
+def _why_not_ready(state: ServerState) -> str | None:
+    if state.is_draining:
+        return "the server is stopping"
+    if state.client.ready is None:
+        return state.client.last_error or "the engine is starting"
+    return state.stores.failure
 
 
 @router.get("/metrics", dependencies=[Depends(identify), Depends(only_operator)])

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters_store.errors import QuotaError, RegistryDownError
+from adapters_store.errors import QuotaError, RegistryDownError, StoreDownError
 from server.api.disconnect import ClientGoneError
 from server.errors import (
     STORAGE_FAULTS,
@@ -30,8 +30,10 @@ from server.errors import (
     RegistryUnavailableError,
     ServerError,
     StorageError,
+    StoreUnavailableError,
     TenantLimitError,
 )
+from server.logs import cause_of
 
 log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -156,11 +158,18 @@ async def _system(request: Request, error: Exception) -> Response:
     if not isinstance(error, OSError) or error.errno not in STORAGE_FAULTS:
         raise error
     known = StorageError(f"the store cannot be read or written: {error.strerror}; nothing was changed")
+    log.warning("the disk failed a request", extra=cause_of(error))
     return await _server_error(request, known)
 
 
 async def _registry_down(request: Request, error: Exception) -> Response:
+    log.warning("the registry failed a request", extra=cause_of(error))
     return await _server_error(request, RegistryUnavailableError(str(error), retry_after=2))
+
+
+async def _store_down(request: Request, error: Exception) -> Response:
+    log.warning("the store failed a request", extra=cause_of(error))
+    return await _server_error(request, StoreUnavailableError(str(error), retry_after=2))
 
 
 async def _validation(request: Request, error: Exception) -> Response:
@@ -180,6 +189,7 @@ HANDLERS = {
     HTTPException: _http_exception,
     RequestValidationError: _validation,
     OSError: _system,
+    StoreDownError: _store_down,
     QuotaError: _quota,
     RegistryDownError: _registry_down,
 }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.format.manifest import Turn
-from adapters_store.registry.registry import Task
 from server.api import openai_fields
 from server.api.body import read_json
 from server.api.deps import admit, caller_of, look_up, may, state_of, tenant_of
@@ -25,6 +23,7 @@ from server.schemas import (
     BASE,
     MAX_PROMPTS,
     MAX_TURNS,
+    NAME_PATTERN,
     SamplingFields,
     Stop,
     TokenIds,
@@ -32,6 +31,10 @@ from server.schemas import (
     openapi_body,
 )
 from server.state import ServerState
+
+MAX_MODELS = 1000  # of a page
+PageSize = Annotated[int, Query(ge=1, le=MAX_MODELS)]
+AfterName = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 
 router = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(may(GENERATE, looking=True))])
 MAX_TOP_LOGPROBS = 20
@@ -125,24 +128,27 @@ class ChatRequest(OpenAIFields):
 
 
 @router.get("/models")
-async def models(request: Request) -> Response:
-    """List the base and all tasks of the tenant."""
+async def models(request: Request, limit: PageSize = MAX_MODELS, after: AfterName = None) -> Response:
+    """List a page of the tenant's tasks by name, after the base; `after` is the last id of the page before."""
     state, tenant = state_of(request), tenant_of(request)
-    tasks = await asyncio.to_thread(state.registry.tasks, tenant)
-    return JSONResponse({"object": "list", "data": [_model(tenant), *(_model(tenant, task) for task in tasks)]})
+    found = await look_up(state, state.stores.registry.task_names, tenant, after, limit + 1)
+    page = [] if after is not None else [_model(tenant, BASE, 0)]
+    page += [_model(tenant, name, created) for name, created in found[:limit]]
+    return JSONResponse({"object": "list", "data": page, "has_more": len(found) > limit})
 
 
 @router.get("/models/{name}")
 async def model(request: Request, name: str) -> Response:
     """Show the base, or one task."""
     state, tenant = state_of(request), tenant_of(request)
-    task = None if name == BASE else await look_up(state.registry.task, tenant, name)
-    return JSONResponse(_model(tenant, task))
+    if name == BASE:
+        return JSONResponse(_model(tenant, BASE, 0))
+    task = await look_up(state, state.stores.registry.task, tenant, name, None, 1)
+    return JSONResponse(_model(tenant, name, task.versions[-1].created))
 
 
-def _model(tenant: str, task: Task | None = None) -> dict[str, Any]:
-    name, created = (BASE, 0) if task is None else (task.name, int(task.versions[-1].created))
-    return {"id": name, "object": "model", "created": created, "owned_by": tenant}
+def _model(tenant: str, name: str, created: float) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": int(created), "owned_by": tenant}
 
 
 @router.post("/completions", openapi_extra=openapi_body(CompletionRequest))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
+from adapters_store.base.spec import ItemBytes
 from adapters_store.errors import NoEarlierRouteError
 from adapters_store.format.archive import ZIP_TYPE
 from adapters_store.registry.registry import Task, Usage, Version
@@ -17,33 +18,55 @@ from server.api.body import read_json
 from server.api.deps import admit, look_up, may, refuse_unknown_query, state_of, tenant_of
 from server.errors import ConflictError, InvalidFieldError
 from server.requests.auth import DEPLOY
-from server.schemas import BASE, PinRequest, RouteRequest, identity, openapi_body
+from server.requests.version_stats import RequestOutcome, summary
+from server.schemas import BASE, NAME_PATTERN, PinRequest, RouteRequest, identity, openapi_body
 from server.state import ServerState
+
+DEFAULT_PAGE, MAX_PAGE = 100, 200  # tasks of a list, versions of a task
+MAX_BRIEF = 20  # versions of a task in a list of tasks, beside those of its route
+RESIDENCY_WITHIN_S = 2.0
+PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+AfterName = Annotated[str | None, Query(pattern=NAME_PATTERN)]
+BeforeNumber = Annotated[int | None, Query(ge=1, lt=2**63)]
 
 router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)])
 
 
 @router.get("/tasks")
-async def list_tasks(request: Request) -> Response:
-    """List all tasks of the tenant, and the base."""
+async def list_tasks(request: Request, limit: PageSize = DEFAULT_PAGE, after: AfterName = None) -> Response:
+    """List a page of the tenant's tasks by name, after the base; each with its route, and its newest versions beside.
+
+    `next` is what to give as `after` for the next page, null at the end.
+    """
     state, tenant = state_of(request), tenant_of(request)
-    found = await asyncio.to_thread(state.registry.tasks, tenant)
-    look = await _look(state, tenant)
-    return JSONResponse({"tasks": [_base(look.used), *(_task(task, look) for task in found)]})
+    found = await look_up(state, state.stores.registry.tasks, tenant, after, limit + 1, MAX_BRIEF)
+    page = found[:limit]
+    look = await _look(state, tenant, page)
+    head = [_base(look)] if after is None else []
+    shown = await asyncio.to_thread(lambda: head + [_task(task, look) for task in page])
+    return JSONResponse({"tasks": shown, "next": page[-1].name if len(found) > limit else None})
 
 
 @router.get("/tasks/{task}")
-async def get_task(request: Request, task: str) -> Response:
-    """Show one task: versions, route, residency, use."""
+async def get_task(
+    request: Request, task: str, limit: PageSize = DEFAULT_PAGE, before: BeforeNumber = None
+) -> Response:
+    """Show one task: route, residency, use, and a page of its versions: the newest, or those before a number.
+
+    The versions of the route are always there. `num_versions` is how many there are in all.
+    """
     state, tenant = state_of(request), tenant_of(request)
     if task == BASE:
-        return JSONResponse(_base(await asyncio.to_thread(state.registry.usage, tenant)))
-    return JSONResponse(await _shown(state, tenant, task))
+        return JSONResponse(_base(await _look(state, tenant, [])))
+    return JSONResponse(await _shown(state, tenant, task, before, limit))
 
 
-async def _shown(state: ServerState, tenant: str, task: str) -> dict[str, Any]:
-    found = await look_up(state.registry.task, tenant, task)
-    return _task(found, await _look(state, tenant))
+async def _shown(
+    state: ServerState, tenant: str, task: str, before: int | None = None, limit: int = DEFAULT_PAGE
+) -> dict[str, Any]:
+    found = await look_up(state, state.stores.registry.task, tenant, task, before, limit)
+    look = await _look(state, tenant, [found])
+    return await asyncio.to_thread(_task, found, look)
 
 
 @router.put("/tasks/{task}/route", openapi_extra=openapi_body(RouteRequest))
@@ -56,7 +79,7 @@ async def put_route(request: Request, task: str) -> Response:
     _refuse_base(task, "routed")
     asked = await read_json(request, RouteRequest, state.settings)
     route = Route({int(number): weight for number, weight in asked.versions.items()}, asked.sticky)
-    await look_up(state.registry.set_route, tenant, task, route)
+    await look_up(state, state.stores.registry.set_route, tenant, task, route)
     return await _changed(state, tenant, task)
 
 
@@ -66,7 +89,7 @@ async def roll_back(request: Request, task: str) -> Response:
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "routed")
     try:
-        await look_up(state.registry.roll_back, tenant, task)
+        await look_up(state, state.stores.registry.roll_back, tenant, task)
     except NoEarlierRouteError as error:
         raise ConflictError(str(error), "task") from None
     return await _changed(state, tenant, task)
@@ -78,7 +101,7 @@ async def put_pin(request: Request, task: str) -> Response:
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "pinned: it is always there")
     asked = await read_json(request, PinRequest, state.settings)
-    await look_up(state.registry.set_pinned, tenant, task, asked.pinned)
+    await look_up(state, state.stores.registry.set_pinned, tenant, task, asked.pinned)
     return await _changed(state, tenant, task)
 
 
@@ -92,9 +115,8 @@ async def delete_task(request: Request, task: str) -> Response:
     """Delete a task: new requests get 404 at once; running ones finish with the version that they began with."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
-    digests = await look_up(state.registry.delete_task, tenant, task)
-    await state.retention.sync_pinned()
-    await state.retention.mark_for_deletion(digests)
+    digests = await look_up(state, state.stores.registry.delete_task, tenant, task)
+    await state.retention.retire(digests)
     return Response(status_code=204)
 
 
@@ -103,9 +125,8 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
     """Delete a version, also from the route: new requests do not get it; running ones finish."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
-    digest = await look_up(state.registry.delete_version, tenant, task, number)
-    await state.retention.sync_pinned()
-    await state.retention.mark_for_deletion([digest])
+    digest = await look_up(state, state.stores.registry.delete_version, tenant, task, number)
+    await state.retention.retire([digest])
     return Response(status_code=204)
 
 
@@ -122,23 +143,41 @@ def _refuse_base(task: str, what: str) -> None:
         raise InvalidFieldError(f"the base cannot be {what}", "task")
 
 
-def _base(used: list[Usage]) -> dict[str, Any]:
-    return {"task": BASE, "versions": [], "route": _route(Route()), "use": _use(used, BASE, 0)}
-
-
 @dataclass(frozen=True)
 class Look:
-    """Facts of a tenant's versions beside the registry: where each digest is, and how much it was used."""
+    """Facts of a page's versions beside the registry, taken at once so that another thread may write them out."""
 
-    state: ServerState
-    tenant: str
-    used: list[Usage]
-    where: dict[str, str]
+    item_bytes: ItemBytes | None
+    used: dict[tuple[str, int], Usage]
+    residency: dict[str, str]
+    recent: dict[tuple[str, int], list[RequestOutcome]]
 
 
-async def _look(state: ServerState, tenant: str) -> Look:
-    used = await asyncio.to_thread(state.registry.usage, tenant)
-    return Look(state, tenant, used, await state.client.residency())
+async def _look(state: ServerState, tenant: str, tasks: list[Task]) -> Look:
+    """Look at what a page of tasks shows, and at the base."""
+    names, shown = [BASE, *(task.name for task in tasks)], [version for task in tasks for version in task.versions]
+    used = await look_up(state, state.stores.registry.usage, tenant, names)
+    where = await _residency(state)
+    quarantined = {v.digest: "quarantined" for v in shown if state.revalidation.is_quarantined(v.digest)}
+    return Look(
+        state.uploads.item_bytes,
+        {(usage.task, usage.version): usage for usage in used},
+        {version.digest: where.get(version.digest, "disk") for version in shown} | quarantined,
+        {(version.task, version.number): state.recent.of((tenant, version.task, version.number)) for version in shown},
+    )
+
+
+async def _residency(state: ServerState) -> dict[str, str]:
+    """The engine's residency by digest; empty if it does not answer soon, as within a long step."""
+    try:
+        async with asyncio.timeout(RESIDENCY_WITHIN_S):
+            return await state.client.residency()
+    except TimeoutError:
+        return {}
+
+
+def _base(look: Look) -> dict[str, Any]:
+    return {"task": BASE, "versions": [], "route": _route(Route()), "use": _use(look, BASE, 0)}
 
 
 def _task(task: Task, look: Look) -> dict[str, Any]:
@@ -147,6 +186,7 @@ def _task(task: Task, look: Look) -> dict[str, Any]:
         "versions": [_version(version, look) for version in task.versions],
         "route": _route(task.route),
         "pinned": task.is_pinned,
+        "num_versions": task.num_versions,
     }
 
 
@@ -159,22 +199,16 @@ def _route(route: Route) -> dict[str, Any]:
 
 def _version(version: Version, look: Look) -> dict[str, Any]:
     return {
-        **identity(version, look.state.uploads.item_bytes),
+        **identity(version, look.item_bytes),
         "note": version.note,
         "created": version.created,
-        "residency": _residency(version.digest, look),
-        "use": _use(look.used, version.task, version.number),
-        "recent": look.state.recent.summary((look.tenant, version.task, version.number)),
+        "residency": look.residency[version.digest],
+        "use": _use(look, version.task, version.number),
+        "recent": summary(look.recent[version.task, version.number]),
     }
 
 
-def _residency(digest: str, look: Look) -> str:
-    return "quarantined" if look.state.revalidation.is_quarantined(digest) else look.where.get(digest, "disk")
-
-
-def _use(used: list[Usage], task: str, number: int) -> dict[str, int]:
-    for usage in used:
-        if (usage.task, usage.version) == (task, number):
-            counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-            return {"requests": usage.requests, **counts}
-    return {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+def _use(look: Look, task: str, number: int) -> dict[str, int]:
+    usage = look.used.get((task, number)) or Usage(task, number, 0, 0, 0)
+    counts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+    return {"requests": usage.requests, **counts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -64,7 +63,7 @@ async def add_tenant(request: Request) -> Response:
     state = _with_keys(request)
     asked = await read_json(request, TenantBody, state.settings)
     try:
-        tenant = await _changed(state, state.tenants.add, asked.name, asked.limits.limits())
+        tenant = await _changed(state, state.stores.tenants.add, asked.name, asked.limits.limits())
     except NameTakenError as error:
         raise ConflictError(str(error), "name") from None
     return JSONResponse(_tenant(tenant), 201)
@@ -75,9 +74,9 @@ async def list_tenants(request: Request) -> Response:
     """List all tenants, with their limits and what they hold; to a tenant's key its own alone."""
     state, caller = state_of(request), caller_of(request)
     if caller.is_operator:
-        found = await asyncio.to_thread(state.tenants.all)
+        found = await look_up(state, state.stores.tenants.all)
     else:
-        found = [await look_up(state.tenants.get, caller.tenant, param="tenant")]
+        found = [await look_up(state, state.stores.tenants.get, caller.tenant, param="tenant")]
     return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
 
 
@@ -87,7 +86,7 @@ async def delete_tenant(request: Request, tenant: str) -> Response:
     state = state_of(request)
     if tenant == DEFAULT_TENANT:
         raise ConflictError(f"the tenant {DEFAULT_TENANT} is always there", "tenant")
-    await state.retention.mark_for_deletion(await _changed(state, state.tenants.delete, tenant))
+    await state.retention.retire(await _changed(state, state.stores.tenants.delete, tenant))
     return Response(status_code=204)
 
 
@@ -96,7 +95,7 @@ async def set_limits(request: Request, tenant: str) -> Response:
     """Replace a tenant's limits, for new requests at once."""
     state = state_of(request)
     asked = await read_json(request, LimitsBody, state.settings)
-    return JSONResponse(_tenant(await _changed(state, state.tenants.set_limits, tenant, asked.limits())))
+    return JSONResponse(_tenant(await _changed(state, state.stores.tenants.set_limits, tenant, asked.limits())))
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=openapi_body(KeyBody))
@@ -105,7 +104,7 @@ async def add_key(request: Request, tenant: str) -> Response:
     state = _with_keys(request)
     _own(request, tenant)
     asked = await read_json(request, KeyBody, state.settings)
-    key, sent = await _changed(state, state.tenants.add_key, tenant, list(asked.scopes), asked.note)
+    key, sent = await _changed(state, state.stores.tenants.add_key, tenant, list(asked.scopes), asked.note)
     return JSONResponse(_key(key) | {"key": sent}, 201)
 
 
@@ -114,7 +113,7 @@ async def list_keys(request: Request, tenant: str) -> Response:
     """List a tenant's keys, without their secrets."""
     state = state_of(request)
     _own(request, tenant)
-    found = await look_up(state.tenants.keys, tenant, param="tenant")
+    found = await look_up(state, state.stores.tenants.keys, tenant, param="tenant")
     return JSONResponse({"keys": [_key(key) for key in found]})
 
 
@@ -123,7 +122,7 @@ async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
     """Replace the secret of a key; the new one is shown here and never again, the old one is no key any more."""
     state = state_of(request)
     _own(request, tenant)
-    key, sent = await _changed(state, state.tenants.rotate_key, tenant, key_id)
+    key, sent = await _changed(state, state.stores.tenants.rotate_key, tenant, key_id)
     return JSONResponse(_key(key) | {"key": sent})
 
 
@@ -132,7 +131,7 @@ async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
     """Revoke a key: within a second it is none; requests that run with it finish."""
     state = state_of(request)
     _own(request, tenant)
-    await _changed(state, state.tenants.revoke_key, tenant, key_id)
+    await _changed(state, state.stores.tenants.revoke_key, tenant, key_id)
     return Response(status_code=204)
 
 
@@ -141,8 +140,8 @@ async def usage(request: Request, tenant: TenantQuery = None) -> Response:
     """Show usage by tenant, task and version (0: the base); to a tenant's key its own."""
     state = state_of(request)
     chosen = _chosen(request, tenant)
-    await state.usage.wait_until_durable(state.registry)
-    found = await asyncio.to_thread(state.registry.usages, chosen)
+    await state.usage.wait_until_durable(state.stores)
+    found = await look_up(state, state.stores.registry.usages, chosen)
     rows = [{"tenant": name} | msgspec.to_builtins(one) for name, many in found.items() for one in many]
     return JSONResponse({"usage": rows})
 
@@ -157,16 +156,15 @@ async def audit(
     """List changes, the newest first: who, what, when, in which request; `before` is a `number`, for the next page."""
     state = state_of(request)
     chosen = _chosen(request, tenant)
-    found = await asyncio.to_thread(state.tenants.changes, chosen, before, limit)
+    found = await look_up(state, state.stores.tenants.changes, chosen, before, limit)
     return JSONResponse({"changes": [msgspec.to_builtins(entry) for entry in found]})
 
 
-async def _changed(state: ServerState, call: Any, *arguments: object) -> Any:
-    """The result of a change; the next request sees it."""
-    try:
-        return await look_up(call, *arguments, param="tenant")
-    finally:
-        state.callers.clear_cache()
+async def _changed(state: ServerState, call: Any, tenant: str, *arguments: object) -> Any:
+    """The result of a change of a tenant; the next request sees it."""
+    result = await look_up(state, call, tenant, *arguments, param="tenant")
+    state.callers.clear_cache(tenant)
+    return result
 
 
 def _with_keys(request: Request) -> ServerState:

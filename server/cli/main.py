@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_NAMED = 50  # tasks in the greeting
 TRAINING = ("train", "compare")  # commands that need the extra `train`
 
 
@@ -178,7 +179,7 @@ def _greet(state: ServerState, url: str, console: Console, seconds: float) -> No
     from adapters_store.registry.registry import DEFAULT_TENANT  # by now it is here
 
     settings, ready = state.settings, require_ready(state.client)
-    tasks = [task.name for task in state.registry.tasks(DEFAULT_TENANT)]
+    tasks = [name for name, _ in state.stores.registry.task_names(DEFAULT_TENANT, None, MAX_NAMED)]
     key = "" if settings.admin_key is None else f" -H 'Authorization: Bearer '\"${PREFIX}ADMIN_KEY\""
     task, body = ("banking77", BANKING77) if "banking77" in tasks else ("base", HELLO)
     console.print(

@@ -28,10 +28,9 @@ def tasks(
 ) -> None:
     """Show tasks: their versions, the share of requests that each gets, its residency, and its last requests."""
     with sentences("tasks"):
-        result = ask(url, api_key, "GET", "/tasks" if task is None else f"/tasks/{task}")
-        found = result["tasks"] if task is None else [result]
+        found = _all(url, api_key) if task is None else [ask(url, api_key, "GET", f"/tasks/{task}")]
         if json_:
-            print(json.dumps(result))  # noqa: T201 - the answer
+            print(json.dumps({"tasks": found} if task is None else found[0]))  # noqa: T201 - the answer
             return
         shown = table(found)
         whole = Console(width=MAX_WIDTH).measure(shown).maximum
@@ -46,6 +45,16 @@ def tasks(
 def _unrouted(found: list[dict[str, Any]]) -> list[str]:
     """The tasks that have versions, none of which gets requests."""
     return [task["task"] for task in found if task["versions"] and not task["route"]["versions"]]
+
+
+def _all(url: str, api_key: str | None) -> list[dict[str, Any]]:
+    """Fetch all tasks, page by page."""
+    page = ask(url, api_key, "GET", "/tasks")
+    found: list[dict[str, Any]] = page["tasks"]
+    while page["next"] is not None:
+        page = ask(url, api_key, "GET", f"/tasks?after={page['next']}")
+        found += page["tasks"]
+    return found
 
 
 def table(found: list[dict[str, Any]]) -> Table:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
-from adapters_store.errors import AbsentError
-from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES, TenantLimits, Tenants, split_key
+from adapters_store.errors import AbsentError, RegistryDownError
+from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES, KeyRecord, TenantLimits, split_key
 from server.errors import ForbiddenError, NotFoundError, UnauthorizedError
 from server.settings import is_loopback
+from server.stores import Stores
 
 REMEMBERED_S = 0.5  # what another process changes in the registry is known so soon
+OUTAGE_S = 3600.0  # what was found so lately stands while the registry does not answer
+PATIENCE_S = 0.25  # if the registry is slower, what was found before stands for this request
 MAX_REMEMBERED = 4096
 MAX_NAME = 63
 GENERATE, DEPLOY, ADMIN = SCOPES
@@ -34,35 +38,61 @@ class Caller:
     is_operator: bool = False
 
 
-@dataclass
 class Remembered(Generic[V]):
-    """Caches the results of a slow look-up for `REMEMBERED_S`, also those that found nothing."""
+    """Caches the results of a slow look-up for `REMEMBERED_S`, also those that found nothing.
 
-    look_up: Callable[[str], V]
-    clock: Callable[[], float] = time.monotonic
-    _found: dict[str, tuple[float, V]] = field(default_factory=dict)
+    While the registry does not answer, or not soon, the last result stands, for up to `OUTAGE_S`.
+    """
+
+    def __init__(self, look_up: Callable[[str], Awaitable[V]], clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._look_up = look_up
+        self._found: OrderedDict[str, tuple[float, V]] = OrderedDict()  # with the time of the look-up
+        self._running: dict[str, asyncio.Task[V]] = {}
 
     async def get(self, name: str) -> V:
-        """The result for a name; looked up in a thread if the cached one is not fresh."""
-        found = self._found.get(name)
-        if found is None or self.clock() >= found[0]:
-            found = self.clock() + REMEMBERED_S, await asyncio.to_thread(self.look_up, name)
-            if len(self._found) >= MAX_REMEMBERED:
-                self._found.clear()
-            self._found[name] = found
-        return found[1]
+        """The result for a name. Requests for the same name share one look-up. Raises `RegistryDownError`."""
+        found, now = self._found.get(name), self.clock()
+        if found is not None and now < found[0] + REMEMBERED_S:
+            return found[1]
+        if (look_up := self._running.get(name)) is None:
+            look_up = self._running[name] = asyncio.create_task(self._refresh(name))
+            look_up.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever waits raises it
+        if found is None or now >= found[0] + OUTAGE_S:
+            return await asyncio.shield(look_up)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await asyncio.shield(look_up)
+        except (TimeoutError, RegistryDownError):
+            return found[1]
 
-    def clear_cache(self) -> None:
-        """Look everything up again, after a change made by this process."""
-        self._found.clear()
+    def drop(self, is_changed: Callable[[str, V], bool]) -> None:
+        """Look results up again after a change made by this process."""
+        for name in [name for name, (_, result) in self._found.items() if is_changed(name, result)]:
+            del self._found[name]
+        self._running.clear()
+
+    async def _refresh(self, name: str) -> V:
+        this, began = asyncio.current_task(), self.clock()
+        try:
+            result = await self._look_up(name)
+            if self._running.get(name) is this:  # else there was a change meanwhile
+                self._found[name] = began, result
+                self._found.move_to_end(name)
+                if len(self._found) > MAX_REMEMBERED:
+                    self._found.popitem(last=False)
+            return result
+        finally:
+            if self._running.get(name) is this:
+                del self._running[name]
 
 
 class Callers:
     """Identifies callers by their headers. Without an admin key everyone on this machine is the operator."""
 
-    def __init__(self, tenants: Tenants, admin_key: str | None, host: str, origins: Collection[str] = ()) -> None:
-        self._tenants, self._admin_key, self._host, self._origins = tenants, admin_key, host, origins
-        self._keys = Remembered(tenants.known)
+    def __init__(self, stores: Stores, admin_key: str | None, host: str, origins: Collection[str] = ()) -> None:
+        self._stores, self._admin_key, self._host, self._origins = stores, admin_key, host, origins
+        self._keys = Remembered(self._key_of)
         self._limits = Remembered(self._limits_of)
 
     @property
@@ -70,10 +100,10 @@ class Callers:
         """Whether there is an admin key."""
         return self._admin_key is not None
 
-    def clear_cache(self) -> None:
-        """Look keys and limits up again, after a change of keys, tenants or limits."""
-        self._keys.clear_cache()
-        self._limits.clear_cache()
+    def clear_cache(self, tenant: str) -> None:
+        """Look the keys and limits of a tenant up again, after a change of them or of the tenant."""
+        self._keys.drop(lambda _id, record: record is None or record.tenant == tenant)
+        self._limits.drop(lambda name, _limits: name == tenant)
 
     async def identify(self, authorization: str, tenant: str | None) -> Caller:
         """The caller that sends these headers (`tenant`: X-Tenant). Raises `UnauthorizedError`, `NotFoundError`.
@@ -127,9 +157,12 @@ class Callers:
             raise no_tenant(tenant)
         return Caller(name, tenant, limits, is_operator=True)
 
-    def _limits_of(self, tenant: str) -> TenantLimits | None:
+    async def _key_of(self, key_id: str) -> KeyRecord | None:
+        return await self._stores.database.call(self._stores.tenants.known, key_id)
+
+    async def _limits_of(self, tenant: str) -> TenantLimits | None:
         try:
-            return self._tenants.get(tenant).limits
+            return (await self._stores.database.call(self._stores.tenants.get, tenant)).limits
         except AbsentError:
             return None
 

@@ -71,10 +71,10 @@ class GenerationProgress(Protocol):
 
 
 class TenantUsage:
-    """A tenant's requests and tokens of the last minute, and its requests in progress."""
+    """A tenant's requests, looks (they change nothing) and tokens of a minute, and its requests in progress."""
 
     def __init__(self) -> None:
-        self.requests, self.tokens = SlidingWindow(), SlidingWindow()
+        self.requests, self.tokens, self.looks = SlidingWindow(), SlidingWindow(), SlidingWindow()
         self.open: dict[int, tuple[int, GenerationProgress]] = {}  # of requests that are answered: choices, progress
         self.pace_s = FIRST_PACE_S
 
@@ -91,11 +91,15 @@ class RateLimiter:
         self._clock = clock
         self._usages: dict[str, TenantUsage] = {}
 
-    def count_request(self, tenant: str, limits: TenantLimits) -> None:
-        """Count a request. Raises `TenantLimitError` with the seconds after which one more is let in."""
+    def count_request(self, tenant: str, limits: TenantLimits, is_look: bool = False) -> None:
+        """Count a request, or a look, which takes nothing of the requests and has as many a minute.
+
+        Raises `TenantLimitError` with the seconds after which one more is let in.
+        """
         if limits.requests_per_minute is None:
             return
-        now, window = self._clock(), self._usage_of(tenant).requests
+        usage, now = self._usage_of(tenant), self._clock()
+        window = usage.looks if is_look else usage.requests
         if wait := window.wait_s(1, limits.requests_per_minute, now):
             raise TenantLimitError(
                 f"the tenant {tenant} may ask {limits.requests_per_minute} times a minute", "requests_per_minute", wait

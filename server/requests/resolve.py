@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,12 @@ import msgspec
 
 from adapters_store.format.manifest import GenerationDefaults, PromptFormat
 from adapters_store.methods import is_kv
-from adapters_store.registry.registry import Registry, Version
+from adapters_store.registry.registry import Version
 from server.errors import InvalidFieldError, NotFoundError, absent_is_404
 from server.requests.spec import GenerationSpec
 from server.requests.usage import UsageKey
 from server.schemas import BASE, MIN_TEMPERATURE
+from server.stores import Stores
 
 MAX_NAME = 63  # characters of a task's name
 SEVERAL = "_several"  # no task can be named so
@@ -89,8 +89,8 @@ class ResolvedAdapters:
 class AdapterResolver:
     """Resolves tasks to versions by the registry's routes."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
 
     async def resolve(self, spec: GenerationSpec) -> ResolvedAdapters:
         """The versions that a spec gets now. Raises `NotFoundError`, and `InvalidFieldError` for what cannot be."""
@@ -108,7 +108,7 @@ class AdapterResolver:
     async def version(self, tenant: str, task: str, number: int | None, user: str | None) -> Version:
         """The named version of a task, or the one that its route gives `user`. Raises `NotFoundError`."""
         with absent_is_404("task"):
-            return await asyncio.to_thread(self._registry.resolve, tenant, task, number, user)
+            return await self._stores.database.call(self._stores.registry.resolve, tenant, task, number, user)
 
     async def _several(self, spec: GenerationSpec, tasks: list[tuple[str, float]]) -> ResolvedAdapters:
         names = [task for task, _ in tasks]

@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from adapters_store.registry.registry import Registry
 from server.engine.client import EngineClient
 from server.errors import VersionGoneError
 from server.metrics import Metrics
@@ -20,6 +19,7 @@ from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
 from server.requests.usage import UsageBuffer, UsageMeter
 from server.requests.version_stats import Recent
+from server.stores import Stores
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
 
@@ -32,7 +32,7 @@ class GenerationService:
     def __init__(
         self,
         client: EngineClient,
-        registry: Registry,
+        stores: Stores,
         tokenizer: Tokenizer,
         metrics: Metrics,
         usage: UsageBuffer,
@@ -41,9 +41,9 @@ class GenerationService:
         retention: ArtifactRetention,
         revalidation: Revalidation,
     ) -> None:
-        self._registry, self._usage = registry, usage
+        self._stores, self._usage = stores, usage
         self._rate_limiter, self._retention = rate_limiter, retention
-        self.resolver, self._preparer = AdapterResolver(registry), JobPreparer(client, tokenizer)
+        self.resolver, self._preparer = AdapterResolver(stores), JobPreparer(client, tokenizer)
         self._accounting = Accounting(metrics, recent)
         self._runner = ChoiceRunner(client, tokenizer, metrics, revalidation)
 
@@ -86,4 +86,4 @@ class GenerationService:
                     async for chunk in chunks:
                         yield chunk
         # An answer that is whole is paid for, also if the next moment is this process's last.
-        await self._usage.wait_until_durable(self._registry)
+        await self._usage.wait_until_durable(self._stores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any
@@ -34,17 +35,26 @@ class Recent:
         if len(self._outcomes) > MAX_VERSIONS:
             self._outcomes.popitem(last=False)
 
-    def summary(self, key: tuple[str, str, int]) -> dict[str, Any]:
-        """Counts of requests and failures, and medians and 95th percentiles of the times of those that did not fail."""
-        outcomes = self._outcomes.get(key, deque[RequestOutcome]())
-        good = [outcome for outcome in outcomes if outcome.status == "200"]
-        return {
-            "requests": len(outcomes),
-            "failed": len(outcomes) - len(good),
-            "ttft_ms": _spread([outcome.ttft_ms for outcome in good]),
-            "latency_ms": _spread([outcome.total_ms for outcome in good]),
-            "tokens": sum(outcome.num_tokens for outcome in good),
-        }
+    def of(self, key: tuple[str, str, int]) -> list[RequestOutcome]:
+        """A copy of a version's last outcomes, which `summary` may take in another thread."""
+        return list(self._outcomes.get(key, ()))
+
+    def forget(self, is_gone: Callable[[tuple[str, str, int]], bool]) -> None:
+        """Forget the outcomes of versions that were deleted."""
+        for key in [key for key in self._outcomes if is_gone(key)]:
+            del self._outcomes[key]
+
+
+def summary(outcomes: list[RequestOutcome]) -> dict[str, Any]:
+    """Counts of requests and failures, and medians and 95th percentiles of the times of those that did not fail."""
+    good = [outcome for outcome in outcomes if outcome.status == "200"]
+    return {
+        "requests": len(outcomes),
+        "failed": len(outcomes) - len(good),
+        "ttft_ms": _spread([outcome.ttft_ms for outcome in good]),
+        "latency_ms": _spread([outcome.total_ms for outcome in good]),
+        "tokens": sum(outcome.num_tokens for outcome in good),
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float] | None:

@@ -20,6 +20,7 @@ from adapters_store.format.folder import CONFIG, find_parts, read_folder
 from adapters_store.format.selection import describe_ignored, find_ignored
 from adapters_store.registry.registry import DEFAULT_TENANT
 from server.errors import ServerError
+from server.metrics import Metrics
 from server.schemas import BASE, NAME_PATTERN
 from server.uploads.service import FOLDER, UploadService, UploadSpec
 
@@ -35,8 +36,8 @@ MAX_TRIES = 60  # of one folder: about an hour
 class TreeImport:
     """The import of one tree; `num_pending` folders failed for a passing reason and are tried again."""
 
-    def __init__(self, uploads: UploadService) -> None:
-        self._uploads, self.num_pending = uploads, 0
+    def __init__(self, uploads: UploadService, metrics: Metrics) -> None:
+        self._uploads, self._metrics, self.num_pending = uploads, metrics, 0
 
     @asynccontextmanager
     async def running(self, tree: Path | None) -> AsyncIterator[None]:
@@ -73,6 +74,7 @@ class TreeImport:
             is_last = num_tries == MAX_TRIES
             left = []
             for folder in pending:
+                self._metrics.retries.labels("import").inc()
                 if await self._is_settled(folder, RETRY_LIMIT_S, is_last):
                     self.num_pending -= 1
                 else:
@@ -98,7 +100,7 @@ class TreeImport:
         if await self._is_task(task):
             return
         self._uploads.require_ready()  # before anything is copied
-        with self._uploads.blobs.staging() as staging:
+        with self._uploads.stores.blobs.staging() as staging:
             copy = staging / FOLDER
             copy.mkdir()
             await asyncio.to_thread(_copy_parts, folder, copy)
@@ -107,7 +109,8 @@ class TreeImport:
     async def _import_copy(self, task: str, folder: Path, copy: Path, limit_s: float) -> None:
         """Validate and register a staged copy of a folder, unless the task had these bytes and lost them."""
         digest = (await asyncio.to_thread(read_folder, copy)).digest
-        if await asyncio.to_thread(self._uploads.registry.was_removed, DEFAULT_TENANT, task, digest):
+        stores = self._uploads.stores
+        if await stores.database.call(stores.registry.was_removed, DEFAULT_TENANT, task, digest):
             log.info("an adapter was deleted here and stays so; upload it to have it back", extra={"task": task})
             return
         validated = await self._uploads.validator.validate(copy, limit_s)
@@ -121,7 +124,7 @@ class TreeImport:
     async def _is_task(self, task: str) -> bool:
         """Tell whether the default tenant has a task of this name."""
         try:
-            await asyncio.to_thread(self._uploads.registry.task, DEFAULT_TENANT, task)
+            await self._uploads.stores.database.call(self._uploads.stores.registry.task, DEFAULT_TENANT, task)
         except AbsentError:
             return False
         return True

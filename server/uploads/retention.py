@@ -9,23 +9,28 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from adapters_store.errors import AbsentError
-from adapters_store.registry.registry import Registry, Version
-from adapters_store.storage.directory import Blobs
+from adapters_store.registry.registry import Version
 from server.engine.client import EngineClient
 from server.errors import VersionGoneError
+from server.logs import cause_of
+from server.metrics import Metrics
+from server.stores import Stores
 
 log = logging.getLogger(__name__)
+FIRST_RETRY_S, MAX_RETRY_S = 1.0, 60.0  # after a step that failed; it doubles
 MAX_RECENTLY_DELETED = 4096  # far more than go between a request's resolution and its start
 
 
 class ArtifactRetention:
     """Decides when a stored artifact goes: once no version refers to it and no request uses it.
 
-    `store_lock` is held while an artifact and its version come or go together.
+    `store_lock` is held while an artifact and its version come or go together. A step that fails, as while the registry
+    does not answer, is made again by `keep_retrying`.
     """
 
-    def __init__(self, registry: Registry, blobs: Blobs, client: EngineClient) -> None:
-        self._registry, self._blobs, self._client = registry, blobs, client
+    def __init__(self, stores: Stores, client: EngineClient, metrics: Metrics) -> None:
+        self._stores, self._client, self._metrics = stores, client, metrics
+        self._is_retry_due = False
         self.store_lock = asyncio.Lock()
         self._num_users: Counter[str] = Counter()  # running requests by digest
         self._marked: set[str] = set()  # digests of deleted versions that some request may still use
@@ -71,36 +76,61 @@ class ArtifactRetention:
         """
         for version in versions:
             if version.digest in self._recently_deleted:
+                resolve = self._stores.registry.resolve
                 try:
-                    await asyncio.to_thread(self._registry.resolve, tenant, version.task, version.number, None)
+                    await self._stores.database.call(resolve, tenant, version.task, version.number, None)
                 except AbsentError as error:
                     raise VersionGoneError(str(error), "task") from None
 
+    async def retire(self, digests: list[str]) -> None:
+        """Do all that follows the deletion of versions, whether they were deleted alone, with a task or a tenant."""
+        self._marked.update(digests)
+        await self.sync_pinned()
+        await self.delete_if_unreferenced(digests)
+
     async def sync_pinned(self) -> None:
         """Tell the engine which artifacts pinned tasks route to: after every change of a route, a pin or a version."""
-        self._client.keep_resident(await asyncio.to_thread(self._registry.pinned_digests))
+        with self._retried("the engine was not told what is pinned"):
+            self._client.keep_resident(await self._stores.database.call(self._stores.registry.pinned_digests))
 
     async def mark_for_deletion(self, digests: list[str]) -> None:
-        """Delete the artifacts of versions that were deleted, or never made, as soon as nothing needs them."""
+        """Delete the artifacts of versions that were never made, as soon as nothing needs them."""
         self._marked.update(digests)
         await self.delete_if_unreferenced(digests)
 
     async def delete_if_unreferenced(self, digests: list[str]) -> None:
-        """Delete those of the artifacts that are marked, that no version refers to and no request uses.
-
-        A failure is logged: the next start sweeps what no version refers to.
-        """
+        """Delete those of the artifacts that are marked, that no version refers to and no request uses."""
         if not any(digest in self._marked and not self.is_held(digest) for digest in digests):
             return
-        try:
+        with self._retried("an artifact was not deleted"):
             async with self.store_lock:
-                referenced = await asyncio.to_thread(self._registry.digests)
+                referenced = await self._stores.database.call(self._stores.registry.digests)
                 for digest in self._marked.intersection(digests):
                     if not self.is_held(digest):  # else its last user deletes it
-                        self._marked.discard(digest)
                         await self._delete(digest, digest in referenced)
-        except Exception:
-            log.exception("an artifact could not be deleted; the next start will", extra={"digests": digests})
+                        self._marked.discard(digest)
+
+    async def keep_retrying(self) -> None:
+        """Make the steps that failed again, after a growing wait, until cancelled."""
+        retry_s = FIRST_RETRY_S
+        while True:
+            await asyncio.sleep(retry_s)
+            if not self._is_retry_due:
+                retry_s = FIRST_RETRY_S
+                continue
+            self._is_retry_due, retry_s = False, min(2 * retry_s, MAX_RETRY_S)
+            self._metrics.retries.labels("retention").inc()
+            await self.sync_pinned()
+            await self.delete_if_unreferenced(list(self._marked))
+
+    @contextmanager
+    def _retried(self, what: str) -> Iterator[None]:
+        """Log a failure of the block, and have `keep_retrying` make it again: the change that it follows was made."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is, the change is durable, and its answer is due
+            self._is_retry_due = True
+            log.warning(f"{what} yet; it is tried again", extra=cause_of(error))
 
     async def _delete(self, digest: str, is_referenced: bool) -> None:
         if is_referenced:
@@ -109,4 +139,4 @@ class ArtifactRetention:
         if len(self._recently_deleted) > MAX_RECENTLY_DELETED:
             del self._recently_deleted[next(iter(self._recently_deleted))]
         self._client.discard(digest)
-        await asyncio.to_thread(self._blobs.delete, digest)
+        await self._stores.storage.call(self._stores.blobs.delete, digest)

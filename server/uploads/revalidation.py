@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError
-from adapters_store.registry.registry import Registry
-from adapters_store.storage.directory import Blobs
+from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError, RegistryDownError
 from server.core import EngineFailure
 from server.errors import EngineFailedError, ProbeLateError, ServerError
+from server.logs import cause_of
+from server.stores import Stores
 from server.uploads.retention import ArtifactRetention
 from server.uploads.validation import Validator
 
@@ -26,10 +26,8 @@ class Revalidation:
     `fingerprint` is what a validation holds for (see `compute_validation_fingerprint`).
     """
 
-    def __init__(
-        self, registry: Registry, blobs: Blobs, retention: ArtifactRetention, validator: Validator, fingerprint: str
-    ) -> None:
-        self._registry, self._blobs, self._retention, self._validator = registry, blobs, retention, validator
+    def __init__(self, stores: Stores, retention: ArtifactRetention, validator: Validator, fingerprint: str) -> None:
+        self._stores, self._retention, self._validator = stores, retention, validator
         self.fingerprint = fingerprint
         self._lock = asyncio.Lock()  # one stored artifact at a time is validated
         self._unvalidated: dict[str, EngineFailure | None] = {}  # by digest; why one may not be served
@@ -53,9 +51,10 @@ class Revalidation:
 
     async def find_unvalidated(self) -> None:
         """List the artifacts to validate before they are served, at start. One that the store has lost cannot pass."""
-        unvalidated = await asyncio.to_thread(self._registry.unvalidated, self.fingerprint)
-        lost = await asyncio.to_thread(self._registry.digests) - await asyncio.to_thread(self._blobs.digests)
-        self._unvalidated = dict.fromkeys([*unvalidated, *lost])
+        database, registry = self._stores.database, self._stores.registry
+        unvalidated = await database.call(registry.unvalidated, self.fingerprint)
+        stored = await self._stores.storage.call_within(None, self._stores.blobs.digests)
+        self._unvalidated = dict.fromkeys([*unvalidated, *(await database.call(registry.digests) - stored)])
 
     async def validate_all(self) -> None:
         """Validate one after another. One that the engine has no time for is validated when it is asked for."""
@@ -67,6 +66,8 @@ class Revalidation:
                     pass  # it is in the log
                 except ServerError as error:
                     log.info("a stored adapter is proved later", extra={"digest": digest, "reason": str(error)})
+                except (OSError, RegistryDownError) as error:
+                    log.warning("a stored adapter is proved later", extra=cause_of(error, digest=digest))
                 except Exception:
                     log.exception("a stored adapter could not be proved", extra={"digest": digest})
             await self._retention.delete_if_unreferenced([digest])
@@ -90,7 +91,7 @@ class Revalidation:
                 raise ProbeLateError(message, retry_after=5) from None
             except (ArtifactError, AbsentError) as error:
                 raise EngineFailedError(self._quarantine(digest, error)) from None
-            await asyncio.to_thread(self._registry.set_validated, digest, self.fingerprint)
+            await self._stores.database.call(self._stores.registry.set_validated, digest, self.fingerprint)
             self.mark_validated(digest)
 
     def _quarantine(self, digest: str, error: ArtifactError | AbsentError) -> EngineFailure:

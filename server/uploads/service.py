@@ -6,18 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from adapters_store.base.spec import ItemBytes
-from adapters_store.errors import ArtifactError
+from adapters_store.errors import ArtifactError, RegistryDownError
 from adapters_store.format.archive import unpack_upload, zipped
 from adapters_store.format.selection import describe_ignored
-from adapters_store.registry.registry import Registry, Version
-from adapters_store.storage.directory import Blobs
+from adapters_store.registry.registry import Version
+from adapters_store.storage.directory import limit_s
 from server.engine.client import EngineClient, require_ready
 from server.engine.messages import Ready
 from server.errors import ArtifactRefusedError, ServerError, UnavailableError, absent_is_404
 from server.metrics import Metrics
+from server.stores import Stores
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
 from server.uploads.validation import Check, ValidatedArtifact, Validator, check
@@ -52,15 +54,14 @@ class UploadService:
 
     def __init__(
         self,
-        registry: Registry,
-        blobs: Blobs,
+        stores: Stores,
         client: EngineClient,
         metrics: Metrics,
         retention: ArtifactRetention,
         validator: Validator,
         revalidation: Revalidation,
     ) -> None:
-        self.registry, self.blobs, self.validator = registry, blobs, validator
+        self.stores, self.validator = stores, validator
         self._client, self._metrics = client, metrics
         self._retention, self._revalidation = retention, revalidation
         self._intake = asyncio.Semaphore(MAX_INTAKES)
@@ -83,7 +84,8 @@ class UploadService:
         Raises `ServerError`, which is that of `body` too, or `OSError` of the disk.
         """
         self.require_ready()  # or 503, before a long body comes
-        with self._counted(), self.blobs.staging() as staging:
+        self.stores.require_up()
+        with self._counted(), self.stores.blobs.staging() as staging:
             await _receive(body, staging / "body")
             async with self._intake_slot():
                 folder = staging / FOLDER
@@ -96,19 +98,20 @@ class UploadService:
 
     async def register(self, spec: UploadSpec, folder: Path, validated: ValidatedArtifact) -> RegisteredArtifact:
         """Store and register a validated folder; durable on return. If that fails, nothing is kept."""
-        facts, add, digest = validated.facts, self.registry.add_version, validated.facts.digest
+        facts, stores, digest = validated.facts, self.stores, validated.facts.digest
         try:
             async with self._retention.store_lock:
-                await asyncio.to_thread(self.blobs.put, folder, digest)
-                version, is_new = await asyncio.to_thread(
-                    add,
-                    spec.tenant,
-                    spec.task,
-                    facts,
-                    note=spec.note,
-                    activate=spec.is_activated,
-                    validated=self._revalidation.fingerprint,
-                )
+                await stores.storage.call_within(limit_s(facts.num_bytes), partial(stores.blobs.put, folder, digest))
+                with absent_is_404("X-Tenant"):  # the tenant was deleted meanwhile
+                    version, is_new = await stores.database.call(
+                        stores.registry.add_version,
+                        spec.tenant,
+                        spec.task,
+                        facts,
+                        note=spec.note,
+                        activate=spec.is_activated,
+                        validated=self._revalidation.fingerprint,
+                    )
                 self._revalidation.mark_validated(digest)
                 self._client.renew(digest)
         except Exception:
@@ -123,15 +126,14 @@ class UploadService:
         Raises `NotFoundError`, or `ArtifactRefusedError` if the stored bytes are not whole.
         """
         with absent_is_404("task"):
-            version = await asyncio.to_thread(self.registry.resolve, tenant, task, number, None)
+            version = await self.stores.database.call(self.stores.registry.resolve, tenant, task, number, None)
             try:
                 async with self._retention.using(tenant, [version]):
-                    return version.digest, await asyncio.to_thread(self._zipped, version.digest)
+                    read = partial(self.stores.blobs.files, version.digest)
+                    files = await self.stores.storage.call_within(limit_s(version.num_bytes), read)
+                    return version.digest, await asyncio.to_thread(zipped, files)
             except ArtifactError as error:
                 raise ArtifactRefusedError(error) from error
-
-    def _zipped(self, digest: str) -> bytes:
-        return zipped(self.blobs.files(digest))
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -145,7 +147,7 @@ class UploadService:
         except ServerError as error:
             count.labels("refused" if error.status < 500 else "failed").inc()
             raise
-        except OSError:
+        except (OSError, RegistryDownError):
             count.labels("failed").inc()
             raise
         count.labels("taken").inc()

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ from adapters_store.methods.shared.idle import idle_primitives
 from adapters_store.methods.shared.unused_tensors import unused_tensors, with_grad_tracking
 from adapters_store.primitives import Patch
 from adapters_store.registry.registry import Facts
-from adapters_store.storage.directory import Blobs
+from adapters_store.storage.directory import limit_s as limit_of
 from server.core import AdapterRef, EngineFailure, Logprobs, Sampling
 from server.engine.client import EngineClient, EngineUnavailable, require_ready
 from server.engine.messages import Ready, Submit
 from server.errors import EngineFailedError, ProbeLateError, ServerError, UnavailableError
+from server.stores import Stores
 from server.together import together
 from server.uploads import parity
 from server.uploads.retention import ArtifactRetention
@@ -64,8 +66,8 @@ class ValidatedArtifact:
 class Validator:
     """Validates artifacts by their bytes and in the engine, one at a time."""
 
-    def __init__(self, client: EngineClient, blobs: Blobs, retention: ArtifactRetention) -> None:
-        self._client, self._blobs, self._retention = client, blobs, retention
+    def __init__(self, client: EngineClient, stores: Stores, retention: ArtifactRetention) -> None:
+        self._client, self._stores, self._retention = client, stores, retention
         self._probing = asyncio.Lock()  # one artifact at a time is probed
 
     async def validate(self, folder: Path, limit_s: float | None = None) -> ValidatedArtifact:
@@ -89,8 +91,9 @@ class Validator:
 
     async def validate_stored(self, digest: str) -> None:
         """Validate an artifact of the store. Raises the errors of `validate`, and those of `Blobs.read`."""
-        artifact = await asyncio.to_thread(self._blobs.read, digest)
-        _, patch, _ = await asyncio.to_thread(_check_artifact, require_ready(self._client), artifact)
+        ready, read = require_ready(self._client), partial(self._stores.blobs.read, digest)
+        artifact = await self._stores.storage.call_within(limit_of(ready.max_adapter_bytes), read)
+        _, patch, _ = await asyncio.to_thread(_check_artifact, ready, artifact)
         async with self._probing:
             await self._probe(artifact, patch)
 

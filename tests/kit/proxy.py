@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 CHUNK = 2**14
+HUNG_EVERY_S = 0.02  # how often it is asked whether to go on
 RESET = struct.pack("ii", 1, 0)  # linger for no time: closing resets
 
 
@@ -18,13 +19,14 @@ RESET = struct.pack("ii", 1, 0)  # linger for no time: closing resets
 class Fault:
     """What happens to one direction: `delay_s` before each of the parts of `chunk` bytes, and an end after `cut_at`.
 
-    An end closes the connection, or resets it where `is_reset`.
+    An end closes the connection, or resets it where `is_reset`. While `is_hung` no byte passes, and nothing is closed.
     """
 
     delay_s: float = 0.0
     chunk: int = CHUNK
     cut_at: int | None = None
     is_reset: bool = False
+    is_hung: bool = False
 
 
 @dataclass
@@ -67,6 +69,8 @@ async def proxy(host: str, port: int, up: Fault | None = None, down: Fault | Non
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault) -> None:
     num_bytes = 0
     while data := await reader.read(fault.chunk):
+        while fault.is_hung:
+            await asyncio.sleep(HUNG_EVERY_S)
         if fault.delay_s:
             await asyncio.sleep(fault.delay_s)
         if fault.cut_at is not None and num_bytes + len(data) > fault.cut_at:

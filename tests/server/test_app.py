@@ -87,7 +87,7 @@ async def test_one_server_a_folder(anyio_backend: str, tiny_base: Path, tmp_path
         (tmp_path / "artifacts" / "staging" / "an upload in flight").mkdir()
         assert "another server uses" in await failure_of(tiny_base, tmp_path, Watched(tiny_base))
         assert (tmp_path / "artifacts" / "staging" / "an upload in flight").is_dir()
-        assert site.state.blobs.digests() == {digest}
+        assert site.state.stores.blobs.digests() == {digest}
         assert (await site.ask("a", prompt="x"))["adapter"]["digest"] == digest
 
 
@@ -188,7 +188,7 @@ async def test_import_while_the_engine_dies(
 
     monkeypatch.setattr(engine, "start", start)
     async with open_site(tiny_base, tmp_path / "data", engine, import_=tree) as site:
-        assert site.state.imports.num_pending == 4 and site.state.blobs.digests() == set()
+        assert site.state.imports.num_pending == 4 and site.state.stores.blobs.digests() == set()
         engine.revive()
         await until(lambda: site.state.imports.num_pending == 0)
         assert len((await site.http.get("/tasks")).json()["tasks"]) == 3

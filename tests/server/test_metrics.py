@@ -89,8 +89,8 @@ async def test_what_fails_is_counted_and_not_billed(anyio_backend: str, tiny_bas
         found = parsed((await site.http.get("/metrics")).text)
         assert found["manyhats_requests_total"] == {(("status", "503"), ("task", "base")): 1.0}
         assert "manyhats_prompt_tokens_total" not in found
-        site.state.usage.flush(site.state.registry)
-        assert site.state.registry.usage("default") == []
+        site.state.usage.flush(site.state.stores.registry)
+        assert site.state.stores.registry.usage("default") == []
 
 
 @pytest.mark.anyio
@@ -151,12 +151,12 @@ async def test_usage_survives_a_registry_that_fails(
 
     async with open_site(tiny_base, tmp_path) as site:
         with monkeypatch.context() as patch:
-            patch.setattr(site.state.registry, "add_usages", broken)
+            patch.setattr(site.state.stores.registry, "add_usages", broken)
             await site.ask(prompt="ab")
-            assert site.state.registry.usage("default") == []
+            assert site.state.stores.registry.usage("default") == []
         await site.ask(prompt="abc")
     async with open_site(tiny_base, tmp_path) as site:
-        (usage,) = site.state.registry.usage("default")
+        (usage,) = site.state.stores.registry.usage("default")
         assert (usage.requests, usage.prompt_tokens, usage.completion_tokens) == (2, 5, 7)
 
 

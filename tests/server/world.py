@@ -113,7 +113,7 @@ class Site:
     def stored(self) -> set[str]:
         """Digests on the disk; nothing may be staged between uploads."""
         assert not self.staged()
-        return self.state.blobs.digests()
+        return self.state.stores.blobs.digests()
 
 
 def sent(text: str) -> list[tuple[str, str]]:

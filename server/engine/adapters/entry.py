@@ -2,7 +2,7 @@
 
 A load that fails is tried again after a back-off that doubles each time. After `MAX_FAILURES` in a row the adapter is
 quarantined: it is tried again only after `QUARANTINE_S`. If the stored bytes are corrupt it is quarantined at once, and
-until it is uploaded again.
+until it is uploaded again. A store that does not answer is no fault of the adapter: it is never quarantined for that.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from math import inf
 from typing import Generic
 
+from adapters_store.errors import StoreDownError
 from server.core import EngineFailure
 from server.engine.adapters.load_queue import P
 
 FIRST_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+MAX_OUTAGE_RETRY_S = 8.0  # while the store does not answer
 MAX_FAILURES = 5  # in a row
-QUARANTINE_S = 600.0  # a store that was away may be back by then; corrupt bytes wait to be uploaded again
+QUARANTINE_S = 600.0  # corrupt bytes wait to be uploaded again
 CORRUPT = "artifact_corrupt"
+OUTAGE = StoreDownError.code
 
 
 @dataclass
@@ -58,8 +61,11 @@ class AdapterEntry(Generic[P]):
         """Note a failed load or copy; `is_final` says that trying again cannot help."""
         self.failure = failure
         self.num_failures += 1
-        self.is_quarantined = failure.code == CORRUPT or (not is_final and self.num_failures >= MAX_FAILURES)
-        wait = min(FIRST_RETRY_S * 2 ** (self.num_failures - 1), MAX_RETRY_S)
+        is_outage = failure.code == OUTAGE
+        is_hopeless = self.num_failures >= MAX_FAILURES and not is_final and not is_outage
+        self.is_quarantined = failure.code == CORRUPT or is_hopeless
+        max_wait = MAX_OUTAGE_RETRY_S if is_outage else MAX_RETRY_S
+        wait = min(FIRST_RETRY_S * 2 ** (self.num_failures - 1), max_wait)
         wait = QUARANTINE_S if self.is_quarantined else wait
         self.retry_at = inf if is_final or failure.code == CORRUPT else now + wait
 

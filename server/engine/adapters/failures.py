@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from adapters_store.errors import StoreDownError
+
 log = logging.getLogger(__name__)
 
 
@@ -17,9 +19,9 @@ class LoadError(Exception):
 
 def failure_message(digest: str, error: Exception | None) -> str:
     """Tell an adapter's users in a sentence why it could not be loaded."""
-    return (
-        f"adapter {digest[:12]} could not be loaded: {failure_reason(digest, error)}; upload it again if this goes on"
-    )
+    is_outage = getattr(error, "code", None) == StoreDownError.code
+    hint = "ask again in a moment" if is_outage else "upload it again if this goes on"
+    return f"adapter {digest[:12]} could not be loaded: {failure_reason(digest, error)}; {hint}"
 
 
 def failure_reason(digest: str, error: Exception | None) -> str:

@@ -17,7 +17,7 @@ from math import inf
 from typing import Generic, Protocol, TypeVar
 
 from server.core import EngineFailure
-from server.engine.adapters.entry import CORRUPT, AdapterEntry
+from server.engine.adapters.entry import CORRUPT, OUTAGE, AdapterEntry
 from server.engine.adapters.failures import failure_message
 from server.engine.adapters.load_queue import LoadQueue, LoadResult, P, SizedAdapter, Spawner
 from server.engine.adapters.memory_tier import MemoryTier
@@ -144,7 +144,8 @@ class AdapterManager(Generic[P]):
             self._prune(digest)
 
     def discard(self, digest: str) -> None:
-        """Drop an artifact that was deleted, at once or when the last sequence that uses it ends."""
+        """Drop a deleted artifact, at once or when the last sequence that uses it ends; it is resident no more."""
+        self._resident.pop(digest, None)
         entry = self._entries.get(digest)
         if entry is None:
             return
@@ -158,7 +159,7 @@ class AdapterManager(Generic[P]):
         """Keep these in slots even if no sequence uses them, the most important first; replaces the previous list."""
         before, self._resident = self._resident, dict.fromkeys(digests)
         for digest in self._resident:
-            self._entries.setdefault(digest, AdapterEntry())
+            self._entries.setdefault(digest, AdapterEntry()).is_discarded = False
         for digest in before:
             self._prune(digest)
 
@@ -209,7 +210,8 @@ class AdapterManager(Generic[P]):
         if entry.is_discarded and not entry.num_users:
             log.info("an adapter was deleted while it loaded", extra={"digest": digest})
         elif result.packed is None:
-            code = CORRUPT if getattr(result.error, "code", "") == CORRUPT else "adapter_failed"
+            code = getattr(result.error, "code", "")
+            code = code if code in (CORRUPT, OUTAGE) else "adapter_failed"
             self._fail(digest, EngineFailure(code, failure_message(digest, result.error)))
         elif result.packed.num_bytes > max_bytes:
             failure = self._too_large(f"adapter {digest[:12]}", result.packed.num_bytes, max_bytes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
@@ -13,9 +14,11 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import func, select
 
-from adapters_store.errors import RegistryDownError, StoreError
+from adapters_store.errors import RegistryDownError, RegistryHeldError, StoreError
 from adapters_store.registry.database import connect, metadata, transaction, versions
 from adapters_store.registry.registry import Registry
+from adapters_store.registry.routes import Route
+from adapters_store.registry.tenants import TenantLimits, Tenants
 from tests.adapters_store.registry.test_registry import (  # noqa: F401 - the same tests, over this file's registry
     D1,
     D2,
@@ -118,6 +121,70 @@ def test_connections_that_were_cut(registry: Registry, server: str) -> None:
         pass
     with pytest.raises(StoreError, match="cannot be reached"):
         Registry("postgresql://manyhats@127.0.0.1:1/postgres").open()
+
+
+def cut(server: str) -> None:
+    """Cut every connection, as a restart of the database does."""
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+
+
+def test_a_database_is_held_again_after_a_cut(registry: Registry, server: str, url: str) -> None:
+    """A server whose connections were cut takes the lock again at its next check, and writes as before."""
+    cut(server)
+    registry.check()
+    with pytest.raises(StoreError, match="another server"):
+        Registry(url).open()
+    add(registry, D1)
+    registry.check()
+
+
+WRITES: dict[str, Callable[[Registry], object]] = {
+    "add_version": lambda registry: add(registry, D2),
+    "set_route": lambda registry: registry.set_route("default", "t", Route({1: 1})),
+    "roll_back": lambda registry: registry.roll_back("default", "t"),
+    "set_pinned": lambda registry: registry.set_pinned("default", "t", True),
+    "delete_task": lambda registry: registry.delete_task("default", "t"),
+    "delete_version": lambda registry: registry.delete_version("default", "t", 1),
+    "set_validated": lambda registry: registry.set_validated(D1, "f"),
+    "add_usages": lambda registry: registry.add_usages({("default", "t", 1): (1, 1, 1)}),
+    "digests": lambda registry: registry.digests(),  # by which artifacts are deleted
+    "add": lambda registry: Tenants(registry.engine).add("t"),
+    "delete": lambda registry: Tenants(registry.engine).delete("t"),
+    "set_limits": lambda registry: Tenants(registry.engine).set_limits("default", TenantLimits()),
+    "add_key": lambda registry: Tenants(registry.engine).add_key("default", ["admin"]),
+    "rotate_key": lambda registry: Tenants(registry.engine).rotate_key("default", "mh_x"),
+    "revoke_key": lambda registry: Tenants(registry.engine).revoke_key("default", "mh_x"),
+}
+
+
+def test_a_server_whose_database_was_taken_over_writes_nothing(registry: Registry, server: str, url: str) -> None:
+    """After a cut and another server's start no call writes, also once that one is gone; reads go on."""
+    add(registry, D1)
+    cut(server)
+    other = Registry(url).open()
+    assert other.digests() == {D1}
+    for is_there in (True, False):
+        with pytest.raises(RegistryHeldError, match="another server"):
+            registry.check()
+        for name, write in WRITES.items():
+            with pytest.raises(RegistryHeldError, match="another server"):
+                write(registry)
+                pytest.fail(name)
+        assert registry.resolve("default", "t").digest == D1
+        if is_there:
+            assert other.usage("default") == []
+            other.close()
+
+
+def test_all_writes_are_here() -> None:
+    """`WRITES` has every method of the registry and of the tenants that opens a transaction to write."""
+    found = set()
+    for kind in (Registry, Tenants):
+        for name, method in inspect.getmembers(kind, inspect.isfunction):
+            if "self._write()" in inspect.getsource(method) and name not in ("open", "_write"):
+                found.add(name)
+    assert found == set(WRITES)
 
 
 def test_a_driver_that_is_missing_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:

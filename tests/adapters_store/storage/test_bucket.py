@@ -94,10 +94,10 @@ def test_half_an_upload_is_absent(store: Bucket, lora: Path, monkeypatch: pytest
     """An upload that breaks off before its weights, which come last, is absent, and swept at start."""
     pipe_file = store._files.pipe_file
 
-    def broken(path: str, data: bytes) -> None:
+    def broken(path: str, data: bytes, **limits: float) -> None:
         if path.endswith(WEIGHTS):
             raise RuntimeError("the network is away")
-        pipe_file(path, data)
+        pipe_file(path, data, **limits)
 
     with monkeypatch.context() as patched:
         patched.setattr(store._files, "pipe_file", broken)

@@ -111,9 +111,9 @@ async def test_restart(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips
     async with open_site(tiny_base, tmp_path) as site:
         kept = (await site.upload("a", zips[0])).json()["digest"]
         await site.ask("a", prompt="x")
-        with site.state.blobs.staging() as staging:
-            shutil.copytree(site.state.blobs.path(kept), staging / "f")
-            site.state.blobs.put(staging / "f", "f" * 64)
+        with site.state.stores.blobs.staging() as staging:
+            shutil.copytree(site.state.stores.blobs.path(kept), staging / "f")
+            site.state.stores.blobs.put(staging / "f", "f" * 64)
         (site.data / "artifacts" / "staging" / "left").mkdir()
     async with open_site(tiny_base, tmp_path) as site:
         assert site.stored() == {kept}
@@ -442,7 +442,7 @@ async def test_a_registry_that_cannot_write(good: Site, zips: list[bytes], monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(good.state.registry, "add_version", full)
+        patch.setattr(good.state.stores.registry, "add_version", full)
         answer = await good.upload("bad", zips[0])
     assert (answer.status_code, error_of(answer)["code"]) == (507, "storage_failed")
     assert "No space left" in error_of(answer)["message"] and len(good.stored()) == 1
@@ -480,7 +480,7 @@ async def test_whoever_leaves_after_the_body(site: Site, zips: list[bytes]) -> N
     scope = {"type": "http", "method": "POST", "path": "/adapters", "query_string": b"task=a", "headers": headers}
     await site.app(scope, receive, send)
     (digest,) = site.stored()
-    assert site.state.blobs.read(digest).digest == digest
+    assert site.state.stores.blobs.read(digest).digest == digest
     assert (await site.ask("a", prompt="x"))["adapter"]["digest"] == digest
 
 

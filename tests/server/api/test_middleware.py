@@ -49,8 +49,8 @@ async def test_our_bug(site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pyte
     def broken(*_args: object) -> None:
         raise KeyError("secret")
 
-    for name in ("tasks", "task", "resolve", "usage", "delete_task", "delete_version"):
-        monkeypatch.setattr(site.state.registry, name, broken)
+    for name in ("tasks", "task_names", "task", "resolve", "usage", "delete_task", "delete_version"):
+        monkeypatch.setattr(site.state.stores.registry, name, broken)
     asked = [("GET", "/tasks"), ("GET", "/tasks/a"), ("DELETE", "/tasks/a"), ("DELETE", "/tasks/a/versions/1")]
     asked += [("GET", "/v1/models"), ("GET", "/tasks/a/versions/1/artifact"), ("POST", "/generate?task=a")]
     for verb, path in asked:
@@ -78,9 +78,12 @@ async def test_a_disk_that_fails(
             raise OSError(code, os.strerror(code))
 
         with monkeypatch.context() as patch:
-            for thing, name in ((site.state.registry, "delete_task"), (site.state.registry, "delete_version")):
+            for thing, name in (
+                (site.state.stores.registry, "delete_task"),
+                (site.state.stores.registry, "delete_version"),
+            ):
                 patch.setattr(thing, name, broken)
-            patch.setattr(site.state.blobs, "files", broken)
+            patch.setattr(site.state.stores.blobs, "files", broken)
             for verb, path in asked:
                 answer = await site.http.request(verb, path)
                 assert answer.status_code == status, path

@@ -229,7 +229,7 @@ async def test_deleted_while_it_runs(real: Site, tiny_base: Path, tmp_path: Path
     assert (await real.http.delete("/tasks/gone")).status_code == 204
     assert (await real.post("/generate?task=gone", {"prompt": "a"})).status_code == 404
     assert "".join(event["text"] for event in await running) == before
-    await until(lambda: len(real.state.blobs.digests()) == 3)
+    await until(lambda: len(real.state.stores.blobs.digests()) == 3)
     assert (await real.upload("gone", body)).json()["version"] == 2
     assert (await real.ask("gone", **asked))["choices"][0]["text"] == before
     await real.http.delete("/tasks/gone")
@@ -274,7 +274,7 @@ async def test_an_artifact_that_was_damaged(real: Site, tiny_base: Path, tmp_pat
     """An artifact whose bytes changed on the disk is never served: 503, and the server stays well."""
     before = await tokens(real, "t2")
     uploaded = await real.upload("hurt", zip_folder(make_lora(tmp_path / "hurt", tiny_base, 78, r=3)))
-    path = real.state.blobs.path(uploaded.json()["digest"]) / WEIGHTS
+    path = real.state.stores.blobs.path(uploaded.json()["digest"]) / WEIGHTS
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)

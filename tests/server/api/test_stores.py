@@ -79,7 +79,7 @@ async def test_what_is_kept_is_served_and_what_is_corrupt_is_not(
         assert (await site.upload("t0", zips[0])).status_code == 200
         assert await tokens(site, "t0") == before[0]
         assert (await site.http.delete("/tasks/t0")).status_code == 204
-        assert site.state.blobs.digests() == {digests[1]}
+        assert site.state.stores.blobs.digests() == {digests[1]}
 
 
 async def test_a_store_of_another_registry(
@@ -94,7 +94,7 @@ async def test_a_store_of_another_registry(
         async with open_site(tiny_base, tmp_path / "two", store=store):
             pass
     async with open_site(tiny_base, tmp_path / "one", store=store) as site:
-        assert site.state.blobs.digests() == kept and len(kept) == 1
+        assert site.state.stores.blobs.digests() == kept and len(kept) == 1
 
 
 async def test_a_store_that_cannot_be(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:

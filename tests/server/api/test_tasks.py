@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from adapters_store.format.folder import CONFIG, FILES, WEIGHTS
+from adapters_store.registry.tenants import TenantLimits
+from server.api import tasks
+from tests.adapters_store.registry.test_registry import add
 from tests.server.world import Site, error_of, serve_site, until
 
 pytestmark = pytest.mark.anyio
@@ -26,10 +30,10 @@ async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
     await site.upload("b", zips[2], activate="false")
     await site.ask("a", prompt="xyz", max_tokens=2)
     await site.ask("base", prompt="xy", max_tokens=1, n=2)
-    site.state.usage.flush(site.state.registry)
+    site.state.usage.flush(site.state.stores.registry)
     site.engine.states[first["digest"]] = "host"
     task = (await site.http.get("/tasks/a")).json()
-    assert set(task) == {"task", "versions", "route", "pinned"}
+    assert set(task) == {"task", "versions", "route", "pinned", "num_versions"}
     assert task["route"] == {"versions": {"2": 100}, "sticky": None}
     sizes = {"num_parameters", "bytes", "slot_bytes", "virtual_tokens"}
     kept = {"version", "digest", "method", "note", "created", "residency", "use", "recent", *sizes}
@@ -82,14 +86,14 @@ async def test_delete_a_version(site: Site, zips: list[bytes]) -> None:
 async def test_uploaded_while_it_is_deleted(site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes whose last version is deleted between their storing and their registering are not deleted with it."""
     digest = (await site.upload("a", zips[0])).json()["digest"]
-    add_version, stored = site.state.registry.add_version, threading.Event()
+    add_version, stored = site.state.stores.registry.add_version, threading.Event()
 
     def slow(*args: Any, **values: Any) -> Any:
         stored.set()
         time.sleep(0.3)  # long enough for the deletion, were it let through
         return add_version(*args, **values)
 
-    monkeypatch.setattr(site.state.registry, "add_version", slow)
+    monkeypatch.setattr(site.state.stores.registry, "add_version", slow)
     uploading = asyncio.create_task(site.upload("b", zips[0]))
     await until(stored.is_set)
     assert (await site.http.delete("/tasks/a")).status_code == 204
@@ -145,7 +149,7 @@ async def test_download(site: Site, zips: list[bytes], loras: list[Path]) -> Non
 async def test_download_of_what_is_damaged(site: Site, zips: list[bytes]) -> None:
     """An artifact whose bytes have changed on the disk is 503 and says so; one that is lost is 404."""
     digest = (await site.upload("a", zips[0])).json()["digest"]
-    path = site.state.blobs.path(digest)
+    path = site.state.stores.blobs.path(digest)
     (path / CONFIG).write_text((path / CONFIG).read_text() + " ")
     answer = await site.http.get("/tasks/a/versions/1/artifact")
     assert (answer.status_code, error_of(answer)["code"]) == (503, "artifact_corrupt")
@@ -173,7 +177,7 @@ async def test_a_running_stream_finishes(
         assert len((await short)["choices"][0]["token_ids"]) == 21
         assert site.stored() == {digest} and not site.engine.discarded
         assert len((await long)["choices"][0]["token_ids"]) == 61
-        await until(lambda: not site.state.blobs.digests())
+        await until(lambda: not site.state.stores.blobs.digests())
         assert site.engine.discarded == [digest]
         assert site.state.retention.is_idle
 
@@ -217,7 +221,7 @@ async def test_deleted_between_resolution_and_start(
 async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that comes while its artifact is about to be deleted keeps it; when it ends the artifact goes."""
     digest = (await site.upload("a", zips[0])).json()["digest"]
-    version, digests = site.state.registry.resolve("default", "a"), site.state.registry.digests
+    version, digests = site.state.stores.registry.resolve("default", "a"), site.state.stores.registry.digests
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     began: list[Future[None]] = []
 
@@ -232,7 +236,7 @@ async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatc
                 time.sleep(0.001)
         return digests()
 
-    monkeypatch.setattr(site.state.registry, "digests", referenced)
+    monkeypatch.setattr(site.state.stores.registry, "digests", referenced)
     assert (await site.http.delete("/tasks/a")).status_code == 204
     assert site.stored() == {digest}
     ended.set()
@@ -243,15 +247,15 @@ async def test_worn_while_it_is_buried(site: Site, zips: list[bytes], monkeypatc
 async def test_a_deletion_that_the_disk_refuses(
     site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A task is gone even if its artifact cannot be removed, and the log says that the next start will."""
+    """A task is gone even if its artifact cannot be removed yet, and the log says that this is tried again."""
 
     def broken(_digest: str) -> None:
         raise OSError("no")
 
     await site.upload("a", zips[0])
-    monkeypatch.setattr(site.state.blobs, "delete", broken)
+    monkeypatch.setattr(site.state.stores.blobs, "delete", broken)
     assert (await site.http.delete("/tasks/a")).status_code == 204
-    assert "the next start will" in caplog.text
+    assert "tried again" in caplog.text
 
 
 async def test_deletions_and_requests_at_once(
@@ -271,5 +275,61 @@ async def test_deletions_and_requests_at_once(
         statuses = await asyncio.gather(*(turn(number) for number in range(60)))
         assert set(statuses) <= {200, 201, 204, 404}
         await site.http.delete("/tasks/a")
-        await until(lambda: not site.state.blobs.digests())
+        await until(lambda: not site.state.stores.blobs.digests())
         assert site.state.retention.is_idle
+
+
+async def test_tasks_by_pages(site: Site, zips: list[bytes]) -> None:
+    """Pages of tasks and of a task's versions have all of them in order; versions of the route are always there."""
+    registry = site.state.stores.registry
+    for name in ("a", "b", "c", "d"):
+        for number in range(25):
+            add(registry, f"{name}{number:03d}".rjust(64, "0"), name, activate=number == 1)
+    pages: list[list[dict[str, Any]]] = []
+    after: str | None = ""
+    while after is not None:
+        page = (await site.http.get(f"/tasks?limit=2{after and f'&after={after}'}")).json()
+        pages.append(page["tasks"])
+        after = page["next"]
+    assert [[task["task"] for task in tasks] for tasks in pages] == [["base", "a", "b"], ["c", "d"]]
+    for task in pages[1]:
+        assert [version["version"] for version in task["versions"]] == [2, *range(6, 26)] and task["num_versions"] == 25
+    whole = (await site.http.get("/tasks/a?limit=200")).json()
+    assert [version["version"] for version in whole["versions"]] == list(range(1, 26))
+    part = (await site.http.get("/tasks/a?limit=3&before=10")).json()
+    assert [version["version"] for version in part["versions"]] == [2, 7, 8, 9]
+    models = (await site.http.get("/v1/models?limit=3")).json()
+    assert [model["id"] for model in models["data"]] == ["base", "a", "b", "c"] and models["has_more"]
+    models = (await site.http.get("/v1/models?after=c")).json()
+    assert [model["id"] for model in models["data"]] == ["d"] and not models["has_more"]
+
+
+async def test_a_list_of_many_costs_little_in_the_event_loop(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many versions were used, a list asks the database a fixed number of times and writes out one page."""
+    registry, engine = site.state.stores.registry, site.state.stores.registry.engine
+    statements: list[str] = []
+    threads: list[threading.Thread] = []
+    event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
+    monkeypatch.setattr(tasks, "summary", lambda _outcomes: threads.append(threading.current_thread()))
+    counts = []
+    for num_tasks in (5, 60):
+        for number in range(num_tasks):
+            version, _ = add(registry, f"{number:064d}", f"t{number}")
+            registry.add_usages({("default", f"t{number}", version.number): (1, 1, 1)})
+        statements.clear()
+        assert len((await site.http.get("/tasks?limit=50")).json()["tasks"]) == min(num_tasks, 50) + 1
+        counts.append(sum("FROM" in statement and "identity" not in statement for statement in statements))  # no checks
+    assert counts[0] == counts[1] < 12
+    assert len(threads) == 55 and threading.main_thread() not in threads
+
+
+async def test_looking_takes_nothing_of_the_rate(site: Site) -> None:
+    """A tenant that lists tasks and models as often as it may is still let in to generate, as often as it may."""
+    site.state.stores.tenants.set_limits("default", TenantLimits(requests_per_minute=3))
+    site.state.callers.clear_cache("default")
+    for path in ("/tasks", "/v1/models", "/tasks/base"):
+        assert (await site.http.get(path)).status_code == 200
+    assert (await site.http.get("/tasks")).status_code == 429, "looks have a bound of their own"
+    for _ in range(3):
+        await site.ask(prompt="x", max_tokens=1)
+    assert (await site.post("/generate?task=base", {"prompt": "x"})).status_code == 429

@@ -106,9 +106,9 @@ async def test_a_revocation_from_elsewhere_is_known_within_a_second(city: City) 
     assert (await city.generate(key)).status_code == 200
     clock = Clock()
     city.site.state.callers._keys.clock = clock
-    city.site.state.callers.clear_cache()
+    city.site.state.callers.clear_cache("a")
     assert (await city.generate(key)).status_code == 200
-    city.site.state.tenants.revoke_key("a", key.partition(".")[0])
+    city.site.state.stores.tenants.revoke_key("a", key.partition(".")[0])
     assert (await city.generate(key)).status_code == 200, "it is remembered for a moment: no look-up per request"
     clock.now += 0.9
     assert (await city.generate(key)).status_code == 401
@@ -286,7 +286,7 @@ async def test_requests_a_minute(city: City) -> None:
     for _ in range(3):
         assert (await city.generate(key)).status_code == 200
         clock.now += 10
-    answer = await city.ask(key, "GET", "/tasks")
+    answer = await city.ask(key, "POST", "/tasks/x/rollback")
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["type"]) == (429, "tenant_limit", "rate_limit_error")
     assert error["param"] == "requests_per_minute"
@@ -348,7 +348,7 @@ async def test_what_is_routed_anew_is_charged_once(
     assert (usage.tokens._sum, usage.requests._sum) == (25, 3)
     site.engine.failure = None
     assert (await city.ask(key, "POST", "/generate?task=hat", body)).status_code == 200
-    (used,) = site.state.registry.usage("a")
+    (used,) = site.state.stores.registry.usage("a")
     assert (usage.tokens._sum, used.requests, used.prompt_tokens, used.completion_tokens) == (50, 2, 40, 10)
 
 
@@ -401,7 +401,7 @@ async def test_usage(city: City, zips: list[bytes]) -> None:
     for task, stream in (("hat", False), ("hat", True), ("base", False)):
         answer = await city.ask(key, "POST", f"/generate?task={task}", body | {"stream": stream})
         assert answer.status_code == 200
-    found = {(one.task, one.version): one for one in city.site.state.registry.usage("a")}
+    found = {(one.task, one.version): one for one in city.site.state.stores.registry.usage("a")}
     assert (found["hat", 1].requests, found["hat", 1].prompt_tokens, found["hat", 1].completion_tokens) == (2, 8, 6)
     await city.generate(await city.tenant("b"))
     mine = (await city.ask(key, "GET", "/usage")).json()["usage"]
@@ -417,7 +417,7 @@ async def test_what_still_runs_is_counted_as_it_comes(city: City) -> None:
     city.site.engine.delay_s = 0.02
     body = {"prompt": "ab", "max_tokens": 200, "ignore_eos": True}
     running = asyncio.create_task(city.admin("POST", "/generate?task=base", body))
-    registry, usage = city.site.state.registry, city.site.state.usage
+    registry, usage = city.site.state.stores.registry, city.site.state.usage
 
     def is_counted() -> bool:
         usage.flush(registry)  # as once a second
@@ -532,7 +532,7 @@ async def test_without_an_admin_key_there_is_one_tenant(site: Site) -> None:
     answer = await site.http.put("/tenants/default/limits", json={"requests_per_minute": 1})
     assert answer.status_code == 200
     assert [(await site.http.get("/tasks")).status_code for _ in range(2)] == [200, 429]
-    assert site.state.tenants.get("default").limits == TenantLimits(requests_per_minute=1)
+    assert site.state.stores.tenants.get("default").limits == TenantLimits(requests_per_minute=1)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ KEY = "the admin's own key"
 async def server(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> AsyncIterator[Site]:
     """A server on loopback with an admin key and the tenant `acme`."""
     async with serve_site(tiny_base, tmp_path, admin_key=KEY) as site:
-        await asyncio.to_thread(site.state.tenants.add, "acme")
+        await asyncio.to_thread(site.state.stores.tenants.add, "acme")
         yield site
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from server.cli.tasks import table, tasks
 from server.core import EngineFailure
-from server.requests.version_stats import MAX_REQUESTS, MAX_VERSIONS, Recent, RequestOutcome
+from server.requests.version_stats import MAX_REQUESTS, MAX_VERSIONS, Recent, RequestOutcome, summary
 from tests.server.world import Site, serve_site
 
 KEY = "correct-horse-battery"
@@ -93,15 +93,15 @@ def test_recent_outcomes_are_bounded() -> None:
     recent = Recent()
     for number in range(MAX_REQUESTS + 50):
         recent.add(("t", "a", 1), RequestOutcome("200", float(number), 2.0 * number, 3))
-    said = recent.summary(("t", "a", 1))
+    said = summary(recent.of(("t", "a", 1)))
     assert (said["requests"], said["failed"], said["tokens"]) == (MAX_REQUESTS, 0, 3 * MAX_REQUESTS)
     assert said["ttft_ms"] == {"p50": 149.5, "p95": 239.05}
     recent.add(("t", "a", 2), RequestOutcome("200", 5.0, 6.0))
-    assert recent.summary(("t", "a", 2))["latency_ms"] == {"p50": 6.0, "p95": 6.0}
-    assert recent.summary(("t", "a", 3)) == {
+    assert summary(recent.of(("t", "a", 2)))["latency_ms"] == {"p50": 6.0, "p95": 6.0}
+    assert summary(recent.of(("t", "a", 3))) == {
         "requests": 0, "failed": 0, "ttft_ms": None, "latency_ms": None, "tokens": 0,
     }  # fmt: skip
     for number in range(MAX_VERSIONS):
         recent.add(("u", "b", number), RequestOutcome("500"))
-    assert recent.summary(("t", "a", 1))["requests"] == 0
-    assert recent.summary(("u", "b", 0))["failed"] == 1
+    assert summary(recent.of(("t", "a", 1)))["requests"] == 0
+    assert summary(recent.of(("u", "b", 0)))["failed"] == 1

@@ -151,16 +151,16 @@ async def test_an_upload_wins(
     """A task that somebody uploads while its import is validated keeps what was uploaded."""
     engine = FakeEngineClient(ready_of(tiny_base))
     engine.probe_failure = EngineFailure("overloaded", "for now")
+    validate, uploads = validation.Validator.validate, [zips[1]]
+
+    async def overtaken(*arguments: Any) -> ValidatedArtifact:
+        validated = await validate(*arguments)
+        if uploads:  # the import's call: the upload makes one of its own
+            assert (await site.upload("first", uploads.pop())).status_code == 201
+        return validated
+
+    monkeypatch.setattr(validation.Validator, "validate", overtaken)
     async with open_site(tiny_base, tmp_path / "data", engine, import_=tree) as site:
-        validate, uploads = validation.Validator.validate, [zips[1]]
-
-        async def overtaken(*arguments: Any) -> ValidatedArtifact:
-            validated = await validate(*arguments)
-            if uploads:  # the import's call: the upload makes one of its own
-                assert (await site.upload("first", uploads.pop())).status_code == 201
-            return validated
-
-        monkeypatch.setattr(validation.Validator, "validate", overtaken)
         engine.probe_failure = None
         await until(lambda: site.state.imports.num_pending == 0)
         assert [version["note"] for version in (await site.http.get("/tasks/first")).json()["versions"]] == [""]

@@ -21,7 +21,12 @@ class Rooms:
     def __init__(self) -> None:
         self.referenced: set[str] = set()
         self.deleted: list[str] = []
+        self.registry = self.blobs = self.database = self.storage = self
         self.retention = ArtifactRetention(self, self, self)  # type: ignore[arg-type]
+
+    async def call(self, function: Any, *arguments: object) -> Any:
+        """Call at once, in this thread."""
+        return function(*arguments)
 
     def digests(self) -> set[str]:
         """Digests that some version refers to."""

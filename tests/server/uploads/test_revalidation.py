@@ -153,7 +153,7 @@ async def test_what_the_store_lost(
     async with opened(tiny_base, tmp_path) as site:
         digest = (await site.upload("lost", zips[0])).json()["digest"]
         await site.upload("kept", zips[1])
-        path = site.state.blobs.path(digest)
+        path = site.state.stores.blobs.path(digest)
     shutil.rmtree(path)
     async with opened(tiny_base, tmp_path) as site:
         assert quarantined(caplog) == [f"no artifact {digest[:12]} in the store"]
@@ -168,7 +168,7 @@ async def test_what_nobody_uploaded(anyio_backend: str, tiny_base: Path, tmp_pat
     """A folder that was laid into the store by hand is no task's, is never served, and goes at the next start."""
     async with opened(tiny_base, tmp_path) as site:
         digest = digest_of(read_files(loras[0]))
-        shutil.copytree(loras[0], site.state.blobs.path(digest))
+        shutil.copytree(loras[0], site.state.stores.blobs.path(digest))
     async with opened(tiny_base, tmp_path) as site:
         assert site.stored() == set() and len((await site.http.get("/tasks")).json()["tasks"]) == 1
         assert not site.engine.probed
@@ -223,7 +223,7 @@ async def test_every_door_has_the_same_checks(
     async with serve_site(tiny_base, tmp_path / "data") as site:
         BAD[bad](site, folder)
         said = error_of(await site.upload("a", zip_folder(folder)))["message"]
-        await TreeImport(site.state.uploads).begin(tmp_path / "tree")
+        await TreeImport(site.state.uploads, site.state.metrics).begin(tmp_path / "tree")
         imported = [record.reason for record in caplog.records if record.message == "an adapter was not taken in"]  # type: ignore[attr-defined]
         assert imported == [said]
         with pytest.raises(PushError) as pushed:
@@ -231,7 +231,7 @@ async def test_every_door_has_the_same_checks(
         assert said in str(pushed.value)
         assert site.stored() == set() and len((await site.http.get("/tasks")).json()["tasks"]) == 1
         digest = digest_of(read_files(folder))
-        shutil.copytree(folder, site.state.blobs.path(digest))
+        shutil.copytree(folder, site.state.stores.blobs.path(digest))
         facts = Facts(
             digest=digest,
             method="lora",
@@ -241,7 +241,7 @@ async def test_every_door_has_the_same_checks(
             num_virtual=1,
             num_bytes=1,
         )
-        site.state.registry.add_version("default", "a", facts)
+        site.state.stores.registry.add_version("default", "a", facts)
     engine = FakeEngineClient(ready_of(tiny_base))
     engine.probe_failure = site.engine.probe_failure
     async with opened(tiny_base, tmp_path / "data", engine=engine) as site:

@@ -317,7 +317,7 @@ async def test_an_import_goes_through_the_same_door(
     """A folder that is imported is probed as an upload is: one off its parity is one line, the others come in."""
     with_parity(site, loras[0], tmp_path / "tree" / "off", [echoed(5, 1.0)])
     shutil.copytree(loras[1], tmp_path / "tree" / "good")
-    await TreeImport(site.state.uploads).begin(tmp_path / "tree")
+    await TreeImport(site.state.uploads, site.state.metrics).begin(tmp_path / "tree")
     (line,) = [record for record in caplog.records if record.message == "an adapter was not taken in"]
     assert "parity: 1 of 1 prompts" in vars(line)["reason"]
     assert site.stored() == {read_folder(loras[1]).digest} and len(site.engine.probed) == 16

@@ -1,7 +1,9 @@
 """Adapters whose loads fail: the back-off, the quarantine, and what ends both."""
 
-from adapters_store.errors import ArtifactCorruptError
-from server.engine.adapters.entry import MAX_FAILURES, QUARANTINE_S
+import pytest
+
+from adapters_store.errors import AbsentError, ArtifactCorruptError, StoreDownError
+from server.engine.adapters.entry import MAX_FAILURES, MAX_OUTAGE_RETRY_S, QUARANTINE_S
 from tests.server.engine.adapters.test_manager import Room
 
 
@@ -88,6 +90,59 @@ def test_corrupt_bytes_are_quarantined_at_once() -> None:
     room.manager.renew("a")
     room.bring("a")
     assert room.slots == "ab"
+
+
+def test_a_store_that_is_away_quarantines_nothing() -> None:
+    """However long the store does not answer, loads are tried again every few seconds, and their failure says so."""
+    room = Room()
+    room.loader.errors["a"] = StoreDownError("the store of artifacts does not answer in time")
+    for _ in range(3 * MAX_FAILURES):
+        room.bring("a")
+        failure = room.manager.refusal(("a",))
+        assert failure and failure.code == "store_unavailable" and "upload" not in failure.message
+        assert room.manager.states() == {"a": "failed"}
+        room.clock.now += MAX_OUTAGE_RETRY_S
+        assert room.manager.refusal(("a",)) is None
+    del room.loader.errors["a"]
+    room.bring("a")
+    assert room.slots == "a"
+
+
+def idle(room: Room, num_steps: int) -> None:
+    """Let steps go by in which no sequence asks for anything."""
+    for _ in range(num_steps):
+        room.advance("")
+        room.spawner.run_all()
+        room.advance("")
+
+
+@pytest.mark.parametrize("state", ["absent", "loading", "slot", "failed"])
+def test_what_was_deleted_is_not_loaded_again(state: str) -> None:
+    """An adapter that is deleted is not resident any more: in whatever state it was, it is not loaded for ever."""
+    room = Room()
+    if state == "failed":
+        room.loader.errors["a"] = AbsentError("no artifact")
+    room.manager.keep_resident("a")
+    if state == "loading":
+        room.advance("")
+    elif state != "absent":
+        idle(room, 1)
+    room.loader.errors["a"] = AbsentError("no artifact")
+    room.manager.discard("a")
+    idle(room, 5)
+    assert len(room.loader.loaded) <= 1 and room.manager.states() == {}
+
+
+def test_a_deleted_adapter_that_comes_back_is_resident() -> None:
+    """An adapter that was deleted while it was used, and uploaded and pinned again, stays when that use has ended."""
+    room = Room()
+    room.bring("a")
+    room.use("a")
+    room.manager.discard("a")
+    room.manager.keep_resident("a")
+    room.release("a", is_pinned=False)
+    idle(room, 3)
+    assert room.slots == "a" and len(room.loader.loaded) == 1
 
 
 def test_a_resident_adapter_that_fails_is_tried_again() -> None:

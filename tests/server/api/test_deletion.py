@@ -1,0 +1,121 @@
+"""Deletion: whatever is deleted, with whatever it is deleted, the same steps follow; one that fails is made again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters_store.errors import RegistryHeldError, StoreDownError
+from server.requests.usage import EVERY_S, MAX_RETRY_S, UsageBuffer
+from server.uploads import retention
+from tests.kit.metrics import Reading
+from tests.server.api.test_tenants import KEY, Clock
+from tests.server.world import Site, error_of, open_site, until
+
+pytestmark = pytest.mark.anyio
+ADMIN = {"Authorization": f"Bearer {KEY}"}
+ACME = {**ADMIN, "X-Tenant": "acme"}
+WAYS = ("/tasks/{task}", "/tasks/{task}/versions/{number}", "/tenants/{tenant}")
+
+
+@pytest.fixture
+async def pinned(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]) -> AsyncIterator[Site]:
+    """A server whose tenant `acme` has the task `a` with one version, which is pinned."""
+    async with open_site(tiny_base, tmp_path, admin_key=KEY) as site:
+        await site.http.post("/tenants", json={"name": "acme"}, headers=ADMIN)
+        kind = {"Content-Type": "application/zip"}
+        assert (await site.http.post("/adapters?task=a", content=zips[0], headers=ACME | kind)).status_code == 201
+        assert (await site.http.put("/tasks/a/pin", json={"pinned": True}, headers=ACME)).status_code == 200
+        assert len(site.engine.resident) == 1
+        yield site
+
+
+async def delete(site: Site, way: str) -> httpx.Response:
+    """Delete the task's one version in a way."""
+    return await site.http.delete(
+        way.format(task="a", number=1, tenant="acme"), headers=ACME if "task" in way else ADMIN
+    )
+
+
+async def test_every_way_is_here(pinned: Site) -> None:
+    """These are all routes that delete versions; the only others delete keys."""
+    deleting = [path for path, verbs in pinned.app.openapi()["paths"].items() if "delete" in verbs]
+    assert {path for path in deleting if "{key_id}" not in path} == set(WAYS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_all_steps_follow_every_deletion(pinned: Site, way: str) -> None:
+    """The artifact goes, and the engine drops it and is not told any more to keep it in a slot."""
+    (digest,) = pinned.engine.resident
+    assert (await delete(pinned, way)).status_code == 204
+    assert pinned.engine.resident == [] and pinned.engine.discarded == [digest]
+    assert pinned.stored() == set() and pinned.state.retention.is_idle
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", ["pinned_digests", "digests", "delete"])
+async def test_a_step_that_fails_is_made_again(
+    pinned: Site, way: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deletion is answered as made even if a step after it fails; the step is made again, and counted as a retry."""
+    monkeypatch.setattr(retention, "FIRST_RETRY_S", 0.01)
+    stores = pinned.state.stores
+    thing = stores.blobs if step == "delete" else stores.registry
+
+    def away(*_arguments: object) -> None:
+        raise StoreDownError("away") if step == "delete" else RegistryHeldError("locked")
+
+    retrying = asyncio.create_task(pinned.state.retention.keep_retrying())
+    with monkeypatch.context() as patch:
+        patch.setattr(thing, step, away)
+        assert (await delete(pinned, way)).status_code == 204
+        await until(lambda: retries(pinned) > 0)
+    stores.storage._recover()
+    await until(lambda: pinned.state.retention.is_idle and pinned.engine.resident == [])
+    assert pinned.stored() == set()
+    retrying.cancel()
+
+
+async def test_an_upload_that_outlasts_its_tenant(
+    pinned: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload whose tenant is deleted while it is checked or stored is 404, and nothing of it stays."""
+    register, headers = pinned.state.uploads.register, {**ACME, "Content-Type": "application/zip"}
+
+    async def late(*arguments: Any) -> Any:
+        assert (await delete(pinned, "/tenants/{tenant}")).status_code == 204
+        return await register(*arguments)
+
+    monkeypatch.setattr(pinned.state.uploads, "register", late)
+    answer = await pinned.http.post("/adapters?task=b", content=zips[1], headers=headers)
+    assert (answer.status_code, error_of(answer)["param"]) == (404, "X-Tenant")
+    assert pinned.stored() == set() and pinned.state.retention.is_idle
+
+
+def retries(site: Site) -> float:
+    """How often a step of retention was made again."""
+    return Reading.of(site.state.metrics.render().decode()).value("manyhats_retries_total", what="retention")
+
+
+async def test_usage_that_cannot_be_written_waits_longer_each_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Usage that the registry refuses is tried again after a wait that doubles to a minute, whoever asks for it."""
+    clock, tries = Clock(), []
+
+    def refuse(*_arguments: object) -> None:
+        tries.append(clock.now)
+        raise OSError("no")
+
+    monkeypatch.setattr(site.state.stores.registry, "add_usages", refuse)
+    usage = UsageBuffer(site.state.metrics, clock)
+    usage._add(("default", "base", 0), [1, 1, 1])
+    for _ in range(300):
+        await usage.wait_until_durable(site.state.stores)
+        clock.now += EVERY_S
+    waits = [after - before for before, after in pairwise(tries)]
+    assert waits[:6] == [1, 2, 4, 8, 16, 32] and set(waits[6:]) == {MAX_RETRY_S}
