@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -85,7 +86,10 @@ def create_app(
 
 async def _open(settings: Settings, base_folder: Path, engine: EngineClient, stack: AsyncExitStack) -> ServerState:
     """Start every room; `stack` ends them in the opposite order, also if a later one cannot start."""
+    stack.callback(os.umask, os.umask(0o077))  # nobody else reads what is written from now on
     settings.data.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # a volume's owner
+        settings.data.chmod(0o700)
     stack.enter_context(alone_with(settings.data / "lock", f"data folder {settings.data}"))
     metrics = Metrics(
         lambda: engine.stats,

@@ -144,6 +144,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def engine_environment() -> dict[str, str]:
+    """The environment of the engine and its loaders: without the admin key and what opens the registry's database."""
+    return {name: value for name, value in os.environ.items() if not name.startswith((PREFIX, "PG"))}
+
+
 def check_environment(environment: dict[str, str] | None = None) -> None:
     """Raise `SettingsError` for a MANYHATS_ variable that no setting has; it would be ignored in silence otherwise."""
     known = [variable(name).removeprefix(PREFIX) for name in Settings.model_fields]

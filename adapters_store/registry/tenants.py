@@ -25,6 +25,7 @@ from adapters_store.registry.database import keys, routes, tasks, tenants, trans
 
 DEFAULT_TENANT = "default"
 SCOPES = ("generate", "deploy", "admin")
+MAX_KEYS = 1000  # of a tenant
 KEY = re.compile(r"(mh_[a-z0-9]{12})\.([A-Za-z0-9_-]{43})")
 
 
@@ -151,10 +152,16 @@ class Tenants:
             return self._tenant(connection, self._find(connection, name))
 
     def add_key(self, tenant: str, scopes: list[str], note: str = "") -> tuple[Key, str]:
-        """Create a key, and return it with the text to send, which is not stored. Raises `AbsentError`."""
+        """Create a key, and return it with the text to send, which is not stored.
+
+        Raises `AbsentError`, and `QuotaError` if the tenant has as many as it may.
+        """
         key_id, secret = f"mh_{secrets.token_hex(6)}", secrets.token_urlsafe(32)
         with self._write() as connection:
             self._find(connection, tenant)
+            count = select(func.count()).select_from(keys).where(keys.c.tenant == tenant)
+            if connection.execute(count).scalar_one() >= MAX_KEYS:
+                raise QuotaError(f"the tenant {tenant} has {MAX_KEYS} keys, the most there may be: revoke some")
             values = {"scopes": sorted(set(scopes)), "note": note, "created": time.time()}
             connection.execute(insert(keys).values(id=key_id, tenant=tenant, hash=hash_of(secret), **values))
             audit.note(connection, tenant, "key.create", key=key_id, scopes=values["scopes"], note=note)
@@ -166,6 +173,11 @@ class Tenants:
             self._find(connection, tenant)
             query = select(keys).where(keys.c.tenant == tenant).order_by(keys.c.created, keys.c.id)
             return [_key(row) for row in connection.execute(query).all()]
+
+    def key(self, tenant: str, key_id: str) -> Key:
+        """Return a tenant's key. Raises `AbsentError`."""
+        with self._read() as connection:
+            return self._find_key(connection, tenant, key_id)
 
     def rotate_key(self, tenant: str, key_id: str) -> tuple[Key, str]:
         """Replace a key's secret, which is void then; return the key and the text to send. Raises `AbsentError`."""

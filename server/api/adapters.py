@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.format.archive import CONTENT_TYPES, SAFETENSORS_TYPE, ZIP_TYPE
 from server.api.body import body_parts
-from server.api.deps import admit, may, refuse_unknown_query, state_of, tenant_of
+from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
 from server.api.form_file import FORM_TYPE, file_parts
 from server.errors import InvalidFieldError, UnsupportedTypeError
 from server.requests.auth import DEPLOY
@@ -46,7 +46,9 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
     boundary = _boundary(request.headers.get("content-type", ""))
     parts = body_parts(request, limit, state.settings.body_timeout_s)
     body = parts if boundary is None else file_parts(parts, boundary)
-    taken = await state.uploads.accept(UploadSpec(tenant_of(request), task, limit, activate, note), body)
+    caller = caller_of(request)
+    spec = UploadSpec(caller.tenant, task, limit, activate, note, caller.limits)
+    taken = await state.uploads.accept(spec, body)
     shown = {"task": task, **identity(taken.version, state.uploads.item_bytes), "checks": taken.checks}
     return JSONResponse(shown, 201 if taken.is_new else 200)
 

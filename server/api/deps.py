@@ -49,6 +49,13 @@ async def admit(request: Request) -> None:
     state_of(request).rate_limiter.count_request(caller.tenant, caller.limits, request.method == "GET")
 
 
+async def admit_unless_operator(request: Request) -> None:
+    """Identify the caller, and count the request as `admit` does if it is a tenant's: making keys costs, too."""
+    await identify(request)
+    if not (caller := caller_of(request)).is_operator:
+        state_of(request).rate_limiter.count_request(caller.tenant, caller.limits, request.method == "GET")
+
+
 def may(scope: str, looking: bool = False) -> Callable[[Request], Coroutine[Any, Any, None]]:
     """Make a dependency that raises `ForbiddenError` unless the key has a scope. With `looking` GET needs none.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,13 +13,21 @@ from starlette.responses import JSONResponse, Response
 from adapters_store.errors import NameTakenError
 from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantLimits
 from server.api.body import read_json
-from server.api.deps import caller_of, identify, look_up, may, only_operator, refuse_unknown_query, state_of
+from server.api.deps import (
+    admit_unless_operator,
+    caller_of,
+    look_up,
+    may,
+    only_operator,
+    refuse_unknown_query,
+    state_of,
+)
 from server.errors import ConflictError, ForbiddenError, NotFoundError
 from server.requests.auth import ADMIN
 from server.schemas import NAME_PATTERN, Strict, openapi_body
 from server.state import ServerState
 
-router = APIRouter(dependencies=[Depends(identify), Depends(may(ADMIN)), Depends(refuse_unknown_query)])
+router = APIRouter(dependencies=[Depends(admit_unless_operator), Depends(may(ADMIN)), Depends(refuse_unknown_query)])
 OPERATOR = [Depends(only_operator)]
 MAX_PAGE = 1000
 
@@ -100,10 +109,11 @@ async def set_limits(request: Request, tenant: str) -> Response:
 
 @router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=openapi_body(KeyBody))
 async def add_key(request: Request, tenant: str) -> Response:
-    """Add a key to a tenant. `key` is shown here and never again."""
+    """Add a key to a tenant, with scopes that the caller has itself. `key` is shown here and never again."""
     state = _with_keys(request)
     _own(request, tenant)
     asked = await read_json(request, KeyBody, state.settings)
+    _refuse_wider(request, asked.scopes)
     key, sent = await _changed(state, state.stores.tenants.add_key, tenant, list(asked.scopes), asked.note)
     return JSONResponse(_key(key) | {"key": sent}, 201)
 
@@ -122,6 +132,8 @@ async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
     """Replace the secret of a key; the new one is shown here and never again, the old one is no key any more."""
     state = state_of(request)
     _own(request, tenant)
+    found = await look_up(state, state.stores.tenants.key, tenant, key_id, param="tenant")
+    _refuse_wider(request, found.scopes)
     key, sent = await _changed(state, state.stores.tenants.rotate_key, tenant, key_id)
     return JSONResponse(_key(key) | {"key": sent})
 
@@ -182,6 +194,14 @@ def _own(request: Request, tenant: str) -> None:
     caller = caller_of(request)
     if not caller.is_operator and tenant != caller.tenant:
         raise NotFoundError(f"there is no tenant {tenant[:63]}", "tenant")
+
+
+def _refuse_wider(request: Request, scopes: Iterable[str]) -> None:
+    """Raise `ForbiddenError` if a secret of these scopes would open more than the caller's own key does."""
+    scopes_of_caller = caller_of(request).scopes
+    if wider := sorted(set(scopes) - scopes_of_caller):
+        has = ", ".join(sorted(scopes_of_caller))
+        raise ForbiddenError(f"a key with the scope {wider[0]} is given out by one that has it; this key has: {has}")
 
 
 def _chosen(request: Request, tenant: str | None) -> str | None:

@@ -42,6 +42,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
+from server.settings import engine_environment
 from server.together import for_ever
 
 log = logging.getLogger(__name__)
@@ -377,7 +378,11 @@ class ProcessEngineClient:
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
-                    *self._command, "--socket", str(theirs.fileno()), pass_fds=(theirs.fileno(),)
+                    *self._command,
+                    "--socket",
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    env=engine_environment(),
                 )
             return _Life(process, *await asyncio.open_unix_connection(sock=ours))
         except BaseException as error:

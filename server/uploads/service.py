@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from adapters_store.base.spec import ItemBytes
-from adapters_store.errors import ArtifactError, RegistryDownError
+from adapters_store.errors import ArtifactError, QuotaError, RegistryDownError
 from adapters_store.format.archive import unpack_upload, zipped
 from adapters_store.format.selection import describe_ignored
 from adapters_store.registry.registry import Version
+from adapters_store.registry.tenants import TenantLimits
 from adapters_store.storage.directory import limit_s
 from server.engine.client import EngineClient, require_ready
 from server.engine.messages import Ready
@@ -26,6 +28,7 @@ from server.uploads.validation import Check, ValidatedArtifact, Validator, check
 
 FOLDER = "folder"  # of staging: the body is unpacked into it
 INTAKE_WITHIN_S = 60.0
+PACKING_BYTES = 64 * 2**10  # that a body may have beyond a tenant's bytes: an archive has more than its files
 MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in memory whole
 
 
@@ -38,6 +41,7 @@ class UploadSpec:
     max_bytes: int = 0  # unpacked
     is_activated: bool = True
     note: str = ""
+    limits: TenantLimits = field(default_factory=TenantLimits)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class UploadService:
         self._retention, self._revalidation = retention, revalidation
         self._intake = asyncio.Semaphore(MAX_INTAKES)
         self._last_item_bytes: ItemBytes | None = None
+        self._staged: Counter[str] = Counter()  # bytes of bodies on their way, by tenant
 
     @property
     def item_bytes(self) -> ItemBytes | None:
@@ -85,8 +90,8 @@ class UploadService:
         """
         self.require_ready()  # or 503, before a long body comes
         self.stores.require_up()
-        with self._counted(), self.stores.blobs.staging() as staging:
-            await _receive(body, staging / "body")
+        with self._counted(), self.stores.blobs.staging() as staging, self._on_its_way(spec) as count:
+            await _receive(body, staging / "body", count)
             async with self._intake_slot():
                 folder = staging / FOLDER
                 folder.mkdir()
@@ -144,6 +149,9 @@ class UploadService:
         except ArtifactError as error:
             count.labels("refused").inc()
             raise ArtifactRefusedError(error) from None
+        except QuotaError:
+            count.labels("refused").inc()
+            raise
         except ServerError as error:
             count.labels("refused" if error.status < 500 else "failed").inc()
             raise
@@ -151,6 +159,29 @@ class UploadService:
             count.labels("failed").inc()
             raise
         count.labels("taken").inc()
+
+    @contextmanager
+    def _on_its_way(self, spec: UploadSpec) -> Iterator[Callable[[int], None]]:
+        """Give a function that counts bytes of a tenant's staging until the block ends.
+
+        It raises `QuotaError` once all uploads of the tenant that are on their way have more than it may hold.
+        """
+        num_bytes, max_bytes = 0, spec.limits.max_bytes
+
+        def count(more: int) -> None:
+            nonlocal num_bytes
+            num_bytes += more
+            self._staged[spec.tenant] += more
+            if max_bytes is not None and self._staged[spec.tenant] > max_bytes + PACKING_BYTES:
+                raise QuotaError(
+                    f"uploads of the tenant {spec.tenant} on their way have more than its {max_bytes} bytes"
+                )
+
+        try:
+            yield count
+        finally:
+            self._staged[spec.tenant] -= num_bytes
+            self._staged += Counter()  # drops the zeros
 
     @asynccontextmanager
     async def _intake_slot(self) -> AsyncIterator[None]:
@@ -166,7 +197,8 @@ class UploadService:
             self._intake.release()
 
 
-async def _receive(body: AsyncIterator[bytes], path: Path) -> None:
+async def _receive(body: AsyncIterator[bytes], path: Path, count: Callable[[int], None]) -> None:
     with path.open("wb") as file:
         async for part in body:
+            count(len(part))
             await asyncio.to_thread(file.write, part)

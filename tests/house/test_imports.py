@@ -13,7 +13,7 @@ from tests.house.sources import PACKAGES, ROOT, files, name_of, nodes, parsed
 
 ENVIRONMENT = {  # who touches os.environ, and why
     "server/cli/doctor.py": "names the variables that are no settings",
-    "server/settings.py": "reads the settings: all that the server takes from the environment",
+    "server/settings.py": "reads the settings, and keeps their secrets from the engine",
     "server/engine/worker.py": "sets variables of OpenMP and torch before torch is imported",
     "server/requests/without_torch.py": "sets a variable of transformers before it is imported",
     "training/compare/serving.py": "gives a server that it starts the environment without the user's own settings",

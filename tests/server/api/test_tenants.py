@@ -137,7 +137,7 @@ async def test_scopes(city: City, zips: list[bytes]) -> None:
         ("deploy", "DELETE", "/tasks/mine/versions/1", None),
         ("admin", "GET", "/tenants", None),
         ("admin", "GET", "/tenants/a/keys", None),
-        ("admin", "POST", "/tenants/a/keys", {"scopes": ["generate"]}),
+        ("admin", "POST", "/tenants/a/keys", {"scopes": ["admin"]}),
         ("admin", "GET", "/usage", None),
         ("admin", "GET", "/audit", None),
     ]
