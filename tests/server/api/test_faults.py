@@ -20,6 +20,7 @@ from tests.server.world import error_of, open_site
 
 pytestmark = pytest.mark.anyio
 READS = NEEDS_NO_REGISTRY | {
+    ("get", "/health"),
     ("get", "/health/ready"),
     ("get", "/v1/models"),
     ("get", "/tasks"),
