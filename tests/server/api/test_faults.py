@@ -32,6 +32,8 @@ READS = NEEDS_NO_REGISTRY | {
     ("get", "/audit"),
 }
 
+LOOKS_FIRST = {("post", "/tenants/{tenant}/keys/{key_id}/rotate")}  # there is no such key: 404
+
 
 async def test_a_registry_that_another_program_has_locked(
     anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
@@ -45,7 +47,7 @@ async def test_a_registry_that_another_program_has_locked(
         other.execute("ROLLBACK")
         other.close()
         assert {route for route, answer in answers.items() if answer.status_code == 200} == READS
-        for route in answers.keys() - READS:
+        for route in answers.keys() - READS - LOOKS_FIRST:
             error = error_of(answers[route])
             assert (answers[route].status_code, error["code"]) == (503, "registry_unavailable"), route
             assert "locked" in error["message"] and "retry-after" in answers[route].headers
