@@ -23,7 +23,7 @@ from adapters_store.storage.directory import CALL_WITHIN_S, Blobs
 from server.api import adapters, generate, health, openai, tasks, tenants
 from server.api.middleware import HANDLERS, CrossOrigin, RequestLog
 from server.dependency import Dependency
-from server.engine.client import EngineClient, require_ready
+from server.engine.client import EngineClient
 from server.engine.process_client import ProcessEngineClient
 from server.metrics import Metrics
 from server.requests.auth import Callers
@@ -98,9 +98,8 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     )
     stores = await _open_stores(settings, metrics, stack)
     stack.push_async_callback(engine.close)
-    _, tokenizer = await together(engine.start(), asyncio.to_thread(_open_tokenizer, settings, base_folder))
-    forward = require_ready(engine).forward
-    rotary = "" if forward is None else forward.rotary
+    ready, tokenizer = await together(engine.start(), asyncio.to_thread(_open_tokenizer, settings, base_folder))
+    rotary = "" if ready.forward is None else ready.forward.rotary
     fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device, rotary)
     state = _assemble(settings, engine, stores, tokenizer, metrics, fingerprint)
     await _run_rooms(state, stack)

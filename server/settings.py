@@ -145,8 +145,12 @@ def is_loopback(host: str) -> bool:
 
 
 def engine_environment() -> dict[str, str]:
-    """The environment of the engine and its loaders: without the admin key and what opens the registry's database."""
-    return {name: value for name, value in os.environ.items() if not name.startswith((PREFIX, "PG"))}
+    """The environment of the engine and its loaders: without the admin key and what opens the registry's database.
+
+    Of the settings they need only the folder where kernels are kept.
+    """
+    kept, secret = variable("cache"), (PREFIX, "PG")
+    return {name: value for name, value in os.environ.items() if name == kept or not name.startswith(secret)}
 
 
 def check_environment(environment: dict[str, str] | None = None) -> None:

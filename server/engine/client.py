@@ -44,8 +44,8 @@ class EngineClient(Protocol):
         """Whole seconds until an engine is likely to be ready, 1 at least: what the last start took."""
         ...
 
-    async def start(self) -> None:
-        """Start the engine and return when it is ready. Raises `EngineStartError`."""
+    async def start(self) -> Ready:
+        """Start the engine and return its description when it is ready. Raises `EngineStartError`."""
         ...
 
     async def close(self) -> None:

@@ -75,9 +75,10 @@ class FakeEngineClient:
         self._answer = answer or self._echo
         self._died = asyncio.Event()
 
-    async def start(self) -> None:
+    async def start(self) -> Ready:
         """Become ready at once."""
         self.revive()
+        return self._description
 
     async def close(self) -> None:
         """Become unready; running requests end as if the engine had died."""

@@ -15,18 +15,16 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 
 from server.core import EngineFailure
-from server.engine import frames
 from server.engine.client import EngineStartError, EngineUnavailable
+from server.engine.engine_process import EngineProcess, Patience
 from server.engine.in_flight import RESTARTING, InFlight, Request
 from server.engine.messages import (
     Abort,
     AskResidency,
-    Beat,
     Discard,
     EngineConfig,
     FromEngine,
@@ -40,7 +38,6 @@ from server.engine.messages import (
     Stats,
     StepDone,
     Submit,
-    ToEngine,
 )
 from server.settings import engine_environment
 from server.together import for_ever
@@ -48,69 +45,6 @@ from server.together import for_ever
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.engine.worker")
-TICK_S = 0.25  # between two looks at an engine's silence
-IDLE_SHARE = 0.01  # of one core: a step that computes uses more
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """The client's time limits, in seconds."""
-
-    first_retry: float = 0.5  # from a death to the next start; it doubles with each death in a row
-    max_retry: float = 30.0
-    good_life: float = 60.0  # an engine that lived so long resets the wait to `first_retry`
-    loading: float = 900.0  # from start to ready, with the base on a cold disk
-    silence: float = 4.0  # without any message: beats come every second, also during a long step
-    idle_step: float = 15.0  # a step or a load that uses no CPU
-    step: float = 600.0  # any step
-    closing: float = 5.0  # from SIGKILL to the end
-
-
-@dataclass
-class _Life:
-    """An engine process and the connection to it."""
-
-    process: asyncio.subprocess.Process
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    decoder: msgspec.msgpack.Decoder[FromEngine] = field(default_factory=lambda: msgspec.msgpack.Decoder(FromEngine))
-    silent_s: float = 0.0  # since the last message
-    step_s: float = 0.0  # since the last message of the thread that steps
-    cpu_seconds: float = 0.0  # that the process had used at the last beat
-    idle_s: float = 0.0  # of `step_s`, in which it used next to no CPU
-    verdict: str | None = None  # the reason why it is ended
-
-    async def read(self) -> FromEngine | None:
-        message: FromEngine | None = await frames.read_async(self.reader, self.decoder)
-        self.silent_s = 0.0
-        if isinstance(message, Beat):
-            seconds, self.cpu_seconds = message.cpu_seconds - self.cpu_seconds, message.cpu_seconds
-            self.idle_s = 0.0 if seconds > IDLE_SHARE else self.idle_s
-        else:
-            self.step_s = self.idle_s = 0.0
-        return message
-
-    def tick(self, seconds: float) -> None:
-        """Count a time in which the engine could have said something."""
-        self.silent_s += seconds
-        self.step_s += seconds
-        self.idle_s += seconds
-
-    def overdue(self, patience: Patience) -> str | None:
-        """Say why the engine counts as one that hangs, or None if it does not."""
-        if self.silent_s >= patience.silence:
-            return f"the engine said nothing for {patience.silence:g} s and was ended"
-        if self.idle_s >= patience.idle_step:
-            return f"a step of the engine did nothing for {patience.idle_step:g} s, and it was ended"
-        return (
-            f"a step of the engine took over {patience.step:g} s, and it was ended"
-            if self.step_s >= patience.step
-            else None
-        )
-
-    def write(self, message: ToEngine | EngineConfig) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(frames.encode(message))
 
 
 class ProcessEngineClient:
@@ -127,8 +61,8 @@ class ProcessEngineClient:
         self._num_deaths = self._num_resumed = 0
         self._command = tuple(command)
         self._patience = patience or Patience()
-        self._life: _Life | None = None
-        self._starting: asyncio.Task[None] | None = None
+        self._life: EngineProcess | None = None
+        self._starting: asyncio.Task[Ready] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.in_flight = InFlight()
         self._has_news = asyncio.Event()  # an engine is ready, or the client is closed
@@ -149,23 +83,24 @@ class ProcessEngineClient:
         """The engine's process id; None if no engine is connected."""
         return None if self._life is None else self._life.process.pid
 
-    async def start(self) -> None:
+    async def start(self) -> Ready:
         """Start the first engine and the task that keeps one alive, or wait for a start that is under way.
 
-        Raises `EngineStartError`, also if the client is closed meanwhile.
+        Returns what the engine said of itself. Raises `EngineStartError`, also if the client is closed meanwhile.
         """
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(), name="engine start")
         try:
-            await self._starting
+            return await self._starting
         except asyncio.CancelledError:
             if self._is_closed:
                 raise EngineStartError("the engine was closed before it was ready") from None
             raise
 
-    async def _start(self) -> None:
-        life = await self._begin()
+    async def _start(self) -> Ready:
+        life, ready = await self._begin()
         self._keeper = for_ever(self._keep(life), "the keeper of the engine")
+        return ready
 
     async def close(self) -> None:
         """End the engine process and the task that restarts it; both are gone on return."""
@@ -262,9 +197,9 @@ class ProcessEngineClient:
         finally:
             del self._queries[query_id]
 
-    async def _keep(self, first: _Life) -> None:
+    async def _keep(self, first: EngineProcess) -> None:
         """Relay one engine's messages after another's until cancelled."""
-        life: _Life | None = first
+        life: EngineProcess | None = first
         wait = self._patience.first_retry
         while True:
             if life is not None and await self._relay_all(life) >= self._patience.good_life:
@@ -275,12 +210,12 @@ class ProcessEngineClient:
             wait = min(2 * wait, self._patience.max_retry)
             life = None
             with contextlib.suppress(EngineStartError, OSError):  # it is in last_error, and the next try comes
-                life = await self._begin()
+                life, _ = await self._begin()
 
-    async def _relay_all(self, life: _Life) -> float:
+    async def _relay_all(self, life: EngineProcess) -> float:
         """Relay the engine's messages until it is dead; returns the seconds that it lived."""
         began = time.monotonic()
-        watchdog = asyncio.create_task(self._watch(life), name="engine watchdog")
+        watchdog = asyncio.create_task(life.watch(self._patience), name="engine watchdog")
         try:
             while (message := await life.read()) is not None:
                 self._relay(message)
@@ -292,19 +227,7 @@ class ProcessEngineClient:
             await self._drop(life)
         return time.monotonic() - began
 
-    async def _watch(self, life: _Life) -> None:
-        """Cut the connection to an engine that hangs.
-
-        Its silence is counted in ticks, not by the clock: if this process was stopped or starved, so may have been the
-        engine, whose messages are then still to be read.
-        """
-        while life.verdict is None:
-            await asyncio.sleep(TICK_S)
-            life.tick(TICK_S)
-            life.verdict = life.overdue(self._patience)
-        life.writer.transport.abort()
-
-    async def _drop(self, life: _Life) -> None:
+    async def _drop(self, life: EngineProcess) -> None:
         if not self._is_closed:
             self._has_news.clear()
         self.ready = self._life = None
@@ -333,7 +256,7 @@ class ProcessEngineClient:
         if query is not None and not query.done():
             query.set_result(states)
 
-    async def _begin(self) -> _Life:
+    async def _begin(self) -> tuple[EngineProcess, Ready]:
         """Start a process and wait until it is ready. Raises `EngineStartError` after the process was removed."""
         self.num_starts += 1
         began = time.monotonic()
@@ -352,9 +275,9 @@ class ProcessEngineClient:
         if self._resident:
             life.write(KeepResident(self._resident))
         self._has_news.set()
-        return life
+        return life, message
 
-    async def _first_message(self, life: _Life) -> FromEngine | None:
+    async def _first_message(self, life: EngineProcess) -> FromEngine | None:
         try:
             async with asyncio.timeout(self._patience.loading):
                 return await life.read()
@@ -366,12 +289,12 @@ class ProcessEngineClient:
             raise EngineStartError(f"the engine's first frame cannot be read: {error}") from error
 
     @staticmethod
-    async def _why_not(life: _Life, message: FromEngine | None) -> str:
+    async def _why_not(life: EngineProcess, message: FromEngine | None) -> str:
         if isinstance(message, StartFailed):
             return message.message
         return f"the engine process ended with code {await life.process.wait()} before it was ready; see its log"
 
-    async def _connect(self) -> _Life:
+    async def _connect(self) -> EngineProcess:
         """Start a process that inherits one end of a socket pair, so that no other process can ever connect."""
         process = None
         ours, theirs = socket.socketpair()
@@ -384,14 +307,14 @@ class ProcessEngineClient:
                     pass_fds=(theirs.fileno(),),
                     env=engine_environment(),
                 )
-            return _Life(process, *await asyncio.open_unix_connection(sock=ours))
+            return EngineProcess(process, *await asyncio.open_unix_connection(sock=ours))
         except BaseException as error:
             self.last_error = str(error)
             ours.close()
             await self._remove(process)
             raise
 
-    async def _end(self, life: _Life) -> None:
+    async def _end(self, life: EngineProcess) -> None:
         life.writer.transport.abort()  # not `close`: what is still to be written will not be read
         await self._remove(life.process)
 

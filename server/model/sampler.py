@@ -53,7 +53,7 @@ def _choose(logits: Tensor, row: Row, sampling: Sampling, best: int, place: int)
 
 
 def _divide(logits: Tensor, temperature: float) -> Tensor:
-    """Return logits [vocabulary] by the temperature, less a constant where they would be too large for fp32."""
+    """Return logits [vocabulary] by the temperature, less a constant if they would be too large for fp32."""
     scaled, best = logits / temperature, logits.max()
     if torch.isfinite(best / temperature):
         return scaled

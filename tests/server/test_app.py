@@ -16,6 +16,7 @@ from adapters_store.format.folder import CONFIG, WEIGHTS
 from server.app import create_app
 from server.engine.client import EngineStartError
 from server.engine.fake import FakeEngineClient
+from server.engine.messages import Ready
 from server.engine.process_client import ProcessEngineClient
 from server.uploads import preload
 from tests.golden.make_adapterhub import HERE
@@ -31,11 +32,11 @@ class Watched(FakeEngineClient):
         super().__init__(ready_of(base))
         self.refuses, self.calls = refuses, list[str]()
 
-    async def start(self) -> None:
+    async def start(self) -> Ready:
         self.calls.append("start")
         if self.refuses:
             raise EngineStartError(self.refuses)
-        await super().start()
+        return await super().start()
 
     async def close(self) -> None:
         self.calls.append("close")

@@ -22,9 +22,10 @@ from adapters_store.base.describe import describe
 from adapters_store.base.identity import base_identity
 from server.app import create_app
 from server.engine.client import EngineClient
+from server.engine.engine_process import Patience
 from server.engine.fake import FakeEngineClient, fake_ready
 from server.engine.messages import Ready
-from server.engine.process_client import Patience, ProcessEngineClient
+from server.engine.process_client import ProcessEngineClient
 from server.settings import Settings
 from server.state import ServerState
 from tests.kit.tiny import EOS

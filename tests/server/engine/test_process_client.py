@@ -17,8 +17,9 @@ from msgspec.structs import replace
 
 from server.core import AdapterRef, Sampling
 from server.engine.client import EngineStartError, EngineUnavailable
+from server.engine.engine_process import Patience
 from server.engine.messages import Output, Submit
-from server.engine.process_client import Patience, ProcessEngineClient
+from server.engine.process_client import ProcessEngineClient
 from server.model.fake import answer_alone
 from tests.server.engine.fake_process import POISON
 from tests.server.engine.world import config
