@@ -125,9 +125,9 @@ async def test_a_packed_body(site: Site, zips: list[bytes], size: int) -> None:
         ("deflate", zlib.compress(BODY), 415),
         ("gzip, gzip", BODY, 415),
         ("gzip", BODY, 400),
-        ("gzip", gzip.compress(BODY)[:-9], 400),
-        ("gzip", gzip.compress(BODY) + b"x", 400),
-        ("gzip", gzip.compress(b"[" + b" " * 2**26 + b"]"), 413),
+        ("gzip", gzip.compress(BODY, mtime=0)[:-9], 400),
+        ("gzip", gzip.compress(BODY, mtime=0) + b"x", 400),
+        ("gzip", gzip.compress(b"[" + b" " * 2**26 + b"]", mtime=0), 413),
     ],
 )
 async def test_a_body_that_cannot_be_unpacked(site: Site, encoding: str, body: bytes, status: int) -> None:
