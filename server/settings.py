@@ -155,7 +155,7 @@ def engine_environment() -> dict[str, str]:
 
 def check_environment(environment: dict[str, str] | None = None) -> None:
     """Raise `SettingsError` for a MANYHATS_ variable that no setting has; it would be ignored in silence otherwise."""
-    known = [variable(name).removeprefix(PREFIX) for name in Settings.model_fields]
+    known = [variable(name).removeprefix(PREFIX) for name in Settings.model_fields] + ["API_KEY"]  # of the commands
     for name in os.environ if environment is None else environment:
         if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in known:
             near = difflib.get_close_matches(name.removeprefix(PREFIX), known, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import typer
@@ -13,12 +13,34 @@ from rich.markup import escape
 
 URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 30.0
+KEY_VARIABLES = ["MANYHATS_API_KEY", "MANYHATS_ADMIN_KEY"]  # the first that is set counts
+
+Url = Annotated[str, typer.Option(help="of the server")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="a key of the tenant, or the admin key, if the server asks for one", envvar=KEY_VARIABLES),
+]
 
 
 def ask(url: str, key: str | None, verb: str, path: str, body: object = None) -> dict[str, Any]:
     """The server's JSON answer. Raises `ValueError` with its own sentence if it refuses, or `httpx.HTTPError`."""
+    return _read(url, _send(url, key, verb, path, body))
+
+
+def download(url: str, key: str | None, path: str) -> bytes:
+    """The bytes that the server answers. Raises as `ask` does."""
+    answer = _send(url, key, "GET", path)
+    if not answer.is_success:
+        _read(url, answer)
+    return answer.content
+
+
+def _send(url: str, key: str | None, verb: str, path: str, body: object = None) -> httpx.Response:
     headers = [] if key is None else [(b"Authorization", f"Bearer {key}".encode())]
-    answer = httpx.request(verb, f"{url.rstrip('/')}{path}", json=body, headers=headers, timeout=TIMEOUT_S)
+    return httpx.request(verb, f"{url.rstrip('/')}{path}", json=body, headers=headers, timeout=TIMEOUT_S)
+
+
+def _read(url: str, answer: httpx.Response) -> dict[str, Any]:
     try:
         result: dict[str, Any] = answer.json() if answer.content else {}
     except ValueError:

@@ -11,18 +11,22 @@ from rich.markup import escape
 from rich.table import Table
 
 from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES
-from server.cli.http_client import URL, ask, sentences
-from server.settings import PREFIX
-
-ADMIN_KEY = f"{PREFIX}ADMIN_KEY"
+from server.cli.http_client import KEY_VARIABLES, URL, Url, ask, sentences
 
 app = typer.Typer(no_args_is_help=True, help="Make, list, rotate and revoke the keys of a tenant.")
 
 KeyId = Annotated[str, typer.Argument(help="mh_…, as `manyhats keys list` shows it")]
 TenantOption = Annotated[str, typer.Option(help="whose keys")]
-Url = Annotated[str, typer.Option(help="of the server")]
 AdminKey = Annotated[
-    str, typer.Option(envvar=ADMIN_KEY, prompt="admin key", hide_input=True, help="asked for, if not given")
+    str,
+    typer.Option(
+        "--api-key",
+        "--admin-key",
+        envvar=KEY_VARIABLES,
+        prompt="admin key",
+        hide_input=True,
+        help="the admin key, or a tenant's of scope admin; asked for, if not given",
+    ),
 ]
 
 

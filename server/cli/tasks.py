@@ -10,14 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.cli.http_client import URL, ask, sentences
+from server.cli.http_client import URL, ApiKey, Url, ask, sentences
 
 MAX_WIDTH = 1000
 COLUMNS = ("task", "version", "route", "method", "where", "MiB", "requests", "tokens", "of the last", "failed")
 TIMES = ("TTFT ms p50", "p95", "all ms p50", "p95")
-
-Url = Annotated[str, typer.Option(help="of the server")]
-ApiKey = Annotated[str | None, typer.Option(help="a key of the tenant, if the server asks for one")]
 
 
 def tasks(
