@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -20,6 +22,7 @@ from adapters_store.registry.registry import Registry
 from adapters_store.registry.tenants import Tenants
 from adapters_store.storage.bucket import open_blobs
 from adapters_store.storage.directory import CALL_WITHIN_S, Blobs
+from server import logs
 from server.api import adapters, generate, health, openai, tasks, tenants
 from server.api.middleware import HANDLERS, CrossOrigin, RequestLog
 from server.dependency import Dependency
@@ -42,6 +45,9 @@ from server.uploads.revalidation import Revalidation
 from server.uploads.service import UploadService
 from server.uploads.validation import Validator, compute_validation_fingerprint
 
+log = logging.getLogger(__name__)
+
+HOUR_S, DAY_S = 3600.0, 86400.0
 NUM_STORE_THREADS = 4  # calls of the store of artifacts at once
 OnReady = Callable[[ServerState], None]
 
@@ -115,6 +121,7 @@ async def _run_rooms(state: ServerState, stack: AsyncExitStack) -> None:
         "the watch of the registry": stores.database.watch(stores.registry.check),
         "the watch of the store": stores.storage.watch(stores.blobs.check),
         "the writer of usage": state.usage.keep_flushing(stores),
+        "the keeper of the log of changes": _keep_changes_for(state.settings.keep_audit_days, stores),
     }
     for name, work in watches.items():
         await stack.enter_async_context(_in_background(work, name))
@@ -184,6 +191,17 @@ def _open_blobs(settings: Settings, registry: Registry) -> Blobs:
 
 def _open_tokenizer(settings: Settings, base_folder: Path) -> Tokenizer:
     return Tokenizer(base_folder, has_control_prompts=settings.prompt_control_tokens)
+
+
+async def _keep_changes_for(days: int, stores: Stores) -> None:
+    """Delete what is older from the log of changes, once an hour until cancelled."""
+    while True:
+        try:
+            num_deleted = await stores.database.call(stores.tenants.forget_changes, time.time() - days * DAY_S)
+            log.info("the log of changes was shortened", extra={"num_deleted": num_deleted, "keep_days": days})
+        except (OSError, RegistryDownError) as error:
+            log.warning("the log of changes was not shortened", extra=logs.cause_of(error))
+        await asyncio.sleep(HOUR_S)
 
 
 @asynccontextmanager

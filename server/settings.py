@@ -99,6 +99,7 @@ class Settings(BaseSettings):
     allowed_origins: str = Field(
         "", description="origins whose web pages may ask, with commas between (https://a.example,https://b.example)"
     )
+    keep_audit_days: int = Field(365, ge=1, description="days that the log of changes (`GET /audit`) is kept")
     drain_s: int = Field(30, ge=0, description="seconds that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the JSON log")
 

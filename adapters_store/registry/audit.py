@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
 from adapters_store.registry.database import audit
 
@@ -73,3 +73,8 @@ def entries(connection: Connection, tenant: str | None, before: int | None, max_
     if before is not None:
         query = query.where(audit.c.id < before)
     return [AuditEntry(*row) for row in connection.execute(query).all()]
+
+
+def forget(connection: Connection, before: float) -> int:
+    """Delete the changes made before a Unix time; returns how many."""
+    return connection.execute(delete(audit).where(audit.c.at < before)).rowcount

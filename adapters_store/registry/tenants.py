@@ -207,6 +207,11 @@ class Tenants:
         with self._read() as connection:
             return audit.entries(connection, tenant, before, max_entries)
 
+    def forget_changes(self, before: float) -> int:
+        """Delete the log's entries of changes made before a Unix time; returns how many."""
+        with self._write() as connection:
+            return audit.forget(connection, before)
+
     def _find(self, connection: Connection, name: str) -> Row[Any]:
         query = select(tenants).where(tenants.c.name == name, tenants.c.deleted.is_(None))
         row = connection.execute(query).first()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,9 @@ async def test_import_while_the_engine_dies(
     monkeypatch.setattr(preload, "FIRST_WAIT_S", 0.01)
     engine = FakeEngineClient(ready_of(tiny_base))
 
-    async def start() -> None:
+    async def start() -> Ready:
         engine.die()
+        return ready_of(tiny_base)
 
     monkeypatch.setattr(engine, "start", start)
     async with open_site(tiny_base, tmp_path / "data", engine, import_=tree) as site:
@@ -193,3 +195,15 @@ async def test_import_while_the_engine_dies(
         engine.revive()
         await until(lambda: site.state.imports.num_pending == 0)
         assert len((await site.http.get("/tasks")).json()["tasks"]) == 3
+
+
+async def test_the_log_of_changes_is_kept_for_its_days(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A server that starts deletes the changes that are older than `--keep-audit-days`."""
+    async with open_site(tiny_base, tmp_path) as site:
+        site.state.stores.tenants.add("acme")
+    with sqlite3.connect(tmp_path / "registry.db") as database:
+        database.execute("UPDATE audit SET at = at - 3 * 86400")
+    for days, kept in ((4, 1), (2, 0)):
+        async with open_site(tiny_base, tmp_path, keep_audit_days=days) as site:
+            tenants = site.state.stores.tenants
+            await until(lambda tenants=tenants, kept=kept: len(tenants.changes("acme", None, 9)) == kept)

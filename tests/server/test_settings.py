@@ -58,6 +58,8 @@ def test_every_setting_is_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "max_upload_bytes": ("1KiB", 1024),
         "body_timeout_s": ("0.5", 0.5),
         "keep_alive_s": ("9", 9),
+        "prompt_control_tokens": ("false", False),
+        "keep_audit_days": ("9", 9),
         "allowed_origins": ("https://a.example", "https://a.example"),
         "drain_s": ("0", 0),
         "log_level": ("debug", "debug"),

@@ -266,3 +266,13 @@ def test_usage_is_written_whole(registry: Registry) -> None:
     assert registry.usage("a")[0].prompt_tokens == 2 * big
     assert [(tenant, len(found)) for tenant, found in registry.usages().items()] == [("a", 1), ("b", 1)]
     assert list(registry.usages("b")) == ["b"] and registry.usages("none") == {}
+
+
+def test_old_changes_are_forgotten(tenants: Tenants, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes made before a time go from the log, and no others."""
+    for second, name in enumerate(("first", "second", "third")):
+        monkeypatch.setattr("adapters_store.registry.audit.time.time", lambda second=second: float(second))
+        tenants.add(name)
+    assert tenants.forget_changes(1.0) == 1
+    assert [entry.tenant for entry in tenants.changes(None, None, 100)] == ["third", "second"]
+    assert tenants.forget_changes(1.0) == 0
