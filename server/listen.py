@@ -124,7 +124,7 @@ def run(serve: Coroutine[Any, Any, T], sockets: list[socket.socket]) -> T:
     with contextlib.ExitStack() as stack:
         for listener in sockets:
             stack.enter_context(listener)
-        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
             return runner.run(serve)
 
 

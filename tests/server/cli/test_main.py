@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from adapters_store.base.cache import VARIABLE
 from server import logs
 from server.cli.main import main, serve
 from server.engine.fake import FakeEngineClient
@@ -46,6 +47,9 @@ Run = Callable[..., Shown]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command to its end, in this process: it takes seconds to import."""
+
+    monkeypatch.setenv(VARIABLE, "")  # `serve` sets it: at the end it is what it was
+    monkeypatch.delenv(VARIABLE)
 
     def made(*words: str, **environment: str) -> Shown:
         for name, value in {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1", **environment}.items():
