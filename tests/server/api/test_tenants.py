@@ -20,7 +20,7 @@ from tests.server.world import Site, error_of, open_site, until
 
 pytestmark = pytest.mark.anyio
 KEY = "the admin's own key"
-OPEN = {"/health/live", "/health/ready"}
+OPEN = {"/health", "/health/live", "/health/ready"}
 ALL = ["generate", "deploy", "admin"]
 REQUEST_ID = {"X-Request-Id": "same"}
 
