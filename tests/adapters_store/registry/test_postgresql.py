@@ -155,6 +155,7 @@ WRITES: dict[str, Callable[[Registry], object]] = {
     "add_key": lambda registry: Tenants(registry.engine).add_key("default", ["admin"]),
     "rotate_key": lambda registry: Tenants(registry.engine).rotate_key("default", "mh_x"),
     "revoke_key": lambda registry: Tenants(registry.engine).revoke_key("default", "mh_x"),
+    "forget_changes": lambda registry: Tenants(registry.engine).forget_changes(0.0),
 }
 
 
