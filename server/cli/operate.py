@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from server.cli.http_client import URL, ApiKey, Url, ask, download, sentences
-from server.cli.tasks import table
+from server.cli.tasks import show
 
 Task = Annotated[str, typer.Argument(help="its name")]
 TaskVersion = Annotated[str, typer.Argument(metavar="TASK[@VERSION]", help="a task, or one version of it")]
@@ -27,13 +27,13 @@ def route(
     """Share the requests of a task out among its versions, from the next request on."""
     with sentences("route"):
         body = {"versions": dict(map(_weight, weights)), "sticky": "user" if is_sticky else None}
-        _show(ask(url, api_key, "PUT", f"/tasks/{task}/route", body))
+        show([ask(url, api_key, "PUT", f"/tasks/{task}/route", body)])
 
 
 def rollback(task: Task, url: Url = URL, api_key: ApiKey = None) -> None:
     """Restore the route that a task had before this one."""
     with sentences("rollback"):
-        _show(ask(url, api_key, "POST", f"/tasks/{task}/rollback"))
+        show([ask(url, api_key, "POST", f"/tasks/{task}/rollback")])
 
 
 def pin(
@@ -44,7 +44,7 @@ def pin(
 ) -> None:
     """Keep the versions that a task routes to on the device."""
     with sentences("pin"):
-        _show(ask(url, api_key, "PUT", f"/tasks/{task}/pin", {"pinned": not is_off}))
+        show([ask(url, api_key, "PUT", f"/tasks/{task}/pin", {"pinned": not is_off})])
 
 
 def rm(
@@ -99,7 +99,3 @@ def _newest(task: dict[str, Any]) -> str:
     if not task["versions"]:
         raise ValueError(f"{task['task']} has no version that could be downloaded")
     return str(max(version["version"] for version in task["versions"]))
-
-
-def _show(task: dict[str, Any]) -> None:
-    Console(width=max(Console().width, Console(width=1000).measure(table([task])).maximum)).print(table([task]))

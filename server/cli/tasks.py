@@ -29,14 +29,19 @@ def tasks(
         if json_:
             print(json.dumps({"tasks": found} if task is None else found[0]))  # noqa: T201 - the answer
             return
-        shown = table(found)
-        whole = Console(width=MAX_WIDTH).measure(shown).maximum
-        Console(width=max(Console().width, whole)).print(shown)  # a line too long beats columns cut short
+        show(found)
         for name in _unrouted(found):
             warning = (
                 f"warning: {name} routes to no version: its requests are refused until it is routed or uploaded again"
             )
             Console(stderr=True).print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Print the table of tasks, as wide as it needs to be: a line too long beats columns cut short."""
+    shown = table(found)
+    whole = Console(width=MAX_WIDTH).measure(shown).maximum
+    Console(width=max(Console().width, whole)).print(shown)
 
 
 def _unrouted(found: list[dict[str, Any]]) -> list[str]:

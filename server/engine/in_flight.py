@@ -68,7 +68,7 @@ class InFlight:
         self.requests.pop(request.submit.sequence_id, None)
         self._tried = None if self._tried is request else self._tried
 
-    def try_alone(self, request: Request) -> None:
+    def begin_trial(self, request: Request) -> None:
         """Take note that a request is resumed: until it has a token it is what the engine's death is put down to."""
         self._tried = request
 

@@ -61,7 +61,7 @@ class ProcessEngineClient:
         self._num_deaths = self._num_resumed = 0
         self._command = tuple(command)
         self._patience = patience or Patience()
-        self._life: EngineProcess | None = None
+        self._engine: EngineProcess | None = None
         self._starting: asyncio.Task[Ready] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.in_flight = InFlight()
@@ -81,7 +81,7 @@ class ProcessEngineClient:
     @property
     def pid(self) -> int | None:
         """The engine's process id; None if no engine is connected."""
-        return None if self._life is None else self._life.process.pid
+        return None if self._engine is None else self._engine.process.pid
 
     async def start(self) -> Ready:
         """Start the first engine and the task that keeps one alive, or wait for a start that is under way.
@@ -98,8 +98,8 @@ class ProcessEngineClient:
             raise
 
     async def _start(self) -> Ready:
-        life, ready = await self._begin()
-        self._keeper = for_ever(self._keep(life), "the keeper of the engine")
+        engine, ready = await self._begin()
+        self._keeper = for_ever(self._keep(engine), "the keeper of the engine")
         return ready
 
     async def close(self) -> None:
@@ -113,14 +113,14 @@ class ProcessEngineClient:
         if keeper is not None:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
-        if self._life is not None:  # the keeper was cancelled before its first step
-            await self._drop(self._life)
+        if self._engine is not None:  # the keeper was cancelled before its first step
+            await self._drop(self._engine)
         self.last_error = "the engine is closed"
         await asyncio.gather(*self._reapers)
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Output]:
         """Do as `EngineClient.generate` says."""
-        if self.ready is None or self._life is None:
+        if self.ready is None or self._engine is None:
             raise EngineUnavailable(self.last_error or "the engine is starting")
         request, is_over = self.in_flight.add(submit), False
         try:
@@ -131,8 +131,8 @@ class ProcessEngineClient:
                 yield output
         finally:
             self.in_flight.remove(request)
-            if request.is_running and self._life is not None:
-                self._life.write(Abort(submit.sequence_id))
+            if request.is_running and self._engine is not None:
+                self._engine.write(Abort(submit.sequence_id))
 
     async def _resume(self, request: Request) -> Output:
         """Return the next output of a request whose engine died, or its failure."""
@@ -150,48 +150,48 @@ class ProcessEngineClient:
     async def _try_alone(self, request: Request) -> Output | None:
         """Send a request to the next engine, and return its next output; None if that engine dies first, too."""
         await self._has_news.wait()
-        if self._life is None:
+        if self._engine is None:
             return None
-        self.in_flight.try_alone(request)
+        self.in_flight.begin_trial(request)
         self._send(request, request.resumed())
         self._num_resumed += 1
         return await request.outputs.get()
 
     def _send(self, request: Request, submit: Submit) -> None:
-        if self._life is not None:
+        if self._engine is not None:
             request.is_running = True
-            self._life.write(submit)
+            self._engine.write(submit)
 
     def discard(self, digest: str) -> None:
         """Do as `EngineClient.discard` says."""
-        if self._life is not None:
-            self._life.write(Discard(digest))
+        if self._engine is not None:
+            self._engine.write(Discard(digest))
 
     def stage(self, digest: str, folder: str | None) -> None:
         """Do as `EngineClient.stage` says."""
-        if self._life is not None:
-            self._life.write(Stage(digest, folder))
+        if self._engine is not None:
+            self._engine.write(Stage(digest, folder))
 
     def keep_resident(self, digests: list[str]) -> None:
         """Do as `EngineClient.keep_resident` says; a restarted engine is sent the list, too."""
         if digests != self._resident:
             self._resident = digests
-            if self.ready is not None and self._life is not None:
-                self._life.write(KeepResident(digests))
+            if self.ready is not None and self._engine is not None:
+                self._engine.write(KeepResident(digests))
 
     def renew(self, digest: str) -> None:
         """Do as `EngineClient.renew` says."""
-        if self._life is not None:
-            self._life.write(Renew(digest))
+        if self._engine is not None:
+            self._engine.write(Renew(digest))
 
     async def residency(self) -> dict[str, str]:
         """Do as `EngineClient.residency` says."""
-        if self.ready is None or self._life is None:
+        if self.ready is None or self._engine is None:
             return {}
         query_id = next(self._query_ids)
         answer = self._queries[query_id] = asyncio.get_running_loop().create_future()
         try:
-            self._life.write(AskResidency(query_id))
+            self._engine.write(AskResidency(query_id))
             states: dict[str, str] = await answer
             return states
         finally:
@@ -199,44 +199,44 @@ class ProcessEngineClient:
 
     async def _keep(self, first: EngineProcess) -> None:
         """Relay one engine's messages after another's until cancelled."""
-        life: EngineProcess | None = first
+        engine: EngineProcess | None = first
         wait = self._patience.first_retry
         while True:
-            if life is not None and await self._relay_all(life) >= self._patience.good_life:
+            if engine is not None and await self._relay_all(engine) >= self._patience.good_life:
                 wait = self._patience.first_retry
             self._back_at = time.monotonic() + wait + self._start_seconds
             log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": wait})
             await asyncio.sleep(wait)
             wait = min(2 * wait, self._patience.max_retry)
-            life = None
+            engine = None
             with contextlib.suppress(EngineStartError, OSError):  # it is in last_error, and the next try comes
-                life, _ = await self._begin()
+                engine, _ = await self._begin()
 
-    async def _relay_all(self, life: EngineProcess) -> float:
+    async def _relay_all(self, engine: EngineProcess) -> float:
         """Relay the engine's messages until it is dead; returns the seconds that it lived."""
         began = time.monotonic()
-        watchdog = asyncio.create_task(life.watch(self._patience), name="engine watchdog")
+        watchdog = asyncio.create_task(engine.watch(self._patience), name="engine watchdog")
         try:
-            while (message := await life.read()) is not None:
+            while (message := await engine.read()) is not None:
                 self._relay(message)
-            self.last_error = life.verdict or "the engine process died"
+            self.last_error = engine.verdict or "the engine process died"
         except (OSError, msgspec.MsgspecError) as error:
-            self.last_error = life.verdict or f"the connection to the engine broke: {error}"
+            self.last_error = engine.verdict or f"the connection to the engine broke: {error}"
         finally:
             watchdog.cancel()
-            await self._drop(life)
+            await self._drop(engine)
         return time.monotonic() - began
 
-    async def _drop(self, life: EngineProcess) -> None:
+    async def _drop(self, engine: EngineProcess) -> None:
         if not self._is_closed:
             self._has_news.clear()
-        self.ready = self._life = None
+        self.ready = self._engine = None
         self._num_deaths += 1
         self._count(Stats())
         self.in_flight.lose()
         for query_id in self._queries:
             self._answer(query_id, {})
-        await self._end(life)
+        await self._end(engine)
 
     def _relay(self, message: FromEngine) -> None:
         if isinstance(message, StepDone):
@@ -260,27 +260,27 @@ class ProcessEngineClient:
         """Start a process and wait until it is ready. Raises `EngineStartError` after the process was removed."""
         self.num_starts += 1
         began = time.monotonic()
-        life = await self._connect()
+        engine = await self._connect()
         try:
-            life.write(self.config)
-            message = await self._first_message(life)
+            engine.write(self.config)
+            message = await self._first_message(engine)
             if not isinstance(message, Ready):
-                raise EngineStartError(await self._why_not(life, message))
+                raise EngineStartError(await self._why_not(engine, message))
         except BaseException as error:
             self.last_error = str(error)
-            await self._end(life)
+            await self._end(engine)
             raise
-        self._life, self.ready, self.last_error = life, message, None
+        self._engine, self.ready, self.last_error = engine, message, None
         self._start_seconds = time.monotonic() - began
         if self._resident:
-            life.write(KeepResident(self._resident))
+            engine.write(KeepResident(self._resident))
         self._has_news.set()
-        return life, message
+        return engine, message
 
-    async def _first_message(self, life: EngineProcess) -> FromEngine | None:
+    async def _first_message(self, engine: EngineProcess) -> FromEngine | None:
         try:
             async with asyncio.timeout(self._patience.loading):
-                return await life.read()
+                return await engine.read()
         except TimeoutError:
             raise EngineStartError(f"the engine did not load within {self._patience.loading:g} s") from None
         except OSError:  # it ended with our frame unread
@@ -289,10 +289,10 @@ class ProcessEngineClient:
             raise EngineStartError(f"the engine's first frame cannot be read: {error}") from error
 
     @staticmethod
-    async def _why_not(life: EngineProcess, message: FromEngine | None) -> str:
+    async def _why_not(engine: EngineProcess, message: FromEngine | None) -> str:
         if isinstance(message, StartFailed):
             return message.message
-        return f"the engine process ended with code {await life.process.wait()} before it was ready; see its log"
+        return f"the engine process ended with code {await engine.process.wait()} before it was ready; see its log"
 
     async def _connect(self) -> EngineProcess:
         """Start a process that inherits one end of a socket pair, so that no other process can ever connect."""
@@ -314,9 +314,9 @@ class ProcessEngineClient:
             await self._remove(process)
             raise
 
-    async def _end(self, life: EngineProcess) -> None:
-        life.writer.transport.abort()  # not `close`: what is still to be written will not be read
-        await self._remove(life.process)
+    async def _end(self, engine: EngineProcess) -> None:
+        engine.writer.transport.abort()  # not `close`: what is still to be written will not be read
+        await self._remove(engine.process)
 
     async def _remove(self, process: asyncio.subprocess.Process | None) -> None:
         """End the process and wait for it, even if the caller is cancelled meanwhile."""

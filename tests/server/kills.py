@@ -1,7 +1,6 @@
 """Kill or stop the engine at random moments under mixed streams: `python -m tests.server.kills --help`.
 
-Every stream must equal what its request gets alone. A figure of README's or an issue's is measured with it; the suite
-runs it for a few kills.
+Every stream must equal what its request gets alone. The suite strikes once; the command as often as it is told to.
 """
 
 from __future__ import annotations

@@ -85,6 +85,13 @@ async def until_next_stats(client: ProcessEngineClient) -> None:
     await until(lambda: client.stats is not before)
 
 
+async def kill(client: ProcessEngineClient) -> None:
+    """Kill the engine, and wait until the client has seen it."""
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    await until(lambda: client.ready is None)
+
+
 def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 60))
 
@@ -214,9 +221,7 @@ def test_answers_are_the_same_wherever_they_are_cut(seed: int) -> None:
             for _ in range(3):
                 await until(lambda: client.ready is not None)
                 await asyncio.sleep(chance.random() * 0.4)
-                assert client.pid is not None
-                os.kill(client.pid, signal.SIGKILL)
-                await until(lambda: client.ready is None)
+                await kill(client)
             answers = await running
             assert [tokens(outputs) for outputs in answers] == [alone(submit) for submit in asked]
 
@@ -251,9 +256,7 @@ def test_a_request_is_resumed_at_most_three_times() -> None:
             others = [asyncio.create_task(answer(client, submit)) for submit in various(2, max_tokens=200)]
             for _ in range(4):
                 await until(lambda: client.stats.num_running == 2)
-                assert client.pid is not None
-                os.kill(client.pid, signal.SIGKILL)
-                await until(lambda: client.ready is None)
+                await kill(client)
             assert {failure_of(await other) for other in others} == {"engine_restarting"}
 
     run(main)
@@ -283,9 +286,7 @@ def test_a_request_that_waits_for_the_next_engine_can_end(ends: str) -> None:
             timeout = 0.5 if ends == "deadline" else 60
             asking = asyncio.create_task(answer(client, request("r", max_tokens=200, timeout=timeout)))
             await until(lambda: client.stats.num_running == 1)
-            assert client.pid is not None
-            os.kill(client.pid, signal.SIGKILL)
-            await until(lambda: client.ready is None)
+            await kill(client)
             if ends == "close":
                 await client.close()
             if ends == "listener":
@@ -307,9 +308,7 @@ def test_the_listener_of_a_resumed_request_can_leave() -> None:
         async with engine("slow") as client:
             asking = asyncio.create_task(answer(client, request("r", max_tokens=200)))
             await until(lambda: client.stats.num_running == 1)
-            assert client.pid is not None
-            os.kill(client.pid, signal.SIGKILL)
-            await until(lambda: client.ready is None)
+            await kill(client)
             await until(lambda: client.stats.num_running == 1)
             asking.cancel()
             assert await until(lambda: client.stats.num_running == 0) < 1.5
@@ -404,9 +403,7 @@ def test_restarts_wait_longer_each_time(caplog: pytest.LogCaptureFixture) -> Non
     async def main() -> None:
         async with engine() as client:
             for _ in range(5):
-                assert client.pid is not None
-                os.kill(client.pid, signal.SIGKILL)
-                await until(lambda: client.ready is None)
+                await kill(client)
                 await until(lambda: client.ready is not None)
 
     run(main)
