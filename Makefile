@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 DATA ?= var
 
 .PHONY: serve test check bench peer-openvino peer-llama peer-vllm clean
-# Python compiles the modules that are imported when they first are: a seventh of those that are installed.
+# Python compiles the modules that are imported when they first are, a seventh of those that are installed, and must be
+# free to keep what it compiled: without it each process would compile for 15 s again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --disable-pip-version-check --progress-bar on --no-compile
 $(VENV)/.serving: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("manyhats needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'

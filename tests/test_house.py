@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,14 @@ def test_the_tree_is_whole(package: str) -> None:
     hidden = ("__", ".", "py.typed")
     found = {path.name for path in (ROOT / package).iterdir() if not path.name.startswith(hidden)}
     assert found <= named, f"the tree lacks {sorted(found - named)} of {package}/"
+
+
+def test_what_python_compiles_is_kept() -> None:
+    """Modules are installed without being compiled, so no recipe may tell Python to throw away what it compiles."""
+    command = ["make", "--no-print-directory", "--eval", "shown: ; @env", "shown"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "KEPT": "1"}
+    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "KEPT=1" in shown and "PYTHONDONTWRITEBYTECODE" not in shown
 
 
 def test_the_hooks_are_what_make_check_runs() -> None:
