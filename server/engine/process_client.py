@@ -88,6 +88,8 @@ class ProcessEngineClient:
 
         Returns what the engine said of itself. Raises `EngineStartError`, also if the client is closed meanwhile.
         """
+        if self._is_closed:
+            raise EngineStartError("the engine was closed before it was started")
         if self._starting is None:
             self._starting = asyncio.create_task(self._start(), name="engine start")
         try:

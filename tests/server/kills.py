@@ -72,6 +72,7 @@ async def strike(
     whole_s = (time.monotonic() - began) / 3  # about what they take together
     for _ in range(num_blows):
         streams = [asyncio.create_task(tokens_of(site, task, body)) for task, body in bodies]
+        await until(lambda: len(site.process.in_flight.requests) + sum(s.done() for s in streams) == NUM_STREAMS, 60)  # noqa: B023 - called at once
         await asyncio.sleep(chance.random() * whole_s)
         assert site.process.pid is not None
         os.kill(site.process.pid, blow)

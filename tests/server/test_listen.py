@@ -85,7 +85,10 @@ async def test_what_outlasts_the_drain_gets_an_error(anyio_backend: str, tiny_ba
         assert (kind, json.loads(data)["error"]["code"]) == ("error", "engine_restarting")
 
 
-async def test_a_signal_while_the_base_loads_ends_at_once(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_begun", [False, True], ids=["before the engine starts", "while it starts"])
+async def test_a_signal_while_the_base_loads_ends_at_once(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, is_begun: bool
+) -> None:
     """A signal that comes before the server is ready ends it and its engine: no one waits for the base to be loaded."""
     made = settings_of(tiny_base, tmp_path)
     command = (sys.executable, "-m", "tests.server.engine.fake_process")
@@ -97,14 +100,16 @@ async def test_a_signal_while_the_base_loads_ends_at_once(anyio_backend: str, ti
         with listener, pytest.raises(SystemExit):
             await server._serve([listener])
 
+    others = psutil.Process().children()
     serving = asyncio.create_task(serve())
-    await until(lambda: bool(psutil.Process().children()))
+    if is_begun:
+        await until(lambda: psutil.Process().children() != others)
     began = time.monotonic()
     server.handle_exit(signal.SIGTERM, None)
     await serving
     assert server.is_start_given_up
     assert time.monotonic() - began < 10
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == others
 
 
 async def test_a_second_signal_ends_at_once(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:

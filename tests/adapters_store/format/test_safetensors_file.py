@@ -140,14 +140,21 @@ def test_tensors_are_private_and_aligned() -> None:
     assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in read.values())
 
 
-def test_the_largest_header_is_still_quick() -> None:
-    """A full header of 4,096 tensors is read in under a second."""
-    tensors = {f"base_model.model.layers.{i}.lora_A.weight{'x' * 100}": torch.ones(1) for i in range(MAX_TENSORS)}
-    data = save(tensors)
-    assert int.from_bytes(data[:8], "little") < MAX_HEADER_BYTES
-    began = time.thread_time()
-    assert len(read_tensors(data)) == MAX_TENSORS
-    assert time.thread_time() - began < 1
+def test_a_long_header_costs_what_its_tensors_do() -> None:
+    """A full header of 4,096 tensors costs four times what a quarter of it does: nothing is done once a pair."""
+
+    def cost(num_tensors: int) -> float:
+        tensors = {f"base_model.model.layers.{i}.lora_A.weight{'x' * 100}": torch.ones(1) for i in range(num_tensors)}
+        data = save(tensors)
+        assert int.from_bytes(data[:8], "little") < MAX_HEADER_BYTES
+        seconds = []
+        for _ in range(3):
+            began = time.thread_time()
+            assert len(read_tensors(data)) == num_tensors
+            seconds.append(time.thread_time() - began)
+        return min(seconds)
+
+    assert cost(MAX_TENSORS) < 10 * cost(MAX_TENSORS // 4)
 
 
 @settings(max_examples=400, deadline=None)
