@@ -13,7 +13,7 @@ from enum import Enum
 import msgspec
 
 from server.engine import frames
-from server.engine.messages import EngineConfig, FromEngine, ToEngine
+from server.engine.messages import FromEngine, ToEngine
 
 LEAVE_WITHIN_S = 5.0  # after the API process has gone, whatever the main thread is doing
 
@@ -30,22 +30,20 @@ class Signal(Enum):
 class Connection:
     """A socket to the API process: a thread reads messages into `inbox`, and another finishes blocked writes.
 
-    `descriptor` is the inherited end of the socket pair. Frames leave in the order of `send`.
+    Frames leave in the order of `send`.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self.inbox: queue.SimpleQueue[ToEngine | Signal] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._num_behind, self._lock = 0, threading.Lock()  # frames that the writer has, or a part of one
-        self._socket = socket.socket(fileno=descriptor)
+        self._socket = connection
         self._writer = threading.Thread(target=self._write, name="writer", daemon=True)
-
-    def start(self) -> EngineConfig | None:
-        """Read the first message, then start both threads. None if the API process has gone already."""
-        config: EngineConfig | None = frames.read(self._socket, msgspec.msgpack.Decoder(EngineConfig))
-        threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._writer.start()
-        return config
+
+    def start_reading(self) -> None:
+        """Begin to fill the inbox."""
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
 
     def send(self, message: FromEngine) -> None:
         """Send a message.

@@ -1,14 +1,20 @@
-"""An engine process as the API process sees it: its messages, and the signs that it hangs."""
+"""Engine processes as the API process sees them: how one is started, its messages, and the signs that it hangs."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from server.engine import frames
-from server.engine.messages import Beat, EngineConfig, FromEngine, ToEngine
+from server.engine.client import EngineStartError
+from server.engine.messages import Beat, EngineConfig, FromEngine, StepDone, ToEngine
+from server.engine.nursery import PID, Child
+from server.settings import engine_environment
 
 TICK_S = 0.25  # between two looks at an engine's silence
 IDLE_SHARE = 0.01  # of one core: a step that computes uses more
@@ -22,19 +28,88 @@ class Patience:
     max_retry: float = 30.0
     good_life: float = 60.0  # an engine that lived so long resets the wait to `first_retry`
     loading: float = 900.0  # from start to ready, with the base on a cold disk
+    forking: float = 60.0  # from start to ready, with the base in memory
     silence: float = 4.0  # without any message: beats come every second, also during a long step
     idle_step: float = 15.0  # a step or a load that uses no CPU
     step: float = 600.0  # any step
-    closing: float = 5.0  # from SIGKILL to the end
+    closing: float = 5.0  # until a process has ended that was told to
+
+
+class EngineParent:
+    """The process that loads the base, and that forks engines or becomes one; see `server.engine.worker`.
+
+    It inherits one end of a socket pair, so that no other process can ever connect.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, control: socket.socket) -> None:
+        self._process, self._control = process, control
+        self.num_engines = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended, by itself or killed."""
+        return self._process.returncode is not None
+
+    @classmethod
+    async def start(cls, command: Sequence[str], config: EngineConfig) -> EngineParent:
+        """Start the process, which begins to load. Raises `OSError`."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *command, "--socket", str(theirs.fileno()), pass_fds=(theirs.fileno(),), env=engine_environment()
+                )
+        except BaseException:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        with contextlib.suppress(OSError):  # it has ended already, and `spawn` says so
+            await asyncio.get_running_loop().sock_sendall(ours, frames.encode(config))
+        return cls(process, ours)
+
+    async def spawn(self) -> EngineProcess:
+        """Start an engine, which waits for the base to be loaded. Raises `EngineStartError` and `OSError`."""
+        self.num_engines += 1
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
+            child = Child(await self._pid(), ours)
+            return EngineProcess(child, *await asyncio.open_unix_connection(sock=ours), child.pid == self._process.pid)
+        except BaseException:
+            ours.close()
+            raise
+
+    async def _pid(self) -> int:
+        reply = b""
+        with contextlib.suppress(ConnectionResetError):  # it ended with our message unread
+            reply = await asyncio.get_running_loop().sock_recv(self._control, PID.size)
+        if len(reply) < PID.size:
+            code = await self._process.wait()
+            raise EngineStartError(f"the engine process ended with code {code} before it was ready; see its log")
+        return int(PID.unpack(reply)[0])
+
+    async def end(self, within_s: float) -> None:
+        """Tell the process to end, and kill it after a while, or at once if it is still loading."""
+        self._control.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._process.wait()
+                return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
 
 
 @dataclass
 class EngineProcess:
     """A process, the connection to it, and how long it has been silent; `verdict` is the reason why it is ended."""
 
-    process: asyncio.subprocess.Process
+    child: Child
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    is_parent: bool = False  # it is what loaded the base: the next engine loads it again
+    has_answered: bool = False  # anything to a request
     decoder: msgspec.msgpack.Decoder[FromEngine] = field(default_factory=lambda: msgspec.msgpack.Decoder(FromEngine))
     silent_s: float = 0.0  # since the last message
     step_s: float = 0.0  # since the last message of the thread that steps
@@ -51,12 +126,18 @@ class EngineProcess:
             self.idle_s = 0.0 if seconds > IDLE_SHARE else self.idle_s
         else:
             self.step_s = self.idle_s = 0.0
+            self.has_answered |= isinstance(message, StepDone) and bool(message.outputs)
         return message
 
-    def write(self, message: ToEngine | EngineConfig) -> None:
+    def write(self, message: ToEngine) -> None:
         """Send a message, unless the connection is closed."""
         if not self.writer.is_closing():
             self.writer.write(frames.encode(message))
+
+    async def end(self) -> None:
+        """Close the connection and kill the process: it heeds no SIGTERM, and has nothing to leave behind."""
+        self.writer.transport.abort()  # not `close`: what is still to be written will not be read
+        await asyncio.to_thread(self.child.kill)
 
     async def watch(self, patience: Patience) -> None:
         """Cut the connection to an engine that hangs.

@@ -1,7 +1,8 @@
 """An `EngineClient` over an engine process, which it starts, watches and restarts.
 
-If the engine dies or hangs, another one is started, after a wait that doubles with each death in a row, and goes on
-with the running requests, as `server.engine.in_flight` says.
+If the engine dies or hangs, another one is forked from the process that holds the base, after a wait that doubles with
+each death in a row, and goes on with the running requests, as `server.engine.in_flight` says. If engines die in a row
+that answered nothing, or one cannot start, the base is loaded again.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ import contextlib
 import itertools
 import logging
 import math
-import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 
 import msgspec
 
 from server.core import EngineFailure
 from server.engine.client import EngineStartError, EngineUnavailable
-from server.engine.engine_process import EngineProcess, Patience
+from server.engine.engine_process import EngineParent, EngineProcess, Patience
 from server.engine.in_flight import RESTARTING, InFlight, Request
 from server.engine.messages import (
     Abort,
@@ -39,12 +39,12 @@ from server.engine.messages import (
     StepDone,
     Submit,
 )
-from server.settings import engine_environment
 from server.together import for_ever
 
 log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.engine.worker")
+MAX_MUTE = 3  # engines in a row that die without an answer, before the process that they are forked from is replaced
 
 
 class ProcessEngineClient:
@@ -61,6 +61,7 @@ class ProcessEngineClient:
         self._num_deaths = self._num_resumed = 0
         self._command = tuple(command)
         self._patience = patience or Patience()
+        self._parent: EngineParent | None = None
         self._engine: EngineProcess | None = None
         self._starting: asyncio.Task[Ready] | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -81,7 +82,7 @@ class ProcessEngineClient:
     @property
     def pid(self) -> int | None:
         """The engine's process id; None if no engine is connected."""
-        return None if self._engine is None else self._engine.process.pid
+        return None if self._engine is None else self._engine.child.pid
 
     async def start(self) -> Ready:
         """Start the first engine and the task that keeps one alive, or wait for a start that is under way.
@@ -117,6 +118,7 @@ class ProcessEngineClient:
             await asyncio.gather(keeper, return_exceptions=True)
         if self._engine is not None:  # the keeper was cancelled before its first step
             await self._drop(self._engine)
+        await self._end_parent()
         self.last_error = "the engine is closed"
         await asyncio.gather(*self._reapers)
 
@@ -202,10 +204,15 @@ class ProcessEngineClient:
     async def _keep(self, first: EngineProcess) -> None:
         """Relay one engine's messages after another's until cancelled."""
         engine: EngineProcess | None = first
-        wait = self._patience.first_retry
+        wait, num_mute = self._patience.first_retry, 0
         while True:
-            if engine is not None and await self._relay_all(engine) >= self._patience.good_life:
-                wait = self._patience.first_retry
+            if engine is not None:
+                if await self._relay_all(engine) >= self._patience.good_life:
+                    wait = self._patience.first_retry
+                num_mute = 0 if engine.has_answered else num_mute + 1
+                if engine.is_parent or num_mute >= MAX_MUTE:
+                    num_mute = 0
+                    await self._end_parent()
             self._back_at = time.monotonic() + wait + self._start_seconds
             log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": wait})
             await asyncio.sleep(wait)
@@ -238,7 +245,7 @@ class ProcessEngineClient:
         self.in_flight.lose()
         for query_id in self._queries:
             self._answer(query_id, {})
-        await self._end(engine)
+        await self._finish(engine.end())
 
     def _relay(self, message: FromEngine) -> None:
         if isinstance(message, StepDone):
@@ -259,78 +266,63 @@ class ProcessEngineClient:
             query.set_result(states)
 
     async def _begin(self) -> tuple[EngineProcess, Ready]:
-        """Start a process and wait until it is ready. Raises `EngineStartError` after the process was removed."""
+        """Start an engine and wait until it is ready. Raises `EngineStartError` after all processes were removed."""
         self.num_starts += 1
         began = time.monotonic()
-        engine = await self._connect()
+        engine = None
         try:
-            engine.write(self.config)
-            message = await self._first_message(engine)
-            if not isinstance(message, Ready):
-                raise EngineStartError(await self._why_not(engine, message))
+            if self._parent is None or self._parent.has_ended:
+                await self._end_parent()
+                self._parent = await EngineParent.start(self._command, self.config)
+            limit = self._patience.loading if self._parent.num_engines == 0 else self._patience.forking
+            async with _limited(limit):
+                engine = await self._parent.spawn()
+                ready = await _first_message(engine)
         except BaseException as error:
             self.last_error = str(error)
-            await self._end(engine)
+            if engine is not None:
+                await self._finish(engine.end())
+            await self._end_parent()
             raise
-        self._engine, self.ready, self.last_error = engine, message, None
+        self._engine, self.ready, self.last_error = engine, ready, None
         self._start_seconds = time.monotonic() - began
         if self._resident:
             engine.write(KeepResident(self._resident))
         self._has_news.set()
-        return engine, message
+        return engine, ready
 
-    async def _first_message(self, engine: EngineProcess) -> FromEngine | None:
-        try:
-            async with asyncio.timeout(self._patience.loading):
-                return await engine.read()
-        except TimeoutError:
-            raise EngineStartError(f"the engine did not load within {self._patience.loading:g} s") from None
-        except OSError:  # it ended with our frame unread
-            return None
-        except msgspec.MsgspecError as error:
-            raise EngineStartError(f"the engine's first frame cannot be read: {error}") from error
+    async def _end_parent(self) -> None:
+        parent, self._parent = self._parent, None
+        if parent is not None:
+            await self._finish(parent.end(self._patience.closing))
 
-    @staticmethod
-    async def _why_not(engine: EngineProcess, message: FromEngine | None) -> str:
-        if isinstance(message, StartFailed):
-            return message.message
-        return f"the engine process ended with code {await engine.process.wait()} before it was ready; see its log"
+    async def _finish(self, ending: Coroutine[None, None, None]) -> None:
+        """Wait for the end of a process, which comes even if the caller is cancelled meanwhile."""
+        reaper = asyncio.create_task(ending)
+        self._reapers.add(reaper)
+        reaper.add_done_callback(self._reapers.discard)
+        await asyncio.shield(reaper)
 
-    async def _connect(self) -> EngineProcess:
-        """Start a process that inherits one end of a socket pair, so that no other process can ever connect."""
-        process = None
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    "--socket",
-                    str(theirs.fileno()),
-                    pass_fds=(theirs.fileno(),),
-                    env=engine_environment(),
-                )
-            return EngineProcess(process, *await asyncio.open_unix_connection(sock=ours))
-        except BaseException as error:
-            self.last_error = str(error)
-            ours.close()
-            await self._remove(process)
-            raise
 
-    async def _end(self, engine: EngineProcess) -> None:
-        engine.writer.transport.abort()  # not `close`: what is still to be written will not be read
-        await self._remove(engine.process)
+@contextlib.asynccontextmanager
+async def _limited(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise EngineStartError(f"the engine did not load within {seconds:g} s") from None
 
-    async def _remove(self, process: asyncio.subprocess.Process | None) -> None:
-        """End the process and wait for it, even if the caller is cancelled meanwhile."""
-        if process is not None:
-            reaper = asyncio.create_task(self._reap(process))
-            self._reapers.add(reaper)
-            reaper.add_done_callback(self._reapers.discard)
-            await asyncio.shield(reaper)
 
-    async def _reap(self, process: asyncio.subprocess.Process) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()  # it heeds no SIGTERM, and has nothing to leave behind
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._patience.closing):
-                await process.wait()
+async def _first_message(engine: EngineProcess) -> Ready:
+    """Read that the engine is ready. Raises `EngineStartError` if it says anything else."""
+    try:
+        message = await engine.read()
+    except OSError:  # it ended with our frame unread
+        message = None
+    except msgspec.MsgspecError as error:
+        raise EngineStartError(f"the engine's first frame cannot be read: {error}") from error
+    if isinstance(message, Ready):
+        return message
+    if isinstance(message, StartFailed):
+        raise EngineStartError(message.message)
+    raise EngineStartError("the engine process ended before it was ready; see its log")

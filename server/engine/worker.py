@@ -1,9 +1,11 @@
 """The engine's own process: `python -m server.engine.worker --socket DESCRIPTOR`.
 
-The process inherits one end of the API process's socket pair, reads an `EngineConfig`, loads the base, sends `Ready` or
-`StartFailed`, and then steps until the socket closes, so that no engine outlives its API process; SIGTERM does not end
-it. One thread reads frames, another writes those that the socket does not take at once, and the engine has the main
-thread. No setting is read from the environment.
+The process inherits one end of the API process's socket pair, reads an `EngineConfig`, loads the base, and forks an
+engine for each socket that it is then sent: an engine that dies is followed by one that has nothing to load. On a GPU,
+whose memory no fork can share, it becomes the engine itself. An engine sends `Ready` or `StartFailed` and steps until
+its socket closes, so that none outlives its API process; SIGTERM does not end it. One thread reads frames, another
+writes those that the socket does not take at once, and the engine has the main thread. No setting is read from the
+environment.
 """
 
 from __future__ import annotations
@@ -12,16 +14,23 @@ import argparse
 import logging
 import os
 import queue
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from socket import socket as Socket  # noqa: N812 - a class
+from socket import socketpair
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from msgspec.structs import replace
 
 from server import logs, process_memory
+from server.engine import frames
 from server.engine.connection import Connection, Signal
 from server.engine.engine import Engine
 from server.engine.messages import (
@@ -40,6 +49,7 @@ from server.engine.messages import (
     Submit,
     ToEngine,
 )
+from server.engine.nursery import CAN_FORK, PID, Nursery, receive, serve
 from server.engine.thread_clock import thread_clock
 
 if TYPE_CHECKING:  # it brings torch
@@ -53,7 +63,8 @@ WAIT_FOR_ADAPTERS_S = 0.05  # how often deadlines are checked while every sequen
 SPIN_COUNT = "20000"
 SWITCH_S = 5e-4
 OnLoaded = Callable[[], None]
-Build = Callable[[EngineConfig, OnLoaded], tuple[Ready, Engine[Any]]]
+Load = Callable[[EngineConfig], Any]
+Build = Callable[[EngineConfig, Any, OnLoaded], tuple[Ready, Engine[Any]]]
 
 
 def _tune_process() -> None:
@@ -76,22 +87,31 @@ def _hide_accelerate() -> None:
     sys.modules.setdefault("accelerate", None)  # type: ignore[arg-type]
 
 
-def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]]:
-    """Load the base and make the engine that serves it; the heavy imports are here, so that fakes need none.
+def load(config: EngineConfig) -> Loaded:
+    """Load the base; the heavy imports are here and in `build`, so that fakes need none.
 
-    `on_loaded` is called from a loading thread after each load. Raises `UnsupportedBaseError` and what reading the
-    base's files raises.
+    Raises `UnsupportedBaseError` and what reading the base's files raises.
     """
     _hide_accelerate()
-    from server.engine.adapters.loader_process import LoaderPool, run_loader
-    from server.engine.adapters.loader_threads import LoaderThreads
-    from server.engine.adapters.nursery import Nursery
-    from server.model.runner import load
-    from server.model.slots.layout import PackedPatch
+    from server.engine.adapters import loader_process  # noqa: F401 - what is imported now is shared by all forks
+    from server.model import runner
 
     process_memory.keep_imports()
+    return runner.load(config.runner)
+
+
+def build(config: EngineConfig, loaded: Loaded, on_loaded: OnLoaded) -> tuple[Ready, Engine[Any]]:
+    """Make the engine that serves a loaded base; `on_loaded` is called from a loading thread after each load.
+
+    Raises `StoreError` if the store cannot be opened, and `RuntimeError` if this process computes otherwise than the
+    one that loaded the base.
+    """
+    from server.engine.adapters.loader_process import LoaderPool, run_loader
+    from server.engine.adapters.loader_threads import LoaderThreads
+    from server.model.slots.layout import PackedPatch
+
     loader_pool = LoaderPool(config.num_loaders, Nursery.fork(run_loader))
-    loaded = load(config.runner)
+    loaded.runner.enter_process()
     loader_pool.begin(config.store, config.blobs, loaded.spec, loaded.adapter_slots.dtypes)
     staged = dict[str, str]()
 
@@ -201,31 +221,84 @@ def _beat(connection: Connection) -> None:
         time.sleep(BEAT_EVERY_S)
 
 
-def run_engine(descriptor: int, build: Build) -> int:
-    """Load the base and serve over an inherited socket until it closes. Returns the exit code: 1 if loading failed."""
-    connection = Connection(descriptor)
-    config = connection.start()
-    if config is None:
-        return 0
+def run_engine(socket: Socket, config: EngineConfig, loaded: Any, build: Build) -> None:
+    """Serve a loaded base over a socket until it closes; what `loaded` is if loading failed, or raises, is told."""
+    connection = Connection(socket)
     try:
-        with process_memory.loading():
-            ready, engine = build(config, connection.wake)
+        if isinstance(loaded, Exception):
+            raise loaded
+        ready, engine = build(config, loaded, connection.wake)
     except Exception as error:
         log.exception("the engine could not start")
         connection.send(StartFailed(str(error) or type(error).__name__))
         connection.close()
-        return 1
+        return
     connection.send(ready)
+    connection.start_reading()
     if ready.forward is not None:
         log.info("the base runs as: %s", ready.forward.describe())
     log.info("the engine is ready", extra={"base": ready.spec.name, "load_seconds": round(ready.load_seconds, 3)})
     threading.Thread(target=_beat, args=(connection,), name="beats", daemon=True).start()
     Service(engine, connection).run()
-    return 0
 
 
-def main(arguments: list[str] | None = None, build: Build = build) -> int:
-    """Run the command; `build` makes the engine (tests pass their own). Returns the exit code."""
+def serve_engines(control: Socket, load: Load, build: Build) -> int:
+    """Load the base that the API process names, then fork an engine for each socket that it sends, or become one.
+
+    Returns the exit code once the API process has gone, or once it was told that loading failed.
+    """
+    config: EngineConfig | None = frames.read(control, msgspec.msgpack.Decoder(EngineConfig))
+    if config is None:
+        return 0
+    with process_memory.loading():
+        loaded = _load_in_thread(partial(load, config), control)
+
+    def run(socket: Socket) -> None:
+        run_engine(socket, config, loaded, build)
+
+    is_failure = isinstance(loaded, Exception)
+    if CAN_FORK and config.runner.device == "cpu" and not is_failure:
+        serve(control, run)
+    descriptor = receive(control)
+    if descriptor is not None:
+        control.sendall(PID.pack(os.getpid()))
+        run(Socket(fileno=descriptor))
+        receive(control)  # until the API process has read why
+    return int(is_failure)
+
+
+def _load_in_thread(load: Callable[[], Any], control: Socket) -> Any:
+    """Load in a thread that has ended on return; returns what was loaded, or the exception.
+
+    OpenMP's threads end with the thread whose loops they share, so that none is left that a fork would lack. The
+    process ends if the API process goes meanwhile.
+    """
+    results: list[Any] = []
+    mine, its = socketpair()
+
+    def run() -> None:
+        with its:
+            try:
+                results.append(load())
+            except Exception as error:  # noqa: BLE001 - it is told to the API process
+                results.append(error)
+
+    loader = threading.Thread(target=run, name="loader", daemon=True)
+    loader.start()
+    with mine:
+        ends = select.poll()
+        for end in (mine, control):
+            ends.register(end, 0)  # 0: only what is always told, such as POLLHUP
+        if control.fileno() in dict(ends.poll()):
+            os._exit(1)
+    loader.join()
+    while Path(f"/proc/self/task/{loader.native_id}").exists():  # `join` does not wait for what ends with the thread
+        time.sleep(0.001)
+    return results.pop()
+
+
+def main(arguments: list[str] | None = None, load: Load = load, build: Build = build) -> int:
+    """Run the command; `load` and `build` make the engine (tests pass their own). Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m server.engine.worker", description=__doc__)
     parser.add_argument(
         "--socket", type=int, required=True, help="the inherited descriptor of the API process's socket"
@@ -235,7 +308,7 @@ def main(arguments: list[str] | None = None, build: Build = build) -> int:
     _tune_process()
     for heard_by_all in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, a supervisor's stop: the API process drains first
         signal.signal(heard_by_all, signal.SIG_IGN)
-    return run_engine(descriptor, build)
+    return serve_engines(Socket(fileno=descriptor), load, build)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
 from adapters_store.primitives import PrefixKV
-from server.core import ForwardReport, Row, RunnerConfig, Sampled
+from server.core import ForwardReport, Row, RunnerConfig, Sampled, Sampling
 from server.model.attention.kv_cache import KVCache
 from server.model.attention.paged_batch import page
 from server.model.backends.base import Backend
@@ -92,6 +92,21 @@ class PagedRunner:
         self.cache = KVCache(base.spec.kv, self.num_blocks, config.block_size, base.backend)
         self.graphs = DecodeGraphs(base.forward, self.cache) if config.cuda_graphs else None
         self.last_logits = torch.empty(0, base.spec.vocab_size)
+        self._probe_logits = self._probe()
+
+    def enter_process(self) -> None:
+        """Begin to compute in the calling thread, also in a process that was forked from the one that loaded the base.
+
+        Raises `RuntimeError` if a token's logits are not the bits that they were there.
+        """
+        self.base.backend.set_num_threads(self.num_threads)
+        if not torch.equal(self._probe(), self._probe_logits):
+            raise RuntimeError("the engine computes otherwise than the process that loaded its base")
+
+    def _probe(self) -> Tensor:
+        """Compute the logits [1, vocabulary] of one token alone."""
+        self.run([Row([0], 0, [0], sampling=Sampling(max_tokens=1), history=[0])])
+        return self.last_logits.clone()
 
     @torch.inference_mode()
     def copy(self, source: int, target: int) -> None:

@@ -1,8 +1,8 @@
 """Processes that load adapters beside the engine's own, so that no load holds the GIL while a step needs it.
 
 A loader thread that computes in Python holds the GIL; if it loses its core meanwhile, at its low priority, the steps
-wait for it. So loads are computed in processes that `server.engine.adapters.nursery` forks, which share what is
-imported before the engine loads its base. A thread of the engine only waits for the reply: a head, the packed adapter's
+wait for it. So loads are computed in processes that `server.engine.nursery` forks, which share what the
+engine has in memory when it begins. A thread of the engine only waits for the reply: a head, the packed adapter's
 buffer, and a frame that says what lies where in it. A process that ends or hangs in a load fails that load alone, and
 another one takes its place; only if none can be started does the thread load by itself.
 """
@@ -25,7 +25,7 @@ from server.engine import frames
 from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_reason
 from server.engine.adapters.loader_threads import give_way
-from server.engine.adapters.nursery import Child, Nursery
+from server.engine.nursery import Child, Nursery
 from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch
 
@@ -79,6 +79,7 @@ class LoaderProcess:
     def kill(self) -> None:
         """End the process, whatever it does."""
         self._child.kill()
+        self._socket.close()
 
     def _receive(self, size: int) -> torch.Tensor:
         """Receive `size` bytes [size] in one call: after each call a thread waits for the GIL, up to a whole step."""

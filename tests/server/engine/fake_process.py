@@ -7,6 +7,7 @@ first frame). Whatever its name, it dies of a step that has the token `POISON`.
 import os
 import sys
 import time
+from typing import Any
 
 from server.core import Row, Sampled
 from server.engine.engine import Engine
@@ -42,15 +43,21 @@ def load(digest: str) -> FakePacked:
     return FakePacked(digest, 10)
 
 
-def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[FakePacked]]:
-    """An engine over fakes, or what the name says."""
+def load_base(config: EngineConfig) -> None:
+    """Load nothing, or do what the name says."""
     if config.runner.name == "refuses":
         raise ValueError("this base has no attention")
     if config.runner.name == "crashes":
         os._exit(3)
+    if config.runner.name == "loads":
+        time.sleep(60)
+
+
+def build(config: EngineConfig, _loaded: None, on_loaded: OnLoaded) -> tuple[Ready, Engine[FakePacked]]:
+    """An engine over fakes, or what the name says."""
     if config.runner.name == "garbles":
-        os.write(int(sys.argv[-1]), b"\0\0\0\1\xc1")
-    if config.runner.name in ("garbles", "loads"):
+        connection: Any = on_loaded.__self__  # type: ignore[attr-defined] # of a bound method
+        connection._socket.sendall(b"\0\0\0\1\xc1")
         time.sleep(60)
     adapter_slots = FakeSlots(config.slot_bytes)
     seconds = {"slow": 0.02, "hangs": 60.0}.get(config.runner.name, 0.0)
@@ -70,4 +77,4 @@ def build(config: EngineConfig, on_loaded: OnLoaded) -> tuple[Ready, Engine[Fake
 
 
 if __name__ == "__main__":
-    sys.exit(main(build=build))
+    sys.exit(main(load=load_base, build=build))

@@ -15,6 +15,7 @@ from server.model.backends.cpu import attention, layers, threads
 from server.model.backends.cpu.adapter_ops import CpuAdapterOps
 from server.model.backends.cpu.attention import AttentionTiles, KernelParams
 from server.model.backends.cpu.copies import HostCopies
+from server.model.backends.cpu.forks import LaunchedThreads
 from server.model.backends.cpu.layout import lay_out
 from server.model.backends.cpu.loops import item_type
 from server.model.backends.cpu.vector import whole_panels
@@ -34,9 +35,11 @@ class CpuBackend:
     def __init__(self, precision: str) -> None:
         self.precision, self.copies = precision, HostCopies()
         self.dtypes = choose_storage_dtypes(precision, "cpu")
+        self._launched = LaunchedThreads()
 
     def set_num_threads(self, num_threads: int) -> None:
-        """Give torch and Numba the same number of threads."""
+        """Give torch and Numba the same number of threads, which in a forked process begin anew."""
+        self._launched.renew()
         threads.set_num_threads(num_threads)
 
     def wake(self) -> None:

@@ -23,7 +23,7 @@ from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_message
 from server.engine.adapters.loader_process import LoaderPool, run_loader
 from server.engine.adapters.loader_threads import NICENESS
-from server.engine.adapters.nursery import Nursery
+from server.engine.nursery import Nursery
 from server.model.load import load_base
 from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch

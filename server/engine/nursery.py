@@ -1,7 +1,7 @@
 """A process that forks others on request, also once the process that asks has threads.
 
-It is forked before torch has started threads and starts none, so that what it forks is whole; what was imported by then
-is shared with it. Each child gets one end of a socket pair whose other end the asker holds, and ends with it.
+No thread runs in it when it forks, so that what it forks is whole; what it has in memory by then is shared with it.
+Each child gets one end of a socket pair whose other end the asker holds, and ends with it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
 STANDARD = 2  # descriptors up to this are the standard streams
 PID = struct.Struct("<q")
 END_WITHIN_S = 5.0  # from SIGKILL
+CAN_FORK = hasattr(os, "fork") and hasattr(os, "pidfd_open")
 
 
 class Child:
@@ -32,12 +34,11 @@ class Child:
         self._handle = os.pidfd_open(pid)  # never another process's, even if its number is used again
 
     def kill(self) -> None:
-        """End the process, whatever it does, and return when it has ended. To be called once."""
+        """End the process, whatever it does, and return when it has ended; the socket stays. To be called once."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._handle, signal.SIGKILL)
         select.select([self._handle], [], [], END_WITHIN_S)
         os.close(self._handle)
-        self.socket.close()
 
 
 class Nursery:
@@ -49,12 +50,13 @@ class Nursery:
     @classmethod
     def fork(cls, run: Callable[[socket.socket], None]) -> Nursery | None:
         """Start the process; None if the system has no fork. To be called before torch has started threads."""
-        if not hasattr(os, "fork"):
+        if not CAN_FORK:
             return None
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if not pid:
-            _serve(theirs, run)
+            keep_only(theirs.fileno())
+            serve(theirs, run)
         theirs.close()
         return cls(pid, ours)
 
@@ -66,7 +68,7 @@ class Nursery:
                 socket.send_fds(self._socket, [b"\0"], [theirs.fileno()])
                 reply = self._socket.recv(PID.size, socket.MSG_WAITALL)
             if len(reply) < PID.size:
-                raise ConnectionResetError("the process that starts loaders has ended")
+                raise ConnectionResetError("the process that forks has ended")
             return Child(PID.unpack(reply)[0], ours)
         except OSError:
             ours.close()
@@ -79,24 +81,36 @@ class Nursery:
             os.waitpid(self.pid, 0)
 
 
-def _serve(connection: socket.socket, run: Callable[[socket.socket], None]) -> None:
+def receive(connection: socket.socket) -> int | None:
+    """Wait for the descriptor that the asker sends for a child; None if it has closed its socket."""
+    _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+    return descriptors[0] if descriptors else None
+
+
+def serve(connection: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
     """Fork a child for each descriptor that comes, until the asker closes its socket; never returns."""
     try:
-        keep_only(connection.fileno())
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child becomes a zombie
-        while True:
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-            if not descriptors:
-                return
+        signal.signal(signal.SIGCHLD, _reap)
+        while (descriptor := receive(connection)) is not None:
             pid = os.fork()
             if not pid:
-                _run_child(descriptors[0], run)
-            os.close(descriptors[0])
+                _run_child(descriptor, run)
+            os.close(descriptor)
             connection.sendall(PID.pack(pid))
     except BaseException as error:  # noqa: BLE001 - nothing of the asker's stack above may run here
-        log.error("the process that starts loaders ends", extra={"reason": str(error)})
+        log.error("the process that forks ends", extra={"reason": str(error)})
     finally:
+        _reap()
         os._exit(0)
+
+
+def _reap(*_signal: object) -> None:
+    """Take note of the children that have ended, so that none becomes a zombie."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            code = os.waitstatus_to_exitcode(ended[1])
+            if code:
+                log.info("a forked process has ended", extra={"pid": ended[0], "code": code})
 
 
 def _run_child(descriptor: int, run: Callable[[socket.socket], None]) -> None:
@@ -108,7 +122,7 @@ def _run_child(descriptor: int, run: Callable[[socket.socket], None]) -> None:
         threading.Thread(target=_end_with_asker, args=(descriptor,), daemon=True).start()
         run(connection)
     except BaseException as error:  # noqa: BLE001 - as above
-        log.error("a process that loads adapters ends", extra={"reason": str(error)})
+        log.error("a forked process ends", extra={"reason": str(error)})
     finally:
         os._exit(0)
 

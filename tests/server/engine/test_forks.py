@@ -1,0 +1,154 @@
+"""Engines are forked from the process that loaded the base; that process is replaced if it may be at fault."""
+
+import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+from msgspec.structs import replace
+
+from server.core import RunnerConfig
+from server.engine.engine_process import EngineParent
+from server.engine.process_client import MAX_MUTE, ProcessEngineClient
+from server.engine.worker import _load_in_thread
+from server.model.runner import load
+from tests.server.engine.test_process_client import (
+    COMMAND,
+    FAST,
+    alone,
+    answer,
+    engine,
+    kill,
+    request,
+    run,
+    tokens,
+    until,
+)
+from tests.server.engine.world import config
+
+
+def parent_of(client: ProcessEngineClient) -> int:
+    """The process that the engine was forked from."""
+    assert client.pid is not None
+    parent: int = psutil.Process(client.pid).ppid()
+    return parent
+
+
+async def next_engine(client: ProcessEngineClient) -> None:
+    """Kill the engine, and wait for the next one."""
+    await kill(client)
+    await until(lambda: client.ready is not None)
+
+
+def test_the_base_is_loaded_once() -> None:
+    """Engines that answered before they died follow one another from the same process, however many they are."""
+
+    async def main() -> None:
+        async with engine() as client:
+            parent = parent_of(client)
+            for at in range(MAX_MUTE + 1):
+                asked = request(f"r{at}", "digest")
+                assert tokens(await answer(client, asked)) == alone(asked)
+                await next_engine(client)
+                assert parent_of(client) == parent
+
+    run(main)
+
+
+def test_engines_that_die_mute_make_the_base_load_again() -> None:
+    """If engines in a row die without an answer, the next one comes from a new process; one that answered resets it."""
+
+    async def main() -> None:
+        async with engine() as client:
+            first = parent_of(client)
+            await next_engine(client)
+            await answer(client, request("r"))
+            for at in range(1 + MAX_MUTE):
+                assert parent_of(client) == first, at
+                await next_engine(client)
+            assert parent_of(client) != first and not psutil.pid_exists(first)
+
+    run(main)
+
+
+def test_an_engine_outlives_the_process_that_loaded_the_base() -> None:
+    """If the process that holds the base is killed, the engine goes on, and the next one loads the base again."""
+
+    async def main() -> None:
+        async with engine("slow") as client:
+            asked = request("r", max_tokens=40)
+            running = asyncio.create_task(answer(client, asked))
+            await until(lambda: client.stats.num_running == 1)
+            pid, parent = client.pid, parent_of(client)
+            os.kill(parent, signal.SIGKILL)
+            assert tokens(await running) == alone(asked)
+            assert client.pid == pid
+            await next_engine(client)
+            assert client.num_starts == 2 and parent_of(client) != parent
+        assert not psutil.Process().children()
+
+    run(main)
+
+
+def test_on_a_gpu_the_process_becomes_the_engine() -> None:
+    """Memory of a GPU is shared by no fork: there the engine is the process that loaded, and each one loads."""
+
+    async def main() -> None:
+        on_gpu = config("slow")
+        on_gpu = replace(on_gpu, runner=replace(on_gpu.runner, device="cuda"))
+        client = ProcessEngineClient(on_gpu, command=COMMAND, patience=FAST)
+        await client.start()
+        try:
+            asked = request("r", max_tokens=40)
+            running = asyncio.create_task(answer(client, asked))
+            await until(lambda: client.stats.num_running == 1)
+            assert parent_of(client) == os.getpid()
+            await kill(client)
+            assert tokens(await running) == alone(asked)
+            assert parent_of(client) == os.getpid() and client.num_starts == 2
+        finally:
+            await client.close()
+        assert not psutil.Process().children()
+
+    run(main)
+
+
+def test_who_loads_for_nobody_ends() -> None:
+    """A process whose API process goes while it loads the base ends at once, by itself."""
+
+    async def main() -> None:
+        parent = await EngineParent.start(COMMAND, config("loads"))
+        await asyncio.sleep(0)
+        await parent.end(within_s=30)
+        assert parent._process.returncode in (0, 1)  # -9 is killed
+
+    run(main)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no base")])
+def test_the_thread_that_loads_has_ended(error: Exception | None) -> None:
+    """When the base is loaded, or could not be, its thread and the threads that torch began for it have ended."""
+    ours, theirs = socket.socketpair()
+    before = {path.name for path in Path("/proc/self/task").iterdir()}
+
+    def compute() -> object:
+        if error is not None:
+            raise error
+        return "loaded"
+
+    with ours, theirs:
+        assert _load_in_thread(compute, theirs) == (error or "loaded")
+    assert {path.name for path in Path("/proc/self/task").iterdir()} <= before
+
+
+def test_a_fork_that_computes_otherwise_is_refused(tiny_base: Path) -> None:
+    """An engine whose logits are not those of the process that loaded the base does not begin."""
+    loaded = load(RunnerConfig(folder=str(tiny_base), name="tiny", kv_cache_bytes=2**20, num_threads=1))
+    loaded.runner.enter_process()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loaded.runner, "_probe_logits", loaded.runner._probe_logits + 1e-6)
+        with pytest.raises(RuntimeError, match="computes otherwise"):
+            loaded.runner.enter_process()
