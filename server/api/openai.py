@@ -14,7 +14,7 @@ from server.api import openai_fields
 from server.api.body import read_json
 from server.api.deps import admit, caller_of, look_up, may, state_of, tenant_of
 from server.api.openai_fields import Tolerant
-from server.api.openai_form import ChatForm, CompletionForm, OpenAIForm
+from server.api.openai_form import ChatForm, CompletionForm, OpenAIForm, UsageEvents
 from server.api.respond import respond
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE, Caller
@@ -42,10 +42,11 @@ MAX_CHOICES = 512  # answers of a request
 
 
 class StreamOptions(Tolerant):
-    """Options of a stream: whether its last event carries the usage."""
+    """Options of a stream: whether its last event carries the usage, and whether each one has what was used so far."""
 
     neutral = openai_fields.STREAM_OPTIONS
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's; guidellm always asks for it
 
 
 class OpenAIFields(Tolerant, SamplingFields):
@@ -185,8 +186,9 @@ async def chat_completions(request: Request) -> Response:
 async def _answer(
     request: Request, state: ServerState, asked: OpenAIFields, spec: GenerationSpec, shape: type[OpenAIForm]
 ) -> Response:
-    include_usage = asked.stream_options is not None and asked.stream_options.include_usage
-    form = shape(request.state.request_id, asked.model, state.tokenizer, spec.has_logprobs, include_usage)
+    options = asked.stream_options or StreamOptions()
+    usage = UsageEvents(options.include_usage, options.continuous_usage_stats)
+    form = shape(request.state.request_id, asked.model, state.tokenizer, spec.has_logprobs, usage)
     return await respond(request, state.generation, spec, form, asked.stream)
 
 

@@ -112,7 +112,7 @@ MESSAGE: Fields = {
     "tool_calls": ([],),
 }
 TEXT_PART: Fields = {"prompt_cache_breakpoint": ()}
-STREAM_OPTIONS: Fields = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+STREAM_OPTIONS: Fields = {"include_obfuscation": (False,)}
 _ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS)
 
 

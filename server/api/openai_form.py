@@ -6,11 +6,18 @@ import codecs
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from server.core import Logprobs
 from server.requests.answer import Chunk, Generation, GenerationState
 from server.requests.tokenizer import Tokenizer
+
+
+class UsageEvents(NamedTuple):
+    """Says which events of a stream carry the usage: one after the last choice, or each with what was used so far."""
+
+    is_last: bool
+    is_continuous: bool
 
 
 class OpenAIForm:
@@ -21,9 +28,9 @@ class OpenAIForm:
     chunk_kind: str
 
     def __init__(
-        self, request_id: str, model: str, tokenizer: Tokenizer, has_logprobs: bool, include_usage: bool
+        self, request_id: str, model: str, tokenizer: Tokenizer, has_logprobs: bool, usage_events: UsageEvents
     ) -> None:
-        self._tokenizer, self._has_logprobs, self._include_usage = tokenizer, has_logprobs, include_usage
+        self._tokenizer, self._has_logprobs, self._usage_events = tokenizer, has_logprobs, usage_events
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def choice(self, chunk: Chunk) -> dict[str, Any]:
@@ -42,13 +49,17 @@ class OpenAIForm:
     async def events(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
         """Yield one event a chunk that has text, log-probabilities or an end; then the usage, if it was asked for."""
         head = self._head | {"object": self.chunk_kind}
-        usage: dict[str, Any] = {"usage": None} if self._include_usage else {}
         async with aclosing(generation.chunks) as coming:
             async for chunk in coming:
                 if chunk.text or chunk.finish_reason is not None or chunk.logprobs:
-                    yield head | {"choices": [self.delta(chunk)]} | usage
-        if self._include_usage:
+                    yield head | {"choices": [self.delta(chunk)]} | self._usage_so_far(generation)
+        if self._usage_events.is_last:
             yield head | {"choices": [], "usage": _usage(generation.progress)}
+
+    def _usage_so_far(self, generation: Generation) -> dict[str, Any]:
+        if self._usage_events.is_continuous:
+            return {"usage": _usage(generation.progress)}
+        return {"usage": None} if self._usage_events.is_last else {}
 
 
 class _Offset:

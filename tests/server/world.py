@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ import httpx
 import torch
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters_store.base.describe import describe
@@ -144,14 +145,18 @@ async def open_site(base: Path, data: Path, engine: EngineClient | None = None, 
 
 @asynccontextmanager
 async def serve_site(
-    base: Path, data: Path, engine: EngineClient | None = None, **settings: Any
+    base: Path,
+    data: Path,
+    engine: EngineClient | None = None,
+    around: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+    **settings: Any,
 ) -> AsyncIterator[Site]:
-    """A server that listens on loopback, as `manyhats serve` makes it, in this loop."""
+    """A server that listens on loopback, as `manyhats serve` makes it, in this loop; `around` may wrap it."""
     fake = engine or FakeEngineClient(ready_of(base))
     app = create_app(settings_of(base, data, **settings), base, fake)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(around(app), log_config=None, access_log=False, timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         running = asyncio.create_task(server.serve([listener]))
         try:

@@ -153,6 +153,21 @@ async def test_include_usage(client: AsyncOpenAI, kind: str) -> None:
     assert last.choices == [] and last.usage.total_tokens == last.usage.prompt_tokens * 2 + 1
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"), [("completions", {"prompt": "abc"}), ("chat/completions", {"messages": TURNS})]
+)
+async def test_continuous_usage(server: Site, path: str, body: dict[str, Any], is_last: bool) -> None:
+    """With vLLM's continuous_usage_stats each chunk has what was used so far, up to what the whole answer used."""
+    options = {"include_usage": is_last, "continuous_usage_stats": True}
+    chunks = await server.events(f"/v1/{path}", model="base", n=2, stream_options=options, **body)
+    whole = (await server.post(f"/v1/{path}", {"model": "base", "n": 2, **body})).json()["usage"]
+    used = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert used == sorted(used) and 0 < used[0] < used[-1]
+    assert all(chunk["usage"]["prompt_tokens"] == whole["prompt_tokens"] for chunk in chunks)
+    assert chunks[-1]["usage"] == whole and (chunks[-1]["choices"] == []) == is_last
+
+
 async def test_chat(client: AsyncOpenAI, server: Site) -> None:
     """A chat completion renders the messages, and has OpenAI's fields; its defaults are OpenAI's."""
     answer = await client.chat.completions.create(model="base", messages=TURNS)

@@ -1,0 +1,1 @@
+"""Requests of clients that others wrote, recorded by running them, and replayed against the server."""
