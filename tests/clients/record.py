@@ -40,12 +40,14 @@ class Client:
 
 CLIENTS = {
     "autogen": Client("autogen-ext", ("autogen-agentchat",), extra="[openai]"),
+    "guidellm": Client("guidellm", ("torch==2.13.0",)),  # another torch would fetch gigabytes of CUDA
     "huggingface": Client("huggingface_hub"),
     "instructor": Client("instructor"),
     "langchain": Client("langchain-openai"),
     "litellm": Client("litellm"),
     "llama-index": Client("llama-index-llms-openai-like"),
     "llm": Client("llm"),
+    "lm-eval": Client("lm-eval", ("transformers",), extra="[api]"),  # to count tokens
     "openai-javascript": Client("openai"),
     "openai-python": Client("openai"),
     "outlines": Client("outlines", ("openai",)),
@@ -85,7 +87,7 @@ class Recorder:
             await send(message)
 
         await self.app(scope, read, write)
-        self._keep(_request(scope, bytes(sent)) | _outcome(status[0], bytes(answered)))
+        self._keep(_request(scope, bytes(sent)) | _outcome(scope["path"], status[0], bytes(answered)))
 
     def _keep(self, request: dict[str, Any]) -> None:
         if request not in self.requests:
@@ -104,9 +106,10 @@ def _request(scope: Scope, body: bytes) -> dict[str, Any]:
     }
 
 
-def _outcome(status: int, answered: bytes) -> dict[str, Any]:
-    """Say the status, and of a refusal the field that it names."""
-    return {"status": status} | ({"refused": json.loads(answered)["error"]["param"]} if status >= 400 else {})
+def _outcome(path: str, status: int, answered: bytes) -> dict[str, Any]:
+    """Say the status, and of a refusal the field that it names, or the route that there is not."""
+    refused = {"refused": json.loads(answered)["error"]["param"] or path} if status >= 400 else {}
+    return {"status": status} | refused
 
 
 async def record(command: list[str], base: Path, folder: Path) -> list[dict[str, Any]]:
