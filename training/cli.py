@@ -16,7 +16,7 @@ from training.options import flag, option_classes
 from training.run.schedule import Plan
 
 Option = typer.Option
-API_KEY = ["MANYHATS_API_KEY", "TRAIN_API_KEY"]  # the first that is set counts
+API_KEY = "MANYHATS_API_KEY"
 NEEDED = ("data", "out")  # of every job
 PUSH_OPTIONS = ("push", "task", "note", "force", "api_key")  # of a single run
 JOBS_OPTIONS = ("jobs", "resume")  # may stand beside --jobs; every other option belongs into its file

@@ -51,9 +51,9 @@ from adapters_store.registry.database import (
 )
 from adapters_store.registry.records import Facts, Task, Usage, Version, usage_of, version_of
 from adapters_store.registry.routes import FULL_ROUTE, Route, current_route, roll_back, route_of, set_route
-from adapters_store.registry.tenants import DEFAULT_TENANT, check_quota
+from adapters_store.registry.tenants import check_quota
 
-__all__ = ["DEFAULT_TENANT", "Facts", "Registry", "Task", "Usage", "Version"]
+__all__ = ["Facts", "Registry", "Task", "Usage", "Version"]
 MAX_NUMBER = 2**63  # the end of SQL's integers
 
 

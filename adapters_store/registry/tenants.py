@@ -20,11 +20,9 @@ import msgspec
 from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, update
 
 from adapters_store.errors import AbsentError, NameTakenError, QuotaError
-from adapters_store.registry import audit
+from adapters_store.registry import DEFAULT_TENANT, audit
 from adapters_store.registry.database import keys, routes, tasks, tenants, transaction, versions
 
-DEFAULT_TENANT = "default"
-SCOPES = ("generate", "deploy", "admin")
 MAX_KEYS = 1000  # of a tenant
 KEY = re.compile(r"(mh_[a-z0-9]{12})\.([A-Za-z0-9_-]{43})")
 

@@ -10,20 +10,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES
-from server.cli.http_client import KEY_VARIABLES, URL, Url, ask, sentences
+from adapters_store.registry import DEFAULT_TENANT, SCOPES
+from server.cli.errors import sentences
+from server.cli.http_client import KEY_VARIABLE, URL, Json, Url, ask, show_json
 
-app = typer.Typer(no_args_is_help=True, help="Make, list, rotate and revoke the keys of a tenant.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Make, list, rotate and revoke the keys of a tenant."
+)
 
 KeyId = Annotated[str, typer.Argument(help="mh_…, as `manyhats keys list` shows it")]
 TenantOption = Annotated[str, typer.Option(help="whose keys")]
-AdminKey = Annotated[
+AskedKey = Annotated[
     str,
     typer.Option(
-        "--api-key",
-        "--admin-key",
-        envvar=KEY_VARIABLES,
-        prompt="admin key",
+        envvar=KEY_VARIABLE,
+        prompt="API key",
         hide_input=True,
         help="the admin key, or a tenant's of scope admin; asked for, if not given",
     ),
@@ -32,37 +33,48 @@ AdminKey = Annotated[
 
 @app.command()
 def create(
-    admin_key: AdminKey,
+    api_key: AskedKey,
     tenant: TenantOption = DEFAULT_TENANT,
     scope: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SCOPES)}; may be given several times")] = None,
     note: Annotated[str, typer.Option(help="what it is for")] = "",
     url: Url = URL,
+    json_: Json = False,
 ) -> None:
     """Make a key. It is shown once."""
     with sentences("keys create"):
         body = {"scopes": scope or [SCOPES[0]], "note": note}
-        _show_secret(ask(url, admin_key, "POST", f"/tenants/{tenant}/keys", body))
+        _show_secret(ask(url, api_key, "POST", f"/tenants/{tenant}/keys", body), json_)
 
 
 @app.command("list")
-def list_(admin_key: AdminKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
+def list_(api_key: AskedKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL, json_: Json = False) -> None:
     """Show a tenant's keys, without their secrets."""
     with sentences("keys list"):
-        Console().print(table(ask(url, admin_key, "GET", f"/tenants/{tenant}/keys")["keys"]))
+        found = ask(url, api_key, "GET", f"/tenants/{tenant}/keys")
+        if json_:
+            show_json(found)
+        else:
+            Console().print(table(found["keys"]))
 
 
 @app.command()
-def rotate(key_id: KeyId, admin_key: AdminKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
+def rotate(
+    key_id: KeyId,
+    api_key: AskedKey,
+    tenant: TenantOption = DEFAULT_TENANT,
+    url: Url = URL,
+    json_: Json = False,
+) -> None:
     """Give a key another secret, shown once; with the old one it is no key any more."""
     with sentences("keys rotate"):
-        _show_secret(ask(url, admin_key, "POST", f"/tenants/{tenant}/keys/{key_id}/rotate"))
+        _show_secret(ask(url, api_key, "POST", f"/tenants/{tenant}/keys/{key_id}/rotate"), json_)
 
 
 @app.command()
-def revoke(key_id: KeyId, admin_key: AdminKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
+def revoke(key_id: KeyId, api_key: AskedKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
     """Make a key none, within a second; what runs with it finishes."""
     with sentences("keys revoke"):
-        ask(url, admin_key, "DELETE", f"/tenants/{tenant}/keys/{key_id}")
+        ask(url, api_key, "DELETE", f"/tenants/{tenant}/keys/{key_id}")
         Console(stderr=True).print(f"{key_id} is revoked", highlight=False)
 
 
@@ -75,8 +87,11 @@ def table(found: list[dict[str, Any]]) -> Table:
     return shown
 
 
-def _show_secret(made: dict[str, Any]) -> None:
-    """The key alone on standard output, for scripts; the rest beside it."""
+def _show_secret(made: dict[str, Any], is_json: bool) -> None:
+    """The key alone on standard output, for scripts, or all of it as JSON; the rest beside it."""
+    if is_json:
+        show_json(made)
+        return
     said = f"{made['id']} of the tenant {made['tenant']}, for {', '.join(made['scopes'])}. It is not shown again:"
     Console(stderr=True).print(said, highlight=False, soft_wrap=True)
     Console().print(made["key"], highlight=False, soft_wrap=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from server.cli.http_client import URL, ApiKey, Url, ask, download, sentences
+from server.cli.errors import sentences
+from server.cli.http_client import URL, ApiKey, Json, Url, ask, download, show_json
 from server.cli.tasks import show
 
 Task = Annotated[str, typer.Argument(help="its name")]
@@ -23,17 +24,18 @@ def route(
     url: Url = URL,
     api_key: ApiKey = None,
     is_sticky: Annotated[bool, typer.Option("--sticky", help="a user gets the same version each time")] = False,
+    json_: Json = False,
 ) -> None:
     """Share the requests of a task out among its versions, from the next request on."""
     with sentences("route"):
         body = {"versions": dict(map(_weight, weights)), "sticky": "user" if is_sticky else None}
-        show([ask(url, api_key, "PUT", f"/tasks/{task}/route", body)])
+        _tell(ask(url, api_key, "PUT", f"/tasks/{task}/route", body), json_)
 
 
-def rollback(task: Task, url: Url = URL, api_key: ApiKey = None) -> None:
+def rollback(task: Task, url: Url = URL, api_key: ApiKey = None, json_: Json = False) -> None:
     """Restore the route that a task had before this one."""
     with sentences("rollback"):
-        show([ask(url, api_key, "POST", f"/tasks/{task}/rollback")])
+        _tell(ask(url, api_key, "POST", f"/tasks/{task}/rollback"), json_)
 
 
 def pin(
@@ -41,10 +43,11 @@ def pin(
     url: Url = URL,
     api_key: ApiKey = None,
     is_off: Annotated[bool, typer.Option("--off", help="let it go if room is needed")] = False,
+    json_: Json = False,
 ) -> None:
     """Keep the versions that a task routes to on the device."""
     with sentences("pin"):
-        show([ask(url, api_key, "PUT", f"/tasks/{task}/pin", {"pinned": not is_off})])
+        _tell(ask(url, api_key, "PUT", f"/tasks/{task}/pin", {"pinned": not is_off}), json_)
 
 
 def rm(
@@ -79,6 +82,14 @@ def pull(
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             archive.extractall(out)
         Console(stderr=True).print(f"{name} version {version} is in {out}", highlight=False, markup=False)
+
+
+def _tell(task: dict[str, Any], is_json: bool) -> None:
+    """Print a task as it is now."""
+    if is_json:
+        show_json(task)
+    else:
+        show([task])
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.cli.http_client import URL, ApiKey, Url, ask, sentences
+from server.cli.errors import sentences
+from server.cli.http_client import URL, ApiKey, Json, Url, ask, show_json
 
 MAX_WIDTH = 1000
 COLUMNS = ("task", "version", "route", "method", "where", "MiB", "requests", "tokens", "of the last", "failed")
@@ -21,15 +21,15 @@ def tasks(
     task: Annotated[str | None, typer.Argument(help="one task; all, if not given")] = None,
     url: Url = URL,
     api_key: ApiKey = None,
-    json_: Annotated[bool, typer.Option("--json", help="print the server's answer as it is")] = False,
+    json_: Json = False,
 ) -> None:
     """Show tasks: their versions, the share of requests that each gets, its residency, and its last requests."""
     with sentences("tasks"):
         found = _all(url, api_key) if task is None else [ask(url, api_key, "GET", f"/tasks/{task}")]
         if json_:
-            print(json.dumps({"tasks": found} if task is None else found[0]))  # noqa: T201 - the answer
-            return
-        show(found)
+            show_json({"tasks": found} if task is None else found[0])
+        else:
+            show(found)
         for name in _unrouted(found):
             warning = (
                 f"warning: {name} routes to no version: its requests are refused until it is routed or uploaded again"

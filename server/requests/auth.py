@@ -12,7 +12,8 @@ from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
 from adapters_store.errors import AbsentError, RegistryDownError
-from adapters_store.registry.tenants import DEFAULT_TENANT, SCOPES, KeyRecord, TenantLimits, split_key
+from adapters_store.registry import DEFAULT_TENANT, SCOPES
+from adapters_store.registry.tenants import KeyRecord, TenantLimits, split_key
 from server.errors import ForbiddenError, NotFoundError, UnauthorizedError
 from server.settings import is_loopback
 from server.stores import Stores

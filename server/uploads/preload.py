@@ -18,7 +18,7 @@ from pathlib import Path
 from adapters_store.errors import AbsentError, ArtifactError, RegistryDownError
 from adapters_store.format.folder import CONFIG, find_parts, read_folder
 from adapters_store.format.selection import describe_ignored, find_ignored
-from adapters_store.registry.registry import DEFAULT_TENANT
+from adapters_store.registry import DEFAULT_TENANT
 from server.errors import ServerError
 from server.metrics import Metrics
 from server.schemas import BASE, NAME_PATTERN

@@ -18,6 +18,7 @@ import pytest
 import typer
 
 from server.app import create_app
+from server.cli.main import command_of
 from server.engine.fake import FakeEngineClient
 from server.settings import Settings
 from tests.docs.pages import ROOT, SHELL, TEXTS, Block, blocks, code_words, shell_blocks
@@ -92,11 +93,7 @@ def subcommands() -> dict[str, Any]:
 def _command(entry: str) -> Any:
     module, _, name = entry.partition(":")
     command = getattr(importlib.import_module(module), name)
-    if isinstance(command, typer.Typer):
-        return typer.main.get_command(command)
-    app = typer.Typer()
-    app.command(**getattr(command, "options", {}))(command)
-    return typer.main.get_command(app)
+    return typer.main.get_command(command) if isinstance(command, typer.Typer) else command_of(command)
 
 
 def _flags(words: list[str]) -> list[str]:
@@ -113,7 +110,11 @@ def check_manyhats(words: list[str]) -> None:
     if words[0] == "bench":
         known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests/benchmarks/__main__.py").read_text()))
     else:
-        known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
+        known = {
+            flag
+            for option in command.get_params(typer.Context(command))
+            for flag in (*option.opts, *option.secondary_opts)
+        }
     unknown = set(_flags(words)) - known - {"--help"}
     assert not unknown, f"`manyhats {words[0]}` has no {unknown}"
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from adapters_store.methods import METHODS as SERVED
-from server.cli.http_client import KEY_VARIABLES
+from server.cli.http_client import KEY_VARIABLE
 from server.engine.messages import Stats
 from server.metrics import Metrics
 from server.settings import PREFIX, Settings, variable
@@ -130,7 +130,7 @@ def test_the_metrics_exist() -> None:
 
 def test_the_variables_exist() -> None:
     """Every variable MANYHATS_… that a page names is a setting's, or a key's for the commands."""
-    known = {variable(name) for name in Settings.model_fields} | set(KEY_VARIABLES)
+    known = {variable(name) for name in Settings.model_fields} | {KEY_VARIABLE}
     named = {word for page in PAGES_OF_NOW for word in re.findall(rf"\b{PREFIX}[A-Z_]+", TEXTS[page])}
     assert len(named) > 10 and named <= known, named - known
 

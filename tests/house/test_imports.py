@@ -13,7 +13,7 @@ from tests.house.sources import PACKAGES, ROOT, files, name_of, nodes, parsed
 
 ENVIRONMENT = {  # who touches os.environ, and why
     "adapters_store/base/cache.py": "reads the folder of what is cached, for commands that have no settings",
-    "server/cli/main.py": "tells the engine and its helpers the folder of what is cached",
+    "server/cli/serve.py": "tells the engine and its helpers the folder of what is cached",
     "server/cli/doctor.py": "names the variables that are no settings",
     "server/settings.py": "reads the settings, and keeps their secrets from the engine",
     "server/engine/worker.py": "sets variables of OpenMP and torch before torch is imported",

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from adapters_store.errors import AbsentError, NameTakenError, QuotaError
+from adapters_store.registry import DEFAULT_TENANT
 from adapters_store.registry.audit import act_as, acting
 from adapters_store.registry.registry import Facts, Registry
-from adapters_store.registry.tenants import DEFAULT_TENANT, TenantLimits, Tenants, hash_of, split_key
+from adapters_store.registry.tenants import TenantLimits, Tenants, hash_of, split_key
 
 D1, D2, D3 = "1" * 64, "2" * 64, "3" * 64
 

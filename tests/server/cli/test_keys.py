@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import tomllib
 from collections.abc import AsyncIterator
@@ -31,7 +32,7 @@ async def server(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> AsyncIt
 async def keys(site: Site, *words: str, admin_key: str = KEY) -> Result:
     """Run the command beside the server."""
     command = [words[0], "--url", str(site.http.base_url), "--tenant", "acme", *words[1:]]
-    environment = {"MANYHATS_ADMIN_KEY": admin_key, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    environment = {"MANYHATS_API_KEY": admin_key, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     return await asyncio.to_thread(CliRunner().invoke, app, command, env=environment)
 
 
@@ -46,10 +47,14 @@ async def test_the_life_of_a_key(server: Site) -> None:
     assert made.exit_code == 0 and await works(server, first), made.output
     key_id, secret = first.split(".")
     listed = await keys(server, "list")
+    (as_json,) = json.loads((await keys(server, "list", "--json")).stdout)["keys"]
+    assert (as_json["id"], as_json["note"]) == (key_id, "ci [x]")
     assert key_id in listed.stdout and "deploy, generate" in listed.stdout and "ci [x]" in listed.stdout
     assert secret not in listed.stdout
     second = (await keys(server, "rotate", key_id)).stdout.strip()
     assert second != first and await works(server, second) and not await works(server, first)
+    second = json.loads((await keys(server, "rotate", key_id, "--json")).stdout)["key"]
+    assert await works(server, second)
     assert (await keys(server, "revoke", key_id)).exit_code == 0
     assert not await works(server, second)
     assert key_id not in (await keys(server, "list")).stdout

@@ -95,29 +95,6 @@ def test_the_version_is_the_packages(run: Run) -> None:
     assert (shown.code, shown.out) == (0, f"manyhats {metadata.version('manyhats')}\n")
 
 
-def test_a_shell_can_complete_commands() -> None:
-    """A shell that asks for completions gets the subcommands, and a script for itself."""
-    environment = {**os.environ, "_MANYHATS_COMPLETE": "complete_bash", "COMP_WORDS": "manyhats ke", "COMP_CWORD": "1"}
-    done = subprocess.run([MANYHATS], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["keys"]
-
-
-HEAVY = ("torch", "transformers", "numba", "peft", "matplotlib", "fastapi")
-
-
-@pytest.mark.parametrize("command", ["", "serve", "keys", "train", "push", "compare", "doctor", "tasks"])
-def test_help_imports_nothing_heavy(command: str) -> None:
-    """Help is shown without what computes or serves: none of those libraries is imported for it."""
-    program = (
-        "import sys; from server.cli.main import main\n"
-        f"sys.argv = ['manyhats', *{command.split()!r}, '--help']\n"
-        "try: main()\n"
-        f"finally: print('imported:', *set({HEAVY!r}).intersection(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "Usage" in done.stdout and done.stdout.endswith("imported:\n"), done.stdout[-200:]
-
-
 @pytest.mark.parametrize(
     ("words", "environment", "says"),
     [
@@ -147,8 +124,8 @@ def test_what_is_on_can_be_turned_off(name: str, run: Run, monkeypatch: pytest.M
         seen.append(flags)
         return Settings(**flags)
 
-    monkeypatch.setattr("server.cli.main.Settings", settings)
-    monkeypatch.setattr("server.cli.main.resolve_base", lambda *_: pytest.exit("no base is needed"))
+    monkeypatch.setattr("server.cli.serve.Settings", settings)
+    monkeypatch.setattr("server.cli.serve.resolve_base", lambda *_: pytest.exit("no base is needed"))
     for words in ([f"--no-{word}"], [f"--{word}"], []):
         with contextlib.suppress(pytest.exit.Exception):
             run("serve", *words, "--port", "0")
@@ -164,7 +141,7 @@ def test_a_server_that_cannot_start_ends_with_1(
     run: Run, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server of which a room cannot start ends with code 1 and the reason."""
-    monkeypatch.setattr("server.cli.main.ProcessEngineClient", lambda _config: FakeEngineClient(ready_of(tiny_base)))
+    monkeypatch.setattr("server.cli.serve.ProcessEngineClient", lambda _config: FakeEngineClient(ready_of(tiny_base)))
     words = ["--base", str(tiny_base), "--data", str(tmp_path), "--import", str(tmp_path / "none")]
     shown = run("serve", *words, "--port", "0")
     assert shown.code == 1
