@@ -94,7 +94,7 @@ def install(level: str) -> None:
     logging.captureWarnings(True)
     sys.excepthook = lambda *error: _log_uncaught(error)
     threading.excepthook = lambda uncaught: _log_uncaught(uncaught[:3])
-    for quiet in ("alembic", "httpx", "uvicorn.access"):
+    for quiet in ("alembic", "httpx2", "uvicorn.access"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import httpx
+import httpx2
 
 
 class RequestError(Exception):
@@ -20,22 +20,22 @@ class RequestError(Exception):
 
 
 def ask(
-    send: Callable[..., httpx.Response], method: str, url: str, allowed: Collection[int] = (), **request: Any
-) -> httpx.Response:
-    """Send a request by `httpx.request`, or a client's, and return the response. Raises `RequestError`.
+    send: Callable[..., httpx2.Response], method: str, url: str, allowed: Collection[int] = (), **request: Any
+) -> httpx2.Response:
+    """Send a request by `httpx2.request`, or a client's, and return the response. Raises `RequestError`.
 
     An error status in `allowed` is a response like any other.
     """
     try:
         response = send(method, url, **request)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
         raise RequestError("cannot be reached", str(error)) from error
     if response.is_error and response.status_code not in allowed:
         raise RequestError("refuses", _message(response), response.status_code)
     return response
 
 
-def _message(response: httpx.Response) -> str:
+def _message(response: httpx2.Response) -> str:
     """Return the message of an error in the server's form, or a sentence that it has another form."""
     try:
         return str(response.json()["error"]["message"])

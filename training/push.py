@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from adapters_store.errors import ArtifactError
 from adapters_store.format.archive import ZIP_TYPE, zipped
@@ -53,12 +53,12 @@ class Target:
         response = self._ask("POST", "/adapters", params=query, content=body, headers=headers)
         return int(response.json()["version"])
 
-    def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def _ask(self, method: str, path: str, **request: Any) -> httpx2.Response:
         """Send a request with the key, and return the response. Raises `PushError` with the reason."""
         headers = {**request.pop("headers", {}), **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         url = f"{self.url.rstrip('/')}{path}"
         try:
-            return ask(httpx.request, method, url, headers=headers, timeout=TIMEOUT_S, **request)
+            return ask(httpx2.request, method, url, headers=headers, timeout=TIMEOUT_S, **request)
         except RequestError as error:
             raise PushError(f"{self.url} {error}") from error
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
 
-import httpx
+import httpx2
 import msgspec
 import numpy as np
 
@@ -111,7 +111,7 @@ async def _swaps(
             while per_s and time.perf_counter() - began < seconds:
                 routed.append(draw.randrange(1, NUM_VERSIONS + 1))
                 answer = await client.put("/tasks/s/route", json={"versions": {str(routed[-1]): 1}})
-                into.num_faults += answer.status_code != httpx.codes.OK
+                into.num_faults += answer.status_code != httpx2.codes.OK
                 done += 1
                 await asyncio.sleep(max(0.0, began + done / per_s - time.perf_counter()))
 
@@ -179,12 +179,12 @@ async def _keep_asking(ask: Callable[[int], Awaitable[None]], num_clients: int, 
 
 @asynccontextmanager
 async def _client(server: Server) -> Any:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx2.AsyncClient(base_url=server.url, timeout=TIMEOUT_S, limits=limits) as client:
         yield client
 
 
-async def _ask(client: httpx.AsyncClient, task: str, prompt: list[int], num_tokens: int) -> Answered | None:
+async def _ask(client: httpx2.AsyncClient, task: str, prompt: list[int], num_tokens: int) -> Answered | None:
     """One streamed answer; None where it was refused or broke off."""
     body = {"prompt_token_ids": prompt, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
     began, times, lines = time.perf_counter(), list[float](), list[str]()
@@ -193,7 +193,7 @@ async def _ask(client: httpx.AsyncClient, task: str, prompt: list[int], num_toke
             if line.startswith("data: "):
                 times.append(1e3 * (time.perf_counter() - began))
                 lines.append(line.removeprefix("data: "))
-    if response.status_code != httpx.codes.OK or len(lines) < 2 or lines[-1] != "[DONE]":
+    if response.status_code != httpx2.codes.OK or len(lines) < 2 or lines[-1] != "[DONE]":
         return None
     last = msgspec.json.decode(lines[-2])
     version = last["adapter"]["version"] if last["adapter"] else None
@@ -201,7 +201,7 @@ async def _ask(client: httpx.AsyncClient, task: str, prompt: list[int], num_toke
     return Answered(version, last["timing"]["ttft_ms"], times[-1], last["timing"]["load_ms"], gaps)
 
 
-async def _counters(client: httpx.AsyncClient) -> dict[str, float]:
+async def _counters(client: httpx2.AsyncClient) -> dict[str, float]:
     """The engine's counters of loads; they come a second late at most."""
     await asyncio.sleep(1.5)
     text = (await client.get("/metrics")).raise_for_status().text

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import httpx
+import httpx2
 import msgspec
 from rich.console import Console
 from rich.table import Table
@@ -111,16 +111,16 @@ def _tenant(url: str, name: str, share: float) -> str:
     """A new tenant; its key."""
     headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
     tenant, key = {"name": name, "limits": {"share": share}}, {"scopes": ["generate"]}
-    httpx.post(f"{url}/tenants", json=tenant, headers=headers).raise_for_status()
-    made = httpx.post(f"{url}/tenants/{name}/keys", json=key, headers=headers).raise_for_status()
+    httpx2.post(f"{url}/tenants", json=tenant, headers=headers).raise_for_status()
+    made = httpx2.post(f"{url}/tenants/{name}/keys", json=key, headers=headers).raise_for_status()
     sent: str = made.json()["key"]
     return sent
 
 
 async def _beside(url: str, crowds: list[tuple[str, Shape]], seconds: float) -> list[Got]:
     """Let every crowd ask for so long; what each got. What is on its way when the time ends is broken off."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=MOST_S, limits=limits) as client:
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx2.AsyncClient(base_url=url, timeout=MOST_S, limits=limits) as client:
         got = [Got() for _ in crowds]
         work: list[Coroutine[Any, Any, None]] = [
             _client(client, key, shape, one, random.Random(f"{key} {number}"))
@@ -133,7 +133,7 @@ async def _beside(url: str, crowds: list[tuple[str, Shape]], seconds: float) -> 
         return got
 
 
-async def _client(client: httpx.AsyncClient, key: str, shape: Shape, got: Got, draw: random.Random) -> None:
+async def _client(client: httpx2.AsyncClient, key: str, shape: Shape, got: Got, draw: random.Random) -> None:
     """Ask, take the answer, think, ask again."""
     while True:
         prompt = [draw.randrange(*TOKENS) for _ in range(draw.randrange(*shape.prompt))]
@@ -147,7 +147,7 @@ async def _client(client: httpx.AsyncClient, key: str, shape: Shape, got: Got, d
         began, is_first = time.perf_counter(), True
         options: Any = {"params": {"task": "base"}, "json": body, "headers": {"Authorization": f"Bearer {key}"}}
         async with client.stream("POST", "/generate", **options) as response:
-            if response.status_code != httpx.codes.OK:
+            if response.status_code != httpx2.codes.OK:
                 raise RuntimeError(f"{response.status_code}: {(await response.aread())[:500]!r}")
             async for line in response.aiter_lines():
                 now = time.perf_counter()

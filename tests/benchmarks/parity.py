@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(base: Path, artifact: Path) -> Iterator[tuple[str, str, float, float]]:
-    """(precision of the base, of the adapter, error, what is allowed). A refusal raises `httpx.HTTPStatusError`."""
+    """(precision of the base, of the adapter, error, what is allowed). A refusal raises `httpx2.HTTPStatusError`."""
     with tempfile.TemporaryDirectory() as scratch:
         rounded = Path(shutil.copytree(artifact, Path(scratch) / "rounded"))
         tensors = load_file(rounded / WEIGHTS)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.docs.pages import ROOT, Block, blocks
@@ -38,6 +38,8 @@ def examples(real_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def _wait_for_imports(server: Server) -> None:
     """Until each example is a task: what a busy machine had no time to check is checked while the server runs."""
     until = time.monotonic() + IMPORTED_WITHIN_S
-    while missing := EXAMPLES - {task["task"] for task in httpx.get(f"{server.url}/tasks", timeout=30).json()["tasks"]}:
+    while missing := EXAMPLES - {
+        task["task"] for task in httpx2.get(f"{server.url}/tasks", timeout=30).json()["tasks"]
+    }:
         assert time.monotonic() < until, f"{missing} are no tasks; the log ends: {tail(server.log)}"
         time.sleep(0.5)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.docs.pages import ROOT, Block, blocks
@@ -131,7 +131,7 @@ def test_commands_for_a_running_server(marked: list[Block], examples: Server, cl
     here = Here(clone, examples.url)
     said = "".join(here.run(block) for block in marked)
     assert "banking77" in said and "lora" in said
-    assert httpx.get(f"{examples.url}/tasks/my-task").json()["versions"][0]["method"] == "lora"
+    assert httpx2.get(f"{examples.url}/tasks/my-task").json()["versions"][0]["method"] == "lora"
 
 
 # Tenants
@@ -148,8 +148,8 @@ def test_tenants_and_their_keys(
             (key,) = re.findall(r"mh_\S+", said)
             headers = {"Authorization": f"Bearer {key}"}
             body = {"prompt": "Hello", "max_tokens": 1}
-            assert httpx.post(f"{server.url}/generate?task=base", json=body, headers=headers).status_code == 200
-            assert httpx.get(f"{server.url}/tenants", headers=headers).status_code == 403
+            assert httpx2.post(f"{server.url}/generate?task=base", json=body, headers=headers).status_code == 200
+            assert httpx2.get(f"{server.url}/tenants", headers=headers).status_code == 403
 
 
 # Serving
@@ -175,9 +175,9 @@ def _is_ready(url: str, process: subprocess.Popen[bytes]) -> bool:
     until = time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         try:
-            if httpx.get(url, timeout=5).status_code == httpx.codes.OK:
+            if httpx2.get(url, timeout=5).status_code == httpx2.codes.OK:
                 return True
-        except httpx.TransportError:
+        except httpx2.TransportError:
             time.sleep(0.1)
     return False
 

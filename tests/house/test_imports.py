@@ -20,6 +20,7 @@ ENVIRONMENT = {  # who touches os.environ, and why
     "server/requests/without_torch.py": "sets a variable of transformers before it is imported",
     "training/compare/serving.py": "gives a server that it starts the environment without the user's own settings",
 }
+GIVEN_UP = {"httpx": "httpx2, which has releases"}
 OF_TRAINING = ("accelerate", "matplotlib", "peft", "sacrebleu")
 
 
@@ -102,3 +103,15 @@ def test_serving_needs_no_library_of_training() -> None:
         if name.partition(".")[0] in OF_TRAINING
     ]
     assert not found
+
+
+def test_packages_that_were_given_up_stay_away() -> None:
+    """No module, of tests neither, imports a package that another one took the place of."""
+    found = [
+        f"{name_of(path)}:{node.lineno} {name}: use {instead}"
+        for kind in (ast.Import, ast.ImportFrom)
+        for path, node in nodes(kind, *PACKAGES, "tests")
+        for name in imported(node)
+        if (instead := GIVEN_UP.get(name.partition(".")[0]))
+    ]
+    assert not found, "\n".join(found)

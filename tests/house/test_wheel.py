@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
-import httpx
+import httpx2
 import numba
 import pytest
 from numba.core.caching import UserProvidedCacheLocator
@@ -109,8 +109,8 @@ def test_the_installed_copy_serves(
     _lend_kernels(site, tmp_path)
     with kit.serve(tiny_base, tmp_path / "data", num_threads=1, kv_cache_bytes="16MiB") as server:
         body = {"prompt": "hello", "max_tokens": 4, "ignore_eos": True}
-        answer = httpx.post(f"{server.url}/generate", params={"task": "base"}, json=body, timeout=60)
-    assert answer.status_code == httpx.codes.OK, answer.text
+        answer = httpx2.post(f"{server.url}/generate", params={"task": "base"}, json=body, timeout=60)
+    assert answer.status_code == httpx2.codes.OK, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 4
 
 

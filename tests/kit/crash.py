@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import httpx
+import httpx2
 from safetensors.torch import load_file, save
 
 from adapters_store.format.archive import SAFETENSORS_TYPE, ZIP_TYPE
@@ -138,15 +138,15 @@ def upload(server: FakeServer, task: str, body: Body) -> int | None:
     """The status of an upload; None where the server died of it."""
     url, headers = f"{server.url}/adapters?task={task}", {"Content-Type": body.content_type}
     try:
-        return httpx.post(url, content=body.data, headers=headers, timeout=WITHIN_S).status_code
-    except httpx.TransportError:
+        return httpx2.post(url, content=body.data, headers=headers, timeout=WITHIN_S).status_code
+    except httpx2.TransportError:
         server.wait()
         return None
 
 
 def artifact(server: FakeServer, task: str) -> str | None:
     """The digest of what a task's first version gives back; None where there is no such task."""
-    answer = httpx.get(f"{server.url}/tasks/{task}/versions/1/artifact", timeout=WITHIN_S)
+    answer = httpx2.get(f"{server.url}/tasks/{task}/versions/1/artifact", timeout=WITHIN_S)
     assert answer.status_code in (200, 404), answer.text
     return parts_of(answer.content) if answer.status_code == 200 else None
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 
 READY_WITHIN_S = 60.0
 
@@ -75,9 +75,9 @@ def _wait(server: FakeServer) -> None:
     until = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < until and server.is_alive():
         try:
-            if httpx.get(f"{server.url}/health/ready", timeout=5).status_code == httpx.codes.OK:
+            if httpx2.get(f"{server.url}/health/ready", timeout=5).status_code == httpx2.codes.OK:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             time.sleep(0.01)
     raise RuntimeError(f"the server {server.pid} did not become ready")
 

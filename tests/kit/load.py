@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-import httpx
+import httpx2
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class Report:
     @property
     def num_right(self) -> int:
         """Answers that were as they must be."""
-        return self.statuses[httpx.codes.OK] - len(self.mismatches)
+        return self.statuses[httpx2.codes.OK] - len(self.mismatches)
 
     def percentile(self, times: Sequence[float], share: float) -> float:
         """The time that this share of them does not exceed."""
         return sorted(times)[min(len(times) - 1, int(share * len(times)))]
 
 
-async def ask(http: httpx.AsyncClient, asked: Asked, report: Report | None = None) -> tuple[int, list[int]]:
+async def ask(http: httpx2.AsyncClient, asked: Asked, report: Report | None = None) -> tuple[int, list[int]]:
     """Status and tokens of a stream."""
     report, began, tokens = report or Report(), time.monotonic(), list[int]()
     body = {**asked.body, "stream": True}
     async with http.stream("POST", f"/generate?task={asked.task}", json=body) as answer:
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             await answer.aread()
             return answer.status_code, []
         last = began
@@ -55,7 +55,7 @@ async def ask(http: httpx.AsyncClient, asked: Asked, report: Report | None = Non
                 continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
-                return int(httpx.codes.INTERNAL_SERVER_ERROR), tokens
+                return int(httpx2.codes.INTERNAL_SERVER_ERROR), tokens
             now = time.monotonic()
             (report.gaps if tokens else report.first).append(now - last)
             tokens += event.get("token_ids", [])
@@ -63,13 +63,13 @@ async def ask(http: httpx.AsyncClient, asked: Asked, report: Report | None = Non
         return answer.status_code, tokens
 
 
-async def solo(http: httpx.AsyncClient, asked: Sequence[Asked]) -> dict[int, list[list[int]]]:
+async def solo(http: httpx2.AsyncClient, asked: Sequence[Asked]) -> dict[int, list[list[int]]]:
     """The answer of each, alone, by its place: what load is then checked against. Add those of other versions to it."""
     return {place: [(await ask(http, one))[1]] for place, one in enumerate(asked)}
 
 
 async def load(
-    http: httpx.AsyncClient,
+    http: httpx2.AsyncClient,
     asked: Sequence[Asked],
     right: Mapping[int, Sequence[list[int]]],
     *,
@@ -86,7 +86,7 @@ async def load(
             place = number % len(asked)
             status, tokens = await ask(http, asked[place], report)
             report.statuses[status] += 1
-            if status == httpx.codes.OK and tokens not in right[place]:
+            if status == httpx2.codes.OK and tokens not in right[place]:
                 report.mismatches.append((asked[place], tokens))
 
     await asyncio.gather(*(client() for _ in range(num_clients)))

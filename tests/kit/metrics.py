@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 Key = tuple[str, frozenset[tuple[str, str]]]
@@ -36,4 +36,4 @@ class Reading:
 def read(url: str, key: str | None = None) -> Reading:
     """The metrics of the server at a URL."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return Reading.of(httpx.get(f"{url}/metrics", headers=headers, timeout=30).raise_for_status().text)
+    return Reading.of(httpx2.get(f"{url}/metrics", headers=headers, timeout=30).raise_for_status().text)

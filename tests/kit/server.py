@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 
 from training.compare import serving
@@ -44,12 +44,12 @@ class Server:
         return {"rss": sum(info.rss for info in infos), "pss": sum(info.pss for info in infos)}
 
     def upload(self, task: str, body: bytes) -> dict[str, Any]:
-        """Upload a zipped adapter as `task`, and what was answered. Raises `httpx.HTTPStatusError` with the answer."""
+        """Upload a zipped adapter as `task`, and what was answered. Raises `httpx2.HTTPStatusError` with the answer."""
         headers = {"Content-Type": "application/zip"}
-        answer = httpx.post(f"{self.url}/adapters", params={"task": task}, content=body, headers=headers, timeout=120)
+        answer = httpx2.post(f"{self.url}/adapters", params={"task": task}, content=body, headers=headers, timeout=120)
         try:
             said: dict[str, Any] = answer.raise_for_status().json()
-        except httpx.HTTPStatusError as error:
+        except httpx2.HTTPStatusError as error:
             error.add_note(answer.text[:500])
             raise
         return said
@@ -80,10 +80,10 @@ def serve(base: Path | str, data: Path, wait_s: float = 600, **options: object) 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, until: float) -> None:
     """Until `url` answers 200. Raises `RuntimeError` with the end of the log where the process does not come up."""
-    with httpx.Client(timeout=5) as client:  # one for all: each loads the certificates, which takes a start's core
+    with httpx2.Client(timeout=5) as client:  # one for all: each loads the certificates, which takes a start's core
         while time.monotonic() < until and process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if client.get(url).status_code == httpx.codes.OK:
+            with contextlib.suppress(httpx2.TransportError):
+                if client.get(url).status_code == httpx2.codes.OK:
                     return
             time.sleep(0.05)
     state = "still starts" if process.returncode is None else f"ended with {process.returncode}"

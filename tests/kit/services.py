@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import psycopg
 import pytest
 
@@ -33,7 +33,7 @@ def s3(scratch: Path, bucket: str) -> Iterator[dict[str, str]]:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
         wait_for(f"{url}/moto-api/", process, log, time.monotonic() + WITHIN_S)
-        httpx.put(f"{url}/{bucket}").raise_for_status()
+        httpx2.put(f"{url}/{bucket}").raise_for_status()
         yield {**KEYS, "AWS_ENDPOINT_URL": url}
     finally:
         stop(process)

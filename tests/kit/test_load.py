@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.kit.adapters import make_lora, zip_folder
@@ -51,9 +51,9 @@ async def test_load_checks_what_it_gets(site: Site) -> None:
     assert report.percentile([3.0, 1.0, 2.0], 0.5) == 2.0 and len(report.first) == 8
 
 
-async def through(made: Proxy, task: str = "base") -> httpx.Response:
+async def through(made: Proxy, task: str = "base") -> httpx2.Response:
     """A plain answer through a proxy."""
-    async with httpx.AsyncClient(base_url=made.url, timeout=120) as http:
+    async with httpx2.AsyncClient(base_url=made.url, timeout=120) as http:
         return await http.post(f"/generate?task={task}", json={"prompt": "one", "max_tokens": 6})
 
 
@@ -65,10 +65,10 @@ async def test_a_proxy_spoils(site: Site) -> None:
         made.down = Fault(chunk=7)
         assert (await through(made)).status_code == 200
         made.down = Fault(cut_at=40)
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(httpx2.RemoteProtocolError):
             await through(made)
         made.down = Fault(cut_at=0, is_reset=True)
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises(httpx2.TransportError):
             await through(made)
         assert made.num_connections == 4
 
@@ -79,9 +79,9 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(site: Site, tiny_base: P
     url = site.http.base_url
     async with (
         proxy(url.host, url.port or 0, up=Fault(cut_at=len(body) // 2)) as made,
-        httpx.AsyncClient(base_url=made.url, timeout=120) as http,
+        httpx2.AsyncClient(base_url=made.url, timeout=120) as http,
     ):
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises(httpx2.TransportError):
             await http.post("/adapters?task=b", content=body, headers={"Content-Type": "application/zip"})
     assert (await site.http.get("/tasks/b")).status_code == 404
     assert site.stored() == stored and (await site.ask("base", prompt="x"))["choices"]

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -26,11 +26,11 @@ def ask(server: Server, tasks: list[str], number: int, answered: list[str]) -> N
         while True:
             task = tasks[(number + len(answered)) % len(tasks)]
             body, query = BODY | {"stream": len(answered) % 2 == 0}, {"task": task}
-            answer = httpx.post(f"{server.url}/generate", params=query, json=body, timeout=60)
+            answer = httpx2.post(f"{server.url}/generate", params=query, json=body, timeout=60)
             assert answer.status_code == 200, answer.text
             if not body["stream"] or answer.text.endswith("[DONE]\n\n"):
                 answered.append(task)
-    except httpx.TransportError:
+    except httpx2.TransportError:
         return
 
 
@@ -38,8 +38,8 @@ def stream(server: Server, number: int, said: list[str]) -> None:
     """Keep the last line of a stream, or the error that cut it."""
     body = BODY | {"stream": True, "max_tokens": 900, "seed": number}
     try:
-        said[number] = httpx.post(f"{server.url}/generate?task=base", json=body, timeout=60).text.split()[-1]
-    except httpx.TransportError as error:
+        said[number] = httpx2.post(f"{server.url}/generate?task=base", json=body, timeout=60).text.split()[-1]
+    except httpx2.TransportError as error:
         said[number] = repr(error)
 
 
@@ -53,7 +53,7 @@ def test_a_stop_drains_whoever_hears_it(tiny_base: Path, tmp_path: Path, heard_b
         clients = [threading.Thread(target=stream, args=(server, number, said)) for number in range(len(said))]
         for client in clients:
             client.start()
-        while "manyhats_engine_num_running 8.0" not in httpx.get(f"{server.url}/metrics").text:
+        while "manyhats_engine_num_running 8.0" not in httpx2.get(f"{server.url}/metrics").text:
             assert any(client.is_alive() for client in clients), said
         if heard_by == "the group":
             os.killpg(server.process.pid, signal.SIGTERM)
@@ -69,7 +69,7 @@ def test_a_stop_drains_whoever_hears_it(tiny_base: Path, tmp_path: Path, heard_b
 
 def used(server: Server) -> dict[str, dict[str, int]]:
     """The usage of each task, by GET /usage."""
-    rows = httpx.get(f"{server.url}/usage").raise_for_status().json()["usage"]
+    rows = httpx2.get(f"{server.url}/usage").raise_for_status().json()["usage"]
     return {row["task"]: row for row in rows}
 
 
@@ -96,5 +96,5 @@ def test_usage_survives_a_kill(tiny_base: Path, tmp_path: Path, zips: list[bytes
             count, row = tasks.count(task), found[task]
             assert count <= row["requests"] <= count + NUM_CLIENTS
             assert row["prompt_tokens"] >= 3 * count and row["completion_tokens"] >= 5 * count
-        again = httpx.post(f"{server.url}/generate", params={"task": "hat"}, json=BODY, timeout=60)
+        again = httpx2.post(f"{server.url}/generate", params={"task": "hat"}, json=BODY, timeout=60)
         assert again.status_code == 200 and again.json()["adapter"]["version"] == 1

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -38,7 +38,7 @@ async def serving(base: Path, data: Path, **settings: Any) -> AsyncIterator[tupl
     running = asyncio.create_task(server._serve([listener]))
     await until(lambda: server.started)
     try:
-        async with httpx.AsyncClient(base_url=listen.address_of("127.0.0.1", [listener]), timeout=30) as http:
+        async with httpx2.AsyncClient(base_url=listen.address_of("127.0.0.1", [listener]), timeout=30) as http:
             yield Site(app, engine, data, http), server
     finally:
         if server._drained_by is None:  # a second signal would leave the application open

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -62,7 +62,7 @@ class Site:
     app: FastAPI
     client: EngineClient
     data: Path
-    http: httpx.AsyncClient
+    http: httpx2.AsyncClient
 
     @property
     def engine(self) -> FakeEngineClient:
@@ -82,7 +82,7 @@ class Site:
         state: ServerState = self.app.state.server
         return state
 
-    async def post(self, path: str, body: object) -> httpx.Response:
+    async def post(self, path: str, body: object) -> httpx2.Response:
         """POST a body as JSON; bytes and text go as they are."""
         content = body if isinstance(body, bytes | str) else json.dumps(body)
         return await self.http.post(path, content=content)
@@ -102,7 +102,7 @@ class Site:
         assert done == ("message", "[DONE]"), done
         return [json.loads(data) for _, data in events]
 
-    async def upload(self, task: str, body: bytes, kind: str = ZIP, **params: object) -> httpx.Response:
+    async def upload(self, task: str, body: bytes, kind: str = ZIP, **params: object) -> httpx2.Response:
         """Upload a body by POST /adapters."""
         query = {"task": task, **{name: str(value) for name, value in params.items()}}
         return await self.http.post("/adapters", params=query, content=body, headers={"Content-Type": kind})
@@ -138,8 +138,8 @@ async def open_site(base: Path, data: Path, engine: EngineClient | None = None, 
     fake = engine or FakeEngineClient(ready_of(base))
     app = create_app(settings_of(base, data, **settings), base, fake)
     async with app.router.lifespan_context(app):
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
             yield Site(app, fake, data, http)
 
 
@@ -164,7 +164,7 @@ async def serve_site(
                 assert not running.done(), app.state.start_failure
                 await asyncio.sleep(0.01)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+            async with httpx2.AsyncClient(base_url=url, timeout=120) as http:
                 yield Site(app, fake, data, http)
         finally:
             server.should_exit = True
@@ -188,7 +188,7 @@ async def until(what: Any, seconds: float = 5.0) -> None:
             await asyncio.sleep(0.005)
 
 
-def error_of(answer: httpx.Response) -> dict[str, Any]:
+def error_of(answer: httpx2.Response) -> dict[str, Any]:
     """The error of an answer, which must have the contract's form and nothing else."""
     body = answer.json()
     assert set(body) == {"error"}

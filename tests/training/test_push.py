@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -33,32 +33,32 @@ class Served:
         self.refusal: str | None = None
         self.is_down = False
 
-    def request(self, method: str, url: str, **request: Any) -> httpx.Response:
-        """Answer in the place of `httpx.request`."""
+    def request(self, method: str, url: str, **request: Any) -> httpx2.Response:
+        """Answer in the place of `httpx2.request`."""
         self.keys.add(request["headers"].get("Authorization"))
         if self.is_down:
-            raise httpx.ConnectError("Connection refused")
+            raise httpx2.ConnectError("Connection refused")
         if method == "POST":
             return self._take(request["params"], request["content"])
         if url.endswith("/artifact"):
-            return httpx.Response(200, content=self.bodies[int(url.split("/")[-2]) - 1])
-        return httpx.Response(200 if self.bodies else 404, json={"route": {"versions": self.route}})
+            return httpx2.Response(200, content=self.bodies[int(url.split("/")[-2]) - 1])
+        return httpx2.Response(200 if self.bodies else 404, json={"route": {"versions": self.route}})
 
-    def _take(self, query: dict[str, Any], body: bytes) -> httpx.Response:
+    def _take(self, query: dict[str, Any], body: bytes) -> httpx2.Response:
         if self.refusal:
-            return httpx.Response(422, json={"error": {"message": self.refusal}})
+            return httpx2.Response(422, json={"error": {"message": self.refusal}})
         self.queries.append(query)
         self.bodies.append(body)
         if query["activate"] == "true":
             self.route = {str(len(self.bodies)): 100}
-        return httpx.Response(201, json={"version": len(self.bodies)})
+        return httpx2.Response(201, json={"version": len(self.bodies)})
 
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     """A server in the place of the network."""
     found = Served()
-    monkeypatch.setattr(httpx, "request", found.request)
+    monkeypatch.setattr(httpx2, "request", found.request)
     return found
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from adapters_store.format.archive import ZIP_TYPE, zipped
 from adapters_store.format.folder import MANIFEST, read_files, read_manifest
@@ -47,7 +47,7 @@ class Served:
 
 
 @contextmanager
-def start_server(base: str, device: str, cache: Path | None) -> Iterator[httpx.Client]:
+def start_server(base: str, device: str, cache: Path | None) -> Iterator[httpx2.Client]:
     """Run a server of `base` on a free loopback port, with a data folder of its own, and give a client of it.
 
     Raises `ServingError` with the end of its log if it does not become ready.
@@ -63,14 +63,14 @@ def start_server(base: str, device: str, cache: Path | None) -> Iterator[httpx.C
                 [sys.executable, "-m", "server", "serve", *words], stdout=out, stderr=subprocess.STDOUT, env=_plain()
             )
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_WITHIN_S) as client:
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_WITHIN_S) as client:
                 _wait(client, process, log)
                 yield client
         finally:
             stop(process, STOP_WITHIN_S)
 
 
-def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callable[[], None]) -> Served:
+def measure(client: httpx2.Client, folders: Mapping[str, Path], on_batch: Callable[[], None]) -> Served:
     """Upload every artifact, and let batches of it and of the base decode alternately, round after round.
 
     Each batch is compared with the mean of the base's before and after it; the median of the rounds counts.
@@ -102,7 +102,7 @@ def measure(client: httpx.Client, folders: Mapping[str, Path], on_batch: Callabl
 
 
 def _upload_all(
-    client: httpx.Client, folders: Mapping[str, Path]
+    client: httpx2.Client, folders: Mapping[str, Path]
 ) -> tuple[dict[str, tuple[float, dict[str, Any]]], dict[str, str]]:
     """Upload artifacts by method; return (seconds, the server's response) of each, and the reasons of refusals."""
     uploaded, refused = {}, {}
@@ -114,7 +114,7 @@ def _upload_all(
     return uploaded, refused
 
 
-def _upload(client: httpx.Client, task: str, body: bytes, num_tries: int = NUM_TRIES) -> tuple[float, dict[str, Any]]:
+def _upload(client: httpx2.Client, task: str, body: bytes, num_tries: int = NUM_TRIES) -> tuple[float, dict[str, Any]]:
     """Upload an artifact, again if the server is busy; return the seconds and its response. Raises `RequestError`."""
     began = time.monotonic()
     try:
@@ -127,7 +127,7 @@ def _upload(client: httpx.Client, task: str, body: bytes, num_tries: int = NUM_T
             headers={"Content-Type": ZIP_TYPE},
         )
     except RequestError as error:
-        is_busy = (error.status or 0) >= httpx.codes.INTERNAL_SERVER_ERROR  # compiling kernels maybe
+        is_busy = (error.status or 0) >= httpx2.codes.INTERNAL_SERVER_ERROR  # compiling kernels maybe
         if not is_busy or num_tries == 1:
             raise
         return _upload(client, task, body, num_tries - 1)
@@ -141,7 +141,7 @@ def _prompts(folders: Mapping[str, Path]) -> list[list[int]]:
     return [prompts[i % len(prompts)] for i in range(NUM_REQUESTS)]
 
 
-def _decode(client: httpx.Client, task: str, prompts: list[list[int]], num_tokens: int) -> float:
+def _decode(client: httpx2.Client, task: str, prompts: list[list[int]], num_tokens: int) -> float:
     """Return decode tokens/s, from the first token on, summed over requests at once. Raises `ServingError`."""
 
     def rate(prompt: list[int]) -> float:
@@ -170,20 +170,20 @@ def _plain() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("MANYHATS_")}
 
 
-def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(client: httpx2.Client, process: subprocess.Popen[bytes], log: Path) -> None:
     if not _await_ready(client, lambda: process.poll() is None):
         state = "is not ready yet" if process.returncode is None else f"ended with {process.returncode}"
         raise ServingError(f"the server {state}; its log ends: {log.read_text(errors='replace')[-1000:]}")
 
 
-def _await_ready(client: httpx.Client, may_come: Callable[[], bool]) -> bool:
+def _await_ready(client: httpx2.Client, may_come: Callable[[], bool]) -> bool:
     """Wait until the server is ready; tell whether it became so in time, and while `may_come` held."""
     until = time.monotonic() + READY_WITHIN_S
     while may_come() and time.monotonic() < until:
         try:
-            if client.get("/health/ready").status_code == httpx.codes.OK:
+            if client.get("/health/ready").status_code == httpx2.codes.OK:
                 return True
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass
         time.sleep(0.1)
     return False

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-import httpx
+import httpx2
 from safetensors import safe_open
 
 from tests.benchmarks.load import ask_all, ask_on_time
@@ -115,7 +115,7 @@ class ManyhatsSession:
         return self.capacity
 
     def _counters(self) -> dict[str, float]:
-        answer = httpx.get(f"{self.server.url}/metrics", timeout=30).raise_for_status()
+        answer = httpx2.get(f"{self.server.url}/metrics", timeout=30).raise_for_status()
         return read_counters(answer.text)
 
     def _dress(self, num: int) -> None:

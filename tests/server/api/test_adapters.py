@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -51,7 +51,7 @@ async def test_upload(site: Site, zips: list[bytes], loras: list[Path]) -> None:
     assert (await site.http.get("/tasks/hat")).json()["versions"][0]["note"] == "first"
 
 
-def without_checks(answer: httpx.Response) -> dict[str, Any]:
+def without_checks(answer: httpx2.Response) -> dict[str, Any]:
     """What an upload's answer says of the version."""
     return {name: value for name, value in answer.json().items() if name != "checks"}
 
@@ -496,7 +496,7 @@ async def test_uploads_are_counted(site: Site, zips: list[bytes]) -> None:
 async def test_a_large_rank_is_taken(site: Site, tiny_base: Path, tmp_path: Path) -> None:
     """Any rank that fits is taken, also on all linear layers."""
     body = zip_folder(make_lora(tmp_path / "big", tiny_base, 9, r=33))
-    answer: httpx.Response = await site.upload("a", body)
+    answer: httpx2.Response = await site.upload("a", body)
     assert answer.status_code == 201, answer.text
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from adapters_store.errors import RegistryHeldError, StoreDownError
@@ -36,7 +36,7 @@ async def pinned(anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list
         yield site
 
 
-async def delete(site: Site, way: str) -> httpx.Response:
+async def delete(site: Site, way: str) -> httpx2.Response:
     """Delete the task's one version in a way."""
     return await site.http.delete(
         way.format(task="a", number=1, tenant="acme"), headers=ACME if "task" in way else ADMIN

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-import httpx
+import httpx2
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -50,7 +50,7 @@ async def test_any_bytes_in_parts_of_any_size(anyio_backend: str, pieces: list[b
 
 async def test_what_httpx_sends(anyio_backend: str) -> None:
     """A client's own form is read."""
-    request = httpx.Request("POST", "http://x", files={"adapter": ("a b.zip", b"PK" * 100)})
+    request = httpx2.Request("POST", "http://x", files={"adapter": ("a b.zip", b"PK" * 100)})
     boundary = request.headers["content-type"].partition("boundary=")[2]
     assert await read(request.read(), [7], boundary) == b"PK" * 100
 

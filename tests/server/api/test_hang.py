@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from sqlalchemy import make_url
 
@@ -70,7 +70,7 @@ def hurry(site: Site) -> None:
         one.limit_s = LIMIT_S
 
 
-async def ask_all(site: Site, zips: list[bytes]) -> dict[tuple[str, str], httpx.Response]:
+async def ask_all(site: Site, zips: list[bytes]) -> dict[tuple[str, str], httpx2.Response]:
     """Ask every route of the OpenAPI document, deletions last: the answers by verb and path. None hangs."""
     document = site.app.openapi()["paths"]
     routes = [(verb, path) for path, verbs in document.items() for verb in verbs]
@@ -90,7 +90,7 @@ async def ask_all(site: Site, zips: list[bytes]) -> dict[tuple[str, str], httpx.
     return answers
 
 
-def check_registry_away(answers: dict[tuple[str, str], httpx.Response]) -> None:
+def check_registry_away(answers: dict[tuple[str, str], httpx2.Response]) -> None:
     """What needs no registry is 200, all else 503 with its code and when to come again; `ready` says so."""
     ready, _ = answers.pop(("get", "/health/ready")), answers.pop(("get", "/health"))
     assert ready.status_code == 503 and "registry" in ready.json()["reason"]
@@ -102,7 +102,7 @@ def check_registry_away(answers: dict[tuple[str, str], httpx.Response]) -> None:
         assert int(answer.headers["retry-after"]) > 0 and "registry" in error_of(answer)["message"]
 
 
-def check_store_away(answers: dict[tuple[str, str], httpx.Response]) -> None:
+def check_store_away(answers: dict[tuple[str, str], httpx2.Response]) -> None:
     """What moves artifacts is 503 with the store's code, all else is answered; `ready` says so."""
     ready, _ = answers.pop(("get", "/health/ready")), answers.pop(("get", "/health"))
     assert ready.status_code == 503 and "store" in ready.json()["reason"]

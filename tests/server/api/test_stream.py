@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from server.api.sse import EventStream
@@ -367,8 +367,8 @@ async def test_a_body_over_its_cap_is_answered(anyio_backend: str, tiny_base: Pa
 async def test_keep_alive_after_a_stream(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
     """Many requests, streams and plain, one after another on one connection, are each answered."""
     async with serve_site(tiny_base, tmp_path) as site:
-        limits = httpx.Limits(max_connections=1)
-        async with httpx.AsyncClient(base_url=site.http.base_url, limits=limits, timeout=10) as http:
+        limits = httpx2.Limits(max_connections=1)
+        async with httpx2.AsyncClient(base_url=site.http.base_url, limits=limits, timeout=10) as http:
             for number in range(10):
                 body = {"prompt": "a🎩", "stream": number % 2 == 0}
                 assert (await http.post("/generate?task=base", json=body)).status_code == 200

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from adapters_store.registry.tenants import TenantLimits
@@ -31,11 +31,11 @@ class City:
 
     site: Site
 
-    async def admin(self, verb: str, path: str, body: object = None, tenant: str | None = None) -> httpx.Response:
+    async def admin(self, verb: str, path: str, body: object = None, tenant: str | None = None) -> httpx2.Response:
         """Ask with the admin key."""
         return await self.ask(KEY, verb, path, body, **({"X-Tenant": tenant} if tenant else {}))
 
-    async def ask(self, key: str | None, verb: str, path: str, body: object = None, **headers: str) -> httpx.Response:
+    async def ask(self, key: str | None, verb: str, path: str, body: object = None, **headers: str) -> httpx2.Response:
         """Ask with a key, or with none. Bytes are uploaded."""
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
@@ -57,7 +57,7 @@ class City:
         key: str = made.json()["key"]
         return key
 
-    async def generate(self, key: str, **body: object) -> httpx.Response:
+    async def generate(self, key: str, **body: object) -> httpx2.Response:
         """POST /generate with the base."""
         return await self.ask(key, "POST", "/generate?task=base", {"prompt": "abcd", "max_tokens": 4, **body})
 
@@ -358,7 +358,7 @@ async def test_the_queue_of_a_tenant(city: City) -> None:
     city.site.engine.delay_s = 0.2
     rate_limiter = city.site.state.rate_limiter
 
-    async def hold() -> httpx.Response:
+    async def hold() -> httpx2.Response:
         return await city.generate(key, n=2, ignore_eos=True, max_tokens=20)
 
     held = asyncio.create_task(hold())

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-import httpx
+import httpx2
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -196,22 +196,22 @@ def test_each_batch_is_held_against_the_base_beside_it(
     run(tiny_base, data, tmp_path / "out", "--steps", 1, "--methods", ",".join(methods))
     batches = list[str]()
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.path == "/health/ready":
-            return httpx.Response(200)
+            return httpx2.Response(200)
         task = request.url.params["task"]
         if request.url.path == "/adapters":
             content = {"error": {"message": "another base"}} if task == "ia3" else {"slot_bytes": 7}
-            return httpx.Response(422 if task == "ia3" else 201, json=content)
+            return httpx2.Response(422 if task == "ia3" else 201, json=content)
         if task == "bitfit":
-            return httpx.Response(503, json={"error": {"message": "the engine died"}})
+            return httpx2.Response(503, json={"error": {"message": "the engine died"}})
         batches.append(task)
         slower = 1.0 + len(batches) // serving.NUM_REQUESTS / 10
-        return httpx.Response(
+        return httpx2.Response(
             200, json={"timing": {"ttft_ms": 5, "total_ms": 5 + 1000 * slower * {"base": 1, "lora": 2}[task]}}
         )
 
-    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://test") as client:
+    with httpx2.Client(transport=httpx2.MockTransport(answer), base_url="http://test") as client:
         found = serving.measure(client, {name: tmp_path / "out" / name for name in methods}, lambda: None)
     assert found.refused == {
         "ia3": "the server refused it: another base",
