@@ -1,17 +1,21 @@
-"""Structured logs: one JSON object a line, with the request id and without prompts."""
+"""Structured logs, with the request id and without prompts: for a person at a terminal, else one JSON object a line.
+
+The code logs by `logging`, as the libraries do whose records go the same way; structlog writes the lines.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
-import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import IO, Any, cast
 
+import structlog
 from rich.console import Console
 
 log = logging.getLogger(__name__)
@@ -21,37 +25,86 @@ EVERY_S = 60.0  # between two lines of one cause
 _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
-class JsonLines(logging.Formatter):
-    """Formats a record as a JSON line: time, level, logger, message, pid, and the fields of `extra`."""
+def formatter(form: str = "json") -> logging.Formatter:
+    """Make what formats a record: time, level, logger, message, pid, and the fields of `extra`.
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a record as a JSON line."""
-        line = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
-        line |= {"message": record.getMessage(), "pid": os.getpid()}
-        line |= {name: value for name, value in vars(record).items() if name not in _KNOWN}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+    `form` is `json`, `pretty` for a person, or `auto`, which is pretty at a terminal alone.
+    """
+    if not is_pretty(form):
+        render: tuple[Any, ...] = structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)
+    else:
+        render = _for_a_person, _pretty()
+    return structlog.stdlib.ProcessorFormatter(processors=(_fields, *render))
 
 
-class PrintedLines(io.TextIOBase):
+def is_pretty(form: str) -> bool:
+    """Whether lines of this form are for a person."""
+    return form == "pretty" or (form == "auto" and sys.stderr.isatty())
+
+
+def _fields(_logger: Any, _level: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record's line, in the order in which they are written."""
+    record = event["_record"]
+    line = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
+    line |= {"message": event["event"], "pid": os.getpid()}
+    line |= {name: value for name, value in vars(record).items() if name not in _KNOWN}
+    return line | ({"exc_info": event["exc_info"]} if "exc_info" in event else {})
+
+
+def _for_a_person(_logger: Any, _level: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The fields that a person reads: the time of day, and no process id."""
+    del line["pid"]
+    line["time"] = time.strftime("%H:%M:%S", time.localtime(line["time"]))
+    return line
+
+
+def _pretty() -> structlog.dev.ConsoleRenderer:
+    return structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"),
+        sort_keys=False,
+        event_key="message",
+        timestamp_key="time",
+        exception_formatter=structlog.dev.plain_traceback,  # the others show variables, so prompts and keys
+    )
+
+
+class Stderr(io.TextIOBase):
+    """Writes to stderr. Text for a full disk, or for a terminal that is gone, is lost, as log lines are."""
+
+    def write(self, text: str) -> int:
+        """Write a text, or lose it."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush stderr, or lose what was not written yet."""
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Whether stderr is a terminal."""
+        return sys.stderr.isatty()
+
+
+class PrintedLines(Stderr):
     """Writes what is printed to stderr as the log is written, a record a line: all of it can be read as JSON."""
 
     def __init__(self) -> None:
-        self._begun = ""
+        self._begun, self._formatter = "", formatter()
 
     def write(self, text: str) -> int:
         """Write the lines that are complete now, but for empty ones."""
         *lines, self._begun = (self._begun + text).split("\n")
         for line in filter(str.strip, lines):
             record = log.makeRecord(log.name, logging.INFO, __file__, 0, line, (), None)
-            sys.stderr.write(JsonLines().format(record) + "\n")
+            super().write(self._formatter.format(record) + "\n")
         return len(text)
 
 
-def console() -> Console:
-    """Make a console on stderr: it prints for a person at a terminal, and logs elsewhere."""
-    return Console(stderr=True) if sys.stderr.isatty() else Console(file=cast("IO[str]", PrintedLines()))
+def console(form: str = "auto") -> Console:
+    """Make a console on stderr: it prints for a person if the log is for one, and logs else."""
+    return Console(file=cast("IO[str]", Stderr() if is_pretty(form) else PrintedLines()))
 
 
 def cause_of(error: BaseException, **more: object) -> dict[str, object]:
@@ -85,10 +138,10 @@ class OncePerMinute(logging.Filter):
         return True
 
 
-def install(level: str) -> None:
-    """Send all logging of this process to stderr in this form; so also warnings, and exceptions that end a thread."""
+def install(level: str, form: str = "auto") -> None:
+    """Send all logging of this process to stderr in a form; so also warnings, and exceptions that end a thread."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(formatter(form))
     handler.addFilter(OncePerMinute())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)

@@ -101,7 +101,13 @@ class Settings(BaseSettings):
     )
     keep_audit_days: int = Field(365, ge=1, description="days that the log of changes (`GET /audit`) is kept")
     drain_s: int = Field(30, ge=0, description="seconds that running requests get at shutdown")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the JSON log")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        _default(EngineConfig, "log_level"), description="of the log"
+    )
+    log_format: Literal["auto", "json", "pretty"] = Field(
+        _default(EngineConfig, "log_format"),
+        description="of the log: JSON lines, pretty for a person, or auto: pretty at a terminal, JSON elsewhere",
+    )
 
     @model_validator(mode="after")
     def _is_open_only_with_a_key(self) -> Settings:

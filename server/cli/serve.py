@@ -37,7 +37,8 @@ def run(flags: dict[str, Any]) -> None:
     """Serve with these settings until a signal; those that are None keep their variable or default."""
     began, console = time.monotonic(), logs.console()
     settings = _settings(flags, console)
-    logs.install(settings.log_level)
+    logs.install(settings.log_level, settings.log_format)
+    console = logs.console(settings.log_format)
     os.environ[VARIABLE] = str(settings.cache)  # for the engine and its helpers, which load kernels from there
     with contextlib.ExitStack() as stack:
         try:

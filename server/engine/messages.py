@@ -28,6 +28,8 @@ class EngineConfig(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     copy_bytes_per_step: int = 64 * 2**20  # copied into slots between two steps; one copy goes whatever its size
     num_loaders: int = 4  # adapters that load at once
     is_prefix_cached: bool = True  # share the KV blocks of equal beginnings
+    log_level: str = "info"
+    log_format: str = "auto"  # pretty at a terminal, JSON elsewhere; or `json`, or `pretty`
 
 
 class Submit(msgspec.Struct, tag=True):

@@ -250,6 +250,7 @@ def serve_engines(control: Socket, load: Load, build: Build) -> int:
     config: EngineConfig | None = frames.read(control, msgspec.msgpack.Decoder(EngineConfig))
     if config is None:
         return 0
+    logs.install(config.log_level, config.log_format)
     with process_memory.loading():
         loaded = _load_in_thread(partial(load, config), control)
 
@@ -304,7 +305,7 @@ def main(arguments: list[str] | None = None, load: Load = load, build: Build = b
         "--socket", type=int, required=True, help="the inherited descriptor of the API process's socket"
     )
     descriptor = parser.parse_args(arguments).socket
-    logs.install("info")
+    logs.install("info")  # until the configuration has come
     _tune_process()
     for heard_by_all in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, a supervisor's stop: the API process drains first
         signal.signal(heard_by_all, signal.SIG_IGN)

@@ -1,10 +1,16 @@
-"""The log is JSON, line by line, whatever writes to it."""
+"""The log is JSON, line by line, whatever writes to it; at a terminal it is written for a person."""
 
 from __future__ import annotations
 
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
+from typing import Any
+
+import pytest
 
 SCRIPT = """
 import logging, threading, warnings
@@ -36,3 +42,74 @@ def test_every_line_is_json() -> None:
     ]
     assert said[3:5] == ["printed", "  and indented " + "x" * 300]
     assert all({"time", "level", "logger", "message", "pid"} <= line.keys() for line in lines)
+
+
+AT_WORK = """
+import logging, sys
+from server import logs
+
+logs.install("info", *sys.argv[1:])
+console = logs.console(*sys.argv[1:])
+secret = "a key"
+for _ in range(3):
+    logging.getLogger("a.library").warning("full", extra={"cause": "disk 28", "path": "/tmp/x"})
+    console.print("printed")
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("uvicorn.error").exception("it failed", extra={"color_message": "it [red]failed"})
+print("alive")
+"""
+
+
+def run(*words: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    """Run a process that logs at its work."""
+    command = [sys.executable, "-c", AT_WORK, *words]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=60, **streams)
+
+
+def at_a_terminal(*words: str, **environment: str) -> list[str]:
+    """The lines that a terminal shows."""
+    ours, theirs = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"} | environment
+    try:
+        assert run(*words, stderr=theirs, env=env).stdout == "alive\n"
+        os.set_blocking(ours, False)
+        return os.read(ours, 2**16).decode().split("\r\n")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_person_at_a_terminal_reads_lines() -> None:
+    """At a terminal a line is the time of day, the level, the message and each field, in colours but for NO_COLOR."""
+    coloured, plain = at_a_terminal(), at_a_terminal(NO_COLOR="1")
+    assert [re.sub(r"\x1b\[[\d;]*m", "", line)[8:] for line in coloured[:1]] == [line[8:] for line in plain[:1]]
+    assert "\x1b[" in coloured[0] and "\x1b[" not in "".join(plain)
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d \[warning *\] full +\[a\.library\] cause='?disk 28'? path=/tmp/x left_out=0 *", plain[0]
+    )
+    assert plain[1] == "printed" and any(line == "ValueError: broken" for line in plain)
+    assert "a key" not in "".join(plain)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_form_can_be_chosen(is_terminal: bool) -> None:
+    """`json` is JSON at a terminal too, and `pretty` is for a person in a pipe too."""
+    if is_terminal:
+        lines = at_a_terminal("json")
+        assert [json.loads(line)["message"] for line in lines if line][:2] == ["full", "printed"]
+    else:
+        said = run("pretty", stderr=subprocess.PIPE).stderr
+        assert "[warning" in said and "\nprinted\n" in said and not said.startswith("{")
+
+
+@pytest.mark.parametrize("form", ["json", "pretty"])
+def test_a_log_that_nobody_reads_stops_nothing(form: str) -> None:
+    """A process whose stderr is a broken pipe goes on at its work, and so does one on a disk that is full."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    assert run(form, stderr=writes).stdout == "alive\n"
+    os.close(writes)
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        assert run(form, stderr=full).stdout == "alive\n"

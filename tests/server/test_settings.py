@@ -63,6 +63,7 @@ def test_every_setting_is_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "allowed_origins": ("https://a.example", "https://a.example"),
         "drain_s": ("0", 0),
         "log_level": ("debug", "debug"),
+        "log_format": ("json", "json"),
     }
     assert set(values) == set(Settings.model_fields)
     for name, (text, _) in values.items():

@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from server.logs import JsonLines
+from server.logs import formatter
 from tests.server.world import Site, error_of
 
 pytestmark = pytest.mark.anyio
@@ -123,7 +123,7 @@ async def test_the_log_line(site: Site, zips: list[bytes], caplog: pytest.LogCap
         body = {"prompt": "four", "max_tokens": 3, "stream": stream}
         await site.http.post("/generate?task=hat", json=body, headers=headers)
         (record,) = (record for record in caplog.records if record.name == "server.api.middleware")
-        line = json.loads(JsonLines().format(record))
+        line = json.loads(formatter().format(record))
         assert line["message"] == "request"
         said = {
             "request_id": "my-id",
@@ -161,7 +161,7 @@ async def test_the_log_has_no_words(site: Site, zips: list[bytes], caplog: pytes
     site.engine.die()
     await site.post("/generate?task=base", {"prompt": words})
     await site.http.get("/tasks", headers={"Authorization": f"Bearer {words}"})
-    lines = [JsonLines().format(record) for record in caplog.records]
+    lines = [formatter().format(record) for record in caplog.records]
     assert len(lines) > 20
     assert not [line for line in lines if words in line or words.encode().hex() in line]
 

@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         for name, value in {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1", **environment}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["manyhats", *words])
-        monkeypatch.setattr(logs, "install", lambda _level: None)
+        monkeypatch.setattr(logs, "install", lambda _level, _form: None)
         with pytest.raises(SystemExit) as end:
             main()
         said = capsys.readouterr()
