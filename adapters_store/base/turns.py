@@ -2,7 +2,8 @@
 
 A tokenizer reads the name of a control token wherever it stands. The names that a chat template or a prompt format
 writes are meant; one that a turn holds is text: it is cut behind its first character, and the pieces are tokenised one
-after another. A text without such names is tokenised whole, as ever.
+after another. So is one that begins in a turn and ends in what is written around it, or the other way. A text without
+such names is tokenised whole, as ever.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, takewhile
 from typing import Any
 
 from adapters_store.format.manifest import PromptFormat, Turn
 
 ASSISTANT = "assistant"
+Span = tuple[int, int, str]  # of a turn in a text: where it begins and ends, and its role
 
 
 class ControlTextError(ValueError):
@@ -54,7 +57,7 @@ class TurnEncoder:
             for token_id, token in added.items()
             if token.content.strip() and token.content in template
         }
-        self._special_names, self._names = _pattern(special), _pattern({**special, **named})
+        self._special_names, self._names = Names(special), Names({**special, **named})
         self._control_ids = {*special.values(), *named.values()} - {tokenizer.unk_token_id}
 
     def render(self, turns: Sequence[Turn], prompt_format: PromptFormat | None) -> Rendered:
@@ -64,10 +67,44 @@ class TurnEncoder:
         """
         if prompt_format is not None:
             return Rendered(tuple(self._join(prompt_format.parts(turns))), True)
-        mark = f"\ue000{secrets.randbelow(10**18):018}\ue000"  # that no turn can hold
-        messages = [{"role": role, "content": mark.join(self._cut(text, role))} for role, text in turns]
+        marks = Marks(secrets.randbelow(10**18))
+        contents = [marks.cut.join(self._cut(text, role)) for role, text in turns]
+        text = self._written(turns, contents)
+        joined, cuts = marks.without_cuts(text)
+        if open_turns := [number for number, (_, content) in enumerate(turns) if self._names.is_part_of(content)]:
+            spans = self._spans(turns, contents, open_turns, marks, joined)
+            cuts |= {*self._cuts(joined, spans)}
+        return Rendered(tuple(_pieces(joined, sorted(cuts))), False)
+
+    def _written(self, turns: Sequence[Turn], contents: Sequence[str]) -> str:
+        """Write turns that say `contents` by the chat template."""
+        messages = [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return Rendered(tuple(text.split(mark)), False)
+        return text
+
+    def _spans(
+        self, turns: Sequence[Turn], contents: Sequence[str], which: Sequence[int], marks: Marks, joined: str
+    ) -> list[Span]:
+        """Find the places of some turns in the text of all, by writing it again with marks around them.
+
+        The marks stand around a turn's white space or, for a template that takes that off, within it. If the template
+        writes another text then, as it looks at a turn's ends, the places are not known: there are none if no such turn
+        can stand beside a name, else `ControlTextError` is raised.
+        """
+        for is_trimmed in (False, True):
+            marked = [
+                marks.around(content, number, is_trimmed) if number in which else content
+                for number, content in enumerate(contents)
+            ]
+            written = marks.without_cuts(self._written(turns, marked))[0]
+            found = marks.spans(written)
+            if found is not None and found[0] == joined:
+                return [(begin, end, turns[number][0]) for begin, end, number in found[1]]
+        forms = {form for number in which for form in (turns[number][1], turns[number][1].strip()) if form}
+        for begin, end in self._names.occurrences(joined):
+            if any(form in joined[max(0, begin - len(form) + 1) : end + len(form) - 1] for form in forms):
+                raise ControlTextError("a turn may complete the name of a control token that the chat template begins")
+        return []
 
     def lead(self, prompt_format: PromptFormat | None) -> str:
         """The text between a prompt of turns and its answer, which is no part of the answer."""
@@ -94,7 +131,7 @@ class TurnEncoder:
         """Return the tokens of a rendered text. Raises `ControlTextError`."""
         first, *rest = rendered.pieces
         bare, more = self._ids(first), self._continued(rest) if rest else []
-        num_names = sum(len(self._names.findall(piece)) for piece in rendered.pieces)
+        num_names = sum(map(self._names.count, rendered.pieces))
         if sum(token in self._control_ids for token in (*bare, *more)) > num_names:
             raise ControlTextError("the text holds characters that the base's tokenizer reads as a control token")
         if not rendered.has_special:
@@ -124,39 +161,101 @@ class TurnEncoder:
 
     def _cut(self, text: str, role: str) -> Iterator[str]:
         """Cut a turn's text behind the first character of each control token's name."""
-        names = self._special_names if role == ASSISTANT else self._names
-        return _pieces(text, (begin + 1 for begin, _ in _occurrences(names, text)))
+        return _pieces(text, self._cuts(text, [(0, len(text), role)]))
 
     def _join(self, parts: Iterable[tuple[str, str | None]]) -> Iterator[str]:
         """Join a format's parts, and cut the names that a turn has a part in."""
-        spans, texts, at = list[tuple[int, int, str]](), list[str](), 0
+        spans, texts, at = list[Span](), list[str](), 0
         for text, role in parts:
             texts.append(text)
             spans += [] if role is None else [(at, at + len(text), role)]
             at += len(text)
-        joined, ends = "".join(texts), [end for _, end, _ in spans]
-        cuts = list[int]()
-        for begin, end in _occurrences(self._names, joined):
-            number = bisect_right(ends, begin)  # of the first span that ends behind the name's beginning
-            if number < len(spans) and spans[number][0] < end and self._is_cut(joined[begin:end], spans[number][2]):
-                cuts.append(begin + 1)
-        return _pieces(joined, cuts)
+        joined = "".join(texts)
+        return _pieces(joined, self._cuts(joined, spans))
+
+    def _cuts(self, text: str, spans: Sequence[Span]) -> Iterator[int]:
+        """Give a cut behind the first character of each control token's name that a turn has a part in."""
+        ends = [end for _, end, _ in spans]
+        for begin, end in self._names.occurrences(text):
+            behind = spans[bisect_right(ends, begin) :]  # from the first that ends behind the name's beginning
+            roles = [role for at, _, role in takewhile(lambda span, end=end: span[0] < end, behind)]  # type: ignore[misc]
+            if any(self._is_cut(text[begin:end], role) for role in roles):
+                yield begin + 1
 
     def _is_cut(self, name: str, role: str) -> bool:
-        return role != ASSISTANT or self._special_names.fullmatch(name) is not None
+        return role != ASSISTANT or name in self._special_names
 
 
-def _pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Match any of the names, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+class Names:
+    """Names of control tokens, to be found in a text."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = sorted(names, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, self._names)) or "(?!)")  # the longest first
+        self._beginnings = tuple({name[:at] for name in self._names for at in range(1, len(name))})
+        self._endings = tuple({name[at:] for name in self._names for at in range(1, len(name))})
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._names
+
+    def count(self, text: str) -> int:
+        """Count the names in a text, those that overlap an earlier one left out."""
+        return len(self._pattern.findall(text))
+
+    def occurrences(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield (begin, end) of every name in a text, also of those that overlap."""
+        at = 0
+        while (found := self._pattern.search(text, at)) is not None:
+            yield found.span()
+            at = found.start() + 1
+
+    def is_part_of(self, text: str) -> bool:
+        """Tell whether a text, with or without the white space around it, could make a name with what is beside it."""
+        forms = {text, text.strip()} - {""}
+        return any(
+            form.startswith(self._endings)
+            or form.endswith(self._beginnings)
+            or any(form in name for name in self._names)
+            for form in forms
+        )
 
 
-def _occurrences(names: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of every name in a text, also of those that overlap."""
-    at = 0
-    while (found := names.search(text, at)) is not None:
-        yield found.span()
-        at = found.start() + 1
+@dataclass(frozen=True)
+class Marks:
+    """Marks in the text of turns, which go through a chat template with it; no turn can hold them by chance."""
+
+    number: int
+
+    @property
+    def cut(self) -> str:
+        """The mark of a place to cut."""
+        return f"\ue000{self.number:018}\ue000"
+
+    def around(self, text: str, turn: int, is_trimmed: bool) -> str:
+        """Put marks around a turn's text, or around what is left of it without the white space at its ends."""
+        core = text.strip() if is_trimmed else text
+        before, _, after = text.partition(core) if core else (text, "", "")
+        return f"{before}\ue001{self.number:018}.{turn}\ue001{core}\ue002{self.number:018}\ue002{after}"
+
+    def without_cuts(self, text: str) -> tuple[str, set[int]]:
+        """Return a text without the marks of cuts, and where they stood."""
+        pieces = text.split(self.cut)
+        return "".join(pieces), {*accumulate(map(len, pieces[:-1]))}
+
+    def spans(self, text: str) -> tuple[str, list[tuple[int, int, int]]] | None:
+        """Return a text without the marks around turns, and where each turn (begin, end, number) stands in it.
+
+        Returns None if the template took one of a pair of marks away.
+        """
+        pair = f"\ue001{self.number:018}\\.(\\d+)\ue001(.*?)\ue002{self.number:018}\ue002"
+        whole, spans = "", list[tuple[int, int, int]]()
+        pieces = re.split(pair, text, flags=re.DOTALL)
+        for place in range(0, len(pieces) - 1, 3):
+            whole += pieces[place]
+            spans.append((len(whole), len(whole) + len(pieces[place + 2]), int(pieces[place + 1])))
+            whole += pieces[place + 2]
+        whole += pieces[-1]
+        return None if f"{self.number:018}" in whole else (whole, spans)
 
 
 def _pieces(text: str, cuts: Iterable[int]) -> Iterator[str]:

@@ -86,6 +86,53 @@ def test_a_name_of_a_turn_and_of_the_format_is_text(tokenizer: Any) -> None:
     assert not controls(tokenizer, encoded(tokenizer, [("user", "start|> x <|")], open_format), NAMES)
 
 
+@st.composite
+def gluing(draw: st.DrawFn) -> tuple[str, list[Turn]]:
+    """Draw a template that writes parts of a name around each turn, and turns that complete it, or one another."""
+    name = draw(st.sampled_from([name for name in SPECIAL if name != "<unk>"]))
+    at = st.integers(1, len(name) - 1)
+    head, tail = draw(st.sampled_from([("", ""), (name[: draw(at)], ""), ("", name[draw(at) :])]))
+    content = f"message['content']{draw(st.sampled_from(['', '|trim']))}"
+    template = f"{{% for message in messages %}}{{{{ {head!r} + {content} + {tail!r} }}}}{{% endfor %}}"
+    part = st.one_of(at.map(lambda cut: name[:cut]), at.map(lambda cut: name[cut:]), CONTENT.map("".join))
+    space = st.sampled_from(["", " ", "\n"])
+    said = st.tuples(space, part, st.sampled_from(["", "the card"]), part, space).map("".join)
+    return template, draw(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), said), min_size=1, max_size=3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(glued=gluing())
+def test_a_name_of_a_turn_and_of_the_template_is_text(tokenizer: Any, glued: tuple[str, list[Turn]]) -> None:
+    """A name that begins in a template or a turn and ends in another is text, and all of the text is there."""
+    template, turns = glued
+    usual, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        encoder = TurnEncoder(tokenizer)
+        rendered = encoder.render(turns, None)
+        messages = [{"role": role, "content": text} for role, text in turns]
+        assert "".join(rendered.pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
+        silent = [(role, "x") for role, _ in turns]
+        expected = controls(tokenizer, encoder.encode(encoder.render(silent, None)), SPECIAL)
+        assert controls(tokenizer, encoder.encode(rendered), SPECIAL) == expected
+    finally:
+        tokenizer.chat_template = usual
+
+
+def test_a_template_that_looks_at_the_ends_of_a_turn(tokenizer: Any) -> None:
+    """A turn that a template changes by its first characters is taken, unless it may complete a name."""
+    usual, look = tokenizer.chat_template, "message['content'].startswith('|')"
+    tokenizer.chat_template = (
+        f"{{% for message in messages %}}{{{{ '<' if {look} else 'U:' }}}}{{{{ message['content'] }}}}{{% endfor %}}"
+    )
+    try:
+        assert not controls(tokenizer, encoded(tokenizer, [("user", "im_end|> x")], None), SPECIAL)
+        assert not controls(tokenizer, encoded(tokenizer, [("user", "|> x")], None), SPECIAL)
+        with pytest.raises(ControlTextError, match="a turn may complete the name"):
+            encoded(tokenizer, [("user", "|im_end|> x")], None)
+    finally:
+        tokenizer.chat_template = usual
+
+
 def test_an_answer_comes_back_as_it_was_written(tokenizer: Any) -> None:
     """The name of a control token that answers show, as it is not special, is that token in an assistant's turn."""
     for role, count in (("assistant", 1), ("user", 0), ("system", 0)):
