@@ -34,11 +34,6 @@ class Rendered:
     pieces: tuple[str, ...]
     has_special: bool
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole text in UTF-8."""
-        return sum(len(piece.encode("utf-8", "surrogatepass")) for piece in self.pieces)
-
 
 class TurnEncoder:
     """Encodes turns by a base's tokenizer, of transformers, and its chat template.

@@ -51,7 +51,7 @@ class JobPreparer:
         if spec.turns is not None:
             return [await self._encode_chat(spec.turns, resolved)]
         for text in spec.texts or []:
-            self._check_bytes(len(text.encode("utf-8", "surrogatepass")), spec.prompt_field)
+            self._check_bytes(text, spec.prompt_field)
         with control_text_is_400(spec.prompt_field):
             return await self._encode(spec.texts or [])
 
@@ -66,10 +66,11 @@ class JobPreparer:
         ends = [*spec.sampling.stop_token_ids, *named, *([] if spec.sampling.ignore_eos else learned)]
         return tuple(sorted({token_id for token_id in ends if token_id is not None}))
 
-    def _check_bytes(self, num_bytes: int, param: str) -> None:
+    def _check_bytes(self, text: str, param: str) -> None:
         """Refuse a text that no tokens can make fit, before it is tokenised: 4 MB take seconds."""
         max_tokens = require_ready(self._client).max_sequence_tokens
-        if num_bytes > (max_bytes := self._tokenizer.max_bytes(max_tokens)):
+        if excess := self._tokenizer.excess(text, max_tokens):
+            num_bytes, max_bytes = excess
             raise ContextLengthError(
                 f"this model's maximum context length is {max_tokens} tokens: the {param} of {num_bytes} bytes cannot "
                 f"fit them, which hold {max_bytes} bytes at most",
@@ -88,7 +89,7 @@ class JobPreparer:
         encoder = self._tokenizer.turns
         try:
             rendered = await asyncio.to_thread(encoder.render, turns, resolved.prompt_format)
-            self._check_bytes(rendered.num_bytes, "messages")
+            self._check_bytes("".join(rendered.pieces), "messages")
             with control_text_is_400("messages"):
                 return await asyncio.to_thread(encoder.encode, rendered)
         except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from adapters_store.base.turns import TurnEncoder
-from server.requests.longest_token import longest_token
+from server.requests.text_bound import characters_of_bytes, text_bound
 from server.requests.without_torch import import_transformers
 
 REPLACEMENT = "\ufffd"  # what bytes that are no whole character decode to
-GENEROUS_BYTES, GENEROUS_TIMES = 2**20, 4  # where white space may be dropped, or characters become one
 BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's piece of a single byte
 
 
@@ -27,12 +25,11 @@ class Tokenizer:
         added = self._tokenizer.added_tokens_decoder
         self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         self._special = frozenset(self._special_ids.values())
-        self._longest, self._is_bound = longest_token(self._tokenizer)
+        self._bound = text_bound(self._tokenizer)
         self._word = self._tokenizer("a", add_special_tokens=False)[
             "input_ids"
         ]  # a token stands behind it as in a text
-        characters = import_module("transformers.convert_slow_tokenizer").bytes_to_unicode()
-        self._byte_of = {character: byte for byte, character in characters.items()}  # of byte-level pieces
+        self._byte_of = {character: byte for byte, character in characters_of_bytes().items()}  # of byte-level pieces
         self.turns, self._has_control_prompts = TurnEncoder(self._tokenizer), has_control_prompts
         self.encode("")  # the first call may set up the tokenizer, which threads must not do at once
 
@@ -51,10 +48,9 @@ class Tokenizer:
         """The special token that is written as `text`, or None."""
         return self._special_ids.get(text)
 
-    def max_bytes(self, num_tokens: int) -> int:
-        """The most bytes of a text that can fit so many tokens: exact if the tokenizer drops nothing, else generous."""
-        most = num_tokens * self._longest
-        return most if self._is_bound else max(GENEROUS_BYTES, GENEROUS_TIMES * most)
+    def excess(self, text: str, num_tokens: int) -> tuple[int, int] | None:
+        """The bytes of a text that cannot fit so many tokens, and the most that can; None if it may fit."""
+        return self._bound.excess(text, num_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, with the tokenizer's own special tokens around it. Raises `ControlTextError`."""
