@@ -59,8 +59,9 @@ def _for_a_person(_logger: Any, _level: str, line: MutableMapping[str, Any]) -> 
 
 
 def _pretty() -> structlog.dev.ConsoleRenderer:
+    shown = Console(stderr=True)  # it knows what the terminal can, and NO_COLOR
     return structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"),
+        colors=shown.color_system is not None and not shown.no_color,
         sort_keys=False,
         event_key="message",
         timestamp_key="time",

@@ -52,7 +52,7 @@ class TurnEncoder:
             for token_id, token in added.items()
             if token.content.strip() and token.content in template
         }
-        self._special_names, self._names = Names(special), Names({**special, **named})
+        self._special_names, self._names = ControlNames(special), ControlNames({**special, **named})
         self._control_ids = {*special.values(), *named.values()} - {tokenizer.unk_token_id}
 
     def render(self, turns: Sequence[Turn], prompt_format: PromptFormat | None) -> Rendered:
@@ -181,7 +181,7 @@ class TurnEncoder:
         return role != ASSISTANT or name in self._special_names
 
 
-class Names:
+class ControlNames:
     """Names of control tokens, to be found in a text."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -233,7 +233,7 @@ class Marks:
         return f"{before}\ue001{self.number:018}.{turn}\ue001{core}\ue002{self.number:018}\ue002{after}"
 
     def without_cuts(self, text: str) -> tuple[str, set[int]]:
-        """Return a text without the marks of cuts, and where they stood."""
+        """Return a text without the marks of cuts, and the places of those."""
         pieces = text.split(self.cut)
         return "".join(pieces), {*accumulate(map(len, pieces[:-1]))}
 
@@ -242,14 +242,15 @@ class Marks:
 
         Returns None if the template took one of a pair of marks away.
         """
-        pair = f"\ue001{self.number:018}\\.(\\d+)\ue001(.*?)\ue002{self.number:018}\ue002"
-        whole, spans = "", list[tuple[int, int, int]]()
-        pieces = re.split(pair, text, flags=re.DOTALL)
-        for place in range(0, len(pieces) - 1, 3):
-            whole += pieces[place]
-            spans.append((len(whole), len(whole) + len(pieces[place + 2]), int(pieces[place + 1])))
-            whole += pieces[place + 2]
-        whole += pieces[-1]
+        whole, *marked = text.split(f"\ue001{self.number:018}.")
+        spans = list[tuple[int, int, int]]()
+        for piece in marked:
+            turn, _, rest = piece.partition("\ue001")
+            core, end, after = rest.partition(f"\ue002{self.number:018}\ue002")
+            if not end:
+                return None
+            spans.append((len(whole), len(whole) + len(core), int(turn)))
+            whole += core + after
         return None if f"{self.number:018}" in whole else (whole, spans)
 
 

@@ -31,7 +31,7 @@ class TextBound:
     def excess(self, text: str, num_tokens: int) -> tuple[int, int] | None:
         """Return the bytes of a text that cannot fit so many tokens, and the most that can; None if it may fit.
 
-        The bound is exact where it is sure. Text that no token stands for has the generous bound, as all text has else.
+        A bound that is sure is exact. Text that no token stands for has the generous bound, as all text has else.
         """
         most = num_tokens * self.longest
         generous = max(GENEROUS_BYTES, GENEROUS_TIMES * most)

@@ -107,30 +107,24 @@ def test_what_a_server_answers_can_be_had_as_json() -> None:
     }  # fmt: skip
 
 
-def complete(line: str) -> list[str]:
-    """What a shell is offered for the last word of a line."""
-    environment = {"_MANYHATS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
-    done = subprocess.run([MANYHATS], env=os.environ | environment, capture_output=True, text=True, check=False)
-    return done.stdout.split()
+def ask(what: str, line: str = "") -> str:
+    """What the command tells a shell."""
+    environment = {"_MANYHATS_COMPLETE": what, "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    return subprocess.run([MANYHATS], env=os.environ | environment, capture_output=True, text=True, check=False).stdout
 
 
 def test_a_shell_can_complete() -> None:
     """A shell that asks is offered commands, and flags of commands, those of the settings too."""
-    assert complete("manyhats ke") == ["keys"]
-    assert complete("manyhats keys cr") == ["create"]
+    assert ask("complete_bash", "manyhats ke").split() == ["keys"]
+    assert ask("complete_bash", "manyhats keys cr").split() == ["create"]
     settings = sorted(f"--{name.replace('_', '-')}" for name in Settings.model_fields if name.startswith("ho"))
-    assert sorted(complete("manyhats serve --ho")) == settings
+    assert sorted(ask("complete_bash", "manyhats serve --ho").split()) == settings
 
 
-def test_a_shell_gets_the_script_that_completes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`--show-completion` prints the script of a shell; `--install-completion` is there beside it."""
-    monkeypatch.setattr(sys, "argv", ["manyhats", "--show-completion", "bash"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "COMPLETE=complete_bash" in capsys.readouterr().out
-    assert "--install-completion" in {flag for option in params(_root()) for flag in option.opts}
+def test_a_shell_gets_the_script_that_completes() -> None:
+    """There is the script of a shell, and an option that prints it and one that installs it."""
+    assert "_MANYHATS_COMPLETE=complete_bash" in ask("source_bash")
+    assert {"--show-completion", "--install-completion"} <= {flag for option in params(_root()) for flag in option.opts}
 
 
 def test_a_word_that_is_no_command_finds_the_one_that_is_meant(
