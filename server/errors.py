@@ -21,6 +21,7 @@ ServerError
 ├── UnavailableError 503
 │   ├── DrainingError 503
 │   ├── ProbeLateError 503
+│   ├── TooManyConnectionsError 503
 │   ├── RegistryUnavailableError 503
 │   └── StoreUnavailableError 503
 └── StorageError 507
@@ -189,6 +190,12 @@ class DrainingError(UnavailableError):
     """The server is about to end: what runs may finish, nothing new begins."""
 
     code = "draining"
+
+
+class TooManyConnectionsError(UnavailableError):
+    """The server has as many busy connections as there may be."""
+
+    code = "overloaded"
 
 
 class ProbeLateError(UnavailableError):

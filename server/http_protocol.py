@@ -2,12 +2,15 @@
 
 uvicorn's parser keeps a URL, a header or a trailer until it ends, however long that is. The API bounds bodies itself.
 An upgrade that a request offers is not taken, and its body is read; HTTP/1.0 has answers without chunks. Reading never
-waits for an answer, or a client that leaves would not be noticed; one that does not read its answer is cut off.
+waits for an answer, or a client that leaves would not be noticed; one that does not read its answer is cut off. What
+comes behind an answer that did not wait for it is read on for a while: closed at once, the answer could be lost.
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import time
 import uuid
 from asyncio import BaseTransport, TimerHandle
 from http import HTTPStatus
@@ -16,7 +19,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.errors import BadRequestError, HeadersTooLargeError, ServerError, UriTooLongError
+from server.errors import BadRequestError, HeadersTooLargeError, ServerError, TooManyConnectionsError, UriTooLongError
 
 HEADER_TIMEOUT_S = 20.0  # from a connection's first moment, or a request's first byte, to the end of its headers
 MAX_HEAD_BYTES = 64 * 1024  # of a URL and all headers, and of whatever else is not a body
@@ -24,7 +27,12 @@ MAX_HEADERS = 128
 MAX_PIPELINED = 16  # requests of a connection that wait for the answer to an earlier one
 MAX_PIPELINED_BYTES = 2**20  # of their bodies
 MAX_UNREAD_S = 60.0  # in which a client takes nothing of what waits for it
-
+MAX_FRAMING = 8  # bytes around each byte of a body in chunks; a chunk of one byte has 5
+MAX_SMALL_PARTS = 2**14  # of a body, that come in less than `MIN_PART_BYTES` each: every part costs as a call does
+MIN_PART_BYTES = 512
+MAX_UNWANTED_BYTES = 16 * 2**20  # behind an answer that did not wait for them
+LINGER_S = 5.0  # that a refused connection is read on
+MAX_CONNECTIONS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**20 // 2  # the rest is for files and the engine
 
 FRAMING = (b"content-length", b"transfer-encoding")
 
@@ -53,6 +61,11 @@ class BoundedProtocol(HttpToolsProtocol):
     _reader_timer: TimerHandle | None = None
     _pending = 0  # bytes since something of a request was complete
     _head_bytes = 0  # of the URL and of what headers of this request there are
+    _is_in_body = False  # of the request that came last
+    _num_parts = 0.0  # of its body, less one for every `MIN_PART_BYTES`
+    _num_unwanted = 0  # bytes behind its answer
+    _idle_since = 0.0  # it waits for a request
+    _is_refused = False  # the answer says so, and what follows is thrown away
     _refusal: ServerError | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
@@ -60,7 +73,31 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)  # type: ignore[arg-type]
         self.parser = UpgradeIgnoringParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._idle_since = time.monotonic()
         self._arm()
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Close the connection that has waited longest for its request; this one is refused if all others are busy."""
+        idle = [one for one in self.connections if isinstance(one, BoundedProtocol) and one.is_idle and one is not self]
+        if idle:
+            min(idle, key=lambda one: one._idle_since).transport.close()
+        else:
+            self._refusal = TooManyConnectionsError(
+                f"{MAX_CONNECTIONS} connections are busy already; try again in a moment"
+            )
+            self.send_400_response("")
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is open, and no request is complete to its body that has no whole answer."""
+        return not self.transport.is_closing() and (not self._has_cycle or self.cycle.response_complete)
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for one."""
+        self._idle_since = time.monotonic()
+        super().on_response_complete()
 
     def begin_again(self) -> bytes:
         """Return a head that frames the body as this request's does, and be deaf to it."""
@@ -70,9 +107,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes: refuse what stays incomplete beyond the bound, and time the headers of a request once begun."""
+        if self._is_refused:
+            self._discard(len(data))
+            return
         self._pending += len(data)
         super().data_received(data)
-        if self.parser is None or self.transport.is_closing():
+        if self.parser is None or self._is_refused or self.transport.is_closing():
             return
         if self._pending > MAX_HEAD_BYTES:
             self._refusal = self._too_large()
@@ -109,12 +149,21 @@ class BoundedProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refusal = BadRequestError(f"more than {MAX_PIPELINED} requests wait on one connection")
             raise self._refusal
+        self._is_in_body, self._num_parts, self._num_unwanted = True, 0.0, 0
         super().on_headers_complete()
         self._read_on()
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body, which the API bounds once it reads it."""
-        self._pending = 0
+        self._pending = max(0, self._pending - MAX_FRAMING * len(body))
+        self._num_parts += 1 - len(body) / MIN_PART_BYTES
+        if self._num_parts > MAX_SMALL_PARTS:
+            self._refusal = BadRequestError(
+                f"the body comes in more than {MAX_SMALL_PARTS} small chunks; send larger ones"
+            )
+            raise self._refusal
+        if self.cycle.response_complete:
+            self._discard(len(body))
         super().on_body(body)
         if sum(len(cycle.body) for cycle, _ in self.pipeline) > MAX_PIPELINED_BYTES:
             self._refusal = BadRequestError(f"requests of more than {MAX_PIPELINED_BYTES} bytes wait on one connection")
@@ -130,6 +179,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """End a request; more may follow in what was received."""
         self._pending = 0
         if not self.parser.should_upgrade():  # else its body is still to come
+            self._is_in_body = False
             super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -171,15 +221,42 @@ class BoundedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be parsed, or exceeds the bounds, in the API's form of errors, and close."""
         error = self._refusal or BadRequestError(f"this is no HTTP request that can be read: {msg}")
-        cycle = self.cycle
-        is_between = cycle is None or cycle.response_complete or not cycle.response_started
-        if is_between and not self.pipeline:  # else it would stand within another answer, or be taken for it
-            body = json.dumps(error.wire(uuid.uuid4().hex)).encode()
-            status = f"{error.status} {HTTPStatus(error.status).phrase}"
-            head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
         self.logger.warning("a request was refused before it was complete", extra={"reason": str(error)})
-        self.transport.close()
+        if self.transport.is_closing() or self.pipeline or self._is_answered():
+            self.transport.close()  # an answer would stand within another, or be taken for it
+            return
+        body = json.dumps(error.wire(uuid.uuid4().hex)).encode()
+        status = f"{error.status} {HTTPStatus(error.status).phrase}"
+        head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+        self._linger()
+
+    def _is_answered(self) -> bool:
+        """Whether an answer has begun that is not whole, or the answer to what comes is whole already."""
+        if not self._has_cycle:
+            return False
+        return self._is_in_body if self.cycle.response_complete else self.cycle.response_started
+
+    @property
+    def _has_cycle(self) -> bool:
+        return bool(self.cycle)  # None before the first request, which uvicorn's type does not say
+
+    def _linger(self) -> None:
+        """Say that this is the end, and read on for a while: closed with bytes unread, the answer would be lost."""
+        self._is_refused = True
+        if self._has_cycle:  # it may run, and nobody hears it
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._disarm()
+        self._timer = self.loop.call_later(LINGER_S, self._time_out)
+        self.flow.resume_reading()
+        self.transport.write_eof()
+
+    def _discard(self, num_bytes: int) -> None:
+        """Count bytes that nobody wants, and cut the client off that sends too many."""
+        self._num_unwanted += num_bytes
+        if self._num_unwanted > MAX_UNWANTED_BYTES:
+            self.transport.abort()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.registry.registry import Version
@@ -31,10 +32,28 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 User = Annotated[str, Field(max_length=512)]  # a sticky route gives each user the same version; not used otherwise
 
 
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _fail_fast(part)
+
+
 class Strict(BaseModel):
     """A model for which unknown fields and wrong types are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: type[BaseModel], handler: GetCoreSchemaHandler, /) -> CoreSchema:
+        """Let every list end at its first error: a body of a million wrong items would have millions of them."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @classmethod
     def unknown(cls, field: str) -> str:
