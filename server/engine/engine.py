@@ -200,16 +200,31 @@ class Engine(Generic[P]):
 
     def _run(self, plan: StepPlan) -> Iterable[Result]:
         """Run one forward pass. If it raises, each row runs alone, and only the rows that raise alone fail."""
-        rows = [self._row(sequence, num_tokens) for sequence, num_tokens in plan.rows]
+        rows = [self._prepared(sequence, num_tokens) for sequence, num_tokens in plan.rows]
         self._stats.steps_total += 1
         self._stats.rows_total += len(rows)
         self._stats.tokens_total += plan.num_tokens
-        for sequence, _ in plan.rows:  # in this order: a later one's target may be an earlier one's source
+        results = iter(self._run_rows([row for row in rows if row is not None]))
+        return [INTERNAL if row is None else next(results) for row in rows]
+
+    def _prepared(self, sequence: Sequence, num_tokens: int) -> Row | None:
+        """Make a sequence's row and copy the block that it begins with; None if that raises.
+
+        In the plan's order: a later one's target may be an earlier one's source.
+        """
+        try:
+            row = self._row(sequence, num_tokens)
             if sequence.table.copy is not None:
                 self.runner.copy(*sequence.table.copy)
                 sequence.table.copy = None
+        except Exception:
+            log.exception("a sequence raised before its step", extra={"sequence": sequence.id})
+            return None
+        return row
+
+    def _run_rows(self, rows: list[Row]) -> Iterable[Result]:
         try:
-            return self.runner.run(rows)
+            return self.runner.run(rows) if rows else []
         except Exception:
             log.exception("a step raised; its rows run one by one", extra={"num_rows": len(rows)})
         return [self._run_alone(row) for row in rows]
@@ -238,15 +253,15 @@ class Engine(Generic[P]):
     def _commit(self, plan: StepPlan, results: Iterable[Result]) -> None:
         now = self._clock()
         for (sequence, num_tokens), result in zip(plan.rows, results, strict=True):
-            failure = self._row_failure(sequence, result)
-            if failure is not None:
-                self._fail(sequence, failure)
-                continue
             try:
-                self._advance(sequence, num_tokens, result, now)
+                failure = self._row_failure(sequence, result)
+                if failure is None:
+                    self._advance(sequence, num_tokens, result, now)
             except Exception:
                 log.exception("a sequence raised after its step", extra={"sequence": sequence.id})
-                self._fail(sequence, INTERNAL)
+                failure = INTERNAL
+            if failure is not None:
+                self._fail(sequence, failure)
 
     def _advance(self, sequence: Sequence, num_tokens: int, result: Result, now: float) -> None:
         sequence.num_computed += num_tokens
