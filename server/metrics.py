@@ -38,6 +38,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._tasks: set[str] = set()
         self._tenants: set[str] = set()
+        self._gone: OrderedDict[str, None] = OrderedDict()  # the last tenants that were deleted: requests may still run
         self._versions: OrderedDict[tuple[str, str], None] = OrderedDict()
         labels, version = ["task"], ["task", "version"]
         self.requests = self._counter("requests", "Requests ended, by status", [*labels, "status"])
@@ -85,8 +86,17 @@ class Metrics:
         return _bounded(task, self._tasks, MAX_TASKS)
 
     def tenant_label(self, tenant: str) -> str:
-        """The label value of a tenant that is there."""
-        return _bounded(tenant, self._tenants, MAX_TENANTS)
+        """The label value of a tenant; one that was deleted has none of its own."""
+        return OTHER if tenant in self._gone else _bounded(tenant, self._tenants, MAX_TENANTS)
+
+    def forget_tenant(self, tenant: str) -> None:
+        """Give back the label and the series of a tenant that was deleted; no other ever has its name."""
+        self._tenants.discard(tenant)
+        self._gone[tenant] = None
+        if len(self._gone) > MAX_TENANTS:
+            self._gone.popitem(last=False)
+        for metric in (self.tenant_requests, self.tenant_tokens, self.tenant_refusals, self.tenant_ttft):
+            metric.remove_by_labels({"tenant": tenant})
 
     def version_label(self, task: str, number: int) -> tuple[str, str]:
         """The label values of a version of a resolved task; for a new one the least recently used loses its series."""

@@ -97,6 +97,7 @@ async def delete_tenant(request: Request, tenant: str) -> Response:
     if tenant == DEFAULT_TENANT:
         raise ConflictError(f"the tenant {DEFAULT_TENANT} is always there", "tenant")
     await state.retention.retire(await _changed(state, state.stores.tenants.delete, tenant))
+    state.metrics.forget_tenant(tenant)
     return Response(status_code=204)
 
 
