@@ -38,6 +38,7 @@ from server.requests.version_stats import Recent
 from server.settings import Settings
 from server.state import ServerState
 from server.stores import Stores
+from server.tenant_work import TenantWork
 from server.together import for_ever, together
 from server.uploads.preload import TreeImport
 from server.uploads.retention import ArtifactRetention
@@ -107,7 +108,9 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
     ready, tokenizer = await together(engine.start(), asyncio.to_thread(_open_tokenizer, settings, base_folder))
     rotary = "" if ready.forward is None else ready.forward.rotary
     fingerprint = compute_validation_fingerprint(base_folder, settings.precision, settings.device, rotary)
-    state = _assemble(settings, engine, stores, tokenizer, metrics, fingerprint)
+    tenant_work = TenantWork(settings.max_waiting)
+    stack.callback(tenant_work.close)
+    state = _assemble(settings, engine, stores, tokenizer, tenant_work, metrics, fingerprint)
     await _run_rooms(state, stack)
     return state
 
@@ -136,6 +139,7 @@ def _assemble(
     client: EngineClient,
     stores: Stores,
     tokenizer: Tokenizer,
+    tenant_work: TenantWork,
     metrics: Metrics,
     fingerprint: str,
 ) -> ServerState:
@@ -143,14 +147,18 @@ def _assemble(
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
     rate_limiter, usage, recent = RateLimiter(), UsageBuffer(metrics), Recent()
     retention = ArtifactRetention(stores, client, metrics)
-    validator = Validator(client, stores, retention)
+    validator = Validator(client, stores, retention, tenant_work)
     revalidation = Revalidation(stores, retention, validator, fingerprint)
-    uploads = UploadService(stores, client, metrics, retention, validator, revalidation)
+    uploads = UploadService(stores, client, metrics, retention, validator, revalidation, tenant_work)
+    generation = GenerationService(
+        client, stores, tokenizer, tenant_work, metrics, usage, rate_limiter, recent, retention, revalidation
+    )
     return ServerState(
         settings,
         client,
         stores,
         tokenizer,
+        tenant_work,
         metrics,
         Callers(stores, admin_key, settings.host, settings.origins),
         rate_limiter,
@@ -158,7 +166,7 @@ def _assemble(
         recent,
         retention,
         revalidation,
-        GenerationService(client, stores, tokenizer, metrics, usage, rate_limiter, recent, retention, revalidation),
+        generation,
         uploads,
         TreeImport(uploads, metrics),
     )

@@ -1,22 +1,20 @@
 """Call services outside of this process so that one that hangs is as one that is dead.
 
-Each (the registry's database, the store of artifacts) has threads of its own, a deadline, and a circuit breaker.
+Each (the registry's database, the store of artifacts) has threads of its own, of which a tenant has half at most, a
+deadline, and a circuit breaker.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextvars import copy_context
 from functools import partial
-from queue import SimpleQueue
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from server.metrics import Metrics
+from server.threads import FairThreads
 
 log = logging.getLogger(__name__)
 
@@ -24,37 +22,6 @@ CHECK_EVERY_S = 1.0
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 5.0  # between two checks of one that does not answer; it doubles
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class DaemonThreads:
-    """A pool of threads that the process does not wait for at its end: some may hang for ever."""
-
-    def __init__(self, name: str, num_threads: int) -> None:
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._num_threads = num_threads
-        for number in range(num_threads):
-            threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True).start()
-
-    def submit(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function in the first thread that is free."""
-        future: Future[T] = Future()
-        self._jobs.put((future, function))
-        return future
-
-    def close(self) -> None:
-        """End the threads, each after what it runs."""
-        for _ in range(self._num_threads):
-            self._jobs.put(None)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, function = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:  # noqa: BLE001 - whoever waits for the future raises it
-                    future.set_exception(error)
-            del job, future, function  # what they hold goes now, not with the next job
 
 
 class Dependency:
@@ -69,7 +36,7 @@ class Dependency:
         self.failure: str | None = None  # the reason why it cannot be used as it should, for the operator
         self._is_open = False
         self._down, self._metrics = down, metrics
-        self._threads = DaemonThreads(name, num_threads)
+        self._threads = FairThreads(name, num_threads, max(1, num_threads // 2))
         metrics.dependency_up.labels(name).set(1)
 
     def require_up(self) -> None:
@@ -114,7 +81,7 @@ class Dependency:
 
     async def _run(self, limit_s: float | None, function: Callable[[], T]) -> T:
         began = time.monotonic()
-        future = self._threads.submit(partial(copy_context().run, function))
+        future = self._threads.submit(function)
         try:
             async with asyncio.timeout(limit_s) as limit:
                 return await asyncio.wrap_future(future)

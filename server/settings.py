@@ -83,7 +83,8 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         _default(EngineConfig, "max_waiting"),
         ge=1,
-        description="most sequences in the queue; more are refused with 503",
+        description="most sequences in the queue, more are refused with 503; and most requests of a tenant that wait "
+        "to be prepared",
     )
     max_batch_tokens: int = Field(_default(EngineConfig, "max_batch_tokens"), ge=16, description="most tokens a step")
     max_sequence_tokens: int | None = Field(

@@ -14,6 +14,7 @@ from server.requests.usage import UsageBuffer
 from server.requests.version_stats import Recent
 from server.settings import Settings
 from server.stores import Stores
+from server.tenant_work import TenantWork
 from server.uploads.preload import TreeImport
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
@@ -28,6 +29,7 @@ class ServerState:
     client: EngineClient
     stores: Stores
     tokenizer: Tokenizer
+    tenant_work: TenantWork
     metrics: Metrics
     callers: Callers
     rate_limiter: RateLimiter

@@ -18,6 +18,7 @@ from adapters_store.format.safetensors_header import MAX_HEADER_BYTES, read_head
 from adapters_store.format.selection import SAVE_SAFELY, ArchiveMember, Selection, select_parts
 from adapters_store.format.tar_file import open_tar
 from adapters_store.format.zip_file import open_zip
+from adapters_store.format.zip_outline import EPOCH
 
 ZIP_TYPE, SAFETENSORS_TYPE = "application/zip", "application/x-safetensors"
 # What clients and browsers call an upload's bytes, which themselves tell what they are.
@@ -38,7 +39,6 @@ CHUNK = 2**20
 ZIP_STARTS, GZIP_START = (b"PK\3\4", b"PK\5\6"), b"\x1f\x8b"
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 METADATA_KEYS = {CONFIG: "adapter_config", MANIFEST: "manifest"}
-EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def unpack_upload(body: Path, into: Path, max_bytes: int) -> list[str]:

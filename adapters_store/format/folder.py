@@ -116,9 +116,14 @@ def _read_file(path: Path) -> bytes:
 
 def digest_of(files: dict[str, bytes]) -> str:
     """Compute an artifact's identity: sha256 over the sorted, length-framed (name, sha256) of its files, in hex."""
+    return digest_of_hashes({name: hashlib.sha256(data).digest() for name, data in files.items()})
+
+
+def digest_of_hashes(hashes: Mapping[str, bytes]) -> str:
+    """Compute an artifact's identity from the sha256 of each of its files."""
     total = hashlib.sha256()
-    for name in sorted(files):
-        total.update(len(name).to_bytes(8, "big") + name.encode() + hashlib.sha256(files[name]).digest())
+    for name in sorted(hashes):
+        total.update(len(name).to_bytes(8, "big") + name.encode() + hashes[name])
     return total.hexdigest()
 
 

@@ -105,14 +105,15 @@ def compile_adapterhub(artifact: Artifact, spec: BaseSpec) -> tuple[Bottleneck, 
         SERVED_VALUES,
     )
     _check_residuals(config)
-    if not set(config.leave_out) <= set(range(len(spec.layers))):
+    left_out = frozenset(config.leave_out)
+    if not left_out <= set(range(len(spec.layers))):
         raise ArtifactError(
             f"leave_out names a layer that is none of the {len(spec.layers)} of {spec.name}", "leave_out"
         )
     places = [
         Place(f"{start}.{block}.adapters.{saved.name}", site, of, _size(config, number, spec.hidden_size))
         for number, (start, layer) in enumerate(zip(_starts(artifact, spec), spec.layers, strict=True))
-        if number not in config.leave_out
+        if number not in left_out
         for block, site, of in _placed(config, layer)
     ]
     names = Names(f"adapter_down.{int(config.ln_before)}", "adapter_up", "scaling", NORM, "adapter_norm_after")

@@ -11,7 +11,7 @@ from adapters_store.base.spec import BaseSpec
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
 from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape
-from adapters_store.methods.shared.targets import PATTERN_CHARS, Targets, check_targets, is_match
+from adapters_store.methods.shared.targets import PATTERN_CHARS, Targets, check_targets, ends_with_any, is_match
 from adapters_store.primitives import Scale
 
 END = ".ia3_l"
@@ -44,7 +44,7 @@ def _feedforward(config: IA3Config, spec: BaseSpec) -> set[str] | None:
     names = config.feedforward_modules
     if isinstance(names, list):
         ends = frozenset(names)
-        return {site for site in spec.linears if is_feedforward(site, ends)}
+        return {site for site in spec.linears if ends_with_any(site, ends)}
     if names is None or not set(names) <= PATTERN_CHARS:
         return None
     return {site for site in spec.linears if is_match(names, site)}
@@ -57,8 +57,3 @@ def _scale(artifact: Artifact, site: str, spec: BaseSpec, feedforward: set[str] 
     is_input = list(artifact.tensors[name].shape) == of_input if feedforward is None else site in feedforward
     vector = expect_shape(artifact, name, of_input if is_input else of_output)
     return Scale(site, vector.float().flatten(), "input" if is_input else "output")
-
-
-def is_feedforward(site: str, names: frozenset[str]) -> bool:
-    """Tell if a site ends with one of the names, at a dot or not, as in PEFT."""
-    return any(site[start:] in names for start in range(len(site) + 1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -23,7 +24,7 @@ from adapters_store.methods.shared.expect import PREFIX, by_site, expect_shape, 
 from adapters_store.methods.shared.extras import ExtrasConfig, saved_sites, split_extras
 from adapters_store.methods.shared.init_residual import check_init_residual, init_residual
 from adapters_store.methods.shared.low_rank import LowRankUpdate, compile_low_rank
-from adapters_store.methods.shared.targets import by_pattern, check_alphas, check_ranks, check_targets
+from adapters_store.methods.shared.targets import PatternTable, check_alphas, check_ranks, check_targets
 from adapters_store.methods.shared.tensor_pool import TensorPool
 from adapters_store.primitives import Primitive
 
@@ -59,7 +60,7 @@ INITS_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_RANK, MAX_ALPHA = 4096, 1e6
 
 
-class LoraConfig(ExtrasConfig, kw_only=True):
+class LoraConfig(ExtrasConfig, kw_only=True, dict=True):
     """The keys of PEFT's LoraConfig that change the computation."""
 
     r: int
@@ -74,12 +75,20 @@ class LoraConfig(ExtrasConfig, kw_only=True):
 
     def rank(self, site: str) -> int:
         """Return the rank r at a site."""
-        return int(by_pattern(self.rank_pattern, site, self.r))
+        return self._ranks[site]
 
     def scale(self, site: str) -> float:
         """Return the factor s of a site's update."""
-        alpha, rank = by_pattern(self.alpha_pattern, site, self.lora_alpha), self.rank(site)
+        alpha, rank = self._alphas[site], self.rank(site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @cached_property
+    def _ranks(self) -> PatternTable[int]:
+        return PatternTable(self.rank_pattern, self.r)
+
+    @cached_property
+    def _alphas(self) -> PatternTable[int | float]:
+        return PatternTable(self.alpha_pattern, self.lora_alpha)
 
     @property
     def residual_init(self) -> str:

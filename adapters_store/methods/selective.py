@@ -66,12 +66,12 @@ def _parameters(spec: BaseSpec) -> dict[str, list[int]]:
 
 def _named(names: list[str], shapes: dict[str, list[int]], spec: BaseSpec) -> list[str]:
     """Select the parameters that the config names. Raises `ArtifactError` for a name that no parameter has."""
-    runs = {name: set(_runs(name)) for name in shapes}
-    if unknown := sorted(set(names).difference(*runs.values())):
+    runs, chosen_runs = {name: set(_runs(name)) for name in shapes}, frozenset(names)
+    if unknown := sorted(chosen_runs.difference(*runs.values())):
         is_head = spec.is_tied and unknown[0] in _runs(f"{spec.head}.weight")
         reason = f"its head is tied: name {spec.embedding}.weight" if is_head else _WHERE
         raise ArtifactError(f"parameters names {unknown[0][:80]!r}, which {spec.name} has not; {reason}", "parameters")
-    chosen = [name for name in shapes if not runs[name].isdisjoint(names)]
+    chosen = [name for name in shapes if not chosen_runs.isdisjoint(runs[name])]
     if not chosen:
         raise ArtifactError("parameters is empty: nothing was trained", "parameters")
     return chosen

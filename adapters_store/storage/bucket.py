@@ -6,6 +6,7 @@ an artifact exists while they do. Staging is on the local disk.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +15,8 @@ from fsspec.registry import get_filesystem_class
 
 from adapters_store.errors import AbsentError, StoreDownError, StoreError
 from adapters_store.format.folder import FILES, WEIGHTS, find_parts
-from adapters_store.storage.directory import OWNER, Blobs, limit_s
+from adapters_store.format.zip_outline import StoredFile
+from adapters_store.storage.directory import OWNER, Blobs, absent, limit_s
 
 EXTRAS = {"s3": "manyhats[s3]", "s3a": "manyhats[s3]"}  # packages to install, by scheme
 UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # two processes write: API and engine
@@ -63,8 +65,22 @@ class Bucket(Blobs):
         sizes = self._sizes(digest)
         files = {name: self._get(self._object(digest, name), num_bytes) for name, num_bytes in sizes.items()}
         if files.get(WEIGHTS) is None:
-            raise AbsentError(f"no artifact {digest[:12]} in the store")
+            raise absent(digest)
         return {name: data for name, data in files.items() if data is not None}
+
+    def _open(self, digest: str) -> list[StoredFile]:
+        sizes = self._sizes(digest)
+        if WEIGHTS not in sizes:
+            raise absent(digest)
+        objects = {name: self._object(digest, name) for name in sizes}
+        return [StoredFile(name, sizes[name], partial(self._range, path)) for name, path in objects.items()]
+
+    def _range(self, path: str, start: int, stop: int) -> bytes:
+        try:
+            data: bytes = self._call(self._files.cat_file, path, start, stop, num_bytes=stop - start)
+        except FileNotFoundError:
+            raise AbsentError(f"{path} is not in the store any more") from None
+        return data
 
     def _sizes(self, digest: str) -> dict[str, int]:
         """Return the sizes of an artifact's files, by name: how long each may take depends on it."""

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from adapters_store.durable import fsync, sync_folder
 from adapters_store.errors import AbsentError, ArtifactCorruptError, ArtifactError, StoreDownError, StoreError
-from adapters_store.format.folder import CONFIG, WEIGHTS, Artifact, artifact_of, digest_of, read_files
+from adapters_store.format.folder import (
+    CONFIG,
+    FILES,
+    WEIGHTS,
+    Artifact,
+    artifact_of,
+    digest_of,
+    digest_of_hashes,
+    find_parts,
+    read_files,
+)
+from adapters_store.format.zip_outline import StoredFile, ZipOutline, outline_zip
 
 STAGING = "staging"
 OWNER = "owner"  # a file with the identity of the registry that the store belongs to
@@ -90,12 +104,33 @@ class Blobs:
             files = self._read(digest)
         except ArtifactError as error:
             raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {error}") from error
-        missing = next((name for name in (WEIGHTS, CONFIG) if name not in files), None)
-        if missing is not None:
-            raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: there is no {missing}")
-        if digest_of(files) != digest:
-            raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: its digest does not match")
+        _check_whole(digest, files, digest_of(files))
         return files
+
+    def outline(self, digest: str) -> ZipOutline:
+        """Read an artifact through, verify it, and return the zip of it to send, which reads it again as it is sent.
+
+        Of its bytes one chunk is in memory at a time. Raises `AbsentError` or `ArtifactCorruptError`.
+        """
+        hashes: defaultdict[str, hashlib._Hash] = defaultdict(hashlib.sha256)
+        try:
+            files = self._open(digest)
+        except ArtifactError as error:
+            raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {error}") from error
+        outline = outline_zip(files, lambda name, chunk: hashes[name].update(chunk))
+        _check_whole(digest, hashes, digest_of_hashes({name: total.digest() for name, total in hashes.items()}))
+        return outline
+
+    def _open(self, digest: str) -> list[StoredFile]:
+        """Return the files to read in parts, without verifying them. Raises `AbsentError` or `ArtifactError`."""
+        if not self.path(digest).is_dir():
+            raise absent(digest)
+        parts = find_parts(self.path(digest))
+        return [
+            StoredFile(name, parts[name].stat().st_size, partial(_read_range, parts[name]))
+            for name in FILES
+            if name in parts
+        ]
 
     def _read(self, digest: str) -> dict[str, bytes]:
         """Read the files without verifying them. Raises `AbsentError` or `ArtifactError`."""
@@ -104,7 +139,7 @@ class Blobs:
         except FileNotFoundError:
             files = {}
         if not files and not self.path(digest).is_dir():  # also if it was deleted during the read
-            raise AbsentError(f"no artifact {digest[:12]} in the store")
+            raise absent(digest)
         return files
 
     def claim(self, owner: str) -> bool:
@@ -153,3 +188,22 @@ class Blobs:
         for digest in orphans:
             self.delete(digest)
         return len(orphans)
+
+
+def absent(digest: str) -> AbsentError:
+    """Make the error for an artifact that the store does not have."""
+    return AbsentError(f"no artifact {digest[:12]} in the store")
+
+
+def _check_whole(digest: str, names: Iterable[str], actual: str) -> None:
+    """Raise `ArtifactCorruptError` if a file is missing or the files have another digest."""
+    missing = {WEIGHTS, CONFIG}.difference(names)
+    reason = f"there is no {min(missing)}" if missing else "its digest does not match"
+    if missing or actual != digest:
+        raise ArtifactCorruptError(f"the stored artifact {digest[:12]} is corrupt: {reason}")
+
+
+def _read_range(path: Path, start: int, stop: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from adapters_store.format.strict_json import StrictJSONError, loads
 from server.errors import BadRequestError, InvalidFieldError, TooLargeError, UnsupportedTypeError
 from server.schemas import Strict
-from server.settings import Settings
+from server.state import ServerState
 
 Model = TypeVar("Model", bound=Strict)
 MIN_BYTES_PER_S = 16 * 2**10  # of a whole body: a part now and then does not keep it open
@@ -93,13 +93,13 @@ def _too_large(max_bytes: int) -> TooLargeError:
     return TooLargeError(f"the body is larger than {max_bytes} bytes")
 
 
-async def read_json(request: Request, model: type[Model], settings: Settings) -> Model:
+async def read_json(request: Request, model: type[Model], state: ServerState) -> Model:
     """The whole body as a model, within the settings' bounds. Raises the errors of `body_parts` and `parse`."""
-    body = bytearray()
+    body, settings = bytearray(), state.settings
     async for part in body_parts(request, settings.max_body_bytes, settings.body_timeout_s):
         body += part
     if len(body) > THREAD_BYTES:
-        return await asyncio.to_thread(parse, model, bytes(body))
+        return await state.tenant_work.run(parse, model, bytes(body))
     return parse(model, bytes(body))
 
 

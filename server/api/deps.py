@@ -13,6 +13,7 @@ from adapters_store.registry.audit import act_as
 from server.errors import DrainingError, ForbiddenError, InvalidFieldError, absent_is_404
 from server.requests.auth import Caller
 from server.state import ServerState
+from server.threads import work_for
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ async def identify(request: Request) -> None:
     state.callers.check_origin(headers.get("host"), headers.get("origin"))
     caller = await state.callers.identify(headers.get("authorization", ""), headers.get("x-tenant"))
     act_as(caller.name, request.state.request_id)
+    work_for(caller.tenant)
     if state.is_draining and request.method != "GET":
         raise DrainingError("the server is stopping: ask again in a moment", retry_after=5)
     request.state.caller, request.state.tenant = caller, caller.tenant

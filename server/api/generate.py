@@ -29,7 +29,7 @@ router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends
 async def generate(request: Request, task: str | None = None) -> Response:
     """Answer with a task's adapter; see the HTTP contract for the body."""
     state, caller = state_of(request), caller_of(request)
-    asked = await read_json(request, GenerateRequest, state.settings)
+    asked = await read_json(request, GenerateRequest, state)
     spec = _spec(caller, task, asked)
     form = GenerateForm(request.state.request_id, state.tokenizer, asked.logprobs is not None)
     return await respond(request, state.generation, spec, form, asked.stream)

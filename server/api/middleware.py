@@ -53,11 +53,12 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = _routed(scope)
+        is_head, scope = scope["method"] == "HEAD", _routed(scope)
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"], began, status = request_id, time.monotonic(), 0
+        state["is_head"] = is_head
 
         async def tell(message: Message) -> None:
             nonlocal status

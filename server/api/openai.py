@@ -156,7 +156,7 @@ def _model(tenant: str, name: str, created: float) -> dict[str, Any]:
 async def completions(request: Request) -> Response:
     """Complete a prompt, in the shape of OpenAI's completions."""
     state, caller = state_of(request), caller_of(request)
-    asked = await read_json(request, CompletionRequest, state.settings)
+    asked = await read_json(request, CompletionRequest, state)
     spec = replace(
         _spec(caller, asked),
         **_prompts(asked.prompt),
@@ -171,7 +171,7 @@ async def completions(request: Request) -> Response:
 async def chat_completions(request: Request) -> Response:
     """Answer chat turns, in the shape of OpenAI's chat completions. Without a limit it has the rest of the context."""
     state, caller = state_of(request), caller_of(request)
-    asked = await read_json(request, ChatRequest, state.settings)
+    asked = await read_json(request, ChatRequest, state)
     spec = replace(
         _spec(caller, asked),
         turns=[message.turn() for message in asked.messages],

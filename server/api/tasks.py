@@ -11,11 +11,11 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.errors import NoEarlierRouteError
-from adapters_store.format.archive import ZIP_TYPE
 from adapters_store.registry.registry import Task, Usage, Version
 from adapters_store.registry.routes import Route
 from server.api.body import read_json
 from server.api.deps import admit, look_up, may, refuse_unknown_query, state_of, tenant_of
+from server.api.zip_stream import ZipStream
 from server.errors import ConflictError, InvalidFieldError
 from server.requests.auth import DEPLOY
 from server.requests.version_stats import RequestOutcome, summary
@@ -43,7 +43,7 @@ async def list_tasks(request: Request, limit: PageSize = DEFAULT_PAGE, after: Af
     page = found[:limit]
     look = await _look(state, tenant, page)
     head = [_base(look)] if after is None else []
-    shown = await asyncio.to_thread(lambda: head + [_task(task, look) for task in page])
+    shown = await state.tenant_work.run(lambda: head + [_task(task, look) for task in page])
     return JSONResponse({"tasks": shown, "next": page[-1].name if len(found) > limit else None})
 
 
@@ -66,7 +66,7 @@ async def _shown(
 ) -> dict[str, Any]:
     found = await look_up(state, state.stores.registry.task, tenant, task, before, limit)
     look = await _look(state, tenant, [found])
-    return await asyncio.to_thread(_task, found, look)
+    return await state.tenant_work.run(_task, found, look)
 
 
 @router.put("/tasks/{task}/route", openapi_extra=openapi_body(RouteRequest))
@@ -77,7 +77,7 @@ async def put_route(request: Request, task: str) -> Response:
     """
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "routed")
-    asked = await read_json(request, RouteRequest, state.settings)
+    asked = await read_json(request, RouteRequest, state)
     route = Route({int(number): weight for number, weight in asked.versions.items()}, asked.sticky)
     await look_up(state, state.stores.registry.set_route, tenant, task, route)
     return await _changed(state, tenant, task)
@@ -100,7 +100,7 @@ async def put_pin(request: Request, task: str) -> Response:
     """Keep the versions that the task routes to on the device, or not."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "pinned: it is always there")
-    asked = await read_json(request, PinRequest, state.settings)
+    asked = await read_json(request, PinRequest, state)
     await look_up(state, state.stores.registry.set_pinned, tenant, task, asked.pinned)
     return await _changed(state, tenant, task)
 
@@ -132,10 +132,9 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
 
 @router.get("/tasks/{task}/versions/{number}/artifact", dependencies=[Depends(may(DEPLOY))])
 async def get_artifact(request: Request, task: str, number: int) -> Response:
-    """Download a version's PEFT folder as a zip."""
-    digest, body = await state_of(request).uploads.download(tenant_of(request), task, number)
-    headers = {"Content-Disposition": f'attachment; filename="{task}-{number}.zip"', "ETag": f'"{digest}"'}
-    return Response(body, media_type=ZIP_TYPE, headers=headers)
+    """Download a version's PEFT folder as a zip, which is read from the store as the client takes it."""
+    download = await state_of(request).uploads.download(tenant_of(request), task, number)
+    return ZipStream(download, f"{task}-{number}.zip", request.state.is_head)
 
 
 def _refuse_base(task: str, what: str) -> None:

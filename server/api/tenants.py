@@ -71,7 +71,7 @@ class KeyBody(Strict):
 async def add_tenant(request: Request) -> Response:
     """Add a tenant. A name is given once: that of a tenant which was deleted is refused, too."""
     state = _with_keys(request)
-    asked = await read_json(request, TenantBody, state.settings)
+    asked = await read_json(request, TenantBody, state)
     try:
         tenant = await _changed(state, state.stores.tenants.add, asked.name, asked.limits.limits())
     except NameTakenError as error:
@@ -105,7 +105,7 @@ async def delete_tenant(request: Request, tenant: str) -> Response:
 async def set_limits(request: Request, tenant: str) -> Response:
     """Replace a tenant's limits, for new requests at once."""
     state = state_of(request)
-    asked = await read_json(request, LimitsBody, state.settings)
+    asked = await read_json(request, LimitsBody, state)
     return JSONResponse(_tenant(await _changed(state, state.stores.tenants.set_limits, tenant, asked.limits())))
 
 
@@ -114,7 +114,7 @@ async def add_key(request: Request, tenant: str) -> Response:
     """Add a key to a tenant, with scopes that the caller has itself. `key` is shown here and never again."""
     state = _with_keys(request)
     _own(request, tenant)
-    asked = await read_json(request, KeyBody, state.settings)
+    asked = await read_json(request, KeyBody, state)
     _refuse_wider(request, asked.scopes)
     key, sent = await _changed(state, state.stores.tenants.add_key, tenant, list(asked.scopes), asked.note)
     return JSONResponse(_key(key) | {"key": sent}, 201)

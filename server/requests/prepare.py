@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from server.requests.answer import GenerationJob
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
+from server.tenant_work import TenantWork
 
 THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
 
@@ -27,8 +27,8 @@ THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
 class JobPreparer:
     """Makes jobs out of specs, by the base's tokenizer and the engine's limits."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer) -> None:
-        self._client, self._tokenizer = client, tokenizer
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, tenant_work: TenantWork) -> None:
+        self._client, self._tokenizer, self._tenant_work = client, tokenizer, tenant_work
 
     async def prepare(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> GenerationJob:
         """The job that a spec asks for. Raises `ServerError` for one that can never run here, before it queues."""
@@ -79,7 +79,7 @@ class JobPreparer:
 
     async def _encode(self, texts: list[str]) -> list[list[int]]:
         if sum(map(len, texts)) > THREAD_CHARS:
-            return await asyncio.to_thread(lambda: [self._tokenizer.encode(text) for text in texts])
+            return await self._tenant_work.run(lambda: [self._tokenizer.encode(text) for text in texts])
         return [self._tokenizer.encode(text) for text in texts]
 
     async def _encode_chat(self, turns: list[Turn], resolved: ResolvedAdapters) -> list[int]:
@@ -88,10 +88,10 @@ class JobPreparer:
             raise BadRequestError("this base has no chat template: send a prompt", "messages")
         encoder = self._tokenizer.turns
         try:
-            rendered = await asyncio.to_thread(encoder.render, turns, resolved.prompt_format)
+            rendered = await self._tenant_work.run(encoder.render, turns, resolved.prompt_format)
             self._check_bytes("".join(rendered.pieces), "messages")
             with control_text_is_400("messages"):
-                return await asyncio.to_thread(encoder.encode, rendered)
+                return await self._tenant_work.run(encoder.encode, rendered)
         except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
             raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
 

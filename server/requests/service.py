@@ -20,6 +20,7 @@ from server.requests.tokenizer import Tokenizer
 from server.requests.usage import UsageBuffer, UsageMeter
 from server.requests.version_stats import Recent
 from server.stores import Stores
+from server.tenant_work import TenantWork
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
 
@@ -34,6 +35,7 @@ class GenerationService:
         client: EngineClient,
         stores: Stores,
         tokenizer: Tokenizer,
+        tenant_work: TenantWork,
         metrics: Metrics,
         usage: UsageBuffer,
         rate_limiter: RateLimiter,
@@ -43,7 +45,7 @@ class GenerationService:
     ) -> None:
         self._stores, self._usage = stores, usage
         self._rate_limiter, self._retention = rate_limiter, retention
-        self.resolver, self._preparer = AdapterResolver(stores), JobPreparer(client, tokenizer)
+        self.resolver, self._preparer = AdapterResolver(stores), JobPreparer(client, tokenizer, tenant_work)
         self._accounting = Accounting(metrics, recent)
         self._runner = ChoiceRunner(client, tokenizer, metrics, revalidation)
 

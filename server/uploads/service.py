@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.errors import ArtifactError, QuotaError, RegistryDownError
-from adapters_store.format.archive import unpack_upload, zipped
+from adapters_store.format.archive import unpack_upload
 from adapters_store.format.selection import describe_ignored
+from adapters_store.format.zip_outline import ZipOutline
 from adapters_store.registry.registry import Version
 from adapters_store.registry.tenants import TenantLimits
 from adapters_store.storage.directory import limit_s
+from server.dependency import Dependency
 from server.engine.client import EngineClient, require_ready
 from server.engine.messages import Ready
-from server.errors import ArtifactRefusedError, ServerError, UnavailableError, absent_is_404
+from server.errors import ArtifactRefusedError, ServerError, StoreUnavailableError, UnavailableError, absent_is_404
 from server.metrics import Metrics
 from server.stores import Stores
+from server.tenant_work import TenantWork
 from server.uploads.retention import ArtifactRetention
 from server.uploads.revalidation import Revalidation
 from server.uploads.validation import Check, ValidatedArtifact, Validator, check
@@ -53,6 +57,35 @@ class RegisteredArtifact:
     checks: list[Check]
 
 
+@dataclass(frozen=True)
+class Download:
+    """An artifact on its way out, which stays in the store until `close`."""
+
+    digest: str
+    outline: ZipOutline
+    _storage: Dependency
+    _kept: AsyncExitStack
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """Read the zip a chunk at a time, each only when it is asked for.
+
+        Raises `StoreUnavailableError`, or what the store raises.
+        """
+        for piece in self.outline.pieces:
+            if isinstance(piece, bytes):
+                yield piece
+                continue
+            for start, stop in piece.ranges():
+                chunk = await self._storage.call(piece.read, start, stop)
+                if len(chunk) != stop - start:
+                    raise StoreUnavailableError(f"{piece.name} of {self.digest[:12]} was cut off while it was sent")
+                yield chunk
+
+    async def close(self) -> None:
+        """Let the artifact go."""
+        await self._kept.aclose()
+
+
 class UploadService:
     """Stores validated artifacts as versions of tasks."""
 
@@ -64,11 +97,13 @@ class UploadService:
         retention: ArtifactRetention,
         validator: Validator,
         revalidation: Revalidation,
+        tenant_work: TenantWork,
     ) -> None:
-        self.stores, self.validator = stores, validator
+        self.stores, self.validator, self._tenant_work = stores, validator, tenant_work
         self._client, self._metrics = client, metrics
         self._retention, self._revalidation = retention, revalidation
         self._intake = asyncio.Semaphore(MAX_INTAKES)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of waiting for it, by tenant
         self._last_item_bytes: ItemBytes | None = None
         self._staged: Counter[str] = Counter()  # bytes of bodies on their way, by tenant
 
@@ -92,10 +127,10 @@ class UploadService:
         self.stores.require_up()
         with self._counted(), self.stores.blobs.staging() as staging, self._on_its_way(spec) as count:
             await _receive(body, staging / "body", count)
-            async with self._intake_slot():
+            async with self._intake_slot(spec.tenant):
                 folder = staging / FOLDER
                 folder.mkdir()
-                ignored = await asyncio.to_thread(unpack_upload, staging / "body", folder, spec.max_bytes)
+                ignored = await self._tenant_work.run(unpack_upload, staging / "body", folder, spec.max_bytes)
                 validated = await self.validator.validate(folder)
                 if ignored:
                     validated.checks.insert(0, check("ignored", len(ignored), describe_ignored(ignored)))
@@ -125,18 +160,19 @@ class UploadService:
         await self._retention.sync_pinned()
         return RegisteredArtifact(version, is_new, validated.checks)
 
-    async def download(self, tenant: str, task: str, number: int) -> tuple[str, bytes]:
-        """The digest of a version, and its PEFT folder as a zip.
+    async def download(self, tenant: str, task: str, number: int) -> Download:
+        """A version's PEFT folder as a zip, verified, to be read and closed by the caller; it is kept until then.
 
         Raises `NotFoundError`, or `ArtifactRefusedError` if the stored bytes are not whole.
         """
         with absent_is_404("task"):
             version = await self.stores.database.call(self.stores.registry.resolve, tenant, task, number, None)
             try:
-                async with self._retention.using(tenant, [version]):
-                    read = partial(self.stores.blobs.files, version.digest)
-                    files = await self.stores.storage.call_within(limit_s(version.num_bytes), read)
-                    return version.digest, await asyncio.to_thread(zipped, files)
+                async with AsyncExitStack() as kept:
+                    await kept.enter_async_context(self._retention.using(tenant, [version]))
+                    read = partial(self.stores.blobs.outline, version.digest)
+                    outline = await self.stores.storage.call_within(limit_s(version.num_bytes), read)
+                    return Download(version.digest, outline, self.stores.storage, kept.pop_all())
             except ArtifactError as error:
                 raise ArtifactRefusedError(error) from error
 
@@ -184,10 +220,14 @@ class UploadService:
             self._staged += Counter()  # drops the zeros
 
     @asynccontextmanager
-    async def _intake_slot(self) -> AsyncIterator[None]:
-        """Take one of the few slots for checking an upload. Raises `UnavailableError` if too many wait for it."""
+    async def _intake_slot(self, tenant: str) -> AsyncIterator[None]:
+        """Take one of the few slots for checking an upload. Of a tenant one waits for it, and its others behind that.
+
+        So tenants take turns. Raises `UnavailableError` if too many wait.
+        """
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
         try:
-            async with asyncio.timeout(INTAKE_WITHIN_S):
+            async with asyncio.timeout(INTAKE_WITHIN_S), turn:
                 await self._intake.acquire()
         except TimeoutError:
             raise UnavailableError("too many uploads wait to be checked; nothing was stored", retry_after=5) from None

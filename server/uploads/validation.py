@@ -36,6 +36,7 @@ from server.engine.client import EngineClient, EngineUnavailable, require_ready
 from server.engine.messages import Ready, Submit
 from server.errors import EngineFailedError, ProbeLateError, ServerError, UnavailableError
 from server.stores import Stores
+from server.tenant_work import TenantWork
 from server.together import together
 from server.uploads import parity
 from server.uploads.retention import ArtifactRetention
@@ -66,8 +67,11 @@ class ValidatedArtifact:
 class Validator:
     """Validates artifacts by their bytes and in the engine, one at a time."""
 
-    def __init__(self, client: EngineClient, stores: Stores, retention: ArtifactRetention) -> None:
+    def __init__(
+        self, client: EngineClient, stores: Stores, retention: ArtifactRetention, tenant_work: TenantWork
+    ) -> None:
         self._client, self._stores, self._retention = client, stores, retention
+        self._tenant_work = tenant_work
         self._probing = asyncio.Lock()  # one artifact at a time is probed
 
     async def validate(self, folder: Path, limit_s: float | None = None) -> ValidatedArtifact:
@@ -76,7 +80,7 @@ class Validator:
         The probes have `limit_s` seconds, by default `PROBE_WITHIN_S`. Raises `ArtifactError` if it fails, or
         `ServerError` if the engine cannot tell.
         """
-        artifact, patch, checks = await asyncio.to_thread(check_folder, require_ready(self._client), folder)
+        artifact, patch, checks = await self._tenant_work.run(check_folder, require_ready(self._client), folder)
         digest = artifact.digest
         try:
             async with self._probing:
@@ -93,7 +97,7 @@ class Validator:
         """Validate an artifact of the store. Raises the errors of `validate`, and those of `Blobs.read`."""
         ready, read = require_ready(self._client), partial(self._stores.blobs.read, digest)
         artifact = await self._stores.storage.call_within(limit_of(ready.max_adapter_bytes), read)
-        _, patch, _ = await asyncio.to_thread(_check_artifact, ready, artifact)
+        _, patch, _ = await self._tenant_work.run(_check_artifact, ready, artifact)
         async with self._probing:
             await self._probe(artifact, patch)
 

@@ -20,10 +20,11 @@ def by_site(artifact: Artifact, ends: Sequence[str], sites: Collection[str], bas
     `ArtifactError`.
     """
     tensors_by_site: dict[str, dict[str, Tensor]] = {}
+    known = frozenset(sites)
     for name, tensor in artifact.tensors.items():
         end = next((end for end in ends if name.startswith(PREFIX) and name.endswith(end)), None)
         site = name.removeprefix(PREFIX).removesuffix(end or "")
-        if end is None or site not in sites:
+        if end is None or site not in known:
             raise ArtifactError(f"the tensor {name} has no site in {base}: no layer that it could act on", name)
         tensors_by_site.setdefault(site, {})[end] = tensor
     return {site: tensors_by_site[site] for site in sites if site in tensors_by_site}

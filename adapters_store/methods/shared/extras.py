@@ -20,7 +20,7 @@ from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.embedding_lora import drop_copies
 from adapters_store.methods.shared.expect import PREFIX
 from adapters_store.methods.shared.full_modules import parameters, replace_module
-from adapters_store.methods.shared.targets import MAX_PATTERNS, Targets
+from adapters_store.methods.shared.targets import MAX_PATTERNS, Targets, ends_with_any
 from adapters_store.methods.shared.tensor_pool import TensorPool
 from adapters_store.methods.shared.unused_tensors import mark_redundant
 from adapters_store.methods.trainable_tokens import row_width, token_ids, token_rows
@@ -80,13 +80,13 @@ def saved_sites(config: ExtrasConfig, spec: BaseSpec) -> dict[str, str]:
 
     Each comes with the name of that module, the outermost one. Raises `ArtifactError` for too many or empty names.
     """
-    names = tuple(config.modules_to_save or ())
-    if len(names) > MAX_PATTERNS or not all(names):
+    names = frozenset(config.modules_to_save or ())
+    if len(config.modules_to_save or ()) > MAX_PATTERNS or not all(names):
         raise ArtifactError(f"modules_to_save must be at most {MAX_PATTERNS} names, none empty", "modules_to_save")
     tied = {spec.embedding, spec.head} if _is_saved_tied(config, spec) else set[str]()
     module_of: dict[str, str] = {}
     for site in [*spec.linears, *spec.norms, spec.embedding] if names or tied else ():
-        module = next((module for module in _modules(site) if module.endswith(names)), "")
+        module = next((module for module in _modules(site) if ends_with_any(module, names)), "")
         if module or site in tied:
             module_of[site] = module or site
     return module_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -9,14 +10,14 @@ import msgspec
 from adapters_store.errors import MethodUnsupportedError
 from adapters_store.format.folder import Artifact
 from adapters_store.methods.shared.config import read_config
-from adapters_store.methods.shared.targets import Targets, by_pattern, check_alphas, check_ranks
+from adapters_store.methods.shared.targets import PatternTable, Targets, check_alphas, check_ranks
 
 IGNORED_KEYS = {"init_weights", "module_dropout", "rank_dropout", "rank_dropout_scale", "use_effective_conv2d"}
 SERVED_VALUES: dict[str, tuple[Any, ...]] = {"modules_to_save": (None,)}
 MAX_RANK, MAX_ALPHA = 1_000_000, 1e6  # in LyCORIS a rank beyond a layer's size selects full matrices
 
 
-class LycorisConfig(Targets, kw_only=True):
+class LycorisConfig(Targets, kw_only=True, dict=True):
     """The keys of PEFT's LycorisConfig that change the computation."""
 
     r: int
@@ -26,11 +27,19 @@ class LycorisConfig(Targets, kw_only=True):
 
     def rank(self, site: str) -> int:
         """Return the rank r at a site."""
-        return int(by_pattern(self.rank_pattern, site, self.r))
+        return self._ranks[site]
 
     def scale(self, site: str) -> float:
         """Return the factor of a site's update, alpha / r."""
-        return by_pattern(self.alpha_pattern, site, self.alpha) / self.rank(site)
+        return self._alphas[site] / self.rank(site)
+
+    @cached_property
+    def _ranks(self) -> PatternTable[int]:
+        return PatternTable(self.rank_pattern, self.r)
+
+    @cached_property
+    def _alphas(self) -> PatternTable[int | float]:
+        return PatternTable(self.alpha_pattern, self.alpha)
 
 
 Config = TypeVar("Config", bound=LycorisConfig)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -13,6 +14,8 @@ from adapters_store.errors import ArtifactError, MethodUnsupportedError
 PATTERN_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 ALL_LINEAR = "all-linear"
 MAX_PATTERNS = 2048  # as many as 4,096 tensors can have sites
+
+T = TypeVar("T")
 
 
 class Targets(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -55,9 +58,12 @@ def named_sites(config: Targets, sites: Collection[str], spec: BaseSpec) -> set[
     texts = [*patterns, *(names for names in (targets, excluded) if isinstance(names, str))]
     if targets is None or not all(set(text) <= PATTERN_CHARS for text in texts):
         return None
-    named, out = _named(targets, sites), _named(excluded, sites)
-    layers = _layers(config) if isinstance(targets, list) else None  # PEFT uses them with a list only
-    return {site for site in named - out if layers is None or site in targets or layer_of(site, patterns) in layers}
+    selected = _named(targets, sites) - _named(excluded, sites)
+    layers = _layers(config)
+    if layers is None or isinstance(targets, str):  # PEFT uses them with a list only
+        return selected
+    whole, order = frozenset(targets), {pattern: place for place, pattern in reversed(list(enumerate(patterns)))}
+    return {site for site in selected if site in whole or layer_of(site, order) in layers}
 
 
 def _named(names: list[str] | str, sites: Iterable[str]) -> set[str]:
@@ -75,8 +81,18 @@ def is_match(pattern: str, site: str) -> bool:
 
 def is_named(site: str, names: Collection[str]) -> bool:
     """Tell if a name is the site, or the part of the site after one of its dots."""
-    parts = site.split(".")
-    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+    return any(end in names for end in _ends(site))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield a module's name, and the parts of it that stand behind one of its dots."""
+    parts = name.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def ends_with_any(site: str, names: frozenset[str]) -> bool:
+    """Tell if a site ends with one of the names, at a dot or not: what PEFT does for each name."""
+    return any(site[start:] in names for start in range(len(site) + 1))
 
 
 def is_head(site: str, linear: LinearSite, spec: BaseSpec) -> bool:
@@ -94,10 +110,11 @@ def _layers(config: Targets) -> frozenset[int] | None:
     return None if layers is None or layers == [] else frozenset([layers] if isinstance(layers, int) else layers)
 
 
-def layer_of(site: str, patterns: Sequence[str] = ()) -> int | None:
+def layer_of(site: str, patterns: Mapping[str, int] | None = None) -> int | None:
     """Return the layer index in a module name by PEFT's rule, or None.
 
-    It is the first integer behind at least two words, or behind the first of `patterns` that matches.
+    It is the first integer behind at least two words, or behind the first that matches of `patterns`, each with its
+    place among them.
     """
     parts = site.split(".")
     numbers = {
@@ -105,21 +122,41 @@ def layer_of(site: str, patterns: Sequence[str] = ()) -> int | None:
     }
     if not patterns:
         return next((number for before, number in numbers.items() if "." in before), None)
-    fits = (n for pattern in patterns for before, n in numbers.items() if f".{before}".endswith(f".{pattern}"))
-    return next(fits, None)
+    fits = [(patterns[end], n) for before, n in numbers.items() for end in _ends(before) if end in patterns]
+    return min(fits, key=lambda fit: fit[0])[1] if fits else None
 
 
-def by_pattern(patterns: Mapping[str, float], site: str, default: float) -> float:
-    r"""Return the value of the first pattern that matches a site by PEFT's rule `(.*\.)?(pattern)$`; '.' is any."""
-    for pattern, value in patterns.items():
-        literal = pattern.removeprefix("^")
-        start = len(site) - len(literal)
-        # PEFT's optional `.*\.` may be empty, so an anchored pattern can only match a whole name.
-        if start < 0 or (start and (pattern != literal or site[start - 1] != ".")):
-            continue
-        if all(want in (have, ".") for want, have in zip(literal, site[start:], strict=True)):
-            return value
-    return default
+class PatternTable(Generic[T]):
+    r"""Values by site: that of the first pattern that matches by PEFT's rule `(.*\.)?(pattern)$`; '.' is any.
+
+    All patterns are compared at once from a site's last character on, by Shift-And (Baeza-Yates and Gonnet, 1992): bit
+    k of a mask stands for the k-th pattern. So a lookup takes a site's length, however many patterns there are.
+    """
+
+    def __init__(self, patterns: Mapping[str, T], default: T) -> None:
+        self._values, self._default = list(patterns.values()), default
+        self._has: defaultdict[tuple[int, str], int] = defaultdict(int)  # by distance from the end, and character
+        self._of_length: defaultdict[int, int] = defaultdict(int)
+        self._of_a_whole_name = 0  # PEFT's optional `.*\.` may be empty, so an anchored pattern matches nothing less
+        for place, pattern in enumerate(patterns):
+            literal, bit = pattern.removeprefix("^"), 1 << place
+            self._of_length[len(literal)] |= bit
+            self._of_a_whole_name |= bit if literal != pattern else 0
+            for distance, character in enumerate(reversed(literal)):
+                self._has[distance, character] |= bit
+
+    def __getitem__(self, site: str) -> T:
+        """Return the value of a site."""
+        alive, matched = -1, 0
+        for distance, character in enumerate(reversed(site)):
+            alive &= self._has.get((distance, character), 0) | self._has.get((distance, "."), 0)
+            if not alive:
+                break
+            start = len(site) - distance - 1
+            if start == 0 or site[start - 1] == ".":
+                ended = alive & self._of_length.get(distance + 1, 0)
+                matched |= ended & ~self._of_a_whole_name if start else ended
+        return self._values[(matched & -matched).bit_length() - 1] if matched else self._default
 
 
 def check_patterns(patterns: Mapping[str, Any], name: str) -> None:

