@@ -124,7 +124,7 @@ async def _run_rooms(state: ServerState, stack: AsyncExitStack) -> None:
         "the watch of the registry": stores.database.watch(stores.registry.check),
         "the watch of the store": stores.storage.watch(stores.blobs.check),
         "the writer of usage": state.usage.keep_flushing(stores),
-        "the keeper of the log of changes": _keep_changes_for(state.settings.keep_audit_days, stores),
+        "the keeper of records": _keep_records_for(state.settings.keep_audit_days, stores),
     }
     for name, work in watches.items():
         await stack.enter_async_context(_in_background(work, name))
@@ -201,14 +201,19 @@ def _open_tokenizer(settings: Settings, base_folder: Path) -> Tokenizer:
     return Tokenizer(base_folder, has_control_prompts=settings.prompt_control_tokens)
 
 
-async def _keep_changes_for(days: int, stores: Stores) -> None:
-    """Delete what is older from the log of changes, once an hour until cancelled."""
+async def _keep_records_for(days: int, stores: Stores) -> None:
+    """Delete older changes from the log, and older usage of what was deleted, once an hour until cancelled."""
     while True:
+        before = time.time() - days * DAY_S
         try:
-            num_deleted = await stores.database.call(stores.tenants.forget_changes, time.time() - days * DAY_S)
-            log.info("the log of changes was shortened", extra={"num_deleted": num_deleted, "keep_days": days})
+            num_changes = await stores.database.call(stores.tenants.forget_changes, before)
+            num_usages = await stores.database.call(stores.registry.forget_usage, before)
         except (OSError, RegistryDownError) as error:
-            log.warning("the log of changes was not shortened", extra=logs.cause_of(error))
+            log.warning("old changes and usage were not deleted", extra=logs.cause_of(error))
+        else:
+            if num_changes or num_usages:
+                told = {"num_changes": num_changes, "num_usages": num_usages, "keep_days": days}
+                log.info("old changes and usage were deleted", extra=told)
         await asyncio.sleep(HOUR_S)
 
 

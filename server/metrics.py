@@ -2,13 +2,15 @@
 
 Label values come from resolved tasks and tenants alone, and from at most `MAX_TASKS` and `MAX_TENANTS` of them (the
 rest are `_other`), so that no request can make a series. Versions come without end: the `MAX_VERSIONS` that were used
-last have series of their own.
+last have series of their own. What is deleted gives its series back, once no request of it runs.
 """
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -22,6 +24,8 @@ MAX_TASKS = 200
 MAX_TENANTS = 100
 MAX_VERSIONS = 200
 OTHER = "_other"  # no task and no tenant can be named so
+LABELS = ("tenant", "task", "version")
+Labels = tuple[str, ...]  # the values of the first of `LABELS`
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 30, 60, 120)
 GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.4, 0.8, 1.5, 3, 6)
 
@@ -36,11 +40,13 @@ class Metrics:
         forward: Callable[[], ForwardReport | None] = lambda: None,
     ) -> None:
         self.registry = CollectorRegistry()
-        self._tasks: set[str] = set()
-        self._tenants: set[str] = set()
-        self._gone: OrderedDict[str, None] = OrderedDict()  # the last tenants that were deleted: requests may still run
-        self._versions: OrderedDict[tuple[str, str], None] = OrderedDict()
-        labels, version = ["task"], ["task", "version"]
+        self._metrics: list[tuple[Counter | Histogram, frozenset[str]]] = []  # each with its labels
+        self._tasks: set[Labels] = set()
+        self._tenants: set[Labels] = set()
+        self._versions: OrderedDict[tuple[str, str, str], None] = OrderedDict()
+        self._in_flight: Tally[Labels] = Tally()  # requests
+        self._deleted: set[Labels] = set()  # whose requests still run
+        labels, version = ["tenant", "task"], list(LABELS)
         self.requests = self._counter("requests", "Requests ended, by status", [*labels, "status"])
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", labels)
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers", labels)
@@ -74,42 +80,72 @@ class Metrics:
         self.registry.register(ForwardCollector(forward))
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
-        return Counter(f"manyhats_{name}", text, labels, registry=self.registry)
+        made = Counter(f"manyhats_{name}", text, labels, registry=self.registry)
+        self._metrics.append((made, frozenset(labels)))
+        return made
 
     def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ("task",)
+        self, name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ("tenant", "task")
     ) -> Histogram:
-        return Histogram(f"manyhats_{name}", text, labels, buckets=buckets, registry=self.registry)
-
-    def label(self, task: str) -> str:
-        """The label value of a resolved task."""
-        return _bounded(task, self._tasks, MAX_TASKS)
+        made = Histogram(f"manyhats_{name}", text, labels, buckets=buckets, registry=self.registry)
+        self._metrics.append((made, frozenset(labels)))
+        return made
 
     def tenant_label(self, tenant: str) -> str:
-        """The label value of a tenant; one that was deleted has none of its own."""
-        return OTHER if tenant in self._gone else _bounded(tenant, self._tenants, MAX_TENANTS)
+        """The label value of a tenant that is there."""
+        return tenant if _is_known((tenant,), self._tenants, MAX_TENANTS) else OTHER
 
-    def forget_tenant(self, tenant: str) -> None:
-        """Give back the label and the series of a tenant that was deleted; no other ever has its name."""
-        self._tenants.discard(tenant)
-        self._gone[tenant] = None
-        if len(self._gone) > MAX_TENANTS:
-            self._gone.popitem(last=False)
-        for metric in (self.tenant_requests, self.tenant_tokens, self.tenant_refusals, self.tenant_ttft):
-            metric.remove_by_labels({"tenant": tenant})
+    def label(self, tenant: str, task: str) -> tuple[str, str]:
+        """The label values of a tenant's resolved task."""
+        if self.tenant_label(tenant) == OTHER:
+            return OTHER, OTHER
+        return tenant, task if _is_known((tenant, task), self._tasks, MAX_TASKS) else OTHER
 
-    def version_label(self, task: str, number: int) -> tuple[str, str]:
+    def version_label(self, tenant: str, task: str, number: int) -> tuple[str, str, str]:
         """The label values of a version of a resolved task; for a new one the least recently used loses its series."""
-        key = self.label(task), str(number)
-        if key[0] == OTHER:
-            key = OTHER, ""
+        named = self.label(tenant, task)
+        key = (*named, "" if named[1] == OTHER else str(number))
         self._versions[key] = None
         self._versions.move_to_end(key)
         if len(self._versions) > MAX_VERSIONS:
-            gone = dict(zip(("task", "version"), self._versions.popitem(last=False)[0], strict=True))
-            for metric in (self.version_requests, self.version_tokens, self.version_latency, self.version_ttft):
-                metric.remove_by_labels(gone)
+            self._remove_series(self._versions.popitem(last=False)[0])
         return key
+
+    @contextmanager
+    def in_flight(self, tenant: str, task: str, number: int | None) -> Iterator[None]:
+        """Let a request's task and version (None: several, or none) keep their series while the block runs."""
+        whole = (tenant, task) if number is None else (tenant, task, str(number))
+        keys = [whole[:length] for length in range(1, len(whole) + 1)]
+        self._in_flight.update(keys)
+        try:
+            yield
+        finally:
+            self._in_flight.subtract(keys)
+            self._in_flight += Tally()  # drops the zeros
+            for key in self._deleted.intersection(keys):
+                self._forget_if_idle(key)
+
+    def forget(self, tenant: str, task: str | None = None, number: int | None = None) -> None:
+        """Give the series of a deleted tenant, task or version back, now or when the last request of it has ended."""
+        key = tuple(str(value) for value in (tenant, task, number) if value is not None)
+        self._deleted.add(key)
+        self._forget_if_idle(key)
+
+    def _forget_if_idle(self, key: Labels) -> None:
+        if key in self._in_flight:
+            return
+        self._deleted.discard(key)
+        self._tenants.discard(key)
+        self._tasks = {known for known in self._tasks if known[: len(key)] != key}
+        for version in [known for known in self._versions if known[: len(key)] == key]:
+            del self._versions[version]
+        self._remove_series(key)
+
+    def _remove_series(self, key: Labels) -> None:
+        values = dict(zip(LABELS, key, strict=False))
+        for metric, labels in self._metrics:
+            if values.keys() <= labels:
+                metric.remove_by_labels(values)
 
     def render(self) -> bytes:
         """Render all metrics in Prometheus's text format."""
@@ -167,11 +203,12 @@ def _fused_ratios(forward: ForwardReport) -> Iterator[tuple[str, float]]:
     yield "direct_forward", float(forward.is_direct)
 
 
-def _bounded(name: str, known: set[str], max_names: int) -> str:
-    if name not in known and len(known) >= max_names:
-        return OTHER
-    known.add(name)
-    return name
+def _is_known(key: Labels, known: set[Labels], max_keys: int) -> bool:
+    """Tell if a key has a label of its own; it gets one if there is room."""
+    if key not in known and len(known) >= max_keys:
+        return False
+    known.add(key)
+    return True
 
 
 def _say(name: str) -> str:

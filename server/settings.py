@@ -100,7 +100,9 @@ class Settings(BaseSettings):
     allowed_origins: str = Field(
         "", description="origins whose web pages may ask, with commas between (https://a.example,https://b.example)"
     )
-    keep_audit_days: int = Field(365, ge=1, description="days that the log of changes (`GET /audit`) is kept")
+    keep_audit_days: int = Field(
+        365, ge=1, description="days that the log of changes (`GET /audit`) and the usage of what was deleted are kept"
+    )
     drain_s: int = Field(30, ge=0, description="seconds that running requests get at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         _default(EngineConfig, "log_level"), description="of the log"

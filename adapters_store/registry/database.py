@@ -121,6 +121,7 @@ usage = Table(
     Column("requests", BigInteger, nullable=False),
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
+    Column("last", Float, nullable=False, server_default="0"),  # used, in Unix seconds
     UniqueConstraint("tenant", "task", "version"),
 )
 tenants = Table(

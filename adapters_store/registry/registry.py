@@ -45,6 +45,7 @@ from adapters_store.registry.database import (
     routes,
     sqlite_file,
     tasks,
+    tenants,
     transaction,
     usage,
     versions,
@@ -284,9 +285,11 @@ class Registry:
             for (tenant, task, version), numbers in counts.items():
                 key = (usage.c.tenant == tenant) & (usage.c.task == task) & (usage.c.version == version)
                 more = dict(zip(("requests", "prompt_tokens", "completion_tokens"), numbers, strict=True))
-                grown = {name: usage.c[name] + count for name, count in more.items()}
-                if not connection.execute(update(usage).where(key).values(**grown)).rowcount:
-                    connection.execute(insert(usage).values(tenant=tenant, task=task, version=version, **more))
+                grown, now = {name: usage.c[name] + count for name, count in more.items()}, time.time()
+                if not connection.execute(update(usage).where(key).values(**grown, last=now)).rowcount:
+                    connection.execute(
+                        insert(usage).values(tenant=tenant, task=task, version=version, **more, last=now)
+                    )
 
     def usage(self, tenant: str, tasks: Collection[str] | None = None) -> list[Usage]:
         """Return a tenant's usage, by task and version: of all tasks, or of those that are named."""
@@ -294,6 +297,21 @@ class Registry:
         with self._read() as connection:
             rows = connection.execute(query if tasks is None else query.where(usage.c.task.in_(tasks))).all()
         return [usage_of(row) for row in rows]
+
+    def forget_usage(self, before: float) -> int:
+        """Delete the usage of what is gone, if it was last used before a Unix time; returns how many rows.
+
+        Gone are deleted versions, those of deleted tasks and tenants too, and the base for a deleted tenant.
+        """
+        is_its_task = (tasks.c.tenant == usage.c.tenant) & (tasks.c.name == usage.c.task)
+        is_its_version = (versions.c.task_id == tasks.c.id) & (versions.c.number == usage.c.version)
+        has_version = select(versions.c.id).where(is_its_task, is_its_version).exists()
+        has_tenant = (
+            select(tenants.c.name).where(tenants.c.name == usage.c.tenant, tenants.c.deleted.is_(None)).exists()
+        )
+        is_there = has_version | ((usage.c.version == 0) & has_tenant)
+        with self._write() as connection:
+            return connection.execute(delete(usage).where(usage.c.last < before, ~is_there)).rowcount
 
     def usages(self, tenant: str | None = None) -> dict[str, list[Usage]]:
         """Return the usage by tenant, deleted ones included, or of the named tenant only."""

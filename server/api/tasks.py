@@ -116,7 +116,7 @@ async def delete_task(request: Request, task: str) -> Response:
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
     digests = await look_up(state, state.stores.registry.delete_task, tenant, task)
-    await state.retention.retire(digests)
+    await state.retention.retire(digests, tenant, task)
     return Response(status_code=204)
 
 
@@ -126,7 +126,7 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
     digest = await look_up(state, state.stores.registry.delete_version, tenant, task, number)
-    await state.retention.retire([digest])
+    await state.retention.retire([digest], tenant, task, number)
     return Response(status_code=204)
 
 

@@ -11,8 +11,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
-from adapters_store.registry import DEFAULT_TENANT
-from adapters_store.registry.tenants import Key, Tenant, TenantLimits
+from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantLimits
 from server.api.body import read_json
 from server.api.deps import (
     admit_unless_operator,
@@ -92,12 +91,14 @@ async def list_tenants(request: Request) -> Response:
 
 @router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR)
 async def delete_tenant(request: Request, tenant: str) -> Response:
-    """Delete a tenant with its keys, tasks and versions, for new requests at once; running ones finish. Usage stays."""
+    """Delete a tenant with its keys, tasks and versions, for new requests at once; running ones finish.
+
+    Usage stays for `--keep-audit-days`.
+    """
     state = state_of(request)
     if tenant == DEFAULT_TENANT:
         raise ConflictError(f"the tenant {DEFAULT_TENANT} is always there", "tenant")
-    await state.retention.retire(await _changed(state, state.stores.tenants.delete, tenant))
-    state.metrics.forget_tenant(tenant)
+    await state.retention.retire(await _changed(state, state.stores.tenants.delete, tenant), tenant)
     return Response(status_code=204)
 
 

@@ -24,43 +24,45 @@ class Accounting:
 
         The status is that of the error raised, 200 without one, `cancelled` if the client left.
         """
-        status = "cancelled"
-        try:
-            yield
-            status = "200"
-        except ServerError as error:
-            status = str(error.status)
-            raise
-        except Exception:
-            status = "500"
-            raise
-        finally:
-            progress.total_ms = (time.monotonic() - job.arrived) * 1000
-            self._close(job, progress, status)
+        status, resolved = "cancelled", job.resolved
+        number = resolved.versions[0].number if len(resolved.versions) == 1 else None
+        with self._metrics.in_flight(resolved.tenant, resolved.label, number):
+            try:
+                yield
+                status = "200"
+            except ServerError as error:
+                status = str(error.status)
+                raise
+            except Exception:
+                status = "500"
+                raise
+            finally:
+                progress.total_ms = (time.monotonic() - job.arrived) * 1000
+                self._close(job, progress, status)
 
     def _close(self, job: GenerationJob, progress: GenerationState, status: str) -> None:
         metrics, resolved = self._metrics, job.resolved
-        label, tenant = metrics.label(resolved.label), metrics.tenant_label(resolved.tenant)
-        metrics.requests.labels(label, status).inc()
+        label, tenant = metrics.label(resolved.tenant, resolved.label), metrics.tenant_label(resolved.tenant)
+        metrics.requests.labels(*label, status).inc()
         metrics.tenant_requests.labels(tenant, status).inc()
         progress.is_over = True
         self._judge_version(job, progress, status)
         if status == "200":
-            metrics.latency.labels(label).observe(progress.total_ms / 1000)
-            metrics.ttft.labels(label).observe(progress.timing.ttft_ms / 1000)
+            metrics.latency.labels(*label).observe(progress.total_ms / 1000)
+            metrics.ttft.labels(*label).observe(progress.timing.ttft_ms / 1000)
             metrics.tenant_ttft.labels(tenant).observe(progress.timing.ttft_ms / 1000)
-            metrics.queued.labels(label).observe(progress.timing.queued_ms / 1000)
-            metrics.load.labels(label).observe(progress.timing.load_ms / 1000)
+            metrics.queued.labels(*label).observe(progress.timing.queued_ms / 1000)
+            metrics.load.labels(*label).observe(progress.timing.load_ms / 1000)
         elif status != "cancelled" and not progress.num_completion:
             progress.is_free = True
             return
         self._count_tokens(label, tenant, progress.usage())
 
-    def _count_tokens(self, label: str, tenant: str, counts: dict[str, int]) -> None:
+    def _count_tokens(self, label: tuple[str, str], tenant: str, counts: dict[str, int]) -> None:
         metrics = self._metrics
-        metrics.prompt_tokens.labels(label).inc(counts["prompt_tokens"])
-        metrics.completion_tokens.labels(label).inc(counts["completion_tokens"])
-        metrics.cached_tokens.labels(label).inc(counts["cached_tokens"])
+        metrics.prompt_tokens.labels(*label).inc(counts["prompt_tokens"])
+        metrics.completion_tokens.labels(*label).inc(counts["completion_tokens"])
+        metrics.cached_tokens.labels(*label).inc(counts["cached_tokens"])
         metrics.tenant_tokens.labels(tenant, "prompt").inc(counts["prompt_tokens"])
         metrics.tenant_tokens.labels(tenant, "completion").inc(counts["completion_tokens"])
 
@@ -70,7 +72,7 @@ class Accounting:
         if len(resolved.adapters) != 1:
             return
         version = resolved.adapters[0][0]
-        labels = metrics.version_label(version.task, version.number)
+        labels = metrics.version_label(resolved.tenant, version.task, version.number)
         metrics.version_requests.labels(*labels, status).inc()
         if status == "200":
             metrics.version_tokens.labels(*labels).inc(progress.num_completion)

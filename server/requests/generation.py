@@ -63,14 +63,14 @@ class ChoiceRunner:
 
     async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
         text = TextStream(self._tokenizer, job.stop, job.prompts[index // job.n], job.lead)
-        label, last = self._metrics.label(job.resolved.label), 0.0
+        label, last = self._metrics.label(job.resolved.tenant, job.resolved.label), 0.0
         async with aclosing(self._client.generate(job.submit(index))) as outputs:
             async for output in outputs:
                 now = time.monotonic()
                 if output.failure is not None:
                     raise EngineFailedError(output.failure)
                 if last and output.token_ids:
-                    self._metrics.gap.labels(label).observe(now - last)
+                    self._metrics.gap.labels(*label).observe(now - last)
                 last = now
                 chunk = _chunk(index, output, text)
                 progress.count(index // job.n, output, chunk)

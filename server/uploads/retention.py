@@ -82,8 +82,9 @@ class ArtifactRetention:
                 except AbsentError as error:
                     raise VersionGoneError(str(error), "task") from None
 
-    async def retire(self, digests: list[str]) -> None:
-        """Do all that follows the deletion of versions, whether they were deleted alone, with a task or a tenant."""
+    async def retire(self, digests: list[str], tenant: str, task: str | None = None, number: int | None = None) -> None:
+        """Do all that follows the deletion of a tenant, of its task or of a version of that, which had the digests."""
+        self._metrics.forget(tenant, task, number)
         self._marked.update(digests)
         await self.sync_pinned()
         await self.delete_if_unreferenced(digests)

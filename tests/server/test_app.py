@@ -197,13 +197,30 @@ async def test_import_while_the_engine_dies(
         assert len((await site.http.get("/tasks")).json()["tasks"]) == 3
 
 
-async def test_the_log_of_changes_is_kept_for_its_days(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """A server that starts deletes the changes that are older than `--keep-audit-days`."""
+async def test_records_are_kept_for_their_days(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that starts deletes the changes that are older than `--keep-audit-days`, and the usage of what is gone.
+
+    The usage of what is there stays, however old, and a line says so only if something was deleted.
+    """
+    caplog.set_level(logging.INFO)
     async with open_site(tiny_base, tmp_path) as site:
         site.state.stores.tenants.add("acme")
+        for task in ("stays", "goes"):
+            await site.upload(task, zips[0])
+            await site.ask(task, prompt="a")
+        await site.ask(prompt="a")
+        await site.http.delete("/tasks/goes")
     with sqlite3.connect(tmp_path / "registry.db") as database:
         database.execute("UPDATE audit SET at = at - 3 * 86400")
-    for days, kept in ((4, 1), (2, 0)):
+        database.execute("UPDATE usage SET last = last - 3 * 86400")
+    for days, kept in ((4, {"base", "goes", "stays"}), (2, {"base", "stays"})):
         async with open_site(tiny_base, tmp_path, keep_audit_days=days) as site:
-            tenants = site.state.stores.tenants
-            await until(lambda tenants=tenants, kept=kept: len(tenants.changes("acme", None, 9)) == kept)
+            stores = site.state.stores
+            await until(
+                lambda stores=stores, kept=kept: {used.task for used in stores.registry.usage("default")} == kept
+            )
+            assert bool(stores.tenants.changes("acme", None, 9)) is (days == 4)
+    told = [record.__dict__ for record in caplog.records if record.message == "old changes and usage were deleted"]
+    assert [(line["num_changes"] > 0, line["num_usages"]) for line in told] == [(True, 1)]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client import Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.core import EngineFailure, ForwardReport, FusedCount
 from server.engine.fake import FakeEngineClient
 from server.engine.messages import Stats
-from server.metrics import MAX_TASKS, MAX_VERSIONS, Metrics
-from tests.server.world import Site, open_site, ready_of
+from server.metrics import LABELS, MAX_TASKS, MAX_VERSIONS, Metrics
+from tests.server.world import Site, open_site, ready_of, until
 
 
 def parsed(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -56,10 +59,10 @@ def test_an_engine_that_is_gone(pid: int | None) -> None:
 def test_the_number_of_tasks_is_bounded() -> None:
     """Beyond `MAX_TASKS` names all others share one label; those that have one keep it."""
     metrics = Metrics(Stats, lambda: None)
-    labels = [metrics.label(f"t{number}") for number in range(MAX_TASKS + 50)]
-    assert labels[:MAX_TASKS] == [f"t{number}" for number in range(MAX_TASKS)]
-    assert set(labels[MAX_TASKS:]) == {"_other"}
-    assert metrics.label("t0") == "t0"
+    labels = [metrics.label("a", f"t{number}") for number in range(MAX_TASKS + 50)]
+    assert labels[:MAX_TASKS] == [("a", f"t{number}") for number in range(MAX_TASKS)]
+    assert set(labels[MAX_TASKS:]) == {("a", "_other")}
+    assert metrics.label("a", "t0") == ("a", "t0")
 
 
 @pytest.mark.anyio
@@ -70,14 +73,14 @@ async def test_what_a_request_counts(anyio_backend: str, tiny_base: Path, tmp_pa
         await site.ask("hat", prompt="abcd", max_tokens=3)
         await site.ask("hat", prompt="abcd", max_tokens=3, n=2)
         found = parsed((await site.http.get("/metrics")).text)
-    task = ("task", "hat")
-    assert found["manyhats_requests_total"] == {(("status", "200"), task): 2.0}
-    assert found["manyhats_prompt_tokens_total"][task,] == 8
-    assert found["manyhats_completion_tokens_total"][task,] == 9
+    task = (("task", "hat"), ("tenant", "default"))
+    assert found["manyhats_requests_total"] == {(("status", "200"), *task): 2.0}
+    assert found["manyhats_prompt_tokens_total"][task] == 8
+    assert found["manyhats_completion_tokens_total"][task] == 9
     names = ["request_seconds", "time_to_first_token_seconds", "queue_seconds", "adapter_wait_seconds"]
-    assert all(found[f"manyhats_{name}_count"][task,] == 2 for name in names)
-    assert found["manyhats_inter_token_seconds_count"][task,] == 3 * 2
-    assert found["manyhats_time_to_first_token_seconds_sum"][task,] == pytest.approx(0.004)
+    assert all(found[f"manyhats_{name}_count"][task] == 2 for name in names)
+    assert found["manyhats_inter_token_seconds_count"][task] == 3 * 2
+    assert found["manyhats_time_to_first_token_seconds_sum"][task] == pytest.approx(0.004)
 
 
 @pytest.mark.anyio
@@ -87,7 +90,7 @@ async def test_what_fails_is_counted_and_not_billed(anyio_backend: str, tiny_bas
         site.engine.failure = EngineFailure("overloaded", "the queue is full")
         assert (await site.post("/generate?task=base", {"prompt": "abcd"})).status_code == 503
         found = parsed((await site.http.get("/metrics")).text)
-        assert found["manyhats_requests_total"] == {(("status", "503"), ("task", "base")): 1.0}
+        assert found["manyhats_requests_total"] == {(("status", "503"), ("task", "base"), ("tenant", "default")): 1.0}
         assert "manyhats_prompt_tokens_total" not in found
         site.state.usage.flush(site.state.stores.registry)
         assert site.state.stores.registry.usage("default") == []
@@ -164,13 +167,89 @@ def test_series_of_versions_are_bounded() -> None:
     """Versions come without end: the ones that were used last have series, and those of older ones go."""
     metrics = Metrics(Stats, lambda: None)
     for number in range(1, MAX_VERSIONS + 11):
-        labels = metrics.version_label("a", number)
+        labels = metrics.version_label("a", "a", number)
         metrics.version_requests.labels(*labels, "200").inc()
         metrics.version_ttft.labels(*labels).observe(0.1)
     seen = metrics.render().decode()
     assert seen.count("manyhats_version_requests_total{") == MAX_VERSIONS
     assert seen.count("manyhats_version_time_to_first_token_seconds_count{") == MAX_VERSIONS
     assert 'version="10"' not in seen and 'version="11"' in seen
+
+
+def test_every_series_of_a_task_names_its_tenant() -> None:
+    """Two tenants may have tasks of one name: no metric has the label `task` without `tenant`."""
+    metrics = Metrics(Stats, lambda: None)
+    labels = [set(names) for _, names in metrics._metrics]
+    assert sum("task" in names for names in labels) > 10
+    assert all("tenant" in names for names in labels if "task" in names)
+    assert all("task" in names for names in labels if "version" in names)
+
+
+def fill(metrics: Metrics, tenant: str, task: str, number: int) -> None:
+    """Write a sample into every series of a version, its task and its tenant."""
+    values = dict(zip(LABELS, metrics.version_label(tenant, task, number), strict=True))
+    for metric, names in metrics._metrics:
+        if "tenant" in names:
+            labelled = metric.labels(**{name: values.get(name, "x") for name in names})
+            labelled.observe(1) if isinstance(labelled, Histogram) else labelled.inc()
+
+
+@pytest.mark.parametrize("key", [("a",), ("a", "t"), ("a", "t", 1)])
+def test_what_is_deleted_gives_its_series_back(key: tuple[Any, ...]) -> None:
+    """A tenant, task or version that is deleted has no series, all others keep theirs, and its place is free again."""
+    metrics, gone = Metrics(Stats, lambda: None), Metrics(Stats, lambda: None)
+    versions = [(tenant, task, number) for tenant in "ab" for task in "tu" for number in (1, 2)]
+    for version in versions:
+        fill(metrics, *version)
+        if version[: len(key)] != key:
+            fill(gone, *version)
+    metrics.forget(*key)
+    left = {sample for sample in samples(metrics) if not set(sample).isdisjoint({("version", "1"), ("version", "2")})}
+    assert left == {sample for sample in samples(gone) if sample in left} and left
+    assert not any(set(key_labels(key)) <= set(sample) for sample in samples(metrics))
+    fill(metrics, "a", "t", 1)
+    assert any(set(key_labels(key)) <= set(sample) for sample in samples(metrics))
+
+
+def key_labels(key: tuple[Any, ...]) -> list[tuple[str, str]]:
+    """The labels that a key stands for."""
+    return [(name, str(value)) for name, value in zip(LABELS, key, strict=False)]
+
+
+def samples(metrics: Metrics) -> set[tuple[tuple[str, str], ...]]:
+    """The labels of all samples."""
+    return {labels for found in parsed(metrics.render().decode()).values() for labels in found}
+
+
+def test_tasks_that_come_and_go_stay_named() -> None:
+    """However many tasks and tenants were deleted, a new one has a name of its own, and nothing is left of the old."""
+    metrics = Metrics(Stats, lambda: None)
+    empty = len(metrics.render())
+    for number in range(2 * MAX_TASKS):
+        assert metrics.label(f"n{number}", "t") == (f"n{number}", "t")
+        fill(metrics, f"n{number}", "t", 1)
+        metrics.forget(f"n{number}", "t", 1)
+        metrics.forget(f"n{number}", "t")
+        metrics.forget(f"n{number}")
+    assert len(metrics.render()) == empty and not metrics._deleted
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["/tasks/hat", "/tasks/hat/versions/1"])
+async def test_a_request_that_runs_makes_no_series_of_what_is_gone(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], path: str
+) -> None:
+    """The series of a deleted task or version go with the last request of it: the end of that one brings none back."""
+    async with open_site(tiny_base, tmp_path) as site:
+        await site.upload("hat", zips[0])
+        await site.ask("hat", prompt="a")
+        events = asyncio.create_task(site.events("/generate?task=hat", prompt="ab", max_tokens=50))
+        await until(lambda: site.state.retention._num_users)
+        assert (await site.http.delete(path)).status_code == 204
+        await events
+        text = (await site.http.get("/metrics")).text
+        assert ('task="hat"' in text) is path.endswith("1") and 'version="1"' not in text
+        assert not site.state.metrics._deleted
 
 
 FORWARD = ForwardReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,24 @@ def test_an_actor_is_of_its_context(tenants: Tenants) -> None:
         thread.start()
         thread.join()
     assert [entry.actor for entry in tenants.changes(None, None, 2)] == ["server", "admin"]
+
+
+def test_usage_of_what_is_gone_is_forgotten(registry: Registry, tenants: Tenants) -> None:
+    """Of what was last used before a time the usage goes of deleted versions, tasks and tenants, and no other."""
+    for tenant in ("acme", "gone"):
+        tenants.add(tenant)
+        for task in ("t", "u"):
+            upload(registry, tenant, D1, task=task)
+            upload(registry, tenant, D2, task=task)
+    places = [(tenant, task, number) for tenant in ("acme", "gone") for task in ("t", "u") for number in (1, 2)]
+    registry.add_usages(dict.fromkeys([*places, ("acme", "base", 0), ("gone", "base", 0)], (1, 2, 3)))
+    registry.delete_version("acme", "t", 1)
+    registry.delete_task("acme", "u")
+    tenants.delete("gone")
+    assert registry.forget_usage(time.time() - 60) == 0
+    assert registry.forget_usage(time.time() + 60) == 8
+    left = [(tenant, used.task, used.version) for tenant, found in registry.usages().items() for used in found]
+    assert left == [("acme", "base", 0), ("acme", "t", 2)]
 
 
 def test_usage_is_written_whole(registry: Registry) -> None:

@@ -158,7 +158,9 @@ async def test_moved_between_resolution_and_start(
         assert (await routed.events("/generate?task=a", prompt="x"))[0]["adapter"]["version"] == 1
     else:
         assert await version(routed) == 1
-    assert 'manyhats_requests_total{status="200",task="a"} 1.0' in routed.state.metrics.render().decode()
+    assert (
+        'manyhats_requests_total{status="200",task="a",tenant="default"} 1.0' in routed.state.metrics.render().decode()
+    )
     assert 'status="404",task="a"' not in routed.state.metrics.render().decode()
     calls = iter(range(99))
     monkeypatch.setattr(resolver, "version", resolve)

@@ -76,9 +76,9 @@ async def _a_canary(site: Site, zips: list[bytes]) -> None:
     site.engine.failure = EngineFailure("adapter_failed", "it is broken")
     assert (await site.post("/generate?task=a", {"prompt": "x", "version": 2})).status_code == 503
     seen = (await site.http.get("/metrics")).text
-    assert 'manyhats_version_requests_total{status="200",task="a",version="1"} 3.0' in seen
-    assert 'manyhats_version_requests_total{status="503",task="a",version="2"} 1.0' in seen
-    assert 'manyhats_version_time_to_first_token_seconds_count{task="a",version="1"} 3.0' in seen
+    assert 'manyhats_version_requests_total{status="200",task="a",tenant="default",version="1"} 3.0' in seen
+    assert 'manyhats_version_requests_total{status="503",task="a",tenant="default",version="2"} 1.0' in seen
+    assert 'manyhats_version_time_to_first_token_seconds_count{task="a",tenant="default",version="1"} 3.0' in seen
 
 
 def test_markup_in_answers_is_shown_as_it_is() -> None:
