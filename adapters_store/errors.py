@@ -13,6 +13,7 @@ NameTakenError (conflict)
 NoEarlierRouteError (conflict)
 StoreError
 StoreDownError (store_unavailable)
+└── StoreRefusedError
 RegistryDownError
 └── RegistryHeldError
 QuotaError (limit_reached)
@@ -113,6 +114,10 @@ class StoreDownError(OSError):
 
     def __str__(self) -> str:
         return self.strerror or ""
+
+
+class StoreRefusedError(StoreDownError):
+    """The artifact store answers, and refuses access or lacks the place that is configured: the operator must act."""
 
 
 class RegistryDownError(Exception):

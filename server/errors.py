@@ -41,7 +41,7 @@ from server.core import EngineFailure
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_type": 415, "artifact_corrupt": 503}
-STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}
 ENGINE_STATUS = {
     "adapter_too_large": 422,
     "deadline_exceeded": 504,

@@ -105,8 +105,22 @@ class DrainingServer(uvicorn.Server):
         return self._closing is not None
 
     def _give_up_start(self) -> None:
-        engine: EngineClient = self._app.state.engine
-        self._closing = self._closing or asyncio.create_task(engine.close())
+        if self._closing is None:
+            log.info("the start is given up at a signal")
+            engine: EngineClient = self._app.state.engine
+            self._closing = asyncio.create_task(engine.close())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application. One that a signal gives up ends with that one line, and no traceback of uvicorn's."""
+        logger = logging.getLogger("uvicorn.error")
+        logger.addFilter(self._is_news)
+        try:
+            await super().startup(sockets)
+        finally:
+            logger.removeFilter(self._is_news)
+
+    def _is_news(self, _record: logging.LogRecord) -> bool:
+        return not self.is_start_given_up
 
     async def on_tick(self, counter: int) -> bool:
         """End the server once the drain has ended; called ten times a second."""

@@ -47,7 +47,9 @@ class Settings(BaseSettings):
     )
     cache: Path = Field(default_factory=default_cache, description="folder of bases and compiled kernels")
     import_: Path | None = Field(
-        None, validation_alias="MANYHATS_IMPORT", description="folder of PEFT folders to take in at start, a task each"
+        None,
+        validation_alias="MANYHATS_IMPORT",
+        description="folder of folders to take in at start, a task each: the adapter in it, at any depth",
     )
     host: str = Field("127.0.0.1", description="address to bind; other than loopback only with an admin key")
     port: int = Field(8000, ge=0, le=65535, description="port to bind")

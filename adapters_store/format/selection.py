@@ -94,6 +94,16 @@ def _select_folder(paths: Sequence[PurePosixPath]) -> PurePosixPath:
     return first
 
 
+def find_adapter(folder: Path) -> Path | None:
+    """Return the folder of the adapter in a folder, at any depth, or None if there is none.
+
+    Raises `ArtifactError` if which one is meant cannot be told.
+    """
+    names = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if _is_of_an_adapter(path.name))
+    paths = [PurePosixPath(*name.parts) for name in names]
+    return folder / _select_folder(paths) if paths else None
+
+
 def _is_of_an_adapter(name: str) -> bool:
     return name in (CONFIG, WEIGHTS, *ALIASES, *REFUSED) or _is_pickled_weights(name)
 

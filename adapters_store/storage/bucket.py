@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 from fsspec.registry import get_filesystem_class
 
-from adapters_store.errors import AbsentError, StoreDownError, StoreError
+from adapters_store.errors import AbsentError, StoreDownError, StoreError, StoreRefusedError
 from adapters_store.format.folder import FILES, WEIGHTS, find_parts
 from adapters_store.format.zip_outline import StoredFile
 from adapters_store.storage.directory import OWNER, Blobs, absent, limit_s
@@ -36,7 +36,7 @@ def open_blobs(store: str | None, folder: Path) -> Blobs:
 
 
 class Bucket(Blobs):
-    """The artifacts below a URL. Calls raise `OSError`: `StoreDownError` if it does not answer in time."""
+    """The artifacts below a URL. Calls raise `StoreDownError`, whatever the driver raises."""
 
     def __init__(self, url: str, folder: str | Path) -> None:
         super().__init__(folder)
@@ -54,7 +54,7 @@ class Bucket(Blobs):
     def delete(self, digest: str) -> None:
         """Delete an artifact, its weights first."""
         for name in sorted(self._sizes(digest), key=lambda name: name != WEIGHTS):
-            self._call(self._files.rm_file, self._object(digest, name))
+            self._call(self._files.rm_file, self._object(digest, name), may_lack=True)
 
     def digests(self) -> set[str]:
         """Return the digests of all artifacts, complete or not."""
@@ -76,10 +76,9 @@ class Bucket(Blobs):
         return [StoredFile(name, sizes[name], partial(self._range, path)) for name, path in objects.items()]
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
-        try:
-            data: bytes = self._call(self._files.cat_file, path, start, stop, num_bytes=stop - start)
-        except FileNotFoundError:
-            raise AbsentError(f"{path} is not in the store any more") from None
+        data: bytes | None = self._call(self._files.cat_file, path, start, stop, num_bytes=stop - start, may_lack=True)
+        if data is None:
+            raise AbsentError(f"{path} is not in the store any more")
         return data
 
     def _sizes(self, digest: str) -> dict[str, int]:
@@ -97,25 +96,29 @@ class Bucket(Blobs):
 
     def _get(self, path: str, num_bytes: int = 0) -> bytes | None:
         """Return an object's bytes, or None if it is absent."""
-        try:
-            data: bytes = self._call(self._files.cat_file, path, num_bytes=num_bytes)
-        except FileNotFoundError:
-            return None
+        data: bytes | None = self._call(self._files.cat_file, path, num_bytes=num_bytes, may_lack=True)
         return data
 
     def _object(self, digest: str, name: str) -> str:
         return f"{self._prefix}/{digest[:2]}/{digest}/{name}"
 
-    def _call(self, method: Any, *args: object, num_bytes: int = 0, **kwargs: object) -> Any:
-        """Call a method that moves so many bytes. One that is late, or fails otherwise, raises `StoreDownError`."""
+    def _call(self, method: Any, *args: object, num_bytes: int = 0, may_lack: bool = False, **kwargs: object) -> Any:
+        """Call a method that moves so many bytes. Returns None if `may_lack` and the object is absent.
+
+        One that is late, or fails otherwise, raises `StoreDownError`, or `StoreRefusedError` if it answered.
+        """
         if self._files.async_impl:  # of others the driver's own time limits hold
             kwargs["timeout"] = limit_s(num_bytes)
         try:
             return method(*args, **kwargs)
         except TimeoutError as error:
             raise StoreDownError("the store of artifacts does not answer in time") from error
-        except (FileNotFoundError, PermissionError):
-            raise
+        except FileNotFoundError as error:
+            if may_lack:
+                return None
+            raise StoreRefusedError(f"the store of artifacts is not where it was: {error}") from error
+        except PermissionError as error:
+            raise StoreRefusedError(f"the store of artifacts refuses access: {error}; check its credentials") from error
         except Exception as error:  # drivers raise errors of all families
             raise StoreDownError(f"the store of artifacts does not answer ({type(error).__name__})") from error
 

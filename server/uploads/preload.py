@@ -1,4 +1,4 @@
-"""Import a tree of PEFT folders at start: each folder becomes a task of its name.
+"""Import a tree of folders at start: each one that has an adapter, at any depth, becomes a task of its name.
 
 No client waits for these checks, so a slow machine gets the time that it needs. What fails for a passing reason (the
 engine restarts or is late, the store does not answer) is tried again in the background while the server runs; what is
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adapters_store.errors import AbsentError, ArtifactError, RegistryDownError
 from adapters_store.format.folder import CONFIG, find_parts, read_folder
-from adapters_store.format.selection import describe_ignored, find_ignored
+from adapters_store.format.selection import describe_ignored, find_adapter, find_ignored
 from adapters_store.registry import DEFAULT_TENANT
 from server.errors import ServerError
 from server.metrics import Metrics
@@ -51,14 +51,16 @@ class TreeImport:
             await asyncio.gather(retrying, return_exceptions=True)
 
     async def begin(self, tree: Path) -> list[Path]:
-        """Make a task of every folder with an adapter_config.json that is none yet, by the checks of an upload.
+        """Make a task of every folder with an adapter that is none yet, by the checks of an upload.
 
         Bytes that a task had and lost are left out: they come back by an upload alone. Returns the folders to try
-        again, see `retry`. Raises `NotADirectoryError` if `tree` is no folder.
+        again, see `retry`. Raises `NotADirectoryError` if `tree` is no folder of folders.
         """
         if not tree.is_dir():
             raise NotADirectoryError(f"{tree} is no folder: --import takes a folder of PEFT folders")
-        folders = [config.parent for config in sorted(tree.glob(f"*/{CONFIG}"))]
+        if (tree / CONFIG).exists():
+            raise NotADirectoryError(f"{tree} is an adapter: --import takes the folder around it")
+        folders = sorted(folder for folder in tree.iterdir() if folder.is_dir())
         pending = [folder for folder in folders if not await self._is_settled(folder, FIRST_LIMIT_S)]
         self.num_pending = len(pending)
         return pending
@@ -94,6 +96,9 @@ class TreeImport:
         return True
 
     async def _import_folder(self, folder: Path, limit_s: float) -> None:
+        adapter = await asyncio.to_thread(find_adapter, folder)
+        if adapter is None:
+            return
         task = folder.name.lower()
         if not re.fullmatch(NAME_PATTERN, task) or task == BASE:
             raise ArtifactError(f"{folder.name} is no task name ({NAME_PATTERN})")
@@ -103,8 +108,8 @@ class TreeImport:
         with self._uploads.stores.blobs.staging() as staging:
             copy = staging / FOLDER
             copy.mkdir()
-            await asyncio.to_thread(_copy_parts, folder, copy)
-            await self._import_copy(task, folder, copy, limit_s)
+            await asyncio.to_thread(_copy_parts, adapter, copy)
+            await self._import_copy(task, adapter, copy, limit_s)
 
     async def _import_copy(self, task: str, folder: Path, copy: Path, limit_s: float) -> None:
         """Validate and register a staged copy of a folder, unless the task had these bytes and lost them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import sys
@@ -87,9 +88,13 @@ async def test_what_outlasts_the_drain_gets_an_error(anyio_backend: str, tiny_ba
 
 @pytest.mark.parametrize("is_begun", [False, True], ids=["before the engine starts", "while it starts"])
 async def test_a_signal_while_the_base_loads_ends_at_once(
-    anyio_backend: str, tiny_base: Path, tmp_path: Path, is_begun: bool
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, is_begun: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A signal that comes before the server is ready ends it and its engine: no one waits for the base to be loaded."""
+    """A signal that comes before the server is ready ends it and its engine: no one waits for the base to be loaded.
+
+    The log says so in one line.
+    """
+    caplog.set_level(logging.INFO)
     made = settings_of(tiny_base, tmp_path)
     command = (sys.executable, "-m", "tests.server.engine.fake_process")
     engine = ProcessEngineClient(config("loads"), command=command)
@@ -108,6 +113,8 @@ async def test_a_signal_while_the_base_loads_ends_at_once(
     server.handle_exit(signal.SIGTERM, None)
     await serving
     assert server.is_start_given_up
+    told = [record for record in caplog.records if record.name == "server.listen" or record.levelno > logging.INFO]
+    assert [(record.getMessage(), record.exc_info) for record in told] == [("the start is given up at a signal", None)]
     assert time.monotonic() - began < 10
     assert psutil.Process().children() == others
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError, NoCredentialsError
 
-from adapters_store.errors import AbsentError, ArtifactCorruptError, StoreError
+from adapters_store.errors import AbsentError, ArtifactCorruptError, StoreDownError, StoreError, StoreRefusedError
 from adapters_store.format.folder import CONFIG, WEIGHTS, read_folder
 from adapters_store.storage import bucket
 from adapters_store.storage.bucket import Bucket, open_blobs
@@ -143,3 +144,55 @@ def test_local_folders(tmp_path: Path) -> None:
     for given, root in ((None, tmp_path), ("", tmp_path), ("/x/y", Path("/x/y")), ("file:///x/y", Path("/x/y"))):
         opened = open_blobs(given, tmp_path)
         assert type(opened) is Blobs and opened.root == root
+
+
+# Every call of a store, and the method of the driver that it needs.
+CALLS: dict[str, tuple[str, Callable[[Blobs, Path], object]]] = {
+    "put": ("pipe_file", put),
+    "delete": ("rm_file", lambda store, lora: store.delete(read_folder(lora).digest)),
+    "digests": ("find", lambda store, _lora: store.digests()),
+    "read": ("cat_file", lambda store, lora: store.read(read_folder(lora).digest)),
+    "files": ("cat_file", lambda store, lora: store.files(read_folder(lora).digest)),
+    "outline": ("cat_file", lambda store, lora: store.outline(read_folder(lora).digest)),
+    "check": ("cat_file", lambda store, _lora: store.check()),
+    "claim": ("cat_file", lambda store, _lora: store.claim("me")),
+    "claim anew": ("pipe_file", lambda store, _lora: store.claim("me")),
+}
+# Errors of drivers, and whether the store answered.
+FAULTS: list[tuple[Exception, bool]] = [
+    (PermissionError("Access Denied"), True),
+    (OSError(errno.EBUSY, "Please reduce your request rate."), False),
+    (TimeoutError(), False),
+    (ConnectionResetError(), False),
+    (NoCredentialsError(), False),
+    (ClientError({"Error": {"Code": "InvalidAccessKeyId"}}, "GetObject"), False),
+    (ValueError("no"), False),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("fault", "answered"), FAULTS, ids=lambda value: type(value).__name__)
+def test_whatever_a_driver_raises_is_a_store_that_is_down(
+    tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch, call: str, fault: Exception, answered: bool
+) -> None:
+    """Every fault in every call is `StoreDownError` with a sentence; one of a store that answered opens no breaker."""
+    store = Bucket(f"memory://{tmp_path.name}", tmp_path / "local")
+    method, act = CALLS[call]
+    if call not in ("put", "claim anew"):
+        store.claim("me")
+        put(store, lora)
+
+    def fail(*_arguments: object, **_keywords: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(store._files, method, fail)
+    with pytest.raises(StoreDownError, match="the store of artifacts ") as caught:
+        act(store, lora)
+    assert (type(caught.value) is StoreRefusedError) is answered
+
+
+def test_a_bucket_that_is_not_there_is_told(store: Bucket, lora: Path) -> None:
+    """A bucket that was deleted is a store that refuses, not an artifact that is absent."""
+    gone = open_blobs("s3://never-made/x", store.root)
+    with pytest.raises(StoreRefusedError, match=r"is not where it was: .*bucket"):
+        put(gone, lora)

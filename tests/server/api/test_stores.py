@@ -12,7 +12,7 @@ import pytest
 from fsspec.core import url_to_fs
 
 from adapters_store.format.folder import WEIGHTS
-from adapters_store.storage.bucket import UNCACHED
+from adapters_store.storage.bucket import UNCACHED, Bucket
 from tests.kit.services import postgresql, s3
 from tests.server.world import Site, error_of, open_site, serve_real, until
 
@@ -108,3 +108,24 @@ async def test_a_store_that_cannot_be(anyio_backend: str, tiny_base: Path, tmp_p
         with pytest.raises(Exception, match=said):
             async with open_site(tiny_base, tmp_path / "data", **wrong):
                 pass
+
+
+async def test_a_store_that_refuses_access_is_503(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials that a bucket takes no more are told: every request that needs the bucket gets 503 and the reason."""
+    async with open_site(tiny_base, tmp_path, store=f"memory://{tmp_path.name}") as site:
+        assert (await site.upload("a", zips[0])).status_code == 201
+        blobs = site.state.stores.blobs
+        assert isinstance(blobs, Bucket)
+
+        def refuse(*_arguments: object, **_keywords: object) -> None:
+            raise PermissionError("Access Denied")
+
+        for method in ("cat_file", "find", "pipe_file", "rm_file"):
+            monkeypatch.setattr(blobs._files, method, refuse)
+        for answer in (await site.http.get("/tasks/a/versions/1/artifact"), await site.upload("b", zips[1])):
+            error = error_of(answer)
+            assert (answer.status_code, error["code"]) == (503, "store_unavailable"), error
+            assert error["message"] == "the store of artifacts refuses access: Access Denied; check its credentials"
+            assert answer.headers["retry-after"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from adapters_store.format.folder import WEIGHTS
+from adapters_store.format.folder import WEIGHTS, read_folder
 from server.core import EngineFailure
 from server.engine.fake import FakeEngineClient
 from server.engine.messages import Output, Submit
@@ -164,3 +164,42 @@ async def test_an_upload_wins(
         engine.probe_failure = None
         await until(lambda: site.state.imports.num_pending == 0)
         assert [version["note"] for version in (await site.http.get("/tasks/first")).json()["versions"]] == [""]
+
+
+async def test_an_adapter_is_found_at_any_depth(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, loras: list[Path]
+) -> None:
+    """A folder is the task of the adapter in it, however deep that is; of checkpoints beside it none is taken.
+
+    A folder without an adapter is none.
+    """
+    tree = tmp_path / "tree"
+    shutil.copytree(loras[0], tree / "deep" / "a" / "b")
+    shutil.copytree(loras[1], tree / "trained")
+    shutil.copytree(loras[2], tree / "trained" / "checkpoint-9")
+    (tree / "data").mkdir()
+    (tree / "data" / "rows.csv").write_text("x")
+    async with open_site(tiny_base, tmp_path / "data", import_=tree) as site:
+        assert await tasks_of(site) == ["base", "deep", "trained"]
+        versions = {task: site.state.stores.registry.resolve("default", task).digest for task in ("deep", "trained")}
+    assert versions == {"deep": read_folder(loras[0]).digest, "trained": read_folder(loras[1]).digest}
+
+
+async def test_what_cannot_be_told_apart_is_refused_aloud(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, loras: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two adapters equally deep in one folder are an error in the log that names both; the others are taken in."""
+    tree = tmp_path / "tree"
+    for name in ("both/one", "both/two", "good"):
+        shutil.copytree(loras[0], tree / name)
+    async with open_site(tiny_base, tmp_path / "data", import_=tree) as site:
+        assert await tasks_of(site) == ["base", "good"]
+    (record,) = said(caplog, REFUSED)
+    assert record.reason == "parts of an adapter are in one and two: send one of these folders alone"
+
+
+async def test_a_tree_that_is_an_adapter_itself_is_refused(tiny_base: Path, tmp_path: Path, loras: list[Path]) -> None:
+    """A server told to import an adapter's own folder does not start without it in silence: it says what to give."""
+    with pytest.raises(NotADirectoryError, match="is an adapter: --import takes the folder around it"):
+        async with open_site(tiny_base, tmp_path / "data", import_=loras[0]):
+            pass
