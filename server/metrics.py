@@ -7,7 +7,7 @@ last have series of their own. What is deleted gives its series back, once no re
 
 from __future__ import annotations
 
-from collections import Counter as Tally
+import collections
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ class Metrics:
         self._tasks: set[Labels] = set()
         self._tenants: set[Labels] = set()
         self._versions: OrderedDict[tuple[str, str, str], None] = OrderedDict()
-        self._in_flight: Tally[Labels] = Tally()  # requests
+        self._in_flight: collections.Counter[Labels] = collections.Counter()  # requests
         self._deleted: set[Labels] = set()  # whose requests still run
         labels, version = ["tenant", "task"], list(LABELS)
         self.requests = self._counter("requests", "Requests ended, by status", [*labels, "status"])
@@ -121,7 +121,7 @@ class Metrics:
             yield
         finally:
             self._in_flight.subtract(keys)
-            self._in_flight += Tally()  # drops the zeros
+            self._in_flight += collections.Counter()  # drops the zeros
             for key in self._deleted.intersection(keys):
                 self._forget_if_idle(key)
 

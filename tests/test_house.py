@@ -206,3 +206,18 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     expressions = " ".join(target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"])
     asked = set(re.findall(r"manyhats_[a-z_]+", expressions))
     assert len(asked) > 15 and asked <= exported, asked - exported
+
+
+def test_the_dashboard_groups_by_labels_that_exist() -> None:
+    """Every label that a panel groups by, or shows, is one of its metric, and a task stands beside its tenant."""
+    labels_of = {
+        f"manyhats_{metric._name.removeprefix('manyhats_')}": names
+        for metric, names in Metrics(Stats, lambda: None)._metrics
+    }
+    for target in (target for panel in DASHBOARD["panels"] for target in panel["targets"]):
+        (grouped,) = re.findall(r"by \(([a-z_, ]+)\)", target["expr"]) or ("",)
+        used = {*re.findall(r"[a-z_]+", grouped), *re.findall(r"{{([a-z_]+)}}", target["legendFormat"])} - {"le"}
+        named = re.findall(r"(manyhats_[a-z_]+?)(?:_total|_bucket)?\b", target["expr"])
+        known = [labels_of[name] for name in named if name in labels_of]
+        assert "task" not in used or "tenant" in used, target
+        assert used <= frozenset().union(*known) | {"process", "part"}, target

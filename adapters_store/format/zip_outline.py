@@ -64,22 +64,22 @@ class _Recorder:
         self._pieces[self._at], self._is_in_file = file, True
 
     def end(self) -> None:
-        """Keep bytes again."""
+        """Keep the bytes that are written again."""
         self._is_in_file = False
 
     def write(self, data: bytes) -> int:
-        """Write bytes where the file stands."""
+        """Write bytes at the place that was reached."""
         if not self._is_in_file:
             self._pieces[self._at] = bytes(data)
         self._at += len(data)
         return len(data)
 
     def tell(self) -> int:
-        """Return where the next bytes go."""
+        """Return the place of the next bytes."""
         return self._at
 
     def seek(self, to: int) -> int:
-        """Go on writing somewhere else."""
+        """Go on writing at another place."""
         self._at = to
         return to
 
