@@ -24,6 +24,7 @@ from adapters_store.storage.bucket import open_blobs
 from adapters_store.storage.directory import CALL_WITHIN_S, Blobs
 from server import logs
 from server.api import adapters, generate, health, openai, tasks, tenants
+from server.api.document import EVERYWHERE, describe_api, errors
 from server.api.middleware import HANDLERS, CrossOrigin, RequestLog
 from server.dependency import Dependency
 from server.engine.client import EngineClient
@@ -77,9 +78,12 @@ def create_app(
         title="manyhats",
         summary="One frozen base model, many hats",
         lifespan=lifespan,
-        openapi_url=None,  # these ask for a key, too: see health.py
+        openapi_url=None,  # it asks for a key, too: see health.py
         redirect_slashes=False,  # a redirect would name whatever host the request did
+        responses=errors(*EVERYWHERE),
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call it
     )
+    app.openapi = partial(describe_api, app, settings.admin_key is not None)  # type: ignore[method-assign]
     app.state.start_failure, app.state.engine = None, engine
     for room in (generate, openai, adapters, tasks, tenants, health):
         app.include_router(room.router)

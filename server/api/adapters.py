@@ -9,15 +9,21 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.format.archive import CONTENT_TYPES, SAFETENSORS_TYPE, ZIP_TYPE
+from server.api.answers import UploadAnswer
 from server.api.body import body_parts
 from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.document import COUNTED, HAS_BODY, errors, says
 from server.api.form_file import FORM_TYPE, file_parts
 from server.errors import InvalidFieldError, UnsupportedTypeError
 from server.requests.auth import DEPLOY
 from server.schemas import BASE, NAME_PATTERN, identity
 from server.uploads.service import UploadSpec
 
-router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)])
+router = APIRouter(
+    tags=["Adapters and tasks"],
+    dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)],
+    responses=errors(*COUNTED, *HAS_BODY, 409, 422, 507),
+)
 TaskQuery = Annotated[str, Query(pattern=NAME_PATTERN)]
 NoteQuery = Annotated[str, Query(max_length=1000, pattern=r"^[^\x00]*$")]
 BINARY = {"type": "string", "format": "binary"}
@@ -30,7 +36,13 @@ BODY = {
 }
 
 
-@router.post("/adapters", status_code=201, openapi_extra=BODY)
+@router.post(
+    "/adapters",
+    status_code=201,
+    openapi_extra=BODY,
+    responses=says(UploadAnswer, status=201, description="A new version")
+    | says(UploadAnswer, description="The version that has these bytes already"),
+)
 async def upload(request: Request, task: TaskQuery, activate: bool = True, note: NoteQuery = "") -> Response:
     """Take an adapter in: a zip or tar.gz of its folder, or one safetensors file with its config in its metadata.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Header, Request, Security
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from adapters_store.registry.audit import act_as
 from server.errors import DrainingError, ForbiddenError, InvalidFieldError, absent_is_404
@@ -16,6 +17,15 @@ from server.state import ServerState
 from server.threads import work_for
 
 T = TypeVar("T")
+BEARER = HTTPBearer(
+    auto_error=False,  # `identify` reads the key; here it is described
+    scheme_name="key",
+    description="The admin key, or a tenant's key. A server without an admin key asks for none.",
+)
+KeySent = Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)]
+TenantSent = Annotated[
+    str | None, Header(alias="X-Tenant", description="The tenant that the admin key acts for, else `default`")
+]
 
 
 def state_of(request: Request) -> ServerState:
@@ -24,8 +34,8 @@ def state_of(request: Request) -> ServerState:
     return state
 
 
-async def identify(request: Request) -> None:
-    """Set the request's caller and tenant; every route but health depends on it, before all else.
+async def identify(request: Request, _key: KeySent = None, _tenant: TenantSent = None) -> None:
+    """Set the request's caller and tenant; every route but health and /docs depends on it, before all else.
 
     Raises `ForbiddenError`, `UnauthorizedError`, `NotFoundError` for an absent tenant, and `DrainingError` unless
     the request is a GET.
@@ -40,20 +50,21 @@ async def identify(request: Request) -> None:
     request.state.caller, request.state.tenant = caller, caller.tenant
 
 
-async def admit(request: Request) -> None:
+Identified = Annotated[None, Depends(identify)]
+
+
+async def admit(request: Request, _identified: Identified) -> None:
     """Identify the caller and count a request of its tenant; every route of a tenant's own things depends on it.
 
     A GET is counted apart: whoever watches tasks is not refused a generation for it. Raises the errors of `identify`,
     and `TenantLimitError`.
     """
-    await identify(request)
     caller = caller_of(request)
     state_of(request).rate_limiter.count_request(caller.tenant, caller.limits, request.method == "GET")
 
 
-async def admit_unless_operator(request: Request) -> None:
+async def admit_unless_operator(request: Request, _identified: Identified) -> None:
     """Identify the caller, and count the request as `admit` does if it is a tenant's: making keys costs, too."""
-    await identify(request)
     if not (caller := caller_of(request)).is_operator:
         state_of(request).rate_limiter.count_request(caller.tenant, caller.limits, request.method == "GET")
 

@@ -10,8 +10,10 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from server.api.answers import GenerateAnswer, GenerateEvent
 from server.api.body import read_json
 from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.document import COUNTED, GENERATES, errors, says_whole_or_streamed
 from server.api.respond import respond
 from server.core import Logprobs
 from server.errors import BadRequestError
@@ -22,10 +24,18 @@ from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
 from server.schemas import GenerateRequest, openapi_body
 
-router = APIRouter(dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)])
+router = APIRouter(
+    tags=["Generate"],
+    dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)],
+    responses=errors(*COUNTED, *GENERATES, 422),
+)
 
 
-@router.post("/generate", openapi_extra=openapi_body(GenerateRequest))
+@router.post(
+    "/generate",
+    openapi_extra=openapi_body(GenerateRequest),
+    responses=says_whole_or_streamed(GenerateAnswer, GenerateEvent),
+)
 async def generate(request: Request, task: str | None = None) -> Response:
     """Answer with a task's adapter; see the HTTP contract for the body."""
     state, caller = state_of(request), caller_of(request)
@@ -127,7 +137,8 @@ class GenerateForm:
         return self._token(token_id, logprobs.chosen) | {"top": [self._token(*pair) for pair in logprobs.top]}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.tokenizer.token_text(token_id), "token_id": token_id, "logprob": logprob}
+        names = {"token": self.tokenizer.token_text(token_id), "token_id": token_id}
+        return {**names, "logprob": logprob, "bytes": list(self.tokenizer.token_bytes(token_id))}
 
 
 def _tail(generation: Generation) -> dict[str, Any]:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
-from fastapi.openapi.docs import get_swagger_ui_html
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from server.api.deps import identify, only_operator, state_of
+from server.api.answers import LiveAnswer, NotReadyAnswer, ReadyAnswer
+from server.api.deps import identify, only_operator, refuse_unknown_query, state_of
+from server.api.docs_page import docs_page
+from server.api.document import IDENTIFIED, errors, says, says_file
 from server.state import ServerState
 
-router = APIRouter()
+router = APIRouter(tags=["Operations"])
+OPEN = [Depends(refuse_unknown_query)]
+READY: dict[str, Any] = {
+    "dependencies": OPEN,
+    "responses": errors(422) | says(ReadyAnswer) | says(NotReadyAnswer, status=503, description="Not now"),
+}
 
 
-@router.get("/health/live")
-async def live() -> dict[str, str]:
+@router.get("/health/live", dependencies=OPEN, responses=errors(422) | says(LiveAnswer))
+async def live() -> Response:
     """Answer 200 while the API process runs."""
-    return {"status": "live"}
+    return JSONResponse({"status": "live"})
 
 
-@router.get("/health")
-@router.get("/health/ready")
+@router.get("/health", name="health", **READY)
+@router.get("/health/ready", **READY)
 async def ready(request: Request) -> Response:
     """Answer 200 only while the engine, the registry and the store answer, and the server takes new work."""
     state = state_of(request)
@@ -45,19 +53,30 @@ def _why_not_ready(state: ServerState) -> str | None:
     return state.stores.failure
 
 
-@router.get("/metrics", dependencies=[Depends(identify), Depends(only_operator)])
+@router.get(
+    "/metrics",
+    dependencies=[Depends(identify), Depends(only_operator), Depends(refuse_unknown_query)],
+    response_class=Response,
+    responses=errors(*IDENTIFIED, 422) | says_file("text/plain", "Metrics"),
+)
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus's text format."""
     return Response(state_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/openapi.json", dependencies=[Depends(identify)])
+@router.get(
+    "/openapi.json",
+    dependencies=[Depends(identify), Depends(refuse_unknown_query)],
+    responses=errors(*IDENTIFIED, 422) | says(dict, description="The document"),
+)
 async def document(request: Request) -> Response:
     """The OpenAPI document of this server."""
-    return JSONResponse(request.app.openapi())
+    return JSONResponse(await asyncio.to_thread(request.app.openapi))
 
 
-@router.get("/docs", dependencies=[Depends(identify)])
+@router.get(
+    "/docs", dependencies=OPEN, response_class=HTMLResponse, responses=errors(422) | says_file("text/html", "The page")
+)
 async def docs() -> Response:
-    """The document, to read and try in a browser."""
-    return get_swagger_ui_html(openapi_url="openapi.json", title="manyhats")
+    """The document, to read and try in a browser: the page asks for a key itself, since a browser sends none for it."""
+    return docs_page()

@@ -12,7 +12,16 @@ from starlette.responses import JSONResponse, Response
 from adapters_store.format.manifest import Turn
 from server.api import openai_fields
 from server.api.body import read_json
-from server.api.deps import admit, caller_of, look_up, may, state_of, tenant_of
+from server.api.deps import admit, caller_of, look_up, may, refuse_unknown_query, state_of, tenant_of
+from server.api.document import COUNTED, GENERATES, errors, says, says_whole_or_streamed
+from server.api.openai_answers import (
+    ChatAnswer,
+    ChatEvent,
+    CompletionAnswer,
+    CompletionEvent,
+    ModelAnswer,
+    ModelsAnswer,
+)
 from server.api.openai_fields import Tolerant
 from server.api.openai_form import ChatForm, CompletionForm, OpenAIForm, UsageEvents
 from server.api.respond import respond
@@ -36,7 +45,12 @@ MAX_MODELS = 1000  # of a page
 PageSize = Annotated[int, Query(ge=1, le=MAX_MODELS)]
 AfterName = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 
-router = APIRouter(prefix="/v1", dependencies=[Depends(admit), Depends(may(GENERATE, looking=True))])
+router = APIRouter(
+    prefix="/v1",
+    tags=["OpenAI"],
+    dependencies=[Depends(admit), Depends(may(GENERATE, looking=True)), Depends(refuse_unknown_query)],
+    responses=errors(*COUNTED),  # and 400 where other routes have 422
+)
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 512  # answers of a request
 
@@ -128,7 +142,7 @@ class ChatRequest(OpenAIFields):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
 
-@router.get("/models")
+@router.get("/models", responses=says(ModelsAnswer))
 async def models(request: Request, limit: PageSize = MAX_MODELS, after: AfterName = None) -> Response:
     """List a page of the tenant's tasks by name, after the base; `after` is the last id of the page before."""
     state, tenant = state_of(request), tenant_of(request)
@@ -138,7 +152,7 @@ async def models(request: Request, limit: PageSize = MAX_MODELS, after: AfterNam
     return JSONResponse({"object": "list", "data": page, "has_more": len(found) > limit})
 
 
-@router.get("/models/{name}")
+@router.get("/models/{name}", responses=says(ModelAnswer))
 async def model(request: Request, name: str) -> Response:
     """Show the base, or one task."""
     state, tenant = state_of(request), tenant_of(request)
@@ -152,7 +166,11 @@ def _model(tenant: str, name: str, created: float) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(created), "owned_by": tenant}
 
 
-@router.post("/completions", openapi_extra=openapi_body(CompletionRequest))
+@router.post(
+    "/completions",
+    openapi_extra=openapi_body(CompletionRequest),
+    responses=errors(*GENERATES) | says_whole_or_streamed(CompletionAnswer, CompletionEvent),
+)
 async def completions(request: Request) -> Response:
     """Complete a prompt, in the shape of OpenAI's completions."""
     state, caller = state_of(request), caller_of(request)
@@ -167,7 +185,11 @@ async def completions(request: Request) -> Response:
     return await _answer(request, state, asked, spec, CompletionForm)
 
 
-@router.post("/chat/completions", openapi_extra=openapi_body(ChatRequest))
+@router.post(
+    "/chat/completions",
+    openapi_extra=openapi_body(ChatRequest),
+    responses=errors(*GENERATES) | says_whole_or_streamed(ChatAnswer, ChatEvent),
+)
 async def chat_completions(request: Request) -> Response:
     """Answer chat turns, in the shape of OpenAI's chat completions. Without a limit it has the rest of the context."""
     state, caller = state_of(request), caller_of(request)

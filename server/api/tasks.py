@@ -13,9 +13,11 @@ from adapters_store.base.spec import ItemBytes
 from adapters_store.errors import NoEarlierRouteError
 from adapters_store.registry.registry import Task, Usage, Version
 from adapters_store.registry.routes import Route
+from server.api.answers import BaseTaskAnswer, TaskAnswer, TasksAnswer
 from server.api.body import read_json
 from server.api.deps import admit, look_up, may, refuse_unknown_query, state_of, tenant_of
-from server.api.zip_stream import ZipStream
+from server.api.document import COUNTED, GONE, HAS_BODY, errors, says, says_file
+from server.api.zip_stream import ZIP_TYPE, ZipStream
 from server.errors import ConflictError, InvalidFieldError
 from server.requests.auth import DEPLOY
 from server.requests.version_stats import RequestOutcome, summary
@@ -29,10 +31,14 @@ PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 AfterName = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 BeforeNumber = Annotated[int | None, Query(ge=1, lt=2**63)]
 
-router = APIRouter(dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)])
+router = APIRouter(
+    tags=["Adapters and tasks"],
+    dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)],
+    responses=errors(*COUNTED, 422, 507),
+)
 
 
-@router.get("/tasks")
+@router.get("/tasks", responses=says(TasksAnswer))
 async def list_tasks(request: Request, limit: PageSize = DEFAULT_PAGE, after: AfterName = None) -> Response:
     """List a page of the tenant's tasks by name, after the base; each with its route, and its newest versions beside.
 
@@ -47,7 +53,7 @@ async def list_tasks(request: Request, limit: PageSize = DEFAULT_PAGE, after: Af
     return JSONResponse({"tasks": shown, "next": page[-1].name if len(found) > limit else None})
 
 
-@router.get("/tasks/{task}")
+@router.get("/tasks/{task}", responses=says(TaskAnswer, BaseTaskAnswer))
 async def get_task(
     request: Request, task: str, limit: PageSize = DEFAULT_PAGE, before: BeforeNumber = None
 ) -> Response:
@@ -69,7 +75,9 @@ async def _shown(
     return await state.tenant_work.run(_task, found, look)
 
 
-@router.put("/tasks/{task}/route", openapi_extra=openapi_body(RouteRequest))
+@router.put(
+    "/tasks/{task}/route", openapi_extra=openapi_body(RouteRequest), responses=says(TaskAnswer) | errors(*HAS_BODY)
+)
 async def put_route(request: Request, task: str) -> Response:
     """Share requests out among versions by weight, from the next request on; running ones are not touched.
 
@@ -83,7 +91,7 @@ async def put_route(request: Request, task: str) -> Response:
     return await _changed(state, tenant, task)
 
 
-@router.post("/tasks/{task}/rollback")
+@router.post("/tasks/{task}/rollback", responses=says(TaskAnswer) | errors(409))
 async def roll_back(request: Request, task: str) -> Response:
     """Restore the route before this one, less versions deleted since; asked again, the one before that."""
     state, tenant = state_of(request), tenant_of(request)
@@ -95,7 +103,7 @@ async def roll_back(request: Request, task: str) -> Response:
     return await _changed(state, tenant, task)
 
 
-@router.put("/tasks/{task}/pin", openapi_extra=openapi_body(PinRequest))
+@router.put("/tasks/{task}/pin", openapi_extra=openapi_body(PinRequest), responses=says(TaskAnswer) | errors(*HAS_BODY))
 async def put_pin(request: Request, task: str) -> Response:
     """Keep the versions that the task routes to on the device, or not."""
     state, tenant = state_of(request), tenant_of(request)
@@ -110,7 +118,7 @@ async def _changed(state: ServerState, tenant: str, task: str) -> Response:
     return JSONResponse(await _shown(state, tenant, task))
 
 
-@router.delete("/tasks/{task}", status_code=204)
+@router.delete("/tasks/{task}", status_code=204, responses=GONE)
 async def delete_task(request: Request, task: str) -> Response:
     """Delete a task: new requests get 404 at once; running ones finish with the version that they began with."""
     state, tenant = state_of(request), tenant_of(request)
@@ -120,7 +128,7 @@ async def delete_task(request: Request, task: str) -> Response:
     return Response(status_code=204)
 
 
-@router.delete("/tasks/{task}/versions/{number}", status_code=204)
+@router.delete("/tasks/{task}/versions/{number}", status_code=204, responses=GONE)
 async def delete_version(request: Request, task: str, number: int) -> Response:
     """Delete a version, also from the route: new requests do not get it; running ones finish."""
     state, tenant = state_of(request), tenant_of(request)
@@ -130,7 +138,12 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/tasks/{task}/versions/{number}/artifact", dependencies=[Depends(may(DEPLOY))])
+@router.get(
+    "/tasks/{task}/versions/{number}/artifact",
+    dependencies=[Depends(may(DEPLOY))],
+    response_class=Response,
+    responses=says_file(ZIP_TYPE, "The PEFT folder"),
+)
 async def get_artifact(request: Request, task: str, number: int) -> Response:
     """Download a version's PEFT folder as a zip, which is read from the store as the client takes it."""
     download = await state_of(request).uploads.download(tenant_of(request), task, number)

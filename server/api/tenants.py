@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
 from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantLimits
+from server.api.answers import ChangesAnswer, KeysAnswer, NewKeyAnswer, TenantAnswer, TenantsAnswer, UsagesAnswer
 from server.api.body import read_json
 from server.api.deps import (
     admit_unless_operator,
@@ -22,12 +23,17 @@ from server.api.deps import (
     refuse_unknown_query,
     state_of,
 )
+from server.api.document import COUNTED, GONE, HAS_BODY, errors, says
 from server.errors import ConflictError, ForbiddenError, NotFoundError
 from server.requests.auth import ADMIN
 from server.schemas import NAME_PATTERN, Strict, openapi_body
 from server.state import ServerState
 
-router = APIRouter(dependencies=[Depends(admit_unless_operator), Depends(may(ADMIN)), Depends(refuse_unknown_query)])
+router = APIRouter(
+    tags=["Tenants"],
+    dependencies=[Depends(admit_unless_operator), Depends(may(ADMIN)), Depends(refuse_unknown_query)],
+    responses=errors(*COUNTED, 422),
+)
 OPERATOR = [Depends(only_operator)]
 MAX_PAGE = 1000
 
@@ -66,7 +72,13 @@ class KeyBody(Strict):
     note: str = Field("", max_length=200)
 
 
-@router.post("/tenants", status_code=201, dependencies=OPERATOR, openapi_extra=openapi_body(TenantBody))
+@router.post(
+    "/tenants",
+    status_code=201,
+    dependencies=OPERATOR,
+    openapi_extra=openapi_body(TenantBody),
+    responses=says(TenantAnswer, status=201, description="Added") | errors(*HAS_BODY, 409),
+)
 async def add_tenant(request: Request) -> Response:
     """Add a tenant. A name is given once: that of a tenant which was deleted is refused, too."""
     state = _with_keys(request)
@@ -78,7 +90,7 @@ async def add_tenant(request: Request) -> Response:
     return JSONResponse(_tenant(tenant), 201)
 
 
-@router.get("/tenants")
+@router.get("/tenants", responses=says(TenantsAnswer))
 async def list_tenants(request: Request) -> Response:
     """List all tenants, with their limits and what they hold; to a tenant's key its own alone."""
     state, caller = state_of(request), caller_of(request)
@@ -89,7 +101,7 @@ async def list_tenants(request: Request) -> Response:
     return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
 
 
-@router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR)
+@router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR, responses=GONE | errors(409, 507))
 async def delete_tenant(request: Request, tenant: str) -> Response:
     """Delete a tenant with its keys, tasks and versions, for new requests at once; running ones finish.
 
@@ -102,7 +114,12 @@ async def delete_tenant(request: Request, tenant: str) -> Response:
     return Response(status_code=204)
 
 
-@router.put("/tenants/{tenant}/limits", dependencies=OPERATOR, openapi_extra=openapi_body(LimitsBody))
+@router.put(
+    "/tenants/{tenant}/limits",
+    dependencies=OPERATOR,
+    openapi_extra=openapi_body(LimitsBody),
+    responses=says(TenantAnswer) | errors(*HAS_BODY),
+)
 async def set_limits(request: Request, tenant: str) -> Response:
     """Replace a tenant's limits, for new requests at once."""
     state = state_of(request)
@@ -110,7 +127,12 @@ async def set_limits(request: Request, tenant: str) -> Response:
     return JSONResponse(_tenant(await _changed(state, state.stores.tenants.set_limits, tenant, asked.limits())))
 
 
-@router.post("/tenants/{tenant}/keys", status_code=201, openapi_extra=openapi_body(KeyBody))
+@router.post(
+    "/tenants/{tenant}/keys",
+    status_code=201,
+    openapi_extra=openapi_body(KeyBody),
+    responses=says(NewKeyAnswer, status=201, description="Added") | errors(*HAS_BODY),
+)
 async def add_key(request: Request, tenant: str) -> Response:
     """Add a key to a tenant, with scopes that the caller has itself. `key` is shown here and never again."""
     state = _with_keys(request)
@@ -121,7 +143,7 @@ async def add_key(request: Request, tenant: str) -> Response:
     return JSONResponse(_key(key) | {"key": sent}, 201)
 
 
-@router.get("/tenants/{tenant}/keys")
+@router.get("/tenants/{tenant}/keys", responses=says(KeysAnswer))
 async def list_keys(request: Request, tenant: str) -> Response:
     """List a tenant's keys, without their secrets."""
     state = state_of(request)
@@ -130,7 +152,7 @@ async def list_keys(request: Request, tenant: str) -> Response:
     return JSONResponse({"keys": [_key(key) for key in found]})
 
 
-@router.post("/tenants/{tenant}/keys/{key_id}/rotate")
+@router.post("/tenants/{tenant}/keys/{key_id}/rotate", responses=says(NewKeyAnswer))
 async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
     """Replace the secret of a key; the new one is shown here and never again, the old one is no key any more."""
     state = state_of(request)
@@ -141,7 +163,7 @@ async def rotate_key(request: Request, tenant: str, key_id: str) -> Response:
     return JSONResponse(_key(key) | {"key": sent})
 
 
-@router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204)
+@router.delete("/tenants/{tenant}/keys/{key_id}", status_code=204, responses=GONE)
 async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
     """Revoke a key: within a second it is none; requests that run with it finish."""
     state = state_of(request)
@@ -150,7 +172,7 @@ async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/usage")
+@router.get("/usage", responses=says(UsagesAnswer))
 async def usage(request: Request, tenant: TenantQuery = None) -> Response:
     """Show usage by tenant, task and version (0: the base); to a tenant's key its own."""
     state = state_of(request)
@@ -161,7 +183,7 @@ async def usage(request: Request, tenant: TenantQuery = None) -> Response:
     return JSONResponse({"usage": rows})
 
 
-@router.get("/audit")
+@router.get("/audit", responses=says(ChangesAnswer))
 async def audit(
     request: Request,
     tenant: TenantQuery = None,

@@ -30,6 +30,7 @@ from server.engine.process_client import ProcessEngineClient
 from server.settings import Settings
 from server.state import ServerState
 from tests.kit.tiny import EOS
+from tests.server.documented import DocumentedAnswers
 
 MAX_TOKENS = 400  # of a sequence
 REAL_LIMITS: dict[str, Any] = {
@@ -132,15 +133,23 @@ def settings_of(base: Path, data: Path, **settings: Any) -> Settings:
     return Settings(base=str(base), data=data, **settings)
 
 
+def checked_app(base: Path, data: Path, engine: EngineClient, **settings: Any) -> tuple[FastAPI, list[str]]:
+    """The application, and the faults that will be found in its answers: all are held against its own document."""
+    app, faults = create_app(settings_of(base, data, **settings), base, engine), list[str]()
+    app.add_middleware(DocumentedAnswers, faults=faults)
+    return app, faults
+
+
 @asynccontextmanager
 async def open_site(base: Path, data: Path, engine: EngineClient | None = None, **settings: Any) -> AsyncIterator[Site]:
     """A server in memory: requests go straight into the application."""
     fake = engine or FakeEngineClient(ready_of(base))
-    app = create_app(settings_of(base, data, **settings), base, fake)
+    app, faults = checked_app(base, data, fake, **settings)
     async with app.router.lifespan_context(app):
         transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
             yield Site(app, fake, data, http)
+    assert not faults, faults[:3]
 
 
 @asynccontextmanager
@@ -153,7 +162,7 @@ async def serve_site(
 ) -> AsyncIterator[Site]:
     """A server that listens on loopback, as `manyhats serve` makes it, in this loop; `around` may wrap it."""
     fake = engine or FakeEngineClient(ready_of(base))
-    app = create_app(settings_of(base, data, **settings), base, fake)
+    app, faults = checked_app(base, data, fake, **settings)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         config = uvicorn.Config(around(app), log_config=None, access_log=False, timeout_graceful_shutdown=5)
@@ -169,6 +178,7 @@ async def serve_site(
         finally:
             server.should_exit = True
             await running
+    assert not faults, faults[:3]
 
 
 @asynccontextmanager

@@ -172,17 +172,19 @@ async def test_stop_aborts_the_sequence(shared: Site) -> None:
 
 
 async def test_logprobs(shared: Site) -> None:
-    """logprobs=2 gives the chosen token's log-probability and two alternatives a position; 0 gives no alternatives."""
+    """logprobs=2 gives the chosen token's log-probability and two alternatives a position; 0 gives no alternatives.
+
+    Each has its bytes, also one that is a part of a character, which its text cannot tell.
+    """
     (choice,) = (await shared.ask(prompt="ab", logprobs=2, max_tokens=2))["choices"]
     assert [entry["token"] for entry in choice["logprobs"]] == ["a", "b"]
-    assert choice["logprobs"][0] == {
-        "token": "a",
-        "token_id": 97,
-        "logprob": -0.25,
-        "top": [{"token": "a", "token_id": 97, "logprob": -0.25}, {"token": "b", "token_id": 98, "logprob": -0.5}],
-    }
+    a = {"token": "a", "token_id": 97, "logprob": -0.25, "bytes": [97]}
+    b = {"token": "b", "token_id": 98, "logprob": -0.5, "bytes": [98]}
+    assert choice["logprobs"][0] == {**a, "top": [a, b]}
     (choice,) = (await shared.ask(prompt="ab", logprobs=0, max_tokens=1))["choices"]
-    assert choice["logprobs"] == [{"token": "a", "token_id": 97, "logprob": -0.25, "top": []}]
+    assert choice["logprobs"] == [{**a, "top": []}]
+    (choice,) = (await shared.ask(prompt="é", logprobs=0, max_tokens=2))["choices"]
+    assert [entry["bytes"] for entry in choice["logprobs"]] == [[0xC3], [0xA9]]
 
 
 async def test_several_adapters(shared: Site) -> None:

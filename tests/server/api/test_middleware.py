@@ -99,20 +99,6 @@ async def test_health(site: Site) -> None:
     assert ready == {"status": "ready", "base": "tiny", "precision": "fp32", "load_seconds": 0.0, "imports_pending": 0}
 
 
-async def test_the_document_stands_alone(shared: Site) -> None:
-    """Every reference in the OpenAPI document is there, bodies are described, and the page that shows it comes."""
-    answer = await shared.http.get("/openapi.json")
-    text, found = answer.text, answer.json()
-    for reference in {part.split('"')[0] for part in text.split('"$ref":"')[1:]}:
-        where = found
-        for step in reference.removeprefix("#/").split("/"):
-            where = where[step]
-    for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
-        schema = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert schema["additionalProperties"] is False and "stream" in schema["properties"]
-    assert "swagger" in (await shared.http.get("/docs")).text
-
-
 async def test_the_log_line(site: Site, zips: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
     """Each request is one line with its id, task, status, seconds and tokens, stream or plain."""
     await site.upload("hat", zips[0])

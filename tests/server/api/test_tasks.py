@@ -17,6 +17,7 @@ from sqlalchemy import event
 from adapters_store.format.folder import CONFIG, FILES, WEIGHTS
 from adapters_store.registry.tenants import TenantLimits
 from server.api import tasks
+from server.requests.version_stats import RequestOutcome, summary
 from tests.adapters_store.registry.test_registry import add
 from tests.server.world import Site, error_of, serve_site, until
 
@@ -310,7 +311,12 @@ async def test_a_list_of_many_costs_little_in_the_event_loop(site: Site, monkeyp
     statements: list[str] = []
     threads: list[threading.Thread] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
-    monkeypatch.setattr(tasks, "summary", lambda _outcomes: threads.append(threading.current_thread()))
+
+    def seen(outcomes: list[RequestOutcome]) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return summary(outcomes)
+
+    monkeypatch.setattr(tasks, "summary", seen)
     counts = []
     for num_tasks in (5, 60):
         for number in range(num_tasks):

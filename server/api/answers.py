@@ -1,0 +1,356 @@
+"""Answers as the OpenAPI document describes them: types for the reader and the document, never run through Pydantic.
+
+Routes write plain dicts; tests hold every answer that they get against these. A key that is not always there is
+`NotRequired`, one that may be null says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired
+
+from typing_extensions import TypedDict  # of `typing` is not enough for Pydantic before Python 3.12
+
+FinishReason = Literal["stop", "length"]
+Scope = Literal["generate", "deploy", "admin"]
+
+
+class ErrorObject(TypedDict):
+    """An error: `code` is for programs, `message` for people; `param` names what is wrong."""
+
+    type: Literal[
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "not_found_error",
+        "rate_limit_error",
+        "server_error",
+    ]
+    code: str
+    message: str
+    param: str | None
+    request_id: str
+
+
+class ErrorAnswer(TypedDict):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
+# Health
+
+
+class LiveAnswer(TypedDict):
+    """The API process runs."""
+
+    status: Literal["live"]
+
+
+class FusedAnswer(TypedDict):
+    """Parts of one kind: how many are fused, of how many that the base has."""
+
+    fused: int
+    total: int
+
+
+class ForwardAnswer(TypedDict):
+    """The report of how the base is computed."""
+
+    backend: str
+    precision: str
+    num_threads: int
+    num_layers: int
+    attentions: FusedAnswer
+    gated_blocks: FusedAnswer
+    norms: FusedAnswer
+    is_whole_decoder: bool
+    is_direct: bool
+    rotary: str
+
+
+class ReadyAnswer(TypedDict):
+    """The server takes new work."""
+
+    status: Literal["ready"]
+    base: str
+    precision: str
+    load_seconds: float
+    imports_pending: int
+    forward: NotRequired[ForwardAnswer]
+
+
+class NotReadyAnswer(TypedDict):
+    """The server takes no new work, for this reason."""
+
+    status: Literal["not ready"]
+    reason: str
+
+
+# Generations
+
+
+class AdapterAnswer(TypedDict):
+    """The version that answers."""
+
+    version: int
+    digest: str
+    method: str
+
+
+class WeightedAdapterAnswer(AdapterAnswer):
+    """A version among several that are composed."""
+
+    task: str
+    weight: float
+
+
+class TokenAnswer(TypedDict):
+    """A token with its log-probability; `bytes` tell it also if it is a part of a character."""
+
+    token: str
+    token_id: int
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenTokenAnswer(TokenAnswer):
+    """The chosen token, with the best ones at its place."""
+
+    top: list[TokenAnswer]
+
+
+class UsageAnswer(TypedDict):
+    """Tokens of a request, of all its prompts and answers."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    virtual_tokens: int
+    completion_tokens: int
+
+
+class TimingAnswer(TypedDict):
+    """Milliseconds: in the queue, for the adapter to load, until the first token, in all."""
+
+    queued_ms: float
+    load_ms: float
+    ttft_ms: float
+    total_ms: float
+
+
+class ChoiceAnswer(TypedDict):
+    """A whole answer to one prompt."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: NotRequired[list[ChosenTokenAnswer]]
+
+
+class _GenerateHead(TypedDict):
+    id: str
+    task: str
+    adapter: AdapterAnswer | None
+    adapters: NotRequired[list[WeightedAdapterAnswer]]
+
+
+class GenerateAnswer(_GenerateHead):
+    """The answers to all prompts, in order; `adapter` is null for the base."""
+
+    choices: list[ChoiceAnswer]
+    usage: UsageAnswer
+    timing: TimingAnswer
+
+
+class GenerateEvent(_GenerateHead):
+    """The next piece of the answer `index`; the very last has `usage` and `timing`."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: NotRequired[list[ChosenTokenAnswer]]
+    usage: NotRequired[UsageAnswer]
+    timing: NotRequired[TimingAnswer]
+
+
+# Adapters and tasks
+
+
+class UseAnswer(TypedDict):
+    """Requests that were answered, and their tokens."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class SpreadAnswer(TypedDict):
+    """The median and the 95th percentile, in milliseconds."""
+
+    p50: float
+    p95: float
+
+
+class RecentAnswer(TypedDict):
+    """A version's last requests since this server started."""
+
+    requests: int
+    failed: int
+    ttft_ms: SpreadAnswer | None
+    latency_ms: SpreadAnswer | None
+    tokens: int
+
+
+class RouteAnswer(TypedDict):
+    """The weights by which requests are shared among versions."""
+
+    versions: dict[str, float]
+    sticky: Literal["user"] | None
+
+
+class _Identity(TypedDict):
+    version: int
+    digest: str
+    method: str
+    num_parameters: int
+    bytes: int
+    slot_bytes: int | None
+    virtual_tokens: int
+
+
+class VersionAnswer(_Identity):
+    """A version of a task; `slot_bytes` is null before an engine was there."""
+
+    note: str
+    created: float
+    residency: Literal["disk", "loading", "host", "slot", "failed", "quarantined"]
+    use: UseAnswer
+    recent: RecentAnswer
+
+
+class TaskAnswer(TypedDict):
+    """A task with a page of its versions; `num_versions` is how many there are."""
+
+    task: str
+    versions: list[VersionAnswer]
+    route: RouteAnswer
+    pinned: bool
+    num_versions: int
+
+
+class BaseTaskAnswer(TypedDict):
+    """The base itself, which has no versions."""
+
+    task: Literal["base"]
+    versions: list[VersionAnswer]
+    route: RouteAnswer
+    use: UseAnswer
+
+
+class TasksAnswer(TypedDict):
+    """A page of tasks; `next` is the `after` of the next one."""
+
+    tasks: list[TaskAnswer | BaseTaskAnswer]
+    next: str | None
+
+
+class CheckAnswer(TypedDict):
+    """A check that the adapter passed, with its figure and, of some, what is allowed."""
+
+    name: str
+    ok: Literal[True]
+    figure: float | str
+    detail: str
+    limit: NotRequired[float]
+
+
+class UploadAnswer(_Identity):
+    """The version that an upload is."""
+
+    task: str
+    checks: list[CheckAnswer]
+
+
+# Tenants
+
+
+class LimitsAnswer(TypedDict):
+    """A tenant's limits; null is none."""
+
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    max_running: int | None
+    max_queued: int | None
+    max_adapters: int | None
+    max_bytes: int | None
+    share: float
+
+
+class TenantAnswer(TypedDict):
+    """A tenant with its limits and what it holds."""
+
+    name: str
+    created: float
+    limits: LimitsAnswer
+    num_adapters: int
+    bytes: int
+
+
+class TenantsAnswer(TypedDict):
+    """The tenants that the key may see."""
+
+    tenants: list[TenantAnswer]
+
+
+class KeyAnswer(TypedDict):
+    """A key without its secret."""
+
+    id: str
+    tenant: str
+    scopes: list[Scope]
+    note: str
+    created: float
+
+
+class NewKeyAnswer(KeyAnswer):
+    """A key with its secret, which is never shown again."""
+
+    key: str
+
+
+class KeysAnswer(TypedDict):
+    """The keys of a tenant."""
+
+    keys: list[KeyAnswer]
+
+
+class UsageRow(UseAnswer):
+    """The use of a version of a tenant's task; version 0 of `base` is the base."""
+
+    tenant: str
+    task: str
+    version: int
+
+
+class UsagesAnswer(TypedDict):
+    """Use by tenant, task and version."""
+
+    usage: list[UsageRow]
+
+
+class ChangeAnswer(TypedDict):
+    """A change: who did what, and when (Unix seconds); the keys of `what` depend on `action`."""
+
+    number: int
+    at: float
+    actor: str
+    tenant: str
+    action: str
+    what: dict[str, Any]
+    request_id: str | None
+
+
+class ChangesAnswer(TypedDict):
+    """A page of changes, the newest first."""
+
+    changes: list[ChangeAnswer]

@@ -1,0 +1,119 @@
+"""Describe the API: what each kind of route answers, and the OpenAPI document as a whole."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import TypeAdapter
+from typing_extensions import is_typeddict
+
+from server.api import answers, openai_answers
+from server.api.answers import ErrorAnswer
+
+Responses = dict[int | str, dict[str, Any]]
+
+MEANINGS = {
+    400: "Malformed, or over a limit of this server",
+    401: "No key, or a bad one",
+    403: "The key may not do this; or, without keys, Host or Origin is not this machine",
+    404: "Absent, or another tenant's",
+    409: "In conflict with what is there",
+    413: "The body is too large",
+    414: "The URL is too long",
+    415: "A content type or encoding that is not taken",
+    422: "A field, a query parameter or an adapter that is not valid",
+    429: "A limit of the tenant; Retry-After where waiting helps",
+    431: "The headers are too large",
+    500: "A bug of the server",
+    503: "Overloaded, starting or stopping, or a store does not answer: ask again",
+    504: "The deadline passed",
+    507: "The disk is full or fails",
+}
+EVERYWHERE = (400, 414, 431, 500)
+IDENTIFIED = (401, 403, 404, 503)
+COUNTED = (*IDENTIFIED, 429)
+HAS_BODY = (400, 413, 415)
+GENERATES = (*HAS_BODY, 504)
+VALIDATION_ERROR = "#/components/schemas/HTTPValidationError"  # FastAPI's own, which no route answers
+DESCRIPTION = """Every error has the form of `ErrorAnswer`, and every answer the header X-Request-Id: the request's own
+if it sent one. HEAD is taken where GET is. A stream is server-sent events: each has the JSON of the schema, the last is
+`[DONE]`; an error after the first byte is an event `error`, and the end."""
+
+
+def errors(*statuses: int) -> Responses:
+    """Describe the errors that a route answers, all in the one form."""
+    return {status: {"description": MEANINGS[status], "content": _json(ErrorAnswer)} for status in statuses}
+
+
+def says(*kinds: type, status: int = 200, description: str = "Done") -> Responses:
+    """Describe an answer: JSON of one of these types, or nothing if there is none."""
+    return {status: {"description": description, **({"content": _json(*kinds)} if kinds else {})}}
+
+
+def says_whole_or_streamed(whole: type, event: type) -> Responses:
+    """Describe an answer that comes whole, or as server-sent events if the body says `stream`."""
+    data = {"type": "string", "contentMediaType": "application/json"}
+    message = {"type": "object", "required": ["data"], "properties": {"data": {**data, "contentSchema": _ref(event)}}}
+    end = {"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}}
+    failure = {
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {"event": {"const": "error"}, "data": {**data, "contentSchema": _ref(ErrorAnswer)}},
+    }
+    events = {"type": "array", "items": {"anyOf": [message, end, failure]}}
+    stream = {"type": "string", "contentMediaType": "text/event-stream", "contentSchema": events}
+    content = {**_json(whole), "text/event-stream": {"schema": stream}}
+    return {200: {"description": "The answer, whole or as it comes", "content": content}}
+
+
+def says_file(media_type: str, description: str) -> Responses:
+    """Describe an answer that is no JSON."""
+    schema = {"type": "string"} if media_type.startswith("text/") else {"type": "string", "format": "binary"}
+    return {200: {"description": description, "content": {media_type: {"schema": schema}}}}
+
+
+GONE = says(status=204, description="Deleted")
+
+
+def describe_api(app: FastAPI, asks_for_keys: bool) -> dict[str, Any]:
+    """Make the OpenAPI document, once; a server that asks for no keys says so."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            summary=app.summary,
+            description=DESCRIPTION,
+            version=version("manyhats"),
+            routes=app.routes,
+        )
+        for operation in [one for methods in document["paths"].values() for one in methods.values()]:
+            found = operation["responses"]
+            if VALIDATION_ERROR in str(found.get("422")):
+                del found["422"]
+            operation["responses"] = dict(sorted(found.items()))
+            if not asks_for_keys:
+                operation.pop("security", None)
+        document["components"]["schemas"] = _schemas()
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _schemas() -> dict[str, Any]:
+    """JSON schemas of all answers by name."""
+    kinds = [one for room in (answers, openai_answers) for one in vars(room).values() if is_typeddict(one)]
+    wanted = [(kind, "serialization", TypeAdapter(kind)) for kind in dict.fromkeys(kinds) if kind.__name__[0] != "_"]
+    _, definitions = TypeAdapter.json_schemas(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    found: dict[str, Any] = definitions["$defs"]
+    return found
+
+
+def _json(*kinds: type) -> dict[str, Any]:
+    return {"application/json": {"schema": _ref(*kinds)}}
+
+
+def _ref(*kinds: type) -> dict[str, Any]:
+    """A schema that names the types; one of several is any of them."""
+    refs = [{"type": "object"} if one is dict else {"$ref": f"#/components/schemas/{one.__name__}"} for one in kinds]
+    return refs[0] if len(refs) == 1 else {"anyOf": refs}

@@ -1,0 +1,161 @@
+"""Answers in OpenAI's shape, as the OpenAPI document describes them; see `answers`."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict  # of `typing` is not enough for Pydantic before Python 3.12
+
+from server.api.answers import FinishReason
+
+
+class ModelAnswer(TypedDict):
+    """A task as a model, or the base."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelsAnswer(TypedDict):
+    """A page of models; the last one's `id` is the `after` of the next page."""
+
+    object: Literal["list"]
+    data: list[ModelAnswer]
+    has_more: bool
+
+
+class CachedTokens(TypedDict):
+    """Tokens of the prompt that were not computed anew."""
+
+    cached_tokens: int
+
+
+class OpenAIUsage(TypedDict):
+    """Tokens of a request in OpenAI's words; `virtual_tokens` are beside."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    virtual_tokens: int
+
+
+class CompletionLogprobs(TypedDict):
+    """OpenAI's older form of log-probabilities: parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    """A completion that is whole."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: CompletionLogprobs | None
+
+
+class CompletionDelta(TypedDict):
+    """A completion's next piece."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: CompletionLogprobs | None
+
+
+class _Head(TypedDict):
+    id: str
+    created: int
+    model: str
+
+
+class CompletionAnswer(_Head):
+    """The completions of all prompts, in order."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: OpenAIUsage
+
+
+class CompletionEvent(_Head):
+    """The next piece of a completion; `usage` is there if it was asked for, null but in the last."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionDelta]
+    usage: NotRequired[OpenAIUsage | None]
+
+
+class ChatToken(TypedDict):
+    """A token with its log-probability and its bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenChatToken(ChatToken):
+    """The chosen token, with the best ones at its place."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(TypedDict):
+    """OpenAI's newer form of log-probabilities."""
+
+    content: list[ChosenChatToken]
+    refusal: None
+
+
+class AssistantMessage(TypedDict):
+    """The assistant's whole turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class AssistantDelta(TypedDict):
+    """The turn's next piece; the first has the role."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: str
+
+
+class ChatChoice(TypedDict):
+    """A whole answer to the turns."""
+
+    index: int
+    message: AssistantMessage
+    finish_reason: FinishReason
+    logprobs: ChatLogprobs | None
+
+
+class ChatDelta(TypedDict):
+    """An answer's next piece."""
+
+    index: int
+    delta: AssistantDelta
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
+
+
+class ChatAnswer(_Head):
+    """The answers to the turns."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: OpenAIUsage
+
+
+class ChatEvent(_Head):
+    """The next piece of an answer; `usage` is there if it was asked for, null but in the last."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatDelta]
+    usage: NotRequired[OpenAIUsage | None]

@@ -1,0 +1,124 @@
+"""Hold answers against the OpenAPI document: a middleware that sees every answer which any test of the server gets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jsonschema_rs import Draft202012Validator, ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.app import create_app
+from server.engine.fake import FakeEngineClient
+from server.settings import Settings
+
+JSON, STREAM = "application/json", "text/event-stream"
+ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}
+Operation = dict[str, Any]
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The document, with every object closed: a field that is not in it is a fault."""
+    made = create_app(Settings(), Path(), FakeEngineClient()).openapi()
+    for schema in _objects(made["components"]["schemas"]):
+        schema.setdefault("additionalProperties", False)
+    return made
+
+
+def _objects(node: Any) -> Iterator[dict[str, Any]]:
+    """Every schema below a node that lists properties."""
+    if isinstance(node, dict) and isinstance(node.get("properties"), dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _objects(child)
+
+
+@cache
+def _patterns() -> list[tuple[re.Pattern[str], dict[str, Operation]]]:
+    """Paths as patterns with their operations, those without parameters first."""
+    paths = sorted(document()["paths"].items(), key=lambda item: item[0].count("{"))
+    return [(re.compile(re.sub(r"\{\w+\}", "[^/]+", path)), methods) for path, methods in paths]
+
+
+def operation_of(method: str, path: str) -> Operation | None:
+    """The operation of a request; None if it is for no route of the document."""
+    path = path[:-1] if path.endswith("/") else path
+    verb = "get" if method == "HEAD" else method.lower()
+    return next((ways[verb] for pattern, ways in _patterns() if verb in ways and pattern.fullmatch(path)), None)
+
+
+@cache
+def _validator(schema: str) -> Draft202012Validator:
+    return Draft202012Validator({**json.loads(schema), "components": document()["components"]})
+
+
+def check(schema: dict[str, Any], body: bytes) -> str | None:
+    """What is wrong with a JSON body; None if nothing is."""
+    try:
+        _validator(json.dumps(schema)).validate(json.loads(body))
+    except (ValidationError, ValueError) as error:
+        return f"{str(error)[:200]} in {body[:200]!r}"
+    return None
+
+
+def fault_of(operation: Operation | None, status: int, media_type: str, body: bytes) -> str | None:
+    """What the document does not say of an answer; None if it is as documented. A body may end early."""
+    if operation is None:
+        return check(ERROR, body) if status >= 400 and body else None
+    if str(status) not in operation["responses"]:
+        return "the status is not documented"
+    content = operation["responses"][str(status)].get("content", {})
+    if media_type not in content and (media_type or content):
+        return f"{media_type or 'no type'} is not documented"
+    if media_type == STREAM:
+        event = content[STREAM]["schema"]["contentSchema"]["items"]["anyOf"][0]["properties"]["data"]["contentSchema"]
+        return next(filter(None, (_event_fault(event, block) for block in body.split(b"\n\n")[:-1])), None)
+    return check(content[JSON]["schema"], body) if media_type == JSON and body else None
+
+
+def _event_fault(schema: dict[str, Any], block: bytes) -> str | None:
+    kind, _, data = block.rpartition(b"data: ")
+    if kind == b"event: error\n":
+        return check(ERROR, data)
+    return None if data == b"[DONE]" else check(schema, data)
+
+
+class DocumentedAnswers:
+    """Appends to `faults` for each answer that is not as the document says."""
+
+    def __init__(self, app: ASGIApp, faults: list[str]) -> None:
+        self._app, self._faults = app, faults
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request inside, and look at what is answered."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        start: Message | None = None
+        body = bytearray()
+        is_whole = False
+
+        async def look(message: Message) -> None:
+            nonlocal start, is_whole
+            if message["type"] == "http.response.start":
+                start = message
+            elif scope["method"] != "HEAD":
+                body.extend(message.get("body", b""))
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        await self._app(scope, receive, look)
+        if start is not None and is_whole and start["status"] != 499:  # nobody is there to read that
+            self._judge(scope, start, bytes(body))
+
+    def _judge(self, scope: Scope, start: Message, body: bytes) -> None:
+        status = start["status"]
+        headers = {name.lower(): value for name, value in start["headers"]}
+        media_type = headers.get(b"content-type", b"").decode().partition(";")[0]
+        if fault := fault_of(operation_of(scope["method"], scope["path"]), status, media_type, body):
+            self._faults.append(f"{scope['method']} {scope['path'][:80]} {status}: {fault}")
