@@ -15,6 +15,7 @@ from server.errors import BadRequestError, InvalidFieldError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
+PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 MAX_PROMPTS = 64
 MAX_TURNS = 4096
 MAX_STOP_TOKENS = 256
@@ -103,6 +104,11 @@ class SamplingFields(Strict):
 class GenerateRequest(SamplingFields):
     """The body of POST /generate."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in PROMPT_FIELDS]
+        }
+    )
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] | None = None
     prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
@@ -129,7 +135,7 @@ class GenerateRequest(SamplingFields):
         return self._prompt_fields()[0]
 
     def _prompt_fields(self) -> list[str]:
-        return [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(self, name) is not None]
+        return [name for name in PROMPT_FIELDS if getattr(self, name) is not None]
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -164,14 +170,18 @@ def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A schema without references, which would be looked for at the root of the OpenAPI document."""
+    """A schema without references, which would be looked for at the root of the OpenAPI document.
+
+    Names that fit no pattern are refused, which Pydantic does not say.
+    """
     if isinstance(schema, list):
         return [_inlined(item, definitions) for item in schema]
     if not isinstance(schema, dict):
         return schema
     if "$ref" in schema:
         return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    return {key: _inlined(value, definitions) for key, value in schema.items()}
+    closed = {"additionalProperties": False} if "patternProperties" in schema else {}
+    return {key: _inlined(value, definitions) for key, value in schema.items()} | closed
 
 
 def identity(version: Version, item_bytes: ItemBytes | None) -> dict[str, Any]:

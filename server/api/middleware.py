@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters_store.errors import QuotaError, RegistryDownError, StoreDownError
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLIENT_CLOSED_REQUEST = 499
 OPENAI_PATHS = "/v1/"
+VERBS = ("GET", "POST", "PUT", "DELETE")
 SEE_LOG = "the server failed; see its log"
 
 
@@ -147,11 +149,18 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     path = request.url.path[:200]
     if status == 405:
         response = await _server_error(request, MethodNotAllowedError(f"{request.method[:20]} is not for {path}"))
-        response.headers.update(getattr(error, "headers", None) or {})  # Allow
+        response.headers["Allow"] = ", ".join(_verbs(request))
         return response
     if status == 404:
         return await _server_error(request, NotFoundError(f"there is nothing at {path}"))
     return await _server_error(request, BadRequestError(str(error)))
+
+
+def _verbs(request: Request) -> list[str]:
+    """The methods of all routes at a request's path, each of which may have another one."""
+    scope, routes = request.scope, request.app.routes
+    taken = [verb for verb in VERBS if any(one.matches({**scope, "method": verb})[0] is Match.FULL for one in routes)]
+    return ["HEAD", *taken] if "GET" in taken else taken
 
 
 async def _system(request: Request, error: Exception) -> Response:
