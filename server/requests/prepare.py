@@ -21,6 +21,8 @@ from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
 from server.tenant_work import TenantWork
 
+MAX_ANSWER_BYTES = 256 * 2**20  # of JSON, which is held until it is sent
+TOKEN_BYTES, LOGPROB_BYTES = 16, 128  # of a token's text and id, and of a token with its log-probability
 THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
 
 
@@ -39,6 +41,7 @@ class JobPreparer:
             ready = require_ready(self._client)
             max_tokens = max(1, ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
         check_length(require_ready(self._client), resolved, prompts, max_tokens, spec.prompt_field)
+        check_answer_size(spec, len(prompts), max_tokens)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
         lead = "" if spec.turns is None else self._tokenizer.turns.lead(resolved.prompt_format)
         return GenerationJob(
@@ -127,6 +130,20 @@ def check_length(
                 f"{len(prompt)} tokens{virtual} and max_tokens is {max_tokens}",
                 param,
             )
+
+
+def check_answer_size(spec: GenerationSpec, num_prompts: int, max_tokens: int) -> None:
+    """Refuse a request whose answer could have more than `MAX_ANSWER_BYTES`. Raises `BadRequestError`."""
+    num_tokens = num_prompts * spec.n * max_tokens
+    num_logprobs = 1 + (spec.top_logprobs or 0) if spec.has_logprobs else 0
+    num_bytes = num_tokens * (TOKEN_BYTES + num_logprobs * LOGPROB_BYTES)
+    if num_bytes > MAX_ANSWER_BYTES:
+        raise BadRequestError(
+            f"the answer could have {num_bytes // 2**20} MiB, and an answer may have {MAX_ANSWER_BYTES // 2**20}: "
+            f"{num_prompts} prompts, each with n={spec.n} answers of max_tokens={max_tokens}, each token with "
+            f"{num_logprobs} log-probabilities; ask for less of one of them",
+            "logprobs" if num_logprobs else "n",
+        )
 
 
 def complete_sampling(ready: Ready, spec: GenerationSpec, max_tokens: int, ends: tuple[int, ...]) -> Sampling:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.requests import prepare
 from tests.server.world import MAX_TOKENS, Site, error_of
 
 pytestmark = pytest.mark.anyio
@@ -126,6 +127,33 @@ async def test_wrong_fields(shared: Site, body: dict[str, Any], param: str) -> N
     assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_field", param), error
     assert param.split(".")[0] in error["message"]
     assert len(shared.engine.submitted) == before
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "param"), [({}, "n"), ({"logprobs": 0}, "logprobs"), ({"logprobs": 5}, "logprobs")]
+)
+@pytest.mark.parametrize("path", ["/generate?task=base", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_has_a_bound(
+    shared: Site, monkeypatch: pytest.MonkeyPatch, path: str, logprobs: dict[str, int], param: str, stream: bool
+) -> None:
+    """What an answer could have at most is computed before anything runs, on every route: what is at the bound is
+    answered, what is over it is 400 with the sizes that make it so; the bound is far over what is asked for."""
+    body: dict[str, Any] = {"n": 2, "max_tokens": 4, "stream": stream}
+    if "chat" in path:
+        tops = {"logprobs": True, "top_logprobs": logprobs["logprobs"]} if logprobs else {}
+        body |= {"model": "base", "messages": [{"role": "user", "content": "a"}], **tops}
+    else:
+        body |= {"model": "base", "prompt": "a", **logprobs} if "v1" in path else {"prompt": "a", **logprobs}
+    size = 8 * (16 + sum(128 * (1 + top) for top in logprobs.values()))
+    assert 10_000 * size < prepare.MAX_ANSWER_BYTES
+    monkeypatch.setattr(prepare, "MAX_ANSWER_BYTES", size)
+    assert (await shared.post(path, body)).status_code == 200
+    before = len(shared.engine.submitted)
+    answer = await shared.post(path, {**body, "max_tokens": 5})
+    error = error_of(answer)
+    assert (answer.status_code, error["param"], len(shared.engine.submitted)) == (400, param, before)
+    assert "n=2" in error["message"] and "max_tokens=5" in error["message"]
 
 
 async def test_a_field_is_never_quoted_at_length(shared: Site) -> None:
