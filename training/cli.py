@@ -13,6 +13,7 @@ from rich.markup import escape
 from training.errors import OptionError, PushError, TrainingError, sentence
 from training.flags import add_flags, flags_of, flags_of_methods
 from training.options import flag, option_classes
+from training.other_names import OtherNames
 from training.run.schedule import Plan
 
 Option = typer.Option
@@ -58,6 +59,7 @@ def train(
 
 
 add_flags(train, [*flags_of(Plan), *flags_of_methods()])
+train.options = {"cls": OtherNames}  # type: ignore[attr-defined]
 
 
 def _run(given: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from adapters_store.format.strict_json import StrictJSONError, loads
 from server.errors import BadRequestError, InvalidFieldError, TooLargeError, UnsupportedTypeError
@@ -120,14 +121,20 @@ def parse(model: type[Model], body: bytes) -> Model:
 def _refusal(model: type[Strict], data: Any, error: ValidationError) -> InvalidFieldError:
     """Name the wrong field: in a union, by the error of the branch that got furthest.
 
-    A branch of the right type that a limit refuses got further than one of a wrong type, however deep that is.
+    A branch of the right type that a limit refuses got further than one of a wrong type, however deep that is. A field
+    too many tells more than one that is missing: it is what stands in the other's place.
     """
     found = error.errors(include_url=False, include_input=False)
-    worst = max(found, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    worst = max(found, key=_rank)
     field = ".".join(_path(data, worst["loc"], worst["type"] == "missing"))[:200] or "body"
     if worst["type"] == "extra_forbidden":
         return InvalidFieldError(model.unknown(field), field)
     return InvalidFieldError(f"{field}: {worst['msg']}", field)
+
+
+def _rank(error: ErrorDetails) -> tuple[bool, int, int]:
+    kind = error["type"]
+    return not kind.endswith("_type"), len(error["loc"]), {"missing": 0, "extra_forbidden": 1}.get(kind, 2)
 
 
 def _path(data: Any, loc: tuple[int | str, ...], is_missing: bool) -> Iterator[str]:

@@ -14,6 +14,7 @@ from training import cli
 from training.errors import OptionError, TrainingError, sentence
 from training.flags import add_flags, parameters_of
 from training.options import flag
+from training.other_names import OtherNames
 
 # The options of `manyhats train` that hold for every method alike.
 SHARED = (
@@ -93,3 +94,4 @@ def _unusual(given: dict[str, Any]) -> list[str]:
 # An option that both commands have is declared by `train` alone.
 TRAIN_FLAGS = {parameter.name: parameter for parameter in parameters_of(cli.train)}
 add_flags(compare, [TRAIN_FLAGS[name] for name in SHARED])
+compare.options = {"cls": OtherNames}  # type: ignore[attr-defined]

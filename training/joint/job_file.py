@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from training.errors import OptionError
+from training.other_names import FIXED, FLAGS
 
 TOP = ("defaults", "jobs")
 
@@ -79,6 +80,7 @@ def _job(where: str, given: dict[str, Any], keys: type[BaseModel]) -> dict[str, 
         key = str(first["loc"][0])
         if first["type"] != "extra_forbidden":
             raise OptionError(f"{where}: {key} cannot be {first['input']!r}: {first['msg']}.") from error
-        near = difflib.get_close_matches(key, keys.model_fields, n=1)
+        near = [FLAGS[key]] if key in FLAGS else difflib.get_close_matches(key, keys.model_fields, n=1)
         hint = f"; {near[0]} is one" if near else f", which are {', '.join(keys.model_fields)}"
+        hint = f": {FIXED[key]}" if key in FIXED else hint
         raise OptionError(f"{where}: {key} is no flag of `manyhats train`{hint}.") from error

@@ -311,6 +311,7 @@ async def test_what_is_not_served_is_named(server: Site, route: str, field: dict
     *_, name = field
     assert answer.status_code == 400
     assert (error_of(answer)["param"] or "").split(".")[0] == name, answer.text
+    assert name in error_of(answer)["message"]
 
 
 async def test_an_image_is_refused(server: Site) -> None:
@@ -328,6 +329,23 @@ async def test_a_tool_turn_is_named(server: Site) -> None:
     answer = await server.post("/v1/chat/completions", {"model": "base", "messages": [*TURNS, turn]})
     assert (answer.status_code, error_of(answer)["param"]) == (400, "messages.1.role")
     assert "'assistant'" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": "I look."}])
+async def test_calls_of_tools_are_named(server: Site, content: dict[str, Any]) -> None:
+    """A turn that calls a tool is refused by the calls, also if it has no content, which is how OpenAI writes it."""
+    calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    turns = [*TURNS, {"role": "assistant", "tool_calls": calls, **content}]
+    answer = await server.post("/v1/chat/completions", {"model": "base", "messages": turns})
+    place = f"messages.{len(TURNS)}.tool_calls"
+    assert (answer.status_code, error_of(answer)["param"]) == (400, place) and place in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(("route", "needed"), [("completions", "prompt"), ("chat/completions", "messages")])
+async def test_a_misspelt_field_is_named(server: Site, route: str, needed: str) -> None:
+    """A field under a name that is none is refused by that name, not by the one that is missing for it."""
+    answer = await server.post(f"/v1/{route}", {"model": "base", f"{needed}x": TURNS})
+    assert (answer.status_code, error_of(answer)["param"]) == (400, f"{needed}x")
 
 
 async def test_as_many_as_openai_has(client: AsyncOpenAI, server: Site) -> None:
