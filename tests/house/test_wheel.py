@@ -92,6 +92,7 @@ def test_the_wheel_holds_the_packages(copy: Path, wheel: Path) -> None:
     for folder in ("registry/migrations/versions", "examples/sentiment", "examples/data"):
         assert any(name.startswith(f"adapters_store/{folder}/") for name in names), folder
     assert any(name.startswith("training/evaluation/neutral/") for name in names)
+    assert {f"server/api/docs/page.{kind}" for kind in ("html", "css", "js")} < names
 
 
 def test_the_installed_copy_is_what_runs(installed: Path, site: Path) -> None:
