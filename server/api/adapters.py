@@ -22,7 +22,7 @@ from server.uploads.service import UploadSpec
 router = APIRouter(
     tags=["Adapters and tasks"],
     dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)],
-    responses=errors(*COUNTED, *HAS_BODY, 409, 422, 507),
+    responses=errors(*COUNTED, *HAS_BODY, 409, 422),
 )
 TaskQuery = Annotated[str, Query(pattern=NAME_PATTERN)]
 NoteQuery = Annotated[str, Query(max_length=1000, pattern=r"^[^\x00]*$")]

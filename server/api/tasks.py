@@ -34,7 +34,7 @@ BeforeNumber = Annotated[int | None, Query(ge=1, lt=2**63)]
 router = APIRouter(
     tags=["Adapters and tasks"],
     dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)],
-    responses=errors(*COUNTED, 422, 507),
+    responses=errors(*COUNTED, 422),
 )
 
 

@@ -101,7 +101,7 @@ async def list_tenants(request: Request) -> Response:
     return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
 
 
-@router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR, responses=GONE | errors(409, 507))
+@router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR, responses=GONE | errors(409))
 async def delete_tenant(request: Request, tenant: str) -> Response:
     """Delete a tenant with its keys, tasks and versions, for new requests at once; running ones finish.
 
