@@ -11,13 +11,14 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.errors import NoEarlierRouteError
+from adapters_store.format.archive import ZIP_TYPE
 from adapters_store.registry.registry import Task, Usage, Version
 from adapters_store.registry.routes import Route
 from server.api.answers import BaseTaskAnswer, TaskAnswer, TasksAnswer
 from server.api.body import read_json
 from server.api.deps import admit, look_up, may, refuse_unknown_query, state_of, tenant_of
 from server.api.document import COUNTED, GONE, HAS_BODY, errors, says, says_file
-from server.api.zip_stream import ZIP_TYPE, ZipStream
+from server.api.zip_stream import ZipStream
 from server.errors import ConflictError, InvalidFieldError
 from server.requests.auth import DEPLOY
 from server.requests.version_stats import RequestOutcome, summary

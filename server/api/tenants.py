@@ -11,7 +11,8 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
-from adapters_store.registry.tenants import DEFAULT_TENANT, Key, Tenant, TenantLimits
+from adapters_store.registry import DEFAULT_TENANT
+from adapters_store.registry.tenants import Key, Tenant, TenantLimits
 from server.api.answers import ChangesAnswer, KeysAnswer, NewKeyAnswer, TenantAnswer, TenantsAnswer, UsagesAnswer
 from server.api.body import read_json
 from server.api.deps import (

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -101,19 +101,19 @@ async def test_a_client_that_fails_is_not_recorded(tiny_base: Path, tmp_path: Pa
         await record([sys.executable, "-P", str(script)], tiny_base, tmp_path)
 
 
-async def _send(server: Site, request: dict[str, Any]) -> httpx.Response:
+async def _send(server: Site, request: dict[str, Any]) -> httpx2.Response:
     content = json.dumps(request["body"]) if "body" in request else None
     return await server.http.request(request["method"], request["path"], headers=request["headers"], content=content)
 
 
-def _check_refusal(request: dict[str, Any], answer: httpx.Response) -> None:
+def _check_refusal(request: dict[str, Any], answer: httpx2.Response) -> None:
     """Assert that a refusal names the field, in its `param` and in words, or the route that there is not."""
     error, refused = error_of(answer), request["refused"]
     assert (answer.status_code, error["param"] or request["path"]) == (request["status"], refused)
     assert refused in error["message"], error
 
 
-def _check_form(request: dict[str, Any], answer: httpx.Response) -> None:
+def _check_form(request: dict[str, Any], answer: httpx2.Response) -> None:
     """Assert that an answer is what OpenAI's own models say, strictly, and that a stream ends as it must."""
     path, body = request["path"], request.get("body", {})
     if path == "/v1/models":

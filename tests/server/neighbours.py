@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from adapters_store.base.resolve import resolve_base
 from tests.kit.adapters import make_lora, zip_folder
@@ -61,7 +61,7 @@ def cpu_seconds(server: Server) -> float:
 
 async def cost_beside(server: Server, seconds: float, company: Coroutine[Any, Any, None] | None) -> Cost:
     """What neighbours cost while the company is there; every answer is checked against the one that it gets alone."""
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http:
         asked = [
             Asked(
                 ("base", "hat")[at % 2], {"prompt": f"Tell me {at}: ", "max_tokens": 64, "ignore_eos": True, "seed": at}
@@ -84,22 +84,22 @@ async def cost_beside(server: Server, seconds: float, company: Coroutine[Any, An
 
 async def poison(server: Server, rate: float) -> None:
     """Ask what fails or is refused, so many times a second."""
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http, asyncio.TaskGroup() as group:
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http, asyncio.TaskGroup() as group:
         for body in itertools.cycle(POISONED):
             task = "" if "adapters" in body else "?task=base"
             group.create_task(_ask(http, f"/generate{task}", body))
             await asyncio.sleep(1 / rate)
 
 
-async def _ask(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
-    with contextlib.suppress(httpx.TransportError):
+async def _ask(http: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> None:
+    with contextlib.suppress(httpx2.TransportError):
         await http.post(path, content=json.dumps(body))
 
 
 async def greed(server: Server, rate: float) -> None:
     """Be greedy in every way at every route, so many times a second."""
     host, _, port = server.url.removeprefix("http://").partition(":")
-    async with httpx.AsyncClient(base_url=server.url) as http:
+    async with httpx2.AsyncClient(base_url=server.url) as http:
         paths = (await http.get("/openapi.json")).json()["paths"]
     names = {"task": "one", "number": "1", "name": "base", "tenant": "acme", "key_id": "mh_aaaaaaaaaaaa"}
     targets = [Target(verb, path.format(**names)) for path, verbs in paths.items() for verb in verbs]

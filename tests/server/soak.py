@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import psutil
 from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ class Samples:
         return {name: growth for name, growth in growths.items() if growth > BORDERS[name.split()[-1]]}
 
 
-async def live_and_die(http: httpx.AsyncClient, tenant: str, bodies: Mapping[str, bytes]) -> None:
+async def live_and_die(http: httpx2.AsyncClient, tenant: str, bodies: Mapping[str, bytes]) -> None:
     """Make a tenant, do as it all that a tenant may, and delete it; what must be taken is."""
     await _ok(http.post("/tenants", json={"name": tenant}, headers=ADMIN))
     scopes = {"scopes": ["generate", "deploy"]}
@@ -89,7 +89,7 @@ async def live_and_die(http: httpx.AsyncClient, tenant: str, bodies: Mapping[str
         await http.get(path, headers=ADMIN)
 
 
-async def _serve_task(http: httpx.AsyncClient, method: str, body: bytes, mine: dict[str, str]) -> None:
+async def _serve_task(http: httpx2.AsyncClient, method: str, body: bytes, mine: dict[str, str]) -> None:
     zipped = {**mine, "Content-Type": "application/zip"}
     await _ok(http.post(f"/adapters?task={method}", content=body, headers=zipped))
     for path, asked in GENERATING:
@@ -113,7 +113,7 @@ async def _ok(asking: Any, is_json: bool = True) -> Any:
     return answer.json() if is_json and answer.content else None
 
 
-async def series_of(http: httpx.AsyncClient) -> int:
+async def series_of(http: httpx2.AsyncClient) -> int:
     """The number of series of the server's metrics."""
     return len(Reading.of((await http.get("/metrics", headers=ADMIN)).text).samples)
 
@@ -128,7 +128,7 @@ async def soak(url: str, front: psutil.Process, bodies: Mapping[str, bytes], sec
     """Churn for so long, and sample; one line a minute is printed."""
     samples, began, num_lives = Samples(), time.monotonic(), 0
 
-    async def work(number: int, http: httpx.AsyncClient) -> None:
+    async def work(number: int, http: httpx2.AsyncClient) -> None:
         nonlocal num_lives
         for life in itertools.count():  # a tenant's name is given once
             await live_and_die(http, f"soak-{number}-{life}", bodies)
@@ -136,7 +136,7 @@ async def soak(url: str, front: psutil.Process, bodies: Mapping[str, bytes], sec
             if time.monotonic() >= began + seconds:
                 return
 
-    async with httpx.AsyncClient(base_url=url, timeout=120) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=120) as http:
         working = [asyncio.create_task(work(number, http)) for number in range(NUM_WORKERS)]
         while not all(one.done() for one in working):
             engine, *loaders = front.children(recursive=True)

@@ -12,7 +12,7 @@ import schemathesis
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import Status, events, from_schema
 
-from adapters_store.registry.tenants import SCOPES
+from adapters_store.registry import SCOPES
 from tests.server.world import Site, serve_site
 
 pytestmark = pytest.mark.anyio
