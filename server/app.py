@@ -150,7 +150,7 @@ def _assemble(
     """Make every room that only holds others, from the bottom up; nothing runs yet."""
     admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
     rate_limiter, usage, recent = RateLimiter(), UsageBuffer(metrics), Recent()
-    retention = ArtifactRetention(stores, client, metrics)
+    retention = ArtifactRetention(stores, client, metrics, [rate_limiter, recent])
     validator = Validator(client, stores, retention, tenant_work)
     revalidation = Revalidation(stores, retention, validator, fingerprint)
     uploads = UploadService(stores, client, metrics, retention, validator, revalidation, tenant_work)

@@ -115,16 +115,18 @@ def _reap(*_signal: object) -> None:
 
 def _run_child(descriptor: int, run: Callable[[socket.socket], None]) -> None:
     """Run a child until it returns or the asker closes its end of the pair, whatever the child waits for then."""
+    code = 1
     try:
         keep_only(descriptor)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         connection = socket.socket(fileno=descriptor)
         threading.Thread(target=_end_with_asker, args=(descriptor,), daemon=True).start()
         run(connection)
-    except BaseException as error:  # noqa: BLE001 - as above
-        log.error("a forked process ends", extra={"reason": str(error)})
+        code = 0
+    except BaseException:
+        log.exception("a forked process ends")
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _end_with_asker(descriptor: int) -> None:

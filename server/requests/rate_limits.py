@@ -91,6 +91,11 @@ class RateLimiter:
         self._clock = clock
         self._usages: dict[str, TenantUsage] = {}
 
+    def forget(self, tenant: str, task: str | None = None, number: int | None = None) -> None:  # noqa: ARG002 - as others
+        """Forget a tenant that was deleted."""
+        if task is None:
+            self._usages.pop(tenant, None)
+
     def count_request(self, tenant: str, limits: TenantLimits, is_look: bool = False) -> None:
         """Count a request, or a look, which takes nothing of the requests and has as many a minute.
 

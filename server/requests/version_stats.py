@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any
@@ -39,9 +38,10 @@ class Recent:
         """A copy of a version's last outcomes, which `summary` may take in another thread."""
         return list(self._outcomes.get(key, ()))
 
-    def forget(self, is_gone: Callable[[tuple[str, str, int]], bool]) -> None:
-        """Forget the outcomes of versions that were deleted."""
-        for key in [key for key in self._outcomes if is_gone(key)]:
+    def forget(self, tenant: str, task: str | None = None, number: int | None = None) -> None:
+        """Forget the outcomes of a tenant, of its task or of a version of that, which was deleted."""
+        gone = tuple(part for part in (tenant, task, number) if part is not None)
+        for key in [key for key in self._outcomes if key[: len(gone)] == gone]:
             del self._outcomes[key]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
@@ -119,3 +120,50 @@ async def test_usage_that_cannot_be_written_waits_longer_each_time(site: Site, m
         clock.now += EVERY_S
     waits = [after - before for before, after in pairwise(tries)]
     assert waits[:6] == [1, 2, 4, 8, 16, 32] and set(waits[6:]) == {MAX_RETRY_S}
+
+
+def mentions(root: object, word: str) -> list[str]:
+    """Paths from an object, through attributes and collections of what the server made, to a text with a word."""
+    found, seen, left = [], set[int](), [("", root)]
+    while left:
+        path, thing = left.pop()
+        if isinstance(thing, str):
+            found += [path] if word in thing else []
+            continue
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, dict):
+            left += [(f"{path}[{key!r}]", part) for key, value in thing.items() for part in (key, value)]
+        elif isinstance(thing, list | tuple | set | frozenset | deque):
+            left += [(f"{path}[]", part) for part in thing]
+        elif type(thing).__module__.startswith(("server.", "adapters_store.")):
+            left += [(f"{path}.{name}", getattr(thing, name, None)) for name in attributes_of(thing)]
+    return found
+
+
+def attributes_of(thing: object) -> list[str]:
+    """The names of an object's attributes, in its dictionary and in its slots."""
+    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*getattr(thing, "__dict__", {}), *slots]
+
+
+async def test_no_room_remembers_a_tenant_that_is_gone(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]
+) -> None:
+    """Whatever was done for a tenant, after its deletion no room of the server has its name in memory."""
+    word = "gonetenant"
+    theirs = {**ADMIN, "X-Tenant": word}
+    async with open_site(tiny_base, tmp_path, admin_key=KEY) as site:
+        limits = {"requests_per_minute": 1000, "tokens_per_minute": 100000, "max_queued": 10}
+        await site.http.post("/tenants", json={"name": word, "limits": limits}, headers=ADMIN)
+        await site.http.post(f"/tenants/{word}/keys", json={"scope": "generate"}, headers=ADMIN)
+        kind = {"Content-Type": "application/zip"}
+        assert (await site.http.post("/adapters?task=a", content=zips[0], headers=theirs | kind)).status_code == 201
+        for task in ("a", "base", "absent"):
+            await site.http.post(f"/generate?task={task}", json={"prompt": "b"}, headers=theirs)
+        known = " ".join(mentions(site.state, word))
+        assert all(room in known for room in ("_outcomes", "_usages", "_metrics")), known
+        assert (await site.http.delete(f"/tenants/{word}", headers=ADMIN)).status_code == 204
+        site.engine.submitted.clear()  # of the test's engine alone
+        assert mentions(site.state, word) == []
