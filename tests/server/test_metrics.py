@@ -243,6 +243,7 @@ async def test_a_request_that_runs_makes_no_series_of_what_is_gone(
     async with open_site(tiny_base, tmp_path) as site:
         await site.upload("hat", zips[0])
         await site.ask("hat", prompt="a")
+        site.engine.delay_s = 0.05
         events = asyncio.create_task(site.events("/generate?task=hat", prompt="ab", max_tokens=50))
         await until(lambda: site.state.retention._num_users)
         assert (await site.http.delete(path)).status_code == 204
