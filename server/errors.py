@@ -172,12 +172,12 @@ class InternalError(ServerError):
 
 
 class EngineFailedError(ServerError):
-    """The engine ended a sequence without an answer."""
+    """The engine ended a sequence without an answer; `retry_after` is told if it may answer later."""
 
-    def __init__(self, failure: EngineFailure) -> None:
+    def __init__(self, failure: EngineFailure, retry_after: int = 1) -> None:
         super().__init__(failure.message)
         self.code, self.status = failure.code, ENGINE_STATUS.get(failure.code, 500)
-        self.retry_after = 1 if self.status == 503 else None
+        self.retry_after = retry_after if self.status == 503 else None
 
 
 class UnavailableError(ServerError):

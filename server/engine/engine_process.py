@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import msgspec
+import psutil
 
 from server.engine import frames
 from server.engine.client import EngineStartError
@@ -113,7 +115,7 @@ class EngineProcess:
     decoder: msgspec.msgpack.Decoder[FromEngine] = field(default_factory=lambda: msgspec.msgpack.Decoder(FromEngine))
     silent_s: float = 0.0  # since the last message
     step_s: float = 0.0  # since the last message of the thread that steps
-    cpu_seconds: float = 0.0  # that the process had used at the last beat
+    cpu_s: float = 0.0  # that the process had used at the last tick
     idle_s: float = 0.0  # of `step_s`, in which it used next to no CPU
     verdict: str | None = None
 
@@ -121,10 +123,7 @@ class EngineProcess:
         """Read the next message; None at the end. Raises `OSError` and `msgspec.MsgspecError`."""
         message: FromEngine | None = await frames.read_async(self.reader, self.decoder)
         self.silent_s = 0.0
-        if isinstance(message, Beat):
-            seconds, self.cpu_seconds = message.cpu_seconds - self.cpu_seconds, message.cpu_seconds
-            self.idle_s = 0.0 if seconds > IDLE_SHARE else self.idle_s
-        else:
+        if not isinstance(message, Beat):
             self.step_s = self.idle_s = 0.0
             self.has_answered |= isinstance(message, StepDone) and bool(message.outputs)
         return message
@@ -137,24 +136,28 @@ class EngineProcess:
     async def end(self) -> None:
         """Close the connection and kill the process: it heeds no SIGTERM, and has nothing to leave behind."""
         self.writer.transport.abort()  # not `close`: what is still to be written will not be read
-        await asyncio.to_thread(self.child.kill)
+        with ThreadPoolExecutor(1) as its_own:  # the loop's may be full of calls that hang
+            await asyncio.get_running_loop().run_in_executor(its_own, self.child.kill)
 
     async def watch(self, patience: Patience) -> None:
         """Cut the connection to an engine that hangs.
 
         Its silence is counted in ticks, not by the clock: if this process was stopped or starved, so may have been the
-        engine, whose messages are then still to be read.
+        engine, whose messages are then still to be read. An engine that computes is not silent: while a kernel runs,
+        no other thread of it may speak.
         """
         while self.verdict is None:
             await asyncio.sleep(TICK_S)
-            self._tick(TICK_S)
+            self._tick(TICK_S, _cpu_seconds(self.child.pid))
             self.verdict = self._overdue(patience)
         self.writer.transport.abort()
 
-    def _tick(self, seconds: float) -> None:
-        self.silent_s += seconds
+    def _tick(self, seconds: float, cpu_s: float) -> None:
+        is_computing = cpu_s - self.cpu_s > IDLE_SHARE * seconds
+        self.cpu_s = cpu_s
         self.step_s += seconds
-        self.idle_s += seconds
+        self.silent_s = 0.0 if is_computing else self.silent_s + seconds
+        self.idle_s = 0.0 if is_computing else self.idle_s + seconds
 
     def _overdue(self, patience: Patience) -> str | None:
         """Say why the engine counts as one that hangs, or None if it does not."""
@@ -164,3 +167,12 @@ class EngineProcess:
             return f"a step of the engine did nothing for {patience.idle_step:g} s, and it was ended"
         is_slow = self.step_s >= patience.step
         return f"a step of the engine took over {patience.step:g} s, and it was ended" if is_slow else None
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the seconds of CPU that a process has used; 0 if it has ended."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)

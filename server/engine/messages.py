@@ -161,12 +161,7 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Beat(msgspec.Struct, tag=True):
-    """The engine process runs; sent each second by a thread that no step delays.
-
-    `cpu_seconds` is what all its threads used since it started: a step that computes is told by it from one that hangs.
-    """
-
-    cpu_seconds: float
+    """The engine process runs; sent each second by a thread of its own, if no kernel holds the GIL meanwhile."""
 
 
 class StartFailed(msgspec.Struct, tag=True):

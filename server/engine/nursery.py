@@ -37,8 +37,12 @@ class Child:
         """End the process, whatever it does, and return when it has ended; the socket stays. To be called once."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-        select.select([self._handle], [], [], END_WITHIN_S)
-        os.close(self._handle)
+        try:
+            has_ended = select.poll()  # `select.select` takes no descriptor over 1023
+            has_ended.register(self._handle, select.POLLIN)
+            has_ended.poll(1000 * END_WITHIN_S)
+        finally:
+            os.close(self._handle)
 
 
 class Nursery:
@@ -89,6 +93,7 @@ def receive(connection: socket.socket) -> int | None:
 
 def serve(connection: socket.socket, run: Callable[[socket.socket], None]) -> NoReturn:
     """Fork a child for each descriptor that comes, until the asker closes its socket; never returns."""
+    code = 1
     try:
         signal.signal(signal.SIGCHLD, _reap)
         while (descriptor := receive(connection)) is not None:
@@ -97,11 +102,12 @@ def serve(connection: socket.socket, run: Callable[[socket.socket], None]) -> No
                 _run_child(descriptor, run)
             os.close(descriptor)
             connection.sendall(PID.pack(pid))
-    except BaseException as error:  # noqa: BLE001 - nothing of the asker's stack above may run here
-        log.error("the process that forks ends", extra={"reason": str(error)})
+        code = 0
+    except BaseException:  # nothing of the asker's stack above may run here
+        log.exception("the process that forks ends")
     finally:
         _reap()
-        os._exit(0)
+        os._exit(code)
 
 
 def _reap(*_signal: object) -> None:
@@ -110,7 +116,7 @@ def _reap(*_signal: object) -> None:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             code = os.waitstatus_to_exitcode(ended[1])
             if code:
-                log.info("a forked process has ended", extra={"pid": ended[0], "code": code})
+                log.warning("a forked process has ended", extra={"pid": ended[0], "code": code})
 
 
 def _run_child(descriptor: int, run: Callable[[socket.socket], None]) -> None:

@@ -68,7 +68,8 @@ class ProcessEngineClient:
         self.in_flight = InFlight()
         self._has_news = asyncio.Event()  # an engine is ready, or the client is closed
         self._is_closed = False
-        self._start_seconds, self._back_at = 0.0, 0.0
+        self._wait, self._back_at = self._patience.first_retry, 0.0
+        self._load_s, self._fork_s = 0.0, 1.0  # that the last start of either kind took
         self._resident: list[str] = []
         self._query_ids = itertools.count()
         self._queries: dict[int, asyncio.Future[dict[str, str]]] = {}
@@ -204,25 +205,28 @@ class ProcessEngineClient:
     async def _keep(self, first: EngineProcess) -> None:
         """Relay one engine's messages after another's until cancelled."""
         engine: EngineProcess | None = first
-        wait, num_mute = self._patience.first_retry, 0
+        num_mute = 0
         while True:
             if engine is not None:
-                if await self._relay_all(engine) >= self._patience.good_life:
-                    wait = self._patience.first_retry
+                await self._relay_all(engine)
                 num_mute = 0 if engine.has_answered else num_mute + 1
                 if engine.is_parent or num_mute >= MAX_MUTE:
                     num_mute = 0
                     await self._end_parent()
-            self._back_at = time.monotonic() + wait + self._start_seconds
-            log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": wait})
-            await asyncio.sleep(wait)
-            wait = min(2 * wait, self._patience.max_retry)
+            self._estimate_return()
+            log.error("the engine is gone; a new one starts", extra={"reason": self.last_error, "wait_s": self._wait})
+            await asyncio.sleep(self._wait)
+            self._wait = min(2 * self._wait, self._patience.max_retry)
             engine = None
             with contextlib.suppress(EngineStartError, OSError):  # it is in last_error, and the next try comes
                 engine, _ = await self._begin()
 
-    async def _relay_all(self, engine: EngineProcess) -> float:
-        """Relay the engine's messages until it is dead; returns the seconds that it lived."""
+    def _estimate_return(self) -> None:
+        is_forked = self._parent is not None and not self._parent.has_ended
+        self._back_at = time.monotonic() + self._wait + (self._fork_s if is_forked else self._load_s)
+
+    async def _relay_all(self, engine: EngineProcess) -> None:
+        """Relay the engine's messages until it is dead; one that lived well resets the wait for the next one."""
         began = time.monotonic()
         watchdog = asyncio.create_task(engine.watch(self._patience), name="engine watchdog")
         try:
@@ -233,13 +237,15 @@ class ProcessEngineClient:
             self.last_error = engine.verdict or f"the connection to the engine broke: {error}"
         finally:
             watchdog.cancel()
+            if time.monotonic() - began >= self._patience.good_life:
+                self._wait = self._patience.first_retry
             await self._drop(engine)
-        return time.monotonic() - began
 
     async def _drop(self, engine: EngineProcess) -> None:
         if not self._is_closed:
             self._has_news.clear()
         self.ready = self._engine = None
+        self._estimate_return()
         self._num_deaths += 1
         self._count(Stats())
         self.in_flight.lose()
@@ -274,7 +280,8 @@ class ProcessEngineClient:
             if self._parent is None or self._parent.has_ended:
                 await self._end_parent()
                 self._parent = await EngineParent.start(self._command, self.config)
-            limit = self._patience.loading if self._parent.num_engines == 0 else self._patience.forking
+            is_first = self._parent.num_engines == 0
+            limit = self._patience.loading if is_first else self._patience.forking
             async with _limited(limit):
                 engine = await self._parent.spawn()
                 ready = await _first_message(engine)
@@ -285,7 +292,10 @@ class ProcessEngineClient:
             await self._end_parent()
             raise
         self._engine, self.ready, self.last_error = engine, ready, None
-        self._start_seconds = time.monotonic() - began
+        if is_first:
+            self._load_s = time.monotonic() - began
+        else:
+            self._fork_s = time.monotonic() - began
         if self._resident:
             engine.write(KeepResident(self._resident))
         self._has_news.set()

@@ -217,7 +217,7 @@ class Service:
 
 def _beat(connection: Connection) -> None:
     while True:
-        connection.send(Beat(time.process_time()))
+        connection.send(Beat())
         time.sleep(BEAT_EVERY_S)
 
 

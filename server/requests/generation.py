@@ -68,7 +68,7 @@ class ChoiceRunner:
             async for output in outputs:
                 now = time.monotonic()
                 if output.failure is not None:
-                    raise EngineFailedError(output.failure)
+                    raise EngineFailedError(output.failure, self._client.retry_after_s)
                 if last and output.token_ids:
                     self._metrics.gap.labels(*label).observe(now - last)
                 last = now

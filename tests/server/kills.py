@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.7, "top_k": 20, "logprobs": 2},
 )
 NUM_STREAMS = 16
+MOST_UNTIL_READY_S = 8.0
 
 
 @dataclass
@@ -120,7 +122,9 @@ async def main() -> None:
         limits = {"max_running": NUM_STREAMS, "max_waiting": 64, "kv_cache_bytes": 2**28, "num_threads": 2}
         async with serve_real(base, scratch / "data", **limits) as site:
             await upload_all(site, base, scratch)
-            await strike(site, given.blows, signal.Signals[given.signal], given.max_tokens, print)
+            tally = await strike(site, given.blows, signal.Signals[given.signal], given.max_tokens, print)
+    if tally.wrong or max(tally.seconds_until_ready) > MOST_UNTIL_READY_S:
+        sys.exit(f"not every stream was right, or an engine was away for over {MOST_UNTIL_READY_S:g} s")
 
 
 if __name__ == "__main__":

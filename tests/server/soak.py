@@ -36,7 +36,7 @@ KEY = "soak-" + "k" * 16
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 NUM_WORKERS = 3
 SAMPLE_EVERY_S = 3.0
-BORDERS = {"rss": 0.06, "fds": 0.1, "threads": 0.1, "series": 0.05}  # growth over the rest that is none
+BORDERS = {"pss": 0.06, "fds": 0.1, "threads": 0.1, "series": 0.05}  # growth over the rest that is none
 GENERATING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/generate", {"prompt": "abc"}),
     ("/v1/completions", {"prompt": "abc"}),
@@ -119,9 +119,9 @@ async def series_of(http: httpx2.AsyncClient) -> int:
 
 
 def counts_of(process: psutil.Process, name: str) -> dict[str, float]:
-    """Memory in MB, file descriptors and threads of a process."""
-    rss = process.memory_info().rss / 2**20
-    return {f"{name} rss": rss, f"{name} fds": process.num_fds(), f"{name} threads": process.num_threads()}
+    """Memory in MB (what is shared counts in parts), file descriptors and threads of a process."""
+    pss = process.memory_full_info().pss / 2**20
+    return {f"{name} pss": pss, f"{name} fds": process.num_fds(), f"{name} threads": process.num_threads()}
 
 
 async def soak(url: str, front: psutil.Process, bodies: Mapping[str, bytes], seconds: float) -> Samples:
@@ -139,9 +139,10 @@ async def soak(url: str, front: psutil.Process, bodies: Mapping[str, bytes], sec
     async with httpx2.AsyncClient(base_url=url, timeout=120) as http:
         working = [asyncio.create_task(work(number, http)) for number in range(NUM_WORKERS)]
         while not all(one.done() for one in working):
-            engine, *loaders = front.children(recursive=True)
-            numbers = counts_of(front, "front") | counts_of(engine, "engine")
-            numbers["loaders rss"] = sum(one.memory_info().rss for one in loaders) / 2**20
+            (parent,) = front.children()
+            (engine,) = parent.children()
+            numbers = counts_of(front, "front") | counts_of(parent, "parent") | counts_of(engine, "engine")
+            numbers["loaders pss"] = sum(one.memory_full_info().pss for one in engine.children(recursive=True)) / 2**20
             numbers["series"] = await series_of(http)
             samples.add(time.monotonic() - began, numbers)
             if len(samples.seconds) % 10 == 1:

@@ -186,7 +186,7 @@ async def serve_real(base: Path, data: Path, **settings: Any) -> AsyncIterator[S
     """A server that listens on loopback, over the real engine in a process of its own."""
     limits = {**REAL_LIMITS, **settings}
     config = settings_of(base, data, **limits).engine_config(base)
-    client = ProcessEngineClient(config, patience=Patience(first_retry=0.05))
+    client = ProcessEngineClient(config, patience=Patience(first_retry=0.05, max_retry=0.5))
     async with serve_site(base, data, client, **limits) as site:
         yield site
 

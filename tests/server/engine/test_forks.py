@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ from msgspec.structs import replace
 
 from server.core import RunnerConfig
 from server.engine.engine_process import EngineParent
+from server.engine.nursery import Nursery
 from server.engine.process_client import MAX_MUTE, ProcessEngineClient
 from server.engine.worker import _load_in_thread
 from server.model.runner import load
@@ -22,6 +24,7 @@ from tests.server.engine.test_process_client import (
     answer,
     engine,
     kill,
+    replace_patience,
     request,
     run,
     tokens,
@@ -114,6 +117,54 @@ def test_on_a_gpu_the_process_becomes_the_engine() -> None:
         assert not psutil.Process().children()
 
     run(main)
+
+
+def test_what_an_engine_died_of_is_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    """An engine that raises, or is killed, leaves its traceback or its signal in the log."""
+
+    async def main() -> None:
+        async with engine("raises") as client:
+            asking = asyncio.create_task(answer(client, request("r")))
+            await until(lambda: client.stats.deaths_total == 2)
+            await asking
+        async with engine() as client:
+            await next_engine(client)
+
+    run(main)
+    said = capfd.readouterr().err
+    assert "Traceback" in said and "KeyError" in said and "in run_engine" in said
+    assert '"code": -9' in said
+
+
+def test_the_wait_for_the_next_engine_is_that_of_its_kind() -> None:
+    """`retry_after_s` is what a fork takes, or what loading takes if the base must be loaded again."""
+
+    async def main() -> None:
+        async with engine(patience=replace_patience(first_retry=0.5)) as client:
+            client._load_s = 100.0
+            await kill(client)
+            assert client.retry_after_s < 10
+            await until(lambda: client.ready is not None)
+            os.kill(parent_of(client), signal.SIGKILL)
+            await until(lambda: client._parent is not None and client._parent.has_ended)
+            await kill(client)
+            assert client.retry_after_s > 90
+
+    run(main)
+
+
+def test_a_process_is_killed_by_any_descriptor() -> None:
+    """A child ends when it is told to, however many descriptors this process has open."""
+    nursery = Nursery.fork(lambda _connection: time.sleep(600))
+    assert nursery is not None
+    child = nursery.spawn()
+    low, child._handle = child._handle, 2000
+    os.dup2(low, 2000)
+    os.close(low)
+    child.kill()
+    child.socket.close()
+    nursery.close()
+    assert not psutil.pid_exists(child.pid)
 
 
 def test_who_loads_for_nobody_ends() -> None:
