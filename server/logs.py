@@ -18,6 +18,8 @@ from typing import IO, Any, cast
 import structlog
 from rich.console import Console
 
+from adapters_store.escapes import printable
+
 log = logging.getLogger(__name__)
 
 
@@ -52,10 +54,17 @@ def _fields(_logger: Any, _level: str, event: MutableMapping[str, Any]) -> dict[
 
 
 def _for_a_person(_logger: Any, _level: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """The fields that a person reads: the time of day, and no process id."""
+    """The fields that a person reads: the time of day, and no process id; no terminal obeys what a stranger sent."""
     del line["pid"]
     line["time"] = time.strftime("%H:%M:%S", time.localtime(line["time"]))
-    return line
+    return {name: printable(value) if isinstance(value, str) else value for name, value in line.items()}
+
+
+def _traceback(shown: IO[str], error: Any) -> None:
+    """Write a traceback for a person. Others than this one show variables, so prompts and keys."""
+    plain = io.StringIO()
+    structlog.dev.plain_traceback(plain, error)
+    shown.write(printable(plain.getvalue(), kept="\n\t"))
 
 
 def _pretty() -> structlog.dev.ConsoleRenderer:
@@ -65,7 +74,7 @@ def _pretty() -> structlog.dev.ConsoleRenderer:
         sort_keys=False,
         event_key="message",
         timestamp_key="time",
-        exception_formatter=structlog.dev.plain_traceback,  # the others show variables, so prompts and keys
+        exception_formatter=_traceback,
     )
 
 
@@ -139,15 +148,33 @@ class OncePerMinute(logging.Filter):
         return True
 
 
+class Handler(logging.StreamHandler[Any]):
+    """Writes records; of one that cannot be formatted it writes a line that says where it came from."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging calls it
+        """Write that line instead of text; a stream that takes nothing is passed over, as `Stderr` does."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            return
+        told = log.makeRecord(
+            log.name, logging.ERROR, record.pathname, record.lineno, "a record of the log cannot be formatted", (), None
+        )
+        vars(told).update(of=record.name, where=f"{record.pathname}:{record.lineno}", reason=type(error).__name__)
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(self.format(told) + self.terminator)
+            self.flush()
+
+
 def install(level: str, form: str = "auto") -> None:
     """Send all logging of this process to stderr in a form; so also warnings, and exceptions that end a thread."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Handler(sys.stderr)
     handler.setFormatter(formatter(form))
     handler.addFilter(OncePerMinute())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     sys.excepthook = lambda *error: _log_uncaught(error)
     threading.excepthook = lambda uncaught: _log_uncaught(uncaught[:3])
+    sys.unraisablehook = lambda ignored: _log_uncaught((ignored.exc_type, ignored.exc_value, ignored.exc_traceback))
     for quiet in ("alembic", "httpx2", "uvicorn.access"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
 

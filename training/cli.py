@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from adapters_store.escapes import json_line, printable
 from training.errors import OptionError, PushError, TrainingError, sentence
 from training.flags import add_flags, flags_of, flags_of_methods
 from training.options import flag, option_classes
@@ -133,6 +134,7 @@ def push(
     note: Annotated[str, Option(help="a note on the version")] = "",
     activate: Annotated[bool, Option(help="route the task's requests to it")] = True,
     api_key: Annotated[str | None, Option(help="the server's key", envvar=API_KEY)] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print the server's answer as one JSON object")] = False,
 ) -> None:
     """Upload a PEFT folder to a server as a version of a task."""
     from adapters_store.format.selection import describe_ignored, find_ignored
@@ -140,13 +142,16 @@ def push(
 
     console = Console(stderr=True)
     try:
-        outcome = push_folder(Target(url, task, api_key, note), folder, activate)
+        pushed = push_folder(Target(url, task, api_key, note), folder, activate)
     except TrainingError as error:
         raise stop(console, str(error), "push") from error
-    console.print(outcome, highlight=False, markup=False, soft_wrap=True)
+    if json_:
+        print(json_line(pushed.answer))  # noqa: T201 - the answer
+    else:
+        console.print(printable(pushed.sentence), highlight=False, markup=False, soft_wrap=True)
     if ignored := find_ignored(folder):
         told = f"Not sent, {describe_ignored(ignored)}."
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(told), highlight=False, markup=False, soft_wrap=True)
 
 
 def _train_many(given: dict[str, Any], display: Any, processes: Any) -> int:
@@ -209,5 +214,6 @@ def job_of(given: dict[str, Any]) -> Any:
 
 def stop(console: Console, reason: str, command: str = "train") -> typer.Exit:
     """Print why a command ends; return the exit to raise."""
-    console.print(f"[bold red]manyhats {command}:[/] {escape(reason)}", highlight=False, soft_wrap=True)
+    shown = escape(printable(reason, kept="\n"))
+    console.print(f"[bold red]manyhats {command}:[/] {shown}", highlight=False, soft_wrap=True)
     return typer.Exit(1)

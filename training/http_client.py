@@ -7,6 +7,9 @@ from typing import Any
 
 import httpx2
 
+STRANGE = "not as manyhats does"
+NOT_OURS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of reading what another server says
+
 
 class RequestError(Exception):
     """A request that failed. The text is a clause about the server; `status` is None if it was not reached.
@@ -28,8 +31,8 @@ def ask(
     """
     try:
         response = send(method, url, **request)
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise RequestError("cannot be reached", str(error)) from error
+    except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as error:
+        raise RequestError("cannot be reached", str(error) or type(error).__name__) from error
     if response.is_error and response.status_code not in allowed:
         raise RequestError("refuses", _message(response), response.status_code)
     return response
@@ -39,5 +42,5 @@ def _message(response: httpx2.Response) -> str:
     """Return the message of an error in the server's form, or a sentence that it has another form."""
     try:
         return str(response.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"it answers {response.status_code}, and not as manyhats does"
+    except NOT_OURS:
+        return f"it answers {response.status_code}, and {STRANGE}"

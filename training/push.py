@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 
 from adapters_store.errors import ArtifactError
+from adapters_store.escapes import url_path
 from adapters_store.format.archive import ZIP_TYPE, zipped
 from adapters_store.format.folder import MANIFEST, read_files, read_folder, read_manifest
 from adapters_store.format.manifest import Manifest
+from adapters_store.format.zip_file import UNSOUND
 from training.errors import PushError
-from training.http_client import RequestError, ask
+from training.http_client import NOT_OURS, STRANGE, RequestError, ask
 
 TIMEOUT_S = 300.0  # an upload is validated before it is answered
 ABSENT = 404
@@ -36,43 +39,64 @@ class Target:
 
         Returns None if the task serves no version. Raises `PushError`.
         """
-        response = self._ask("GET", f"/tasks/{self.task}", allowed=(ABSENT,))
-        route = {} if response.status_code == ABSENT else response.json()["route"]["versions"]
-        if not route:
-            return None
-        number = max(route, key=lambda version: (route[version], int(version)))
-        body = self._ask("GET", f"/tasks/{self.task}/versions/{number}/artifact")
-        with zipfile.ZipFile(io.BytesIO(body.content)) as files:
+        response = self._ask("GET", ("tasks", self.task), allowed=(ABSENT,))
+        with self._reading():
+            route = {} if response.status_code == ABSENT else response.json()["route"]["versions"]
+            if not route:
+                return None
+            number = max(route, key=lambda version: (route[version], int(version)))
+        body = self._ask("GET", ("tasks", self.task, "versions", number, "artifact"))
+        with self._reading(), zipfile.ZipFile(io.BytesIO(body.content)) as files:
             has_manifest = MANIFEST in files.namelist()
             return int(number), read_manifest(files.read(MANIFEST)) if has_manifest else None
 
-    def upload(self, folder: Path, is_activated: bool) -> int:
-        """Upload an artifact as a new version, and return its number. Raises `PushError`."""
+    def upload(self, folder: Path, is_activated: bool) -> dict[str, Any]:
+        """Upload an artifact as a new version, and return the server's answer. Raises `PushError`."""
         query = {"task": self.task, "note": self.note, "activate": str(is_activated).lower()}
         body, headers = zipped(read_files(folder)), {"Content-Type": ZIP_TYPE}
-        response = self._ask("POST", "/adapters", params=query, content=body, headers=headers)
-        return int(response.json()["version"])
+        response = self._ask("POST", ("adapters",), params=query, content=body, headers=headers)
+        with self._reading():
+            answer: dict[str, Any] = response.json()
+            return {**answer, "version": int(answer["version"])}
 
-    def _ask(self, method: str, path: str, **request: Any) -> httpx2.Response:
+    def _ask(self, method: str, path: tuple[str, ...], **request: Any) -> httpx2.Response:
         """Send a request with the key, and return the response. Raises `PushError` with the reason."""
         headers = {**request.pop("headers", {}), **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-        url = f"{self.url.rstrip('/')}{path}"
         try:
+            url = f"{self.url.rstrip('/')}{url_path(*path)}"
             return ask(httpx2.request, method, url, headers=headers, timeout=TIMEOUT_S, **request)
         except RequestError as error:
             raise PushError(f"{self.url} {error}") from error
+        except ValueError as error:  # of the path
+            raise PushError(str(error)) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what fails while a response is read into a `PushError`: it is of another server, or was cut."""
+        try:
+            yield
+        except (*NOT_OURS, *UNSOUND, ArtifactError) as error:
+            raise PushError(f"{self.url} answers {STRANGE}") from error
 
 
-def push_folder(target: Target, folder: Path, is_activated: bool = True) -> str:
-    """Upload any PEFT folder; return a sentence about what the task serves then. Raises `PushError`."""
+class Pushed(NamedTuple):
+    """The server's answer to an upload, and a sentence about what the task serves then."""
+
+    answer: dict[str, Any]
+    sentence: str
+
+
+def push_folder(target: Target, folder: Path, is_activated: bool = True) -> Pushed:
+    """Upload any PEFT folder. Raises `PushError`."""
     try:
         read_folder(folder)
     except (ArtifactError, OSError) as error:
         raise PushError(f"{folder} is no artifact: {error}") from error
-    version = target.upload(folder, is_activated)
+    answer = target.upload(folder, is_activated)
     served = target.served()
     routed = "nothing" if served is None else f"version {served[0]}"
-    return f"{target.url}: {target.task} has it as version {version}, and serves {routed}."
+    sentence = f"{target.url}: {target.task} has it as version {answer['version']}, and serves {routed}."
+    return Pushed(answer, sentence)
 
 
 def push_if_better(target: Target, folder: Path, is_forced: bool) -> str:
@@ -81,7 +105,8 @@ def push_if_better(target: Target, folder: Path, is_forced: bool) -> str:
     Returns a sentence with the comparison. Raises `PushError`.
     """
     is_better, why = (True, "--force") if is_forced else _is_better(target, folder)
-    return f"{push_folder(target, folder, is_better)} {'Activated' if is_better else 'Not activated'}: {why}."
+    pushed = push_folder(target, folder, is_better).sentence
+    return f"{pushed} {'Activated' if is_better else 'Not activated'}: {why}."
 
 
 def _is_better(target: Target, folder: Path) -> tuple[bool, str]:
@@ -101,7 +126,10 @@ def _is_better(target: Target, folder: Path) -> tuple[bool, str]:
     if theirs.evaluation.get("split_sha256") != ours["split_sha256"]:
         scored = f"version {number}, which is served, was scored on {_split(theirs.evaluation)}"
         return False, f"{scored}, and this one on {_split(ours)}; activate it with --force"
-    return _compare(ours["after"], theirs.evaluation["after"], f"version {number}")
+    try:
+        return _compare(ours["after"], theirs.evaluation["after"], f"version {number}")
+    except NOT_OURS:
+        return False, f"version {number}, which is served, has scores of another form; activate this one with --force"
 
 
 def _split(evaluation: Mapping[str, Any]) -> str:

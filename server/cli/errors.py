@@ -1,4 +1,4 @@
-"""End a command that cannot do its work: with a sentence on stderr and exit code 1."""
+"""What commands say on stderr, and how one ends that cannot do its work: with a sentence and exit code 1."""
 
 from __future__ import annotations
 
@@ -9,18 +9,35 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from adapters_store.escapes import printable
+
 
 def stop(reason: str, command: str, console: Console | None = None) -> typer.Exit:
     """Print why `manyhats COMMAND` ends; return the exit to raise."""
     console = console or Console(stderr=True)
-    console.print(f"[bold red]manyhats {command}[/] {escape(reason)}", highlight=False, soft_wrap=True)
+    shown = escape(printable(reason, kept="\n"))
+    console.print(f"[bold red]manyhats {command}[/] {shown}", highlight=False, soft_wrap=True)
     return typer.Exit(1)
+
+
+def say(sentence: str, style: str | None = None) -> None:
+    """Print a sentence on stderr as it is, but for what a terminal would obey."""
+    shown = printable(sentence)
+    Console(stderr=True).print(shown, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def sentences(command: str) -> Iterator[None]:
-    """Turn a `ValueError` of `manyhats COMMAND`, whose text is a sentence, into that sentence and exit code 1."""
+    """Turn an error of `manyhats COMMAND` that a user or a server caused into a sentence and exit code 1.
+
+    The text of a `ValueError` is one; an `OSError` is of a file, and an `ArithmeticError` of a server's figures.
+    """
     try:
         yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise stop(f"{where}{error.strerror or type(error).__name__}", f"{command}:") from None
+    except ArithmeticError:
+        raise stop("the server's figures cannot be shown; --json has them", f"{command}:") from None
     except ValueError as error:
         raise stop(str(error), f"{command}:") from None

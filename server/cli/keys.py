@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from adapters_store.escapes import printable
 from adapters_store.registry import DEFAULT_TENANT, SCOPES
-from server.cli.errors import sentences
-from server.cli.http_client import KEY_VARIABLE, URL, Json, Url, ask, show_json
+from server.api.answers import KeysAnswer, NewKeyAnswer
+from server.cli.errors import say, sentences
+from server.cli.http_client import KEY_VARIABLE, URL, Json, Server, Url, show_json
+from server.cli.tasks import add_row
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Make, list, rotate and revoke the keys of a tenant."
@@ -43,14 +45,15 @@ def create(
     """Make a key. It is shown once."""
     with sentences("keys create"):
         body = {"scopes": scope or [SCOPES[0]], "note": note}
-        _show_secret(ask(url, api_key, "POST", f"/tenants/{tenant}/keys", body), json_)
+        server = Server(url, api_key)
+        _show_secret(server.ask(NewKeyAnswer, "POST", "tenants", tenant, "keys", body=body), json_)
 
 
 @app.command("list")
 def list_(api_key: AskedKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL, json_: Json = False) -> None:
     """Show a tenant's keys, without their secrets."""
     with sentences("keys list"):
-        found = ask(url, api_key, "GET", f"/tenants/{tenant}/keys")
+        found = Server(url, api_key).ask(KeysAnswer, "GET", "tenants", tenant, "keys")
         if json_:
             show_json(found)
         else:
@@ -67,15 +70,25 @@ def rotate(
 ) -> None:
     """Give a key another secret, shown once; with the old one it is no key any more."""
     with sentences("keys rotate"):
-        _show_secret(ask(url, api_key, "POST", f"/tenants/{tenant}/keys/{key_id}/rotate"), json_)
+        server = Server(url, api_key)
+        _show_secret(server.ask(NewKeyAnswer, "POST", "tenants", tenant, "keys", key_id, "rotate"), json_)
 
 
 @app.command()
-def revoke(key_id: KeyId, api_key: AskedKey, tenant: TenantOption = DEFAULT_TENANT, url: Url = URL) -> None:
+def revoke(
+    key_id: KeyId,
+    api_key: AskedKey,
+    tenant: TenantOption = DEFAULT_TENANT,
+    url: Url = URL,
+    json_: Json = False,
+) -> None:
     """Make a key none, within a second; what runs with it finishes."""
     with sentences("keys revoke"):
-        ask(url, api_key, "DELETE", f"/tenants/{tenant}/keys/{key_id}")
-        Console(stderr=True).print(f"{key_id} is revoked", highlight=False)
+        Server(url, api_key).ask(None, "DELETE", "tenants", tenant, "keys", key_id)
+        if json_:
+            show_json({"id": key_id, "tenant": tenant, "revoked": True})
+        else:
+            say(f"{key_id} is revoked")
 
 
 def table(found: list[dict[str, Any]]) -> Table:
@@ -83,7 +96,7 @@ def table(found: list[dict[str, Any]]) -> Table:
     shown = Table("key", "scopes", "note", "made", highlight=False)
     for key in found:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key["created"]))
-        shown.add_row(key["id"], ", ".join(key["scopes"]), escape(key["note"]), made)
+        add_row(shown, key["id"], ", ".join(key["scopes"]), key["note"], made)
     return shown
 
 
@@ -92,6 +105,5 @@ def _show_secret(made: dict[str, Any], is_json: bool) -> None:
     if is_json:
         show_json(made)
         return
-    said = f"{made['id']} of the tenant {made['tenant']}, for {', '.join(made['scopes'])}. It is not shown again:"
-    Console(stderr=True).print(said, highlight=False, soft_wrap=True)
-    Console().print(made["key"], highlight=False, soft_wrap=True)
+    say(f"{made['id']} of the tenant {made['tenant']}, for {', '.join(made['scopes'])}. It is not shown again:")
+    Console().print(printable(made["key"]), markup=False, highlight=False, soft_wrap=True)

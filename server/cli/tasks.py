@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from server.cli.errors import sentences
-from server.cli.http_client import URL, ApiKey, Json, Url, ask, show_json
+from adapters_store.escapes import printable
+from server.api.answers import BaseTaskAnswer, TaskAnswer, TasksAnswer
+from server.cli.errors import say, sentences
+from server.cli.http_client import URL, ApiKey, Json, Server, Url, show_json
 
 MAX_WIDTH = 1000
 COLUMNS = ("task", "version", "route", "method", "where", "MiB", "requests", "tokens", "of the last", "failed")
@@ -25,7 +27,8 @@ def tasks(
 ) -> None:
     """Show tasks: their versions, the share of requests that each gets, its residency, and its last requests."""
     with sentences("tasks"):
-        found = _all(url, api_key) if task is None else [ask(url, api_key, "GET", f"/tasks/{task}")]
+        server = Server(url, api_key)
+        found = _all(server) if task is None else [server.ask(TaskAnswer | BaseTaskAnswer, "GET", "tasks", task)]
         if json_:
             show_json({"tasks": found} if task is None else found[0])
         else:
@@ -34,7 +37,7 @@ def tasks(
             warning = (
                 f"warning: {name} routes to no version: its requests are refused until it is routed or uploaded again"
             )
-            Console(stderr=True).print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            say(warning, style="yellow")
 
 
 def show(found: list[dict[str, Any]]) -> None:
@@ -49,13 +52,15 @@ def _unrouted(found: list[dict[str, Any]]) -> list[str]:
     return [task["task"] for task in found if task["versions"] and not task["route"]["versions"]]
 
 
-def _all(url: str, api_key: str | None) -> list[dict[str, Any]]:
-    """Fetch all tasks, page by page."""
-    page = ask(url, api_key, "GET", "/tasks")
+def _all(server: Server) -> list[dict[str, Any]]:
+    """Fetch all tasks, page by page. Raises `ValueError` if the pages do not go on by name."""
+    page = server.ask(TasksAnswer, "GET", "tasks")
     found: list[dict[str, Any]] = page["tasks"]
-    while page["next"] is not None:
-        page = ask(url, api_key, "GET", f"/tasks?after={page['next']}")
+    while (after := page["next"]) is not None:
+        page = server.ask(TasksAnswer, "GET", "tasks", query={"after": after})
         found += page["tasks"]
+        if page["next"] is not None and page["next"] <= after:
+            raise ValueError(f"{server.url} answers pages of tasks that do not go on")
     return found
 
 
@@ -67,16 +72,21 @@ def table(found: list[dict[str, Any]]) -> Table:
     for task in found:
         rows = [_row(task, version) for version in reversed(task["versions"])] or [[task["task"], "", "100%"]]
         for row in rows:
-            shown.add_row(*map(escape, row))
+            add_row(shown, *row)
         shown.add_section()
     return shown
+
+
+def add_row(shown: Table, *cells: str) -> None:
+    """Add a line to a table of what a server says."""
+    shown.add_row(*(escape(printable(cell)) for cell in cells))
 
 
 def _row(task: dict[str, Any], version: dict[str, Any]) -> list[str]:
     use, recent = version["use"], version["recent"]
     times = [recent[name] for name in ("ttft_ms", "latency_ms")]
     return [
-        task["task"] + (" (pinned)" if task["pinned"] else ""),
+        task["task"] + (" (pinned)" if task.get("pinned") else ""),
         str(version["version"]),
         _share(task["route"], version["version"]),
         version["method"],

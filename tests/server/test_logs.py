@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from server import logs
 
 SCRIPT = """
 import logging, threading, warnings
@@ -19,6 +23,15 @@ from server import logs
 logs.install("warning")
 logging.getLogger("a.library").warning("one\\ntwo")
 warnings.warn("old")
+logging.getLogger("a.library").warning("%d", "no number")
+
+
+class Ends:
+    def __del__(self):
+        raise KeyError("ignored")
+
+
+Ends()
 thread = threading.Thread(target=lambda: 1 / 0)
 thread.start()
 thread.join()
@@ -36,6 +49,11 @@ def test_every_line_is_json() -> None:
     assert done.returncode == 1
     said = [line["message"] for line in lines]
     assert said[0] == "one\ntwo" and "UserWarning: old" in said[1]
+    wrong = lines.pop(2)
+    assert wrong["message"] == "a record of the log cannot be formatted" and wrong["of"] == "a.library", wrong
+    assert wrong["where"] == "<string>:8" and wrong["reason"] == "TypeError"
+    assert lines.pop(2)["exception"].endswith("KeyError: 'ignored'")
+    said = [line["message"] for line in lines]
     assert [line.get("exception", "").rpartition("\n")[2] for line in lines][2::3] == [
         "ZeroDivisionError: division by zero",
         "ValueError: at last",
@@ -113,3 +131,17 @@ def test_a_log_that_nobody_reads_stops_nothing(form: str) -> None:
     os.close(writes)
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
         assert run(form, stderr=full).stdout == "alive\n"
+
+
+def test_no_terminal_obeys_what_a_stranger_sent() -> None:
+    """No field, message or exception of a line for a person has a character that a terminal obeys, nor another line."""
+    evil = "/\x1b]0;x\x07\r\n\x7f\x9b\u202e"
+    try:
+        raise ValueError(evil)
+    except ValueError:
+        error = sys.exc_info()
+    record = logging.LogRecord("a", logging.INFO, "", 0, "%s", (evil,), error)
+    vars(record).update(path=evil, paths=[evil], where=Path(evil), why=ValueError(evil))
+    line = re.sub(r"\x1b\[[\d;]*m", "", logs.formatter("pretty").format(record))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", line), repr(line)
+    assert line.partition("\n")[0].count(r"\x1b]0;x") == 5 and r"\x1b]0;x" in line.partition("\n")[2]

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from adapters_store.escapes import printable
 from training.evaluation.evaluate import Scores
 from training.report.step_log import Step
 
@@ -41,7 +42,7 @@ class ProgressDisplay:
 
     def say(self, message: str) -> None:
         """Print a line as it is: names in it may look like the console's markup."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(message, kept="\n"), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -83,7 +83,7 @@ async def trained(
     async with serve_real(biased_base, folder / "served") as site:
         for task in UPLOADED:
             target = Target(str(site.http.base_url), task)
-            outcome = await asyncio.to_thread(push_folder, target, folder / task)
+            outcome = (await asyncio.to_thread(push_folder, target, folder / task)).sentence
             assert f"{task} has it as version 1, and serves version 1." in outcome
         yield Trained(site, {task: folder / task for task in TASKS})
 
