@@ -32,9 +32,18 @@ MAX_SMALL_PARTS = 2**14  # of a body, that come in less than `MIN_PART_BYTES` ea
 MIN_PART_BYTES = 512
 MAX_UNWANTED_BYTES = 16 * 2**20  # behind an answer that did not wait for them
 LINGER_S = 5.0  # that a refused connection is read on
-MAX_CONNECTIONS = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**20 // 2  # the rest is for files and the engine
+MAX_FILES = 2**20  # that are counted on, where the limit of open files is higher or there is none
 
 FRAMING = (b"content-length", b"transfer-encoding")
+
+
+def max_connections() -> int:
+    """Half of the files that the process may have open; the rest is for files and the engine."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (MAX_FILES if soft == resource.RLIM_INFINITY else min(soft, MAX_FILES)) // 2
+
+
+MAX_CONNECTIONS = max_connections()
 
 
 class UpgradeIgnoringParser(httptools.HttpRequestParser):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS
+from server.http_protocol import MAX_HEAD_BYTES, MAX_HEADERS, max_connections
 from tests.server.test_listen import serving
 
 pytestmark = pytest.mark.anyio
@@ -53,6 +54,16 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, Any]
 def pieces(part: bytes) -> Iterator[bytes]:
     piece = part * (65536 // len(part))
     return itertools.repeat(piece, FLOOD // len(piece))
+
+
+@pytest.mark.parametrize(
+    ("soft", "expected"),
+    [(1024, 512), (2**20, 2**19), (2**20 + 1, 2**19), (2**21, 2**19), (resource.RLIM_INFINITY, 2**19)],
+)
+def test_connections_of_every_limit(monkeypatch: pytest.MonkeyPatch, soft: int, expected: int) -> None:
+    """Half of the open files may be connections, whatever their limit is: none is not what it ever comes to."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (soft, soft))
+    assert max_connections() == expected
 
 
 @pytest.mark.parametrize("name", ENDLESS)
