@@ -130,26 +130,29 @@ class PatternTable(Generic[T]):
     r"""Values by site: that of the first pattern that matches by PEFT's rule `(.*\.)?(pattern)$`; '.' is any.
 
     All patterns are compared at once from a site's last character on, by Shift-And (Baeza-Yates and Gonnet, 1992): bit
-    k of a mask stands for the k-th pattern. So a lookup takes a site's length, however many patterns there are.
+    k of a mask stands for the k-th pattern. So a lookup takes a site's length, however many patterns there are. The
+    masks of a distance are made when a site is compared there: what a pattern has beyond every site takes no memory.
     """
 
     def __init__(self, patterns: Mapping[str, T], default: T) -> None:
         self._values, self._default = list(patterns.values()), default
-        self._has: defaultdict[tuple[int, str], int] = defaultdict(int)  # by distance from the end, and character
+        self._has: list[defaultdict[str, int]] = []  # by distance from the end, and character
+        self._literals: list[tuple[int, str]] = []  # each with its place, the longest first
         self._of_length: defaultdict[int, int] = defaultdict(int)
         self._of_a_whole_name = 0  # PEFT's optional `.*\.` may be empty, so an anchored pattern matches nothing less
         for place, pattern in enumerate(patterns):
             literal, bit = pattern.removeprefix("^"), 1 << place
             self._of_length[len(literal)] |= bit
             self._of_a_whole_name |= bit if literal != pattern else 0
-            for distance, character in enumerate(reversed(literal)):
-                self._has[distance, character] |= bit
+            self._literals.append((place, literal))
+        self._literals.sort(key=lambda one: -len(one[1]))
 
     def __getitem__(self, site: str) -> T:
         """Return the value of a site."""
         alive, matched = -1, 0
         for distance, character in enumerate(reversed(site)):
-            alive &= self._has.get((distance, character), 0) | self._has.get((distance, "."), 0)
+            has = self._masks(distance)
+            alive &= has[character] | has["."]
             if not alive:
                 break
             start = len(site) - distance - 1
@@ -157,6 +160,17 @@ class PatternTable(Generic[T]):
                 ended = alive & self._of_length.get(distance + 1, 0)
                 matched |= ended & ~self._of_a_whole_name if start else ended
         return self._values[(matched & -matched).bit_length() - 1] if matched else self._default
+
+    def _masks(self, distance: int) -> defaultdict[str, int]:
+        """Return the patterns that have each character at a distance no more than one beyond those asked for before."""
+        if distance == len(self._has):
+            masks: defaultdict[str, int] = defaultdict(int)
+            for place, literal in self._literals:
+                if len(literal) <= distance:
+                    break
+                masks[literal[-1 - distance]] |= 1 << place
+            self._has.append(masks)
+        return self._has[distance]
 
 
 def check_patterns(patterns: Mapping[str, Any], name: str) -> None:
