@@ -2,15 +2,13 @@
 
 Label values come from resolved tasks and tenants alone, and from at most `MAX_TASKS` and `MAX_TENANTS` of them (the
 rest are `_other`), so that no request can make a series. Versions come without end: the `MAX_VERSIONS` that were used
-last have series of their own. What is deleted gives its series back, once no request of it runs.
+last have series of their own. What is deleted gives its series back.
 """
 
 from __future__ import annotations
 
-import collections
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -44,8 +42,6 @@ class Metrics:
         self._tasks: set[Labels] = set()
         self._tenants: set[Labels] = set()
         self._versions: OrderedDict[tuple[str, str, str], None] = OrderedDict()
-        self._in_flight: collections.Counter[Labels] = collections.Counter()  # requests
-        self._deleted: set[Labels] = set()  # whose requests still run
         labels, version = ["tenant", "task"], list(LABELS)
         self.requests = self._counter("requests", "Requests ended, by status", [*labels, "status"])
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", labels)
@@ -111,30 +107,9 @@ class Metrics:
             self._remove_series(self._versions.popitem(last=False)[0])
         return key
 
-    @contextmanager
-    def in_flight(self, tenant: str, task: str, number: int | None) -> Iterator[None]:
-        """Let a request's task and version (None: several, or none) keep their series while the block runs."""
-        whole = (tenant, task) if number is None else (tenant, task, str(number))
-        keys = [whole[:length] for length in range(1, len(whole) + 1)]
-        self._in_flight.update(keys)
-        try:
-            yield
-        finally:
-            self._in_flight.subtract(keys)
-            self._in_flight += collections.Counter()  # drops the zeros
-            for key in self._deleted.intersection(keys):
-                self._forget_if_idle(key)
-
     def forget(self, tenant: str, task: str | None = None, number: int | None = None) -> None:
-        """Give the series of a deleted tenant, task or version back, now or when the last request of it has ended."""
+        """Give the series of a deleted tenant, task or version back."""
         key = tuple(str(value) for value in (tenant, task, number) if value is not None)
-        self._deleted.add(key)
-        self._forget_if_idle(key)
-
-    def _forget_if_idle(self, key: Labels) -> None:
-        if key in self._in_flight:
-            return
-        self._deleted.discard(key)
         self._tenants.discard(key)
         self._tasks = {known for known in self._tasks if known[: len(key)] != key}
         for version in [known for known in self._versions if known[: len(key)] == key]:

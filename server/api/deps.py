@@ -37,12 +37,15 @@ def state_of(request: Request) -> ServerState:
 async def identify(request: Request, _key: KeySent = None, _tenant: TenantSent = None) -> None:
     """Set the request's caller and tenant; every route but health and /docs depends on it, before all else.
 
+    Until its answer is whole, what is deleted of the tenant is known to be in use.
+
     Raises `ForbiddenError`, `UnauthorizedError`, `NotFoundError` for an absent tenant, and `DrainingError` unless
     the request is a GET.
     """
     state, headers = state_of(request), request.headers
     state.callers.check_origin(headers.get("host"), headers.get("origin"))
     caller = await state.callers.identify(headers.get("authorization", ""), headers.get("x-tenant"))
+    request.state.until_answered.enter_context(state.retention.memories.in_flight(caller.tenant))
     act_as(caller.name, request.state.request_id)
     work_for(caller.tenant)
     if state.is_draining and request.method != "GET":

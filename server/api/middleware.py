@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import Request
@@ -60,7 +61,7 @@ class RequestLog:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"], began, status = request_id, time.monotonic(), 0
-        state["is_head"] = is_head
+        state["is_head"], state["until_answered"] = is_head, ExitStack()
 
         async def tell(message: Message) -> None:
             nonlocal status
@@ -79,6 +80,7 @@ class RequestLog:
                 raise
             await (await _server_error(Request(scope), InternalError(SEE_LOG)))(scope, receive, tell)
         finally:
+            state["until_answered"].close()
             route = getattr(scope.get("route"), "path", "none")  # its pattern: no request can make a new one
             scope["app"].state.server.metrics.responses.labels(route, str(status or CLIENT_CLOSED_REQUEST)).inc()
             if not scope["path"].startswith(("/health", "/metrics")):

@@ -24,21 +24,19 @@ class Accounting:
 
         The status is that of the error raised, 200 without one, `cancelled` if the client left.
         """
-        status, resolved = "cancelled", job.resolved
-        number = resolved.versions[0].number if len(resolved.versions) == 1 else None
-        with self._metrics.in_flight(resolved.tenant, resolved.label, number):
-            try:
-                yield
-                status = "200"
-            except ServerError as error:
-                status = str(error.status)
-                raise
-            except Exception:
-                status = "500"
-                raise
-            finally:
-                progress.total_ms = (time.monotonic() - job.arrived) * 1000
-                self._close(job, progress, status)
+        status = "cancelled"
+        try:
+            yield
+            status = "200"
+        except ServerError as error:
+            status = str(error.status)
+            raise
+        except Exception:
+            status = "500"
+            raise
+        finally:
+            progress.total_ms = (time.monotonic() - job.arrived) * 1000
+            self._close(job, progress, status)
 
     def _close(self, job: GenerationJob, progress: GenerationState, status: str) -> None:
         metrics, resolved = self._metrics, job.resolved

@@ -50,9 +50,18 @@ class Remembered(Generic[V]):
         self._look_up = look_up
         self._found: OrderedDict[str, tuple[float, V]] = OrderedDict()  # with the time of the look-up
         self._running: dict[str, asyncio.Task[V]] = {}
+        self._num_changes = 0
 
     async def get(self, name: str) -> V:
-        """The result for a name. Requests for the same name share one look-up. Raises `RegistryDownError`."""
+        """The result for a name, as of the last change. Raises `RegistryDownError`."""
+        while True:
+            num_changes = self._num_changes
+            result = await self._get(name)
+            if num_changes == self._num_changes:  # else what was looked up may have been deleted meanwhile
+                return result
+
+    async def _get(self, name: str) -> V:
+        """The result for a name. Requests for the same name share one look-up."""
         found, now = self._found.get(name), self.clock()
         if found is not None and now < found[0] + REMEMBERED_S:
             return found[1]
@@ -72,6 +81,7 @@ class Remembered(Generic[V]):
         for name in [name for name, (_, result) in self._found.items() if is_changed(name, result)]:
             del self._found[name]
         self._running.clear()
+        self._num_changes += 1
 
     async def _refresh(self, name: str) -> V:
         this, began = asyncio.current_task(), self.clock()

@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Protocol
 
 from adapters_store.errors import AbsentError
 from adapters_store.registry.registry import Version
@@ -16,18 +15,11 @@ from server.errors import VersionGoneError
 from server.logs import cause_of
 from server.metrics import Metrics
 from server.stores import Stores
+from server.tenant_memory import TenantMemories, TenantMemory
 
 log = logging.getLogger(__name__)
 FIRST_RETRY_S, MAX_RETRY_S = 1.0, 60.0  # after a step that failed; it doubles
 MAX_RECENTLY_DELETED = 4096  # far more than go between a request's resolution and its start
-
-
-class TenantMemory(Protocol):
-    """Keeps something in memory by tenant, by task or by version."""
-
-    def forget(self, tenant: str, task: str | None = None, number: int | None = None) -> None:
-        """Forget a tenant, its task or a version of that, which was deleted."""
-        ...
 
 
 class ArtifactRetention:
@@ -41,7 +33,7 @@ class ArtifactRetention:
         self, stores: Stores, client: EngineClient, metrics: Metrics, memories: Sequence[TenantMemory] = ()
     ) -> None:
         self._stores, self._client, self._metrics = stores, client, metrics
-        self._memories: list[TenantMemory] = [metrics, *memories]
+        self.memories = TenantMemories([metrics, *memories])
         self._is_retry_due = False
         self.store_lock = asyncio.Lock()
         self._num_users: Counter[str] = Counter()  # running requests by digest
@@ -96,8 +88,7 @@ class ArtifactRetention:
 
     async def retire(self, digests: list[str], tenant: str, task: str | None = None, number: int | None = None) -> None:
         """Do all that follows the deletion of a tenant, of its task or of a version of that, which had the digests."""
-        for memory in self._memories:
-            memory.forget(tenant, task, number)
+        self.memories.forget(tenant, task, number)
         self._marked.update(digests)
         await self.sync_pinned()
         await self.delete_if_unreferenced(digests)

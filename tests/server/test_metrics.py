@@ -231,7 +231,7 @@ def test_tasks_that_come_and_go_stay_named() -> None:
         metrics.forget(f"n{number}", "t", 1)
         metrics.forget(f"n{number}", "t")
         metrics.forget(f"n{number}")
-    assert samples(metrics) == empty and not metrics._deleted
+    assert samples(metrics) == empty
 
 
 @pytest.mark.anyio
@@ -250,7 +250,7 @@ async def test_a_request_that_runs_makes_no_series_of_what_is_gone(
         await events
         text = (await site.http.get("/metrics")).text
         assert ('task="hat"' in text) is path.endswith("1") and 'version="1"' not in text
-        assert not site.state.metrics._deleted
+        assert not site.state.retention.memories._deleted
 
 
 FORWARD = ForwardReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import AsyncIterator
 from itertools import pairwise
@@ -11,11 +12,16 @@ from typing import Any
 
 import httpx2
 import pytest
+from fastapi import Request
 
 from adapters_store.errors import RegistryHeldError, StoreDownError
+from server.api.deps import refuse_unknown_query
+from server.requests.resolve import ResolvedAdapters
+from server.requests.spec import GenerationSpec
 from server.requests.usage import EVERY_S, MAX_RETRY_S, UsageBuffer
 from server.uploads import retention
 from tests.kit.metrics import Reading
+from tests.server.api.test_hang import BODIES
 from tests.server.api.test_tenants import KEY, Clock
 from tests.server.world import Site, error_of, open_site, until
 
@@ -167,3 +173,82 @@ async def test_no_room_remembers_a_tenant_that_is_gone(
         assert (await site.http.delete(f"/tenants/{word}", headers=ADMIN)).status_code == 204
         site.engine.submitted.clear()  # of the test's engine alone
         assert mentions(site.state, word) == []
+
+
+LATE = "X-Late"  # the header of a request whose tenant, task or version is deleted once its headers were read
+OPEN = ("/health", "/docs")
+GENERATING = (("post", "/v1/completions"), ("post", "/v1/chat/completions"))
+
+
+def requests_of(site: Site, zips: list[bytes]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Every route that knows its caller, with a body that it takes: verb, path and what `httpx2` sends."""
+    paths = site.app.openapi()["paths"]
+    names = {"task": "a", "number": "1", "name": "a", "tenant": "other", "key_id": "mh_aaaaaaaaaaaa"}
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for path, verbs in paths.items():
+        for verb in verbs if not path.startswith(OPEN) else ():
+            body = BODIES.get((verb, path))
+            found.append((verb, path.format(**names), {} if body is None else {"json": body}))
+            if (verb, path) in GENERATING:
+                found.append((verb, path, {"json": {**(body or {}), "model": "a"}}))
+    found = [(verb, path, sent) for verb, path, sent in found if path not in ("/adapters", "/generate")]
+    for task in ("a", "base"):
+        found.append(("post", f"/generate?task={task}", {"json": {"prompt": "x", "stream": task == "a"}}))
+    for body in (zips[1], bytes(2**18)):  # the second is more than the tenant may hold
+        found.append(("post", "/adapters?task=b", {"content": body, "headers": {"Content-Type": "application/zip"}}))
+    return found
+
+
+async def delete_soon(site: Site, way: str, patch: pytest.MonkeyPatch) -> None:
+    """Have a tenant deleted once a request with `LATE` is identified, its task or version once they are resolved."""
+
+    async def delete_of(tenant: str) -> None:
+        headers = ADMIN | ({"X-Tenant": tenant} if "task" in way else {})
+        deleting = site.http.delete(way.format(task="a", number=1, tenant=tenant), headers=headers)
+        assert (await asyncio.create_task(deleting)).status_code == 204
+
+    async def behind_identify(request: Request) -> None:
+        if (tenant := request.headers.get(LATE)) is not None:
+            await delete_of(tenant)
+
+    async def late(spec: GenerationSpec) -> ResolvedAdapters:
+        resolved = await resolve(spec)
+        await delete_of(spec.tenant)
+        return resolved
+
+    resolve = site.state.generation.resolver.resolve
+    if "task" in way:
+        patch.setattr(site.state.generation.resolver, "resolve", late)
+    else:
+        site.app.dependency_overrides[refuse_unknown_query] = behind_identify  # of every route
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_request_that_began_before_a_deletion_leaves_nothing(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is deleted while a request is read, the request leaves no series of it and no memory."""
+    kind, statuses = {"Content-Type": "application/zip"}, set[int]()
+    async with open_site(tiny_base, tmp_path, admin_key=KEY) as site:
+        await site.http.post("/adapters?task=a", content=zips[0], headers=ADMIN | kind)  # so the artifact stays
+        await delete_soon(site, way, monkeypatch)
+        for number, (verb, path, sent) in enumerate(requests_of(site, zips)):
+            is_of_task = re.search(r"[/=]a\b|'a'", path + str(sent.get("json"))) is not None
+            if "task" in way and not (is_of_task and "json" in sent and verb == "post" and "/tasks" not in path):
+                continue
+            tenant = f"gone{number}"
+            theirs, limits = {**ADMIN, "X-Tenant": tenant}, {"max_bytes": 100_000, "requests_per_minute": 100}
+            await site.http.post("/tenants", json={"name": tenant, "limits": limits}, headers=ADMIN)
+            if is_of_task:
+                uploaded = await site.http.post("/adapters?task=a", content=zips[0], headers=theirs | kind)
+                assert uploaded.status_code == 201
+            headers = {**theirs, LATE: tenant, **sent.get("headers", {})}
+            answer = await site.http.request(verb, path, **{**sent, "headers": headers})
+            statuses.add(answer.status_code)
+        assert statuses == {200} if "task" in way else {200, 404, 429} <= statuses
+        left = re.findall(r'^.*tenant="gone.*$', site.state.metrics.render().decode(), re.MULTILINE)
+        label = {"{task}": 'task="a"', "{number}": 'version="1"', "{tenant}": ""}[re.findall(r"{\w+}", way)[-1]]
+        assert [line for line in left if label in line] == []
+        if "tenant" in way:
+            site.engine.submitted.clear()  # of the test's engine alone
+            assert mentions(site.state, "gone") == []
