@@ -32,8 +32,8 @@ MEANINGS = {
     504: "The deadline passed",
     507: "The disk is full or fails",
 }
-EVERYWHERE = (400, 414, 431, 500)
-IDENTIFIED = (401, 403, 404, 503, 507)
+EVERYWHERE = (400, 414, 431, 500, 503)  # also before a request is complete: see `server.http_protocol`
+IDENTIFIED = (401, 403, 404, 507)
 COUNTED = (*IDENTIFIED, 429)
 HAS_BODY = (400, 413, 415)
 GENERATES = (*HAS_BODY, 504)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from server.api.answers import LiveAnswer, NotReadyAnswer, ReadyAnswer
+from server.api.answers import ErrorAnswer, LiveAnswer, NotReadyAnswer, ReadyAnswer
 from server.api.deps import identify, only_operator, refuse_unknown_query, state_of
 from server.api.docs_page import docs_page
 from server.api.document import IDENTIFIED, errors, says, says_file
@@ -20,7 +20,7 @@ router = APIRouter(tags=["Operations"])
 OPEN = [Depends(refuse_unknown_query)]
 READY: dict[str, Any] = {
     "dependencies": OPEN,
-    "responses": errors(422) | says(ReadyAnswer) | says(NotReadyAnswer, status=503, description="Not now"),
+    "responses": errors(422) | says(ReadyAnswer) | says(NotReadyAnswer, ErrorAnswer, status=503, description="Not now"),
 }
 
 

@@ -39,7 +39,8 @@ class JobPreparer:
         max_tokens = spec.max_tokens
         if max_tokens is None:
             ready = require_ready(self._client)
-            max_tokens = max(1, ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0]))
+            room = ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0])
+            max_tokens = max(1, min(room, max_answer_tokens(spec, len(prompts))))
         check_length(require_ready(self._client), resolved, prompts, max_tokens, spec.prompt_field)
         check_answer_size(spec, len(prompts), max_tokens)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
@@ -132,11 +133,23 @@ def check_length(
             )
 
 
+def bytes_of_a_step(spec: GenerationSpec, num_prompts: int) -> int:
+    """Bytes of an answer for each token that all its choices have."""
+    return num_prompts * spec.n * (TOKEN_BYTES + _num_logprobs(spec) * LOGPROB_BYTES)
+
+
+def max_answer_tokens(spec: GenerationSpec, num_prompts: int) -> int:
+    """The most tokens a choice with which an answer has at most `MAX_ANSWER_BYTES`."""
+    return MAX_ANSWER_BYTES // bytes_of_a_step(spec, num_prompts)
+
+
+def _num_logprobs(spec: GenerationSpec) -> int:
+    return 1 + (spec.top_logprobs or 0) if spec.has_logprobs else 0
+
+
 def check_answer_size(spec: GenerationSpec, num_prompts: int, max_tokens: int) -> None:
     """Refuse a request whose answer could have more than `MAX_ANSWER_BYTES`. Raises `BadRequestError`."""
-    num_tokens = num_prompts * spec.n * max_tokens
-    num_logprobs = 1 + (spec.top_logprobs or 0) if spec.has_logprobs else 0
-    num_bytes = num_tokens * (TOKEN_BYTES + num_logprobs * LOGPROB_BYTES)
+    num_bytes, num_logprobs = max_tokens * bytes_of_a_step(spec, num_prompts), _num_logprobs(spec)
     if num_bytes > MAX_ANSWER_BYTES:
         raise BadRequestError(
             f"the answer could have {num_bytes // 2**20} MiB, and an answer may have {MAX_ANSWER_BYTES // 2**20}: "

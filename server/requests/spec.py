@@ -16,9 +16,9 @@ class GenerationSpec:
     `prompt_field` is the name of that one in the request's body, for errors.
 
     `task` is a name or `base`; if `adapters` lists (task, weight) pairs, these are composed and `task` is not read.
-    `max_tokens` None means the rest of the context. `sampling` lacks `max_tokens` and `logprobs`, which follow from the
-    other fields: `top_logprobs` (alternatives a token) is valid only with `has_logprobs`. `named` are the fields that
-    the request named: of the others, the adapters' own defaults count.
+    `max_tokens` None means the rest of the context, or what an answer may have. `sampling` lacks `max_tokens` and
+    `logprobs`, which follow from the other fields: `top_logprobs` (alternatives a token) is valid only with
+    `has_logprobs`. `named` are the fields that the request named: of the others, the adapters' own defaults count.
     """
 
     tenant: str

@@ -156,6 +156,18 @@ async def test_an_answer_has_a_bound(
     assert "n=2" in error["message"] and "max_tokens=5" in error["message"]
 
 
+@pytest.mark.parametrize("num_logprobs", [0, 1, 21])
+async def test_what_is_left_out_is_never_too_much(
+    shared: Site, monkeypatch: pytest.MonkeyPatch, num_logprobs: int
+) -> None:
+    """Without `max_tokens` an answer may have what its bound allows, however long the context is; it is not refused."""
+    fields = {"logprobs": True, "top_logprobs": num_logprobs - 1} if num_logprobs else {}
+    body = {"model": "base", "messages": [{"role": "user", "content": "a"}], "n": 2, **fields}
+    monkeypatch.setattr(prepare, "MAX_ANSWER_BYTES", 2 * 7 * (16 + 128 * num_logprobs) + 1)
+    assert (await shared.post("/v1/chat/completions", body)).status_code == 200
+    assert {submit.sampling.max_tokens for submit in shared.engine.submitted[-2:]} == {7}
+
+
 async def test_a_field_is_never_quoted_at_length(shared: Site) -> None:
     """The name of an unknown field is cut."""
     error = error_of(await shared.post("/generate?task=base", {"prompt": "a", "x" * 5000: 1}))
