@@ -149,7 +149,7 @@ class OncePerMinute(logging.Filter):
 
 
 class Handler(logging.StreamHandler[Any]):
-    """Writes records; of one that cannot be formatted it writes a line that says where it came from."""
+    """Writes records; if one cannot be formatted, a line that names its place."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - as logging calls it
         """Write that line instead of text; a stream that takes nothing is passed over, as `Stderr` does."""

@@ -1,4 +1,4 @@
-"""What commands say on stderr, and how one ends that cannot do its work: with a sentence and exit code 1."""
+"""Sentences of commands on stderr: hints, and the one with which a command ends that cannot do its work (code 1)."""
 
 from __future__ import annotations
 

@@ -96,12 +96,12 @@ def pull(
 
 
 def _unpack(body: bytes, out: Path, url: str) -> None:
-    """Unpack a zip beside `out`, and rename it when it is whole. Raises `ValueError` for bytes that are no zip."""
+    """Unpack a zip partial `out`, and rename it when it is whole. Raises `ValueError` for bytes that are no zip."""
     from adapters_store.format.zip_file import UNSOUND
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as beside:
-        folder = Path(beside) / "whole"
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as partial:
+        folder = Path(partial) / "whole"
         folder.mkdir()
         try:
             with zipfile.ZipFile(io.BytesIO(body)) as archive:
