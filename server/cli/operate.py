@@ -96,7 +96,7 @@ def pull(
 
 
 def _unpack(body: bytes, out: Path, url: str) -> None:
-    """Unpack a zip partial `out`, and rename it when it is whole. Raises `ValueError` for bytes that are no zip."""
+    """Unpack a zip next to `out`, and rename it when it is whole. Raises `ValueError` for bytes that are no zip."""
     from adapters_store.format.zip_file import UNSOUND
 
     out.parent.mkdir(parents=True, exist_ok=True)
