@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import msgspec
-import psutil
 
 from server.engine import frames
 from server.engine.client import EngineStartError
 from server.engine.messages import Beat, EngineConfig, FromEngine, StepDone, ToEngine
-from server.engine.nursery import PID, Child
+from server.engine.nursery import PID, Child, cpu_seconds
 from server.settings import engine_environment
 
 TICK_S = 0.25  # between two looks at an engine's silence
@@ -148,7 +147,7 @@ class EngineProcess:
         """
         while self.verdict is None:
             await asyncio.sleep(TICK_S)
-            self._tick(TICK_S, _cpu_seconds(self.child.pid))
+            self._tick(TICK_S, cpu_seconds(self.child.pid))
             self.verdict = self._overdue(patience)
         self.writer.transport.abort()
 
@@ -167,12 +166,3 @@ class EngineProcess:
             return f"a step of the engine did nothing for {patience.idle_step:g} s, and it was ended"
         is_slow = self.step_s >= patience.step
         return f"a step of the engine took over {patience.step:g} s, and it was ended" if is_slow else None
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Return the seconds of CPU that a process has used; 0 if it has ended."""
-    try:
-        times = psutil.Process(pid).cpu_times()
-    except psutil.Error:
-        return 0.0
-    return float(times.user + times.system)

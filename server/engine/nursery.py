@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
+
 log = logging.getLogger(__name__)
 
 STANDARD = 2  # descriptors up to this are the standard streams
@@ -148,3 +150,12 @@ def keep_only(descriptor: int) -> None:
         if inherited > STANDARD and inherited != descriptor:
             with contextlib.suppress(OSError):  # the listing's own
                 os.close(inherited)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the seconds of CPU that a process has used; 0 if it has ended."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)

@@ -9,10 +9,12 @@ another one takes its place; only if none can be started does the thread load by
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import socket
 import struct
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import msgspec
@@ -25,13 +27,16 @@ from server.engine import frames
 from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_reason
 from server.engine.adapters.loader_threads import give_way
-from server.engine.nursery import Child, Nursery
+from server.engine.nursery import Child, Nursery, cpu_seconds
 from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch
 
 log = logging.getLogger(__name__)
 
-SILENT_S = 300  # of a load, whose store has deadlines of its own; a process that hangs is ended then
+TICK_S = 1.0  # between two looks at a process that loads
+IDLE_S = 30.0  # of a load that neither computes nor waits for a core; a bucket's calls have deadlines of their own
+SILENT_S = 300.0  # of any load
+IDLE_SHARE = 0.01  # of one core: a load that goes on uses more
 HEAD = struct.Struct("<QQ")  # bytes of the buffer, of the frame behind it
 PREFIXES = {kind.__name__: kind for kind in (PrefixEmbeds, PrefixKV)}
 
@@ -60,12 +65,13 @@ class LoaderProcess:
     def __init__(self, child: Child, setup: LoaderSetup) -> None:
         self._child, self._socket = child, child.socket
         # A limit of the kernel's, not Python's: one call waits for all of a buffer.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENT_S, 0))
+        wait = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
         self._socket.sendall(frames.encode(setup))
 
-    def begin(self, digest: str, folder: str | None) -> None:
-        """Send a load to the process. Raises `OSError` if the process has ended."""
-        self._socket.sendall(frames.encode(LoadRequest(digest, folder)))
+    def begin(self, request: bytes) -> None:
+        """Send the frame of a load to the process. Raises `OSError` if the process has ended."""
+        self._socket.sendall(request)
 
     def finish(self, dtypes: StorageDtypes) -> PackedPatch:
         """Receive the adapter. Raises `LoadError` if the load fails, `OSError` if the process ends or hangs."""
@@ -84,13 +90,47 @@ class LoaderProcess:
     def _receive(self, size: int) -> torch.Tensor:
         """Receive `size` bytes [size] in one call: after each call a thread waits for the GIL, up to a whole step."""
         into = torch.empty(size, dtype=torch.uint8)
-        left = into.numpy().data
+        left, patience = into.numpy().data, _Patience(self._child.pid)
         while left:
-            num_bytes = self._socket.recv_into(left, len(left), socket.MSG_WAITALL)
+            try:
+                num_bytes = self._socket.recv_into(left, len(left), socket.MSG_WAITALL)
+            except BlockingIOError:  # nothing came within a tick
+                patience.tick()
+                continue
             if not num_bytes:
                 raise ConnectionResetError("it closed its socket")
             left = left[num_bytes:]
         return into
+
+
+class _Patience:
+    """Tells a load that hangs from one that is long, in ticks and not by the clock: this process may be stopped too."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._seconds = pid, _busy_seconds(pid)
+        self._silent_s = self._idle_s = 0.0
+
+    def tick(self) -> None:
+        """Look at the process again. Raises `TimeoutError` if it counts as one that hangs."""
+        before, self._seconds = self._seconds, _busy_seconds(self._pid)
+        self._silent_s += TICK_S
+        self._idle_s = 0.0 if self._seconds > before + IDLE_SHARE * TICK_S else self._idle_s + TICK_S
+        if self._idle_s >= IDLE_S:
+            raise TimeoutError(f"it did nothing for {IDLE_S:g} s")
+        if self._silent_s >= SILENT_S:
+            raise TimeoutError(f"it took over {SILENT_S:g} s")
+
+
+def _busy_seconds(pid: int) -> float:
+    """Sum the seconds that the threads of a process had a core or waited for one, if the system tells the latter."""
+    times = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    if not times:
+        return cpu_seconds(pid)
+    total = 0
+    for path in times:
+        with contextlib.suppress(OSError):  # a thread that has ended
+            total += sum(map(int, path.read_text().split()[:2]))
+    return 1e-9 * total
 
 
 class LoaderPool:
@@ -126,6 +166,10 @@ class LoaderPool:
         except OSError as error:
             self._replace(process, error)
             raise LoadError("adapter_failed", "the process that loaded it ended or hung") from None
+        except Exception as error:  # what it sent cannot be read: nothing that it sends later can be
+            log.exception("a process that loads adapters sent what cannot be read", extra={"digest": digest})
+            self._replace(process, error)
+            raise LoadError("adapter_failed", "what the process that loaded it sent cannot be read") from None
         self._free.put(process)
         return packed
 
@@ -138,19 +182,20 @@ class LoaderPool:
 
     def _begin(self, digest: str, folder: str | None) -> LoaderProcess | None:
         """Give the load to a free process, and return it; one that ended while it was free is replaced."""
+        request = frames.encode(LoadRequest(digest, folder))
         while True:
             try:
                 process = self._free.get_nowait()
             except Empty:
                 return None
             try:
-                process.begin(digest, folder)
+                process.begin(request)
             except OSError as error:
                 self._replace(process, error)
             else:
                 return process
 
-    def _replace(self, process: LoaderProcess, error: OSError) -> None:
+    def _replace(self, process: LoaderProcess, error: Exception) -> None:
         log.warning("a process that loads adapters has ended or hangs", extra={"reason": str(error)})
         self._processes.discard(process)
         process.kill()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -21,7 +24,7 @@ from adapters_store.storage.directory import Blobs
 from server.engine.adapters import loader_process
 from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_message
-from server.engine.adapters.loader_process import LoaderPool, run_loader
+from server.engine.adapters.loader_process import HEAD, LoaderPool, LoaderProcess, LoadReply, run_loader
 from server.engine.adapters.loader_threads import NICENESS
 from server.engine.nursery import Nursery
 from server.model.load import load_base
@@ -142,7 +145,9 @@ def test_a_load_that_takes_its_process_along_fails_alone(
     job: LoaderSetup, lora: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A load in which a process ends or hangs fails, and is not given to the next process; other loads go on."""
-    monkeypatch.setattr(loader_process, "SILENT_S", 1 if how == "hangs" else 60)
+    if how == "hangs":
+        monkeypatch.setattr(loader_process, "TICK_S", 0.1)
+        monkeypatch.setattr(loader_process, "IDLE_S", 1.0)
     made = LoaderPool(2, Nursery.fork(run_loader))
     made.begin(job.store, job.blobs, job.spec, KEPT)
     before = children()
@@ -161,6 +166,67 @@ def test_a_load_that_takes_its_process_along_fails_alone(
     assert len(children()) == 2 and len({*children()} & {*before}) == 1
     made.close()
     assert not psutil.Process().children()
+
+
+def test_a_load_that_computes_or_waits_for_a_core_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load is idle only while it neither uses nor lacks a core; one that computes has the time of any load."""
+    seconds = iter([0.0, 1.0, 2.0, 2.0, 3.0, *[4.0] * 40])
+    monkeypatch.setattr(loader_process, "_busy_seconds", lambda _pid: next(seconds))
+    patience = loader_process._Patience(1)
+    for _ in range(4 + 30):
+        patience.tick()
+    with pytest.raises(TimeoutError, match="did nothing for 30 s"):
+        patience.tick()
+    busy = iter(range(1000))
+    monkeypatch.setattr(loader_process, "_busy_seconds", lambda _pid: float(next(busy)))
+    patience = loader_process._Patience(1)
+    for _ in range(299):
+        patience.tick()
+    with pytest.raises(TimeoutError, match="over 300 s"):
+        patience.tick()
+
+
+def test_a_process_that_computes_is_seen() -> None:
+    """The time that a process has or lacks a core is read from the system."""
+    before = loader_process._busy_seconds(os.getpid())
+    while loader_process._busy_seconds(os.getpid()) == before:
+        sum(range(1000))
+
+
+FRAMES = {
+    "bytes that no memory holds": HEAD.pack(2**62, 1),
+    "no message": HEAD.pack(0, 1) + b"\xc1",
+    "another message": HEAD.pack(0, 1) + b"\x01",
+    "a table that is cut": (frame := msgspec.msgpack.encode(LoadReply("a", entries=b"12345")))
+    and HEAD.pack(0, len(frame)) + frame,
+    "a prefix of no kind": (frame := msgspec.msgpack.encode(LoadReply("a", prefix=("None", 0, 0))))
+    and HEAD.pack(0, len(frame)) + frame,
+}
+
+
+@pytest.mark.parametrize("sent", FRAMES)
+def test_a_process_that_sends_what_cannot_be_read_is_replaced(
+    processes: LoaderPool, lora: str, sent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a process sends, its load fails alone, and there are as many processes as before, each of them sound."""
+    monkeypatch.setattr(LoaderProcess, "begin", lambda _self, _request: None)
+    first = processes._free.get()
+    processes._free.put(first)
+    second = processes._free.get()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(FRAMES[sent])
+        first._socket.close()
+        first._socket = ours
+        processes._free = SimpleQueue()
+        processes._free.put(first)
+        with pytest.raises(LoadError, match="cannot be read"):
+            processes.load(lora, None)
+    monkeypatch.undo()
+    processes._free.put(second)
+    assert processes._free.qsize() == len(processes._processes) == 2
+    for _ in range(3):
+        assert processes.load(lora, None).digest == lora
 
 
 def test_without_its_nursery_the_thread_loads(processes: LoaderPool, job: LoaderSetup, lora: str) -> None:
