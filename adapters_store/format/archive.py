@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ArtifactTypeError
@@ -41,10 +41,13 @@ PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 METADATA_KEYS = {CONFIG: "adapter_config", MANIFEST: "manifest"}
 
 
-def unpack_upload(body: Path, into: Path, max_bytes: int) -> list[str]:
+def unpack_upload(
+    body: Path, into: Path, max_bytes: int, count: Callable[[int], None] = lambda _num_bytes: None
+) -> list[str]:
     """Write the PEFT files of an upload into the empty folder `into`. Returns the names of the files that were ignored.
 
-    The bytes themselves tell what they are. At most `max_bytes` are written. Raises `ArtifactError` naming the member
+    The bytes themselves tell what they are. At most `max_bytes` are written, and `count` is told how many before
+    the first of an archive is; what it raises ends all. Raises `ArtifactError` naming the member
     that is refused.
     """
     with body.open("rb") as stream:
@@ -55,11 +58,11 @@ def unpack_upload(body: Path, into: Path, max_bytes: int) -> list[str]:
     _refuse_pickle(start, "the body", PICKLE_STARTS)
     if start.startswith(ZIP_STARTS):
         with open_zip(body) as members:
-            return _write(select_parts(members), into, max_bytes)
+            return _write(select_parts(members), into, max_bytes, count)
     if start.startswith(GZIP_START):
         num_bytes = body.stat().st_size
         with open_tar(body, min(2 * max_bytes, MAX_RATIO * max(num_bytes, CHUNK // MAX_RATIO))) as members:
-            return _write(select_parts(members), into, max_bytes)
+            return _write(select_parts(members), into, max_bytes, count)
     raise ArtifactError("the body is neither a zip nor a tar.gz of a PEFT folder, nor a safetensors file")
 
 
@@ -96,13 +99,14 @@ def _unpack_safetensors(body: Path, into: Path) -> None:
         shutil.copyfileobj(source, target, CHUNK)  # not `copyfile`, which retries in another way on errors
 
 
-def _write(selection: Selection, into: Path, max_bytes: int) -> list[str]:
+def _write(selection: Selection, into: Path, max_bytes: int, count: Callable[[int], None]) -> list[str]:
     """Check and write the members that make the adapter. Returns the names of the others."""
     total = sum(member.num_bytes for member in selection.wanted.values())
     if total > max_bytes:
         raise ArtifactTooLargeError(f"the adapter has {total} bytes; at most {max_bytes} are taken")
     for name, member in selection.wanted.items():
         _check(name, member)
+    count(total)
     for name, member in selection.wanted.items():
         _extract(member, into / name)
     return selection.ignored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -105,7 +106,8 @@ class UploadService:
         self._intake = asyncio.Semaphore(MAX_INTAKES)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of waiting for it, by tenant
         self._last_item_bytes: ItemBytes | None = None
-        self._staged: Counter[str] = Counter()  # bytes of bodies on their way, by tenant
+        self._staged: Counter[str] = Counter()  # bytes of uploads on their way, by tenant
+        self._staged_lock = threading.Lock()
 
     @property
     def item_bytes(self) -> ItemBytes | None:
@@ -130,7 +132,10 @@ class UploadService:
             async with self._intake_slot(spec.tenant):
                 folder = staging / FOLDER
                 folder.mkdir()
-                ignored = await self._tenant_work.run(unpack_upload, staging / "body", folder, spec.max_bytes)
+                body_bytes = (staging / "body").stat().st_size
+                count_unpacked = partial(_count_excess, count, body_bytes)
+                unpack = partial(unpack_upload, staging / "body", folder, spec.max_bytes, count_unpacked)
+                ignored = await self._tenant_work.run(unpack)
                 validated = await self.validator.validate(folder)
                 if ignored:
                     validated.checks.insert(0, check("ignored", len(ignored), describe_ignored(ignored)))
@@ -198,7 +203,7 @@ class UploadService:
 
     @contextmanager
     def _on_its_way(self, spec: UploadSpec) -> Iterator[Callable[[int], None]]:
-        """Give a function that counts bytes of a tenant's staging until the block ends.
+        """Give a function, for any thread, that counts bytes of a tenant's staging until the block ends.
 
         It raises `QuotaError` once all uploads of the tenant that are on their way have more than it may hold.
         """
@@ -206,9 +211,11 @@ class UploadService:
 
         def count(more: int) -> None:
             nonlocal num_bytes
-            num_bytes += more
-            self._staged[spec.tenant] += more
-            if max_bytes is not None and self._staged[spec.tenant] > max_bytes + PACKING_BYTES:
+            with self._staged_lock:
+                num_bytes += more
+                self._staged[spec.tenant] += more
+                staged = self._staged[spec.tenant]
+            if max_bytes is not None and staged > max_bytes + PACKING_BYTES:
                 raise QuotaError(
                     f"uploads of the tenant {spec.tenant} on their way have more than its {max_bytes} bytes"
                 )
@@ -216,8 +223,9 @@ class UploadService:
         try:
             yield count
         finally:
-            self._staged[spec.tenant] -= num_bytes
-            self._staged += Counter()  # drops the zeros
+            with self._staged_lock:
+                self._staged[spec.tenant] -= num_bytes
+                self._staged += Counter()  # drops the zeros
 
     @asynccontextmanager
     async def _intake_slot(self, tenant: str) -> AsyncIterator[None]:
@@ -235,6 +243,11 @@ class UploadService:
             yield
         finally:
             self._intake.release()
+
+
+def _count_excess(count: Callable[[int], None], body_bytes: int, num_unpacked: int) -> None:
+    """Count what is unpacked beyond the bytes of its body, which are counted already."""
+    count(max(0, num_unpacked - body_bytes))
 
 
 async def _receive(body: AsyncIterator[bytes], path: Path, count: Callable[[int], None]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import sys
+import tarfile
+import zipfile
 from collections.abc import AsyncIterator
 from itertools import combinations
 from pathlib import Path
@@ -102,6 +105,28 @@ async def test_a_quota_counts_what_is_on_its_way(city: City) -> None:
     going_on.set()
     assert (await first).status_code in (415, 422)
     assert not site.state.uploads._staged and not site.staged()
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+async def test_a_quota_counts_what_is_unpacked(city: City, is_zip: bool) -> None:
+    """A small body that unpacks to more than its tenant may hold is the tenant's 429 before anything is written."""
+    key, packed = await city.tenant("a", max_bytes=1000), io.BytesIO()
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(500_000)}
+    if is_zip:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/zip"}
+    answer = await city.site.http.post("/adapters?task=one", content=packed.getvalue(), headers=headers)
+    assert (answer.status_code, error_of(answer)["code"]) == (429, "tenant_limit")
+    assert "tenant a" in error_of(answer)["message"] and "1000 bytes" in error_of(answer)["message"]
+    assert not city.site.state.uploads._staged and not city.site.staged()
 
 
 def staged(site: Site) -> int:
