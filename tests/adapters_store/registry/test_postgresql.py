@@ -148,6 +148,7 @@ WRITES: dict[str, Callable[[Registry], object]] = {
     "delete_version": lambda registry: registry.delete_version("default", "t", 1),
     "set_validated": lambda registry: registry.set_validated(D1, "f"),
     "add_usages": lambda registry: registry.add_usages({("default", "t", 1): (1, 1, 1)}),
+    "forget_usage": lambda registry: registry.forget_usage(0.0),
     "digests": lambda registry: registry.digests(),  # by which artifacts are deleted
     "add": lambda registry: Tenants(registry.engine).add("t"),
     "delete": lambda registry: Tenants(registry.engine).delete("t"),
