@@ -86,9 +86,9 @@ class Revalidation:
                 return
             try:
                 await self._validator.validate_stored(digest)
-            except ProbeLateError:
+            except ProbeLateError as error:
                 message = "a stored adapter waits to be proved, for the engine is busy"
-                raise ProbeLateError(message, retry_after=5) from None
+                raise ProbeLateError(message, retry_after=error.retry_after) from None
             except (ArtifactError, AbsentError) as error:
                 raise EngineFailedError(self._quarantine(digest, error)) from None
             await self._stores.database.call(self._stores.registry.set_validated, digest, self.fingerprint)

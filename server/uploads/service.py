@@ -238,7 +238,8 @@ class UploadService:
             async with asyncio.timeout(INTAKE_WITHIN_S), turn:
                 await self._intake.acquire()
         except TimeoutError:
-            raise UnavailableError("too many uploads wait to be checked; nothing was stored", retry_after=5) from None
+            message = "too many uploads wait to be checked; nothing was stored"
+            raise UnavailableError(message, retry_after=self.validator.retry_after_s(len(self._turns))) from None
         try:
             yield
         finally:

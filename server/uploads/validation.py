@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from adapters_store.storage.directory import limit_s as limit_of
 from server.core import AdapterRef, EngineFailure, Logprobs, Sampling
 from server.engine.client import EngineClient, EngineUnavailable, require_ready
 from server.engine.messages import Ready, Submit
-from server.errors import EngineFailedError, ProbeLateError, ServerError, UnavailableError
+from server.errors import EngineFailedError, ProbeLateError, UnavailableError
 from server.stores import Stores
 from server.tenant_work import TenantWork
 from server.together import together
@@ -49,6 +50,7 @@ MAX_AT_ONCE = 4  # probes in the engine's batch
 MAX_PARITY_TOKENS = 1024  # a longer prompt would take the engine too long
 NUM_TOP = 100  # of the engine's best tokens, to find the trainer's 20 among
 PROBE_WITHIN_S = 30.0
+PACE_WEIGHT = 0.3  # of the newest probe
 CHECKS = 4  # grows with every check that is new or stricter: stored artifacts must pass it, too
 NAMESPACE = "_probe"  # no tenant can be named so
 
@@ -72,6 +74,7 @@ class Validator:
     ) -> None:
         self._client, self._stores, self._retention = client, stores, retention
         self._tenant_work = tenant_work
+        self._pace_s = 1.0  # of a probe
         self._probing = asyncio.Lock()  # one artifact at a time is probed
 
     async def validate(self, folder: Path, limit_s: float | None = None) -> ValidatedArtifact:
@@ -92,6 +95,10 @@ class Validator:
         finally:
             await self._retention.delete_if_unreferenced([digest])
         return ValidatedArtifact(_facts(artifact, patch), checks)
+
+    def retry_after_s(self, num_before: int = 1) -> int:
+        """Estimate the seconds until so many probes have ended, by what the last ones took."""
+        return max(1, math.ceil(num_before * self._pace_s))
 
     async def validate_stored(self, digest: str) -> None:
         """Validate an artifact of the store. Raises the errors of `validate`, and those of `Blobs.read`."""
@@ -116,12 +123,17 @@ class Validator:
         cases = parity_cases(artifact, ready, patch.num_virtual)
         prompts = [*cases, *plain_cases(ready, patch.num_virtual)][:NUM_PROBES]
         limit_s = PROBE_WITHIN_S if limit_s is None else limit_s
-        deadline = time.monotonic() + limit_s
+        began = time.monotonic()
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + limit_s):
-                answers = await self._ask_all(adapter, prompts, deadline)
+                answers = await self._ask_all(adapter, prompts, began + limit_s)
+            self._pace_s += PACE_WEIGHT * (time.monotonic() - began - self._pace_s)
         except TimeoutError:
-            raise _late(limit_s) from None
+            self._pace_s = max(self._pace_s, limit_s)
+            message = (
+                f"the adapter could not be probed within {limit_s:g} s, for the engine is busy; nothing was stored"
+            )
+            raise ProbeLateError(message, retry_after=self.retry_after_s()) from None
         except EngineUnavailable as error:
             raise UnavailableError(str(error), retry_after=self._client.retry_after_s) from None
         lengths = sorted(len(case.prompt_token_ids) for case in prompts)
@@ -325,11 +337,6 @@ def _failure(failure: EngineFailure) -> Exception:
             return TimeoutError()
         case _:
             return EngineFailedError(failure)
-
-
-def _late(limit_s: float) -> ServerError:
-    message = f"the adapter could not be probed within {limit_s:g} s, for the engine is busy; nothing was stored"
-    return ProbeLateError(message, retry_after=5)
 
 
 def compare(cases: list[ParityCase], answers: list[ProbeAnswer], ready: Ready, artifact: Artifact) -> list[Check]:

@@ -141,7 +141,7 @@ async def test_an_engine_that_is_busy_decides_nothing(
         monkeypatch.setattr(validation, "PROBE_WITHIN_S", 0.05)
         site.engine.are_probes_stuck = True
         answer = await site.post("/generate?task=t", {"prompt": "a"})
-        assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (503, "5", "overloaded")
+        assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (503, "1", "overloaded")
         site.engine.are_probes_stuck = False
         assert (await site.ask("t", prompt="a"))["adapter"]["digest"] == digest
 

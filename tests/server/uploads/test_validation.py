@@ -113,11 +113,12 @@ async def test_what_is_kept_stays_where_a_second_probe_fails(site: Site, zips: l
 
 
 async def test_a_busy_engine_is_503(site: Site, zips: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe that gets no turn in time is 503 with Retry-After, called off, and nothing is stored."""
+    """A probe that gets no turn in time is 503 with what probes take in Retry-After, and nothing is stored."""
     monkeypatch.setattr(validation, "PROBE_WITHIN_S", 0.05)
+    monkeypatch.setattr(site.state.uploads.validator, "_pace_s", 6.3)
     site.engine.are_probes_stuck = True
     answer = await site.upload("a", zips[0])
-    assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (503, "5", "overloaded")
+    assert (answer.status_code, answer.headers["retry-after"], error_of(answer)["code"]) == (503, "7", "overloaded")
     assert "nothing was stored" in error_of(answer)["message"] and site.stored() == set()
     assert len(site.engine.probed) == 8 == len(site.engine.aborted) and site.engine.staged == {}
 
