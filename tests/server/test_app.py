@@ -103,7 +103,7 @@ async def test_the_engine_is_told_the_settings(tiny_base: Path, tmp_path: Path) 
     """Every setting that the engine shares by name is given to it, and so are the base and the artifacts' folder."""
     values = {"precision": "bf16", "device": "cuda", "num_threads": 3, "kv_cache_bytes": 2**20, "block_size": 16}
     values |= {"max_sequence_tokens": 9, "max_batch_tokens": 16, "max_running": 5, "max_waiting": 6}
-    values |= {"slot_bytes": 7, "host_bytes": 8, "cuda_graphs": True}
+    values |= {"slot_bytes": 7, "host_bytes": 8, "cuda_graphs": True, "log_level": "debug", "log_format": "json"}
     config = settings_of(tiny_base, tmp_path, prefix_cache=False, **values).engine_config(tiny_base)
     told = {**asdict(config), **asdict(config.runner)}
     assert {name: told[name] for name in values} == values

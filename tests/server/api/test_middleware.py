@@ -83,7 +83,7 @@ async def test_a_disk_that_fails(
                 (site.state.stores.registry, "delete_version"),
             ):
                 patch.setattr(thing, name, broken)
-            patch.setattr(site.state.stores.blobs, "files", broken)
+            patch.setattr(site.state.stores.blobs, "outline", broken)
             for verb, path in asked:
                 answer = await site.http.request(verb, path)
                 assert answer.status_code == status, path

@@ -23,6 +23,7 @@ from tests.server.engine.test_process_client import (
     alone,
     answer,
     engine,
+    engines,
     kill,
     replace_patience,
     request,
@@ -91,7 +92,7 @@ def test_an_engine_outlives_the_process_that_loaded_the_base() -> None:
             assert client.pid == pid
             await next_engine(client)
             assert client.num_starts == 2 and parent_of(client) != parent
-        assert not psutil.Process().children()
+        assert not engines()
 
     run(main)
 
@@ -114,7 +115,7 @@ def test_on_a_gpu_the_process_becomes_the_engine() -> None:
             assert parent_of(client) == os.getpid() and client.num_starts == 2
         finally:
             await client.close()
-        assert not psutil.Process().children()
+        assert not engines()
 
     run(main)
 
