@@ -49,6 +49,6 @@ def valve_of_database(stores: Stores) -> Valve:
 def valve_of_store(patch: pytest.MonkeyPatch) -> Valve:
     """A valve before every call of stores opened from now on, but of the staging area, which is on the local disk."""
     valve = Valve()
-    for name in ("put", "files", "delete", "digests", "check"):
+    for name in ("put", "files", "outline", "delete", "digests", "check"):
         patch.setattr(Blobs, name, valve.before(getattr(Blobs, name)))
     return valve
