@@ -76,7 +76,8 @@ class Bucket(Blobs):
         return [StoredFile(name, sizes[name], partial(self._range, path)) for name, path in objects.items()]
 
     def _range(self, path: str, start: int, stop: int) -> bytes:
-        data: bytes | None = self._call(self._files.cat_file, path, start, stop, num_bytes=stop - start, may_lack=True)
+        part = {"start": start, "end": stop}  # by name: drivers do not agree on their places
+        data: bytes | None = self._call(self._files.cat_file, path, num_bytes=stop - start, may_lack=True, **part)
         if data is None:
             raise AbsentError(f"{path} is not in the store any more")
         return data

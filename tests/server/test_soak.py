@@ -36,6 +36,6 @@ def test_what_grows_is_told() -> None:
     samples = Samples()
     for second in range(100):
         samples.add(
-            second, {"front rss": 100 + second, "engine rss": 100 + min(second, 20), "front fds": 9 + second % 2}
+            second, {"front pss": 100 + second, "engine pss": 100 + min(second, 20), "front fds": 9 + second % 2}
         )
-    assert set(samples.grown()) == {"front rss"}
+    assert set(samples.grown()) == {"front pss"}

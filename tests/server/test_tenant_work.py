@@ -21,7 +21,14 @@ pytestmark = pytest.mark.anyio
 LONG = "abcd " * 20
 NUM_SLOW = 64
 # Whose threads are asyncio's own: a start of the server, and bytes that go to the disk.
-OWN_THREADS = {"app.py": 1, "cli/main.py": 1, "uploads/preload.py": 4, "uploads/service.py": 1}
+OWN_THREADS = {
+    "api/health.py": 1,
+    "app.py": 1,
+    "cli/serve.py": 1,
+    "engine/engine_process.py": 1,
+    "uploads/preload.py": 4,
+    "uploads/service.py": 1,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,9 @@ async def test_what_is_kept_is_served_and_what_is_corrupt_is_not(
         assert not any((data / "artifacts").glob("??"))
     async with serve_real(tiny_base, data, **kept) as site:
         assert [await tokens(site, task) for task in ("t0", "t1")] == before
+        kept_zip = (await site.http.get("/tasks/t0/versions/1/artifact")).raise_for_status().content
+        with zipfile.ZipFile(io.BytesIO(kept_zip)) as archive:
+            assert archive.testzip() is None and archive.namelist()
         flip(kept["store"], digests[0])
         await die(site)
         for _ in range(2):

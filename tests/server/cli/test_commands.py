@@ -39,7 +39,8 @@ for words in json.loads(sys.argv[1]):
         main()
     assert "Usage: manyhats" in out.getvalue(), words
     new = {*sys.modules} - (before if imported else set())
-    tops = {name.partition(".")[0] for name in new if not name.startswith("_sysconfigdata")}
+    of_python = ("_sysconfigdata", "__editable__", "_distutils_hack")  # of its start, by how we were installed
+    tops = {name.partition(".")[0] for name in new if not name.startswith(of_python)}
     imported[" ".join(words)] = sorted(tops - sys.stdlib_module_names)
 print(json.dumps(imported))
 """

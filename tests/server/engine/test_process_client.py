@@ -80,9 +80,8 @@ async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
 
 
 def engines() -> list[psutil.Process]:
-    """The processes of the client that are there, zombies too; not what multiprocessing may have started before."""
-    children = psutil.Process().children()
-    return [child for child in children if not any("resource_tracker" in word for word in words_of(child))]
+    """The processes of clients that are there; other tests may have left others."""
+    return [child for child in psutil.Process().children() if "--socket" in words_of(child)]
 
 
 def words_of(process: psutil.Process) -> list[str]:
