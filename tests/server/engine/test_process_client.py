@@ -81,15 +81,8 @@ async def until(is_so: Callable[[], bool], seconds: float = 10) -> float:
 
 def engines() -> list[psutil.Process]:
     """The processes of clients that are there; other tests may have left others."""
-    return [child for child in psutil.Process().children() if "--socket" in words_of(child)]
-
-
-def words_of(process: psutil.Process) -> list[str]:
-    """The command of a process; none if it has ended."""
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
+    mine = [found for found in psutil.process_iter(["ppid", "cmdline"]) if found.info["ppid"] == os.getpid()]
+    return [found for found in mine if "--socket" in (found.info["cmdline"] or ())]
 
 
 async def until_next_stats(client: ProcessEngineClient) -> None:
