@@ -322,11 +322,14 @@ async def test_a_list_of_many_costs_little_in_the_event_loop(site: Site, monkeyp
         for number in range(num_tasks):
             version, _ = add(registry, f"{number:064d}", f"t{number}")
             registry.add_usages({("default", f"t{number}", version.number): (1, 1, 1)})
-        statements.clear()
-        assert len((await site.http.get("/tasks?limit=50")).json()["tasks"]) == min(num_tasks, 50) + 1
-        counts.append(sum("FROM" in statement and "identity" not in statement for statement in statements))  # no checks
+        asked = []
+        for _ in range(5):
+            statements.clear()
+            assert len((await site.http.get("/tasks?limit=50")).json()["tasks"]) == min(num_tasks, 50) + 1
+            asked.append(sum("FROM" in statement for statement in statements))
+        counts.append(min(asked))  # what the server's own work asks meanwhile (usage, retention) only adds
     assert counts[0] == counts[1] < 12
-    assert len(threads) == 55 and threading.main_thread() not in threads
+    assert len(threads) == 5 * 55 and threading.main_thread() not in threads
 
 
 async def test_looking_takes_nothing_of_the_rate(site: Site) -> None:
