@@ -12,7 +12,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of one sequence; `seed` is always set, by the API if the user gave none.
 
     `forced` tokens are taken as the answer, whatever the logits say, and only scored. The answer ends at a token of
-    `stop_token_ids`, as at the base's own end tokens, which alone `ignore_eos` passes over.
+    `stop_token_ids`, as at the base's own end tokens, which alone `ignore_eos` passes over. With `prompt_logprobs` the
+    prompt's tokens from index `scored_from` on are scored, each with so many alternatives; then `max_tokens` may be 0.
+    The first token has no score: nothing predicts it.
     """
 
     max_tokens: int = 128
@@ -29,10 +31,20 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None
     forced: tuple[int, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    scored_from: int = 1
 
     def is_end(self, token: int, eos_token_ids: Container[int]) -> bool:
         """Whether a token ends the answer; `eos_token_ids` are the base's own."""
         return token in self.stop_token_ids or (token in eos_token_ids and not self.ignore_eos)
+
+
+class Targets(msgspec.Struct, frozen=True):
+    """Tokens of a prompt that a row scores: those that follow its positions `start ..`, with `num_top` alternatives."""
+
+    start: int
+    tokens: list[int]
+    num_top: int = 0
 
 
 class Row(msgspec.Struct):
@@ -41,8 +53,9 @@ class Row(msgspec.Struct):
     The first `num_virtual` positions of the sequence are virtual: their tokens are -1, -2, …, they stand for
     its adapters' prefixes, and they are not in `history`.
     `adapters` lists (slot, weight): none is the base, several compose. `sampling` is None if no token is wanted
-    (a prompt's chunk that is not its last). `history` is every token of the sequence so far, of which the first
-    `num_prompt` are the prompt; it ends with `tokens`.
+    (a prompt's chunk that is not its last, or a prompt that is only scored). `targets` are the prompt's tokens that it
+    scores. `history` is every token of the sequence so far, of which the first `num_prompt` are the prompt; it ends
+    with `tokens`.
     """
 
     tokens: list[int]
@@ -53,26 +66,36 @@ class Row(msgspec.Struct):
     history: list[int] = []
     num_prompt: int = 0
     num_virtual: int = 0
+    targets: Targets | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """The number of its positions whose logits are wanted: those of its targets, then the one that is sampled."""
+        return (0 if self.targets is None else len(self.targets.tokens)) + (self.sampling is not None)
 
 
 class Logprobs(msgspec.Struct):
     """The chosen token's log-probability and the `top` alternatives (token, log-probability), best first.
 
-    They are those of the model's own distribution, before temperature and penalties.
+    They are those of the model's own distribution, before temperature and penalties; `is_greedy` tells whether the
+    chosen token is its best one.
     """
 
     chosen: float
     top: list[tuple[int, float]] = []
+    is_greedy: bool = False
 
 
 class Sampled(msgspec.Struct):
     """The result of a row: a token, or `error` (for example non-finite logits), which ends that sequence alone.
 
-    `is_internal` tells an error that the row's own values do not explain.
+    `token` is -1 if none was wanted; `scores` are of the row's targets. `is_internal` tells an error that the row's own
+    values do not explain.
     """
 
     token: int = -1
     logprobs: Logprobs | None = None
+    scores: list[Logprobs] = []
     error: str | None = None
     is_internal: bool = False
 
@@ -107,7 +130,7 @@ class Runner(Protocol):
         ...
 
     def run(self, rows: list[Row]) -> list[Sampled | None]:
-        """Compute every row's tokens, write their KV, and sample if a row asks for it (else None), in order."""
+        """Compute every row's tokens, write their KV, and sample and score as rows ask for it (else None), in order."""
         ...
 
 

@@ -54,7 +54,8 @@ class BlockTable:
     """The blocks of a sequence in order of position; `keys` are those of its first full and published blocks.
 
     The first `num_virtual` positions are virtual; `is_tail_published` tells if the block they end in was published.
-    `copy` is (source, target) if the sequence's next step must begin with the copy of a block.
+    `copy` is (source, target) if the sequence's next step must begin with the copy of a block. `max_cached` positions
+    at most may come from the cache, the virtual ones among them: what follows is computed for its logits.
     """
 
     root: BlockKey
@@ -64,6 +65,7 @@ class BlockTable:
     keys: list[BlockKey] = field(default_factory=list)
     copy: tuple[int, int] | None = None
     is_tail_published: bool = False
+    max_cached: int | None = None
 
     def key_after(self, parent: BlockKey, tokens: Sequence[int], start: int, end: int) -> BlockKey:
         """The key of the block that holds positions [start, end), after a parent's key."""
@@ -107,12 +109,13 @@ class BlockPool:
     def lookup(self, table: BlockTable, tokens: Sequence[int]) -> CachedBlocks:
         """Find the computed blocks that `tokens` begins with.
 
-        They hold at most all tokens but the last, which must be computed for its logits; without the prefix cache, only
-        virtual positions.
+        They hold at most all tokens but the last, which must be computed for its logits, and `table.max_cached`;
+        without the prefix cache, only virtual positions.
         """
         full: list[tuple[BlockKey, int]] = []
         parent, size, virtual = table.root, self.block_size, table.num_virtual
-        for end in range(size, len(tokens) if self.is_cached else virtual + 1, size):
+        max_cached = len(tokens) - 1 if table.max_cached is None else table.max_cached
+        for end in range(size, 1 + (max_cached if self.is_cached else virtual), size):
             key = table.key_after(parent, tokens, end - size, end)
             block = self._block_of.get(key)
             if block is None:

@@ -153,9 +153,8 @@ class Engine(Generic[P]):
         The API process refuses malformed requests before; this is the engine's own guard.
         """
         num_tokens = len(submit.prompt) + len(submit.answered) + sum(adapter.num_virtual for adapter in submit.adapters)
-        max_tokens = self.max_sequence_tokens
-        if not submit.prompt or num_tokens >= max_tokens or submit.sampling.max_tokens < 1:
-            num_new = submit.sampling.max_tokens
+        max_tokens, num_new = self.max_sequence_tokens, submit.sampling.max_tokens
+        if not submit.prompt or num_tokens + min(1, num_new) > max_tokens or num_new < 0:
             message = f"a prompt of {num_tokens} tokens for {num_new} more; between 1 and {max_tokens} fit"
             return EngineFailure("internal", message)
         if submit.sequence_id in self.sequences:
@@ -244,10 +243,11 @@ class Engine(Generic[P]):
             start=start,
             blocks=sequence.table.blocks,
             adapters=tuple((self.adapters.slot(adapter.digest), adapter.weight) for adapter in sequence.adapters),
-            sampling=sequence.sampling if is_last else None,
+            sampling=sequence.sampling if is_last and sequence.sampling.max_tokens else None,
             history=sequence.tokens[virtual:end] if virtual or not is_last else sequence.tokens,
             num_prompt=sequence.num_prompt - virtual,
             num_virtual=virtual,
+            targets=sequence.targets(num_tokens),
         )
 
     def _commit(self, plan: StepPlan, results: Iterable[Result]) -> None:
@@ -266,8 +266,11 @@ class Engine(Generic[P]):
     def _advance(self, sequence: Sequence, num_tokens: int, result: Result, now: float) -> None:
         sequence.num_computed += num_tokens
         self.pool.publish(sequence.table, sequence.tokens, sequence.num_computed)
+        is_read = sequence.sampling.max_tokens == 0 and sequence.remainder == 0
         if isinstance(result, Sampled):
-            self._append(sequence, result, now)
+            self._append(sequence, result, now, is_read)
+        elif is_read:
+            self._append(sequence, Sampled(), now, is_read)
 
     @staticmethod
     def _row_failure(sequence: Sequence, result: Result) -> EngineFailure | None:
@@ -278,15 +281,20 @@ class Engine(Generic[P]):
             return EngineFailure("nonfinite_logits", f"{result.error}; adapters: {digests}")
         return result if isinstance(result, EngineFailure) else None
 
-    def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
-        sequence.tokens.append(sampled.token)
-        output = Output(sequence.id, [sampled.token])
+    def _append(self, sequence: Sequence, sampled: Sampled, now: float, is_read: bool) -> None:
+        """Append a token and scores; `is_read` tells the end of a prompt that is only scored."""
+        output = Output(sequence.id, scores=sampled.scores)
         output.cached_tokens, output.virtual_tokens = sequence.num_cached_prompt, sequence.num_virtual
-        if sampled.logprobs is not None:
-            output.logprobs = [sampled.logprobs]
-        if sequence.num_output == 1:
+        sequence.note_scored(len(sampled.scores))
+        if sampled.token >= 0:
+            sequence.tokens.append(sampled.token)
+            output.token_ids = [sampled.token]
+            output.logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
+            output.finish_reason = self._finish_reason(sequence, sampled.token)
+        elif is_read:
+            output.finish_reason = "length"
+        if is_read or (output.token_ids and sequence.num_output == 1):
             output.timing = self._timing(sequence, now)
-        output.finish_reason = self._finish_reason(sequence, sampled.token)
         self._outputs.append(output)
         if output.finish_reason is not None:
             self._finish(sequence)

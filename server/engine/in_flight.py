@@ -30,6 +30,7 @@ class Request:
     submit: Submit
     outputs: asyncio.Queue[Output | None] = field(default_factory=asyncio.Queue)  # None: the engine died
     answered: list[int] = field(default_factory=list)
+    num_scored: int = 0  # tokens of the prompt
     is_running: bool = False  # in the engine that lives now
     num_deaths: int = 0
     num_blamed: int = 0  # deaths of which it may be the only cause
@@ -37,11 +38,13 @@ class Request:
     def note(self, output: Output) -> bool:
         """Keep the tokens of an output that its listener gets; returns whether it is the last one."""
         self.answered += output.token_ids
+        self.num_scored += len(output.scores)
         return output.finish_reason is not None or output.failure is not None
 
     def resumed(self) -> Submit:
-        """Return the message by which another engine goes on with the answer."""
-        return replace(self.submit, answered=self.answered)
+        """Return the message by which another engine goes on with the scores and the answer."""
+        sampling = replace(self.submit.sampling, scored_from=self.submit.sampling.scored_from + self.num_scored)
+        return replace(self.submit, answered=self.answered, sampling=sampling)
 
     def refusal(self) -> EngineFailure | None:
         """Say why it is not resumed, or None if it is."""

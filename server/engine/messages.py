@@ -94,11 +94,12 @@ class Output(msgspec.Struct):
     sequence_id: str
     token_ids: list[int] = []
     logprobs: list[Logprobs] = []  # one a token, if they were asked for
+    scores: list[Logprobs] = []  # of the prompt's next tokens, if they were asked for
     finish_reason: str | None = None  # "stop" or "length"
     failure: EngineFailure | None = None
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     virtual_tokens: int = 0  # positions of the adapters' prefixes
-    timing: Timing | None = None  # with the first token
+    timing: Timing | None = None  # with the first token, or the end of a prompt that is only scored
 
 
 class Stats(msgspec.Struct):

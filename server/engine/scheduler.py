@@ -50,6 +50,8 @@ MIN_QUEUED = 8  # a namespace that has less than one in so many of a full queue'
 class StepLimits:
     """Limits of a step: at most `max_batch_tokens` tokens and `max_running` rows; `max_waiting` sequences may queue.
 
+    At most `max_scored_tokens` of prompts are scored, for each has logits as large as the vocabulary.
+
     While several namespaces are present, a step has at most `max_shared_tokens` tokens of prompts (None: one in
     `MAX_SHARED` of `max_batch_tokens`), unless a prompt is urgent. Of a step that computes other sequences, probes of
     uploads take at most `max_probe_tokens`. A sequence with adapters is bypassed at most `max_bypass` times.
@@ -61,6 +63,7 @@ class StepLimits:
     max_bypass: int = 64
     max_shared_tokens: int | None = None
     max_probe_tokens: int = 8
+    max_scored_tokens: int = 128
 
     def __post_init__(self) -> None:
         if not 0 < self.max_running <= self.max_batch_tokens:
@@ -94,6 +97,7 @@ class StepPlan:
     num_preempted: int = 0
     num_tokens: int = 0
     num_probe_tokens: int = 0
+    num_scored_tokens: int = 0
 
     @property
     def is_full(self) -> bool:
@@ -349,6 +353,7 @@ class Scheduler:
         plan.rows.append((sequence, num_tokens))
         plan.num_tokens += num_tokens
         plan.num_probe_tokens += num_tokens if sequence.is_probe else 0
+        plan.num_scored_tokens += sequence.num_targets(num_tokens)
         num_new = max(0, sequence.num_computed + num_tokens - sequence.num_charged)
         sequence.num_charged += num_new
         self.fairness.charge(sequence.namespace, num_new)
@@ -358,6 +363,9 @@ class Scheduler:
         room = plan.max_tokens - plan.num_tokens
         if sequence.is_probe and not all(other.is_probe for other in self.running):
             room = min(room, self.limits.max_probe_tokens - plan.num_probe_tokens)
+        num_left = self.limits.max_scored_tokens - plan.num_scored_tokens
+        if sequence.num_targets(min(sequence.remainder, room)) > num_left:
+            return sequence.scoring_at - sequence.num_computed + num_left
         return room
 
     def _stop(self, sequence: Sequence) -> None:

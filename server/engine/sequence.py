@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from server.core import AdapterRef, Sampling
+from server.core import AdapterRef, Sampling, Targets
 from server.engine.blocks import BlockTable, namespace_salt, root_key
 from server.engine.messages import Submit
 
@@ -23,7 +23,8 @@ class Sequence:
     """A prompt and the tokens generated so far.
 
     Prefill and decode are one thing: the tokens without KV are the remainder, and the next token is sampled in the step
-    that leaves none. The remainder of a preempted sequence is all of its tokens again. Times are monotonic seconds.
+    that leaves none. The remainder of a preempted sequence is all of its tokens again, but for those that were scored.
+    Times are monotonic seconds.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # of `num_prompt`, found in the prefix cache when it was first admitted
     num_charged: int = 0  # tokens that its namespace was charged for
+    num_scored: int = 0  # of the prompt's tokens
     first_admitted: float | None = None
     skipped_since: float | None = None  # since then it waits for an adapter
     skipped_at: int | None = None  # how many sequences with adapters had been admitted when it first lacked only slots
@@ -54,7 +56,7 @@ class Sequence:
         """Make the waiting sequence that a request asks for, or one that goes on with an answer."""
         num_virtual = sum(adapter.num_virtual for adapter in submit.adapters)
         root = root_key((adapter.digest, adapter.weight) for adapter in submit.adapters)
-        return cls(
+        sequence = cls(
             id=submit.sequence_id,
             namespace=submit.namespace,
             adapters=submit.adapters,
@@ -69,6 +71,36 @@ class Sequence:
             max_running=submit.max_running,
             is_probe=submit.is_probe,
         )
+        sequence.note_scored(0)
+        return sequence
+
+    def note_scored(self, num_tokens: int) -> None:
+        """Count tokens of the prompt that were scored; those that are left must be computed, cached or not."""
+        self.num_scored += num_tokens
+        self.table.max_cached = self.scoring_at if self.scoring_at < self.scoring_end else None
+
+    @property
+    def scoring_at(self) -> int:
+        """The position whose logits score the next token of the prompt; `scoring_end` or more if none is left."""
+        if self.sampling.prompt_logprobs is None:
+            return self.scoring_end
+        return self.num_virtual + self.sampling.scored_from - 1 + self.num_scored
+
+    @property
+    def scoring_end(self) -> int:
+        """The position after the last whose logits score a token of the prompt."""
+        return self.num_prompt - 1
+
+    def targets(self, num_tokens: int) -> Targets | None:
+        """The tokens of the prompt that a step over the next `num_tokens` scores."""
+        first, last = self.scoring_at, min(self.num_computed + num_tokens, self.scoring_end)
+        if first >= last:
+            return None
+        return Targets(first, self.tokens[first + 1 : last + 1], self.sampling.prompt_logprobs or 0)
+
+    def num_targets(self, num_tokens: int) -> int:
+        """The number of tokens of the prompt that a step over the next `num_tokens` scores."""
+        return max(0, min(self.num_computed + num_tokens, self.scoring_end) - self.scoring_at)
 
     @property
     def remainder(self) -> int:

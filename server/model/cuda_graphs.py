@@ -52,8 +52,8 @@ class DecodeGraphs:
 
     @staticmethod
     def can_run(rows: list[Row]) -> bool:
-        """Whether every row is one token that is sampled."""
-        return all(len(row.tokens) == 1 and row.sampling is not None for row in rows)
+        """Whether every row is one token that is sampled, and scores none."""
+        return all(len(row.tokens) == 1 and row.sampling is not None and row.num_logits == 1 for row in rows)
 
     def run(self, rows: list[Row]) -> Tensor:
         """Return the logits [rows, vocabulary] of a decode step, which the next one overwrites."""

@@ -61,6 +61,12 @@ def chain(start: int, tokens: Iterable[int]) -> list[int]:
     return cells
 
 
+def score(cell: int, token: int, num_top: int) -> Logprobs:
+    """Return the score of a token after a position with this KV."""
+    chosen = -float(hash((cell, token)) % 1000) / 8
+    return Logprobs(chosen, [(token, chosen)] * num_top, is_greedy=chosen > -60)
+
+
 def choose(cell: int, sampling: Sampling, vocab_size: int) -> int:
     """Return the token after a position with this KV; the seed counts if the temperature is above 0."""
     seed = sampling.seed if sampling.temperature > 0 else -1
@@ -106,11 +112,11 @@ class FakeRunner:
         if any(token in self.raises_on for row in rows for token in row.tokens):
             raise RuntimeError("a token that raises")
         written: set[int] = set()
-        lasts = [self._write(row, written) for row in rows]
-        return [self._sample(row, last) for row, last in zip(rows, lasts, strict=True)]
+        contexts = [self._write(row, written) for row in rows]
+        return [self._sample(row, cells) for row, cells in zip(rows, contexts, strict=True)]
 
-    def _write(self, row: Row, written: set[int]) -> int:
-        """Check a row's past, write its tokens' KV, and return that of its last token."""
+    def _write(self, row: Row, written: set[int]) -> list[int]:
+        """Check a row's past, write its tokens' KV, and return that of all its positions."""
         end = row.start + len(row.tokens)
         context = [*range(-1, -1 - row.num_virtual, -1)][:end] + row.history
         if context[row.start :] != row.tokens:
@@ -127,18 +133,36 @@ class FakeRunner:
         written.update(places[row.start :])
         for place, cell in zip(places[row.start :], cells[row.start :], strict=True):
             self._cells[place] = cell
-        return cells[-1]
+        return cells
 
-    def _sample(self, row: Row, last: int) -> Sampled | None:
-        if row.sampling is None:
+    def _sample(self, row: Row, cells: list[int]) -> Sampled | None:
+        if not row.num_logits:
             return None
         digests = {self.adapter_slots.slots[slot].digest for slot, _ in row.adapters}
         if digests & self.nonfinite_on:
             return Sampled(error="the logits are not finite")
+        scores = []
+        if row.targets is not None:
+            pairs = zip(cells[row.targets.start :], row.targets.tokens, strict=False)
+            scores = [score(cell, token, row.targets.num_top) for cell, token in pairs]
+        if row.sampling is None:
+            return Sampled(scores=scores)
         num_top, place = row.sampling.logprobs, len(row.history) - row.num_prompt
         given = row.sampling.forced[place : place + 1]
-        token = given[0] if given else choose(last, row.sampling, self.vocab_size)
-        return Sampled(token, None if num_top is None else Logprobs(-0.25, [(token, -0.25)] * num_top))
+        token = given[0] if given else choose(cells[-1], row.sampling, self.vocab_size)
+        return Sampled(token, None if num_top is None else Logprobs(-0.25, [(token, -0.25)] * num_top), scores)
+
+
+def scores_alone(
+    prompt: Sequence[int], adapters: Iterable[tuple[str, float]], sampling: Sampling, num_virtual: int = 0
+) -> list[Logprobs]:
+    """The scores of a prompt that a request must get, whatever else runs."""
+    if sampling.prompt_logprobs is None:
+        return []
+    cells = chain(chain_start(adapters), [*range(-1, -1 - num_virtual, -1), *prompt])[num_virtual:]
+    return [
+        score(cells[at - 1], prompt[at], sampling.prompt_logprobs) for at in range(sampling.scored_from, len(prompt))
+    ]
 
 
 def answer_alone(
@@ -154,6 +178,8 @@ def answer_alone(
     """The tokens and the finish reason that a request must get, whatever else runs."""
     context = [*range(-1, -1 - num_virtual, -1), *prompt]
     cell, output, eos = chain(chain_start(adapters), context)[-1], [], set(eos_token_ids)
+    if not sampling.max_tokens:
+        return [], "length"
     while True:
         token = choose(cell, sampling, vocab_size)
         output.append(token)

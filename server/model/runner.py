@@ -1,4 +1,4 @@
-"""Run one forward pass a step: rows of many sequences, tasks and lengths in, one token a row out."""
+"""Run one forward pass a step: rows of many sequences, tasks and lengths in, one token a row out, and scores."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _max_tokens(config: RunnerConfig, backend: Backend, spec: BaseSpec) -> int:
 
 
 class PagedRunner:
-    """Runs steps over a paged KV cache. `last_logits` [R, vocabulary] are those of the last step's sampled rows."""
+    """Runs steps over a paged KV cache. `last_logits` [R, vocabulary] are all that the last step's rows wanted."""
 
     def __init__(self, base: InstrumentedBase, config: RunnerConfig) -> None:
         self.base, self.block_size, self.num_threads = base, config.block_size, config.num_threads
@@ -115,13 +115,13 @@ class PagedRunner:
 
     @torch.inference_mode()
     def run(self, rows: list[Row]) -> list[Sampled | None]:
-        """Compute every row's tokens, write their KV, and sample if a row asks for it (else None), in order."""
+        """Compute every row's tokens, write their KV, and sample and score as rows ask for it (else None), in order."""
         for row in rows:
             self._check_prefix(row)
         computed = [row for row in map(self._fill, rows) if row.tokens]
         self.last_logits = self._forward(computed) if computed else self.last_logits[:0]
-        sampled = iter(sample(self.last_logits, [row for row in rows if row.sampling], self._best_tokens))
-        return [next(sampled) if row.sampling else None for row in rows]
+        sampled = iter(sample(self.last_logits, [row for row in rows if row.num_logits], self._best_tokens))
+        return [next(sampled) if row.num_logits else None for row in rows]
 
     def _check_prefix(self, row: Row) -> None:
         num_virtual = sum(self.base.adapter_slots.slots[slot].num_virtual for slot, _ in row.adapters)
@@ -146,8 +146,11 @@ class PagedRunner:
             return self.graphs.run(rows)
         tokens = [max(token, 0) for row in rows for token in row.tokens]
         positions = [row.start + i for row in rows for i in range(len(row.tokens))]
-        wanted, end = [], 0
+        wanted, end = list[int](), 0
         for row in rows:
+            if row.targets is not None:
+                first = end + row.targets.start - row.start
+                wanted += range(first, first + len(row.targets.tokens))
             end += len(row.tokens)
             if row.sampling:
                 wanted.append(end - 1)

@@ -1,36 +1,42 @@
-"""Choose tokens: each row by its own settings and its own seed, whatever else is in the batch."""
+"""Choose and score tokens: each row by its own settings and its own seed, whatever else is in the batch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from server.core import Logprobs, Row, Sampled, Sampling
+from server.core import Logprobs, Row, Sampled, Sampling, Targets
 
 log = logging.getLogger(__name__)
 
 NUM_CANDIDATES = 1024  # a sort of the whole vocabulary costs ten times a top-k of this size
+SCORED_ROWS = 16  # whose distributions are held at once
 
 
 def sample(logits: Tensor, rows: list[Row], best_tokens: Callable[[Tensor], Tensor]) -> list[Sampled]:
-    """Choose one token per row from logits [R, vocabulary] in fp32.
+    """Choose one token per row that is sampled, and score its targets, from logits [R, vocabulary] in fp32.
 
-    What is not finite, or raises, is an error of its row alone: no other row is computed again for it. `best_tokens` is
-    the backend's, see `Backend.best_tokens`.
+    Each row has `Row.num_logits` of the logits. What is not finite, or raises, is an error of its row alone: no other
+    row is computed again for it. `best_tokens` is the backend's, see `Backend.best_tokens`.
     """
-    best_of_rows = best_tokens(logits).tolist()
-    return [_guarded(logits[index], row, best_of_rows[index]) for index, row in enumerate(rows)]
+    best_of_rows, sampled, end = best_tokens(logits).tolist(), [], 0
+    for row in rows:
+        first, end = end, end + row.num_logits
+        sampled.append(_guarded(logits[first:end], row, best_of_rows[first:end]))
+    return sampled
 
 
-def _guarded(logits: Tensor, row: Row, best: int) -> Sampled:
-    if best < 0:
+def _guarded(logits: Tensor, row: Row, best: list[int]) -> Sampled:
+    if min(best) < 0:
         return Sampled(error="the logits are not finite")
     try:
-        return _sample_row(logits, row, best)
+        sampled = Sampled() if row.sampling is None else _sample_row(logits[-1], row, row.sampling, best[-1])
+        sampled.scores = [] if row.targets is None else _scores(logits, row.targets, best)
+        return sampled
     except OverflowError as error:
         return Sampled(error=str(error))
     except Exception:
@@ -38,11 +44,22 @@ def _guarded(logits: Tensor, row: Row, best: int) -> Sampled:
         return Sampled(error="the sampler failed on this request; the server's log says why", is_internal=True)
 
 
-def _sample_row(logits: Tensor, row: Row, best: int) -> Sampled:
-    sampling, place = row.sampling or Sampling(), len(row.history) - row.num_prompt
+def _sample_row(logits: Tensor, row: Row, sampling: Sampling, best: int) -> Sampled:
+    place = len(row.history) - row.num_prompt
     given = sampling.forced[place : place + 1]
     token = given[0] if given else _choose(logits, row, sampling, best, place)
-    return Sampled(token, None if sampling.logprobs is None else _logprobs(logits, token, sampling.logprobs))
+    if sampling.logprobs is None:
+        return Sampled(token)
+    return Sampled(token, _logprobs(logits[None], [token], sampling.logprobs, [best])[0])
+
+
+def _scores(logits: Tensor, targets: Targets, best: list[int]) -> list[Logprobs]:
+    """Score the targets [n] of a row by the first n of its logits, a few at a time."""
+    scores: list[Logprobs] = []
+    for first in range(0, len(targets.tokens), SCORED_ROWS):
+        some = slice(first, min(first + SCORED_ROWS, len(targets.tokens)))
+        scores += _logprobs(logits[some], targets.tokens[some], targets.num_top, best[some])
+    return scores
 
 
 def _choose(logits: Tensor, row: Row, sampling: Sampling, best: int, place: int) -> int:
@@ -136,7 +153,13 @@ def _sorted_top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:count], tokens[order[:count]]
 
 
-def _logprobs(logits: Tensor, token: int, num_top: int) -> Logprobs:
+def _logprobs(logits: Tensor, tokens: Sequence[int], num_top: int, best: list[int]) -> list[Logprobs]:
+    """Return the log-probabilities of tokens [n] by logits [n, vocabulary], whose best tokens are `best`."""
     scores = torch.log_softmax(logits, -1)
-    values, tokens = scores.topk(num_top)
-    return Logprobs(float(scores[token]), list(zip(tokens.tolist(), values.tolist(), strict=True)))
+    chosen = scores[torch.arange(len(tokens)), list(tokens)].tolist()
+    values, alternatives = scores.topk(num_top)
+    tops = zip(alternatives.tolist(), values.tolist(), strict=True)
+    return [
+        Logprobs(chosen[index], list(zip(*top, strict=True)), tokens[index] == best[index])
+        for index, top in enumerate(tops)
+    ]

@@ -16,7 +16,7 @@ from server.model.row_adapters import Acts, RowAdapters
 class StepContext:
     """The adapters and the KV cache of one step's rows.
 
-    `tokens` has the adapters of all T tokens, `sampled` of the R rows that the head sees; `of_tokens` and `of_sampled`
+    `tokens` has the adapters of all T tokens, `sampled` of the R that the head sees; `of_tokens` and `of_sampled`
     are the same as the backend prepared them. `paged` also reaches attention as an argument, for transformers' modules
     hand it on.
     """

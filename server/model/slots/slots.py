@@ -126,7 +126,7 @@ class AdapterSlots:
     def begin_step(self, rows: list[Row], paged: PagedBatch | None = None) -> None:
         """Set what the next forward computes with. A virtual position is a token -1, -2, … of its row."""
         tokens = build_row_adapters((row.adapters, len(row.tokens)) for row in rows)
-        sampled = build_row_adapters((row.adapters, 1) for row in rows if row.sampling)
+        sampled = build_row_adapters((row.adapters, row.num_logits) for row in rows)
         for slot in tokens.slots.tolist():
             self.copies.wait(slot)
         virtual, first = list[tuple[int, int, int, int]](), 0

@@ -5,6 +5,7 @@ import pytest
 
 from server.core import EngineFailure, Sampled
 from server.engine.engine import Engine
+from server.engine.in_flight import Request
 from server.engine.sequence import Sequence
 from server.model.fake import FakePacked, FakeRunner
 from tests.server.engine.world import DIGEST_BYTES, EOS, World, digest_of, prompt_of
@@ -216,6 +217,49 @@ def test_logprobs_are_handed_on() -> None:
     name = world.submit(PROMPT, max_tokens=3, logprobs=2, ignore_eos=True)
     world.run()
     assert [len(output.logprobs) for output in world.answers[name].outputs] == [1, 1, 1]
+
+
+def test_what_must_be_scored_is_computed_though_it_is_cached() -> None:
+    """The cache gives a prompt's beginning up to its first scored token; what follows is computed, and scored."""
+    world = World(block_size=4)
+    prompt = prompt_of(random.Random(0), 30)
+    for scored_from, cached in ((1, 0), (1, 0), (9, 8), (20, 16), (30, 28), (99, 28)):
+        name = world.submit(prompt, max_tokens=0, prompt_logprobs=2, scored_from=scored_from)
+        world.run()
+        assert world.is_right(name) and len(world.answers[name].scores) == max(0, 30 - scored_from)
+        assert {output.cached_tokens for output in world.answers[name].outputs} == {cached}, scored_from
+        assert [output.timing is None for output in world.answers[name].outputs][-1] is False
+    world.assert_at_rest()
+
+
+def test_a_step_scores_a_bounded_number_of_tokens() -> None:
+    """Rows that score share a step's bound on logits; those that only decode get a token in each step all the same."""
+    world = World(max_batch_tokens=400, num_blocks=400, max_running=8)
+    decoding = world.submit(PROMPT, max_tokens=12, ignore_eos=True)
+    names = [world.submit(prompt_of(random.Random(at), 300), max_tokens=1, prompt_logprobs=0) for at in range(2)]
+    num_steps = 0
+    while world.engine.has_work:
+        done = world.step()
+        num_steps += 1
+        assert done is not None and sum(len(output.scores) for output in done.outputs) <= 128
+        assert len(world.answers[decoding].tokens) == min(num_steps, 12)
+    assert all(world.is_right(name) for name in (decoding, *names))
+
+
+def test_a_resumed_request_is_scored_once() -> None:
+    """An engine that goes on for one that died scores the tokens that are left, and the answer is whole."""
+    world = World(max_batch_tokens=16)
+    name = world.submit(prompt_of(random.Random(0), 60), max_tokens=3, prompt_logprobs=1, ignore_eos=True)
+    request, wanted = Request(world.requests[name]), World(max_batch_tokens=16)
+    for _ in range(2):
+        world.step()
+    for output in world.answers[name].outputs:
+        request.note(output)
+    assert 0 < request.num_scored < 59
+    wanted.requests[name], wanted.answers[name] = world.requests[name], world.answers[name]
+    wanted.engine.submit(request.resumed())
+    wanted.run()
+    assert wanted.is_right(name)
 
 
 def test_prompts_are_chunked_and_decoding_goes_on() -> None:

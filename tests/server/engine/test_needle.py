@@ -1,6 +1,7 @@
 """Every request among many others gets what it gets alone. The fake runner raises on any stale or crossed KV."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ def random_world(draw: random.Random) -> World:
     """Limits at random: small pools preempt, few slots evict, small budgets chunk."""
     max_batch_tokens = draw.choice([4, 8, 16, 64])
     slots = draw.choice([2, 3, 6])
-    return World(
+    world = World(
         num_blocks=draw.choice([10, 16, 40, 200]),
         block_size=draw.choice([1, 4, 8]),
         vocab_size=draw.choice([30, 512]),
@@ -25,6 +26,9 @@ def random_world(draw: random.Random) -> World:
         has_prefixes=draw.random() < 0.7,
         num_loaders=draw.randrange(1, 4),
     )
+    scheduler = world.engine.scheduler
+    scheduler.limits = replace(scheduler.limits, max_scored_tokens=draw.choice([1, 5, 128]))
+    return world
 
 
 def ask(draw: random.Random, world: World) -> str:
@@ -47,13 +51,16 @@ def ask(draw: random.Random, world: World) -> str:
     num_virtual = sum(
         virtual_of(adapter if isinstance(adapter, int) else adapter[0]) for adapter in adapters if world.has_prefixes
     )
+    is_scored = draw.random() < 0.3
     adapters, most = (adapters, most - num_virtual) if num_virtual < most else ([], most)
     return world.submit(
         prompt[:most],
         *adapters,
         namespace=namespace,
         timeout=draw.choice([1e9, 1e9, 1e9, draw.random()]),
-        max_tokens=draw.randrange(1, 40),
+        max_tokens=0 if is_scored and draw.random() < 0.5 else draw.randrange(1, 40),
+        prompt_logprobs=draw.randrange(3) if is_scored else None,
+        scored_from=draw.choice([1, draw.randrange(1, 40)]),
         temperature=draw.choice([0.0, 1.0]),
         seed=draw.randrange(3),
         ignore_eos=draw.random() < 0.5,
@@ -83,6 +90,7 @@ def test_needle(seed: int) -> None:
         is_late = answer.failure is not None and answer.failure.code == "deadline_exceeded"
         assert is_gone or is_late or world.is_right(name), (name, answer)
         assert answer.tokens == world.alone(name)[0][: len(answer.tokens)]
+        assert answer.scores == world.scores_alone(name)[: len(answer.scores)]
     world.assert_at_rest()
 
 

@@ -6,10 +6,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.core import AdapterRef, EngineFailure, RunnerConfig, Sampling
+from server.core import AdapterRef, EngineFailure, Logprobs, RunnerConfig, Sampling
 from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Output, StepDone, Submit
-from server.model.fake import FakePacked, FakeRunner, FakeSlots, answer_alone
+from server.model.fake import FakePacked, FakeRunner, FakeSlots, answer_alone, scores_alone
 from tests.server.engine.spawners import LateSpawner
 
 EOS = [7]
@@ -72,6 +72,7 @@ class RequestAnswer:
     """The tokens, outputs and end of one request so far."""
 
     tokens: list[int] = field(default_factory=list)
+    scores: list[Logprobs] = field(default_factory=list)
     finish_reason: str | None = None
     failure: EngineFailure | None = None
     outputs: list[Output] = field(default_factory=list)
@@ -84,6 +85,7 @@ class RequestAnswer:
         """Take the next output; nothing may follow the last."""
         assert not self.is_over, "an output after the last one"
         self.tokens += output.token_ids
+        self.scores += output.scores
         self.finish_reason, self.failure = output.finish_reason, output.failure
         self.outputs.append(output)
 
@@ -169,10 +171,18 @@ class World:
             max_sequence_tokens=self.engine.max_sequence_tokens,
         )
 
+    def scores_alone(self, name: str) -> list[Logprobs]:
+        """Return the scores of its prompt that the request must get."""
+        request = self.requests[name]
+        adapters = [(adapter.digest, adapter.weight) for adapter in request.adapters]
+        num_virtual = sum(adapter.num_virtual for adapter in request.adapters)
+        return scores_alone(request.prompt, adapters, request.sampling, num_virtual)
+
     def is_right(self, name: str) -> bool:
         """Whether the request got what it gets alone."""
         answer = self.answers[name]
-        return answer.failure is None and (answer.tokens, answer.finish_reason) == self.alone(name)
+        is_answered = answer.failure is None and (answer.tokens, answer.finish_reason) == self.alone(name)
+        return is_answered and answer.scores == self.scores_alone(name)
 
     def assert_at_rest(self) -> None:
         """Assert that no block, pin or user is held, and that the slots hold what the bookkeeping says."""

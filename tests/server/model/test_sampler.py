@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.core import Row, Sampled, Sampling
+from server.core import Row, Sampled, Sampling, Targets
 from server.model.backends.cpu.backend import CpuBackend
 from server.model.sampler import draw, penalise, uniform
 from server.model.sampler import sample as sample_by
@@ -164,6 +164,24 @@ def test_a_forced_answer_is_scored() -> None:
     for sampled, place, token in ((first, 0, 5), (second, 1, 6)):
         assert sampled.logprobs is not None
         assert sampled.logprobs.chosen == pytest.approx(float(logits[place].log_softmax(-1)[token]))
+
+
+def test_the_tokens_of_a_prompt_are_scored_beside_others() -> None:
+    """Each target has the bits that it has alone, as a forced token or as one of many; a bad row fails alone."""
+    logits, tokens = make_logits(44), [at * 7 % 4000 for at in range(40)]
+    tokens[3] = int(logits[4].argmax())
+    scored = Row([0] * 40, 0, [0], sampling=Sampling(logprobs=2), history=[0], targets=Targets(0, tokens, 2))
+    only = Row([0], 0, [0], history=[0], targets=Targets(0, [5], 2))
+    first, found, last = sample(logits, [row(), scored, only])[:3]
+    assert first.token == int(logits[0].argmax()) and found.token == int(logits[41].argmax())
+    assert (last.token, len(last.scores), len(found.scores)) == (-1, 1, 40)
+    for at, (token, scores) in enumerate(zip(tokens, found.scores, strict=True), start=1):
+        (forced,) = sample(logits[at : at + 1], [row(forced=(token,), logprobs=2)])
+        assert forced.logprobs == scores and scores.is_greedy == (at == 4)
+        assert scores.chosen == pytest.approx(float(logits[at].log_softmax(-1)[token]))
+    logits[20, 0] = float("nan")
+    again = sample(logits, [row(), scored, only])
+    assert (again[0], again[2]) == (first, last) and again[1].error
 
 
 HOT: list[dict[str, Any]] = [
