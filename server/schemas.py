@@ -17,6 +17,8 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
 PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 MAX_PROMPTS = 64
+MAX_CONTINUATIONS = 256
+MAX_SCORED_TOP = 20  # alternatives of a prompt's token
 MAX_TURNS = 4096
 MAX_STOP_TOKENS = 256
 MAX_ROUTED = 64  # versions of a route
@@ -24,6 +26,7 @@ MIN_TEMPERATURE = 1e-3  # logits divided by less would not be finite: less is gr
 
 TaskName = Annotated[str, Field(pattern=NAME_PATTERN)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
+Continuation = Annotated[str, Field(min_length=1)] | Annotated[TokenIds, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,8}$")], Annotated[float, Field(ge=-100, le=100)]],
@@ -42,6 +45,10 @@ def _fail_fast(schema: Any) -> None:
     elif isinstance(schema, list | tuple):
         for part in schema:
             _fail_fast(part)
+
+
+def _has(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
 class Strict(BaseModel):
@@ -101,26 +108,42 @@ class SamplingFields(Strict):
         return Sampling(**values)
 
 
-class GenerateRequest(SamplingFields):
-    """The body of POST /generate."""
+class AdapterFields(Strict):
+    """The adapters that answer, and until when."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [{"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in PROMPT_FIELDS]
-        }
-    )
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] | None = None
-    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    max_tokens: int = Field(128, ge=1)
-    n: int = Field(1, ge=1, le=8)
-    stop: Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
-    logprobs: int | None = Field(None, ge=0, le=5)
     adapters: Annotated[list[WeightedTask], Field(min_length=1, max_length=8)] | None = None
     version: int | None = Field(None, ge=1)
     user: User | None = None
-    stream: bool = False
     timeout_s: float = Field(120.0, gt=0, le=3600)
+
+    def resolvable(self, task: str | None) -> dict[str, Any]:
+        """These as fields of a spec. Raises `BadRequestError` if no task is named, or two sets of adapters."""
+        if self.adapters is None and not task:  # the base, too, is asked for by name
+            raise BadRequestError("name a task: ?task=NAME (task=base is the base itself)", "task")
+        if self.adapters is not None and (task is not None or self.version is not None):
+            raise BadRequestError("give either ?task= (with version), or adapters, not both", "adapters")
+        return {
+            "task": task or "",
+            "version": self.version,
+            "adapters": None if self.adapters is None else [(one.task, one.weight) for one in self.adapters],
+            "user": self.user,
+            "timeout_s": self.timeout_s,
+        }
+
+
+class GenerateRequest(AdapterFields, SamplingFields):
+    """The body of POST /generate."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_has(name) for name in PROMPT_FIELDS]})
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] | None = None
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    max_tokens: int = Field(128, ge=0)
+    n: int = Field(1, ge=1, le=8)
+    stop: Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
+    logprobs: int | None = Field(None, ge=0, le=5)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED_TOP)
+    stream: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +166,31 @@ class GenerateRequest(SamplingFields):
         if len(given) != 1:
             said = " and ".join(given) if given else "none of them"
             raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> Self:
+        if not self.max_tokens and self.prompt_logprobs is None:
+            raise InvalidFieldError(
+                "max_tokens: 0 answers nothing without prompt_logprobs: ask for 1 or more", "max_tokens"
+            )
+        return self
+
+
+class ScoreRequest(AdapterFields):
+    """The body of POST /score."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_has("prompt"), _has("prompt_token_ids")]})
+    prompt: str | None = None
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    continuations: Annotated[list[Continuation], Field(min_length=1, max_length=MAX_CONTINUATIONS)]
+    logprobs: bool = False
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.prompt_token_ids is None):
+            said = "none of them" if self.prompt is None else "both"
+            raise BadRequestError(f"give exactly one of prompt, prompt_token_ids: this has {said}", "prompt")
         return self
 
 

@@ -144,6 +144,7 @@ class ChoiceAnswer(TypedDict):
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: NotRequired[list[ChosenTokenAnswer]]
+    prompt_logprobs: NotRequired[list[ChosenTokenAnswer | None]]
 
 
 class _GenerateHead(TypedDict):
@@ -169,8 +170,25 @@ class GenerateEvent(_GenerateHead):
     token_ids: list[int]
     finish_reason: FinishReason | None
     logprobs: NotRequired[list[ChosenTokenAnswer]]
+    prompt_logprobs: NotRequired[list[ChosenTokenAnswer | None]]
     usage: NotRequired[UsageAnswer]
     timing: NotRequired[TimingAnswer]
+
+
+class ScoreAnswer(TypedDict):
+    """The log-probability of a continuation, and whether each of its tokens is the best one at its place."""
+
+    logprob: float
+    num_tokens: int
+    is_greedy: bool
+    token_logprobs: NotRequired[list[float]]
+
+
+class ScoresAnswer(TypedDict):
+    """The scores of all continuations, in order."""
+
+    scores: list[ScoreAnswer]
+    usage: UsageAnswer
 
 
 # Adapters and tasks

@@ -16,7 +16,6 @@ from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_o
 from server.api.document import COUNTED, GENERATES, errors, says_whole_or_streamed
 from server.api.respond import respond
 from server.core import Logprobs
-from server.errors import BadRequestError
 from server.requests.answer import Chunk, Generation
 from server.requests.auth import GENERATE, Caller
 from server.requests.resolve import ResolvedAdapters
@@ -47,17 +46,10 @@ async def generate(request: Request, task: str | None = None) -> Response:
 
 def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> GenerationSpec:
     """The spec of a body. Raises `BadRequestError` if it names no task, or two sets of adapters."""
-    if asked.adapters is None and not task:  # the base, too, is asked for by name
-        raise BadRequestError("name a task: POST /generate?task=NAME (task=base is the base itself)", "task")
-    if asked.adapters is not None and (task is not None or asked.version is not None):
-        raise BadRequestError("give either ?task= (with version), or adapters, not both", "adapters")
     return GenerationSpec(
         tenant=caller.tenant,
         limits=caller.limits,
-        task=task or "",
-        version=asked.version,
-        adapters=None if asked.adapters is None else [(one.task, one.weight) for one in asked.adapters],
-        user=asked.user,
+        **asked.resolvable(task),
         texts=[asked.prompt] if isinstance(asked.prompt, str) else asked.prompt,
         turns=None if asked.messages is None else [(message.role, message.content) for message in asked.messages],
         token_ids=None if asked.prompt_token_ids is None else [asked.prompt_token_ids],
@@ -69,7 +61,7 @@ def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> Generatio
         stop=asked.stop,
         has_logprobs=asked.logprobs is not None,
         top_logprobs=asked.logprobs,
-        timeout_s=asked.timeout_s,
+        prompt_logprobs=asked.prompt_logprobs,
     )
 
 
@@ -131,6 +123,9 @@ class GenerateForm:
         if self.has_logprobs:
             pairs = zip(chunk.token_ids, chunk.logprobs, strict=True)
             choice["logprobs"] = [self._logprobs(token_id, logprobs) for token_id, logprobs in pairs]
+        if chunk.prompt is not None:
+            pairs = zip(chunk.prompt.token_ids[1:], chunk.prompt.scores, strict=True)
+            choice["prompt_logprobs"] = [None, *(self._logprobs(token_id, logprobs) for token_id, logprobs in pairs)]
         return choice
 
     def _logprobs(self, token_id: int, logprobs: Logprobs) -> dict[str, Any]:

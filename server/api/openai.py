@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -118,7 +120,8 @@ class CompletionRequest(OpenAIFields):
         | Annotated[TokenIds, Field(min_length=1)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @model_validator(mode="after")
@@ -128,6 +131,12 @@ class CompletionRequest(OpenAIFields):
             raise InvalidFieldError(
                 f"n: {num_prompts} prompts with {self.n} answers each are over {MAX_CHOICES} answers", "n"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> Self:
+        if not self.max_tokens and not self.echo:
+            raise InvalidFieldError("max_tokens: 0 answers nothing without echo: ask for 1 or more", "max_tokens")
         return self
 
 
@@ -181,8 +190,10 @@ async def completions(request: Request) -> Response:
         max_tokens=asked.max_tokens,
         has_logprobs=asked.logprobs is not None,
         top_logprobs=asked.logprobs,
+        echo=asked.echo,
+        prompt_logprobs=asked.logprobs if asked.echo else None,
     )
-    return await _answer(request, state, asked, spec, CompletionForm)
+    return await _answer(request, state, asked, spec, partial(CompletionForm, texts=spec.texts, n=asked.n))
 
 
 @router.post(
@@ -206,7 +217,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _answer(
-    request: Request, state: ServerState, asked: OpenAIFields, spec: GenerationSpec, shape: type[OpenAIForm]
+    request: Request, state: ServerState, asked: OpenAIFields, spec: GenerationSpec, shape: Callable[..., OpenAIForm]
 ) -> Response:
     options = asked.stream_options or StreamOptions()
     usage = UsageEvents(options.include_usage, options.continuous_usage_stats)

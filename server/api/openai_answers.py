@@ -43,11 +43,11 @@ class OpenAIUsage(TypedDict):
 
 
 class CompletionLogprobs(TypedDict):
-    """OpenAI's older form of log-probabilities: parallel lists."""
+    """OpenAI's older form of log-probabilities: parallel lists; null for the first token of an echoed prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

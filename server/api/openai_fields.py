@@ -43,7 +43,6 @@ _VLLM: Fields = {
     "bad_words": ([],),
     "cache_salt": (),
     "early_stopping": (False,),
-    "echo": (False,),
     "ec_transfer_params": ({},),
     "guided_choice": (),
     "guided_decoding_backend": (),
@@ -89,6 +88,7 @@ COMPLETION: Fields = {
 CHAT: Fields = {
     **_VLLM,
     **_OPENAI,
+    "echo": (False,),
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "chat_template": (),

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from server.core import Logprobs
-from server.requests.answer import Chunk, Generation, GenerationState
+from server.requests.answer import Chunk, Generation, GenerationState, ReadPrompt
 from server.requests.tokenizer import Tokenizer
 
 
@@ -75,32 +75,65 @@ class _Offset:
         self._num_characters += len(self._decoder.decode(data))
         return start
 
+    def pass_over_prompt(self, text: str, tokens: list[bytes]) -> list[int]:
+        """Pass over a prompt's text, and return the places at which its tokens begin.
+
+        A token that its text does not have, as the one that begins every sequence, takes no place.
+        """
+        starts = []
+        for data in tokens:
+            if data[:1] == b" " and not text.startswith(" ", self._num_characters):
+                data = data[1:]  # SentencePiece's space before a text
+            name = data.decode(errors="ignore")
+            is_shown = not name or text.startswith(name, self._num_characters)
+            starts.append(self.pass_over(data if is_shown else b""))
+        self._num_characters = len(text)
+        return starts
+
 
 class CompletionForm(OpenAIForm):
     """Writes answers of POST /v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, texts: list[str] | None, n: int) -> None:
         super().__init__(*args)
+        self._texts, self._n = texts, n  # of prompts, and answers to each
         self._offsets: dict[int, _Offset] = {}  # of each choice
 
     def choice(self, chunk: Chunk) -> dict[str, Any]:
-        """Text, with OpenAI's older form of log-probabilities."""
-        logprobs = self._logprobs(chunk) if self._has_logprobs else None
-        return {"index": chunk.index, "text": chunk.text, "finish_reason": chunk.finish_reason, "logprobs": logprobs}
+        """Text, behind the prompt's if that is told, with OpenAI's older form of log-probabilities."""
+        before = "" if chunk.prompt is None else self._text(chunk.index, chunk.prompt)
+        logprobs = self._logprobs(chunk, before) if self._has_logprobs else None
+        text = before + chunk.text
+        return {"index": chunk.index, "text": text, "finish_reason": chunk.finish_reason, "logprobs": logprobs}
 
     delta = choice
 
-    def _logprobs(self, chunk: Chunk) -> dict[str, Any]:
-        """Parallel lists; `text_offset` counts characters of the answer, also over chunks."""
+    def _text(self, index: int, prompt: ReadPrompt) -> str:
+        if self._texts is None:
+            return self._tokenizer.decode(prompt.token_ids)
+        return self._texts[index // self._n]
+
+    def _logprobs(self, chunk: Chunk, before: str) -> dict[str, Any]:
+        """Parallel lists; `text_offset` counts characters of prompt and answer, also over chunks.
+
+        Nothing predicts the first token of a prompt: it has null for log-probabilities.
+        """
         offset = self._offsets.setdefault(chunk.index, _Offset())
-        starts = [offset.pass_over(self._shown(token_id)) for token_id in chunk.token_ids]
-        tops = [self._tops(*pair) for pair in zip(chunk.token_ids, chunk.logprobs, strict=True)]
+        token_ids: list[int] = []
+        scores: list[Logprobs | None] = []
+        starts: list[int] = []
+        if chunk.prompt is not None:
+            token_ids, scores = [*chunk.prompt.token_ids], [None, *chunk.prompt.scores]
+            starts = offset.pass_over_prompt(before, [self._tokenizer.token_bytes(token_id) for token_id in token_ids])
+        starts += [offset.pass_over(self._shown(token_id)) for token_id in chunk.token_ids]
+        token_ids, scores = [*token_ids, *chunk.token_ids], [*scores, *chunk.logprobs]
+        pairs = zip(token_ids, scores, strict=True)
         return {
-            "tokens": [self._name(token_id) for token_id in chunk.token_ids],
-            "token_logprobs": [logprobs.chosen for logprobs in chunk.logprobs],
-            "top_logprobs": tops,
+            "tokens": [self._name(token_id) for token_id in token_ids],
+            "token_logprobs": [None if one is None else one.chosen for one in scores],
+            "top_logprobs": [None if one is None else self._tops(token_id, one) for token_id, one in pairs],
             "text_offset": starts,
         }
 

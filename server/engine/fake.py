@@ -176,17 +176,25 @@ class FakeEngineClient:
         is_end, eos = submit.sampling.is_end, self._description.eos_token_ids
         if ends := [at for at, token in enumerate(tokens) if is_end(token, eos)]:
             tokens, reason = tokens[: ends[0] + 1], "stop"
-        outputs = [self._output(submit, token) for token in tokens]
+        outputs = [self._output(submit, token) for token in tokens] or [Output(submit.sequence_id)]
+        outputs[0].scores = self._scores(submit)
         outputs[0].timing = Timing(queued_ms=1.0, load_ms=0.0, ttft_ms=2.0)
         outputs[-1].finish_reason = reason
         return outputs
 
     def _output(self, submit: Submit, token: int) -> Output:
         num_top = submit.sampling.logprobs
-        if num_top is None:
-            return Output(submit.sequence_id, [token])
+        return Output(submit.sequence_id, [token], [] if num_top is None else [self._logprobs(token, num_top)])
+
+    def _scores(self, submit: Submit) -> list[Logprobs]:
+        """Score the prompt's tokens as a token of the answer is."""
+        num_top = submit.sampling.prompt_logprobs
+        tokens = [] if num_top is None else submit.prompt[submit.sampling.scored_from :]
+        return [self._logprobs(token, num_top or 0) for token in tokens]
+
+    def _logprobs(self, token: int, num_top: int) -> Logprobs:
         top = [((token + at) % self._description.spec.vocab_size, -0.25 * (at + 1)) for at in range(num_top)]
-        return Output(submit.sequence_id, [token], [Logprobs(-0.25, top)])
+        return Logprobs(-0.25, top, is_greedy=True)
 
     def _echo(self, submit: Submit) -> list[int]:
         shift, vocab = shift_of(submit.adapters), self._description.spec.vocab_size

@@ -21,7 +21,11 @@ SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """A prepared request: all that its answers depend on. `prompts` are token ids; times are monotonic seconds."""
+    """A prepared request: all that its answers depend on. `prompts` are token ids; times are monotonic seconds.
+
+    With `tells_prompts` the first chunk of a choice has its prompt. `scored_from` has the first token that is scored
+    of prompts that begin alike: the first of these is computed before the others, which find its beginning computed.
+    """
 
     resolved: ResolvedAdapters
     prompts: list[list[int]]
@@ -32,6 +36,8 @@ class GenerationJob:
     arrived: float = field(default_factory=time.monotonic)
     limits: TenantLimits = field(default_factory=TenantLimits)
     lead: str = ""  # taken off the beginning of each answer
+    tells_prompts: bool = False
+    scored_from: list[int] | None = None
 
     @property
     def max_total_tokens(self) -> int:
@@ -45,12 +51,13 @@ class GenerationJob:
 
     def submit(self, index: int) -> Submit:
         """The sequence of the choice `index`. Choices of a prompt differ in their seed alone."""
-        seed = (self.sampling.seed + SEED_STEP * index) % 2**63
+        seed, prompt = (self.sampling.seed + SEED_STEP * index) % 2**63, index // self.n
+        scored_from = 1 if self.scored_from is None else self.scored_from[prompt]
         return Submit(
             sequence_id=uuid.uuid4().hex,
             namespace=self.resolved.tenant,
-            prompt=self.prompts[index // self.n],
-            sampling=msgspec.structs.replace(self.sampling, seed=seed),
+            prompt=self.prompts[prompt],
+            sampling=msgspec.structs.replace(self.sampling, seed=seed, scored_from=scored_from),
             deadline=self.arrived + self.timeout_s,
             arrived=self.arrived,
             adapters=tuple(AdapterRef(one.digest, weight, one.num_virtual) for one, weight in self.resolved.adapters),
@@ -60,14 +67,23 @@ class GenerationJob:
 
 
 @dataclass
+class ReadPrompt:
+    """A prompt that the engine has read: its tokens, and the scores of the last of them that were asked for."""
+
+    token_ids: list[int]
+    scores: list[Logprobs] = field(default_factory=list)
+
+
+@dataclass
 class Chunk:
-    """New tokens and text of one choice; `finish_reason` marks its last chunk."""
+    """New tokens and text of one choice; `finish_reason` marks its last chunk, and the first may tell the prompt."""
 
     index: int
     text: str
     token_ids: list[int]
     logprobs: list[Logprobs]
     finish_reason: str | None = None
+    prompt: ReadPrompt | None = None
 
     @classmethod
     def empty(cls, index: int) -> Chunk:
@@ -80,6 +96,7 @@ class Chunk:
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         self.finish_reason = chunk.finish_reason
+        self.prompt = self.prompt or chunk.prompt
 
 
 @dataclass

@@ -12,7 +12,7 @@ from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.messages import Output
 from server.errors import EngineFailedError, UnavailableError
 from server.metrics import Metrics
-from server.requests.answer import Chunk, GenerationJob, GenerationState
+from server.requests.answer import Chunk, GenerationJob, GenerationState, ReadPrompt
 from server.requests.detokenizer import TextStream
 from server.requests.tokenizer import Tokenizer
 from server.uploads.revalidation import Revalidation
@@ -33,7 +33,10 @@ class ChoiceRunner:
     async def run_choices(self, job: GenerationJob, progress: GenerationState) -> AsyncGenerator[Chunk]:
         """Chunks of all choices as they come, counted in `progress`. An error of one choice, or closing, ends all."""
         queue: Queue = asyncio.Queue()
-        choices = [asyncio.create_task(self._feed(job, progress, index, queue)) for index in range(job.num_choices)]
+        is_begun = asyncio.Event()
+        choices = [
+            asyncio.create_task(self._feed(job, progress, index, queue, is_begun)) for index in range(job.num_choices)
+        ]
         try:
             while progress.ended < len(choices):
                 item = await queue.get()
@@ -46,13 +49,21 @@ class ChoiceRunner:
                 choice.cancel()
             await asyncio.gather(*choices, return_exceptions=True)
 
-    async def _feed(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
-        """Put the chunks of one choice into the queue, or the error that ended it."""
+    async def _feed(
+        self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue, is_begun: asyncio.Event
+    ) -> None:
+        """Put the chunks of one choice into the queue, or the error that ended it.
+
+        Prompts that begin alike wait until the first is computed: `is_begun` tells it.
+        """
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
                 for digest in job.resolved.digests:
                     await self._revalidation.ensure_validated(digest)
+                if job.scored_from is not None and index > 0:
+                    await is_begun.wait()
                 await self._run_choice(job, progress, index, queue)
+                is_begun.set()
         except TimeoutError:
             failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
             queue.put_nowait(EngineFailedError(failure))
@@ -62,7 +73,8 @@ class ChoiceRunner:
             queue.put_nowait(error)
 
     async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
-        text = TextStream(self._tokenizer, job.stop, job.prompts[index // job.n], job.lead)
+        prompt = ReadPrompt(job.prompts[index // job.n])
+        text, is_told = TextStream(self._tokenizer, job.stop, prompt.token_ids, job.lead), not job.tells_prompts
         label, last = self._metrics.label(job.resolved.tenant, job.resolved.label), 0.0
         async with aclosing(self._client.generate(job.submit(index))) as outputs:
             async for output in outputs:
@@ -71,8 +83,11 @@ class ChoiceRunner:
                     raise EngineFailedError(output.failure, self._client.retry_after_s)
                 if last and output.token_ids:
                     self._metrics.gap.labels(*label).observe(now - last)
-                last = now
+                last = now if output.token_ids else last
+                prompt.scores += output.scores
                 chunk = _chunk(index, output, text)
+                if not is_told and (output.token_ids or output.finish_reason is not None):
+                    chunk.prompt, is_told = prompt, True
                 progress.count(index // job.n, output, chunk)
                 progress.total_ms = (now - job.arrived) * 1000
                 queue.put_nowait(chunk)

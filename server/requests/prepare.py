@@ -35,19 +35,26 @@ class JobPreparer:
     async def prepare(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> GenerationJob:
         """The job that a spec asks for. Raises `ServerError` for one that can never run here, before it queues."""
         spec = replace(spec, sampling=msgspec.structs.replace(spec.sampling, **resolved.defaults(spec.named)))
-        prompts = await self._prompts(spec, resolved)
+        scored_from = None
+        if spec.continuations is None:
+            prompts = await self._prompts(spec, resolved)
+        else:
+            prompts, scored_from = await self._continued(spec, spec.continuations)
         max_tokens = spec.max_tokens
         if max_tokens is None:
             ready = require_ready(self._client)
             room = ready.max_sequence_tokens - resolved.num_virtual - len(prompts[0])
             max_tokens = max(1, min(room, max_answer_tokens(spec, len(prompts))))
-        check_length(require_ready(self._client), resolved, prompts, max_tokens, spec.prompt_field)
-        check_answer_size(spec, len(prompts), max_tokens)
+        field = spec.prompt_field if scored_from is None else "continuations"
+        check_length(require_ready(self._client), resolved, prompts, max_tokens, field)
+        check_answer_size(spec, prompts, max_tokens)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
         lead = "" if spec.turns is None else self._tokenizer.turns.lead(resolved.prompt_format)
+        tells_prompts = spec.echo or spec.prompt_logprobs is not None
         return GenerationJob(
-            resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits, lead=lead
-        )
+            resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits, lead=lead,
+            tells_prompts=tells_prompts, scored_from=scored_from,
+        )  # fmt: skip
 
     async def _prompts(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
         if spec.token_ids is not None:
@@ -58,6 +65,32 @@ class JobPreparer:
             self._check_bytes(text, spec.prompt_field)
         with control_text_is_400(spec.prompt_field):
             return await self._encode(spec.texts or [])
+
+    async def _continued(
+        self, spec: GenerationSpec, continuations: list[str | list[int]]
+    ) -> tuple[list[list[int]], list[int]]:
+        """Tokens of the prompt with each continuation, and where each one begins.
+
+        Texts are tokenised together: a continuation begins at the first token that has a character of it.
+        """
+        text = spec.texts[0] if spec.texts else ""
+        for index, continuation in enumerate(continuations):
+            if isinstance(continuation, str) and spec.token_ids:
+                raise BadRequestError(
+                    "after prompt_token_ids send token ids, or a prompt as text", f"continuations.{index}"
+                )
+            self._check_bytes(text + continuation if isinstance(continuation, str) else text, "continuations")
+        given = [continuation for continuation in continuations if isinstance(continuation, str)]
+        with control_text_is_400("continuations"):
+            encoded = await self._encode([text, *(text + continuation for continuation in given)])
+        prompt, wholes = spec.token_ids[0] if spec.token_ids else encoded[0], iter(encoded[1:])
+        prompts = [next(wholes) if isinstance(one, str) else [*prompt, *one] for one in continuations]
+        starts = [common_length(prompt, whole) for whole in prompts]
+        for index, (start, whole) in enumerate(zip(starts, prompts, strict=True)):
+            if not 0 < start < len(whole):
+                reason = "has no tokens of its own" if start else "has no token before it that it is scored by"
+                raise BadRequestError(f"continuations.{index} {reason} behind this prompt", f"continuations.{index}")
+        return prompts, starts
 
     def _ends(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> tuple[int, ...]:
         """The tokens that end an answer beside the base's own.
@@ -98,6 +131,12 @@ class JobPreparer:
                 return await self._tenant_work.run(encoder.encode, rendered)
         except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
             raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
+
+
+def common_length(first: list[int], second: list[int]) -> int:
+    """Return how many tokens two lists begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 @contextmanager
@@ -147,15 +186,19 @@ def _num_logprobs(spec: GenerationSpec) -> int:
     return 1 + (spec.top_logprobs or 0) if spec.has_logprobs else 0
 
 
-def check_answer_size(spec: GenerationSpec, num_prompts: int, max_tokens: int) -> None:
+def check_answer_size(spec: GenerationSpec, prompts: list[list[int]], max_tokens: int) -> None:
     """Refuse a request whose answer could have more than `MAX_ANSWER_BYTES`. Raises `BadRequestError`."""
-    num_bytes, num_logprobs = max_tokens * bytes_of_a_step(spec, num_prompts), _num_logprobs(spec)
+    num_logprobs, num_scores = _num_logprobs(spec), 0 if spec.prompt_logprobs is None else 1 + spec.prompt_logprobs
+    num_told = sum(map(len, prompts)) if spec.echo or num_scores else 0
+    num_bytes = max_tokens * bytes_of_a_step(spec, len(prompts))
+    num_bytes += spec.n * num_told * (TOKEN_BYTES + num_scores * LOGPROB_BYTES)
     if num_bytes > MAX_ANSWER_BYTES:
         raise BadRequestError(
             f"the answer could have {num_bytes // 2**20} MiB, and an answer may have {MAX_ANSWER_BYTES // 2**20}: "
-            f"{num_prompts} prompts, each with n={spec.n} answers of max_tokens={max_tokens}, each token with "
-            f"{num_logprobs} log-probabilities; ask for less of one of them",
-            "logprobs" if num_logprobs else "n",
+            f"{len(prompts)} prompts, each with n={spec.n} answers of max_tokens={max_tokens}, each token with "
+            f"{num_logprobs} log-probabilities, and {num_told} tokens of prompts with {num_scores}; ask for less "
+            "of one of them",
+            "logprobs" if num_logprobs else "prompt_logprobs" if num_scores else "n",
         )
 
 
@@ -167,4 +210,10 @@ def complete_sampling(ready: Ready, spec: GenerationSpec, max_tokens: int, ends:
         if any(token >= ready.spec.vocab_size for token in getattr(spec.sampling, name)):
             raise InvalidFieldError(f"{name} names a token over {ready.spec.vocab_size - 1}", name)
     logprobs = (spec.top_logprobs or 0) if spec.has_logprobs else None
-    return msgspec.structs.replace(spec.sampling, max_tokens=max_tokens, logprobs=logprobs, stop_token_ids=ends)
+    return msgspec.structs.replace(
+        spec.sampling,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        stop_token_ids=ends,
+        prompt_logprobs=spec.prompt_logprobs,
+    )

@@ -11,14 +11,16 @@ from server.core import Sampling
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """A generation that one caller asks for. Exactly one of `texts`, `turns` and `token_ids` is given.
+    """A generation that one caller asks for, or scores. Exactly one of `texts`, `turns` and `token_ids` is given.
 
     `prompt_field` is the name of that one in the request's body, for errors.
 
     `task` is a name or `base`; if `adapters` lists (task, weight) pairs, these are composed and `task` is not read.
     `max_tokens` None means the rest of the context, or what an answer may have. `sampling` lacks `max_tokens` and
     `logprobs`, which follow from the other fields: `top_logprobs` (alternatives a token) is valid only with
-    `has_logprobs`. `named` are the fields that the request named: of the others, the adapters' own defaults count.
+    `has_logprobs`. `named` are the fields that the request named: of the others, the adapters' own defaults count. With
+    `echo` or `prompt_logprobs` (alternatives a token) the answers tell their prompts. `continuations` of one prompt are
+    scored, each behind it as in one text.
     """
 
     tenant: str
@@ -39,3 +41,6 @@ class GenerationSpec:
     top_logprobs: int | None = None
     timeout_s: float = 120.0
     named: frozenset[str] = frozenset()
+    echo: bool = False
+    prompt_logprobs: int | None = None
+    continuations: list[str | list[int]] | None = None

@@ -31,9 +31,9 @@ NOT_SERVED_YET = {  # fields and routes that come later: record these clients ag
     "langchain": {"tools", "response_format"},
     "litellm": {"tools", "response_format"},
     "llm": {"tools", "response_format"},
-    "lm-eval": {"/tokenizer_info", "echo"},
+    "lm-eval": {"/tokenizer_info"},
     "openai-javascript": {"tools", "response_format"},
-    "openai-python": {"tools", "response_format", "echo"},
+    "openai-python": {"tools", "response_format"},
     "outlines": {"response_format", "structured_outputs"},
     "pydantic-ai": {"tool_choice", "response_format"},
     "vercel-ai": {"tools", "response_format"},
@@ -128,8 +128,18 @@ def _check_form(request: dict[str, Any], answer: httpx2.Response) -> None:
         for _, data in events:
             FORMS[path][1].model_validate(_without_null_reason(json.loads(data)), strict=True)
     else:
-        FORMS[path][0].model_validate(answer.json(), strict=True)
+        FORMS[path][0].model_validate(_without_first_null(answer.json()), strict=True)
         assert answer.json()["choices"]
+
+
+def _without_first_null(answer: dict[str, Any]) -> dict[str, Any]:
+    """Give the first token of an echo a score: OpenAI's own answers have null there, unlike its model of them."""
+    for choice in answer["choices"]:
+        logprobs = choice.get("logprobs") or {}
+        for name, score in (("token_logprobs", 0.0), ("top_logprobs", {})):
+            if logprobs.get(name, [0])[:1] == [None]:
+                logprobs[name][0] = score
+    return answer
 
 
 def _without_null_reason(event: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,5 @@ try:
     client.chat.completions.create(model=task, messages=turns, response_format={"type": "json_object"})
 except openai.BadRequestError as error:
     assert error.param == "response_format", error
-try:
-    client.completions.create(model=task, prompt="a b", echo=True, logprobs=1, max_tokens=1)
-except openai.BadRequestError as error:
-    assert error.param == "echo", error
+echoed = client.completions.create(model=task, prompt="a b", echo=True, logprobs=1, max_tokens=1).choices[0]
+assert echoed.text == "a bc" and echoed.logprobs.token_logprobs[0] is None, echoed

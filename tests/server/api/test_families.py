@@ -20,6 +20,7 @@ from server.engine.client import require_ready
 from tests.kit import reference
 from tests.kit.adapters import zip_folder
 from tests.kit.families import FAMILIES, FAMILIES_OF_BIASED
+from tests.kit.like_peft import TOKENS, peft_logits
 from tests.server.world import Site, error_of, serve_real, until
 
 pytestmark = pytest.mark.anyio
@@ -119,6 +120,70 @@ async def test_alone_in_a_stream_and_all_at_once(served: Served) -> None:
     versions = [task["versions"][0] for task in (await site.http.get("/tasks")).json()["tasks"][1:]]
     assert {version["residency"] for version in versions} == {"slot"}
     await until(lambda: (site.state.client.stats.num_running, site.state.client.stats.num_pins) == (0, 0))
+
+
+SCORED = list(range(5, 245, 4))  # a prompt of more than a block
+SCORES = {"prompt_token_ids": SCORED, "max_tokens": 0, "prompt_logprobs": 2}
+
+
+def logprobs_of(answer: dict[str, Any]) -> list[float]:
+    """The log-probabilities of a prompt's tokens, which begin behind the first."""
+    first, *scores = answer["choices"][0]["prompt_logprobs"]
+    assert first is None
+    return [score["logprob"] for score in scores]
+
+
+async def test_prompts_are_scored_as_the_formulas_say(served: Served) -> None:
+    """Alone and among all others a prompt has the same scores, which are those of the stock model with the formulas."""
+    site, names = served.site, ["base", *NAMES]
+    together = await asyncio.gather(*(site.ask(name, **SCORES) for name in names))
+    for name, answer in zip(names, together, strict=True):
+        adapters = [] if name == "base" else [(served.patch(name), 1.0)]
+        wanted = reference.logits(served.stock, adapters, SCORED)[:-1].log_softmax(-1)
+        chosen = wanted[range(len(SCORED) - 1), SCORED[1:]]
+        assert logprobs_of(answer) == pytest.approx(chosen.tolist(), rel=2e-5, abs=1e-4), name
+        tops = [[top["token_id"] for top in one["top"]] for one in answer["choices"][0]["prompt_logprobs"][1:]]
+        assert tops == wanted.topk(2).indices.tolist(), name
+        if name not in ("base", "lora", "ia3", "prefix-tuning", "prompt-tuning", "bottleneck-houlsby"):
+            continue
+        assert (await site.ask(name, **SCORES))["choices"] == answer["choices"], name
+        generated = {"echo": True, "logprobs": 2, "max_tokens": 3, "seed": 1, "ignore_eos": True}
+        told = await site.post("/v1/completions", {**generated, "model": name, "prompt": [SCORED, SCORED[:7]]})
+        whole, short = (choice["logprobs"]["token_logprobs"] for choice in told.json()["choices"])
+        assert whole[: len(SCORED)] == [None, *logprobs_of(answer)] and len(whole) == len(SCORED) + 3
+        assert short[:7] == whole[:7]
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "prefix-tuning", "prompt-tuning"])
+async def test_prompts_are_scored_as_peft_does(served: Served, biased_base: Path, name: str) -> None:
+    """The scores of a prompt are PEFT's to 1e-4."""
+    wanted = peft_logits(biased_base, served.folders[name])[:-1].log_softmax(-1)
+    answer = await served.site.ask(name, **{**SCORES, "prompt_token_ids": TOKENS})
+    assert logprobs_of(answer) == pytest.approx(wanted[range(len(TOKENS) - 1), TOKENS[1:]].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt-tuning", "prefix-tuning"])
+async def test_continuations_are_scored_behind_their_prompt(served: Served, name: str) -> None:
+    """Each continuation has the scores that its tokens have in the whole text, and the prompt is computed once."""
+    site, continuations = served.site, [[at, 9, at, 7] for at in range(40, 48)]
+    body = {"prompt_token_ids": SCORED, "continuations": continuations, "logprobs": True}
+    answer = (await site.post(f"/score?task={name}", body)).json()
+    asked = [{**SCORES, "prompt_token_ids": SCORED + continuation} for continuation in continuations]
+    wholes = await asyncio.gather(*(site.ask(name, **body) for body in asked))
+    for whole, score in zip(wholes, answer["scores"], strict=True):
+        own = whole["choices"][0]["prompt_logprobs"][-4:]
+        assert score == {
+            "logprob": sum(one["logprob"] for one in own),
+            "num_tokens": 4,
+            "is_greedy": all(one["top"][0]["token_id"] == one["token_id"] for one in own),
+            "token_logprobs": [one["logprob"] for one in own],
+        }
+    assert answer["usage"]["prompt_tokens"] == 8 * (len(SCORED) + 4)
+    assert answer["usage"]["cached_tokens"] >= 7 * 32 and answer["usage"]["completion_tokens"] == 0
+    greedy = reference.greedy(served.stock, [(served.patch(name), 1.0)], SCORED, 3)
+    body = {"prompt_token_ids": SCORED, "continuations": [greedy, [*greedy[:2], (greedy[2] + 1) % 200]]}
+    found = (await site.post(f"/score?task={name}", body)).json()
+    assert [one["is_greedy"] for one in found["scores"]] == [True, False]
 
 
 MIXTURES: list[list[tuple[str, float]]] = [

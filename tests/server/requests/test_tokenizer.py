@@ -43,7 +43,7 @@ def test_an_answer_is_the_rest_of_the_text(tokenizer: Tokenizer, text: str, shar
 
 def test_every_token_has_a_name_of_its_own(tokenizer: Tokenizer) -> None:
     """Among all tokens of a vocabulary none is lost to another of the same text, and the chosen one keeps its own."""
-    form = CompletionForm("id", "base", tokenizer, True, False)
+    form = CompletionForm("id", "base", tokenizer, True, False, texts=None, n=1)
     every = range(len(tokenizer._tokenizer))
     for chosen in every:
         near = [(token, -1.0 - token) for token in {*every[:40], *every[chosen : chosen + 20], *every[-9:]}]
