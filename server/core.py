@@ -39,7 +39,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
         return token in self.stop_token_ids or (token in eos_token_ids and not self.ignore_eos)
 
 
-class Targets(msgspec.Struct, frozen=True):
+class ScoredTokens(msgspec.Struct, frozen=True):
     """Tokens of a prompt that a row scores: those that follow its positions `start ..`, with `num_top` alternatives."""
 
     start: int
@@ -66,7 +66,7 @@ class Row(msgspec.Struct):
     history: list[int] = []
     num_prompt: int = 0
     num_virtual: int = 0
-    targets: Targets | None = None
+    targets: ScoredTokens | None = None
 
     @property
     def num_logits(self) -> int:

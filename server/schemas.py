@@ -117,7 +117,7 @@ class AdapterFields(Strict):
     timeout_s: float = Field(120.0, gt=0, le=3600)
 
     def resolvable(self, task: str | None) -> dict[str, Any]:
-        """These as fields of a spec. Raises `BadRequestError` if no task is named, or two sets of adapters."""
+        """Return these as fields of a spec. Raises `BadRequestError` if no task is named, or two sets of adapters."""
         if self.adapters is None and not task:  # the base, too, is asked for by name
             raise BadRequestError("name a task: ?task=NAME (task=base is the base itself)", "task")
         if self.adapters is not None and (task is not None or self.version is not None):

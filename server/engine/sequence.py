@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from server.core import AdapterRef, Sampling, Targets
+from server.core import AdapterRef, Sampling, ScoredTokens
 from server.engine.blocks import BlockTable, namespace_salt, root_key
 from server.engine.messages import Submit
 
@@ -91,12 +91,12 @@ class Sequence:
         """The position after the last whose logits score a token of the prompt."""
         return self.num_prompt - 1
 
-    def targets(self, num_tokens: int) -> Targets | None:
+    def targets(self, num_tokens: int) -> ScoredTokens | None:
         """The tokens of the prompt that a step over the next `num_tokens` scores."""
         first, last = self.scoring_at, min(self.num_computed + num_tokens, self.scoring_end)
         if first >= last:
             return None
-        return Targets(first, self.tokens[first + 1 : last + 1], self.sampling.prompt_logprobs or 0)
+        return ScoredTokens(first, self.tokens[first + 1 : last + 1], self.sampling.prompt_logprobs or 0)
 
     def num_targets(self, num_tokens: int) -> int:
         """The number of tokens of the prompt that a step over the next `num_tokens` scores."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from server.core import Logprobs, Row, Sampled, Sampling, Targets
+from server.core import Logprobs, Row, Sampled, Sampling, ScoredTokens
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _sample_row(logits: Tensor, row: Row, sampling: Sampling, best: int) -> Samp
     return Sampled(token, _logprobs(logits[None], [token], sampling.logprobs, [best])[0])
 
 
-def _scores(logits: Tensor, targets: Targets, best: list[int]) -> list[Logprobs]:
+def _scores(logits: Tensor, targets: ScoredTokens, best: list[int]) -> list[Logprobs]:
     """Score the targets [n] of a row by the first n of its logits, a few at a time."""
     scores: list[Logprobs] = []
     for first in range(0, len(targets.tokens), SCORED_ROWS):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.core import Row, Sampled, Sampling, Targets
+from server.core import Row, Sampled, Sampling, ScoredTokens
 from server.model.backends.cpu.backend import CpuBackend
 from server.model.sampler import draw, penalise, uniform
 from server.model.sampler import sample as sample_by
@@ -170,8 +170,8 @@ def test_the_tokens_of_a_prompt_are_scored_beside_others() -> None:
     """Each target has the bits that it has alone, as a forced token or as one of many; a bad row fails alone."""
     logits, tokens = make_logits(44), [at * 7 % 4000 for at in range(40)]
     tokens[3] = int(logits[4].argmax())
-    scored = Row([0] * 40, 0, [0], sampling=Sampling(logprobs=2), history=[0], targets=Targets(0, tokens, 2))
-    only = Row([0], 0, [0], history=[0], targets=Targets(0, [5], 2))
+    scored = Row([0] * 40, 0, [0], sampling=Sampling(logprobs=2), history=[0], targets=ScoredTokens(0, tokens, 2))
+    only = Row([0], 0, [0], history=[0], targets=ScoredTokens(0, [5], 2))
     first, found, last = sample(logits, [row(), scored, only])[:3]
     assert first.token == int(logits[0].argmax()) and found.token == int(logits[41].argmax())
     assert (last.token, len(last.scores), len(found.scores)) == (-1, 1, 40)
