@@ -83,6 +83,9 @@ class WeightedTask(Strict):
     weight: float = Field(1.0, ge=-100, le=100)
 
 
+WeightedTasks = Annotated[list[WeightedTask], Field(min_length=1, max_length=8)]
+
+
 class SamplingFields(Strict):
     """Sampling parameters; the same names as everywhere in the field."""
 
@@ -111,7 +114,7 @@ class SamplingFields(Strict):
 class AdapterFields(Strict):
     """The adapters that answer, and until when."""
 
-    adapters: Annotated[list[WeightedTask], Field(min_length=1, max_length=8)] | None = None
+    adapters: WeightedTasks | None = None
     version: int | None = Field(None, ge=1)
     user: User | None = None
     timeout_s: float = Field(120.0, gt=0, le=3600)

@@ -1,4 +1,4 @@
-"""Routes in OpenAI's shape: the official client works unchanged; `model` is a task, or `base`."""
+"""Routes in OpenAI's shape: the official client works unchanged; `model` is a task, a version of one, or `base`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from server.api import openai_fields
 from server.api.body import read_json
 from server.api.deps import admit, caller_of, look_up, may, refuse_unknown_query, state_of, tenant_of
 from server.api.document import COUNTED, GENERATES, errors, says, says_whole_or_streamed
+from server.api.model_name import adapters_of, split_version
 from server.api.openai_answers import (
     ChatAnswer,
     ChatEvent,
@@ -39,6 +40,7 @@ from server.schemas import (
     Stop,
     TokenIds,
     User,
+    WeightedTasks,
     openapi_body,
 )
 from server.state import ServerState
@@ -76,6 +78,8 @@ class OpenAIFields(Tolerant, SamplingFields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: User | None = None
+    adapters: WeightedTasks | None = None
+    version: int | None = Field(None, ge=1)
     timeout_s: float = Field(120.0, gt=0, le=3600)
 
     @field_validator("top_k")
@@ -163,12 +167,16 @@ async def models(request: Request, limit: PageSize = MAX_MODELS, after: AfterNam
 
 @router.get("/models/{name}", responses=says(ModelAnswer))
 async def model(request: Request, name: str) -> Response:
-    """Show the base, or one task."""
+    """Show the base, a task, or a version of one (`task@3`)."""
     state, tenant = state_of(request), tenant_of(request)
     if name == BASE:
         return JSONResponse(_model(tenant, BASE, 0))
-    task = await look_up(state, state.stores.registry.task, tenant, name, None, 1)
-    return JSONResponse(_model(tenant, name, task.versions[-1].created))
+    registry, (task, number) = state.stores.registry, split_version(name)
+    if number is None:
+        version = (await look_up(state, registry.task, tenant, task, None, 1)).versions[-1]
+    else:
+        version = await look_up(state, registry.resolve, tenant, task, number)
+    return JSONResponse(_model(tenant, name, version.created))
 
 
 def _model(tenant: str, name: str, created: float) -> dict[str, Any]:
@@ -230,7 +238,7 @@ def _spec(caller: Caller, asked: OpenAIFields) -> GenerationSpec:
     return GenerationSpec(
         tenant=caller.tenant,
         limits=caller.limits,
-        task=asked.model,
+        **adapters_of(asked.model, asked.version, asked.adapters),
         user=asked.user,
         sampling=asked.sampling(),
         named=frozenset(asked.model_fields_set),

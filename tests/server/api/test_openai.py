@@ -386,7 +386,22 @@ async def test_bytes_of_a_stream(server: Site) -> None:
 
 async def test_the_model_is_a_task_and_never_the_base(server: Site) -> None:
     """A model that is no task is 404, with any name."""
-    for name in ("", "BASE", "gpt-4", "a\tb", "x" * 63, "x" * 5000, "🎩"):
+    names = (
+        "",
+        "BASE",
+        "gpt-4",
+        "a\tb",
+        "x" * 63,
+        "x" * 5000,
+        "🎩",
+        "hat@",
+        "@1",
+        "hat@0",
+        "hat@01",
+        "hat@-1",
+        "hat@1@1",
+    )
+    for name in (*names, "hat@9", f"hat@{10**17}", f"hat@{10**30}", "hat@1\n", "hat@x"):
         answer = await server.post("/v1/completions", {"model": name, "prompt": "a"})
         assert answer.status_code == 404 and len(answer.text) < 400, name
 
