@@ -23,7 +23,7 @@ from adapters_store.registry.tenants import Tenants
 from adapters_store.storage.bucket import open_blobs
 from adapters_store.storage.directory import CALL_WITHIN_S, Blobs
 from server import logs
-from server.api import adapters, generate, health, openai, score, tasks, tenants
+from server.api import adapters, generate, health, openai, score, tasks, tenants, vllm
 from server.api.document import EVERYWHERE, describe_api, errors
 from server.api.middleware import HANDLERS, CrossOrigin, RequestLog
 from server.dependency import Dependency
@@ -85,7 +85,7 @@ def create_app(
     )
     app.openapi = partial(describe_api, app, settings.admin_key is not None)  # type: ignore[method-assign]
     app.state.start_failure, app.state.engine = None, engine
-    for room in (generate, score, openai, adapters, tasks, tenants, health):
+    for room in (generate, score, openai, vllm, adapters, tasks, tenants, health):
         app.include_router(room.router)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
-from server.api import answers, openai_answers
+from server.api import answers, openai_answers, vllm_answers
 from server.api.answers import ErrorAnswer
 
 Responses = dict[int | str, dict[str, Any]]
@@ -102,7 +102,9 @@ def describe_api(app: FastAPI, asks_for_keys: bool) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     """JSON schemas of all answers by name."""
-    kinds = [one for room in (answers, openai_answers) for one in vars(room).values() if is_typeddict(one)]
+    kinds = [
+        one for room in (answers, openai_answers, vllm_answers) for one in vars(room).values() if is_typeddict(one)
+    ]
     wanted = [(kind, "serialization", TypeAdapter(kind)) for kind in dict.fromkeys(kinds) if kind.__name__[0] != "_"]
     _, definitions = TypeAdapter.json_schemas(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     found: dict[str, Any] = definitions["$defs"]

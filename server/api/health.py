@@ -32,6 +32,8 @@ async def live() -> Response:
 
 @router.get("/health", name="health", **READY)
 @router.get("/health/ready", **READY)
+@router.get("/ping", name="ping", **READY)  # vLLM's and SageMaker's, as the next
+@router.post("/ping", name="post_ping", **READY)
 async def ready(request: Request) -> Response:
     """Answer 200 only while the engine, the registry and the store answer, and the server takes new work."""
     state = state_of(request)

@@ -40,7 +40,7 @@ from server.logs import cause_of
 log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLIENT_CLOSED_REQUEST = 499
-OPENAI_PATHS = "/v1/"
+OPENAI_PATHS = ("/v1/", "/tokenize", "/detokenize")  # whose errors clients of OpenAI's read
 VERBS = ("GET", "POST", "PUT", "DELETE")
 SEE_LOG = "the server failed; see its log"
 
@@ -83,7 +83,7 @@ class RequestLog:
             state["until_answered"].close()
             route = getattr(scope.get("route"), "path", "none")  # its pattern: no request can make a new one
             scope["app"].state.server.metrics.responses.labels(route, str(status or CLIENT_CLOSED_REQUEST)).inc()
-            if not scope["path"].startswith(("/health", "/metrics")):
+            if not scope["path"].startswith(("/health", "/metrics", "/ping")):
                 facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
                 timing = {"status": status, "seconds": round(time.monotonic() - began, 4)}
                 log.info("request", extra={**facts, **timing, **_told(state)})

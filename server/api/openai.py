@@ -124,6 +124,7 @@ class CompletionRequest(OpenAIFields):
         | Annotated[TokenIds, Field(min_length=1)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
+    add_special_tokens: bool = True
     max_tokens: int = Field(16, ge=0)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -160,8 +161,8 @@ async def models(request: Request, limit: PageSize = MAX_MODELS, after: AfterNam
     """List a page of the tenant's tasks by name, after the base; `after` is the last id of the page before."""
     state, tenant = state_of(request), tenant_of(request)
     found = await look_up(state, state.stores.registry.task_names, tenant, after, limit + 1)
-    page = [] if after is not None else [_model(tenant, BASE, 0)]
-    page += [_model(tenant, name, created) for name, created in found[:limit]]
+    page = [] if after is not None else [_model(state, tenant, BASE, 0)]
+    page += [_model(state, tenant, name, created) for name, created in found[:limit]]
     return JSONResponse({"object": "list", "data": page, "has_more": len(found) > limit})
 
 
@@ -170,17 +171,21 @@ async def model(request: Request, name: str) -> Response:
     """Show the base, a task, or a version of one (`task@3`)."""
     state, tenant = state_of(request), tenant_of(request)
     if name == BASE:
-        return JSONResponse(_model(tenant, BASE, 0))
+        return JSONResponse(_model(state, tenant, BASE, 0))
     registry, (task, number) = state.stores.registry, split_version(name)
     if number is None:
         version = (await look_up(state, registry.task, tenant, task, None, 1)).versions[-1]
     else:
         version = await look_up(state, registry.resolve, tenant, task, number)
-    return JSONResponse(_model(tenant, name, version.created))
+    return JSONResponse(_model(state, tenant, name, version.created))
 
 
-def _model(tenant: str, name: str, created: float) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(created), "owned_by": tenant}
+def _model(state: ServerState, tenant: str, name: str, created: float) -> dict[str, Any]:
+    """A model, with vLLM's fields: the `root` is the base's name or the task, the `parent` the base if it has one."""
+    ready, is_base = state.client.ready, name == BASE
+    said = {"id": name, "object": "model", "created": int(created), "owned_by": tenant}
+    said |= {"root": state.settings.base if is_base else split_version(name)[0], "parent": None if is_base else BASE}
+    return said | {"max_model_len": None if ready is None else ready.max_sequence_tokens}
 
 
 @router.post(
@@ -195,6 +200,7 @@ async def completions(request: Request) -> Response:
     spec = replace(
         _spec(caller, asked),
         **_prompts(asked.prompt),
+        has_special=asked.add_special_tokens,
         max_tokens=asked.max_tokens,
         has_logprobs=asked.logprobs is not None,
         top_logprobs=asked.logprobs,

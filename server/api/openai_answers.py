@@ -10,12 +10,19 @@ from server.api.answers import FinishReason
 
 
 class ModelAnswer(TypedDict):
-    """A task as a model, or the base."""
+    """A task as a model, a version of one, or the base.
+
+    `root` is the task, or the name of the base; `parent` is `base`, null of the base itself; `max_model_len` is the
+    most tokens of prompt and answer, null while no engine is ready.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int | None
 
 
 class ModelsAnswer(TypedDict):

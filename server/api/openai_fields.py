@@ -79,7 +79,6 @@ _VLLM: Fields = {
 }
 COMPLETION: Fields = {
     **_VLLM,
-    "add_special_tokens": (True,),
     "best_of": (1,),
     "prompt_embeds": (),
     "response_format": ({"type": "text"},),
@@ -100,6 +99,15 @@ CHAT: Fields = {
     "mm_processor_kwargs": ({},),
     "return_prompt_text": (False,),
 }
+TURN_FIELDS = (  # of vLLM, which say how turns are written
+    "add_generation_prompt",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+    "tools",
+)
 MESSAGE: Fields = {
     "annotations": ([],),
     "audio": (),
@@ -113,6 +121,7 @@ MESSAGE: Fields = {
 }
 TEXT_PART: Fields = {"prompt_cache_breakpoint": ()}
 STREAM_OPTIONS: Fields = {"include_obfuscation": (False,)}
+TOKENIZE: Fields = {name: CHAT[name] for name in TURN_FIELDS}
 _ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS)
 
 

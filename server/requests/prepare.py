@@ -37,7 +37,7 @@ class JobPreparer:
         spec = replace(spec, sampling=msgspec.structs.replace(spec.sampling, **resolved.defaults(spec.named)))
         scored_from = None
         if spec.continuations is None:
-            prompts = await self._prompts(spec, resolved)
+            prompts = await self.encode(spec, resolved)
         else:
             prompts, scored_from = await self._continued(spec, spec.continuations)
         max_tokens = spec.max_tokens
@@ -56,7 +56,8 @@ class JobPreparer:
             tells_prompts=tells_prompts, scored_from=scored_from,
         )  # fmt: skip
 
-    async def _prompts(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
+    async def encode(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
+        """Token ids of each of a spec's prompts. Raises `ServerError` for what has none, or can never fit."""
         if spec.token_ids is not None:
             return spec.token_ids
         if spec.turns is not None:
@@ -64,7 +65,7 @@ class JobPreparer:
         for text in spec.texts or []:
             self._check_bytes(text, spec.prompt_field)
         with control_text_is_400(spec.prompt_field):
-            return await self._encode(spec.texts or [])
+            return await self._encode(spec.texts or [], spec.has_special)
 
     async def _continued(
         self, spec: GenerationSpec, continuations: list[str | list[int]]
@@ -82,7 +83,7 @@ class JobPreparer:
             self._check_bytes(text + continuation if isinstance(continuation, str) else text, "continuations")
         given = [continuation for continuation in continuations if isinstance(continuation, str)]
         with control_text_is_400("continuations"):
-            encoded = await self._encode([text, *(text + continuation for continuation in given)])
+            encoded = await self._encode([text, *(text + one for one in given)], spec.has_special)
         prompt, wholes = spec.token_ids[0] if spec.token_ids else encoded[0], iter(encoded[1:])
         prompts = [next(wholes) if isinstance(one, str) else [*prompt, *one] for one in continuations]
         starts = [common_length(prompt, whole) for whole in prompts]
@@ -114,10 +115,16 @@ class JobPreparer:
                 param,
             )
 
-    async def _encode(self, texts: list[str]) -> list[list[int]]:
-        if sum(map(len, texts)) > THREAD_CHARS:
-            return await self._tenant_work.run(lambda: [self._tokenizer.encode(text) for text in texts])
-        return [self._tokenizer.encode(text) for text in texts]
+    async def decode(self, token_ids: list[int], param: str) -> str:
+        """The text of token ids. Raises `InvalidFieldError` of `param` for one outside the vocabulary."""
+        check_tokens(require_ready(self._client), token_ids, param)
+        return await self._tenant_work.run(self._tokenizer.decode, token_ids, False)
+
+    async def _encode(self, texts: list[str], has_special: bool) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [self._tokenizer.encode(text, has_special) for text in texts]
+
+        return await self._tenant_work.run(encode) if sum(map(len, texts)) > THREAD_CHARS else encode()
 
     async def _encode_chat(self, turns: list[Turn], resolved: ResolvedAdapters) -> list[int]:
         """Tokens of chat turns, in the adapter's format, or else by the base's template."""
@@ -159,8 +166,7 @@ def check_length(
     for prompt in prompts:
         if not prompt:
             raise BadRequestError("the prompt has no tokens", param)
-        if max(prompt) >= ready.spec.vocab_size:
-            raise InvalidFieldError(f"{param} has a token over {ready.spec.vocab_size - 1}", param)
+        check_tokens(ready, prompt, param)
         if len(prompt) + resolved.num_virtual + max_tokens > ready.max_sequence_tokens:
             virtual = (
                 f", its adapters put {resolved.num_virtual} virtual tokens before it," if resolved.num_virtual else ""
@@ -170,6 +176,12 @@ def check_length(
                 f"{len(prompt)} tokens{virtual} and max_tokens is {max_tokens}",
                 param,
             )
+
+
+def check_tokens(ready: Ready, token_ids: list[int], param: str) -> None:
+    """Raise `InvalidFieldError` of `param` for a token outside the vocabulary."""
+    if token_ids and max(token_ids) >= ready.spec.vocab_size:
+        raise InvalidFieldError(f"{param} has a token over {ready.spec.vocab_size - 1}", param)
 
 
 def bytes_of_a_step(spec: GenerationSpec, num_prompts: int) -> int:

@@ -59,6 +59,16 @@ class GenerationService:
         generation.chunks = self._routed(spec, generation)
         return generation
 
+    async def encode(self, spec: GenerationSpec) -> list[list[int]]:
+        """The token ids that each answer to a spec would begin from; nothing runs. Raises `ServerError`."""
+        return await self._preparer.encode(spec, await self.resolver.resolve(spec))
+
+    async def decode(self, spec: GenerationSpec) -> str:
+        """The text of a spec's only prompt, of token ids. Raises `ServerError`, also for a model that is absent."""
+        await self.resolver.resolve(spec)
+        (token_ids,) = spec.token_ids or [[]]
+        return await self._preparer.decode(token_ids, spec.prompt_field)
+
     async def _routed(self, spec: GenerationSpec, generation: Generation) -> AsyncGenerator[Chunk]:
         while True:
             generation.resolved = await self.resolver.resolve(spec)

@@ -52,12 +52,18 @@ class Tokenizer:
         """The bytes of a text that cannot fit so many tokens, and the most that can; None if it may fit."""
         return self._bound.excess(text, num_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, with the tokenizer's own special tokens around it. Raises `ControlTextError`."""
+    def encode(self, text: str, has_special: bool = True) -> list[int]:
+        """Tokens of a prompt, by default with the tokenizer's own special ones around it. Raises `ControlTextError`."""
         if not self._has_control_prompts:
-            return self.turns.encode(self.turns.render_text(text, "user", has_special=True))
-        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]  # or it logs that a prompt is long
+            return self.turns.encode(self.turns.render_text(text, "user", has_special=has_special))
+        encoded = self._tokenizer(text, add_special_tokens=has_special, verbose=False)  # or it logs that one is long
+        ids: list[int] = encoded["input_ids"]
         return ids
+
+    def token_name(self, token_id: int) -> str:
+        """The tokenizer's own name of a token, as its vocabulary has it."""
+        name: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        return name or ""
 
     def token_text(self, token_id: int) -> str:
         """The text of a token as it stands within a text, with the space that it begins with; a special one's name."""
@@ -70,7 +76,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token's text in UTF-8, also of one that is a part of a character."""
         text = self.token_text(token_id)
-        piece: str = self._tokenizer.convert_ids_to_tokens(token_id) or ""
+        piece = self.token_name(token_id)
         if REPLACEMENT not in text:
             return text.encode()
         if fallback := BYTE_PIECE.fullmatch(piece):

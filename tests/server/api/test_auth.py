@@ -11,7 +11,7 @@ from tests.server.world import Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
 KEY = "k" * 15 + "é"
-OPEN = {"/docs", "/health", "/health/live", "/health/ready"}
+OPEN = {"/docs", "/health", "/health/live", "/health/ready", "/ping"}
 BEARER = {b"Authorization": f"Bearer {KEY}".encode()}
 
 

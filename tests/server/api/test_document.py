@@ -18,12 +18,13 @@ from openapi_spec_validator import validate
 
 from server.api.docs_page import docs_page
 from server.api.document import EVERYWHERE, HAS_BODY, IDENTIFIED
+from server.api.middleware import OPENAI_PATHS
 from tests.server.documented import JSON, STREAM, document, fault_of, operation_of
 from tests.server.world import Site, error_of, open_site
 
 pytestmark = pytest.mark.anyio
 ERROR = {"type": "server_error", "code": "internal", "message": "x", "param": None, "request_id": "y"}
-NOT_READY = {"/health", "/health/ready"}  # say why in an answer of their own
+NOT_READY = {"/health", "/health/ready", "/ping"}  # say why in an answer of their own
 OPEN = {"/docs", "/health/live", *NOT_READY}
 
 
@@ -64,7 +65,7 @@ def test_every_answer_has_a_schema(verb: str, path: str, operation: dict[str, An
             kinds = schemas[0].get("anyOf", schemas)
             assert {"$ref": "#/components/schemas/ErrorAnswer"} in kinds
             assert len(kinds) == 1 or (status == "503" and path in NOT_READY)
-    assert (path.startswith("/v1/")) == ("422" not in answers), "OpenAI's routes have 400 for it"
+    assert path.startswith(OPENAI_PATHS) == ("422" not in answers), "OpenAI's routes have 400 for it"
 
 
 async def test_keys_are_described_if_they_are_asked_for(shared: Site, tiny_base: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.server.world import MAX_TOKENS, Site, error_of, sent, serve_site
 pytestmark = pytest.mark.anyio
 KEY = "a key of the admin's"
 TURNS: list[Any] = [{"role": "user", "content": "hi🎩"}]
+MODEL = {"object": "model", "created": 0, "owned_by": "default", "max_model_len": MAX_TOKENS}
 RENDERED = "<user>hi🎩\n<assistant>"
 
 
@@ -40,14 +41,18 @@ async def client(server: Site) -> AsyncIterator[AsyncOpenAI]:
         yield made
 
 
-async def test_models(client: AsyncOpenAI) -> None:
-    """The models are the base and the tasks; one can be asked for, and an unknown one is not found."""
+async def test_models(client: AsyncOpenAI, server: Site) -> None:
+    """The models are the base and the tasks, with vLLM's fields; one can be asked for, an unknown one is not found."""
     models = [model async for model in client.models.list()]
     assert [(model.id, model.object, model.owned_by) for model in models] == [
         ("base", "model", "default"),
         ("hat", "model", "default"),
     ]
     assert models[1].created > 1.7e9
+    assert [model.to_dict() | {"created": 0} for model in models] == [
+        {**MODEL, "id": "base", "root": server.state.settings.base, "parent": None},
+        {**MODEL, "id": "hat", "root": "hat", "parent": "base"},
+    ]
     assert await client.models.retrieve("hat") == models[1]
     assert await client.models.retrieve("base") == models[0]
     with pytest.raises(openai.NotFoundError) as absent:

@@ -20,7 +20,7 @@ from tests.server.world import Site, error_of, open_site, until
 
 pytestmark = pytest.mark.anyio
 KEY = "the admin's own key"
-OPEN = {"/docs", "/health", "/health/live", "/health/ready"}
+OPEN = {"/docs", "/health", "/health/live", "/health/ready", "/ping"}
 ALL = ["generate", "deploy", "admin"]
 REQUEST_ID = {"X-Request-Id": "same"}
 
