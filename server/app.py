@@ -106,6 +106,7 @@ async def _open(settings: Settings, base_folder: Path, engine: EngineClient, sta
         lambda: engine.stats,
         lambda: getattr(engine, "pid", None),
         lambda: None if engine.ready is None else engine.ready.forward,
+        settings.max_running,
     )
     stores = await _open_stores(settings, metrics, stack)
     stack.push_async_callback(engine.close)

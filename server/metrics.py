@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from server.core import ForwardReport, FusedCount
 from server.engine.messages import Stats
+from server.vllm_metrics import VllmMetrics
 
 MAX_TASKS = 200
 MAX_TENANTS = 100
@@ -36,6 +37,7 @@ class Metrics:
         stats: Callable[[], Stats],
         engine_pid: Callable[[], int | None],
         forward: Callable[[], ForwardReport | None] = lambda: None,
+        max_running: int = 1,
     ) -> None:
         self.registry = CollectorRegistry()
         self._metrics: list[tuple[Counter | Histogram, frozenset[str]]] = []  # each with its labels
@@ -74,6 +76,7 @@ class Metrics:
         self.tenant_ttft = self._histogram("tenant_time_to_first_token_seconds", text, SECONDS, by_tenant)
         self.registry.register(EngineCollector(stats, engine_pid))
         self.registry.register(ForwardCollector(forward))
+        self.vllm = VllmMetrics(self.registry, stats, max_running)
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         made = Counter(f"manyhats_{name}", text, labels, registry=self.registry)

@@ -24,19 +24,20 @@ class Accounting:
 
         The status is that of the error raised, 200 without one, `cancelled` if the client left.
         """
-        status = "cancelled"
-        try:
-            yield
-            status = "200"
-        except ServerError as error:
-            status = str(error.status)
-            raise
-        except Exception:
-            status = "500"
-            raise
-        finally:
-            progress.total_ms = (time.monotonic() - job.arrived) * 1000
-            self._close(job, progress, status)
+        status, tasks = "cancelled", [one.task for one in job.resolved.versions]
+        with self._metrics.vllm.in_flight(tasks, lambda: progress.num_begun > 0):
+            try:
+                yield
+                status = "200"
+            except ServerError as error:
+                status = str(error.status)
+                raise
+            except Exception:
+                status = "500"
+                raise
+            finally:
+                progress.total_ms = (time.monotonic() - job.arrived) * 1000
+                self._close(job, progress, status)
 
     def _close(self, job: GenerationJob, progress: GenerationState, status: str) -> None:
         metrics, resolved = self._metrics, job.resolved
@@ -48,6 +49,7 @@ class Accounting:
         if status == "200":
             metrics.latency.labels(*label).observe(progress.total_ms / 1000)
             metrics.ttft.labels(*label).observe(progress.timing.ttft_ms / 1000)
+            metrics.vllm.ttft.observe(progress.timing.ttft_ms / 1000)
             metrics.tenant_ttft.labels(tenant).observe(progress.timing.ttft_ms / 1000)
             metrics.queued.labels(*label).observe(progress.timing.queued_ms / 1000)
             metrics.load.labels(*label).observe(progress.timing.load_ms / 1000)

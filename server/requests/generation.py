@@ -83,6 +83,7 @@ class ChoiceRunner:
                     raise EngineFailedError(output.failure, self._client.retry_after_s)
                 if last and output.token_ids:
                     self._metrics.gap.labels(*label).observe(now - last)
+                    self._metrics.vllm.gap.observe(now - last)
                 last = now if output.token_ids else last
                 prompt.scores += output.scores
                 chunk = _chunk(index, output, text)
