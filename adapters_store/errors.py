@@ -11,6 +11,7 @@ ArtifactError (artifact_invalid)
 AbsentError (not_found)
 NameTakenError (conflict)
 NoEarlierRouteError (conflict)
+NotAllowedError
 StoreError
 StoreDownError (store_unavailable)
 └── StoreRefusedError
@@ -98,6 +99,10 @@ class QuotaError(Exception):
     """The tenant's limit on adapters or on their bytes is reached; waiting does not help."""
 
     code = "limit_reached"
+
+
+class NotAllowedError(Exception):
+    """A path or URL is not below a place that the operator allows, or cannot be read there."""
 
 
 class StoreError(Exception):

@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     allowed_origins: str = Field(
         "", description="origins whose web pages may ask, with commas between (https://a.example,https://b.example)"
     )
+    allow_load_from: str = Field(
+        "",
+        description="folders and URLs (s3://bucket/prefix), with commas between, from below which "
+        "`POST /v1/load_lora_adapter` may load; off if not given",
+    )
     keep_audit_days: int = Field(
         365, ge=1, description="days that the log of changes (`GET /audit`) and the usage of what was deleted are kept"
     )
@@ -133,6 +138,23 @@ class Settings(BaseSettings):
             if origin != f"{parts.scheme}://{parts.netloc}" or not parts.scheme or not parts.netloc:
                 raise ValueError(f"{origin!r} is no origin: write scheme, host and port alone, as https://a.example")
         return given
+
+    @field_validator("allow_load_from")
+    @classmethod
+    def _are_places(cls, given: str) -> str:
+        for place in given.split(",") if given else ():
+            scheme, separator, rest = place.partition("://")
+            is_url = bool(separator and rest) and scheme not in ("file", "local") and "::" not in place
+            if not is_url and (separator or not Path(place).is_absolute()):
+                raise ValueError(
+                    f"{place!r} is no place to load from: write an absolute path, or a URL as s3://bucket/prefix"
+                )
+        return given
+
+    @property
+    def load_places(self) -> list[str]:
+        """The places from which adapters may be loaded by name."""
+        return self.allow_load_from.split(",") if self.allow_load_from else []
 
     @property
     def origins(self) -> list[str]:

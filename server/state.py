@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adapters_store.storage.load_roots import LoadRoot
 from server.engine.client import EngineClient
 from server.metrics import Metrics
 from server.requests.auth import Callers
@@ -40,4 +41,5 @@ class ServerState:
     generation: GenerationService
     uploads: UploadService
     imports: TreeImport
+    load_roots: list[LoadRoot]
     is_draining: bool = False

@@ -40,7 +40,7 @@ class Bucket(Blobs):
 
     def __init__(self, url: str, folder: str | Path) -> None:
         super().__init__(folder)
-        self._files, self._prefix = _connect(url)
+        self._files, self._prefix = connect(url)
 
     def put(self, folder: Path, digest: str) -> None:
         """Copy a folder of `staging` into the store; durable on return. A sound artifact is left unchanged."""
@@ -124,7 +124,7 @@ class Bucket(Blobs):
             raise StoreDownError(f"the store of artifacts does not answer ({type(error).__name__})") from error
 
 
-def _connect(url: str) -> tuple[Any, str]:
+def connect(url: str) -> tuple[Any, str]:
     """Return the file system of a URL, and the path in it. Raises `StoreError` for a missing driver or a bad URL."""
     scheme = url.partition("://")[0]
     try:

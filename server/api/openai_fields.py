@@ -122,7 +122,9 @@ MESSAGE: Fields = {
 TEXT_PART: Fields = {"prompt_cache_breakpoint": ()}
 STREAM_OPTIONS: Fields = {"include_obfuscation": (False,)}
 TOKENIZE: Fields = {name: CHAT[name] for name in TURN_FIELDS}
-_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS)
+LOAD: Fields = {"base_model_name": (), "is_3d_lora_weight": (False,)}  # of vLLM
+UNLOAD: Fields = {"lora_int_id": ()}
+_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, LOAD, UNLOAD)
 
 
 class Tolerant(Strict):

@@ -129,17 +129,36 @@ class UploadService:
         self.stores.require_up()
         with self._counted(), self.stores.blobs.staging() as staging, self._on_its_way(spec) as count:
             await _receive(body, staging / "body", count)
-            async with self._intake_slot(spec.tenant):
-                folder = staging / FOLDER
-                folder.mkdir()
-                body_bytes = (staging / "body").stat().st_size
-                count_unpacked = partial(_count_excess, count, body_bytes)
-                unpack = partial(unpack_upload, staging / "body", folder, spec.max_bytes, count_unpacked)
-                ignored = await self._tenant_work.run(unpack)
-                validated = await self.validator.validate(folder)
-                if ignored:
-                    validated.checks.insert(0, check("ignored", len(ignored), describe_ignored(ignored)))
-                return await self.register(spec, folder, validated)
+            count_unpacked = partial(_count_excess, count, (staging / "body").stat().st_size)
+            unpack = partial(unpack_upload, staging / "body", max_bytes=spec.max_bytes, count=count_unpacked)
+            return await self._take_in(spec, staging / FOLDER, unpack)
+
+    async def load(
+        self, spec: UploadSpec, copy: Callable[[Path, Callable[[int], None]], None]
+    ) -> RegisteredArtifact:
+        """Take in the artifact whose files `copy` writes into a folder, counting bytes before it does.
+
+        Raises as `accept` does.
+        """
+        self.require_ready()
+        self.stores.require_up()
+        with self._counted(), self.stores.blobs.staging() as staging, self._on_its_way(spec) as count:
+
+            def fill(folder: Path) -> list[str]:
+                copy(folder, count)
+                return []
+
+            return await self._take_in(spec, staging / FOLDER, fill)
+
+    async def _take_in(self, spec: UploadSpec, folder: Path, fill: Callable[[Path], list[str]]) -> RegisteredArtifact:
+        """Validate and register what `fill` writes into a new folder; it returns the names that it left out."""
+        async with self._intake_slot(spec.tenant):
+            folder.mkdir()
+            ignored = await self._tenant_work.run(fill, folder)
+            validated = await self.validator.validate(folder)
+            if ignored:
+                validated.checks.insert(0, check("ignored", len(ignored), describe_ignored(ignored)))
+            return await self.register(spec, folder, validated)
 
     async def register(self, spec: UploadSpec, folder: Path, validated: ValidatedArtifact) -> RegisteredArtifact:
         """Store and register a validated folder; durable on return. If that fails, nothing is kept."""

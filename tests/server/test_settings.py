@@ -61,6 +61,7 @@ def test_every_setting_is_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "prompt_control_tokens": ("false", False),
         "keep_audit_days": ("9", 9),
         "allowed_origins": ("https://a.example", "https://a.example"),
+        "allow_load_from": ("/models,s3://bucket/a", "/models,s3://bucket/a"),
         "drain_s": ("0", 0),
         "log_level": ("debug", "debug"),
         "log_format": ("json", "json"),

@@ -14,14 +14,14 @@ from sqlalchemy import event
 
 from adapters_store.registry import database
 from server.logs import OncePerMinute
-from tests.server.api.test_hang import ADMIN, NEEDS_NO_REGISTRY, ask_all, city
+from tests.server.api.test_hang import ADMIN, NEEDS_NO_REGISTRY, READY, ask_all, city
 from tests.server.api.test_tenants import Clock
 from tests.server.world import error_of, open_site
 
 pytestmark = pytest.mark.anyio
-READS = NEEDS_NO_REGISTRY | {
-    ("get", "/health"),
-    ("get", "/health/ready"),
+READS = {
+    *NEEDS_NO_REGISTRY,
+    *READY,
     ("get", "/v1/models"),
     ("get", "/tasks"),
     ("get", "/tasks/{task}"),
@@ -32,7 +32,11 @@ READS = NEEDS_NO_REGISTRY | {
     ("get", "/audit"),
 }
 
-LOOKS_FIRST = {("post", "/tenants/{tenant}/keys/{key_id}/rotate")}  # there is no such key: 404
+LOOKS_FIRST = {  # there is no such key, no such folder, no such task: 404
+    ("post", "/tenants/{tenant}/keys/{key_id}/rotate"),
+    ("post", "/v1/load_lora_adapter"),
+    ("post", "/v1/unload_lora_adapter"),
+}
 
 
 async def test_a_registry_that_another_program_has_locked(

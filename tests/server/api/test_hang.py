@@ -30,6 +30,7 @@ ADMIN = {"Authorization": f"Bearer {KEY}"}
 LIMIT_S = 0.3
 NAMES = {"task": "one", "number": "1", "name": "base", "tenant": "acme", "key_id": "mh_aaaaaaaaaaaa"}
 BASE = {"prompt": "x", "max_tokens": 1}
+LOAD_ROOT = "/nowhere"
 BODIES: dict[tuple[str, str], Any] = {
     ("post", "/generate"): BASE,
     ("post", "/v1/completions"): {"model": "base", **BASE},
@@ -38,6 +39,10 @@ BODIES: dict[tuple[str, str], Any] = {
         "messages": [{"role": "user", "content": "x"}],
         "max_tokens": 1,
     },
+    ("post", "/tokenize"): {"prompt": "x"},
+    ("post", "/detokenize"): {"tokens": [1]},
+    ("post", "/v1/load_lora_adapter"): {"lora_name": "loaded", "lora_path": f"{LOAD_ROOT}/a"},
+    ("post", "/v1/unload_lora_adapter"): {"lora_name": "absent"},
     ("put", "/tasks/{task}/route"): {"versions": {"1": 1}},
     ("put", "/tasks/{task}/pin"): {"pinned": True},
     ("post", "/tenants"): {"name": "t"},
@@ -49,12 +54,20 @@ NEEDS_NO_REGISTRY = {
     ("post", "/v1/completions"),
     ("post", "/v1/chat/completions"),
     ("get", "/v1/models/{name}"),
+    ("post", "/tokenize"),
+    ("post", "/detokenize"),
+    ("get", "/version"),
     ("get", "/health/live"),
     ("get", "/metrics"),
     ("get", "/openapi.json"),
     ("get", "/docs"),
 }
-NEEDS_STORE = {("post", "/adapters"), ("get", "/tasks/{task}/versions/{number}/artifact")}
+NEEDS_STORE = {
+    ("post", "/adapters"),
+    ("post", "/v1/load_lora_adapter"),
+    ("get", "/tasks/{task}/versions/{number}/artifact"),
+}
+READY = [("get", "/health/ready"), ("get", "/health"), ("get", "/ping"), ("post", "/ping")]
 
 
 @pytest.fixture
@@ -92,7 +105,7 @@ async def ask_all(site: Site, zips: list[bytes]) -> dict[tuple[str, str], httpx2
 
 def check_registry_away(answers: dict[tuple[str, str], httpx2.Response]) -> None:
     """What needs no registry is 200, all else 503 with its code and when to come again; `ready` says so."""
-    ready, _ = answers.pop(("get", "/health/ready")), answers.pop(("get", "/health"))
+    ready, *_ = [answers.pop(route) for route in READY]
     assert ready.status_code == 503 and "registry" in ready.json()["reason"]
     fine = {route for route, answer in answers.items() if answer.status_code == 200}
     assert fine == NEEDS_NO_REGISTRY
@@ -104,7 +117,7 @@ def check_registry_away(answers: dict[tuple[str, str], httpx2.Response]) -> None
 
 def check_store_away(answers: dict[tuple[str, str], httpx2.Response]) -> None:
     """What moves artifacts is 503 with the store's code, all else is answered; `ready` says so."""
-    ready, _ = answers.pop(("get", "/health/ready")), answers.pop(("get", "/health"))
+    ready, *_ = [answers.pop(route) for route in READY]
     assert ready.status_code == 503 and "store" in ready.json()["reason"]
     late = {route for route, answer in answers.items() if answer.status_code == 503}
     assert late == NEEDS_STORE
@@ -122,7 +135,7 @@ async def recovers(site: Site) -> None:
 @asynccontextmanager
 async def city(base: Path, data: Path, zips: list[bytes], **settings: Any) -> AsyncIterator[Site]:
     """A server with keys, the tenant `acme`, and the default tenant's task `one`."""
-    async with open_site(base, data, admin_key=KEY, **settings) as site:
+    async with open_site(base, data, admin_key=KEY, allow_load_from=LOAD_ROOT, **settings) as site:
         headers = {**ADMIN, "Content-Type": "application/zip"}
         taken = await site.http.post("/adapters?task=one", content=zips[0], headers=headers)
         assert taken.status_code == 201, taken.text
