@@ -68,15 +68,19 @@ class Metrics:
         self.retries = self._counter("retries", "Steps made again after a failure, by what was tried", ["what"])
         text = "Whether the registry or the store answers as it should"
         self.dependency_up = Gauge("manyhats_dependency_up", text, ["dependency"], registry=self.registry)
+        self._count_tenants()
+        self.registry.register(EngineCollector(stats, engine_pid))
+        self.registry.register(ForwardCollector(forward))
+        self.vllm = VllmMetrics(self.registry, stats, max_running)
+
+    def _count_tenants(self) -> None:
+        """Make the metrics of tenants."""
         by_tenant = ["tenant"]
         self.tenant_requests = self._counter("tenant_requests", "Requests ended, by status", [*by_tenant, "status"])
         self.tenant_tokens = self._counter("tenant_tokens", "Tokens, of prompts and of answers", [*by_tenant, "kind"])
         self.tenant_refusals = self._counter("tenant_refusals", "Requests over a limit", [*by_tenant, "limit"])
         text = "From arrival to the first token, by tenant"
         self.tenant_ttft = self._histogram("tenant_time_to_first_token_seconds", text, SECONDS, by_tenant)
-        self.registry.register(EngineCollector(stats, engine_pid))
-        self.registry.register(ForwardCollector(forward))
-        self.vllm = VllmMetrics(self.registry, stats, max_running)
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         made = Counter(f"manyhats_{name}", text, labels, registry=self.registry)

@@ -23,7 +23,7 @@ TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 
 MODEL = ["model_name"]
 
 
-class InFlight(NamedTuple):
+class AdaptersInUse(NamedTuple):
     """A request that runs or waits: the tasks whose adapters it uses, and whether it has a token yet."""
 
     tasks: Sequence[str]
@@ -35,7 +35,7 @@ class VllmMetrics(Collector):
 
     def __init__(self, registry: CollectorRegistry, stats: Callable[[], Stats], max_running: int) -> None:
         self._stats, self._max_running = stats, max_running
-        self._in_flight: dict[int, InFlight] = {}
+        self._in_flight: dict[int, AdaptersInUse] = {}
         self.ttft = self._histogram(registry, "time_to_first_token", "From arrival to the first token", TTFT_SECONDS)
         self.gap = self._histogram(registry, "time_per_output_token", "Between two tokens", TOKEN_SECONDS)
         registry.register(self)
@@ -46,7 +46,7 @@ class VllmMetrics(Collector):
     @contextmanager
     def in_flight(self, tasks: Sequence[str], has_begun: Callable[[], bool]) -> Iterator[None]:
         """Let the tasks' adapters be told as waiting, as running once the request has begun, while the block runs."""
-        request = InFlight(tasks, has_begun)
+        request = AdaptersInUse(tasks, has_begun)
         self._in_flight[id(request)] = request
         try:
             yield

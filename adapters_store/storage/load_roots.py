@@ -23,7 +23,7 @@ NAMES = (*FILES, *ALIASES, *REFUSED)  # what is looked for in a folder; all else
 
 
 class LoadRoot(Protocol):
-    """One of the places."""
+    """A place with all that lies below it."""
 
     def holds(self, path: str) -> bool:
         """Whether a path or URL is in it."""
@@ -62,7 +62,7 @@ class FolderRoot:
         return Path(path).is_absolute() and self._is_within(os.path.realpath(path))
 
     def copy(self, path: str, folder: Path, max_bytes: int, count: Count) -> None:
-        """Copy the files; each is told by where it is once it is open, whatever it was before."""
+        """Copy the files; each is judged by its true place once it is open, whatever its path was before."""
         for name in NAMES:
             with _open(Path(path, name)) as file:
                 if file is None:

@@ -33,7 +33,7 @@ router = APIRouter(
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class LoadRequest(Tolerant):
+class LoadAdapterRequest(Tolerant):
     """The body of POST /v1/load_lora_adapter."""
 
     neutral = openai_fields.LOAD
@@ -42,19 +42,19 @@ class LoadRequest(Tolerant):
     load_inplace: bool = False
 
 
-class UnloadRequest(Tolerant):
+class UnloadAdapterRequest(Tolerant):
     """The body of POST /v1/unload_lora_adapter."""
 
     neutral = openai_fields.UNLOAD
     lora_name: Name
 
 
-@router.post("/load_lora_adapter", openapi_extra=openapi_body(LoadRequest))
+@router.post("/load_lora_adapter", openapi_extra=openapi_body(LoadAdapterRequest))
 async def load_lora_adapter(request: Request) -> Response:
     """Take the adapter at a path or URL in as a task, or as a task's next version with `load_inplace`."""
     state, caller = state_of(request), caller_of(request)
     _require_roots(state)
-    asked = await read_json(request, LoadRequest, state)
+    asked = await read_json(request, LoadAdapterRequest, state)
     name = request.state.task = asked.lora_name
     if not re.fullmatch(NAME_PATTERN, name) or name == BASE:
         raise BadRequestError(f"lora_name: {name} is no name of a task: {NAME_PATTERN}, and not {BASE}", "lora_name")
@@ -78,12 +78,12 @@ async def load_lora_adapter(request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter", openapi_extra=openapi_body(UnloadRequest))
+@router.post("/unload_lora_adapter", openapi_extra=openapi_body(UnloadAdapterRequest))
 async def unload_lora_adapter(request: Request) -> Response:
     """Delete a task with all its versions: new requests get 404 at once, running ones finish."""
     state, tenant = state_of(request), tenant_of(request)
     _require_roots(state)
-    asked = await read_json(request, UnloadRequest, state)
+    asked = await read_json(request, UnloadAdapterRequest, state)
     name = request.state.task = asked.lora_name
     if not await _is_task(state, tenant, name):
         raise NotFoundError(f"The lora adapter '{name}' cannot be found.", "lora_name")
