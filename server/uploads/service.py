@@ -133,9 +133,7 @@ class UploadService:
             unpack = partial(unpack_upload, staging / "body", max_bytes=spec.max_bytes, count=count_unpacked)
             return await self._take_in(spec, staging / FOLDER, unpack)
 
-    async def load(
-        self, spec: UploadSpec, copy: Callable[[Path, Callable[[int], None]], None]
-    ) -> RegisteredArtifact:
+    async def load(self, spec: UploadSpec, copy: Callable[[Path, Callable[[int], None]], None]) -> RegisteredArtifact:
         """Take in the artifact whose files `copy` writes into a folder, counting bytes before it does.
 
         Raises as `accept` does.
