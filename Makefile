@@ -28,7 +28,7 @@ serve: $(VENV)/.serving
 test: $(VENV)/.installed
 	$(BIN)/python -m adapters_store.base.resolve smollm2-135m
 	$(BIN)/python -m server.cli.kernels fp32 auto int8
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 2 --dist loadfile --cov --durations 20
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder --cov --durations 20
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -22,6 +22,7 @@ from training.errors import PushError
 from training.http_client import NOT_OURS, STRANGE, RequestError, ask
 
 TIMEOUT_S = 300.0  # an upload is validated before it is answered
+PROBES_WITHIN_S = 240.0  # on a busy server
 ABSENT = 404
 
 
@@ -52,7 +53,12 @@ class Target:
 
     def upload(self, folder: Path, is_activated: bool) -> dict[str, Any]:
         """Upload an artifact as a new version, and return the server's answer. Raises `PushError`."""
-        query = {"task": self.task, "note": self.note, "activate": str(is_activated).lower()}
+        query = {
+            "task": self.task,
+            "note": self.note,
+            "activate": str(is_activated).lower(),
+            "timeout_s": PROBES_WITHIN_S,
+        }
         body, headers = zipped(read_files(folder)), {"Content-Type": ZIP_TYPE}
         response = self._ask("POST", ("adapters",), params=query, content=body, headers=headers)
         with self._reading():

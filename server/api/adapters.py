@@ -25,6 +25,7 @@ router = APIRouter(
     responses=errors(*COUNTED, *HAS_BODY, 409, 422),
 )
 TaskQuery = Annotated[str, Query(pattern=NAME_PATTERN)]
+TimeoutQuery = Annotated[float | None, Query(gt=0, le=3600)]
 NoteQuery = Annotated[str, Query(max_length=1000, pattern=r"^[^\x00]*$")]
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"file": BINARY}, "required": ["file"]}
@@ -43,12 +44,15 @@ BODY = {
     responses=says(UploadAnswer, status=201, description="A new version")
     | says(UploadAnswer, description="The version that has these bytes already"),
 )
-async def upload(request: Request, task: TaskQuery, activate: bool = True, note: NoteQuery = "") -> Response:
+async def upload(
+    request: Request, task: TaskQuery, activate: bool = True, note: NoteQuery = "", timeout_s: TimeoutQuery = None
+) -> Response:
     """Take an adapter in: a zip or tar.gz of its folder, or one safetensors file with its config in its metadata.
 
     Of a folder that a trainer left only the adapter's files are opened. The body is the file itself, or a form with it
-    alone; its own bytes tell what it is. Once it is here it is taken in or refused, also if the client has left:
-    threads that write into the staging folder cannot be called off.
+    alone; its own bytes tell what it is. Its probes wait `timeout_s` seconds (30) for a busy engine. Once it is here it
+    is taken in or refused, also if the client has left: threads that write into the staging folder cannot be called
+    off.
     """
     state = state_of(request)
     request.state.task = task
@@ -59,7 +63,7 @@ async def upload(request: Request, task: TaskQuery, activate: bool = True, note:
     parts = body_parts(request, limit, state.settings.body_timeout_s)
     body = parts if boundary is None else file_parts(parts, boundary)
     caller = caller_of(request)
-    spec = UploadSpec(caller.tenant, task, limit, activate, note, caller.limits)
+    spec = UploadSpec(caller.tenant, task, limit, activate, note, caller.limits, timeout_s)
     taken = await state.uploads.accept(spec, body)
     shown = {"task": task, **identity(taken.version, state.uploads.item_bytes), "checks": taken.checks}
     return JSONResponse(shown, 201 if taken.is_new else 200)

@@ -39,7 +39,7 @@ MAX_INTAKES = 2  # uploads that are unpacked and checked at once: each is in mem
 
 @dataclass(frozen=True)
 class UploadSpec:
-    """An upload that one caller asks for: how large it may be, and the version to make of it."""
+    """An upload that one caller asks for: how large it may be, how long it waits, and the version to make of it."""
 
     tenant: str
     task: str
@@ -47,6 +47,7 @@ class UploadSpec:
     is_activated: bool = True
     note: str = ""
     limits: TenantLimits = field(default_factory=TenantLimits)
+    timeout_s: float | None = None  # for its probes, on an engine that may be busy; by default `PROBE_WITHIN_S`
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class UploadService:
         async with self._intake_slot(spec.tenant):
             folder.mkdir()
             ignored = await self._tenant_work.run(fill, folder)
-            validated = await self.validator.validate(folder)
+            validated = await self.validator.validate(folder, spec.timeout_s)
             if ignored:
                 validated.checks.insert(0, check("ignored", len(ignored), describe_ignored(ignored)))
             return await self.register(spec, folder, validated)

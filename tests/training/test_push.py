@@ -101,7 +101,8 @@ def test_a_new_task_is_activated_where_it_beats_the_base(trained: Path, tmp_path
     assert served.route == {}
     found = pushing.push_if_better(target, trained, False)
     assert "as version 2, and serves version 2. Activated" in found
-    assert served.queries[1] == {"task": "hat", "note": "mine", "activate": "true"}
+    asked = {"task": "hat", "note": "mine", "activate": "true", "timeout_s": pushing.PROBES_WITHIN_S}
+    assert served.queries[1] == asked
     assert served.keys == {"Bearer secret"}
     assert MANIFEST in zipfile.ZipFile(io.BytesIO(served.bodies[1])).namelist()
 

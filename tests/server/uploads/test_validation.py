@@ -123,6 +123,16 @@ async def test_a_busy_engine_is_503(site: Site, zips: list[bytes], monkeypatch: 
     assert len(site.engine.probed) == 8 == len(site.engine.aborted) and site.engine.staged == {}
 
 
+async def test_an_upload_waits_as_long_as_it_says(site: Site, zips: list[bytes]) -> None:
+    """A busy engine is 503 after the upload's own `timeout_s`, which is above nothing and at most an hour."""
+    site.engine.are_probes_stuck = True
+    answer = await site.upload("a", zips[0], timeout_s=0.05)
+    assert answer.status_code == 503 and "within 0.05 s" in error_of(answer)["message"]
+    for wrong in ("0", "-1", "3601", "nan", "inf", "soon"):
+        answer = await site.upload("a", zips[0], timeout_s=wrong)
+        assert answer.status_code == 422 and error_of(answer)["param"] == "timeout_s", wrong
+
+
 async def test_an_engine_that_dies_meanwhile(site: Site, zips: list[bytes]) -> None:
     """An engine that dies of a probe is 503; nothing is stored."""
     site.engine.are_probes_stuck = True
