@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -32,6 +33,14 @@ MEANINGS = {
     504: "The deadline passed",
     507: "The disk is full or fails",
 }
+HEADERS = {
+    "X-Request-Id": ("string", "The request's own, or one that the server drew"),
+    "Retry-After": ("integer", "Seconds until asking again may help"),
+    "WWW-Authenticate": ("string", "How to send a key"),
+    "Content-Disposition": ("string", "A name for the file"),
+    "ETag": ("string", "The artifact's digest"),
+}
+SENT_WITH = {"401": ["WWW-Authenticate"], "429": ["Retry-After"], "503": ["Retry-After"]}  # besides X-Request-Id
 EVERYWHERE = (400, 414, 431, 500, 503)  # also before a request is complete: see `server.http_protocol`
 IDENTIFIED = (401, 403, 404, 507)
 COUNTED = (*IDENTIFIED, 429)
@@ -69,10 +78,11 @@ def says_whole_or_streamed(whole: type, event: type) -> Responses:
     return {200: {"description": "The answer, whole or as it comes", "content": content}}
 
 
-def says_file(media_type: str, description: str) -> Responses:
-    """Describe an answer that is no JSON."""
+def says_file(media_type: str, description: str, *headers: str) -> Responses:
+    """Describe an answer that is no JSON, with those of `HEADERS` that only it has."""
     schema = {"type": "string"} if media_type.startswith("text/") else {"type": "string", "format": "binary"}
-    return {200: {"description": description, "content": {media_type: {"schema": schema}}}}
+    named = {"headers": _headers(headers)} if headers else {}
+    return {200: {"description": description, "content": {media_type: {"schema": schema}}, **named}}
 
 
 GONE = says(status=204, description="Deleted")
@@ -93,9 +103,16 @@ def describe_api(app: FastAPI, asks_for_keys: bool) -> dict[str, Any]:
             if VALIDATION_ERROR in str(found.get("422")):
                 del found["422"]
             operation["responses"] = dict(sorted(found.items()))
+            for status, answer in found.items():
+                names = ["X-Request-Id", *SENT_WITH.get(status, []), *answer.get("headers", ())]
+                answer["headers"] = _headers(names)
             if not asks_for_keys:
                 operation.pop("security", None)
         document["components"]["schemas"] = _schemas()
+        document["components"]["headers"] = {
+            name: {"description": description, "schema": {"type": kind}}
+            for name, (kind, description) in HEADERS.items()
+        }
         app.openapi_schema = document
     return app.openapi_schema
 
@@ -109,6 +126,10 @@ def _schemas() -> dict[str, Any]:
     _, definitions = TypeAdapter.json_schemas(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     found: dict[str, Any] = definitions["$defs"]
     return found
+
+
+def _headers(names: Iterable[str]) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
 def _json(*kinds: type) -> dict[str, Any]:

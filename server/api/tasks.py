@@ -143,7 +143,7 @@ async def delete_version(request: Request, task: str, number: int) -> Response:
     "/tasks/{task}/versions/{number}/artifact",
     dependencies=[Depends(may(DEPLOY))],
     response_class=Response,
-    responses=says_file(ZIP_TYPE, "The PEFT folder"),
+    responses=says_file(ZIP_TYPE, "The PEFT folder", "ETag", "Content-Disposition"),
 )
 async def get_artifact(request: Request, task: str, number: int) -> Response:
     """Download a version's PEFT folder as a zip, which is read from the store as the client takes it."""

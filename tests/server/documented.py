@@ -17,6 +17,10 @@ from server.engine.fake import FakeEngineClient
 from server.settings import Settings
 
 JSON, STREAM = "application/json", "text/event-stream"
+UNTOLD = re.compile(  # HTTP's own, and what only browsers and proxies read
+    "content-(type|length|security-policy)|date|server|connection|vary|allow|cache-control|referrer-policy|"
+    "(access-control|cross-origin|x-accel|x-content-type)-.*"
+)
 ERROR = {"$ref": "#/components/schemas/ErrorAnswer"}
 Operation = dict[str, Any]
 
@@ -81,6 +85,17 @@ def fault_of(operation: Operation | None, status: int, media_type: str, body: by
     return check(content[JSON]["schema"], body) if media_type == JSON and body else None
 
 
+def untold_header(operation: Operation | None, status: int, names: set[bytes]) -> str | None:
+    """What the document does not say of an answer's headers, by their names in lower case; None if it says all."""
+    if operation is None or str(status) not in operation["responses"]:
+        return None
+    told = {name.lower() for name in operation["responses"][str(status)]["headers"]}
+    untold = sorted(
+        name.decode() for name in names if name.decode() not in told and not UNTOLD.fullmatch(name.decode())
+    )
+    return f"the header {untold[0]} is not documented" if untold else None
+
+
 def _event_fault(schema: dict[str, Any], block: bytes) -> str | None:
     kind, _, data = block.rpartition(b"data: ")
     if kind == b"event: error\n":
@@ -120,5 +135,6 @@ class DocumentedAnswers:
         status = start["status"]
         headers = {name.lower(): value for name, value in start["headers"]}
         media_type = headers.get(b"content-type", b"").decode().partition(";")[0]
-        if fault := fault_of(operation_of(scope["method"], scope["path"]), status, media_type, body):
-            self._faults.append(f"{scope['method']} {scope['path'][:80]} {status}: {fault}")
+        operation = operation_of(scope["method"], scope["path"])
+        found = [fault_of(operation, status, media_type, body), untold_header(operation, status, set(headers))]
+        self._faults += [f"{scope['method']} {scope['path'][:80]} {status}: {fault}" for fault in found if fault]

@@ -64,7 +64,7 @@ async def strike(
     asked = [
         (
             tasks[at % len(tasks)],
-            {"prompt": f"Tell me {at}: ", "max_tokens": max_tokens, "ignore_eos": True, "seed": at},
+            {"prompt": f"Tell me {at}: ", "max_tokens": max_tokens, "ignore_eos": True, "seed": at, "timeout_s": 3600},
         )
         for at in range(NUM_STREAMS)
     ]

@@ -107,14 +107,16 @@ class _Patience:
     """Tells a load that hangs from one that is long, in ticks and not by the clock: this process may be stopped too."""
 
     def __init__(self, pid: int) -> None:
-        self._pid, self._seconds = pid, _busy_seconds(pid)
+        self._pid = pid
+        self._seconds: float | None = None  # read once a load is late: most never are, and reading holds up the steps
         self._silent_s = self._idle_s = 0.0
 
     def tick(self) -> None:
         """Look at the process again. Raises `TimeoutError` if it counts as one that hangs."""
         before, self._seconds = self._seconds, _busy_seconds(self._pid)
         self._silent_s += TICK_S
-        self._idle_s = 0.0 if self._seconds > before + IDLE_SHARE * TICK_S else self._idle_s + TICK_S
+        is_idle = before is not None and self._seconds <= before + IDLE_SHARE * TICK_S
+        self._idle_s = self._idle_s + TICK_S if is_idle else 0.0
         if self._idle_s >= IDLE_S:
             raise TimeoutError(f"it did nothing for {IDLE_S:g} s")
         if self._silent_s >= SILENT_S:

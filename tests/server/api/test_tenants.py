@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from adapters_store.registry.tenants import TenantLimits
+from adapters_store.storage.load_roots import open_roots
 from server.core import EngineFailure
 from server.errors import VersionGoneError
 from tests.server.world import Site, error_of, open_site, until
@@ -168,7 +169,13 @@ MATRIX: list[tuple[str, str, object]] = [
     ("POST", "/generate?task=secret", {"prompt": "x", "version": 1}),
     ("POST", "/generate?task=secret", {"prompt": "x", "stream": True}),
     ("POST", "/generate", {"prompt": "x", "adapters": [{"task": "secret"}]}),
+    ("POST", "/score?task=secret", {"prompt": "x", "continuations": ["y"]}),
     ("POST", "/v1/completions", {"model": "secret", "prompt": "x"}),
+    ("POST", "/v1/completions", {"model": "base", "prompt": "x", "adapters": [{"task": "secret"}]}),
+    ("POST", "/tokenize", {"model": "secret", "prompt": "x"}),
+    ("POST", "/detokenize", {"model": "secret", "tokens": [1]}),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "secret", "lora_path": "/secret"}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "secret"}),
     ("POST", "/v1/chat/completions", {"model": "secret", "messages": [{"role": "user", "content": "x"}]}),
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/secret", None),
@@ -196,7 +203,7 @@ MATRIX: list[tuple[str, str, object]] = [
     ("GET", "/audit?tenant=theirs", None),
     ("GET", "/metrics", None),
 ]
-SAME_FOR_ALL = {("GET", "/openapi.json"), *(("GET", path) for path in OPEN)}
+SAME_FOR_ALL = {("GET", "/openapi.json"), ("POST", "/ping"), *(("GET", path) for path in OPEN)}
 
 
 async def test_what_is_foreign_is_absent(city: City, zips: list[bytes]) -> None:
@@ -444,15 +451,20 @@ CHANGES: dict[tuple[str, str], tuple[str, object]] = {
     ("PUT", "/tasks/{task}/pin"): ("task.pin", {"pinned": True}),
     ("DELETE", "/tasks/{task}/versions/{number}"): ("version.delete", None),
     ("DELETE", "/tasks/{task}"): ("task.delete", None),
+    ("POST", "/v1/load_lora_adapter"): ("version.add", {"lora_name": "l", "lora_path": ""}),
+    ("POST", "/v1/unload_lora_adapter"): ("task.delete", {"lora_name": "l"}),
     ("DELETE", "/tenants/{tenant}"): ("tenant.delete", None),
 }
-NO_CHANGES = {"/generate", "/v1/completions", "/v1/chat/completions"}
+NO_CHANGES = {
+    "/generate", "/score", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/ping",
+}  # fmt: skip
 
 
-async def test_every_change_is_in_the_log(city: City, zips: list[bytes]) -> None:
+async def test_every_change_is_in_the_log(city: City, zips: list[bytes], loras: list[Path]) -> None:
     """Every route that changes something leaves a line with who, what and in which request; the list here is whole."""
     there = [(verb, path) for verb, path in await routes(city) if verb != "GET" and path not in NO_CHANGES]
     assert set(there) <= set(CHANGES), set(there) - set(CHANGES)
+    city.site.state.load_roots.extend(open_roots([str(loras[2].parent)]))
     await city.tenant("a")
     for body in zips[:2]:
         assert (await city.admin("POST", "/adapters?task=t", body, tenant="a")).status_code == 201
@@ -463,6 +475,7 @@ async def test_every_change_is_in_the_log(city: City, zips: list[bytes]) -> None
             path.replace("{tenant}", "a").replace("{key_id}", key_id).replace("{task}", "t").replace("{number}", "1")
         )
         named, sent = ("/adapters?task=t", zips[2]) if path == "/adapters" else (named, sent)
+        sent = sent | {"lora_path": str(loras[2])} if isinstance(sent, dict) and "lora_path" in sent else sent
         headers = {"X-Tenant": "a", "X-Request-Id": f"change-{number}"}
         answer = await city.ask(KEY, verb, named, sent, **headers)
         assert answer.status_code < 300, (verb, path, answer.text)
