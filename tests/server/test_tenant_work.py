@@ -70,7 +70,7 @@ async def test_slow_prompts_of_one_tenant_delay_no_other(
     async with open_city(tiny_base, tmp_path / "data") as city:
         mine, theirs = await city.tenant("mine"), await city.tenant("theirs")
         tokenizer = city.site.state.tokenizer
-        monkeypatch.setattr(tokenizer, "encode", slow.of(tokenizer.encode, lambda text: text.startswith("slow")))
+        monkeypatch.setattr(tokenizer, "encode", slow.of(tokenizer.encode, lambda text, *_: text.startswith("slow")))
         asked = [asyncio.create_task(city.generate(theirs, prompt=f"slow {LONG}")) for _ in range(NUM_SLOW)]
         try:
             await until(lambda: slow.num_begun)
@@ -97,7 +97,7 @@ async def test_a_full_queue_is_429(tiny_base: Path, tmp_path: Path, monkeypatch:
     async with open_city(tiny_base, tmp_path / "data", max_waiting=2) as city:
         key = await city.tenant("theirs")
         tokenizer = city.site.state.tokenizer
-        monkeypatch.setattr(tokenizer, "encode", slow.of(tokenizer.encode, lambda text: text.startswith("slow")))
+        monkeypatch.setattr(tokenizer, "encode", slow.of(tokenizer.encode, lambda text, *_: text.startswith("slow")))
         asked = [asyncio.create_task(city.generate(key, prompt=f"slow {LONG}")) for _ in range(NUM_SLOW)]
         await until(lambda: any(task.done() for task in asked))
         slow.open()
