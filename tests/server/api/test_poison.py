@@ -53,6 +53,17 @@ def told(text: str) -> tuple[str, dict[str, Any]]:
     return kind, json.loads(data)["error"]
 
 
+@pytest.mark.parametrize("poisoned", [0], indirect=True)
+async def test_scores(site: Site, poisoned: None) -> None:
+    """A continuation that fails ends its own request with `internal`; another's scores are as alone."""
+    bodies = [{"prompt": "abc", "continuations": ["defg", f"d{mark}fg"]} for mark in ("e", MARK)]
+    right = (await site.post("/score?task=base", bodies[0])).json()
+    whole, bad = await asyncio.gather(*(site.post("/score?task=base", body) for body in bodies))
+    assert (bad.status_code, error_of(bad)["code"]) == (500, "internal")
+    assert whole.json()["scores"] == right["scores"]
+    await until(lambda: not site.engine.stats.num_running)
+
+
 async def test_every_route(site: Site, poisoned: None) -> None:
     """Plain, as a stream, one or several answers: 500 `internal`, or the event `error` once a stream has begun."""
     asked = list(cases())
