@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
+
+
+class FormSpec(msgspec.Struct, frozen=True):
+    """A form that a request names: a JSON schema, a regular expression, texts to choose from, or a grammar.
+
+    `field` is where it stands in the body, for errors.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    value: Any
+    field: str
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -55,7 +66,7 @@ class Row(msgspec.Struct):
     `adapters` lists (slot, weight): none is the base, several compose. `sampling` is None if no token is wanted
     (a prompt's chunk that is not its last, or a prompt that is only scored). `targets` are the prompt's tokens that it
     scores. `history` is every token of the sequence so far, of which the first `num_prompt` are the prompt; it ends
-    with `tokens`.
+    with `tokens`. `mask` has a bit for each token that may be sampled, from the lowest up; None is all of them.
     """
 
     tokens: list[int]
@@ -67,6 +78,7 @@ class Row(msgspec.Struct):
     num_prompt: int = 0
     num_virtual: int = 0
     targets: ScoredTokens | None = None
+    mask: bytes | None = None
 
     @property
     def num_logits(self) -> int:

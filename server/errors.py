@@ -2,7 +2,8 @@
 
 ServerError
 ├── BadRequestError 400
-│   └── ContextLengthError 400
+│   ├── ContextLengthError 400
+│   └── UnsupportedSchemaError 400
 ├── UnauthorizedError 401
 ├── ForbiddenError 403
 ├── NotFoundError 404
@@ -17,7 +18,7 @@ ServerError
 ├── TenantLimitError 429
 ├── HeadersTooLargeError 431
 ├── InternalError 500
-├── EngineFailedError 422 500 503 504, by the engine's code
+├── EngineFailedError 400 422 500 503 504, by the engine's code
 ├── UnavailableError 503
 │   ├── DrainingError 503
 │   ├── ProbeLateError 503
@@ -44,6 +45,7 @@ ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_type": 415, "artifact_co
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}
 ENGINE_STATUS = {
     "adapter_too_large": 422,
+    "unsupported_schema": 400,
     "deadline_exceeded": 504,
     "overloaded": 503,
     "engine_restarting": 503,
@@ -87,6 +89,12 @@ class ContextLengthError(BadRequestError):
     """A prompt and its answer that are longer than any sequence of this server can be."""
 
     code = "context_length_exceeded"
+
+
+class UnsupportedSchemaError(BadRequestError):
+    """A form of the answer that is too large, too complex, or has a part that is not served."""
+
+    code = "unsupported_schema"
 
 
 class UnauthorizedError(ServerError):

@@ -10,8 +10,8 @@ from pydantic_core import CoreSchema
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.registry.registry import Version
-from server.core import Sampling
-from server.errors import BadRequestError, InvalidFieldError
+from server.core import FormSpec, Sampling
+from server.errors import BadRequestError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
@@ -24,6 +24,8 @@ MAX_STOP_TOKENS = 256
 MAX_ROUTED = 64  # versions of a route
 MIN_TEMPERATURE = 1e-3  # logits divided by less would not be finite: less is greedy
 
+JsonSchema = dict[str, Any]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 TaskName = Annotated[str, Field(pattern=NAME_PATTERN)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Continuation = Annotated[str, Field(min_length=1)] | Annotated[TokenIds, Field(min_length=1)]
@@ -134,6 +136,97 @@ class AdapterFields(Strict):
         }
 
 
+class FreeText(Strict):
+    """No form: the answer is free text."""
+
+    type: Literal["text"]
+
+    def form(self, _field: str) -> FormSpec | None:
+        """None."""
+        return None
+
+
+class AnyObject(Strict):
+    """Any JSON object, or what fits the schema `value`, as Hugging Face's client sends it."""
+
+    type: Literal["json_object"]
+    value: JsonSchema | None = None
+
+    def form(self, field: str) -> FormSpec:
+        """The form of any JSON object, or of the schema."""
+        if self.value is not None:
+            return FormSpec("json_schema", self.value, f"{field}.value")
+        return FormSpec("json_schema", {"type": "object"}, field)
+
+
+class NamedSchema(Strict):
+    """A JSON schema as OpenAI's API carries it. Answers fit it also if it is not `strict`."""
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    json_schema: JsonSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    """JSON that fits a schema: in OpenAI's form, or the schema itself beside the type."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["json_schema"]}, {"required": ["schema"]}]})
+    type: Literal["json_schema"]
+    json_schema: NamedSchema | None = None
+    plain: JsonSchema | None = Field(None, alias="schema")
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> Self:
+        if (self.json_schema is None) == (self.plain is None):
+            raise ValueError("give a schema, in json_schema or beside the type")
+        return self
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the schema."""
+        if self.json_schema is not None:
+            return FormSpec("json_schema", self.json_schema.json_schema, f"{field}.json_schema.schema")
+        return FormSpec("json_schema", self.plain, f"{field}.schema")
+
+
+class RegexFormat(Strict):
+    """Text that matches a regular expression as a whole."""
+
+    type: Literal["regex"]
+    regex: Annotated[str, Field(min_length=1)]
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the expression."""
+        return FormSpec("regex", self.regex, f"{field}.regex")
+
+
+class ChoiceFormat(Strict):
+    """One of some texts."""
+
+    type: Literal["choice"]
+    choices: Choices
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the choice."""
+        return FormSpec("choice", self.choices, f"{field}.choices")
+
+
+class GrammarFormat(Strict):
+    """Text that a grammar in Lark's form makes."""
+
+    type: Literal["grammar"]
+    grammar: Annotated[str, Field(min_length=1)]
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the grammar."""
+        return FormSpec("grammar", self.grammar, f"{field}.grammar")
+
+
+ResponseFormat = Annotated[
+    FreeText | AnyObject | SchemaFormat | RegexFormat | ChoiceFormat | GrammarFormat, Field(discriminator="type")
+]
+
+
 class GenerateRequest(AdapterFields, SamplingFields):
     """The body of POST /generate."""
 
@@ -147,13 +240,7 @@ class GenerateRequest(AdapterFields, SamplingFields):
     logprobs: int | None = Field(None, ge=0, le=5)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED_TOP)
     stream: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_what_is_not_served(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("response_format") is not None:
-            raise InvalidFieldError("response_format is not served by this version", "response_format")
-        return data
+    response_format: ResponseFormat | None = None
 
     @property
     def prompt_field(self) -> str:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from server.api.openai_fields import CHAT, COMPLETION, LOAD, MESSAGE, STREAM_OPTIONS, TEXT_PART, UNLOAD, described
+from server.api.openai_fields import (
+    CHAT,
+    COMPLETION,
+    LOAD,
+    MESSAGE,
+    STREAM_OPTIONS,
+    STRUCTURED_OUTPUTS,
+    TEXT_PART,
+    UNLOAD,
+    described,
+)
 from server.settings import Settings, flags_of, variable
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -15,6 +25,7 @@ PLACES = {
     "a message": MESSAGE,
     "a part of its content": TEXT_PART,
     "`stream_options`": STREAM_OPTIONS,
+    "`structured_outputs`": STRUCTURED_OUTPUTS,
     "`load_lora_adapter`": LOAD,
     "`unload_lora_adapter`": UNLOAD,
 }

@@ -28,6 +28,7 @@ from server.api.openai_answers import (
 from server.api.openai_fields import Tolerant
 from server.api.openai_form import ChatForm, CompletionForm, OpenAIForm, UsageEvents
 from server.api.respond import respond
+from server.api.structured_outputs import FormFields
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE, Caller
 from server.requests.spec import GenerationSpec
@@ -67,7 +68,7 @@ class StreamOptions(Tolerant):
     continuous_usage_stats: bool = False  # vLLM's; guidellm always asks for it
 
 
-class OpenAIFields(Tolerant, SamplingFields):
+class OpenAIFields(FormFields, SamplingFields):
     """Fields that completions and chat share."""
 
     model: str
@@ -252,6 +253,7 @@ def _spec(caller: Caller, asked: OpenAIFields) -> GenerationSpec:
         n=asked.n,
         stop=asked.stops(),
         timeout_s=asked.timeout_s,
+        form=asked.form(),
     )
 
 

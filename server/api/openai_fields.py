@@ -29,7 +29,6 @@ _OPENAI: Fields = {
     "prompt_cache_options": ({}, {"mode": "implicit"}),
     "prompt_cache_retention": ("in_memory",),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "safety_identifier": (str,),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -44,11 +43,7 @@ _VLLM: Fields = {
     "cache_salt": (),
     "early_stopping": (False,),
     "ec_transfer_params": ({},),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
     "include_stop_str_in_output": (False,),
     "kv_transfer_params": ({},),
@@ -69,7 +64,6 @@ _VLLM: Fields = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
-    "structured_outputs": (),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "truncation_side": ("left", "right"),
@@ -81,7 +75,6 @@ COMPLETION: Fields = {
     **_VLLM,
     "best_of": (1,),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 CHAT: Fields = {
@@ -121,10 +114,17 @@ MESSAGE: Fields = {
 }
 TEXT_PART: Fields = {"prompt_cache_breakpoint": ()}
 STREAM_OPTIONS: Fields = {"include_obfuscation": (False,)}
+STRUCTURED_OUTPUTS: Fields = {
+    "disable_additional_properties": (False,),
+    "disable_any_whitespace": (bool,),  # there is none but a space after a comma or a colon
+    "disable_fallback": (bool,),  # there is none
+    "structural_tag": (),
+    "whitespace_pattern": (),
+}
 TOKENIZE: Fields = {name: CHAT[name] for name in TURN_FIELDS}
 LOAD: Fields = {"base_model_name": (), "is_3d_lora_weight": (False,)}  # of vLLM
 UNLOAD: Fields = {"lora_int_id": ()}
-_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, LOAD, UNLOAD)
+_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, STRUCTURED_OUTPUTS, LOAD, UNLOAD)
 
 
 class Tolerant(Strict):

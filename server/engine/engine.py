@@ -12,6 +12,7 @@ from server.core import EngineFailure, Row, Runner, Sampled, Timing
 from server.engine.adapters.load_queue import P, Spawner
 from server.engine.adapters.manager import AdapterManager, Budgets, SlotStore
 from server.engine.blocks import BlockPool
+from server.engine.forms import FormCompiler, FormError
 from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
 from server.engine.scheduler import Scheduler, StepLimits, StepPlan
 from server.engine.sequence import Sequence
@@ -30,6 +31,7 @@ class Engine(Generic[P]):
     `load` (digest -> packed adapter) runs in the spawner's threads, and `on_loaded` is called there after each load.
     `staged` is shared with `load`: the folders (by digest) of artifacts that are not in the store yet. `clock` gives
     monotonic seconds; `thread_clock` those without run-queue delay (`server.engine.thread_clock`), by default `clock`.
+    `forms` compiles what answers must fit; None refuses every such sequence.
 
     A sequence ends in `_finish` and nowhere else: by a finish, a failure, its deadline or an abort.
     """
@@ -47,6 +49,7 @@ class Engine(Generic[P]):
         on_loaded: Callable[[], None] = lambda: None,
         staged: dict[str, str] | None = None,
         thread_clock: Callable[[], float] | None = None,
+        forms: FormCompiler[Sequence] | None = None,
     ) -> None:
         self.runner, self._staged = runner, {} if staged is None else staged
         self.pool = BlockPool(runner.num_blocks, runner.block_size, config.is_prefix_cached)
@@ -66,6 +69,7 @@ class Engine(Generic[P]):
         )
         self.adapters = AdapterManager(adapter_slots, load, budgets, spawner, clock, on_loaded)
         self.sequences: dict[str, Sequence] = {}
+        self._forms, self._formless = forms, dict[str, Sequence]()  # whose forms are still to be compiled
         self._clock, self._thread_clock, self._eos = clock, thread_clock or clock, frozenset(eos_token_ids)
         self._outputs: list[Output] = []  # to be sent with the current or the next step
         self._stats = Stats(num_blocks=runner.num_blocks)
@@ -89,6 +93,8 @@ class Engine(Generic[P]):
         self.sequences[submit.sequence_id] = sequence
         self.adapters.use(sequence.digests)
         self.scheduler.add(sequence)
+        if sequence.is_form_due:
+            self._formless[sequence.id] = sequence
 
     def abort(self, sequence_id: str) -> None:
         """Free a sequence without an output; it is no error if the sequence has ended already."""
@@ -159,6 +165,8 @@ class Engine(Generic[P]):
             return EngineFailure("internal", message)
         if submit.sequence_id in self.sequences:
             return EngineFailure("internal", f"a sequence {submit.sequence_id} runs already")
+        if submit.form is not None and self._forms is None:
+            return EngineFailure("internal", "the answers of this base cannot be held to a form")
         if self.scheduler.is_full(submit.namespace):
             max_waiting = self.scheduler.limits.max_waiting
             return EngineFailure("overloaded", f"{max_waiting} requests wait already; try again in a moment")
@@ -168,6 +176,7 @@ class Engine(Generic[P]):
         now, scheduler = self._clock(), self.scheduler
         self._end_late(now)
         self._advance_adapters()
+        self._advance_forms()
         plan = scheduler.plan(self.adapters, now)
         for sequence in plan.admitted:
             self.adapters.pin(sequence.digests)
@@ -197,17 +206,40 @@ class Engine(Generic[P]):
             if failure := adapters.refusal(sequence.digests):
                 self._fail(sequence, failure)
 
+    def _advance_forms(self) -> None:
+        """Take in the forms that were compiled, and begin with those of the sequences that come next."""
+        if self._forms is None:
+            return
+        for result in self._forms.results():
+            sequence = result.owner
+            if sequence.id not in self.sequences:
+                continue
+            sequence.form = result.form if result.error is None else None
+            if result.error is not None:
+                self._fail(sequence, self._form_failure(result.error, sequence))
+        for sequence in self.scheduler.next_forms() if self._formless else ():
+            if self._formless.pop(sequence.id, None) is not None and sequence.grammar is not None:
+                ends = self._eos.union(sequence.sampling.stop_token_ids)
+                self._forms.start(sequence, sequence.grammar, sequence.tokens[sequence.num_prompt :], ends)
+
+    @staticmethod
+    def _form_failure(error: BaseException, sequence: Sequence) -> EngineFailure:
+        if isinstance(error, FormError):
+            return EngineFailure("unsupported_schema", f"the answer's form cannot be served: {error}")
+        log.error("a form raised", extra={"sequence": sequence.id}, exc_info=error)
+        return INTERNAL
+
     def _run(self, plan: StepPlan) -> Iterable[Result]:
         """Run one forward pass. If it raises, each row runs alone, and only the rows that raise alone fail."""
         rows = [self._prepared(sequence, num_tokens) for sequence, num_tokens in plan.rows]
         self._stats.steps_total += 1
         self._stats.rows_total += len(rows)
         self._stats.tokens_total += plan.num_tokens
-        results = iter(self._run_rows([row for row in rows if row is not None]))
-        return [INTERNAL if row is None else next(results) for row in rows]
+        results = iter(self._run_rows([row for row in rows if isinstance(row, Row)]))
+        return [next(results) if isinstance(row, Row) else row for row in rows]
 
-    def _prepared(self, sequence: Sequence, num_tokens: int) -> Row | None:
-        """Make a sequence's row and copy the block that it begins with; None if that raises.
+    def _prepared(self, sequence: Sequence, num_tokens: int) -> Row | EngineFailure:
+        """Make a sequence's row and copy the block that it begins with; a failure if that raises.
 
         In the plan's order: a later one's target may be an earlier one's source.
         """
@@ -216,9 +248,11 @@ class Engine(Generic[P]):
             if sequence.table.copy is not None:
                 self.runner.copy(*sequence.table.copy)
                 sequence.table.copy = None
+        except FormError as error:
+            return self._form_failure(error, sequence)
         except Exception:
             log.exception("a sequence raised before its step", extra={"sequence": sequence.id})
-            return None
+            return INTERNAL
         return row
 
     def _run_rows(self, rows: list[Row]) -> Iterable[Result]:
@@ -238,16 +272,18 @@ class Engine(Generic[P]):
     def _row(self, sequence: Sequence, num_tokens: int) -> Row:
         start, end = sequence.num_computed, sequence.num_computed + num_tokens
         virtual, is_last = sequence.num_virtual, end == len(sequence.tokens)
+        sampling = sequence.sampling if is_last and sequence.sampling.max_tokens else None
         return Row(
             tokens=sequence.tokens[start:end],
             start=start,
             blocks=sequence.table.blocks,
             adapters=tuple((self.adapters.slot(adapter.digest), adapter.weight) for adapter in sequence.adapters),
-            sampling=sequence.sampling if is_last and sequence.sampling.max_tokens else None,
+            sampling=sampling,
             history=sequence.tokens[virtual:end] if virtual or not is_last else sequence.tokens,
             num_prompt=sequence.num_prompt - virtual,
             num_virtual=virtual,
             targets=sequence.targets(num_tokens),
+            mask=None if sequence.form is None or sampling is None else sequence.form.mask(),
         )
 
     def _commit(self, plan: StepPlan, results: Iterable[Result]) -> None:
@@ -291,6 +327,8 @@ class Engine(Generic[P]):
             output.token_ids = [sampled.token]
             output.logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
             output.finish_reason = self._finish_reason(sequence, sampled.token)
+            if sequence.form is not None and output.finish_reason is None:
+                sequence.form.take(output.token_ids)
         elif is_read:
             output.finish_reason = "length"
         if is_read or (output.token_ids and sequence.num_output == 1):
@@ -320,3 +358,4 @@ class Engine(Generic[P]):
         self.scheduler.remove(sequence)
         self.adapters.release(sequence.digests, is_pinned=sequence.first_admitted is not None)
         del self.sequences[sequence.id]
+        self._formless.pop(sequence.id, None)

@@ -45,6 +45,7 @@ class Submit(msgspec.Struct, tag=True):
     share: float = 1.0  # weight of the namespace against others
     max_running: int | None = None  # sequences of the namespace that run at once
     is_probe: bool = False  # validates an upload: it gets only a few tokens of a step that computes others
+    form: str | None = None  # the grammar that the answer must fit, as llguidance writes it
     answered: list[int] = []  # the answer so far, from an engine that died; what follows is the same as there
 
 
@@ -157,6 +158,7 @@ class Ready(msgspec.Struct, tag=True):
     item_bytes: ItemBytes  # bytes a number of a packed adapter
     precision: str  # of the base's weights: fp32, bf16, fp16 or int8
     load_seconds: float
+    has_forms: bool = True  # answers can be held to a form
     largest_value: float = FP32_MAX  # that a slot's matrices can hold
     forward: ForwardReport | None = None  # how the base is computed; None: an engine without a model
 

@@ -12,9 +12,10 @@ several are present, a step takes few tokens of prompts, so that none waits long
 the namespace that was served least and is below its share, which is taken whole. If the first waiting sequence belongs
 to a namespace below its share and finds no row or blocks, sequences of namespaces above theirs are preempted.
 
-A sequence whose adapters are not in slots is skipped, never waited for. A skipped sequence cannot starve: once
-`max_bypass` others with adapters were admitted while it lacked nothing but room in the slots, no other sequence with
-adapters is admitted before it. Running sequences end, so slots lose their pins, and its adapters are copied first.
+A sequence whose adapters are not in slots, or whose form is not compiled, is skipped, never waited for. One that is
+skipped for its adapters cannot starve: once `max_bypass` others with adapters were admitted while it lacked nothing but
+room in the slots, no other sequence with adapters is admitted before it. Running sequences end, so slots lose their
+pins, and its adapters are copied first.
 """
 
 from __future__ import annotations
@@ -183,6 +184,11 @@ class Scheduler:
         ahead = islice(self.waiting(is_charged=True), 2 * self.limits.max_running)
         return list(dict.fromkeys(digest for sequence in (*first, *ahead) for digest in sequence.digests))
 
+    def next_forms(self) -> list[Sequence]:
+        """List waiting sequences whose forms are to be compiled, as far ahead as adapters are wanted."""
+        ahead = islice(self.waiting(is_charged=True), 2 * self.limits.max_running)
+        return [sequence for sequence in ahead if sequence.is_form_due]
+
     def plan(self, adapters: Adapters, now: float) -> StepPlan:
         """Plan the next step at `now` (monotonic seconds): preempt, admit, and choose the tokens of each row.
 
@@ -314,7 +320,12 @@ class Scheduler:
     def _may_start(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
         max_running = sequence.max_running
         has_row = max_running is None or self._num_running[sequence.namespace] < max_running
-        return has_row and self._has_its_adapters(sequence, adapters, now) and not self._is_prefix_coming(sequence)
+        return (
+            has_row
+            and not sequence.is_form_due
+            and self._has_its_adapters(sequence, adapters, now)
+            and not self._is_prefix_coming(sequence)
+        )
 
     def _has_its_adapters(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
         if not sequence.digests or sequence.is_preempted:

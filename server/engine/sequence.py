@@ -7,6 +7,7 @@ from enum import Enum
 
 from server.core import AdapterRef, Sampling, ScoredTokens
 from server.engine.blocks import BlockTable, namespace_salt, root_key
+from server.engine.forms import Form
 from server.engine.messages import Submit
 
 
@@ -40,6 +41,8 @@ class Sequence:
     share: float = 1.0  # weight of its namespace against others
     max_running: int | None = None  # sequences of its namespace that run at once
     is_probe: bool = False
+    grammar: str | None = None  # of the form that its answer must fit, if there is to be one
+    form: Form | None = None  # once it is compiled
     state: State = State.WAITING
     is_preempted: bool = False
     num_computed: int = 0
@@ -70,6 +73,7 @@ class Sequence:
             share=submit.share,
             max_running=submit.max_running,
             is_probe=submit.is_probe,
+            grammar=submit.form if submit.sampling.max_tokens else None,
         )
         sequence.note_scored(0)
         return sequence
@@ -106,6 +110,11 @@ class Sequence:
     def remainder(self) -> int:
         """The number of tokens without KV; at least 1 until the sequence is finished."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def is_form_due(self) -> bool:
+        """Whether it has a form that is not compiled yet."""
+        return self.grammar is not None and self.form is None
 
     @property
     def num_virtual(self) -> int:

@@ -108,6 +108,7 @@ def build(config: EngineConfig, loaded: Loaded, on_loaded: OnLoaded) -> tuple[Re
     """
     from server.engine.adapters.loader_process import LoaderPool, run_loader
     from server.engine.adapters.loader_threads import LoaderThreads
+    from server.engine.forms import FormCompiler
     from server.model.slots.layout import PackedPatch
 
     loader_pool = LoaderPool(config.num_loaders, Nursery.fork(run_loader))
@@ -118,6 +119,7 @@ def build(config: EngineConfig, loaded: Loaded, on_loaded: OnLoaded) -> tuple[Re
     def load_adapter(digest: str) -> PackedPatch:
         return loaded.adapter_slots.pin(loader_pool.load(digest, staged.get(digest)))
 
+    tokenizer = loaded.form_tokenizer
     engine = Engine(
         loaded.runner,
         loaded.adapter_slots,
@@ -129,6 +131,7 @@ def build(config: EngineConfig, loaded: Loaded, on_loaded: OnLoaded) -> tuple[Re
         on_loaded=on_loaded,
         staged=staged,
         thread_clock=thread_clock(),
+        forms=None if tokenizer is None else FormCompiler(tokenizer, LoaderThreads(1), on_loaded),
     )
     return _describe(loaded, config, engine.max_sequence_tokens), engine
 
@@ -146,6 +149,7 @@ def _describe(loaded: Loaded, config: EngineConfig, max_sequence_tokens: int) ->
         item_bytes=dtypes.item_bytes,
         precision=loaded.precision,
         load_seconds=loaded.load_seconds,
+        has_forms=loaded.form_tokenizer is not None,
         largest_value=torch.finfo(dtypes.matrices).max,
         forward=loaded.forward,
     )

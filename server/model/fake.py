@@ -67,10 +67,17 @@ def score(cell: int, token: int, num_top: int) -> Logprobs:
     return Logprobs(chosen, [(token, chosen)] * num_top, is_greedy=chosen > -60)
 
 
-def choose(cell: int, sampling: Sampling, vocab_size: int) -> int:
-    """Return the token after a position with this KV; the seed counts if the temperature is above 0."""
+def choose(cell: int, sampling: Sampling, vocab_size: int, mask: bytes | None = None) -> int:
+    """Return the token after a position with this KV, of those that a mask allows.
+
+    The seed counts if the temperature is above 0.
+    """
     seed = sampling.seed if sampling.temperature > 0 else -1
-    return int.from_bytes(hashlib.sha256(f"{cell},{seed}".encode()).digest()[:7], "big") % vocab_size
+    number = int.from_bytes(hashlib.sha256(f"{cell},{seed}".encode()).digest()[:7], "big")
+    if mask is None:
+        return number % vocab_size
+    allowed = [token for token in range(vocab_size) if mask[token // 8] >> token % 8 & 1]
+    return allowed[number % len(allowed)]
 
 
 class FakeRunner:
@@ -149,7 +156,7 @@ class FakeRunner:
             return Sampled(scores=scores)
         num_top, place = row.sampling.logprobs, len(row.history) - row.num_prompt
         given = row.sampling.forced[place : place + 1]
-        token = given[0] if given else choose(cells[-1], row.sampling, self.vocab_size)
+        token = given[0] if given else choose(cells[-1], row.sampling, self.vocab_size, row.mask)
         return Sampled(token, None if num_top is None else Logprobs(-0.25, [(token, -0.25)] * num_top), scores)
 
 

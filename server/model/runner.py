@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from llguidance import LLTokenizer
 from torch import Tensor
 
 from adapters_store.base.spec import BaseSpec
@@ -22,6 +23,7 @@ from server.model.backends.base import Backend
 from server.model.backends.choose import choose_backend
 from server.model.cuda_graphs import DecodeGraphs
 from server.model.errors import UnsupportedBaseError
+from server.model.form_tokenizer import load_form_tokenizer
 from server.model.load import InstrumentedBase, load_base
 from server.model.sampler import sample
 from server.model.slots.slots import AdapterSlots
@@ -41,6 +43,7 @@ class Loaded:
     precision: str
     load_seconds: float
     forward: ForwardReport
+    form_tokenizer: LLTokenizer | None  # None: its answers cannot be held to a form
 
 
 def load(config: RunnerConfig, backend: Backend | None = None) -> Loaded:
@@ -62,9 +65,17 @@ def load(config: RunnerConfig, backend: Backend | None = None) -> Loaded:
     base.adapter_slots.warm_up()
     runner = PagedRunner(base, config)
     max_tokens = min(base.max_tokens, _max_tokens(config, backend, base.spec))
-    seconds = time.monotonic() - began
+    form_tokenizer = load_form_tokenizer(folder, base.spec.vocab_size, base.eos_token_ids)
     return Loaded(
-        runner, base.adapter_slots, base.spec, base.eos_token_ids, max_tokens, backend.precision, seconds, base.report
+        runner,
+        base.adapter_slots,
+        base.spec,
+        base.eos_token_ids,
+        max_tokens,
+        backend.precision,
+        time.monotonic() - began,
+        base.report,
+        form_tokenizer,
     )
 
 

@@ -64,9 +64,26 @@ def _scores(logits: Tensor, targets: ScoredTokens, best: list[int]) -> list[Logp
 
 def _choose(logits: Tensor, row: Row, sampling: Sampling, best: int, place: int) -> int:
     changed = penalise(logits, row, sampling)
+    if row.mask is not None:
+        return _choose_allowed(changed, row.mask, sampling, best if changed is logits else None, place)
     if sampling.temperature == 0:
         return best if changed is logits else int(changed.argmax())
     return draw(_divide(changed, sampling.temperature), sampling, uniform(sampling.seed, place))
+
+
+def _choose_allowed(logits: Tensor, mask: bytes, sampling: Sampling, best: int | None, place: int) -> int:
+    """Choose among the tokens of a mask as if the vocabulary had no others; `best` is the best of all, if it is known.
+
+    The best of all is the best of those that may be, if it may be: then no mask is unpacked.
+    """
+    if sampling.temperature == 0 and best is not None and mask[best // 8] >> best % 8 & 1:
+        return best
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=logits.shape[-1], bitorder="little")
+    allowed = torch.from_numpy(np.flatnonzero(bits)).to(logits.device)
+    logits = logits[allowed]
+    if sampling.temperature == 0:
+        return int(allowed[logits.argmax()])
+    return int(allowed[draw(_divide(logits, sampling.temperature), sampling, uniform(sampling.seed, place))])
 
 
 def _divide(logits: Tensor, temperature: float) -> Tensor:

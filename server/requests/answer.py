@@ -38,6 +38,7 @@ class GenerationJob:
     lead: str = ""  # taken off the beginning of each answer
     tells_prompts: bool = False
     scored_from: list[int] | None = None
+    form: str | None = None  # the grammar that each answer must fit
 
     @property
     def max_total_tokens(self) -> int:
@@ -63,6 +64,7 @@ class GenerationJob:
             adapters=tuple(AdapterRef(one.digest, weight, one.num_virtual) for one, weight in self.resolved.adapters),
             share=self.limits.share,
             max_running=self.limits.max_running,
+            form=self.form,
         )
 
 

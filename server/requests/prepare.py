@@ -11,11 +11,12 @@ from jinja2 import TemplateError
 
 from adapters_store.base.turns import ControlTextError
 from adapters_store.format.manifest import Turn
-from server.core import Sampling
+from server.core import FormSpec, Sampling
 from server.engine.client import EngineClient, require_ready
 from server.engine.messages import Ready
 from server.errors import BadRequestError, ContextLengthError, InvalidFieldError
 from server.requests.answer import GenerationJob
+from server.requests.forms import grammar_of
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
@@ -49,12 +50,21 @@ class JobPreparer:
         check_length(require_ready(self._client), resolved, prompts, max_tokens, field)
         check_answer_size(spec, prompts, max_tokens)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
+        form = None if spec.form is None else await self._grammar(spec.form, spec.sampling)
         lead = "" if spec.turns is None else self._tokenizer.turns.lead(resolved.prompt_format)
         tells_prompts = spec.echo or spec.prompt_logprobs is not None
         return GenerationJob(
             resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits, lead=lead,
-            tells_prompts=tells_prompts, scored_from=scored_from,
+            tells_prompts=tells_prompts, scored_from=scored_from, form=form,
         )  # fmt: skip
+
+    async def _grammar(self, form: FormSpec, sampling: Sampling) -> str:
+        """The grammar of a form. Raises `BadRequestError` if this base has none, or the form can end no answer."""
+        if not require_ready(self._client).has_forms:
+            raise BadRequestError("this base's tokenizer serves no forms: ask for free text", form.field)
+        if sampling.ignore_eos:
+            raise BadRequestError("an answer in a form ends where the form does: leave ignore_eos out", "ignore_eos")
+        return await self._tenant_work.run(grammar_of, form)
 
     async def encode(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
         """Token ids of each of a spec's prompts. Raises `ServerError` for what has none, or can never fit."""

@@ -25,18 +25,17 @@ FORMS: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {  # of an answer, a
     "/v1/chat/completions": (ChatCompletion, ChatCompletionChunk),
 }
 NOT_SERVED_YET = {  # fields and routes that come later: record these clients again when they are there
-    "autogen": {"tools", "response_format"},
-    "huggingface": {"tools", "response_format"},
-    "instructor": {"tool_choice", "response_format"},
-    "langchain": {"tools", "response_format"},
-    "litellm": {"tools", "response_format"},
-    "llm": {"tools", "response_format"},
+    "autogen": {"tools"},
+    "huggingface": {"tools"},
+    "instructor": {"tool_choice"},
+    "langchain": {"tools"},
+    "litellm": {"tools"},
+    "llm": {"tools"},
     "lm-eval": {"/tokenizer_info"},
-    "openai-javascript": {"tools", "response_format"},
-    "openai-python": {"tools", "response_format"},
-    "outlines": {"response_format", "structured_outputs"},
-    "pydantic-ai": {"tool_choice", "response_format"},
-    "vercel-ai": {"tools", "response_format"},
+    "openai-javascript": {"tools"},
+    "openai-python": {"tools"},
+    "pydantic-ai": {"tool_choice"},
+    "vercel-ai": {"tools"},
 }
 
 

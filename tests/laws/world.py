@@ -14,6 +14,7 @@ from adapters_store.methods.compile import compile_patch
 from adapters_store.primitives import Patch
 from server.core import AdapterRef, RunnerConfig, Sampling
 from server.engine.engine import Engine
+from server.engine.forms import FormCompiler
 from server.engine.messages import EngineConfig, Submit
 from server.model.precision import choose_storage_dtypes
 from server.model.runner import Loaded, load
@@ -50,6 +51,7 @@ class Asked:
     sampling: Sampling
     arrives: int = 0
     tenant: str = "law"
+    form: str | None = None
 
 
 @dataclass
@@ -75,8 +77,8 @@ class World:
         config = EngineConfig(runner=base, blobs="", **limits)
         assert not self.loaded.adapter_slots.slots, "another engine is there"
         try:
-            with ThreadSpawner(2) as spawner:
-                engine = self._engine(config, spawner)
+            with ThreadSpawner(2) as spawner, ThreadSpawner(1) as compiler:
+                engine = self._engine(config, spawner, compiler)
                 yield engine
                 for digest in {patch.digest for patch in self.patches.values()}:
                     engine.discard(digest)
@@ -86,7 +88,9 @@ class World:
             for slot in tuple(self.loaded.adapter_slots.slots):
                 self.loaded.adapter_slots.drop(slot)
 
-    def _engine(self, config: EngineConfig, spawner: ThreadSpawner) -> Engine[Any]:
+    def _engine(self, config: EngineConfig, spawner: ThreadSpawner, compiler: ThreadSpawner) -> Engine[Any]:
+        tokenizer = self.loaded.form_tokenizer
+        assert tokenizer is not None
         return Engine(
             self.loaded.runner,
             self.loaded.adapter_slots,
@@ -95,6 +99,7 @@ class World:
             eos_token_ids=self.loaded.eos_token_ids,
             spawner=spawner,
             clock=time.monotonic,
+            forms=FormCompiler(tokenizer, compiler, lambda: None),
         )
 
     def patch(self, name: str) -> Patch:
@@ -147,7 +152,12 @@ class World:
     def key(self, asked: Asked) -> str:
         """What a solo answer depends on, and is kept by."""
         return repr(
-            ([(self.patch(name).digest, weight) for name, weight in asked.adapters], asked.prompt, asked.sampling)
+            (
+                [(self.patch(name).digest, weight) for name, weight in asked.adapters],
+                asked.prompt,
+                asked.sampling,
+                asked.form,
+            )
         )
 
     def _submit(self, sequence_id: str, asked: Asked) -> Submit:
@@ -160,4 +170,5 @@ class World:
             deadline=time.monotonic() + 600,
             arrived=time.monotonic(),
             adapters=tuple(AdapterRef(patch.digest, weight, patch.num_virtual) for patch, weight in worn),
+            form=asked.form,
         )

@@ -98,7 +98,16 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"version": 0}, "version"),
     ({"version": "1"}, "version"),
     ({"version": 1}, "version"),  # the base has none
-    ({"response_format": {"type": "regex", "regex": "a"}}, "response_format"),
+    ({"response_format": {"type": "structural_tag"}}, "response_format"),
+    ({"response_format": {}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_schema", "schema": {}, "strict": True}}, "response_format.strict"),
+    ({"response_format": {"type": "regex"}}, "response_format.regex"),
+    ({"response_format": {"type": "regex", "regex": "a", "flags": "i"}}, "response_format.flags"),
+    ({"response_format": {"type": "choice", "choices": []}}, "response_format.choices"),
+    ({"response_format": {"type": "choice", "choices": ["a", ""]}}, "response_format.choices.1"),
+    ({"response_format": {"type": "grammar", "grammar": 1}}, "response_format.grammar"),
 ]
 
 

@@ -17,6 +17,7 @@ from openai.types.chat import completion_create_params as chat
 from server.api import openai_fields
 from server.api.openai import ChatMessage, ChatRequest, CompletionRequest, StreamOptions, TextPart
 from server.api.openai_fields import Tolerant
+from server.api.structured_outputs import StructuredOutputs
 from tests.readme import fields_table
 from tests.server.world import Site, error_of, serve_site
 
@@ -89,6 +90,10 @@ BODIES: dict[type[Tolerant], tuple[str, Any]] = {  # where a model stands in a r
         lambda fields: {"messages": [{**TURN, "content": [{"type": "text", "text": "hi", **fields}]}]},
     ),
     StreamOptions: ("chat/completions", lambda fields: {"messages": [TURN], "stream_options": fields}),
+    StructuredOutputs: (
+        "chat/completions",
+        lambda fields: {"messages": [TURN], "structured_outputs": {"regex": "a", **fields}},
+    ),
 }
 
 
@@ -102,6 +107,7 @@ DOCUMENTED: dict[type[Tolerant], set[str]] = {
     ChatMessage: names(*get_args(turns.ChatCompletionMessageParam)) | {"annotations", "reasoning", "reasoning_content"},
     TextPart: names(parts.ChatCompletionContentPartTextParam),
     StreamOptions: names(options.ChatCompletionStreamOptionsParam) | {"continuous_usage_stats"},
+    StructuredOutputs: {"json_", "regex", "choice", "grammar", "json_object", *openai_fields.STRUCTURED_OUTPUTS},
 }
 UNSERVED = [(model, name) for model in DOCUMENTED for name in sorted(model.neutral)]
 

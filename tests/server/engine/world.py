@@ -8,7 +8,9 @@ from typing import Any
 
 from server.core import AdapterRef, EngineFailure, Logprobs, RunnerConfig, Sampling
 from server.engine.engine import Engine
+from server.engine.forms import FormCompiler
 from server.engine.messages import EngineConfig, Output, StepDone, Submit
+from server.engine.sequence import Sequence
 from server.model.fake import FakePacked, FakeRunner, FakeSlots, answer_alone, scores_alone
 from tests.server.engine.spawners import LateSpawner
 
@@ -100,6 +102,7 @@ class World:
         block_size: int = 4,
         vocab_size: int = 512,
         has_prefixes: bool = False,
+        forms: FormCompiler[Sequence] | None = None,
         **fields: Any,
     ) -> None:
         self.config, self.has_prefixes = config(**fields), has_prefixes
@@ -114,6 +117,7 @@ class World:
             eos_token_ids=EOS,
             spawner=self.spawner,
             clock=self.clock,
+            forms=forms,
         )
         self.requests: dict[str, Submit] = {}
         self.answers: dict[str, RequestAnswer] = {}
@@ -124,6 +128,8 @@ class World:
         *numbers: int | tuple[int, float],
         namespace: str = "t",
         timeout: float = 1e9,
+        form: str | None = None,
+        answered: list[int] | None = None,
         **sampling: Any,
     ) -> str:
         """Submit a request; the adapters are numbers, with or without a weight."""
@@ -135,6 +141,7 @@ class World:
         name = f"r{len(self.requests)}"
         deadline = self.clock.now + timeout
         request = Submit(name, namespace, prompt, Sampling(**sampling), deadline, self.clock.now, adapters)
+        request.form, request.answered = form, answered or []
         self.requests[name], self.answers[name] = request, RequestAnswer()
         self.engine.submit(request)
         return name

@@ -1,0 +1,126 @@
+"""Forms: grammars that answers must fit, compiled beside the steps and asked in each step which tokens may follow.
+
+llguidance compiles them. Its limits bound the work of a form at each place: what a hostile one costs is cut off, and
+ends that sequence alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from server.engine.adapters.load_queue import Spawner
+
+T = TypeVar("T")
+MAX_KEPT = 64  # compiled forms that are kept for the next sequence that has the same
+MAX_LEXER_STATES = 20_000  # 1 to 2 kB each
+MAX_GRAMMAR_SYMBOLS = 100_000
+STEP_FUEL, STEP_ITEMS = 50_000, 20_000  # 4 ms and 1 ms of a step at most
+
+
+class FormError(Exception):
+    """A form that cannot be served, or that no token of the base fits any more; the sentence is for users."""
+
+
+def limits() -> LLParserLimits:
+    """The bounds of a form, at the door as in the engine."""
+    return LLParserLimits(
+        max_lexer_states=MAX_LEXER_STATES,
+        max_grammar_size=MAX_GRAMMAR_SYMBOLS,
+        step_lexer_fuel=STEP_FUEL,
+        step_max_items=STEP_ITEMS,
+        verbose_errors=False,
+    )
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+    """Compile a grammar of llguidance's, without holding the interpreter. Raises `FormError`."""
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+    matcher.compute_bitmask()  # what a first token needs is worked out here, and not in a step
+    if matcher.is_error():
+        raise FormError(matcher.get_error().removesuffix("<non-verbose/>").strip())
+    return matcher
+
+
+class Form:
+    """A compiled form at its place in one answer, which ends at one of `ends` once it fits."""
+
+    def __init__(self, matcher: LLMatcher, ends: Iterable[int]) -> None:
+        self._matcher, self._ends = matcher, tuple(ends)
+
+    def take(self, tokens: list[int]) -> None:
+        """Go on over tokens of the answer, none of which ends it. Raises `FormError` if they do not fit."""
+        if not self._matcher.consume_tokens(tokens):
+            raise FormError(self._error("the answer does not fit its form"))
+
+    def mask(self) -> bytes:
+        """Say which tokens may follow, a bit each from the lowest up. Raises `FormError` if none may."""
+        mask = bytearray(self._matcher.compute_bitmask())
+        if self._matcher.is_error():
+            raise FormError(self._error("the form is too complex at this place of the answer"))
+        for token in self._ends if self._matcher.is_accepting() else ():
+            mask[token // 8] |= 1 << token % 8
+        if not any(mask):
+            raise FormError("no token of the base fits the form at this place of the answer")
+        return bytes(mask)
+
+    def _error(self, otherwise: str) -> str:
+        return self._matcher.get_error().removesuffix("<non-verbose/>").strip() or otherwise
+
+
+@dataclass
+class CompileResult(Generic[T]):
+    """A form that was compiled for `owner`, or the reason why it could not be."""
+
+    owner: T
+    form: Form | None = None
+    error: BaseException | None = None
+
+
+class FormCompiler(Generic[T]):
+    """Compiles forms in a spawner's thread, one at a time; `on_compiled` is called there after each.
+
+    The spawner must have one thread alone: what is kept belongs to it.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, spawner: Spawner, on_compiled: Callable[[], None]) -> None:
+        self._tokenizer, self._spawner, self._on_compiled = tokenizer, spawner, on_compiled
+        self._results: SimpleQueue[CompileResult[T]] = SimpleQueue()
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def start(self, owner: T, grammar: str, answered: list[int], ends: Iterable[int]) -> None:
+        """Begin to compile a grammar for an answer of which the tokens `answered` are there already."""
+        self._spawner.spawn(partial(self._run, owner, grammar, list(answered), frozenset(ends)))
+
+    def results(self) -> Iterator[CompileResult[T]]:
+        """Yield what was compiled since the last call."""
+        try:
+            while True:
+                yield self._results.get_nowait()
+        except Empty:
+            return
+
+    def _run(self, owner: T, grammar: str, answered: list[int], ends: frozenset[int]) -> None:
+        result = CompileResult(owner)
+        try:
+            result.form = Form(self._matcher(grammar).deep_copy(), ends)
+            result.form.take(answered)
+        except BaseException as error:  # noqa: BLE001 - nothing that a request contains may end the thread
+            result.error = error
+        self._results.put(result)
+        self._on_compiled()
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        """The compiled grammar at its beginning, which nobody moves."""
+        if grammar not in self._kept:
+            self._kept[grammar] = compile_grammar(self._tokenizer, grammar)
+        self._kept.move_to_end(grammar)
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[grammar]

@@ -1,0 +1,106 @@
+"""Forms in the engine: compiled beside the steps, kept over preemption, rebuilt when an answer is resumed."""
+
+from __future__ import annotations
+
+import random
+
+from llguidance import LLTokenizer
+
+from server.core import FormSpec
+from server.engine.forms import FormCompiler
+from server.engine.sequence import Sequence
+from server.requests.forms import grammar_of
+from tests.server.engine.spawners import LateSpawner
+from tests.server.engine.world import World, prompt_of
+
+END = 261  # the end token of the tokenizer of single bytes
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, "two", None]}, "b": {"type": "boolean"}},
+    "required": ["b"],
+}
+CLOSED = grammar_of(FormSpec("json_schema", {**SCHEMA, "additionalProperties": False}, "f"))
+
+
+def make_world(num_blocks: int = 64) -> tuple[World, LateSpawner]:
+    """A world whose forms are compiled when the test says so."""
+    compiler = LateSpawner()
+    forms: FormCompiler[Sequence] = FormCompiler(LLTokenizer("byte"), compiler, lambda: None)
+    return World(forms=forms, vocab_size=262, num_blocks=num_blocks), compiler
+
+
+def finish(world: World, compiler: LateSpawner) -> None:
+    """Compile what is asked for and step until nothing is left."""
+    while world.engine.has_work:
+        compiler.run_all()
+        world.spawner.run_all()
+        world.step()
+
+
+def ask(world: World, seed: int, answered: list[int] | None = None, form: str = CLOSED) -> str:
+    """Submit a request in a form that ends at the tokenizer's own end token."""
+    prompt = prompt_of(random.Random(seed), 6, 256)
+    return world.submit(
+        prompt, 0, temperature=1.0, seed=seed, max_tokens=80, stop_token_ids=(END,), form=form, answered=answered
+    )
+
+
+def test_a_form_that_is_compiled_holds_nobody_up() -> None:
+    """A sequence waits for its form; meanwhile others are admitted, and it may be aborted."""
+    world, compiler = make_world()
+    waits, gone = ask(world, 1), ask(world, 2)
+    other = world.submit([9, 9], max_tokens=5)
+    while not world.answers[other].is_over:
+        world.step()
+    assert not world.answers[waits].tokens and len(compiler.jobs) == 2
+    world.engine.abort(gone)
+    finish(world, compiler)
+    assert world.answers[waits].finish_reason == "stop" and not world.answers[gone].tokens
+    assert not world.engine.sequences
+
+
+def test_preempted_answers_keep_their_form() -> None:
+    """Answers that run out of blocks are preempted, go on, and are those that they are with room."""
+    texts = []
+    for num_blocks in (64, 12):
+        world, compiler = make_world(num_blocks=num_blocks)
+        names = [ask(world, seed) for seed in range(6)]
+        finish(world, compiler)
+        texts.append([world.answers[name].tokens for name in names])
+        assert all(world.answers[name].finish_reason == "stop" for name in names)
+        assert (world.engine.stats().preemptions_total > 0) == (num_blocks == 12)
+    assert texts[0] == texts[1] and len({tuple(tokens) for tokens in texts[0]}) > 1
+
+
+def test_a_resumed_answer_goes_on_in_its_form() -> None:
+    """An answer that another engine began ends as it would have there."""
+    world, compiler = make_world()
+    name = ask(world, 3)
+    finish(world, compiler)
+    whole = world.answers[name].tokens
+    for cut in range(1, len(whole)):
+        world, compiler = make_world()
+        name = ask(world, 3, answered=whole[:cut])
+        finish(world, compiler)
+        assert world.answers[name].tokens == whole[cut:]
+
+
+def test_a_form_that_fails_ends_its_sequence_alone() -> None:
+    """A form that does not compile, or that raises, fails its own sequence with a sentence; the neighbours go on."""
+    world, compiler = make_world()
+    bad, good = ask(world, 4, form="start: x"), ask(world, 5)
+    unfit = ask(world, 6, answered=[ord("x")])
+    finish(world, compiler)
+    for name in (bad, unfit):
+        failure = world.answers[name].failure
+        assert failure is not None and failure.code == "unsupported_schema", failure
+    assert world.answers[good].finish_reason == "stop"
+    world.engine.assert_consistent()
+
+
+def test_an_engine_without_forms_refuses_them() -> None:
+    """An engine whose base has no tokenizer for forms answers no such request in free text."""
+    world = World()
+    name = world.submit([9], form=CLOSED)
+    world.run()
+    assert world.answers[name].failure is not None
