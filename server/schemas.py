@@ -171,7 +171,14 @@ class NamedSchema(Strict):
 class SchemaFormat(Strict):
     """JSON that fits a schema: in OpenAI's form, or the schema itself beside the type."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["json_schema"]}, {"required": ["schema"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+                for name in ("json_schema", "schema")
+            ]
+        }
+    )
     type: Literal["json_schema"]
     json_schema: NamedSchema | None = None
     plain: JsonSchema | None = Field(None, alias="schema")
@@ -319,7 +326,10 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
     if "$ref" in schema:
         return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     closed = {"additionalProperties": False} if "patternProperties" in schema else {}
-    return {key: _inlined(value, definitions) for key, value in schema.items()} | closed
+    inlined = {key: _inlined(value, definitions) for key, value in schema.items()} | closed
+    if "mapping" in inlined.get("discriminator", {}):  # it refers to the definitions; each branch says its own type
+        del inlined["discriminator"]
+    return inlined
 
 
 def identity(version: Version, item_bytes: ItemBytes | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -47,6 +48,32 @@ def idle(site: Site) -> bool:
     """Whether the engine has nothing to do and nothing is pinned."""
     stats = site.state.client.stats
     return (stats.num_running, stats.num_waiting, stats.num_pins) == (0, 0, 0)
+
+
+async def test_answers_fit_their_form(real: Site) -> None:
+    """Answers in a form are JSON that fits, of base and tasks, all of `n`, plain and streamed, the same each time."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, "two", None]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    body: dict[str, Any] = {
+        "prompt": "Once upon",
+        "response_format": {"type": "json_schema", "schema": schema},
+        "n": 3,
+        "temperature": 2.0,
+        "seed": 5,
+        "logprobs": 1,
+    }
+    for task in ("base", "t0"):
+        first, second = await real.ask(task, **body), await real.ask(task, **body)
+        texts = [choice["text"] for choice in first["choices"]]
+        assert first["choices"] == second["choices"] and {json.loads(text)["a"] for text in texts} <= {1, "two", None}
+        assert {choice["finish_reason"] for choice in first["choices"]} == {"stop"}
+        events = await real.events(f"/generate?task={task}", **body)
+        assert ["".join(event["text"] for event in events if event["index"] == index) for index in range(3)] == texts
+    assert await tokens(real, "base") == await tokens(real, "base")
 
 
 async def test_hats_alone_and_together(real: Site) -> None:

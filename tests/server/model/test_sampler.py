@@ -229,3 +229,26 @@ def test_a_row_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     found = sample(logits, rows)
     assert found[1].is_internal and found[1].error
     assert [found[0], found[2]] == [alone[0], alone[2]]
+
+
+@pytest.mark.parametrize(
+    "fields", [*({"temperature": 1.0, **cut} for cut in CUTS), {}, {"repetition_penalty": 1.5}], ids=str
+)
+def test_a_mask_leaves_the_vocabulary_that_it_allows(fields: dict[str, Any]) -> None:
+    """A row with a mask is sampled as if no other tokens were; its log-probabilities are those without the mask."""
+    logits = make_logits(1)
+    left = [3, 7, 8, 2000, 3998]
+    mask = bytearray(500)
+    for token in left:
+        mask[token // 8] |= 1 << token % 8
+    for seed in range(20):
+        masked = row([0, 7], seed=seed, logprobs=0, **fields)
+        masked.mask = bytes(mask)
+        alone = torch.full_like(logits, -1e30)
+        alone[0, left] = penalise(logits[0], masked, masked.sampling or Sampling())[left]
+        unpenalised = {name: value for name, value in fields.items() if name != "repetition_penalty"}
+        (found,) = sample(logits, [masked])
+        (wanted,) = sample(alone, [row([0, 7], seed=seed, **unpenalised)])
+        assert found.token == wanted.token and found.token in left
+        assert found.logprobs is not None
+        assert found.logprobs.chosen == pytest.approx(float(torch.log_softmax(logits[0], -1)[found.token]))
