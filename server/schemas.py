@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema
 from adapters_store.base.spec import ItemBytes
 from adapters_store.registry.registry import Version
 from server.core import FormSpec, Sampling
-from server.errors import BadRequestError
+from server.errors import BadRequestError, InvalidFieldError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
