@@ -35,7 +35,5 @@ def test_what_grows_is_told() -> None:
     """A number that goes on growing is told, one that grew in the first quarter alone is not."""
     samples = Samples()
     for second in range(100):
-        samples.add(
-            second, {"front pss": 100 + second, "engine pss": 100 + min(second, 20), "front fds": 9 + second % 2}
-        )
-    assert set(samples.grown()) == {"front pss"}
+        samples.add(second, {"memory": 100 + second, "series": 100 + min(second, 20), "front fds": 9 + second % 2})
+    assert set(samples.grown()) == {"memory"}
