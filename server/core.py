@@ -11,7 +11,7 @@ import msgspec
 class FormSpec(msgspec.Struct, frozen=True):
     """A form that a request names: a JSON schema, a regular expression, texts to choose from, or a grammar.
 
-    `field` is where it stands in the body, for errors.
+    `field` is the path of the field that names it, for errors.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar"]

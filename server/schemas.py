@@ -137,12 +137,12 @@ class AdapterFields(Strict):
 
 
 class FreeText(Strict):
-    """No form: the answer is free text."""
+    """Text in no form at all."""
 
     type: Literal["text"]
 
     def form(self, _field: str) -> FormSpec | None:
-        """None."""
+        """Return no form at all."""
         return None
 
 
@@ -171,14 +171,7 @@ class NamedSchema(Strict):
 class SchemaFormat(Strict):
     """JSON that fits a schema: in OpenAI's form, or the schema itself beside the type."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [
-                {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
-                for name in ("json_schema", "schema")
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_has("json_schema"), _has("schema")]})
     type: Literal["json_schema"]
     json_schema: NamedSchema | None = None
     plain: JsonSchema | None = Field(None, alias="schema")
@@ -208,7 +201,7 @@ class RegexFormat(Strict):
 
 
 class ChoiceFormat(Strict):
-    """One of some texts."""
+    """Text that is one of some texts."""
 
     type: Literal["choice"]
     choices: Choices

@@ -48,7 +48,7 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
     return matcher
 
 
-class Form:
+class FormMatcher:
     """A compiled form at its place in one answer, which ends at one of `ends` once it fits."""
 
     def __init__(self, matcher: LLMatcher, ends: Iterable[int]) -> None:
@@ -79,7 +79,7 @@ class CompileResult(Generic[T]):
     """A form that was compiled for `owner`, or the reason why it could not be."""
 
     owner: T
-    form: Form | None = None
+    form: FormMatcher | None = None
     error: BaseException | None = None
 
 
@@ -109,7 +109,7 @@ class FormCompiler(Generic[T]):
     def _run(self, owner: T, grammar: str, answered: list[int], ends: frozenset[int]) -> None:
         result = CompileResult(owner)
         try:
-            result.form = Form(self._matcher(grammar).deep_copy(), ends)
+            result.form = FormMatcher(self._matcher(grammar).deep_copy(), ends)
             result.form.take(answered)
         except BaseException as error:  # noqa: BLE001 - nothing that a request contains may end the thread
             result.error = error

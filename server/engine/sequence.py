@@ -7,7 +7,7 @@ from enum import Enum
 
 from server.core import AdapterRef, Sampling, ScoredTokens
 from server.engine.blocks import BlockTable, namespace_salt, root_key
-from server.engine.forms import Form
+from server.engine.forms import FormMatcher
 from server.engine.messages import Submit
 
 
@@ -42,7 +42,7 @@ class Sequence:
     max_running: int | None = None  # sequences of its namespace that run at once
     is_probe: bool = False
     grammar: str | None = None  # of the form that its answer must fit, if there is to be one
-    form: Form | None = None  # once it is compiled
+    form: FormMatcher | None = None  # once it is compiled
     state: State = State.WAITING
     is_preempted: bool = False
     num_computed: int = 0

@@ -323,15 +323,17 @@ async def test_metrics_of_a_real_engine(real: Site) -> None:
 
 
 async def test_the_engine_is_killed(real: Site) -> None:
-    """Answers that run when the engine dies, plain and streamed, greedy and sampled, end as they do alone.
+    """Answers that run when the engine dies, plain and streamed, greedy, sampled and in a form, end as they do alone.
 
     Meanwhile `ready` is 503, and new requests are told when to come back. Nothing that was stored is lost.
     """
     body: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "logprobs": 1}
-    kinds = [
+    form = {"type": "regex", "regex": "(abcd|efgh|ijkl){50}"}
+    kinds: list[dict[str, Any]] = [
         {},
         {"temperature": 0.9, "top_p": 0.8, "seed": 3},
         {"temperature": 1.2, "frequency_penalty": 1.5, "seed": 4},
+        {"temperature": 2.0, "seed": 5, "ignore_eos": False, "response_format": form},
     ]
     bodies = [(task, body | kind) for task in ("base", "t0") for kind in kinds]
     alone = [(await real.ask(task, prompt="a", **asked))["choices"][0] for task, asked in bodies]
@@ -354,4 +356,4 @@ async def test_the_engine_is_killed(real: Site) -> None:
         assert "".join(event["text"] for event in events) == whole["text"]
         assert [token for event in events for token in event["token_ids"]] == whole["token_ids"]
     assert real.process.pid != pid
-    assert 1 <= real.state.client.stats.resumed_requests_total <= 12
+    assert 1 <= real.state.client.stats.resumed_requests_total <= 16
