@@ -27,7 +27,8 @@ ServerError
 │   └── StoreUnavailableError 503
 └── StorageError 507
 
-On the wire: {"error": {"type", "code", "message", "param", "request_id"}}.
+On the wire: {"error": {"type", "code", "message", "param", "request_id"}}; to clients of LoRAX and TGI
+{"error": message, "error_type", "type", "code", "param", "request_id"}.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ from adapters_store.errors import AbsentError, ArtifactError, StoreDownError
 from server.core import EngineFailure
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+TEXT_GENERATION_TYPES = {
+    **dict.fromkeys((400, 413, 415, 422), "validation"),
+    **dict.fromkeys((429, 503), "overloaded"),
+    **dict.fromkeys((500, 504), "generation"),
+}
 ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_type": 415, "artifact_corrupt": 503}
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM}
 ENGINE_STATUS = {
@@ -70,6 +76,12 @@ class ServerError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         body = {"type": kind, "code": self.code, "message": str(self), "param": self.param, "request_id": request_id}
         return {"error": body}
+
+    def text_generation_wire(self, request_id: str) -> dict[str, Any]:
+        """The error in the form of LoRAX and TGI, whose clients read a sentence, and a word if they know one for it."""
+        word = TEXT_GENERATION_TYPES.get(self.status)
+        body = {"error": str(self), **({} if word is None else {"error_type": word})}
+        return body | {name: value for name, value in self.wire(request_id)["error"].items() if name != "message"}
 
     def as_openai(self) -> None:
         """Take the status, the code and the param that clients of OpenAI's act on; its API has no 422."""

@@ -300,10 +300,11 @@ class PinRequest(Strict):
     pinned: bool
 
 
-def openapi_body(model: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI entry for a body that FastAPI does not parse itself."""
-    schema = model.model_json_schema()
-    content = {"application/json": {"schema": _inlined(schema, schema.pop("$defs", {}))}}
+def openapi_body(*models: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI entry for a body that FastAPI does not parse itself, which is any of these."""
+    schemas = [model.model_json_schema() for model in models]
+    found = [_inlined(schema, schema.pop("$defs", {})) for schema in schemas]
+    content = {"application/json": {"schema": found[0] if len(found) == 1 else {"anyOf": found}}}
     return {"requestBody": {"required": True, "content": content}}
 
 

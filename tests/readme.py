@@ -12,6 +12,7 @@ from server.api.openai_fields import (
     MESSAGE,
     STREAM_OPTIONS,
     STRUCTURED_OUTPUTS,
+    TEXT_GENERATION,
     TEXT_PART,
     UNLOAD,
     described,
@@ -28,6 +29,7 @@ PLACES = {
     "`structured_outputs`": STRUCTURED_OUTPUTS,
     "`load_lora_adapter`": LOAD,
     "`unload_lora_adapter`": UNLOAD,
+    "LoRAX and TGI": TEXT_GENERATION,
 }
 VARYING = {"cache": "`~/.cache/manyhats`", "num_threads": "the cores"}
 

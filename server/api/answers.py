@@ -14,8 +14,8 @@ FinishReason = Literal["stop", "length"]
 Scope = Literal["generate", "deploy", "admin"]
 
 
-class ErrorObject(TypedDict):
-    """An error: `code` is for programs, `message` for people; `param` names what is wrong."""
+class ErrorFacts(TypedDict):
+    """The parts of an error that are for programs."""
 
     type: Literal[
         "invalid_request_error",
@@ -26,9 +26,14 @@ class ErrorObject(TypedDict):
         "server_error",
     ]
     code: str
-    message: str
     param: str | None
     request_id: str
+
+
+class ErrorObject(ErrorFacts):
+    """An error: `code` is for programs, `message` for people; `param` names what is wrong."""
+
+    message: str
 
 
 class ErrorAnswer(TypedDict):

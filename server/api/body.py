@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -18,6 +19,7 @@ from server.schemas import Strict
 from server.state import ServerState
 
 Model = TypeVar("Model", bound=Strict)
+T = TypeVar("T")
 MIN_BYTES_PER_S = 16 * 2**10  # of a whole body: a part now and then does not keep it open
 PART_BYTES = 64 * 2**10  # of what is unpacked at once
 GZIP = zlib.MAX_WBITS | 16  # zlib's word for it
@@ -95,23 +97,49 @@ def _too_large(max_bytes: int) -> TooLargeError:
 
 
 async def read_json(request: Request, model: type[Model], state: ServerState) -> Model:
-    """The whole body as a model, within the settings' bounds. Raises the errors of `body_parts` and `parse`."""
+    """The whole body as a model, within the settings' bounds. Raises the errors of `read_object` and `validated`."""
+    return await (await read_object(request, state)).read_as(model)
+
+
+async def read_object(request: Request, state: ServerState) -> BodyObject:
+    """The whole body, within the settings' bounds. Raises the errors of `body_parts` and `parse`."""
     body, settings = bytearray(), state.settings
     async for part in body_parts(request, settings.max_body_bytes, settings.body_timeout_s):
         body += part
-    if len(body) > THREAD_BYTES:
-        return await state.tenant_work.run(parse, model, bytes(body))
-    return parse(model, bytes(body))
+    run = state.tenant_work.run if len(body) > THREAD_BYTES else _at_once
+    return BodyObject(await run(parse, bytes(body)), run)
 
 
-def parse(model: type[Model], body: bytes) -> Model:
-    """The body as a model. Raises `BadRequestError` if it is no JSON object, `InvalidFieldError` for a field."""
+async def _at_once(work: Callable[..., T], *args: Any) -> T:
+    return work(*args)
+
+
+@dataclass(frozen=True)
+class BodyObject:
+    """A body's JSON object, and the way to run what reads it: off the event loop if it is long."""
+
+    data: dict[str, Any]
+    _run: Callable[..., Awaitable[Any]]
+
+    async def read_as(self, model: type[Model]) -> Model:
+        """The object as a model. Raises `InvalidFieldError` for a field."""
+        read: Model = await self._run(validated, model, self.data)
+        return read
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The object that a body is. Raises `BadRequestError` if it is no JSON object."""
     try:
         data = loads(body)
     except StrictJSONError as error:
         raise BadRequestError(f"the body is not sound JSON: {error}") from None
     if not isinstance(data, dict):
         raise BadRequestError("the body is not a JSON object")
+    return data
+
+
+def validated(model: type[Model], data: dict[str, Any]) -> Model:
+    """The object as a model. Raises `InvalidFieldError` for a field."""
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import version
+from types import GenericAlias
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,10 +12,12 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
-from server.api import answers, openai_answers, vllm_answers
+from server.api import answers, openai_answers, text_generation_answers, vllm_answers
 from server.api.answers import ErrorAnswer
 
 Responses = dict[int | str, dict[str, Any]]
+Kind = type | GenericAlias  # of an answer, or a list of one
+STREAM = "text/event-stream"
 
 MEANINGS = {
     400: "Malformed, or over a limit of this server",
@@ -46,36 +49,62 @@ IDENTIFIED = (401, 403, 404, 507)
 COUNTED = (*IDENTIFIED, 429)
 HAS_BODY = (400, 413, 415)
 GENERATES = (*HAS_BODY, 504)
+ANSWERS = (answers, openai_answers, vllm_answers, text_generation_answers)
 VALIDATION_ERROR = "#/components/schemas/HTTPValidationError"  # FastAPI's own, which no route answers
 DESCRIPTION = """Every error has the form of `ErrorAnswer`, and every answer the header X-Request-Id: the request's own
 if it sent one. HEAD is taken where GET is. A stream is server-sent events: each has the JSON of the schema, the last is
 `[DONE]`; an error after the first byte is an event `error`, and the end."""
 
 
-def errors(*statuses: int) -> Responses:
-    """Describe the errors that a route answers, all in the one form."""
-    return {status: {"description": MEANINGS[status], "content": _json(ErrorAnswer)} for status in statuses}
+def errors(*statuses: int, also: type | None = None) -> Responses:
+    """Describe the errors that a route answers, all in the one form, or also in that of its dialect."""
+    content = _json(ErrorAnswer) if also is None else _json(ErrorAnswer, also)
+    return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
 
-def says(*kinds: type, status: int = 200, description: str = "Done") -> Responses:
+def says(*kinds: Kind, status: int = 200, description: str = "Done") -> Responses:
     """Describe an answer: JSON of one of these types, or nothing if there is none."""
     return {status: {"description": description, **({"content": _json(*kinds)} if kinds else {})}}
 
 
-def says_whole_or_streamed(whole: type, event: type) -> Responses:
+def says_whole_or_streamed(whole: Kind, event: type) -> Responses:
     """Describe an answer that comes whole, or as server-sent events if the body says `stream`."""
+    end = {"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}}
+    content = _json(whole) | _stream([*_messages(event, ErrorAnswer), end])
+    return {200: {"description": "The answer, whole or as it comes", "content": content}}
+
+
+def says_streamed(event: type, failure: type, whole: Kind | None = None) -> Responses:
+    """Describe server-sent events of a dialect that ends them without a word, and the whole answer if there is one."""
+    content = ({} if whole is None else _json(whole)) | _stream(_messages(event, failure))
+    return {200: {"description": "The answer, as it comes" + (", or whole" if whole else ""), "content": content}}
+
+
+def says_either(first: Responses, second: Responses) -> Responses:
+    """Describe the answers of a route that has two dialects, both whole or streamed."""
+    (one,), (other,) = first.values(), second.values()
+    content = {
+        kind: {"schema": {"anyOf": [one["content"][kind]["schema"], other["content"][kind]["schema"]]}}
+        for kind in one["content"]
+    }
+    return {200: {**one, "content": content}}
+
+
+def _messages(event: type, failure: type) -> list[dict[str, Any]]:
+    """Schemas of the events of a stream: those that tell the answer, and the error that may end it."""
     data = {"type": "string", "contentMediaType": "application/json"}
     message = {"type": "object", "required": ["data"], "properties": {"data": {**data, "contentSchema": _ref(event)}}}
-    end = {"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}}
-    failure = {
+    failed = {
         "type": "object",
         "required": ["event", "data"],
-        "properties": {"event": {"const": "error"}, "data": {**data, "contentSchema": _ref(ErrorAnswer)}},
+        "properties": {"event": {"const": "error"}, "data": {**data, "contentSchema": _ref(failure)}},
     }
-    events = {"type": "array", "items": {"anyOf": [message, end, failure]}}
-    stream = {"type": "string", "contentMediaType": "text/event-stream", "contentSchema": events}
-    content = {**_json(whole), "text/event-stream": {"schema": stream}}
-    return {200: {"description": "The answer, whole or as it comes", "content": content}}
+    return [message, failed]
+
+
+def _stream(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    events = {"type": "array", "items": {"anyOf": messages}}
+    return {STREAM: {"schema": {"type": "string", "contentMediaType": STREAM, "contentSchema": events}}}
 
 
 def says_file(media_type: str, description: str, *headers: str) -> Responses:
@@ -119,9 +148,7 @@ def describe_api(app: FastAPI, asks_for_keys: bool) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     """JSON schemas of all answers by name."""
-    kinds = [
-        one for room in (answers, openai_answers, vllm_answers) for one in vars(room).values() if is_typeddict(one)
-    ]
+    kinds = [one for room in ANSWERS for one in vars(room).values() if is_typeddict(one)]
     wanted = [(kind, "serialization", TypeAdapter(kind)) for kind in dict.fromkeys(kinds) if kind.__name__[0] != "_"]
     _, definitions = TypeAdapter.json_schemas(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     found: dict[str, Any] = definitions["$defs"]
@@ -132,11 +159,17 @@ def _headers(names: Iterable[str]) -> dict[str, Any]:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
-def _json(*kinds: type) -> dict[str, Any]:
+def _json(*kinds: Kind) -> dict[str, Any]:
     return {"application/json": {"schema": _ref(*kinds)}}
 
 
-def _ref(*kinds: type) -> dict[str, Any]:
+def _ref(*kinds: Kind) -> dict[str, Any]:
     """A schema that names the types; one of several is any of them."""
-    refs = [{"type": "object"} if one is dict else {"$ref": f"#/components/schemas/{one.__name__}"} for one in kinds]
+    refs = [_ref_of_one(one) for one in kinds]
     return refs[0] if len(refs) == 1 else {"anyOf": refs}
+
+
+def _ref_of_one(kind: Kind) -> dict[str, Any]:
+    if isinstance(kind, GenericAlias):
+        return {"type": "array", "items": _ref(*kind.__args__)}
+    return {"type": "object"} if kind is dict else {"$ref": f"#/components/schemas/{kind.__name__}"}

@@ -10,11 +10,22 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from server.api import text_generation
 from server.api.answers import GenerateAnswer, GenerateEvent
-from server.api.body import read_json
+from server.api.body import read_object
 from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
-from server.api.document import COUNTED, GENERATES, errors, says_whole_or_streamed
-from server.api.respond import respond
+from server.api.document import (
+    COUNTED,
+    EVERYWHERE,
+    GENERATES,
+    errors,
+    says_either,
+    says_streamed,
+    says_whole_or_streamed,
+)
+from server.api.respond import AnswerForm, respond
+from server.api.text_generation import TextGenerationRequest
+from server.api.text_generation_answers import TextGenerationAnswer, TextGenerationError, TextGenerationEvent
 from server.core import Logprobs
 from server.requests.answer import Chunk, Generation
 from server.requests.auth import GENERATE, Caller
@@ -26,19 +37,25 @@ from server.schemas import GenerateRequest, openapi_body
 router = APIRouter(
     tags=["Generate"],
     dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)],
-    responses=errors(*COUNTED, *GENERATES, 422),
+    responses=errors(*EVERYWHERE, *COUNTED, *GENERATES, 422, also=TextGenerationError),
 )
 
 
 @router.post(
     "/generate",
-    openapi_extra=openapi_body(GenerateRequest),
-    responses=says_whole_or_streamed(GenerateAnswer, GenerateEvent),
+    openapi_extra=openapi_body(GenerateRequest, TextGenerationRequest),
+    responses=says_either(
+        says_whole_or_streamed(GenerateAnswer, GenerateEvent),
+        says_streamed(TextGenerationEvent, TextGenerationError, whole=TextGenerationAnswer),
+    ),
 )
 async def generate(request: Request, task: str | None = None) -> Response:
-    """Answer with a task's adapter; see the HTTP contract for the body."""
+    """Answer with a task's adapter; see the HTTP contract for the body. One with `inputs` is LoRAX's and TGI's."""
     state, caller = state_of(request), caller_of(request)
-    asked = await read_json(request, GenerateRequest, state)
+    body = await read_object(request, state)
+    if "inputs" in body.data:
+        return await text_generation.answer(request, task, body)
+    asked = await body.read_as(GenerateRequest)
     spec = _spec(caller, task, asked)
     form = GenerateForm(request.state.request_id, state.tokenizer, asked.logprobs is not None)
     return await respond(request, state.generation, spec, form, asked.stream)
@@ -67,7 +84,7 @@ def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> Generatio
 
 
 @dataclass
-class GenerateForm:
+class GenerateForm(AnswerForm):
     """Writes answers in the form of POST /generate."""
 
     request_id: str

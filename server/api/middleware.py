@@ -139,7 +139,9 @@ async def _server_error(request: Request, error: Exception) -> Response:
     headers = {} if known.retry_after is None else {"Retry-After": str(known.retry_after)}
     if known.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(known.wire(request.state.request_id), known.status, headers)
+    is_text_generation = getattr(request.state, "is_text_generation", False)
+    wire = known.text_generation_wire if is_text_generation else known.wire
+    return JSONResponse(wire(request.state.request_id), known.status, headers)
 
 
 async def _client_gone(_request: Request, _error: Exception) -> Response:

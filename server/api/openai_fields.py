@@ -1,4 +1,4 @@
-"""Documented fields of OpenAI's and vLLM's requests that are not served, each with the values that ask for nothing.
+"""Documented fields of the dialects' requests that are not served, each with the values that ask for nothing.
 
 Clients send them all the time. Such a value is taken; any other would be ignored in silence, and is refused by name.
 """
@@ -124,7 +124,19 @@ STRUCTURED_OUTPUTS: Fields = {
 TOKENIZE: Fields = {name: CHAT[name] for name in TURN_FIELDS}
 LOAD: Fields = {"base_model_name": (), "is_3d_lora_weight": (False,)}  # of vLLM
 UNLOAD: Fields = {"lora_int_id": ()}
-_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, STRUCTURED_OUTPUTS, LOAD, UNLOAD)
+TEXT_GENERATION: Fields = {  # of LoRAX and TGI
+    "adapter_source": ("hub", "local"),  # adapters are uploaded: none is fetched for a request
+    "api_token": (str,),  # to fetch with
+    "apply_chat_template": (False,),
+    "best_of": (1,),
+    "grammar": (),
+    "merged_adapters": (),
+    "response_format": ({"type": "text"},),
+    "truncate": (),
+    "typical_p": (1.0,),
+    "watermark": (False,),
+}
+_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, STRUCTURED_OUTPUTS, LOAD, UNLOAD, TEXT_GENERATION)
 
 
 class Tolerant(Strict):

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
+from server.api.respond import AnswerForm
 from server.core import Logprobs
 from server.requests.answer import Chunk, Generation, GenerationState, ReadPrompt
 from server.requests.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ class UsageEvents(NamedTuple):
     is_continuous: bool
 
 
-class OpenAIForm:
+class OpenAIForm(AnswerForm):
     """Writes the parts that both shapes share; a shape says how a choice looks, whole and as a delta."""
 
     prefix: str  # of the answer's id

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.disconnect import unless_disconnected
-from server.api.sse import EventStream
+from server.api.sse import EventStream, EventStyle
 from server.requests.answer import Generation
 from server.requests.service import GenerationService
 from server.requests.spec import GenerationSpec
 
 
-class AnswerForm(Protocol):
+class AnswerForm(EventStyle):
     """Writes answers as a route's JSON. One object serves one request: it may keep what earlier events said."""
 
-    async def whole(self, generation: Generation) -> dict[str, Any]:
+    async def whole(self, generation: Generation) -> Any:
         """The body of a plain answer."""
-        ...
+        raise NotImplementedError
 
     def events(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
         """The events of a stream, as they come."""
-        ...
+        raise NotImplementedError
 
 
 async def respond(
@@ -36,6 +36,6 @@ async def respond(
     """
     generation = request.state.generation = service.run(spec)
     if is_stream:
-        events = EventStream.begin(form.events(generation), request.state.request_id)
+        events = EventStream.begin(form.events(generation), request.state.request_id, form)
         return await unless_disconnected(request.receive, events)
     return JSONResponse(await unless_disconnected(request.receive, form.whole(generation)))

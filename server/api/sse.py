@@ -21,26 +21,43 @@ DONE = b"data: [DONE]\n\n"
 Event = dict[str, Any]
 
 
-class EventStream(Response):
-    """Sends each object as `data: {...}`, then `data: [DONE]`.
+class EventStyle:
+    """Writes the events of a stream: each as `data: {...}`, an error as an event `error`, and at the end [DONE].
 
-    An error after the first byte is an event `error` and the end, without [DONE]. The events are closed as soon as the
+    Dialects that write them otherwise override these.
+    """
+
+    end = DONE
+
+    def written(self, event: Event) -> bytes:
+        """An event as it is sent."""
+        return data_line(event)
+
+    def failure(self, error: ServerError, request_id: str) -> bytes:
+        """The error that ends a stream."""
+        return b"event: error\n" + data_line(error.wire(request_id))
+
+
+class EventStream(Response):
+    """Sends each object as an event in a style, then the style's end.
+
+    An error after the first byte is an event of its own, and the last. The events are closed as soon as the
     client leaves: Starlette's own response does not watch for that while nothing is sent. JSON is written in ASCII,
     because clients that split text into lines would split at U+0085, U+2028 and their like.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Event | None, rest: AsyncGenerator[Event], request_id: str) -> None:
-        self.first, self.rest, self.request_id = first, rest, request_id
+    def __init__(self, first: Event | None, rest: AsyncGenerator[Event], request_id: str, style: EventStyle) -> None:
+        self.first, self.rest, self.request_id, self.style = first, rest, request_id, style
         self.status_code = 200
         self.background: BackgroundTask | None = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     @classmethod
-    async def begin(cls, events: AsyncGenerator[Event], request_id: str) -> Self:
+    async def begin(cls, events: AsyncGenerator[Event], request_id: str, style: EventStyle) -> Self:
         """The response, once the first event has come: an error before it is raised here, as an ordinary answer."""
-        return cls(await anext(events, None), events, request_id)
+        return cls(await anext(events, None), events, request_id, style)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the events end or the client has gone."""
@@ -52,12 +69,12 @@ class EventStream(Response):
 
     async def _write(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        end = DONE
+        end = self.style.end
         try:
             if self.first is not None:
-                await self._send(send, _data(self.first))
+                await self._send(send, self.style.written(self.first))
             async for event in self.rest:
-                await self._send(send, _data(event))
+                await self._send(send, self.style.written(event))
         except ServerError as error:
             end = self._error(scope, error)
         except Exception:
@@ -71,8 +88,9 @@ class EventStream(Response):
 
     def _error(self, scope: Scope, error: ServerError) -> bytes:
         scope.setdefault("state", {})["error"] = error.code
-        return b"event: error\n" + _data(error.wire(self.request_id))
+        return self.style.failure(error, self.request_id)
 
 
-def _data(event: Event) -> bytes:
+def data_line(event: Event) -> bytes:
+    """An object as the data of an event."""
     return b"data: " + json.dumps(event, allow_nan=False).encode() + b"\n\n"

@@ -78,7 +78,10 @@ class ReadPrompt:
 
 @dataclass
 class Chunk:
-    """New tokens and text of one choice; `finish_reason` marks its last chunk, and the first may tell the prompt."""
+    """New tokens and text of one choice; `finish_reason` marks its last chunk, and the first may tell the prompt.
+
+    `is_stopped` says of the last chunk that a stop text ended the choice, and no token.
+    """
 
     index: int
     text: str
@@ -86,6 +89,7 @@ class Chunk:
     logprobs: list[Logprobs]
     finish_reason: str | None = None
     prompt: ReadPrompt | None = None
+    is_stopped: bool = False
 
     @classmethod
     def empty(cls, index: int) -> Chunk:
@@ -97,7 +101,7 @@ class Chunk:
         self.text += chunk.text
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
-        self.finish_reason = chunk.finish_reason
+        self.finish_reason, self.is_stopped = chunk.finish_reason, chunk.is_stopped
         self.prompt = self.prompt or chunk.prompt
 
 

@@ -105,9 +105,9 @@ def _chunk(index: int, output: Output, text: TextStream) -> Chunk:
         chunk.token_ids.append(token_id)
         chunk.logprobs += output.logprobs[at : at + 1]
         if text.is_stopped:
-            chunk.finish_reason = "stop"
-            return chunk
-    if chunk.finish_reason is not None:
+            break
+    if chunk.finish_reason is not None and not text.is_stopped:
         chunk.text += text.flush()
-        chunk.finish_reason = "stop" if text.is_stopped else chunk.finish_reason
+    if text.is_stopped:
+        chunk.finish_reason, chunk.is_stopped = "stop", True
     return chunk

@@ -51,7 +51,7 @@ def _patterns() -> list[tuple[re.Pattern[str], dict[str, Operation]]]:
 
 def operation_of(method: str, path: str) -> Operation | None:
     """The operation of a request; None if it is for no route of the document."""
-    path = path[:-1] if path.endswith("/") else path
+    path = path[:-1] if path.endswith("/") and path != "/" else path
     verb = "get" if method == "HEAD" else method.lower()
     return next((ways[verb] for pattern, ways in _patterns() if verb in ways and pattern.fullmatch(path)), None)
 
@@ -80,8 +80,11 @@ def fault_of(operation: Operation | None, status: int, media_type: str, body: by
     if media_type not in content and (media_type or content):
         return f"{media_type or 'no type'} is not documented"
     if media_type == STREAM:
-        event = content[STREAM]["schema"]["contentSchema"]["items"]["anyOf"][0]["properties"]["data"]["contentSchema"]
-        return next(filter(None, (_event_fault(event, block) for block in body.split(b"\n\n")[:-1])), None)
+        faults = [
+            _stream_fault(schema, body)
+            for schema in content[STREAM]["schema"].get("anyOf", [content[STREAM]["schema"]])
+        ]
+        return next(filter(None, faults), None) if all(faults) else None
     return check(content[JSON]["schema"], body) if media_type == JSON and body else None
 
 
@@ -96,11 +99,16 @@ def untold_header(operation: Operation | None, status: int, names: set[bytes]) -
     return f"the header {untold[0]} is not documented" if untold else None
 
 
-def _event_fault(schema: dict[str, Any], block: bytes) -> str | None:
-    kind, _, data = block.rpartition(b"data: ")
-    if kind == b"event: error\n":
-        return check(ERROR, data)
-    return None if data == b"[DONE]" else check(schema, data)
+def _stream_fault(schema: dict[str, Any], body: bytes) -> str | None:
+    event, failure, *end = [
+        message["properties"]["data"].get("contentSchema") for message in schema["contentSchema"]["items"]["anyOf"]
+    ]
+    for block in body.split(b"\n\n")[:-1]:
+        kind, _, data = block.rpartition(b"data: ")
+        is_end = bool(end) and data == b"[DONE]"
+        if fault := not is_end and check(failure if kind == b"event: error\n" else event, data):
+            return fault
+    return None
 
 
 class DocumentedAnswers:

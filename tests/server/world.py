@@ -199,10 +199,14 @@ async def until(what: Any, seconds: float = 5.0) -> None:
 
 
 def error_of(answer: httpx2.Response) -> dict[str, Any]:
-    """The error of an answer, which must have the contract's form and nothing else."""
-    body = answer.json()
-    assert set(body) == {"error"}
-    error: dict[str, Any] = body["error"]
+    """The error of an answer, which must have the contract's form, or that of LoRAX and TGI, and nothing else."""
+    body: dict[str, Any] = answer.json()
+    if isinstance(body["error"], str):
+        error = {"message": body.pop("error"), **body}
+        error.pop("error_type", None)
+    else:
+        assert set(body) == {"error"}
+        error = body["error"]
     assert set(error) == {"type", "code", "message", "param", "request_id"}
     assert error["request_id"] == answer.headers["x-request-id"]
     return error

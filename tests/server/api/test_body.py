@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from server.api.body import parse
+from server.api.body import parse, validated
 from server.api.openai import ChatRequest
 from server.errors import InvalidFieldError
 from tests.server.world import Site, error_of, serve_site
@@ -81,7 +81,7 @@ async def test_the_message_names_the_limit() -> None:
     """The message names the limit if one branch of a union has the right type and is over it, not the other type."""
     body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 5})
     with pytest.raises(InvalidFieldError, match="stop: List should have at most 4 items"):
-        parse(ChatRequest, body.encode())
+        validated(ChatRequest, parse(body.encode()))
 
 
 LONG = "a" * 200_000

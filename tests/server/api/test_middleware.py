@@ -23,7 +23,7 @@ async def document(site: Site) -> dict[str, dict[str, object]]:
 
 async def test_nothing_there(shared: Site) -> None:
     """A path that is no route is 404 in the error form."""
-    for path in ("/", "/none", "/tasks//", "//", "/v1", "/v1/", "/%00", "/redoc", "/" + "x" * 3000):
+    for path in ("/none", "/tasks//", "/v1", "/v1/", "/%00", "/redoc", "/" + "x" * 3000):
         for verb in ("GET", "POST", "DELETE"):
             answer = await shared.http.request(verb, path)
             error = error_of(answer)

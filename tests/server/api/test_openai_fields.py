@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from huggingface_hub import TextGenerationInputGenerateParameters
 from msgspec.structs import replace
 from openai.types import completion_create_params as legacy
 from openai.types.chat import chat_completion_content_part_text_param as parts
@@ -18,6 +19,7 @@ from server.api import openai_fields
 from server.api.openai import ChatMessage, ChatRequest, CompletionRequest, StreamOptions, TextPart
 from server.api.openai_fields import Tolerant
 from server.api.structured_outputs import StructuredOutputs
+from server.api.text_generation import TextGenerationParameters
 from tests.readme import fields_table
 from tests.server.world import Site, error_of, serve_site
 
@@ -79,21 +81,26 @@ VLLM_CHAT: dict[str, Any] = {
     "mm_processor_kwargs": None,
     "return_prompt_text": None,
 }
+LORAX = {  # what LoRAX's requests have besides TGI's, from its commit 018d6ff (2024)
+    "adapter_source", "api_token", "apply_chat_template", "ignore_eos_token", "merged_adapters", "response_format",
+    "return_k_alternatives",
+}  # fmt: skip
 PROBES: list[Any] = [True, False, 7, -7, 0.5, "x", "", "high", ["x"], [], {"x": "y"}, {"type": "json_object"}, {}]
 TURN: dict[str, Any] = {"role": "assistant", "content": "hi"}
+ASKED: dict[str, Any] = {"model": "base", "seed": 1, "max_tokens": 2}
+CHAT: dict[str, Any] = {**ASKED, "messages": [TURN]}
+COMPLETIONS_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
 BODIES: dict[type[Tolerant], tuple[str, Any]] = {  # where a model stands in a request
-    CompletionRequest: ("completions", lambda fields: {"prompt": "a", **fields}),
-    ChatRequest: ("chat/completions", lambda fields: {"messages": [TURN], **fields}),
-    ChatMessage: ("chat/completions", lambda fields: {"messages": [TURN | fields]}),
+    CompletionRequest: (COMPLETIONS_PATH, lambda fields: {**ASKED, "prompt": "a", **fields}),
+    ChatRequest: (CHAT_PATH, lambda fields: CHAT | fields),
+    ChatMessage: (CHAT_PATH, lambda fields: CHAT | {"messages": [TURN | fields]}),
     TextPart: (
-        "chat/completions",
-        lambda fields: {"messages": [{**TURN, "content": [{"type": "text", "text": "hi", **fields}]}]},
+        CHAT_PATH,
+        lambda fields: CHAT | {"messages": [{**TURN, "content": [{"type": "text", "text": "hi", **fields}]}]},
     ),
-    StreamOptions: ("chat/completions", lambda fields: {"messages": [TURN], "stream_options": fields}),
-    StructuredOutputs: (
-        "chat/completions",
-        lambda fields: {"messages": [TURN], "structured_outputs": {"regex": "a", **fields}},
-    ),
+    StreamOptions: (CHAT_PATH, lambda fields: CHAT | {"stream_options": fields}),
+    TextGenerationParameters: ("/generate", lambda fields: {"inputs": "a", "parameters": {"seed": 1} | fields}),
+    StructuredOutputs: (CHAT_PATH, lambda fields: CHAT | {"structured_outputs": {"regex": "a", **fields}}),
 }
 
 
@@ -108,6 +115,7 @@ DOCUMENTED: dict[type[Tolerant], set[str]] = {
     TextPart: names(parts.ChatCompletionContentPartTextParam),
     StreamOptions: names(options.ChatCompletionStreamOptionsParam) | {"continuous_usage_stats"},
     StructuredOutputs: {"json_", "regex", "choice", "grammar", "json_object", *openai_fields.STRUCTURED_OUTPUTS},
+    TextGenerationParameters: names(TextGenerationInputGenerateParameters) | LORAX,
 }
 UNSERVED = [(model, name) for model in DOCUMENTED for name in sorted(model.neutral)]
 
@@ -135,7 +143,7 @@ OLDER_OR_OTHER = {"early_stopping", "logits_processors", *(name for name in open
 async def submitted(server: Site, model: type[Tolerant], fields: dict[str, Any]) -> Any:
     """What the engine is asked for by a request with these fields, which must be taken."""
     path, body = BODIES[model]
-    answer = await server.post(f"/v1/{path}", {"model": "base", "seed": 1, "max_tokens": 2, **body(fields)})
+    answer = await server.post(path, body(fields))
     assert answer.status_code == 200, answer.text
     return replace(server.engine.submitted[-1], sequence_id="", deadline=0, arrived=0)
 
@@ -148,7 +156,7 @@ def neutral_values(values: tuple[Any, ...]) -> list[Any]:
 
 @pytest.mark.parametrize(("model", "name"), UNSERVED)
 async def test_a_value_that_asks_for_nothing(server: Site, model: type[Tolerant], name: str) -> None:
-    """Such a value is taken and changes nothing; every other value is 400, and names the field and what is taken."""
+    """Such a value is taken and changes nothing; every other is refused by the field's name, and told what is taken."""
     plain, taken = await submitted(server, model, {}), neutral_values(model.neutral[name])
     for value in taken:
         assert await submitted(server, model, {name: value}) == plain, value
@@ -156,9 +164,10 @@ async def test_a_value_that_asks_for_nothing(server: Site, model: type[Tolerant]
     others = [probe for probe in PROBES if not any(openai_fields._matches(probe, one) for one in model.neutral[name])]
     assert others
     for value in others:
-        answer = await server.post(f"/v1/{path}", {"model": "base", **body({name: value})})
+        answer = await server.post(path, body({name: value}))
         error = error_of(answer)
-        assert (answer.status_code, (error["param"] or "").rpartition(".")[2]) == (400, name), (value, error)
+        status = 400 if path.startswith("/v1/") else 422
+        assert (answer.status_code, (error["param"] or "").rpartition(".")[2]) == (status, name), (value, error)
         assert "null" in error["message"], error
 
 

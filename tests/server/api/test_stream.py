@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from server.api.sse import EventStream
+from server.api.sse import EventStream, EventStyle
 from server.core import EngineFailure
 from server.engine.fake import FakeEngineClient
 from server.engine.messages import Output, Submit
@@ -271,7 +271,7 @@ async def test_events_are_closed_though_never_sent() -> None:
     async def gone() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    stream = await EventStream.begin(events(), "id")
+    stream = await EventStream.begin(events(), "id", EventStyle())
     await stream({"type": "http"}, gone, stuck)
     assert closed.is_set()
 
