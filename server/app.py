@@ -24,7 +24,19 @@ from adapters_store.storage.bucket import open_blobs
 from adapters_store.storage.directory import CALL_WITHIN_S, Blobs
 from adapters_store.storage.load_roots import open_roots
 from server import logs
-from server.api import adapters, generate, health, openai, score, tasks, tenants, text_generation, vllm, vllm_adapters
+from server.api import (
+    adapters,
+    generate,
+    health,
+    openai,
+    responses,
+    score,
+    tasks,
+    tenants,
+    text_generation,
+    vllm,
+    vllm_adapters,
+)
 from server.api.document import EVERYWHERE, describe_api, errors
 from server.api.middleware import HANDLERS, CrossOrigin, RequestLog
 from server.dependency import Dependency
@@ -86,7 +98,19 @@ def create_app(
     )
     app.openapi = partial(describe_api, app, settings.admin_key is not None)  # type: ignore[method-assign]
     app.state.start_failure, app.state.engine = None, engine
-    for room in (generate, text_generation, score, openai, vllm, vllm_adapters, adapters, tasks, tenants, health):
+    for room in (
+        generate,
+        text_generation,
+        score,
+        openai,
+        responses,
+        vllm,
+        vllm_adapters,
+        adapters,
+        tasks,
+        tenants,
+        health,
+    ):
         app.include_router(room.router)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)

@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
-from server.api import answers, openai_answers, text_generation_answers, vllm_answers
+from server.api import answers, openai_answers, responses_answers, text_generation_answers, vllm_answers
 from server.api.answers import ErrorAnswer
 
 Responses = dict[int | str, dict[str, Any]]
@@ -49,7 +49,7 @@ IDENTIFIED = (401, 403, 404, 507)
 COUNTED = (*IDENTIFIED, 429)
 HAS_BODY = (400, 413, 415)
 GENERATES = (*HAS_BODY, 504)
-ANSWERS = (answers, openai_answers, vllm_answers, text_generation_answers)
+ANSWERS = (answers, openai_answers, responses_answers, vllm_answers, text_generation_answers)
 VALIDATION_ERROR = "#/components/schemas/HTTPValidationError"  # FastAPI's own, which no route answers
 DESCRIPTION = """Every error has the form of `ErrorAnswer`, and every answer the header X-Request-Id: the request's own
 if it sent one. HEAD is taken where GET is. A stream is server-sent events: each has the JSON of the schema, the last is
@@ -70,13 +70,16 @@ def says(*kinds: Kind, status: int = 200, description: str = "Done") -> Response
 def says_whole_or_streamed(whole: Kind, event: type) -> Responses:
     """Describe an answer that comes whole, or as server-sent events if the body says `stream`."""
     end = {"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}}
-    content = _json(whole) | _stream([*_messages(event, ErrorAnswer), end])
+    content = _json(whole) | _stream([*_messages((event,), ErrorAnswer), end])
     return {200: {"description": "The answer, whole or as it comes", "content": content}}
 
 
-def says_streamed(event: type, failure: type, whole: Kind | None = None) -> Responses:
-    """Describe server-sent events of a dialect that ends them without a word, and the whole answer if there is one."""
-    content = ({} if whole is None else _json(whole)) | _stream(_messages(event, failure))
+def says_streamed(events: tuple[type, ...], failure: type | None, whole: Kind | None = None) -> Responses:
+    """Describe server-sent events of a dialect that ends them without a word, and the whole answer if there is one.
+
+    Without a `failure` one of the events tells that the answer failed.
+    """
+    content = ({} if whole is None else _json(whole)) | _stream(_messages(events, failure))
     return {200: {"description": "The answer, as it comes" + (", or whole" if whole else ""), "content": content}}
 
 
@@ -90,10 +93,12 @@ def says_either(first: Responses, second: Responses) -> Responses:
     return {200: {**one, "content": content}}
 
 
-def _messages(event: type, failure: type) -> list[dict[str, Any]]:
+def _messages(events: tuple[type, ...], failure: type | None) -> list[dict[str, Any]]:
     """Schemas of the events of a stream: those that tell the answer, and the error that may end it."""
     data = {"type": "string", "contentMediaType": "application/json"}
-    message = {"type": "object", "required": ["data"], "properties": {"data": {**data, "contentSchema": _ref(event)}}}
+    message = {"type": "object", "required": ["data"], "properties": {"data": {**data, "contentSchema": _ref(*events)}}}
+    if failure is None:
+        return [message]
     failed = {
         "type": "object",
         "required": ["event", "data"],

@@ -46,7 +46,7 @@ router = APIRouter(
     openapi_extra=openapi_body(GenerateRequest, TextGenerationRequest),
     responses=says_either(
         says_whole_or_streamed(GenerateAnswer, GenerateEvent),
-        says_streamed(TextGenerationEvent, TextGenerationError, whole=TextGenerationAnswer),
+        says_streamed((TextGenerationEvent,), TextGenerationError, whole=TextGenerationAnswer),
     ),
 )
 async def generate(request: Request, task: str | None = None) -> Response:

@@ -68,16 +68,13 @@ class StreamOptions(Tolerant):
     continuous_usage_stats: bool = False  # vLLM's; guidellm always asks for it
 
 
-class OpenAIFields(FormFields, SamplingFields):
-    """Fields that completions and chat share."""
+class ModelFields(Tolerant, SamplingFields):
+    """Fields that all of OpenAI's generations share."""
 
     model: str
     temperature: float = Field(1.0, ge=0, le=2)
     top_k: int = Field(0, ge=-1, lt=2**31)
-    n: int = Field(1, ge=1, le=128)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
     user: User | None = None
     adapters: WeightedTasks | None = None
     version: int | None = Field(None, ge=1)
@@ -87,6 +84,14 @@ class OpenAIFields(FormFields, SamplingFields):
     @classmethod
     def _all(cls, top_k: int) -> int:
         return max(0, top_k)  # vLLM's clients write -1 for all
+
+
+class OpenAIFields(FormFields, ModelFields):
+    """Fields that completions and chat share."""
+
+    n: int = Field(1, ge=1, le=128)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stream_options: StreamOptions | None = None
 
     def stops(self) -> list[str]:
         """The stop texts as a list."""
@@ -241,7 +246,12 @@ async def _answer(
 
 
 def _spec(caller: Caller, asked: OpenAIFields) -> GenerationSpec:
-    """The fields that both shapes share, as a spec without a prompt."""
+    """The fields that completions and chat share, as a spec without a prompt."""
+    return replace(spec_of(caller, asked), n=asked.n, stop=asked.stops(), form=asked.form())
+
+
+def spec_of(caller: Caller, asked: ModelFields) -> GenerationSpec:
+    """The fields that all shapes share, as a spec without a prompt."""
     return GenerationSpec(
         tenant=caller.tenant,
         limits=caller.limits,
@@ -250,10 +260,7 @@ def _spec(caller: Caller, asked: OpenAIFields) -> GenerationSpec:
         sampling=asked.sampling(),
         named=frozenset(asked.model_fields_set),
         max_tokens=None,
-        n=asked.n,
-        stop=asked.stops(),
         timeout_s=asked.timeout_s,
-        form=asked.form(),
     )
 
 

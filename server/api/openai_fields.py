@@ -136,7 +136,37 @@ TEXT_GENERATION: Fields = {  # of LoRAX and TGI
     "typical_p": (1.0,),
     "watermark": (False,),
 }
-_ALL = (CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, STRUCTURED_OUTPUTS, LOAD, UNLOAD, TEXT_GENERATION)
+RESPONSES: Fields = {
+    "access_programs": (),
+    "background": (False,),
+    "background_options": ({},),
+    "context_management": ([],),
+    "conversation": (),  # a state, as what `previous_response_id` names
+    "image": (),
+    "max_tool_calls": (),
+    "moderation": (),
+    "parallel_tool_calls": (bool,),
+    "previous_response_id": (),
+    "prompt": (),
+    "prompt_cache_key": (str,),
+    "prompt_cache_options": _OPENAI["prompt_cache_options"],
+    "prompt_cache_retention": _OPENAI["prompt_cache_retention"],
+    "reasoning": ({}, {"effort": "none"}),
+    "safety_identifier": (str,),
+    "service_tier": _OPENAI["service_tier"],
+    "store": (False,),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "tool_choice": _OPENAI["tool_choice"],
+    "tools": ([],),
+    "truncation": ("disabled",),
+}
+INPUT_MESSAGE: Fields = {"id": (str,), "phase": (str,), "status": (str,)}  # of an answer that comes back
+INPUT_TEXT: Fields = {"annotations": ([],), "logprobs": (list,), "prompt_cache_breakpoint": ()}
+TEXT_CONFIG: Fields = {"verbosity": ("medium",)}
+_ALL = (
+    CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, STRUCTURED_OUTPUTS, LOAD, UNLOAD,
+    TEXT_GENERATION, RESPONSES, INPUT_MESSAGE, INPUT_TEXT, TEXT_CONFIG,
+)  # fmt: skip
 
 
 class Tolerant(Strict):
@@ -159,7 +189,7 @@ class Tolerant(Strict):
     def unknown(cls, field: str) -> str:
         """Refuse a field; say which values of it would be taken if it is documented."""
         name = field.rpartition(".")[2]
-        known = [fields[name] for fields in _ALL if name in fields]
+        known = [fields[name] for fields in (cls.neutral, *_ALL) if name in fields]
         if not known:
             return super().unknown(field)
         return f"{field} is not served with this value: leave it out, or send {described(known[0])}"
@@ -174,5 +204,5 @@ def _matches(value: Any, wanted: Any) -> bool:
 
 def described(values: Values) -> str:
     """List values of a field for people, as JSON."""
-    kinds = {bool: "true or false", dict: "any object", str: "any text"}
+    kinds = {bool: "true or false", dict: "any object", list: "any list", str: "any text"}
     return ", ".join(["null", *(kinds[one] if isinstance(one, type) else json.dumps(one) for one in values)])

@@ -180,19 +180,23 @@ class ChatForm(OpenAIForm):
         return {"index": chunk.index, "delta": {**role, "content": chunk.text}, **self._rest(chunk)}
 
     def _rest(self, chunk: Chunk) -> dict[str, Any]:
-        logprobs = {"content": self._logprobs(chunk), "refusal": None} if self._has_logprobs else None
+        entries = token_entries(self._tokenizer, chunk) if self._has_logprobs else None
+        logprobs = None if entries is None else {"content": entries, "refusal": None}
         return {"finish_reason": chunk.finish_reason, "logprobs": logprobs}
 
-    def _logprobs(self, chunk: Chunk) -> list[dict[str, Any]]:
-        pairs = zip(chunk.token_ids, chunk.logprobs, strict=True)
-        return [
-            self._entry(token_id, logprobs.chosen) | {"top_logprobs": [self._entry(*top) for top in logprobs.top]}
-            for token_id, logprobs in pairs
-        ]
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(token_id)
+def token_entries(tokenizer: Tokenizer, chunk: Chunk) -> list[dict[str, Any]]:
+    """A chunk's tokens with their log-probabilities and alternatives, in OpenAI's newer form."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
         return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+    pairs = zip(chunk.token_ids, chunk.logprobs, strict=True)
+    return [
+        entry(token_id, logprobs.chosen) | {"top_logprobs": [entry(*top) for top in logprobs.top]}
+        for token_id, logprobs in pairs
+    ]
 
 
 def _usage(progress: GenerationState) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class TextGenerationRequest(Tolerant):
 @router.post(
     "/",
     openapi_extra=openapi_body(TextGenerationRequest),
-    responses=says_streamed(TextGenerationEvent, TextGenerationError, whole=list[TextGenerationAnswer]),
+    responses=says_streamed((TextGenerationEvent,), TextGenerationError, whole=list[TextGenerationAnswer]),
 )
 async def generate_compat(request: Request, task: str | None = None) -> Response:
     """Answer in the form of LoRAX and TGI: a list of one, or a stream if the body says so. Their clients ask here."""
@@ -113,7 +113,7 @@ async def generate_compat(request: Request, task: str | None = None) -> Response
     "/generate_stream",
     response_class=Response,
     openapi_extra=openapi_body(TextGenerationRequest),
-    responses=says_streamed(TextGenerationEvent, TextGenerationError),
+    responses=says_streamed((TextGenerationEvent,), TextGenerationError),
 )
 async def generate_stream(request: Request, task: str | None = None) -> Response:
     """Answer token by token in the form of LoRAX and TGI."""

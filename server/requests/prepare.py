@@ -71,7 +71,7 @@ class JobPreparer:
         if spec.token_ids is not None:
             return spec.token_ids
         if spec.turns is not None:
-            return [await self._encode_chat(spec.turns, resolved)]
+            return [await self._encode_chat(spec.turns, resolved, spec.prompt_field)]
         for text in spec.texts or []:
             self._check_bytes(text, spec.prompt_field)
         with control_text_is_400(spec.prompt_field):
@@ -136,18 +136,18 @@ class JobPreparer:
 
         return await self._tenant_work.run(encode) if sum(map(len, texts)) > THREAD_CHARS else encode()
 
-    async def _encode_chat(self, turns: list[Turn], resolved: ResolvedAdapters) -> list[int]:
+    async def _encode_chat(self, turns: list[Turn], resolved: ResolvedAdapters, param: str) -> list[int]:
         """Tokens of chat turns, in the adapter's format, or else by the base's template."""
         if resolved.prompt_format is None and not self._tokenizer.has_chat_template:
-            raise BadRequestError("this base has no chat template: send a prompt", "messages")
+            raise BadRequestError("this base has no chat template: send a prompt", param)
         encoder = self._tokenizer.turns
         try:
             rendered = await self._tenant_work.run(encoder.render, turns, resolved.prompt_format)
-            self._check_bytes("".join(rendered.pieces), "messages")
-            with control_text_is_400("messages"):
+            self._check_bytes("".join(rendered.pieces), param)
+            with control_text_is_400(param):
                 return await self._tenant_work.run(encoder.encode, rendered)
         except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
-            raise BadRequestError(f"the base's chat template refuses these messages: {error}", "messages") from None
+            raise BadRequestError(f"the base's chat template refuses these messages: {error}", param) from None
 
 
 def common_length(first: list[int], second: list[int]) -> int:

@@ -80,11 +80,9 @@ def fault_of(operation: Operation | None, status: int, media_type: str, body: by
     if media_type not in content and (media_type or content):
         return f"{media_type or 'no type'} is not documented"
     if media_type == STREAM:
-        faults = [
-            _stream_fault(schema, body)
-            for schema in content[STREAM]["schema"].get("anyOf", [content[STREAM]["schema"]])
-        ]
-        return next(filter(None, faults), None) if all(faults) else None
+        schema = content[STREAM]["schema"]
+        faults = [_stream_fault(one, body) for one in schema.get("anyOf", [schema])]
+        return faults[0] if all(faults) else None
     return check(content[JSON]["schema"], body) if media_type == JSON and body else None
 
 
@@ -100,15 +98,14 @@ def untold_header(operation: Operation | None, status: int, names: set[bytes]) -
 
 
 def _stream_fault(schema: dict[str, Any], body: bytes) -> str | None:
-    event, failure, *end = [
-        message["properties"]["data"].get("contentSchema") for message in schema["contentSchema"]["items"]["anyOf"]
-    ]
-    for block in body.split(b"\n\n")[:-1]:
-        kind, _, data = block.rpartition(b"data: ")
-        is_end = bool(end) and data == b"[DONE]"
-        if fault := not is_end and check(failure if kind == b"event: error\n" else event, data):
-            return fault
-    return None
+    """What a dialect does not say of a stream: its messages are an event, the error that may end it, and its last."""
+    messages = schema["contentSchema"]["items"]["anyOf"]
+    event, *failure = [message["properties"]["data"].get("contentSchema") for message in messages[:2]]
+    blocks = [block.rpartition(b"data: ") for block in body.split(b"\n\n")[:-1]]
+    if len(messages) > 2:
+        blocks = [block for block in blocks if block[2] != b"[DONE]"]
+    faults = [check(failure[0] if failure and kind == b"event: error\n" else event, data) for kind, _, data in blocks]
+    return next(filter(None, faults), None)
 
 
 class DocumentedAnswers:

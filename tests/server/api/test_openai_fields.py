@@ -14,11 +14,20 @@ from openai.types.chat import chat_completion_content_part_text_param as parts
 from openai.types.chat import chat_completion_message_param as turns
 from openai.types.chat import chat_completion_stream_options_param as options
 from openai.types.chat import completion_create_params as chat
+from openai.types.responses import (
+    EasyInputMessageParam,
+    ResponseInputTextParam,
+    ResponseOutputMessageParam,
+    ResponseOutputTextParam,
+    ResponseTextConfigParam,
+)
+from openai.types.responses import response_create_params as responses
 
 from server.api import openai_fields
 from server.api.openai import ChatMessage, ChatRequest, CompletionRequest, StreamOptions, TextPart
 from server.api.openai_fields import Tolerant
 from server.api.structured_outputs import StructuredOutputs
+from server.api.responses import InputMessage, InputText, ResponsesRequest, TextConfig
 from server.api.text_generation import TextGenerationParameters
 from tests.readme import fields_table
 from tests.server.world import Site, error_of, serve_site
@@ -89,7 +98,8 @@ PROBES: list[Any] = [True, False, 7, -7, 0.5, "x", "", "high", ["x"], [], {"x": 
 TURN: dict[str, Any] = {"role": "assistant", "content": "hi"}
 ASKED: dict[str, Any] = {"model": "base", "seed": 1, "max_tokens": 2}
 CHAT: dict[str, Any] = {**ASKED, "messages": [TURN]}
-COMPLETIONS_PATH, CHAT_PATH = "/v1/completions", "/v1/chat/completions"
+RESPONSE: dict[str, Any] = {"model": "base", "seed": 1, "max_output_tokens": 2, "input": "a"}
+COMPLETIONS_PATH, CHAT_PATH, RESPONSES_PATH = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 BODIES: dict[type[Tolerant], tuple[str, Any]] = {  # where a model stands in a request
     CompletionRequest: (COMPLETIONS_PATH, lambda fields: {**ASKED, "prompt": "a", **fields}),
     ChatRequest: (CHAT_PATH, lambda fields: CHAT | fields),
@@ -99,6 +109,13 @@ BODIES: dict[type[Tolerant], tuple[str, Any]] = {  # where a model stands in a r
         lambda fields: CHAT | {"messages": [{**TURN, "content": [{"type": "text", "text": "hi", **fields}]}]},
     ),
     StreamOptions: (CHAT_PATH, lambda fields: CHAT | {"stream_options": fields}),
+    ResponsesRequest: (RESPONSES_PATH, lambda fields: RESPONSE | fields),
+    InputMessage: (RESPONSES_PATH, lambda fields: RESPONSE | {"input": [TURN | fields]}),
+    InputText: (
+        RESPONSES_PATH,
+        lambda fields: RESPONSE | {"input": [{**TURN, "content": [{"type": "output_text", "text": "hi", **fields}]}]},
+    ),
+    TextConfig: (RESPONSES_PATH, lambda fields: RESPONSE | {"text": fields}),
     TextGenerationParameters: ("/generate", lambda fields: {"inputs": "a", "parameters": {"seed": 1} | fields}),
     StructuredOutputs: (CHAT_PATH, lambda fields: CHAT | {"structured_outputs": {"regex": "a", **fields}}),
 }
@@ -115,6 +132,10 @@ DOCUMENTED: dict[type[Tolerant], set[str]] = {
     TextPart: names(parts.ChatCompletionContentPartTextParam),
     StreamOptions: names(options.ChatCompletionStreamOptionsParam) | {"continuous_usage_stats"},
     StructuredOutputs: {"json_", "regex", "choice", "grammar", "json_object", *openai_fields.STRUCTURED_OUTPUTS},
+    ResponsesRequest: names(*get_args(responses.ResponseCreateParams)),
+    InputMessage: names(EasyInputMessageParam, ResponseOutputMessageParam),
+    InputText: names(ResponseInputTextParam, ResponseOutputTextParam),
+    TextConfig: names(ResponseTextConfigParam),
     TextGenerationParameters: names(TextGenerationInputGenerateParameters) | LORAX,
 }
 UNSERVED = [(model, name) for model in DOCUMENTED for name in sorted(model.neutral)]
@@ -150,7 +171,7 @@ async def submitted(server: Site, model: type[Tolerant], fields: dict[str, Any])
 
 def neutral_values(values: tuple[Any, ...]) -> list[Any]:
     """Null, every value of a table's entry, and for a type some of its values."""
-    some: dict[Any, list[Any]] = {bool: [True, False], str: ["", "x"], dict: [{}, {"x": "y"}]}
+    some: dict[Any, list[Any]] = {bool: [True, False], str: ["", "x"], dict: [{}, {"x": "y"}], list: [[], ["x"]]}
     return [None, *(value for one in values for value in (some[one] if isinstance(one, type) else [one]))]
 
 

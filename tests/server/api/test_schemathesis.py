@@ -21,7 +21,9 @@ ADMIN_KEY = "k" * 16
 # test_bodies has; fuzzing asks those routes, too.
 COVERAGE = {
     "phases": {"coverage": {"enabled": True, "unexpected-methods": ["options"]}},
-    "operations": [{"include-path-regex": "^/(|generate.*|v1/.*completions|.*/limits)$", "enabled": False}],
+    "operations": [
+        {"include-path-regex": "^/(|generate.*|v1/.*completions|v1/responses|.*/limits)$", "enabled": False}
+    ],
 }
 FUZZING = {"phases": {"fuzzing": {"enabled": True}}, "operations": []}
 SETTINGS: dict[str, Any] = {

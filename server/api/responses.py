@@ -1,0 +1,125 @@
+"""POST /v1/responses: OpenAI's newer form of chat, without state. Nothing is stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field, model_validator
+from starlette.responses import Response
+
+from adapters_store.format.manifest import Turn
+from server.api import openai_fields
+from server.api.body import read_json
+from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.document import COUNTED, GENERATES, errors, says_streamed
+from server.api.openai import MAX_TOP_LOGPROBS, ModelFields, spec_of
+from server.api.openai_fields import Tolerant
+from server.api.respond import respond
+from server.api.responses_answers import EVENTS, ResponseAnswer
+from server.api.responses_form import ResponsesForm
+from server.errors import InvalidFieldError
+from server.requests.auth import GENERATE
+from server.schemas import MAX_TURNS, openapi_body
+
+LOGPROBS = "message.output_text.logprobs"
+MAX_METADATA = 16
+
+router = APIRouter(
+    prefix="/v1",
+    tags=["OpenAI"],
+    dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)],
+    responses=errors(*COUNTED, *GENERATES),  # and 400 where other routes have 422
+)
+
+
+class InputText(Tolerant):
+    """A part of an item's content: what a user says, or an answer that comes back as it was sent."""
+
+    neutral = openai_fields.INPUT_TEXT
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class InputMessage(Tolerant):
+    """A turn of the input, its content whole or in parts; a message of ours may come back as it was sent."""
+
+    neutral = openai_fields.INPUT_MESSAGE
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[InputText], Field(min_length=1)]
+
+    def turn(self) -> Turn:
+        """The turn as a role that templates know, and one text."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return "system" if self.role == "developer" else self.role, text
+
+
+class TextFormat(Tolerant):
+    """The format of the text. Others become a response format of the spec here, once they are served."""
+
+    type: Literal["text"]
+
+
+class TextConfig(Tolerant):
+    """The way in which the text is written."""
+
+    neutral = openai_fields.TEXT_CONFIG
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(ModelFields):
+    """The body of POST /v1/responses."""
+
+    neutral = openai_fields.RESPONSES
+    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_TURNS)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
+    top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+    text: TextConfig | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _logprobs_are_included(self) -> Self:
+        if self.top_logprobs and not self.has_logprobs:
+            raise InvalidFieldError(f'top_logprobs needs include: ["{LOGPROBS}"]', "top_logprobs")
+        return self
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the answer tells log-probabilities."""
+        return LOGPROBS in self.include
+
+    def turns(self) -> list[Turn]:
+        """The turns of a chat: the instructions are the system's, and a text alone is the user's."""
+        items = [("user", self.input)] if isinstance(self.input, str) else [item.turn() for item in self.input]
+        return items if self.instructions is None else [("system", self.instructions), *items]
+
+    def echoed(self) -> dict[str, Any]:
+        """The fields that the response tells again."""
+        names = ("model", "instructions", "max_output_tokens", "metadata", "top_logprobs", "user")
+        return {name: getattr(self, name) for name in names} | {"text": {"format": {"type": "text"}}}
+
+
+@router.post(
+    "/responses",
+    openapi_extra=openapi_body(ResponsesRequest),
+    responses=says_streamed(EVENTS, None, whole=ResponseAnswer),
+)
+async def responses(request: Request) -> Response:
+    """Answer a text or turns, in the shape of OpenAI's responses; what needs a state is refused."""
+    state = state_of(request)
+    asked = await read_json(request, ResponsesRequest, state)
+    spec = replace(
+        spec_of(caller_of(request), asked),
+        turns=asked.turns(),
+        prompt_field="input",
+        max_tokens=asked.max_output_tokens,
+        has_logprobs=asked.has_logprobs,
+        top_logprobs=asked.top_logprobs if asked.has_logprobs else None,
+    )
+    form = ResponsesForm(request.state.request_id, state.tokenizer, asked.has_logprobs, asked.echoed())
+    return await respond(request, state.generation, spec, form, asked.stream)
