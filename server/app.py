@@ -65,6 +65,9 @@ log = logging.getLogger(__name__)
 HOUR_S, DAY_S = 3600.0, 86400.0
 NUM_STORE_THREADS = 4  # calls of the store of artifacts at once
 OnReady = Callable[[ServerState], None]
+ROOMS = (
+    generate, text_generation, score, openai, responses, vllm, vllm_adapters, adapters, tasks, tenants, health,
+)  # fmt: skip
 
 
 def create_app(
@@ -98,19 +101,7 @@ def create_app(
     )
     app.openapi = partial(describe_api, app, settings.admin_key is not None)  # type: ignore[method-assign]
     app.state.start_failure, app.state.engine = None, engine
-    for room in (
-        generate,
-        text_generation,
-        score,
-        openai,
-        responses,
-        vllm,
-        vllm_adapters,
-        adapters,
-        tasks,
-        tenants,
-        health,
-    ):
+    for room in ROOMS:
         app.include_router(room.router)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)

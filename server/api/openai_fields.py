@@ -129,9 +129,7 @@ TEXT_GENERATION: Fields = {  # of LoRAX and TGI
     "api_token": (str,),  # to fetch with
     "apply_chat_template": (False,),
     "best_of": (1,),
-    "grammar": (),
     "merged_adapters": (),
-    "response_format": ({"type": "text"},),
     "truncate": (),
     "typical_p": (1.0,),
     "watermark": (False,),

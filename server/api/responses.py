@@ -19,9 +19,10 @@ from server.api.openai_fields import Tolerant
 from server.api.respond import respond
 from server.api.responses_answers import EVENTS, ResponseAnswer
 from server.api.responses_form import ResponsesForm
+from server.api.structured_outputs import TextFormat
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE
-from server.schemas import MAX_TURNS, openapi_body
+from server.schemas import MAX_TURNS, FreeText, openapi_body
 
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16
@@ -57,17 +58,11 @@ class InputMessage(Tolerant):
         return "system" if self.role == "developer" else self.role, text
 
 
-class TextFormat(Tolerant):
-    """The format of the text. Others become a response format of the spec here, once they are served."""
-
-    type: Literal["text"]
-
-
 class TextConfig(Tolerant):
     """The way in which the text is written."""
 
     neutral = openai_fields.TEXT_CONFIG
-    format: TextFormat | None = None
+    format: TextFormat = Field(default_factory=lambda: FreeText(type="text"))
 
 
 class ResponsesRequest(ModelFields):
@@ -79,7 +74,7 @@ class ResponsesRequest(ModelFields):
     max_output_tokens: int | None = Field(None, ge=1)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
-    text: TextConfig | None = None
+    text: TextConfig = Field(default_factory=TextConfig)
     metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -101,7 +96,8 @@ class ResponsesRequest(ModelFields):
     def echoed(self) -> dict[str, Any]:
         """The fields that the response tells again."""
         names = ("model", "instructions", "max_output_tokens", "metadata", "top_logprobs", "user")
-        return {name: getattr(self, name) for name in names} | {"text": {"format": {"type": "text"}}}
+        told = {name: getattr(self, name) for name in names}
+        return told | {"text": {"format": self.text.format.model_dump(by_alias=True, exclude_unset=True)}}
 
 
 @router.post(
@@ -120,6 +116,7 @@ async def responses(request: Request) -> Response:
         max_tokens=asked.max_output_tokens,
         has_logprobs=asked.has_logprobs,
         top_logprobs=asked.top_logprobs if asked.has_logprobs else None,
+        form=asked.text.format.form("text.format"),
     )
     form = ResponsesForm(request.state.request_id, state.tokenizer, asked.has_logprobs, asked.echoed())
     return await respond(request, state.generation, spec, form, asked.stream)

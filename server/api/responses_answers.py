@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # of `typing` is not enough for Pydantic before Python 3.12
 
@@ -21,7 +21,7 @@ class OutputTextAnswer(TypedDict):
 
 
 class OutputMessageAnswer(TypedDict):
-    """The assistant's message."""
+    """The message that answers the input."""
 
     id: str
     type: Literal["message"]
@@ -70,9 +70,14 @@ class IncompleteAnswer(TypedDict):
 
 
 class TextFormatAnswer(TypedDict):
-    """The format of a response's text."""
+    """The format of a response's text, as it was asked for."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    name: NotRequired[str]
+    description: NotRequired[str | None]
+    schema: NotRequired[dict[str, Any]]
+    strict: NotRequired[bool | None]
+    value: NotRequired[dict[str, Any] | None]
 
 
 class TextConfigAnswer(TypedDict):
@@ -157,7 +162,7 @@ class TextDeltaEvent(_TextEvent):
 
 
 class TextDoneEvent(_TextEvent):
-    """The text, whole."""
+    """The text, once it is whole."""
 
     type: Literal["response.output_text.done"]
     text: str

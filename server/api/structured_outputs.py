@@ -1,4 +1,4 @@
-"""The form of an answer in OpenAI's shape, in vLLM's, and in vLLM's older one: at most one of them in a request."""
+"""The form of an answer as each dialect has it: at most one of them in a request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.api import openai_fields
 from server.api.openai_fields import Tolerant
 from server.core import FormSpec
 from server.errors import InvalidFieldError
-from server.schemas import Choices, JsonSchema, ResponseFormat
+from server.schemas import AnyObject, Choices, FreeText, JsonSchema, NamedSchema, ResponseFormat, Strict
 
 
 def _parsed(value: Any) -> Any:
@@ -77,3 +77,67 @@ class FormFields(Tolerant):
             fields = ", ".join(form.field for form in given)
             raise InvalidFieldError(f"an answer has one form, and this request names several: {fields}", given[1].field)
         return given[0] if given else None
+
+
+class TextSchema(NamedSchema):
+    """JSON that fits a schema, as OpenAI's responses have it: named beside its type."""
+
+    type: Literal["json_schema"]
+    name: Annotated[str, Field(max_length=64)]
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the schema."""
+        return FormSpec("json_schema", self.json_schema, f"{field}.schema")
+
+
+TextFormat = Annotated[FreeText | AnyObject | TextSchema, Field(discriminator="type")]
+
+
+class JsonGrammar(Strict):
+    """JSON that fits a schema, as TGI has it."""
+
+    type: Literal["json"]
+    value: SchemaOrText
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the schema."""
+        return FormSpec("json_schema", self.value, f"{field}.value")
+
+
+class NamedGrammar(Strict):
+    """JSON that fits a schema with a name, as TGI has it."""
+
+    type: Literal["json_schema"]
+    value: NamedSchema
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the schema."""
+        return FormSpec("json_schema", self.value.json_schema, f"{field}.value.schema")
+
+
+class RegexGrammar(Strict):
+    """Text that matches a regular expression, as TGI has it."""
+
+    type: Literal["regex"]
+    value: Text
+
+    def form(self, field: str) -> FormSpec:
+        """The form of the expression."""
+        return FormSpec("regex", self.value, f"{field}.value")
+
+
+class LoraxObject(Strict):
+    """A JSON object, as LoRAX has it: any, or one that fits a schema."""
+
+    type: Literal["json_object"]
+    json_schema: JsonSchema | None = Field(None, alias="schema")
+
+    def form(self, field: str) -> FormSpec:
+        """The form of any JSON object, or of the schema."""
+        if self.json_schema is None:
+            return FormSpec("json_schema", {"type": "object"}, field)
+        return FormSpec("json_schema", self.json_schema, f"{field}.schema")
+
+
+Grammar = Annotated[JsonGrammar | NamedGrammar | RegexGrammar, Field(discriminator="type")]
+LoraxFormat = Annotated[FreeText | LoraxObject, Field(discriminator="type")]

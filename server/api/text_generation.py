@@ -16,9 +16,10 @@ from server.api.document import COUNTED, EVERYWHERE, GENERATES, errors, says_str
 from server.api.model_name import adapters_of
 from server.api.openai_fields import Tolerant
 from server.api.respond import respond
+from server.api.structured_outputs import Grammar, LoraxFormat
 from server.api.text_generation_answers import TextGenerationAnswer, TextGenerationError, TextGenerationEvent
 from server.api.text_generation_form import Details, TextGenerationForm
-from server.core import Sampling
+from server.core import FormSpec, Sampling
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE, Caller
 from server.requests.spec import GenerationSpec
@@ -65,6 +66,8 @@ class TextGenerationParameters(Tolerant):
     decoder_input_details: bool = False
     top_n_tokens: int = Field(0, ge=0, le=MAX_TOP)
     return_k_alternatives: int = Field(0, ge=0, le=MAX_TOP)
+    grammar: Grammar | None = None
+    response_format: LoraxFormat | None = None
 
     @property
     def is_sampled(self) -> bool:
@@ -83,6 +86,19 @@ class TextGenerationParameters(Tolerant):
             seed=secrets.randbits(63) if self.seed is None else self.seed,
             ignore_eos=self.ignore_eos_token,
         )
+
+    def form(self) -> FormSpec | None:
+        """The form of the answer, or None for free text. Raises `InvalidFieldError` for two of them."""
+        grammar, response_format = (
+            None if one is None else one.form(f"parameters.{field}")
+            for field, one in (("grammar", self.grammar), ("response_format", self.response_format))
+        )
+        if grammar is not None and response_format is not None:
+            raise InvalidFieldError(
+                "an answer has one form, and this request names several: send grammar or response_format",
+                "parameters.grammar",
+            )
+        return grammar or response_format
 
     def named(self) -> frozenset[str]:
         """The sampling fields that were named; `do_sample` says of the temperature whether there is one."""
@@ -164,6 +180,7 @@ def _spec(caller: Caller, task: str | None, asked: TextGenerationRequest, is_str
         has_logprobs=has_tokens,
         top_logprobs=max(parameters.top_n_tokens, parameters.return_k_alternatives) if has_tokens else None,
         prompt_logprobs=0 if parameters.decoder_input_details else None,
+        form=parameters.form(),
     )
 
 

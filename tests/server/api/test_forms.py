@@ -54,6 +54,50 @@ async def test_every_form_reaches_the_engine(shared: Site, path: str, body: dict
         assert shared.engine.submitted[-1].form is None
 
 
+OF_TGI: list[tuple[dict[str, Any], tuple[Any, Any]]] = [
+    ({"grammar": {"type": "json", "value": SCHEMA}}, ("json_schema", SCHEMA)),
+    ({"grammar": {"type": "json", "value": '{"type": "object"}'}}, ("json_schema", {"type": "object"})),
+    ({"grammar": {"type": "json_schema", "value": {"name": "x", "schema": SCHEMA}}}, ("json_schema", SCHEMA)),
+    ({"grammar": {"type": "regex", "value": "a+"}}, ("regex", "a+")),
+    ({"response_format": {"type": "json_object"}}, ("json_schema", {"type": "object"})),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, ("json_schema", SCHEMA)),
+]
+OF_RESPONSES: list[tuple[dict[str, Any], tuple[Any, Any]]] = [
+    ({"type": "json_object"}, ("json_schema", {"type": "object"})),
+    ({"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}, ("json_schema", SCHEMA)),
+]
+
+
+async def test_forms_of_the_other_dialects(shared: Site) -> None:
+    """A form of TGI's, of LoRAX's and of OpenAI's responses is the grammar, too, and the response tells it again."""
+    asked = [("/generate", {"inputs": "a", "parameters": fields}, form) for fields, form in OF_TGI]
+    asked += [
+        ("/v1/responses", {"model": "base", "input": "a", "text": {"format": one}}, form) for one, form in OF_RESPONSES
+    ]
+    for path, body, (kind, value) in asked:
+        answer = await shared.post(path, body)
+        assert answer.status_code == 200, (body, answer.text)
+        assert shared.engine.submitted[-1].form == grammar_of(FormSpec(kind, value, "f")), body
+        assert path == "/generate" or answer.json()["text"] == body["text"]
+    schema = {"properties": {"a": {"uniqueItems": True}}}
+    for path, body, param in (
+        (
+            "/generate",
+            {"inputs": "a", "parameters": {"grammar": {"type": "json", "value": schema}}},
+            "parameters.grammar.value",
+        ),
+        (
+            "/v1/responses",
+            {"model": "base", "input": "a", "text": {"format": {**OF_RESPONSES[1][0], "schema": schema}}},
+            "text.format.schema",
+        ),
+    ):
+        error = error_of(answer := await shared.post(path, body))
+        assert (answer.status_code, error["param"]) == (400, f"{param}#/properties/a/uniqueItems")
+    both = {"grammar": {"type": "regex", "value": "a"}, "response_format": {"type": "json_object"}}
+    assert (await shared.post("/generate", {"inputs": "a", "parameters": both})).status_code == 422
+
+
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 async def test_what_is_not_served_is_named(shared: Site, path: str, body: dict[str, Any]) -> None:
     """An unsupported keyword is 400 `unsupported_schema` by its JSON pointer; so is `ignore_eos`, by its own name."""

@@ -116,9 +116,16 @@ async def test_a_stream(client: AsyncOpenAI) -> None:
 async def test_it_is_cut(client: AsyncOpenAI) -> None:
     """An answer of the most tokens is incomplete, and says why, whole and streamed."""
     answer = await client.responses.create(model="base", input="hello", max_output_tokens=3)
-    for found in (answer, (await streamed(client, model="base", input="hello", max_output_tokens=3))[-1].response):
-        assert (found.status, found.output_text, found.max_output_tokens) == ("incomplete", "<us", 3)
-        assert found.incomplete_details.reason == "max_output_tokens" and found.output[0].status == "incomplete"
+    last = (await streamed(client, model="base", input="hello", max_output_tokens=3))[-1]
+    told: list[dict[str, Any]] = [answer.to_dict(), last.response.to_dict()]
+    for found in told:
+        assert found["incomplete_details"] == {"reason": "max_output_tokens"} and found["max_output_tokens"] == 3
+        (message,) = found["output"]
+        assert (found["status"], message["status"], message["content"][0]["text"]) == (
+            "incomplete",
+            "incomplete",
+            "<us",
+        )
 
 
 async def test_logprobs(client: AsyncOpenAI) -> None:
@@ -126,7 +133,9 @@ async def test_logprobs(client: AsyncOpenAI) -> None:
     asked: dict[str, Any] = {"model": "base", "max_output_tokens": 3, "top_logprobs": 2, "temperature": 0}
     asked |= {"input": "hi", "include": ["message.output_text.logprobs"]}
     answer = await client.responses.create(**asked)
-    part = answer.output[0].content[0]  # type: ignore[union-attr]
+    message = answer.output[0]
+    assert isinstance(message, ResponseOutputMessage)
+    (part,) = message.content
     assert isinstance(part, ResponseOutputText) and part.logprobs is not None
     chat = await client.chat.completions.create(
         model="base", messages=[{"role": "user", "content": "hi"}], max_tokens=3, logprobs=True, top_logprobs=2
@@ -188,7 +197,8 @@ async def test_events_are_named(shared: Site) -> None:
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
         ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
         ({"include": ["file_search_call.results"]}, "include.0"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"input": []}, "input"),

@@ -342,3 +342,22 @@ async def test_looking_takes_nothing_of_the_rate(site: Site) -> None:
     for _ in range(3):
         await site.ask(prompt="x", max_tokens=1)
     assert (await site.post("/generate?task=base", {"prompt": "x"})).status_code == 429
+
+
+async def test_every_route_counts(site: Site) -> None:
+    """Each route of a tenant's own things counts a request before it reads it: the one too many is 429."""
+    site.state.stores.tenants.set_limits("default", TenantLimits(requests_per_minute=1))
+    site.state.callers.clear_cache("default")
+    counted = [
+        (verb, path)
+        for path, verbs in site.app.openapi()["paths"].items()
+        for verb, operation in verbs.items()
+        if "429" in operation["responses"] and operation["tags"] != ["Tenants"]  # these are free for the operator
+    ]
+    assert {("post", "/"), ("post", "/generate_stream"), ("post", "/v1/responses"), ("post", "/score")} < {*counted}
+    for verb, path in counted:
+        site.state.rate_limiter.forget("default")
+        url = path.replace("{number}", "1").replace("{", "").replace("}", "")
+        first, second = [await site.http.request(verb, url) for _ in range(2)]
+        assert first.status_code != 429 and second.status_code == 429, (verb, path)
+        assert error_of(second)["param"] == "requests_per_minute"
