@@ -39,6 +39,7 @@ BODIES: dict[tuple[str, str], Any] = {
         "messages": [{"role": "user", "content": "x"}],
         "max_tokens": 1,
     },
+    ("post", "/score"): {"prompt": "x", "continuations": ["y"]},
     ("post", "/v1/responses"): {"model": "base", "input": "x", "max_output_tokens": 1},
     ("post", "/"): {"inputs": "x"},
     ("post", "/generate_stream"): {"inputs": "x"},
@@ -56,6 +57,7 @@ NEEDS_NO_REGISTRY = {
     ("post", "/generate"),
     ("post", "/v1/completions"),
     ("post", "/v1/chat/completions"),
+    ("post", "/score"),
     ("post", "/v1/responses"),
     ("post", "/"),
     ("post", "/generate_stream"),
@@ -96,7 +98,7 @@ async def ask_all(site: Site, zips: list[bytes]) -> dict[tuple[str, str], httpx2
     assert len(routes) > 25
     answers = {}
     for verb, path in sorted(routes, key=lambda route: route[0] == "delete"):
-        query = {"/generate": "?task=base", "/adapters": "?task=new"}.get(path, "")
+        query = {"/generate": "?task=base", "/score": "?task=base", "/adapters": "?task=new"}.get(path, "")
         headers = {**ADMIN, "Content-Type": "application/zip" if path == "/adapters" else "application/json"}
         if path == "/adapters":
             request = site.http.build_request(verb, path + query, content=zips[1], headers=headers)
