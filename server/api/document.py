@@ -108,8 +108,7 @@ def _messages(events: tuple[type, ...], failure: type | None) -> list[dict[str, 
 
 
 def _stream(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    events = {"type": "array", "items": {"anyOf": messages}}
-    return {STREAM: {"schema": {"type": "string", "contentMediaType": STREAM, "contentSchema": events}}}
+    return {STREAM: {"schema": {"anyOf": messages}}}  # of each event, as tools read it before OpenAPI 3.2
 
 
 def says_file(media_type: str, description: str, *headers: str) -> Responses:

@@ -81,7 +81,8 @@ def fault_of(operation: Operation | None, status: int, media_type: str, body: by
         return f"{media_type or 'no type'} is not documented"
     if media_type == STREAM:
         schema = content[STREAM]["schema"]
-        faults = [_stream_fault(one, body) for one in schema.get("anyOf", [schema])]
+        dialects = schema["anyOf"] if "anyOf" in schema["anyOf"][0] else [schema]
+        faults = [_stream_fault(one, body) for one in dialects]
         return faults[0] if all(faults) else None
     return check(content[JSON]["schema"], body) if media_type == JSON and body else None
 
@@ -99,7 +100,7 @@ def untold_header(operation: Operation | None, status: int, names: set[bytes]) -
 
 def _stream_fault(schema: dict[str, Any], body: bytes) -> str | None:
     """What a dialect does not say of a stream: its messages are an event, the error that may end it, and its last."""
-    messages = schema["contentSchema"]["items"]["anyOf"]
+    messages = schema["anyOf"]
     event, *failure = [message["properties"]["data"].get("contentSchema") for message in messages[:2]]
     blocks = [block.rpartition(b"data: ") for block in body.split(b"\n\n")[:-1]]
     if len(messages) > 2:
