@@ -99,7 +99,7 @@ class TextGenerationForm(AnswerForm):
         ]
         rest = "" if chunk.finish_reason is None else stream.flush()
         self._text += "".join([*filter(None, texts), rest])
-        if texts[-1] is not None:
+        if texts and texts[-1] is not None:
             texts[-1] += rest
         scores = chunk.logprobs or [Logprobs(0.0)] * len(texts)  # of an answer without details, which shows none
         return [self._token(*one) for one in zip(chunk.token_ids, texts, scores, strict=True)]
