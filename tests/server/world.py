@@ -165,7 +165,9 @@ async def serve_site(
     app, faults = checked_app(base, data, fake, **settings)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(around(app), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            around(app), log_config=None, access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=120
+        )
         server = uvicorn.Server(config)
         running = asyncio.create_task(server.serve([listener]))
         try:
