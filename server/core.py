@@ -19,6 +19,13 @@ class FormSpec(msgspec.Struct, frozen=True):
     field: str
 
 
+class FreeForm(msgspec.Struct, frozen=True):
+    """A request's word for free text, against the form that its adapters carry."""
+
+
+AskedForm = FormSpec | FreeForm
+
+
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling parameters of one sequence; `seed` is always set, by the API if the user gave none.
 

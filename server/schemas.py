@@ -10,7 +10,7 @@ from pydantic_core import CoreSchema
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.registry.registry import Version
-from server.core import FormSpec, Sampling
+from server.core import AskedForm, FormSpec, FreeForm, Sampling
 from server.errors import BadRequestError, InvalidFieldError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
@@ -141,9 +141,9 @@ class FreeText(Strict):
 
     type: Literal["text"]
 
-    def form(self, _field: str) -> FormSpec | None:
-        """Return no form at all."""
-        return None
+    def form(self, _field: str) -> FreeForm:
+        """Return the word for free text."""
+        return FreeForm()
 
 
 class AnyObject(Strict):
@@ -241,6 +241,12 @@ class GenerateRequest(AdapterFields, SamplingFields):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED_TOP)
     stream: bool = False
     response_format: ResponseFormat | None = None
+
+    def form(self) -> AskedForm | None:
+        """The form that the request names, for which null is free text; None if it names none."""
+        if self.response_format is None:
+            return FreeForm() if "response_format" in self.model_fields_set else None
+        return self.response_format.form("response_format")
 
     @property
     def prompt_field(self) -> str:

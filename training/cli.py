@@ -39,6 +39,9 @@ def train(
     prompt_column: Annotated[str, Option(help="the column of prompts")] = "prompt",
     completion_column: Annotated[str, Option(help="the column of answers")] = "completion",
     template: Annotated[str, Option(help="text around a prompt: 'Customer: {prompt}\\nIntent: {completion}'")] = "",
+    form: Annotated[
+        str, Option(help="labels, or a file with a JSON schema: the form of every answer, which the artifact carries")
+    ] = "",
     max_length: Annotated[int, Option(help="most tokens of a row")] = 1024,
     precision: Annotated[str, Option(help="auto, fp32 or bf16: of the training's arithmetic")] = "auto",
     save_dtype: Annotated[str, Option(help="fp32, fp16 or bf16: of the stored weights")] = "fp32",

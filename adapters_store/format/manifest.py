@@ -9,6 +9,8 @@ import msgspec
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Word = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+MAX_LABEL_CHARS = 1000
+Label = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_LABEL_CHARS)]
 Turn = tuple[str, str]  # role, content
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
@@ -74,6 +76,19 @@ class GenerationDefaults(msgspec.Struct, forbid_unknown_fields=True, omit_defaul
     stop_token_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=256)] | None = None
 
 
+class TaskForm(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """The form of an artifact's answers if the request names none: one of some labels, or JSON that fits a schema."""
+
+    labels: Annotated[tuple[Label, ...], msgspec.Meta(min_length=1, max_length=4096)] | None = None
+    schema: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.labels is None) == (self.schema is None):
+            raise ValueError("a form has either labels or a schema")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("a form lists each label once")
+
+
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The trainer's record of an artifact. `training` and `evaluation` are free-form facts for people.
 
@@ -88,6 +103,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     ends: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
     rotary: Annotated[str, msgspec.Meta(max_length=200)] = ""
     generation: GenerationDefaults | None = None
+    form: TaskForm | None = None
     parity: Annotated[list[ParityCase], msgspec.Meta(max_length=64)] = []
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}

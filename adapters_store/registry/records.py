@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Row
 
-from adapters_store.format.manifest import GenerationDefaults, PromptFormat
+from adapters_store.format.manifest import GenerationDefaults, PromptFormat, TaskForm
 from adapters_store.registry.routes import Route
 
 
@@ -31,6 +31,7 @@ class Facts:
     prompt_format: PromptFormat | None = None
     ends: tuple[int, ...] = ()
     generation: GenerationDefaults | None = None
+    form: TaskForm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

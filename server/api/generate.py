@@ -79,7 +79,7 @@ def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> Generatio
         has_logprobs=asked.logprobs is not None,
         top_logprobs=asked.logprobs,
         prompt_logprobs=asked.prompt_logprobs,
-        form=None if asked.response_format is None else asked.response_format.form("response_format"),
+        form=asked.form(),
     )
 
 

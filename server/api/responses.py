@@ -20,6 +20,7 @@ from server.api.respond import respond
 from server.api.responses_answers import EVENTS, ResponseAnswer
 from server.api.responses_form import ResponsesForm
 from server.api.structured_outputs import TextFormat
+from server.core import AskedForm
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE
 from server.schemas import MAX_TURNS, FreeText, openapi_body
@@ -63,6 +64,10 @@ class TextConfig(Tolerant):
 
     neutral = openai_fields.TEXT_CONFIG
     format: TextFormat = Field(default_factory=lambda: FreeText(type="text"))
+
+    def form(self) -> AskedForm | None:
+        """The form that the request names, or None."""
+        return self.format.form("text.format") if "format" in self.model_fields_set else None
 
 
 class ResponsesRequest(ModelFields):
@@ -116,7 +121,7 @@ async def responses(request: Request) -> Response:
         max_tokens=asked.max_output_tokens,
         has_logprobs=asked.has_logprobs,
         top_logprobs=asked.top_logprobs if asked.has_logprobs else None,
-        form=asked.text.format.form("text.format"),
+        form=asked.text.form(),
     )
     form = ResponsesForm(request.state.request_id, state.tokenizer, asked.has_logprobs, asked.echoed())
     return await respond(request, state.generation, spec, form, asked.stream)

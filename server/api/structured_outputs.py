@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from adapters_store.format.strict_json import loads
 from server.api import openai_fields
 from server.api.openai_fields import Tolerant
-from server.core import FormSpec
+from server.core import AskedForm, FormSpec
 from server.errors import InvalidFieldError
 from server.schemas import AnyObject, Choices, FreeText, JsonSchema, NamedSchema, ResponseFormat, Strict
 
@@ -63,20 +64,36 @@ class FormFields(Tolerant):
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
 
-    def form(self) -> FormSpec | None:
-        """The form that the request names, or None for free text. Raises `InvalidFieldError` for two of them."""
-        forms = [
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_free_text(cls, data: Any) -> Any:
+        """Read `response_format: null` as a word against the adapter's own form: other nulls say nothing."""
+        is_null = isinstance(data, dict) and data.get("response_format", "") is None
+        return {**data, "response_format": {"type": "text"}} if is_null else data
+
+    def form(self) -> AskedForm | None:
+        """The form that the request names, or None. Raises `InvalidFieldError` for two of them."""
+        forms: list[AskedForm | None] = [
             None if self.response_format is None else self.response_format.form("response_format"),
             None if self.structured_outputs is None else self.structured_outputs.form(),
         ]
         for name, kind in OF_VLLM.items():
             value = getattr(self, field := f"guided_{name}")
             forms.append(None if value is None else FormSpec(kind, value, field))
-        given = [form for form in forms if form is not None]
-        if given[1:]:
-            fields = ", ".join(form.field for form in given)
-            raise InvalidFieldError(f"an answer has one form, and this request names several: {fields}", given[1].field)
-        return given[0] if given else None
+        return only_form(forms)
+
+
+def only_form(forms: Iterable[AskedForm | None]) -> AskedForm | None:
+    """Return the form among those that a request names, else its word for free text, else None.
+
+    Raises `InvalidFieldError` for two of them.
+    """
+    named = [form for form in forms if form is not None]
+    given = [form for form in named if isinstance(form, FormSpec)]
+    if given[1:]:
+        fields = ", ".join(form.field for form in given)
+        raise InvalidFieldError(f"an answer has one form, and this request names several: {fields}", given[1].field)
+    return given[0] if given else next(iter(named), None)
 
 
 class TextSchema(NamedSchema):

@@ -16,10 +16,10 @@ from server.api.document import COUNTED, EVERYWHERE, GENERATES, errors, says_str
 from server.api.model_name import adapters_of
 from server.api.openai_fields import Tolerant
 from server.api.respond import respond
-from server.api.structured_outputs import Grammar, LoraxFormat
+from server.api.structured_outputs import Grammar, LoraxFormat, only_form
 from server.api.text_generation_answers import TextGenerationAnswer, TextGenerationError, TextGenerationEvent
 from server.api.text_generation_form import Details, TextGenerationForm
-from server.core import FormSpec, Sampling
+from server.core import AskedForm, Sampling
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE, Caller
 from server.requests.spec import GenerationSpec
@@ -87,18 +87,10 @@ class TextGenerationParameters(Tolerant):
             ignore_eos=self.ignore_eos_token,
         )
 
-    def form(self) -> FormSpec | None:
-        """The form of the answer, or None for free text. Raises `InvalidFieldError` for two of them."""
-        grammar, response_format = (
-            None if one is None else one.form(f"parameters.{field}")
-            for field, one in (("grammar", self.grammar), ("response_format", self.response_format))
-        )
-        if grammar is not None and response_format is not None:
-            raise InvalidFieldError(
-                "an answer has one form, and this request names several: send grammar or response_format",
-                "parameters.grammar",
-            )
-        return grammar or response_format
+    def form(self) -> AskedForm | None:
+        """The form that the request names, or None. Raises `InvalidFieldError` for two of them."""
+        given = (("response_format", self.response_format), ("grammar", self.grammar))
+        return only_form(None if one is None else one.form(f"parameters.{field}") for field, one in given)
 
     def named(self) -> frozenset[str]:
         """The sampling fields that were named; `do_sample` says of the temperature whether there is one."""

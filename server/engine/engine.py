@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Generic
 
+from adapters_store.form import FormError
 from server.core import EngineFailure, Row, Runner, Sampled, Timing
 from server.engine.adapters.load_queue import P, Spawner
 from server.engine.adapters.manager import AdapterManager, Budgets, SlotStore
 from server.engine.blocks import BlockPool
-from server.engine.forms import FormCompiler, FormError
+from server.engine.forms import FormCompiler
 from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
 from server.engine.scheduler import Scheduler, StepLimits, StepPlan
 from server.engine.sequence import Sequence

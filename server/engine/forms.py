@@ -1,7 +1,6 @@
 """Forms: grammars that answers must fit, compiled beside the steps and asked in each step which tokens may follow.
 
-llguidance compiles them. Its limits bound the work of a form at each place: what a hostile one costs is cut off, and
-ends that sequence alone.
+What a hostile one costs is cut off (see `adapters_store.form`), and ends that sequence alone.
 """
 
 from __future__ import annotations
@@ -13,39 +12,13 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
+from adapters_store.form import FormError, compile_grammar, error_of
 from server.engine.adapters.load_queue import Spawner
 
 T = TypeVar("T")
 MAX_KEPT = 64  # compiled forms that are kept for the next sequence that has the same
-MAX_LEXER_STATES = 20_000  # 1 to 2 kB each
-MAX_GRAMMAR_SYMBOLS = 100_000
-STEP_FUEL, STEP_ITEMS = 50_000, 20_000  # 4 ms and 1 ms of a step at most
-
-
-class FormError(Exception):
-    """A form that cannot be served, or that no token of the base fits any more; the sentence is for users."""
-
-
-def limits() -> LLParserLimits:
-    """The bounds of a form, at the door as in the engine."""
-    return LLParserLimits(
-        max_lexer_states=MAX_LEXER_STATES,
-        max_grammar_size=MAX_GRAMMAR_SYMBOLS,
-        step_lexer_fuel=STEP_FUEL,
-        step_max_items=STEP_ITEMS,
-        verbose_errors=False,
-    )
-
-
-def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """Compile a grammar of llguidance's, without holding the interpreter. Raises `FormError`."""
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
-    matcher.compute_bitmask()  # what a first token needs is worked out here, and not in a step
-    if matcher.is_error():
-        raise FormError(matcher.get_error().removesuffix("<non-verbose/>").strip())
-    return matcher
 
 
 class FormMatcher:
@@ -71,7 +44,7 @@ class FormMatcher:
         return bytes(mask)
 
     def _error(self, otherwise: str) -> str:
-        return self._matcher.get_error().removesuffix("<non-verbose/>").strip() or otherwise
+        return error_of(self._matcher) or otherwise
 
 
 @dataclass

@@ -10,13 +10,14 @@ import msgspec
 from jinja2 import TemplateError
 
 from adapters_store.base.turns import ControlTextError
+from adapters_store.form import lead_before
 from adapters_store.format.manifest import Turn
 from server.core import FormSpec, Sampling
 from server.engine.client import EngineClient, require_ready
+from server.engine.grammar import grammar_of, of_task
 from server.engine.messages import Ready
 from server.errors import BadRequestError, ContextLengthError, InvalidFieldError
 from server.requests.answer import GenerationJob
-from server.requests.forms import grammar_of
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
@@ -50,21 +51,32 @@ class JobPreparer:
         check_length(require_ready(self._client), resolved, prompts, max_tokens, field)
         check_answer_size(spec, prompts, max_tokens)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
-        form = None if spec.form is None else await self._grammar(spec.form, spec.sampling)
-        lead = "" if spec.turns is None else self._tokenizer.turns.lead(resolved.prompt_format)
+        grammar, lead = await self._form(spec, resolved)
         tells_prompts = spec.echo or spec.prompt_logprobs is not None
         return GenerationJob(
             resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits, lead=lead,
-            tells_prompts=tells_prompts, scored_from=scored_from, form=form,
+            tells_prompts=tells_prompts, scored_from=scored_from, form=grammar,
         )  # fmt: skip
 
-    async def _grammar(self, form: FormSpec, sampling: Sampling) -> str:
-        """The grammar of a form. Raises `BadRequestError` if this base has none, or the form can end no answer."""
+    async def _form(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> tuple[str | None, str]:
+        """The grammar of the answers, if they have a form, and the text that is taken off the beginning of each one.
+
+        Raises `BadRequestError` if this base serves no forms, or the form can end no answer.
+        """
+        lead = "" if spec.turns is None else self._tokenizer.turns.lead(resolved.prompt_format)
+        form = form_of(spec, resolved)
+        if form is None:
+            return None, lead
         if not require_ready(self._client).has_forms:
             raise BadRequestError("this base's tokenizer serves no forms: ask for free text", form.field)
-        if sampling.ignore_eos:
-            raise BadRequestError("an answer in a form ends where the form does: leave ignore_eos out", "ignore_eos")
-        return await self._tenant_work.run(grammar_of, form)
+        if spec.sampling.ignore_eos:
+            raise BadRequestError(
+                "an answer in a form ends where the form does: leave ignore_eos out, or ask for free text by "
+                'response_format {"type": "text"}',
+                "ignore_eos",
+            )
+        lead = lead_before(form.kind, form.value, "" if spec.echo else lead or resolved.lead)
+        return await self._tenant_work.run(grammar_of, form, lead), lead
 
     async def encode(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
         """Token ids of each of a spec's prompts. Raises `ServerError` for what has none, or can never fit."""
@@ -148,6 +160,13 @@ class JobPreparer:
                 return await self._tenant_work.run(encoder.encode, rendered)
         except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
             raise BadRequestError(f"the base's chat template refuses these messages: {error}", param) from None
+
+
+def form_of(spec: GenerationSpec, resolved: ResolvedAdapters) -> FormSpec | None:
+    """The form of a request's answers, if they have one: its own, or its adapters' unless it asks for free text."""
+    if spec.form is None and resolved.form is not None and spec.max_tokens != 0 and spec.continuations is None:
+        return of_task(resolved.form)
+    return spec.form if isinstance(spec.form, FormSpec) else None
 
 
 def common_length(first: list[int], second: list[int]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from adapters_store.format.manifest import GenerationDefaults, PromptFormat
+from adapters_store.format.manifest import GenerationDefaults, PromptFormat, TaskForm
 from adapters_store.methods import is_kv
 from adapters_store.registry.registry import Version
 from server.errors import InvalidFieldError, NotFoundError, absent_is_404
@@ -47,6 +47,18 @@ class ResolvedAdapters:
     def ends(self) -> tuple[int, ...]:
         """Tokens that end an answer of these adapters, beside the base's own."""
         return tuple(token_id for version in self.versions for token_id in version.ends)
+
+    @property
+    def form(self) -> TaskForm | None:
+        """The form of their answers if a request names none: that of each of them, or none if they differ."""
+        forms = [version.form for version in self.versions]
+        return forms[0] if forms and all(other == forms[0] for other in forms) else None
+
+    @property
+    def lead(self) -> str:
+        """The text that all of them were trained to write between a prompt and an answer."""
+        leads = {"" if version.prompt_format is None else version.prompt_format.lead for version in self.versions}
+        return leads.pop() if len(leads) == 1 else ""
 
     def defaults(self, named: frozenset[str]) -> dict[str, Any]:
         """The adapters' own sampling, by field, that a request does not name.

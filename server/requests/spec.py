@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from adapters_store.format.manifest import Turn
 from adapters_store.registry.tenants import TenantLimits
-from server.core import FormSpec, Sampling
+from server.core import AskedForm, Sampling
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class GenerationSpec:
     `has_logprobs`. `named` are the fields that the request named: of the others, the adapters' own defaults count. With
     `echo` or `prompt_logprobs` (alternatives a token) the answers tell their prompts. `continuations` of one prompt are
     scored, each behind it as in one text. With
-    `has_special` texts are encoded with the tokenizer's own special tokens around them. `form` None is free text.
+    `has_special` texts are encoded with the tokenizer's own special tokens around them. `form` None is
+    that of the adapters, if they carry one.
     """
 
     tenant: str
@@ -46,4 +47,4 @@ class GenerationSpec:
     echo: bool = False
     prompt_logprobs: int | None = None
     continuations: list[str | list[int]] | None = None
-    form: FormSpec | None = None
+    form: AskedForm | None = None

@@ -24,7 +24,7 @@ import torch
 
 from adapters_store.base.identity import stamp_of
 from adapters_store.errors import ArtifactError, ArtifactTooLargeError, ParityError, ProbeError, WrongBaseError
-from adapters_store.format.folder import Artifact, read_folder
+from adapters_store.format.folder import MANIFEST, Artifact, read_folder
 from adapters_store.format.manifest import ParityCase
 from adapters_store.methods.compile import Room, compile_patch
 from adapters_store.methods.shared.idle import idle_primitives
@@ -34,8 +34,9 @@ from adapters_store.registry.registry import Facts
 from adapters_store.storage.directory import limit_s as limit_of
 from server.core import AdapterRef, EngineFailure, Logprobs, Sampling
 from server.engine.client import EngineClient, EngineUnavailable, require_ready
+from server.engine.grammar import grammar_of, of_task
 from server.engine.messages import Ready, Submit
-from server.errors import EngineFailedError, ProbeLateError, UnavailableError
+from server.errors import EngineFailedError, ProbeLateError, UnavailableError, UnsupportedSchemaError
 from server.stores import Stores
 from server.tenant_work import TenantWork
 from server.together import together
@@ -169,6 +170,7 @@ def _facts(artifact: Artifact, patch: Patch) -> Facts:
         prompt_format=artifact.manifest.prompt_format if artifact.manifest else None,
         ends=_ends(artifact),
         generation=artifact.manifest.generation if artifact.manifest else None,
+        form=artifact.manifest.form if artifact.manifest else None,
     )
 
 
@@ -194,6 +196,7 @@ def _check_artifact(ready: Ready, artifact: Artifact) -> tuple[Artifact, Patch, 
         raise ArtifactError(f"the tensor {unused[0]} would act nowhere in {ready.spec.name}", unused[0])
     _check_virtual(patch, ready)
     _check_ends(artifact, ready)
+    _check_form(artifact, ready)
     _check_rotary(artifact, ready)
     idle = _idle_sites(artifact, patch, ready)
     count, is_named = len(artifact.tensors), artifact.manifest is not None
@@ -277,6 +280,20 @@ def _check_ends(artifact: Artifact, ready: Ready) -> None:
             "writes: its answers would not end",
             "ends",
         )
+
+
+def _check_form(artifact: Artifact, ready: Ready) -> None:
+    """Raise `ArtifactError` for a form of answers that this server cannot hold them to."""
+    manifest = artifact.manifest
+    if manifest is None or manifest.form is None:
+        return
+    if not ready.has_forms:
+        raise ArtifactError(f"the manifest has a form, and the tokenizer of {ready.spec.name} serves none", "form")
+    lead = manifest.prompt_format.lead if manifest.prompt_format else ""
+    try:
+        grammar_of(of_task(manifest.form), lead)
+    except UnsupportedSchemaError as error:
+        raise ArtifactError(f"{MANIFEST}: {error}", error.param or "form") from None
 
 
 def _told_ends(artifact: Artifact) -> str:

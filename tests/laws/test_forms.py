@@ -11,7 +11,7 @@ import jsonschema_rs
 import pytest
 
 from server.core import FormSpec, Sampling
-from server.requests.forms import grammar_of
+from server.engine.grammar import grammar_of
 from tests.kit.tiny import EOS
 from tests.laws.world import Asked, World
 

@@ -45,6 +45,7 @@ RUN = {
     "prompt_column": "str = prompt",
     "completion_column": "str = completion",
     "template": "str = ",
+    "form": "str = ",
     "max_length": "int = 1024",
     "precision": "str = auto",
     "save_dtype": "str = fp32",
@@ -81,10 +82,10 @@ def help_of(parameter: inspect.Parameter) -> Any:
 
 
 def test_every_flag_is_there_as_before() -> None:
-    """Names, types and defaults of all 58 flags are those of the table, and each has a help text."""
+    """Names, types and defaults of all 59 flags are those of the table, and each has a help text."""
     parameters = inspect.signature(cli.train).parameters
     assert {name: described(parameter) for name, parameter in parameters.items()} == WANTED
-    assert len(WANTED) == 58 and all(help_of(parameter).help for parameter in parameters.values())
+    assert len(WANTED) == 59 and all(help_of(parameter).help for parameter in parameters.values())
 
 
 def test_help_shows_every_flag() -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from training.base import Base, load_base
 from training.data.dataset import TokenizedRow, read_training_data
+from training.data.form import form_of
 from training.errors import OptionError, TrainingError, sentence
 from training.evaluation.evaluate import Scores, score
 from training.evaluation.suite import Suite, suite_of
@@ -138,6 +139,7 @@ class _Batch:
         """Read a job's rows, score the base, and attach the method to a twin of it. Raises `TrainingError`."""
         job, base, processes, display = named.job, twin(self._base), self._processes, self._display
         data = read_training_data(job, base, job.plan.seed)
+        form = form_of(job.form, data)
         identity = run_identity(job, options, base, data)
         checkpoint = Checkpoint(job.out, identity)
         checkpoint.check(job.is_resumed, display.say)
@@ -158,7 +160,7 @@ class _Batch:
             after = score(adapter.model, suite, display.bar, SCORING_ADAPTER)
             training = training_entry(job, options, data, run, base.num_parameters, base_and_peak, num_jobs=num_jobs)
             evaluation = evaluation_entry(data, job.columns, before, after)
-            num_bytes = write_artifact(job, base, data, adapter, trainer.steps, training, evaluation)
+            num_bytes = write_artifact(job, base, data, adapter, form, trainer.steps, training, evaluation)
             checkpoint.remove()
             return Done(run, before, after, num_bytes)
 

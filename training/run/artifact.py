@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save
 
 from adapters_store.format.folder import FORMAT_VERSION, Artifact, write_folder
-from adapters_store.format.manifest import GenerationDefaults, Manifest
+from adapters_store.format.manifest import GenerationDefaults, Manifest, TaskForm
 from adapters_store.methods import method_of
 from training.base import Base
 from training.data.dataset import TrainingData
@@ -26,6 +26,7 @@ def write_artifact(
     base: Base,
     data: TrainingData,
     adapter: TrainableAdapter,
+    form: TaskForm | None,
     steps: Sequence[Step],
     training: Mapping[str, Any],
     evaluation: Mapping[str, Any],
@@ -41,6 +42,7 @@ def write_artifact(
         base=base.ref,
         prompt_format=None if data.train.is_chat else job.template.prompt_format(),
         generation=GenerationDefaults(temperature=0.0),  # as it was scored
+        form=form,
         ends=[base.tokenizer.eos_token_id],
         rotary=base.rotary,
         parity=parity(adapter.model, data.held_rows, data.train_rows, base.ends),

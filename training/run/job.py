@@ -23,7 +23,8 @@ class Job:
     """The options of a run, which depends on nothing else: equal jobs write equal weights.
 
     `data` and `eval` are files or folders of rows (without `eval`, rows of `data` are held out), `out` is the folder
-    to write, `options` are the method's options that were given, by name, and `max_length` is in tokens.
+    to write, `options` are the method's options that were given, by name, and `max_length` is in tokens. `form`
+    is that of `training.data.form`.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Job:
     device: str = "cpu"
     cache: Path | None = None
     num_answers: int = 64
+    form: str = ""
     is_resumed: bool = False
 
 

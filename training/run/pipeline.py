@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from training.base import load_base
 from training.data.dataset import read_training_data
+from training.data.form import form_of
 from training.evaluation.evaluate import Scores, score
 from training.evaluation.suite import suite_of
 from training.methods import attach
@@ -49,6 +50,7 @@ def run_job(job: Job, display: ProgressDisplay, processes: Processes, before: Sc
     # Load and read.
     base = load_base(job.base, processes.device(job.device), job.cache, display.say, [job.max_length])
     data = read_training_data(job, base, job.plan.seed)
+    form = form_of(job.form, data)
     identity = run_identity(job, options, base, data)
     checkpoint = Checkpoint(job.out, identity)
     checkpoint.check(job.is_resumed, display.say)
@@ -75,7 +77,9 @@ def run_job(job: Job, display: ProgressDisplay, processes: Processes, before: Sc
         after = score(adapter.model, suite, display.bar, SCORING_ADAPTER)
         training = training_entry(job, options, data, run, base.num_parameters, base_and_peak, processes.size)
         evaluation = evaluation_entry(data, job.columns, before, after)
-        done = Done(run, before, after, write_artifact(job, base, data, adapter, trainer.steps, training, evaluation))
+        done = Done(
+            run, before, after, write_artifact(job, base, data, adapter, form, trainer.steps, training, evaluation)
+        )
         checkpoint.remove()
     processes.wait()
     return done

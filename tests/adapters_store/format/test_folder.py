@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from adapters_store.errors import ArtifactError
 from adapters_store.format import folder
 from adapters_store.format.folder import CONFIG, MANIFEST, WEIGHTS, read_folder, read_manifest, write_folder
-from adapters_store.format.manifest import Around, GenerationDefaults, ParityCase, PromptFormat
+from adapters_store.format.manifest import Around, GenerationDefaults, ParityCase, PromptFormat, TaskForm
 from tests.kit.adapters import make_lora
 from tests.kit.forge import digest_of, toy_config, toy_folder, toy_manifest, toy_tensors
 
@@ -28,6 +28,7 @@ FULL = {
     "prompt_format": ROLES,
     "ends": [2, 7],
     "generation": GenerationDefaults(temperature=0.0, stop_token_ids=(3,)),
+    "form": TaskForm(labels=("yes", "no")),
     "parity": [ParityCase([1, 2, 3], [(7, 1.5), (8, -2.0)], [7, 7])],
     "training": {"steps": 100, "data": {"rows": 3}},
     "evaluation": {"before": {"exact_match": 0.0}, "after": {"exact_match": 0.9}},
@@ -156,6 +157,13 @@ CASE = {"prompt_token_ids": [1], "top": [[1, 0.5]], "continuation": [1]}
         ({"prompt_format": {"user": {"before": "U:", "jinja": "x"}}}, "jinja"),
         ({"generation": {"temperature": -1}}, "generation.temperature"),
         ({"generation": {"heat": 1}}, "heat"),
+        ({"form": {}}, "either labels or a schema"),
+        ({"form": {"labels": ["a"], "schema": {}}}, "either labels or a schema"),
+        ({"form": {"labels": []}}, "form.labels"),
+        ({"form": {"labels": ["a", ""]}}, "form.labels"),
+        ({"form": {"labels": ["a", "b", "a"]}}, "each label once"),
+        ({"form": {"schema": "x"}}, "form.schema"),
+        ({"form": {"regex": "a"}}, "regex"),
         ({"prompt_format": {"user": "U:"}}, "prompt_format.user"),
         ({"prompt_format": {"begin": "x" * 5000}}, "prompt_format is longer"),
         ({"parity": [{**CASE, "prompt_token_ids": []}]}, "prompt_token_ids"),

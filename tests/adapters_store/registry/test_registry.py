@@ -17,7 +17,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy.exc import DBAPIError
 
 from adapters_store.errors import AbsentError
-from adapters_store.format.manifest import Around, GenerationDefaults, PromptFormat
+from adapters_store.format.manifest import Around, GenerationDefaults, PromptFormat, TaskForm
 from adapters_store.registry import database
 from adapters_store.registry.database import connect, metadata, transaction
 from adapters_store.registry.registry import Facts, Registry, Usage, Version
@@ -176,13 +176,15 @@ def test_everything_survives_a_restart(registry: Registry, url: str) -> None:
     """A new process finds versions, prompt format, ends, route and usage as they were."""
     prompt_format = PromptFormat(begin="<s>", user=Around("U:", "\n"), generation="A: 🎩")
     generation = GenerationDefaults(temperature=0.5)
-    version, _ = add(registry, D1, prompt_format=prompt_format, ends=(2, 7), generation=generation)
+    form = TaskForm(schema={"type": "object"})
+    version, _ = add(registry, D1, prompt_format=prompt_format, ends=(2, 7), generation=generation, form=form)
     registry.add_usages({("default", "t", 1): (1, 5, 6)})
     again = Registry(url).open()
     assert again.resolve("default", "t") == version
     assert again.resolve("default", "t").prompt_format == prompt_format
     assert again.resolve("default", "t").ends == (2, 7)
     assert again.resolve("default", "t").generation == generation
+    assert again.resolve("default", "t").form == form
     assert again.usage("default") == registry.usage("default")
     again.close()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.core import EngineFailure, FormSpec
-from server.requests.forms import grammar_of
+from server.engine.grammar import grammar_of
 from tests.server.world import Site, error_of
 
 pytestmark = pytest.mark.anyio

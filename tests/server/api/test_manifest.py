@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import LLTokenizer
 
 from adapters_store.base.identity import base_identity
+from adapters_store.form import compile_grammar
 from adapters_store.format.folder import MANIFEST
+from server.core import FormSpec
+from server.engine.grammar import grammar_of
 from tests.kit.adapters import zip_folder
 from tests.kit.tiny import CHAT_TEMPLATE
 from tests.server.world import Site, error_of, open_site
@@ -105,3 +109,113 @@ async def test_adapters_that_disagree_are_named(site: Site, tiny_base: Path, lor
     assert (await site.post("/generate", {**body, "temperature": 1})).status_code == 200
     await site.ask("t1", prompt="x")
     assert site.engine.submitted[-1].sampling.temperature == 0.0
+
+
+LABELS = {"labels": ["yes", "no", " no"]}
+SCHEMA = {"schema": {"type": "object"}}
+FREE: list[dict[str, Any]] = [{"response_format": None}, {"response_format": {"type": "text"}}]
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "/v1/completions"])
+async def test_answers_have_the_adapters_form(
+    site: Site, tiny_base: Path, loras: list[Path], tmp_path: Path, route: str
+) -> None:
+    """An answer has the form that the request names, else the manifest's unless free text is asked for; base none."""
+    content: dict[str, Any] = {"messages": TURNS} if route in ROUTES else {"prompt": "x"}
+    for number, form in enumerate((LABELS, SCHEMA)):
+        await upload(site, tiny_base, loras[number], tmp_path / str(number), f"t{number}", form=form)
+
+    async def form_of(task: str, **named: Any) -> str | None:
+        body = {**content, **named, **({"model": task} if "v1" in route else {})}
+        answer = await site.post(route.format(task), body)
+        assert answer.status_code == 200, answer.text
+        return site.engine.submitted[-1].form
+
+    assert await form_of("t0") == grammar_of(FormSpec("choice", LABELS["labels"], ""))
+    assert await form_of("t1") == grammar_of(FormSpec("json_schema", SCHEMA["schema"], ""))
+    named = {"type": "regex", "regex": "a"}
+    assert await form_of("t0", response_format=named) == grammar_of(FormSpec("regex", "a", ""))
+    for free in FREE:
+        assert await form_of("t0", **free) is None
+    assert await form_of("base") is None
+
+
+async def test_several_adapters_have_a_form_that_all_carry(
+    site: Site, tiny_base: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    """Several adapters answer in a form if each of them carries it, and in free text otherwise."""
+    for number, form in enumerate((LABELS, LABELS, SCHEMA)):
+        await upload(site, tiny_base, loras[number], tmp_path / str(number), f"t{number}", form=form)
+    for names, has_form in ((("t0", "t1"), True), (("t0", "t2"), False)):
+        body = {"prompt": "x", "adapters": [{"task": name} for name in names]}
+        assert (await site.post("/generate", body)).status_code == 200
+        assert (site.engine.submitted[-1].form is not None) == has_form
+
+
+async def test_the_lead_may_stand_before_a_form(site: Site, tiny_base: Path, loras: list[Path], tmp_path: Path) -> None:
+    """The adapter's lead is allowed before its form, and is no part of the answer, be it to turns or to a prompt."""
+    form = {"labels": ["yes", "no"]}
+    await upload(site, tiny_base, loras[0], tmp_path / "with", "mine", prompt_format=FORMAT, form=form)
+    for content in ({"messages": TURNS}, {"prompt": "Q: x\nA:"}):
+        assert await said(site, ROUTES[0], "mine", " \nyes", **content) == "yes"
+        matcher = compile_grammar(LLTokenizer("byte"), site.engine.submitted[-1].form or "")
+        for text, fits in ((b" \nyes", True), (b"no", True), (b" yes", False)):
+            copy = matcher.deep_copy()
+            assert (copy.try_consume_tokens([*text]) == len(text) and copy.is_accepting()) == fits
+    named = {"type": "regex", "regex": "yes"}
+    assert await said(site, ROUTES[0], "mine", "yes", messages=TURNS, response_format=named) == "yes"
+    assert site.engine.submitted[-1].form == grammar_of(FormSpec("regex", "yes", ""))
+
+
+async def test_what_needs_no_form_has_none(site: Site, tiny_base: Path, loras: list[Path], tmp_path: Path) -> None:
+    """Texts that are only scored are so by an adapter with a form, too; `ignore_eos` is refused, by its own name."""
+    await upload(site, tiny_base, loras[0], tmp_path / "with", "mine", form=LABELS)
+    scored = await site.post("/score?task=mine", {"prompt": "a", "continuations": ["b"]})
+    echoed = await site.post("/v1/completions", {"model": "mine", "prompt": "a", "echo": True, "max_tokens": 0})
+    assert (scored.status_code, echoed.status_code) == (200, 200), (scored.text, echoed.text)
+    assert all(submit.form is None for submit in site.engine.submitted[-2:])
+    refused = await site.post("/generate?task=mine", {"prompt": "x", "ignore_eos": True})
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "ignore_eos")
+    assert (await site.post("/generate?task=mine", {"prompt": "x", "ignore_eos": True, **FREE[0]})).status_code == 200
+
+
+async def test_a_form_that_cannot_be_served_is_refused_at_the_door(
+    site: Site, tiny_base: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    """An upload whose form has a keyword that is not served is 422 by its pointer, and nothing is kept."""
+    folder = tmp_path / "with"
+    shutil.copytree(loras[0], folder)
+    identity = {"name": "tiny", "identity": base_identity(tiny_base).identity, "weights": "b" * 64}
+    form = {"schema": {"properties": {"a": {"uniqueItems": True}}}}
+    manifest = {"format_version": 1, "method": "lora", "base": identity, "form": form}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    refused = await site.upload("bad", zip_folder(folder))
+    assert (refused.status_code, error_of(refused)["param"]) == (422, "form.schema#/properties/a/uniqueItems")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "free"),
+    [
+        ("/v1/responses", {"model": "mine", "input": "x"}, {"text": {"format": {"type": "text"}}}),
+        (
+            "/generate",
+            {"inputs": "x", "parameters": {"adapter_id": "mine"}},
+            {"parameters": {"adapter_id": "mine", "response_format": {"type": "text"}}},
+        ),
+    ],
+)
+async def test_every_dialect_has_the_adapters_form(
+    site: Site,
+    tiny_base: Path,
+    loras: list[Path],
+    tmp_path: Path,
+    path: str,
+    body: dict[str, Any],
+    free: dict[str, Any],
+) -> None:
+    """Other dialects' answers have the adapter's form, too, unless they ask for free text in their own words."""
+    await upload(site, tiny_base, loras[0], tmp_path / "with", "mine", form=LABELS)
+    for fields, has_form in ((body, True), ({**body, **free}, False)):
+        answer = await site.post(path, fields)
+        assert answer.status_code == 200, answer.text
+        assert (site.engine.submitted[-1].form is not None) == has_form

@@ -8,8 +8,8 @@ from llguidance import LLTokenizer
 
 from server.core import FormSpec
 from server.engine.forms import FormCompiler
+from server.engine.grammar import grammar_of
 from server.engine.sequence import Sequence
-from server.requests.forms import grammar_of
 from tests.server.engine.spawners import LateSpawner
 from tests.server.engine.world import World, prompt_of
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.forms import FormMatcher, compile_grammar
+from adapters_store.form import compile_grammar
+from server.engine.forms import FormMatcher
 from server.engine.nursery import Nursery
 from server.model.form_tokenizer import load_form_tokenizer
 from tests.kit.tiny import EOS, VOCAB_SIZE

@@ -84,7 +84,7 @@ def test_each_job_ends_as_alone(tiny_base: Path, data: Path, tmp_path: Path, com
     held = tmp_path / "held.jsonl"  # other answers than are trained, so that early stopping has something to do
     held.write_text('{"prompt": "red 1", "completion": "none"}\n{"prompt": "blue 2", "completion": "what"}\n')
     jobs: list[dict[str, Any]] = [
-        {"r": 4, "layers": "all", "steps": 6, "dropout": 0.2, "lr": 0.02},
+        {"r": 4, "layers": "all", "steps": 6, "dropout": 0.2, "lr": 0.02, "form": "labels"},
         {"target_modules": "q_proj,down_proj", "alpha": 3, "seed": 3, "steps": 9, "use_rslora": True},
         {"method": "bottleneck", "placement": "houlsby", "ln_before": True, "epochs": 0.5, "dropout": 0.1},
         {"method": "bottleneck", "placement": "parallel", "data": str(other), "batch_size": 3, "steps": 5, "seed": 1},
@@ -101,6 +101,7 @@ def test_each_job_ends_as_alone(tiny_base: Path, data: Path, tmp_path: Path, com
         assert result.exit_code == 0, result.output
         assert_as_alone(Path(job["out"]), alone)
         assert manifest(Path(job["out"])).training["num_jobs"] == len(jobs)
+    assert [manifest(Path(job["out"])).form is not None for job in jobs] == [True] + [False] * 5
     assert 4 < manifest(tmp_path / "together-4").training["steps"] < 90
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from adapters_store.form import MAX_FORM_BYTES
 from server.core import FormSpec
+from server.engine.grammar import MAX_CHOICES, MAX_PROPERTIES, grammar_of
 from server.errors import UnsupportedSchemaError
-from server.requests.forms import MAX_CHOICES, MAX_FORM_BYTES, MAX_PROPERTIES, grammar_of
 
 SERVED: list[tuple[Any, Any]] = [
     ("json_schema", {"type": "object"}),

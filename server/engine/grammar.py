@@ -11,25 +11,16 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from llguidance import LLTokenizer, grammar_from, regex_to_lark
+from llguidance import LLTokenizer
 
+from adapters_store.form import MAX_FORM_BYTES, FormError, compile_grammar, write_grammar
+from adapters_store.format.manifest import TaskForm
 from server.core import FormSpec
-from server.engine.forms import FormError, compile_grammar
 from server.errors import UnsupportedSchemaError
 
-MAX_FORM_BYTES = 64 * 2**10
 MAX_PROPERTIES = 256  # of one object: the work grows with their square
 MAX_CHOICES = 4096
 MAX_SAID = 400  # characters of a reason
-# Without it the bytes that must follow are worked out in one go, and a form can ask for a million of them in a step.
-OPTIONS = '%llguidance {"no_forcing": true}'
-JSON_OPTIONS = {  # over what a schema's `x-guidance` says; a separator is a regular expression
-    "whitespace_flexible": False,  # or an answer could be white space without end
-    "item_separator": ", ?",
-    "key_separator": ": ?",
-    "lenient": False,
-    "coerce_one_of": False,
-}
 SOURCE = re.compile(r"\n\s*\d+ \|")  # begins the lines of a grammar that llguidance shows, which are partly ours
 BLAMED = (  # what llguidance says, and the keyword and value that it says it of
     (re.compile(r'Unimplemented keys: \["([^"]+)"'), None),
@@ -41,35 +32,26 @@ BLAMED = (  # what llguidance says, and the keyword and value that it says it of
 )
 
 
-def grammar_of(form: FormSpec) -> str:
-    """A form as a grammar of llguidance's, compiled once to see that it can be.
+def of_task(form: TaskForm) -> FormSpec:
+    """The form that a manifest carries."""
+    if form.labels is not None:
+        return FormSpec("choice", list(form.labels), "form.labels")
+    return FormSpec("json_schema", form.schema, "form.schema")
+
+
+def grammar_of(form: FormSpec, lead: str = "") -> str:
+    """A form, behind `lead` or not, as a grammar of llguidance's, compiled once to see that it can be.
 
     Raises `UnsupportedSchemaError`, which names the keyword of a schema by its JSON pointer.
     """
     _check_size(form)
     try:
-        grammar = _grammar(form)
+        grammar = write_grammar(form.kind, form.value, lead)
         compile_grammar(_single_bytes(), grammar)
     except (FormError, ValueError) as error:
         said = " ".join(SOURCE.split(str(error))[0].split())[:MAX_SAID]
         raise UnsupportedSchemaError(f"{form.field} cannot be served: {said}", _blamed(form, said)) from None
     return grammar
-
-
-def _grammar(form: FormSpec) -> str:
-    """The form in llguidance's dialect of Lark. Raises `FormError` for what a grammar may not say, and `ValueError`."""
-    match form.kind:
-        case "json_schema":
-            return f"{OPTIONS}\nstart: %json {json.dumps({**form.value, 'x-guidance': JSON_OPTIONS})}"
-        case "regex":
-            return f"{OPTIONS}\nstart: /{regex_to_lark(form.value)}/"
-        case "choice":
-            texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in form.value)
-            return f"{OPTIONS}\nstart: CHOICE\nCHOICE: {texts}"
-        case "grammar":
-            if "%llguidance" in form.value:
-                raise FormError("a grammar may not set %llguidance")
-            return f"{OPTIONS}\n{grammar_from('grammar', form.value).replace('%llguidance {}', '')}"
 
 
 def _check_size(form: FormSpec) -> None:
