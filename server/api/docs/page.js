@@ -161,7 +161,7 @@ function kind(api, given) {
 // Set a schema out as a table of its fields, each with what it holds.
 function structure(api, given, depth = 0) {
   const schema = resolve(api, given);
-  if (schema.contentSchema) return structure(api, schema.contentSchema.items, depth);
+  if (schema.contentSchema) return structure(api, schema.contentSchema, depth);
   const options = (schema.anyOf || []).map((one) => resolve(api, one)).filter((one) => one.type !== "null");
   if (options.length) return make("div", {}, ...options.map((one) => structure(api, one, depth)));
   if (schema.type === "array") return structure(api, schema.items || {}, depth);
