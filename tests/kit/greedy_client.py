@@ -13,6 +13,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 SENDS_AT_MOST = 24 * 2**20  # what a server takes that has no bound
 PIECE = 2**16
@@ -75,12 +76,12 @@ class Taken:
         return int(self.answer.split(b" ", 2)[1]) if self.answer else None
 
     @property
-    def error(self) -> dict[str, object]:
-        """The error of the first answer, which must be one in JSON."""
+    def refusal(self) -> dict[str, Any]:
+        """The first answer, which must be one in JSON."""
         head, _, rest = self.answer.partition(b"\r\n\r\n")
         lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-        error: dict[str, object] = json.loads(rest[: int(lengths[0])])["error"]
-        return error
+        answer: dict[str, Any] = json.loads(rest[: int(lengths[0])])
+        return answer
 
 
 async def be_greedy(greed: Greed, target: Target, address: tuple[str, int]) -> Taken:

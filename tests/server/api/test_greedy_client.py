@@ -64,7 +64,7 @@ def undocumented(target: Target, taken: Taken) -> str | None:
     if taken.status is None or taken.status < 400:
         return None
     operation = operation_of(target.verb.upper(), target.path.partition("?")[0])
-    return fault_of(operation, taken.status, "application/json", json.dumps({"error": taken.error}).encode())
+    return fault_of(operation, taken.status, "application/json", json.dumps(taken.refusal).encode())
 
 
 @asynccontextmanager
@@ -163,7 +163,7 @@ async def test_connections_that_are_all_busy(
     monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", num_busy)
     reader, writer = await asyncio.open_connection("127.0.0.1", int(site.http.base_url.port or 0))
     taken = Taken(answer=await asyncio.wait_for(reader.read(), 20))
-    assert (taken.status, taken.error["code"]) == (503, "overloaded")
+    assert (taken.status, taken.refusal["error"]["code"]) == (503, "overloaded")
     assert [undocumented(target, taken) for target in targets_of(site)] == [None] * len(targets_of(site))
     writer.close()
     assert await asyncio.gather(*asking) == [200] * num_busy

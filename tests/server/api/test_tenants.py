@@ -172,6 +172,9 @@ MATRIX: list[tuple[str, str, object]] = [
     ("POST", "/score?task=secret", {"prompt": "x", "continuations": ["y"]}),
     ("POST", "/v1/completions", {"model": "secret", "prompt": "x"}),
     ("POST", "/v1/completions", {"model": "base", "prompt": "x", "adapters": [{"task": "secret"}]}),
+    ("POST", "/v1/responses", {"model": "secret", "input": "x"}),
+    ("POST", "/", {"inputs": "x", "parameters": {"adapter_id": "secret"}}),
+    ("POST", "/generate_stream", {"inputs": "x", "parameters": {"adapter_id": "secret"}}),
     ("POST", "/tokenize", {"model": "secret", "prompt": "x"}),
     ("POST", "/detokenize", {"model": "secret", "tokens": [1]}),
     ("POST", "/v1/load_lora_adapter", {"lora_name": "secret", "lora_path": "/secret"}),
@@ -203,7 +206,7 @@ MATRIX: list[tuple[str, str, object]] = [
     ("GET", "/audit?tenant=theirs", None),
     ("GET", "/metrics", None),
 ]
-SAME_FOR_ALL = {("GET", "/openapi.json"), ("POST", "/ping"), *(("GET", path) for path in OPEN)}
+SAME_FOR_ALL = {("GET", "/openapi.json"), ("GET", "/version"), ("POST", "/ping"), *(("GET", path) for path in OPEN)}
 
 
 async def test_what_is_foreign_is_absent(city: City, zips: list[bytes]) -> None:
@@ -456,7 +459,8 @@ CHANGES: dict[tuple[str, str], tuple[str, object]] = {
     ("DELETE", "/tenants/{tenant}"): ("tenant.delete", None),
 }
 NO_CHANGES = {
-    "/generate", "/score", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/ping",
+    "/", "/generate", "/generate_stream", "/score", "/v1/completions", "/v1/chat/completions", "/v1/responses",
+    "/tokenize", "/detokenize", "/ping",
 }  # fmt: skip
 
 
