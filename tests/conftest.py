@@ -20,9 +20,18 @@ LONG_FILES = (
     "tests/server/test_kill.py",
     "tests/server/api/test_churn.py",
     "tests/server/test_kills.py",
+    "tests/training/test_train.py",
 )
 # What these run, the tests of the rooms run too: coverage, which slows Python by half, has nothing to add.
-UNTRACED = ("tests/golden/", "tests/laws/", "tests/benchmarks/", "tests/house/", "tests/docs/")
+UNTRACED = (
+    "tests/golden/",
+    "tests/laws/",
+    "tests/benchmarks/",
+    "tests/house/",
+    "tests/docs/",
+    "tests/server/api/test_schemathesis.py",
+    "tests/server/api/test_churn.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

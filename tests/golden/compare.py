@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,6 +26,11 @@ class Answer(msgspec.Struct):
     margins: list[float]
     first_ids: list[int]
     first_logits: list[float]
+
+
+def begin(answer: Answer, num_tokens: int | None) -> Answer:
+    """The answer to the same request with fewer tokens; None leaves it whole."""
+    return replace(answer, tokens=answer.tokens[:num_tokens], margins=answer.margins[:num_tokens])
 
 
 class Sketch(msgspec.Struct):

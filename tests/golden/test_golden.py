@@ -10,22 +10,28 @@ from typing import Any
 import pytest
 
 from tests.golden import cases, drive
-from tests.golden.compare import Golden, compare, read, sketch
+from tests.golden.compare import Golden, begin, compare, read, sketch
 from tests.kit.adapters import tensors_digest
 from tests.kit.tiny import make_tiny_base
 
 DRIFT = "{} is not what the golden answers were made with; run `python -m tests.golden.make_golden`"
 
 
-def check(golden: Golden, base: Path, scratch: Path, **limits: Any) -> None:
-    """Every prompt with every adapter and none, together in one continuous batch, equals its golden answer."""
+SHORT = 16  # tokens of an answer that is not compared as a whole
+
+
+def check(golden: Golden, base: Path, scratch: Path, whole_every: int = 1, **limits: Any) -> None:
+    """Every prompt with every adapter and none, together in one continuous batch, equals its golden answer.
+
+    Answers to every so many-th prompt are compared as a whole, the others in their first `SHORT` tokens.
+    """
     assert tensors_digest(base) == golden.base_sha256, DRIFT.format("the base")
     configs = {name: adapter.config for name, adapter in golden.adapters.items()}
     folders = cases.make_adapters(scratch, base, configs, golden.strength)
     for name, folder in folders.items():
         assert golden.adapters[name].sketch.is_of(sketch(folder)), DRIFT.format(name)
     keys = [(name, index) for name, answers in golden.answers.items() for index in range(len(answers))]
-    wanted = [golden.answers[name][index] for name, index in keys]
+    wanted = [begin(golden.answers[name][index], SHORT if index % whole_every else None) for name, index in keys]
     requests = [
         drive.Request(name, golden.prompts[index], len(want.tokens))
         for (name, index), want in zip(keys, wanted, strict=True)
@@ -65,4 +71,4 @@ def test_families_on_the_real_base(real_base: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_real(real_base: Path, tmp_path: Path) -> None:
     """SmolLM2 with 12 LoRA of all ranks, placements and scalings and with none answers as Hugging Face and PEFT do."""
-    check(read(cases.HERE / "golden_real.json")["smollm2-135m"], real_base, tmp_path)
+    check(read(cases.HERE / "golden_real.json")["smollm2-135m"], real_base, tmp_path, whole_every=3)

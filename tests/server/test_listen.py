@@ -47,6 +47,15 @@ async def serving(base: Path, data: Path, **settings: Any) -> AsyncIterator[tupl
         await asyncio.wait_for(running, 10)
 
 
+async def test_no_answer_waits_for_an_acknowledgement(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Whatever the event loop, connections send small answers at once."""
+    async with serving(tiny_base, tmp_path) as (site, server):
+        await site.http.get("/health/live")
+        (connection,) = server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def test_a_stop_lets_what_runs_finish(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
     """After the first signal running requests, plain and stream, are answered whole; new work is 503 with a code.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from server.engine.engine_process import Patience
 from server.engine.fake import FakeEngineClient, fake_ready
 from server.engine.messages import Ready
 from server.engine.process_client import ProcessEngineClient
+from server.listen import bind
 from server.settings import Settings
 from server.state import ServerState
 from tests.kit.tiny import EOS
@@ -163,8 +163,8 @@ async def serve_site(
     """A server that listens on loopback, as `manyhats serve` makes it, in this loop; `around` may wrap it."""
     fake = engine or FakeEngineClient(ready_of(base))
     app, faults = checked_app(base, data, fake, **settings)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    (listener,) = bind("127.0.0.1", 0)
+    with listener:
         config = uvicorn.Config(
             around(app), log_config=None, access_log=False, timeout_graceful_shutdown=5, timeout_keep_alive=120
         )

@@ -177,7 +177,7 @@ async def test_no_room_remembers_a_tenant_that_is_gone(
 
 LATE = "X-Late"  # the header of a request whose tenant, task or version is deleted once its headers were read
 OPEN = ("/health", "/docs")
-GENERATING = {  # and how a body names the task
+GENERATING: dict[tuple[str, str], dict[str, Any]] = {  # and how a body names the task
     ("post", "/v1/completions"): {"model": "a"},
     ("post", "/v1/chat/completions"): {"model": "a"},
     ("post", "/v1/responses"): {"model": "a"},
