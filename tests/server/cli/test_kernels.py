@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_all_cores_are_used_and_the_decoder_is_last() -> None:
     """As many parts are compiled at once as there are processes, and the one that is made of the others is last."""
     seen: list[list[str]] = []
     Compilation("fp32", 3).run(lambda running, _num_done: seen.append(sorted(running)))
+    seen = [running for running, _again in groupby(seen)]  # a part that takes long is told more than once
     assert max(map(len, seen)) == 3
     assert seen[-1] == [] and seen[-2] == ["decoder"] and all("decoder" not in running for running in seen[:-2])
 
