@@ -6,9 +6,12 @@ llguidance's limits bound the work of a form at each place: what a hostile one c
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any, Literal
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from, regex_to_lark
+
+from adapters_store.format.manifest import TaskForm
 
 Kind = Literal["json_schema", "regex", "choice", "grammar"]
 MAX_FORM_BYTES = 64 * 2**10
@@ -28,6 +31,23 @@ JSON_OPTIONS = {  # over what a schema's `x-guidance` says; a separator is a reg
 
 class FormError(Exception):
     """A form that cannot be served, or that no token of the base fits any more; the sentence is for users."""
+
+
+def kind_and_value(form: TaskForm) -> tuple[Kind, Any]:
+    """The form that a manifest carries, as the kind and the value of `write_grammar`."""
+    return ("json_schema", form.schema) if form.labels is None else ("choice", list(form.labels))
+
+
+def num_bytes_of(value: Any) -> int:
+    """The bytes of a form's value, of which a server takes `MAX_FORM_BYTES`."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return len(text.encode())
+
+
+@cache
+def byte_tokenizer() -> LLTokenizer:
+    """A tokenizer of single bytes, over which a form is tried without the base's own."""
+    return LLTokenizer("byte")
 
 
 def lead_before(kind: Kind, value: Any, lead: str) -> str:

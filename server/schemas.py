@@ -136,6 +136,13 @@ class AdapterFields(Strict):
         }
 
 
+def form_of_object(schema: JsonSchema | None, field: str, part: str = "") -> FormSpec:
+    """The form of any JSON object, or of what fits the schema in a part of the field."""
+    if schema is None:
+        return FormSpec("json_schema", {"type": "object"}, field)
+    return FormSpec("json_schema", schema, f"{field}.{part}")
+
+
 class FreeText(Strict):
     """Text in no form at all."""
 
@@ -154,9 +161,7 @@ class AnyObject(Strict):
 
     def form(self, field: str) -> FormSpec:
         """The form of any JSON object, or of the schema."""
-        if self.value is not None:
-            return FormSpec("json_schema", self.value, f"{field}.value")
-        return FormSpec("json_schema", {"type": "object"}, field)
+        return form_of_object(self.value, field, "value")
 
 
 class NamedSchema(Strict):

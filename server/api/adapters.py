@@ -5,13 +5,13 @@ from __future__ import annotations
 from email.message import Message
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.format.archive import CONTENT_TYPES, SAFETENSORS_TYPE, ZIP_TYPE
 from server.api.answers import UploadAnswer
 from server.api.body import body_parts
-from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.deps import caller_of, counted_callers, state_of
 from server.api.document import COUNTED, HAS_BODY, errors, says
 from server.api.form_file import FORM_TYPE, file_parts
 from server.errors import InvalidFieldError, UnsupportedTypeError
@@ -21,7 +21,7 @@ from server.uploads.service import UploadSpec
 
 router = APIRouter(
     tags=["Adapters and tasks"],
-    dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)],
+    dependencies=counted_callers(DEPLOY),
     responses=errors(*COUNTED, *HAS_BODY, 409, 422),
 )
 TaskQuery = Annotated[str, Query(pattern=NAME_PATTERN)]

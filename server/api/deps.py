@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Request, Security
+from fastapi.params import Depends as Dependant
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
@@ -109,6 +110,11 @@ async def refuse_unknown_query(request: Request) -> None:
             raise InvalidFieldError(f"unknown query parameter {name[:200]}; this route has: {said}", name[:200])
         if count > 1:
             raise InvalidFieldError(f"the query parameter {name} is there {count} times", name)
+
+
+def counted_callers(scope: str, looking: bool = False) -> list[Dependant]:
+    """List the dependencies of routes for callers with a scope, who are counted; with `looking` GET needs no scope."""
+    return [Depends(admit), Depends(may(scope, looking)), Depends(refuse_unknown_query)]
 
 
 def tenant_of(request: Request) -> str:

@@ -51,9 +51,10 @@ HAS_BODY = (400, 413, 415)
 GENERATES = (*HAS_BODY, 504)
 ANSWERS = (answers, openai_answers, responses_answers, vllm_answers, text_generation_answers)
 VALIDATION_ERROR = "#/components/schemas/HTTPValidationError"  # FastAPI's own, which no route answers
-DESCRIPTION = """Every error has the form of `ErrorAnswer`, and every answer the header X-Request-Id: the request's own
-if it sent one. HEAD is taken where GET is. A stream is server-sent events: each has the JSON of the schema, the last is
-`[DONE]`; an error after the first byte is an event `error`, and the end."""
+DESCRIPTION = """Every error has the form of `ErrorAnswer`, or of `TextGenerationError` where clients of LoRAX and TGI
+ask, and every answer the header X-Request-Id: the request's own if it sent one. HEAD is taken where GET is. A stream is
+server-sent events: each has the JSON of the schema, the last is `[DONE]` where the schema has it; an error after the
+first byte is an event `error`, or `response.failed` of OpenAI's responses, and the end."""
 
 
 def errors(*statuses: int, also: type | None = None) -> Responses:

@@ -7,13 +7,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api import text_generation
 from server.api.answers import GenerateAnswer, GenerateEvent
 from server.api.body import read_object
-from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.deps import caller_of, counted_callers, state_of
 from server.api.document import (
     COUNTED,
     EVERYWHERE,
@@ -36,7 +36,7 @@ from server.schemas import GenerateRequest, openapi_body
 
 router = APIRouter(
     tags=["Generate"],
-    dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)],
+    dependencies=counted_callers(GENERATE),
     responses=errors(*EVERYWHERE, *COUNTED, *GENERATES, 422, also=TextGenerationError),
 )
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
 from adapters_store.format.manifest import Turn
 from server.api import openai_fields
 from server.api.body import read_json
-from server.api.deps import admit, caller_of, look_up, may, refuse_unknown_query, state_of, tenant_of
+from server.api.deps import caller_of, counted_callers, look_up, state_of, tenant_of
 from server.api.document import COUNTED, GENERATES, errors, says, says_whole_or_streamed
 from server.api.model_name import adapters_of, split_version
 from server.api.openai_answers import (
@@ -53,7 +53,7 @@ AfterName = Annotated[str | None, Query(pattern=NAME_PATTERN)]
 router = APIRouter(
     prefix="/v1",
     tags=["OpenAI"],
-    dependencies=[Depends(admit), Depends(may(GENERATE, looking=True)), Depends(refuse_unknown_query)],
+    dependencies=counted_callers(GENERATE, looking=True),
     responses=errors(*COUNTED),  # and 400 where other routes have 422
 )
 MAX_TOP_LOGPROBS = 20

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from adapters_store.format.manifest import Turn
 from server.api import openai_fields
 from server.api.body import read_json
-from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.deps import caller_of, counted_callers, state_of
 from server.api.document import COUNTED, GENERATES, errors, says_streamed
 from server.api.openai import MAX_TOP_LOGPROBS, ModelFields, spec_of
 from server.api.openai_fields import Tolerant
@@ -31,7 +31,7 @@ MAX_METADATA = 16
 router = APIRouter(
     prefix="/v1",
     tags=["OpenAI"],
-    dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)],
+    dependencies=counted_callers(GENERATE),
     responses=errors(*COUNTED, *GENERATES),  # and 400 where other routes have 422
 )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.answers import ScoresAnswer
 from server.api.body import read_json
-from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.deps import caller_of, counted_callers, state_of
 from server.api.disconnect import unless_disconnected
 from server.api.document import COUNTED, GENERATES, errors, says
 from server.core import Logprobs, Sampling
@@ -20,7 +20,7 @@ from server.schemas import ScoreRequest, openapi_body
 
 router = APIRouter(
     tags=["Generate"],
-    dependencies=[Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)],
+    dependencies=counted_callers(GENERATE),
     responses=errors(*COUNTED, *GENERATES, 422),
 )
 

@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from adapters_store.form import Kind
 from adapters_store.format.strict_json import loads
 from server.api import openai_fields
 from server.api.openai_fields import Tolerant
 from server.core import AskedForm, FormSpec
 from server.errors import InvalidFieldError
-from server.schemas import AnyObject, Choices, FreeText, JsonSchema, NamedSchema, ResponseFormat, Strict
+from server.schemas import AnyObject, Choices, FreeText, JsonSchema, NamedSchema, ResponseFormat, Strict, form_of_object
 
 
 def _parsed(value: Any) -> Any:
@@ -21,7 +22,7 @@ def _parsed(value: Any) -> Any:
 
 SchemaOrText = Annotated[JsonSchema, BeforeValidator(_parsed)]  # vLLM takes a schema also as text
 Text = Annotated[str, Field(min_length=1)]
-OF_VLLM: dict[str, Literal["json_schema", "regex", "choice", "grammar"]] = {
+OF_VLLM: dict[str, Kind] = {
     "json": "json_schema",
     "regex": "regex",
     "choice": "choice",
@@ -48,7 +49,7 @@ class StructuredOutputs(Tolerant):
     def form(self) -> FormSpec:
         """The form that the given field names."""
         if self.json_object:
-            return FormSpec("json_schema", {"type": "object"}, "structured_outputs.json_object")
+            return form_of_object(None, "structured_outputs.json_object")
         values = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
         name, value = next((name, value) for name, value in values.items() if value is not None)
         return FormSpec(OF_VLLM[name], value, f"structured_outputs.{name}")
@@ -151,9 +152,7 @@ class LoraxObject(Strict):
 
     def form(self, field: str) -> FormSpec:
         """The form of any JSON object, or of the schema."""
-        if self.json_schema is None:
-            return FormSpec("json_schema", {"type": "object"}, field)
-        return FormSpec("json_schema", self.json_schema, f"{field}.schema")
+        return form_of_object(self.json_schema, field, "schema")
 
 
 Grammar = Annotated[JsonGrammar | NamedGrammar | RegexGrammar, Field(discriminator="type")]

@@ -16,7 +16,7 @@ from adapters_store.registry.registry import Task, Usage, Version
 from adapters_store.registry.routes import Route
 from server.api.answers import BaseTaskAnswer, TaskAnswer, TasksAnswer
 from server.api.body import read_json
-from server.api.deps import admit, look_up, may, refuse_unknown_query, state_of, tenant_of
+from server.api.deps import counted_callers, look_up, may, state_of, tenant_of
 from server.api.document import COUNTED, GONE, HAS_BODY, errors, says, says_file
 from server.api.zip_stream import ZipStream
 from server.errors import ConflictError, InvalidFieldError
@@ -34,7 +34,7 @@ BeforeNumber = Annotated[int | None, Query(ge=1, lt=2**63)]
 
 router = APIRouter(
     tags=["Adapters and tasks"],
-    dependencies=[Depends(admit), Depends(may(DEPLOY, looking=True)), Depends(refuse_unknown_query)],
+    dependencies=counted_callers(DEPLOY, looking=True),
     responses=errors(*COUNTED, 422),
 )
 
@@ -124,9 +124,14 @@ async def delete_task(request: Request, task: str) -> Response:
     """Delete a task: new requests get 404 at once; running ones finish with the version that they began with."""
     state, tenant = state_of(request), tenant_of(request)
     _refuse_base(task, "deleted")
+    await end_task(state, tenant, task)
+    return Response(status_code=204)
+
+
+async def end_task(state: ServerState, tenant: str, task: str) -> None:
+    """Delete a task with all its versions, from every room. Raises `NotFoundError`."""
     digests = await look_up(state, state.stores.registry.delete_task, tenant, task)
     await state.retention.retire(digests, tenant, task)
-    return Response(status_code=204)
 
 
 @router.delete("/tasks/{task}/versions/{number}", status_code=204, responses=GONE)

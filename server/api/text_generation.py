@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from server.api import openai_fields
 from server.api.body import BodyObject, read_object
-from server.api.deps import admit, caller_of, may, refuse_unknown_query, state_of
+from server.api.deps import caller_of, counted_callers, state_of
 from server.api.document import COUNTED, EVERYWHERE, GENERATES, errors, says_streamed
 from server.api.model_name import adapters_of
 from server.api.openai_fields import Tolerant
@@ -36,12 +36,7 @@ def speak_text_generation(request: Request) -> None:
 
 router = APIRouter(
     tags=["LoRAX and TGI"],
-    dependencies=[
-        Depends(speak_text_generation),
-        Depends(admit),
-        Depends(may(GENERATE)),
-        Depends(refuse_unknown_query),
-    ],
+    dependencies=[Depends(speak_text_generation), *counted_callers(GENERATE)],
     responses=errors(*EVERYWHERE, *COUNTED, *GENERATES, 422, also=TextGenerationError),
 )
 

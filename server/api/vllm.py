@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api import openai_fields
 from server.api.body import read_json
-from server.api.deps import admit, caller_of, identify, may, refuse_unknown_query, state_of
+from server.api.deps import caller_of, counted_callers, identify, refuse_unknown_query, state_of
 from server.api.document import COUNTED, HAS_BODY, IDENTIFIED, errors, says
 from server.api.model_name import adapters_of
 from server.api.openai import ChatMessage
@@ -25,7 +25,7 @@ from server.requests.spec import GenerationSpec
 from server.schemas import BASE, MAX_TURNS, TokenIds, openapi_body
 
 router = APIRouter(tags=["vLLM"])
-TOKENS: dict[str, Any] = {"dependencies": [Depends(admit), Depends(may(GENERATE)), Depends(refuse_unknown_query)]}
+TOKENS: dict[str, Any] = {"dependencies": counted_callers(GENERATE)}
 TOKEN_ERRORS = errors(*COUNTED, *HAS_BODY)
 
 

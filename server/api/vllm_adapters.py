@@ -6,7 +6,7 @@ import re
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
@@ -14,9 +14,10 @@ from adapters_store.errors import AbsentError, NotAllowedError
 from adapters_store.storage.load_roots import copy_adapter
 from server.api import openai_fields
 from server.api.body import read_json
-from server.api.deps import admit, caller_of, look_up, may, refuse_unknown_query, state_of, tenant_of
+from server.api.deps import caller_of, counted_callers, look_up, state_of, tenant_of
 from server.api.document import COUNTED, HAS_BODY, errors, says_file
 from server.api.openai_fields import Tolerant
+from server.api.tasks import end_task
 from server.errors import BadRequestError, ForbiddenError, NotFoundError
 from server.requests.auth import DEPLOY
 from server.schemas import BASE, NAME_PATTERN, openapi_body
@@ -26,7 +27,7 @@ from server.uploads.service import UploadSpec
 router = APIRouter(
     prefix="/v1",
     tags=["vLLM"],
-    dependencies=[Depends(admit), Depends(may(DEPLOY)), Depends(refuse_unknown_query)],
+    dependencies=counted_callers(DEPLOY),
     responses=errors(*COUNTED, *HAS_BODY, 409) | says_file("text/plain", "Done, in a sentence"),
     default_response_class=Response,
 )
@@ -85,10 +86,10 @@ async def unload_lora_adapter(request: Request) -> Response:
     _require_roots(state)
     asked = await read_json(request, UnloadAdapterRequest, state)
     name = request.state.task = asked.lora_name
-    if not await _is_task(state, tenant, name):
-        raise NotFoundError(f"The lora adapter '{name}' cannot be found.", "lora_name")
-    digests = await look_up(state, state.stores.registry.delete_task, tenant, name)
-    await state.retention.retire(digests, tenant, name)
+    try:
+        await end_task(state, tenant, name)
+    except NotFoundError:
+        raise NotFoundError(f"The lora adapter '{name}' cannot be found.", "lora_name") from None
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 

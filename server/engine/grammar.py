@@ -5,15 +5,19 @@ The door has no tokenizer of the base's. It compiles over single bytes, which fi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
-from llguidance import LLTokenizer
-
-from adapters_store.form import MAX_FORM_BYTES, FormError, compile_grammar, write_grammar
+from adapters_store.form import (
+    MAX_FORM_BYTES,
+    FormError,
+    byte_tokenizer,
+    compile_grammar,
+    kind_and_value,
+    num_bytes_of,
+    write_grammar,
+)
 from adapters_store.format.manifest import TaskForm
 from server.core import FormSpec
 from server.errors import UnsupportedSchemaError
@@ -34,9 +38,7 @@ BLAMED = (  # what llguidance says, and the keyword and value that it says it of
 
 def of_task(form: TaskForm) -> FormSpec:
     """The form that a manifest carries."""
-    if form.labels is not None:
-        return FormSpec("choice", list(form.labels), "form.labels")
-    return FormSpec("json_schema", form.schema, "form.schema")
+    return FormSpec(*kind_and_value(form), "form.schema" if form.labels is None else "form.labels")
 
 
 def grammar_of(form: FormSpec, lead: str = "") -> str:
@@ -47,7 +49,7 @@ def grammar_of(form: FormSpec, lead: str = "") -> str:
     _check_size(form)
     try:
         grammar = write_grammar(form.kind, form.value, lead)
-        compile_grammar(_single_bytes(), grammar)
+        compile_grammar(byte_tokenizer(), grammar)
     except (FormError, ValueError) as error:
         said = " ".join(SOURCE.split(str(error))[0].split())[:MAX_SAID]
         raise UnsupportedSchemaError(f"{form.field} cannot be served: {said}", _blamed(form, said)) from None
@@ -55,8 +57,7 @@ def grammar_of(form: FormSpec, lead: str = "") -> str:
 
 
 def _check_size(form: FormSpec) -> None:
-    text = form.value if isinstance(form.value, str) else json.dumps(form.value, ensure_ascii=False)
-    if (num_bytes := len(text.encode())) > MAX_FORM_BYTES:
+    if (num_bytes := num_bytes_of(form.value)) > MAX_FORM_BYTES:
         raise UnsupportedSchemaError(
             f"{form.field} has {num_bytes} bytes, and a form may have {MAX_FORM_BYTES}", form.field
         )
@@ -94,8 +95,3 @@ def _parts(value: Any, pointer: str = "") -> Iterator[tuple[str, dict[str, Any]]
 
 def _escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
-
-
-@cache
-def _single_bytes() -> LLTokenizer:
-    return LLTokenizer("byte")

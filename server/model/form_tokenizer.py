@@ -18,9 +18,7 @@ def load_form_tokenizer(folder: Path, vocab_size: int, eos_token_ids: list[int])
         if not eos_token_ids:
             raise ValueError("the base names no token that ends an answer")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        num_tokens = max(
-            vocab_size, len(tokenizer)
-        )  # some bases have tokens that their tokenizer lacks, and some lack some
+        num_tokens = max(vocab_size, len(tokenizer))  # a base may have more than its tokenizer, or fewer
         return llguidance.hf.from_tokenizer(tokenizer, n_vocab=num_tokens, eos_token=eos_token_ids)
     except Exception as error:  # noqa: BLE001 - whatever a base's files hold: it is served without forms
         log.warning("answers of this base cannot be held to a form (response_format): %s", error)

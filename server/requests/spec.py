@@ -20,9 +20,8 @@ class GenerationSpec:
     `logprobs`, which follow from the other fields: `top_logprobs` (alternatives a token) is valid only with
     `has_logprobs`. `named` are the fields that the request named: of the others, the adapters' own defaults count. With
     `echo` or `prompt_logprobs` (alternatives a token) the answers tell their prompts. `continuations` of one prompt are
-    scored, each behind it as in one text. With
-    `has_special` texts are encoded with the tokenizer's own special tokens around them. `form` None is
-    that of the adapters, if they carry one.
+    scored, each behind it as in one text. With `has_special` texts are encoded with the tokenizer's own special tokens
+    around them. `form` None is that of the adapters, if they carry one.
     """
 
     tenant: str

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit.adapters import make_lora, zip_folder
-from tests.server.world import Site, open_site
+from tests.server.world import Site, open_site, serve_site
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,16 @@ def zips(loras: list[Path]) -> list[bytes]:
 async def site(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> AsyncIterator[Site]:
     """A server of the test's own."""
     async with open_site(tiny_base, tmp_path / "data") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def server(
+    anyio_backend: str, tiny_base: Path, zips: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Site]:
+    """A server on loopback with the task `one`, for all tests of a file."""
+    async with serve_site(tiny_base, tmp_path_factory.mktemp("server")) as made:
+        assert (await made.upload("one", zips[0])).status_code == 201
         yield made
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher
 
-from adapters_store.form import MAX_FORM_BYTES, FormError, Kind, compile_grammar, write_grammar
+from adapters_store.form import (
+    MAX_FORM_BYTES,
+    FormError,
+    byte_tokenizer,
+    compile_grammar,
+    kind_and_value,
+    num_bytes_of,
+    write_grammar,
+)
 from adapters_store.format.manifest import MAX_LABEL_CHARS, TaskForm
 from adapters_store.format.strict_json import StrictJSONError, loads
 from training.data.dataset import Example, TrainingData
@@ -65,12 +72,11 @@ def _lead(example: Example) -> str:
 
 
 def _compiled(option: str, form: TaskForm, lead: str) -> LLMatcher:
-    value: Any = list(form.labels) if form.labels is not None else form.schema
-    if (num_bytes := len(json.dumps(value, ensure_ascii=False).encode())) > MAX_FORM_BYTES:
+    kind, value = kind_and_value(form)
+    if (num_bytes := num_bytes_of(value)) > MAX_FORM_BYTES:
         raise OptionError(f"--form {option} has {num_bytes} bytes, and a server takes {MAX_FORM_BYTES}.")
-    kind: Kind = "json_schema" if form.labels is None else "choice"
     try:
-        return compile_grammar(LLTokenizer("byte"), write_grammar(kind, value, lead))
+        return compile_grammar(byte_tokenizer(), write_grammar(kind, value, lead))
     except (FormError, ValueError) as error:
         raise OptionError(f"--form {option} cannot be served: {' '.join(str(error).split())[:400]}") from error
 

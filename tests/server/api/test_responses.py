@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,7 +12,7 @@ from openai.types.responses import Response, ResponseOutputMessage, ResponseOutp
 from pydantic import TypeAdapter
 
 from server.core import EngineFailure
-from tests.server.world import Site, error_of, sent, serve_site
+from tests.server.world import Site, error_of, sent
 
 pytestmark = pytest.mark.anyio
 RENDERED = "<user>hi🎩\n<assistant>"
@@ -28,16 +27,6 @@ EVENTS = [
     "response.output_item.done",
     "response.completed",
 ]
-
-
-@pytest.fixture(scope="module")
-async def server(
-    anyio_backend: str, tiny_base: Path, zips: list[bytes], tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Site]:
-    """A server on loopback with the task `one`."""
-    async with serve_site(tiny_base, tmp_path_factory.mktemp("responses")) as site:
-        assert (await site.upload("one", zips[0])).status_code == 201
-        yield site
 
 
 @pytest.fixture

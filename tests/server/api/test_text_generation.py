@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from server.core import EngineFailure
 from tests.kit.tiny import EOS
-from tests.server.world import Site, error_of, open_site, sent, serve_site
+from tests.server.world import Site, error_of, open_site, sent
 
 pytestmark = pytest.mark.anyio
 # Recorded from LoRAX's client 0.7.0: every parameter, whether it was named or not.
@@ -90,16 +90,6 @@ class ReadEvent(Read):
     token: ReadToken
     generated_text: str | None = None
     details: ReadStreamDetails | None = None
-
-
-@pytest.fixture(scope="module")
-async def server(
-    anyio_backend: str, tiny_base: Path, zips: list[bytes], tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Site]:
-    """A server on loopback with the task `one`."""
-    async with serve_site(tiny_base, tmp_path_factory.mktemp("tgi")) as site:
-        assert (await site.upload("one", zips[0])).status_code == 201
-        yield site
 
 
 @pytest.fixture
