@@ -71,9 +71,10 @@ def assert_same(found: PackedPatch, wanted: PackedPatch) -> None:
     assert found.num_bytes == wanted.num_bytes
 
 
-def children() -> list[psutil.Process]:
-    """The loader processes that are there: children of the nursery."""
-    return [child for nursery in psutil.Process().children() for child in nursery.children()]
+def children(nursery: Nursery | None) -> list[psutil.Process]:
+    """Return the loader processes that a nursery has forked and that are there."""
+    assert nursery is not None
+    return list(psutil.Process(nursery.pid).children())
 
 
 def own_priority() -> int:
@@ -118,7 +119,7 @@ def test_why_a_load_failed_arrives(processes: LoaderPool, blobs: Blobs, biased_b
         assert reason in failure_message(wanted, raised.value)
     whole = store(blobs, FAMILIES["lora"](tmp_path / "b", biased_base, 3))
     assert processes.load(whole, None).digest == whole
-    assert len(children()) == 2
+    assert len(children(processes._nursery)) == 2
 
 
 @pytest.fixture
@@ -132,13 +133,14 @@ def test_a_process_that_ends_while_it_is_free_is_replaced(
     processes: LoaderPool, job: LoaderSetup, lora: str, how: signal.Signals
 ) -> None:
     """Whatever ended the processes, the next loads come from new ones."""
-    wanted, before = ArtifactLoader(job).load(lora, None), children()
+    wanted, before = ArtifactLoader(job).load(lora, None), children(processes._nursery)
     for child in before:
         child.send_signal(how)
     psutil.wait_procs(before, 10)
     for _ in range(3):
         assert_same(processes.load(lora, None), wanted)
-    assert len(children()) == 2 and not {child.pid for child in children()} & {child.pid for child in before}
+    after = children(processes._nursery)
+    assert len(after) == 2 and not {child.pid for child in after} & {child.pid for child in before}
 
 
 @pytest.mark.parametrize("how", ["ends", "hangs"])
@@ -149,9 +151,11 @@ def test_a_load_that_takes_its_process_along_fails_alone(
     if how == "hangs":
         monkeypatch.setattr(loader_process, "TICK_S", 0.1)
         monkeypatch.setattr(loader_process, "IDLE_S", 1.0)
-    made = LoaderPool(2, Nursery.fork(run_loader))
+    nursery = Nursery.fork(run_loader)
+    assert nursery is not None
+    made = LoaderPool(2, nursery)
     made.begin(job.store, job.blobs, job.spec, KEPT)
-    before = children()
+    before = children(nursery)
     before[0].suspend()  # the first that was started is the first that is free
     with ThreadPoolExecutor(1) as threads:
         stuck = threads.submit(made.load, "0" * 64, None)
@@ -164,9 +168,9 @@ def test_a_load_that_takes_its_process_along_fails_alone(
     assert raised.value.code == "adapter_failed"
     for _ in range(3):
         assert made.load(lora, None).digest == lora
-    assert len(children()) == 2 and len({*children()} & {*before}) == 1
+    assert len(children(nursery)) == 2 and len({*children(nursery)} & {*before}) == 1
     made.close()
-    assert not psutil.Process().children()
+    assert not psutil.pid_exists(nursery.pid)
 
 
 def test_a_load_that_computes_or_waits_for_a_core_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +240,7 @@ def test_without_its_nursery_the_thread_loads(processes: LoaderPool, job: Loader
     """If no process can be started in place of those that ended, the thread that asks loads, at low priority."""
     before, wanted = own_priority(), ArtifactLoader(job).load(lora, None)
     assert processes._nursery is not None
-    gone = psutil.Process().children(recursive=True)
+    gone = [*children(processes._nursery), psutil.Process(processes._nursery.pid)]
     processes._nursery.close()
     for child in gone:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -260,7 +264,7 @@ def test_without_a_fork_the_thread_loads(job: LoaderSetup, blobs: Blobs, biased_
 def test_a_process_gives_way_and_holds_nothing(processes: LoaderPool) -> None:
     """A process runs at low priority and has no descriptor of the engine's but its own socket."""
     lowest = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
-    for child in children():
+    for child in children(processes._nursery):
         wait_until(partial(lambda one: one.nice() == lowest and one.num_fds() == 4, child))
 
 
@@ -269,13 +273,13 @@ def test_a_process_ends_with_its_engine() -> None:
     nursery = Nursery.fork(lambda _connection: time.sleep(600))
     assert nursery is not None
     child = nursery.spawn()
-    before = children()
+    before = children(nursery)
     assert [process.pid for process in before] == [child.pid]
     child.socket.close()
     assert not psutil.wait_procs(before, 5)[1]
     child.kill()
     nursery.close()
-    assert not psutil.Process().children()
+    assert not psutil.pid_exists(nursery.pid)
     with pytest.raises(OSError):
         nursery.spawn()
 
