@@ -6,6 +6,7 @@ llguidance's limits bound the work of a form at each place: what a hostile one c
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from, reg
 
 from adapters_store.format.manifest import TaskForm
 
-Kind = Literal["json_schema", "regex", "choice", "grammar"]
+Kind = Literal["json_schema", "regex", "choice", "grammar", "parts"]  # parts: of an answer, in llguidance's Lark
 MAX_FORM_BYTES = 64 * 2**10
 MAX_LEXER_STATES = 20_000  # 1 to 2 kB each
 MAX_GRAMMAR_SYMBOLS = 100_000
@@ -62,18 +63,36 @@ def write_grammar(kind: Kind, value: Any, lead: str = "") -> str:
     Raises `FormError` for what a grammar may not say, and `ValueError`.
     """
     before = f"{json.dumps(lead, ensure_ascii=False)}? " if lead_before(kind, value, lead) else ""
+    return f"{OPTIONS}\n{_rules(kind, value, before)}"
+
+
+def nested(kind: Kind, value: Any) -> str:
+    """A form as a part of another grammar. Raises as `write_grammar`."""
+    return f"%lark {{\n{_rules(kind, value)}\n}}"
+
+
+def json_value(schema: Any) -> str:
+    """A value that fits a schema, as a part of a grammar."""
+    options = {**schema, "x-guidance": JSON_OPTIONS} if isinstance(schema, Mapping) else schema
+    return f"%json {json.dumps(options)}"
+
+
+def _rules(kind: Kind, value: Any, before: str = "") -> str:
     match kind:
         case "json_schema":
-            return f"{OPTIONS}\nstart: {before}%json {json.dumps({**value, 'x-guidance': JSON_OPTIONS})}"
+            return f"start: {before}{json_value(value)}"
         case "regex":
-            return f"{OPTIONS}\nstart: /{regex_to_lark(value)}/"
+            return f"start: /{regex_to_lark(value)}/"
         case "choice":
             texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
-            return f"{OPTIONS}\nstart: {before}CHOICE\nCHOICE: {texts}"
+            return f"start: {before}CHOICE\nCHOICE: {texts}"
         case "grammar":
             if "%llguidance" in value:
                 raise FormError("a grammar may not set %llguidance")
-            return f"{OPTIONS}\n{grammar_from('grammar', value).replace('%llguidance {}', '')}"
+            written: str = grammar_from("grammar", value)
+            return written.replace("%llguidance {}", "")
+        case "parts":
+            return str(value)
 
 
 def compile_grammar(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:

@@ -172,8 +172,9 @@ def _assemble(
     revalidation = Revalidation(stores, retention, validator, fingerprint)
     uploads = UploadService(stores, client, metrics, retention, validator, revalidation, tenant_work)
     generation = GenerationService(
-        client, stores, tokenizer, tenant_work, metrics, usage, rate_limiter, recent, retention, revalidation
-    )
+        client, stores, tokenizer, tenant_work, metrics, usage, rate_limiter, recent, retention, revalidation,
+        settings.tool_format,
+    )  # fmt: skip
     return ServerState(
         settings,
         client,

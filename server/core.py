@@ -9,12 +9,12 @@ import msgspec
 
 
 class FormSpec(msgspec.Struct, frozen=True):
-    """A form that a request names: a JSON schema, a regular expression, texts to choose from, or a grammar.
+    """A form that a request names: a JSON schema, a regular expression, texts to choose from, a grammar, or parts.
 
     `field` is the path of the field that names it, for errors.
     """
 
-    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    kind: Literal["json_schema", "regex", "choice", "grammar", "parts"]
     value: Any
     field: str
 

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from adapters_store.base.cache import default_cache
 from adapters_store.base.resolve import SMOLLM2
 from adapters_store.cores import num_cores
+from adapters_store.format.manifest import ToolFormatName
 from server.core import RunnerConfig
 from server.engine.messages import EngineConfig
 
@@ -94,6 +95,11 @@ class Settings(BaseSettings):
     )
     prompt_control_tokens: bool = Field(
         True, description="read the names of control tokens in a raw prompt as tokens; off: as text, as in messages"
+    )
+    tool_format: ToolFormatName | None = Field(
+        None,
+        description="format in which the base calls tools, if its chat template does not show it: hermes, qwen3_coder, "
+        "llama3, mistral, mistral_v11, pythonic, json; a template that takes no tools gets them in this format",
     )
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="largest JSON body")
     max_upload_bytes: ByteSize = Field(ByteSize(512 * 2**20), description="largest artifact, packed and unpacked")

@@ -135,8 +135,11 @@ def read_manifest(data: bytes) -> Manifest:
         raise ArtifactError(f"{MANIFEST}: {error}", MANIFEST) from None
     if manifest.format_version != FORMAT_VERSION:
         raise ArtifactError(f"{MANIFEST} has format_version {manifest.format_version}, not {FORMAT_VERSION}", MANIFEST)
-    if manifest.prompt_format and len(msgspec.json.encode(manifest.prompt_format)) > MAX_FORMAT_CHARS:
-        raise ArtifactError(f"{MANIFEST}: prompt_format is longer than {MAX_FORMAT_CHARS} characters", MANIFEST)
+    for name in ("prompt_format", "tools", "reasoning"):
+        if len(msgspec.json.encode(getattr(manifest, name))) > MAX_FORMAT_CHARS:
+            raise ArtifactError(f"{MANIFEST}: {name} is longer than {MAX_FORMAT_CHARS} characters", MANIFEST)
+    if (reasoning := manifest.reasoning) and not (reasoning.before.strip() and reasoning.after.strip()):
+        raise ArtifactError(f"{MANIFEST}: reasoning needs a text before it and one after it", MANIFEST)
     return manifest
 
 

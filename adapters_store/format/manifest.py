@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -12,6 +12,8 @@ Word = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 MAX_LABEL_CHARS = 1000
 Label = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_LABEL_CHARS)]
 Turn = tuple[str, str]  # role, content
+ToolFormatName = Literal["hermes", "qwen3_coder", "llama3", "mistral", "mistral_v11", "pythonic", "json"]
+AroundText = Annotated[str, msgspec.Meta(max_length=4096)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
@@ -45,6 +47,28 @@ class PromptFormat(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
             yield text, role
             yield around[role].after, None
         yield self.generation, None
+
+
+class ToolTexts(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """Plain text around the tools that an adapter may call, never a template language.
+
+    `before_tools` stands before the functions, one JSON object a line, at the end of the system turn. Around each call,
+    `{"name": …, "arguments": {…}}`, stand `call_begin` and `call_end`, and around each result, in a user's turn, the
+    last two. Without a `call_begin` an answer that calls has nothing but calls.
+    """
+
+    before_tools: AroundText = ""
+    call_begin: AroundText = ""
+    call_end: AroundText = ""
+    result_begin: AroundText = ""
+    result_end: AroundText = ""
+
+
+class ReasoningTexts(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """Plain text around an answer's reasoning; without `before` every answer begins with it."""
+
+    after: Annotated[str, msgspec.Meta(pattern=r"\S", max_length=4096)]
+    before: AroundText = ""
 
 
 class BaseRef(msgspec.Struct, forbid_unknown_fields=True):
@@ -93,7 +117,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The trainer's record of an artifact. `training` and `evaluation` are free-form facts for people.
 
     `ends` are the tokens that it was trained to end an answer with; the server stops at them as at the base's own.
-    `rotary` names the base's rotary factors in training, if they change with length (see `rotary_choice`).
+    `rotary` names the base's rotary factors in training, if they change with length (see `rotary_choice`). `tools` is
+    the format in which it writes calls of tools, by name or as texts, and `reasoning` has the texts around reasoning.
     """
 
     format_version: int
@@ -104,6 +129,8 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     rotary: Annotated[str, msgspec.Meta(max_length=200)] = ""
     generation: GenerationDefaults | None = None
     form: TaskForm | None = None
+    tools: ToolFormatName | ToolTexts | None = None
+    reasoning: ReasoningTexts | None = None
     parity: Annotated[list[ParityCase], msgspec.Meta(max_length=64)] = []
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}

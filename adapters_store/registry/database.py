@@ -83,6 +83,8 @@ versions = Table(
     Column("ends", JSON, nullable=False, server_default="[]"),  # token ids
     Column("generation", JSON, nullable=True),
     Column("form", JSON, nullable=True),
+    Column("tools", JSON, nullable=True),
+    Column("reasoning", JSON, nullable=True),
     Column("note", String(1000), nullable=False),
     Column("created", Float, nullable=False),
     Column("proved", String(64), nullable=True),  # fingerprint of the base and software of the last validation

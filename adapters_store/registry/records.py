@@ -8,7 +8,14 @@ from typing import Any
 import msgspec
 from sqlalchemy import Row
 
-from adapters_store.format.manifest import GenerationDefaults, PromptFormat, TaskForm
+from adapters_store.format.manifest import (
+    GenerationDefaults,
+    PromptFormat,
+    ReasoningTexts,
+    TaskForm,
+    ToolFormatName,
+    ToolTexts,
+)
 from adapters_store.registry.routes import Route
 
 
@@ -32,6 +39,8 @@ class Facts:
     ends: tuple[int, ...] = ()
     generation: GenerationDefaults | None = None
     form: TaskForm | None = None
+    tools: ToolFormatName | ToolTexts | None = None
+    reasoning: ReasoningTexts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field, field_validator, model_validator
 from starlette.responses import JSONResponse, Response
 
-from adapters_store.format.manifest import Turn
 from server.api import openai_fields
 from server.api.body import read_json
 from server.api.deps import caller_of, counted_callers, look_up, state_of, tenant_of
@@ -29,6 +28,7 @@ from server.api.openai_fields import Tolerant
 from server.api.openai_form import ChatForm, CompletionForm, OpenAIForm, UsageEvents
 from server.api.respond import respond
 from server.api.structured_outputs import FormFields
+from server.api.tool_fields import ChatMessage, ToolFields, turns_of
 from server.errors import InvalidFieldError
 from server.requests.auth import GENERATE, Caller
 from server.requests.spec import GenerationSpec
@@ -98,28 +98,6 @@ class OpenAIFields(FormFields, ModelFields):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class TextPart(Tolerant):
-    """A part of a turn's content."""
-
-    neutral = openai_fields.TEXT_PART
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(Tolerant):
-    """A chat turn, its content whole or in parts; a turn of ours may come back as it was sent."""
-
-    neutral = openai_fields.MESSAGE
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
-
-    def turn(self) -> Turn:
-        """The turn as a role that templates know, and one text."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return "system" if self.role == "developer" else self.role, text
-
-
 class CompletionRequest(OpenAIFields):
     """The body of POST /v1/completions."""
 
@@ -151,7 +129,7 @@ class CompletionRequest(OpenAIFields):
         return self
 
 
-class ChatRequest(OpenAIFields):
+class ChatRequest(ToolFields, OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
     neutral = openai_fields.CHAT
@@ -160,6 +138,7 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    include_reasoning: bool = True
 
 
 @router.get("/models", responses=says(ModelsAnswer))
@@ -227,13 +206,15 @@ async def chat_completions(request: Request) -> Response:
     asked = await read_json(request, ChatRequest, state)
     spec = replace(
         _spec(caller, asked),
-        turns=[message.turn() for message in asked.messages],
+        turns=turns_of(asked.messages),
+        **asked.called(),
+        is_parsed=True,
         prompt_field="messages",
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         has_logprobs=bool(asked.logprobs),
         top_logprobs=asked.top_logprobs,
     )
-    return await _answer(request, state, asked, spec, ChatForm)
+    return await _answer(request, state, asked, spec, partial(ChatForm, has_reasoning=asked.include_reasoning))
 
 
 async def _answer(

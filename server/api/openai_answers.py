@@ -8,6 +8,8 @@ from typing_extensions import TypedDict  # of `typing` is not enough for Pydanti
 
 from server.api.answers import FinishReason
 
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
 
 class ModelAnswer(TypedDict):
     """A task as a model, a version of one, or the base.
@@ -119,19 +121,54 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class CalledFunctionAnswer(TypedDict):
+    """A function that is called, and its arguments as the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
+class CalledFunctionDelta(TypedDict):
+    """The next piece of a call: its name, and then its arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """The next piece of the call `index`; the first has its id."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionDelta
+
+
 class AssistantMessage(TypedDict):
-    """The assistant's whole turn."""
+    """The assistant's whole turn; `content` is null if it has none but calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallAnswer]]
 
 
 class AssistantDelta(TypedDict):
-    """The turn's next piece; the first has the role."""
+    """The turn's next piece, of content, reasoning or calls; the first has the role."""
 
     role: NotRequired[Literal["assistant"]]
-    content: str
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatChoice(TypedDict):
@@ -139,7 +176,7 @@ class ChatChoice(TypedDict):
 
     index: int
     message: AssistantMessage
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     logprobs: ChatLogprobs | None
 
 
@@ -148,7 +185,7 @@ class ChatDelta(TypedDict):
 
     index: int
     delta: AssistantDelta
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     logprobs: ChatLogprobs | None
 
 

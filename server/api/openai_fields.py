@@ -23,7 +23,6 @@ _OPENAI: Fields = {
     "metadata": (dict,),  # belongs to what is stored
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (bool,),
     "prediction": (),
     "prompt_cache_key": (str,),  # a hint: the prefix cache finds equal beginnings without it
     "prompt_cache_options": ({}, {"mode": "implicit"}),
@@ -32,8 +31,6 @@ _OPENAI: Fields = {
     "safety_identifier": (str,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -87,7 +84,6 @@ CHAT: Fields = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
-    "include_reasoning": (bool,),  # there is none to include
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "return_prompt_text": (False,),
@@ -99,7 +95,6 @@ TURN_FIELDS = (  # of vLLM, which say how turns are written
     "continue_final_message",
     "media_io_kwargs",
     "mm_processor_kwargs",
-    "tools",
 )
 MESSAGE: Fields = {
     "annotations": ([],),
@@ -107,10 +102,7 @@ MESSAGE: Fields = {
     "function_call": (),
     "name": (str,),  # templates know roles, and no names
     "reasoning": ("",),
-    "reasoning_content": ("",),
     "refusal": ("",),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 TEXT_PART: Fields = {"prompt_cache_breakpoint": ()}
 STREAM_OPTIONS: Fields = {"include_obfuscation": (False,)}
@@ -154,7 +146,7 @@ RESPONSES: Fields = {
     "service_tier": _OPENAI["service_tier"],
     "store": (False,),
     "stream_options": ({}, {"include_obfuscation": False}),
-    "tool_choice": _OPENAI["tool_choice"],
+    "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncation": ("disabled",),
 }

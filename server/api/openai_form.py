@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
@@ -12,6 +12,9 @@ from server.api.respond import AnswerForm
 from server.core import Logprobs
 from server.requests.answer import Chunk, Generation, GenerationState, ReadPrompt
 from server.requests.tokenizer import Tokenizer
+from server.requests.tools.parser import AnswerText, CallPart, Part
+
+FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a message, by the kind of a part
 
 
 class UsageEvents(NamedTuple):
@@ -42,18 +45,23 @@ class OpenAIForm(AnswerForm):
         """A choice's next piece, as a stream has it."""
         raise NotImplementedError
 
+    def deltas(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """The pieces of a chunk, as a stream has them: one, if it has text, log-probabilities or an end."""
+        if chunk.text or chunk.finish_reason is not None or chunk.logprobs:
+            yield self.delta(chunk)
+
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The body of a plain answer: its choices and usage."""
         choices = [self.choice(choice) for choice in await generation.collect()]
         return self._head | {"object": self.kind, "choices": choices, "usage": _usage(generation.progress)}
 
     async def events(self, generation: Generation) -> AsyncGenerator[dict[str, Any]]:
-        """Yield one event a chunk that has text, log-probabilities or an end; then the usage, if it was asked for."""
+        """Yield one event a piece of a chunk; then the usage, if it was asked for."""
         head = self._head | {"object": self.chunk_kind}
         async with aclosing(generation.chunks) as coming:
             async for chunk in coming:
-                if chunk.text or chunk.finish_reason is not None or chunk.logprobs:
-                    yield head | {"choices": [self.delta(chunk)]} | self._usage_so_far(generation)
+                for delta in self.deltas(chunk):
+                    yield head | {"choices": [delta]} | self._usage_so_far(generation)
         if self._usage_events.is_last:
             yield head | {"choices": [], "usage": _usage(generation.progress)}
 
@@ -164,20 +172,39 @@ class ChatForm(OpenAIForm):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, has_reasoning: bool = True) -> None:
         super().__init__(*args)
+        self._has_reasoning = has_reasoning
         self._opened: set[int] = set()  # choices whose role was sent
 
     def choice(self, chunk: Chunk) -> dict[str, Any]:
-        """The assistant's message, whole."""
-        message = {"role": "assistant", "content": chunk.text, "refusal": None}
+        """The assistant's message, whole: without content if it has none but calls."""
+        parts = self._parts(chunk)
+        said = {kind: "".join(part.text for part in parts if part[0] == kind) for kind in FIELDS}
+        calls = [_call(part) for part in parts if isinstance(part, CallPart)]
+        content = said["content"] or (None if calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message |= {"reasoning_content": said["reasoning"]} if said["reasoning"] else {}
+        message |= {"tool_calls": calls} if calls else {}
         return {"index": chunk.index, "message": message, **self._rest(chunk)}
 
-    def delta(self, chunk: Chunk) -> dict[str, Any]:
-        """The message's next piece; the first of a choice says the role."""
-        role = {} if chunk.index in self._opened else {"role": "assistant"}
-        self._opened.add(chunk.index)
-        return {"index": chunk.index, "delta": {**role, "content": chunk.text}, **self._rest(chunk)}
+    def deltas(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """The message's next pieces; the first of a choice says the role, and the last of a chunk has its end."""
+        found = [delta for part in self._parts(chunk) for delta in _deltas(part)]
+        if not found and (chunk.finish_reason is not None or chunk.logprobs):
+            found = [{"content": ""}]
+        for number, delta in enumerate(found):
+            role = {} if chunk.index in self._opened else {"role": "assistant"}
+            self._opened.add(chunk.index)
+            rest = {"logprobs": self._rest(chunk)["logprobs"] if number == 0 else None}
+            rest["finish_reason"] = chunk.finish_reason if number == len(found) - 1 else None
+            yield {"index": chunk.index, "delta": {**role, **delta}, **rest}
+
+    def _parts(self, chunk: Chunk) -> list[Part]:
+        """The parts of a chunk; a chunk that is not cut into parts is content."""
+        if chunk.parts is None:
+            return [AnswerText("content", chunk.text)] if chunk.text else []
+        return [part for part in chunk.parts if self._has_reasoning or part[0] != "reasoning"]
 
     def _rest(self, chunk: Chunk) -> dict[str, Any]:
         entries = token_entries(self._tokenizer, chunk) if self._has_logprobs else None
@@ -196,6 +223,21 @@ def token_entries(tokenizer: Tokenizer, chunk: Chunk) -> list[dict[str, Any]]:
     return [
         entry(token_id, logprobs.chosen) | {"top_logprobs": [entry(*top) for top in logprobs.top]}
         for token_id, logprobs in pairs
+    ]
+
+
+def _call(part: CallPart) -> dict[str, Any]:
+    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
+
+
+def _deltas(part: Part) -> list[dict[str, Any]]:
+    """The pieces of a part as a stream has them: a call's name first, and then its arguments."""
+    if isinstance(part, AnswerText):
+        return [{FIELDS[part.kind]: part.text}]
+    begin = {"index": part.number, **_call(part._replace(arguments=""))}
+    return [
+        {"tool_calls": [begin]},
+        {"tool_calls": [{"index": part.number, "function": {"arguments": part.arguments}}]},
     ]
 
 

@@ -15,8 +15,8 @@ from server.api.body import read_json
 from server.api.deps import caller_of, counted_callers, identify, refuse_unknown_query, state_of
 from server.api.document import COUNTED, HAS_BODY, IDENTIFIED, errors, says
 from server.api.model_name import adapters_of
-from server.api.openai import ChatMessage
 from server.api.openai_fields import Tolerant
+from server.api.tool_fields import MAX_TOOLS, ChatMessage, Tool, turns_of
 from server.api.vllm_answers import ServerVersionAnswer, TextAnswer, TokensAnswer
 from server.core import Sampling
 from server.errors import BadRequestError, InvalidFieldError
@@ -37,6 +37,7 @@ class TokenizeRequest(Tolerant):
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_TURNS)] | None = None
     add_special_tokens: bool | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -47,6 +48,8 @@ class TokenizeRequest(Tolerant):
             raise InvalidFieldError(
                 "add_special_tokens: what the model writes around messages is fixed: leave it out", "add_special_tokens"
             )
+        if self.tools and self.messages is None:
+            raise InvalidFieldError("tools: only messages have tools: leave them out", "tools")
         return self
 
 
@@ -70,7 +73,8 @@ async def tokenize(request: Request) -> Response:
     spec = replace(
         _spec(caller_of(request), asked.model),
         texts=None if asked.prompt is None else [asked.prompt],
-        turns=None if asked.messages is None else [message.turn() for message in asked.messages],
+        turns=None if asked.messages is None else turns_of(asked.messages),
+        tools=[tool.function.tool() for tool in asked.tools],
         prompt_field="prompt" if asked.messages is None else "messages",
         has_special=asked.add_special_tokens is not False,
     )

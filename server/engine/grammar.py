@@ -25,6 +25,7 @@ from server.errors import UnsupportedSchemaError
 MAX_PROPERTIES = 256  # of one object: the work grows with their square
 MAX_CHOICES = 4096
 MAX_SAID = 400  # characters of a reason
+SPECIAL = re.compile(r"<\[\d+\]>")  # a token of the base's, in the grammar of parts
 SOURCE = re.compile(r"\n\s*\d+ \|")  # begins the lines of a grammar that llguidance shows, which are partly ours
 BLAMED = (  # what llguidance says, and the keyword and value that it says it of
     (re.compile(r'Unimplemented keys: \["([^"]+)"'), None),
@@ -49,7 +50,7 @@ def grammar_of(form: FormSpec, lead: str = "") -> str:
     _check_size(form)
     try:
         grammar = write_grammar(form.kind, form.value, lead)
-        compile_grammar(byte_tokenizer(), grammar)
+        compile_grammar(byte_tokenizer(), SPECIAL.sub("<[1]>", grammar) if form.kind == "parts" else grammar)
     except (FormError, ValueError) as error:
         said = " ".join(SOURCE.split(str(error))[0].split())[:MAX_SAID]
         raise UnsupportedSchemaError(f"{form.field} cannot be served: {said}", _blamed(form, said)) from None

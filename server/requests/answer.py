@@ -15,6 +15,7 @@ from adapters_store.registry.tenants import TenantLimits
 from server.core import AdapterRef, Logprobs, Sampling, Timing
 from server.engine.messages import Output, Submit
 from server.requests.resolve import ResolvedAdapters
+from server.requests.tools.parser import AnswerFormat, Part
 
 SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 
@@ -39,6 +40,7 @@ class GenerationJob:
     tells_prompts: bool = False
     scored_from: list[int] | None = None
     form: str | None = None  # the grammar that each answer must fit
+    answer_format: AnswerFormat | None = None  # the parts to cut answers into
 
     @property
     def max_total_tokens(self) -> int:
@@ -90,6 +92,7 @@ class Chunk:
     finish_reason: str | None = None
     prompt: ReadPrompt | None = None
     is_stopped: bool = False
+    parts: list[Part] | None = None  # content, reasoning and calls of an answer that is cut into them
 
     @classmethod
     def empty(cls, index: int) -> Chunk:
@@ -103,6 +106,8 @@ class Chunk:
         self.logprobs += chunk.logprobs
         self.finish_reason, self.is_stopped = chunk.finish_reason, chunk.is_stopped
         self.prompt = self.prompt or chunk.prompt
+        if chunk.parts is not None:
+            self.parts = [*(self.parts or []), *chunk.parts]
 
 
 @dataclass

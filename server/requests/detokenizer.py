@@ -6,7 +6,7 @@ they are given out, and raises if a token changes how the one before it is writt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from server.requests.tokenizer import REPLACEMENT, Tokenizer
 
@@ -20,11 +20,19 @@ class TextStream:
 
     Tokens are decoded in a short window behind the last whole character, so that a long answer costs no more per token
     than a short one. The first window is the end of `prompt`: a word that an answer begins with keeps the space before
-    it, which tokenizers strip from the beginning of a text. A `lead` that an answer begins with is taken off.
+    it, which tokenizers strip from the beginning of a text. A `lead` that an answer begins with is taken off. Special
+    tokens have no text but those of `shown`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str], prompt: Sequence[int] = (), lead: str = "") -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: list[str],
+        prompt: Sequence[int] = (),
+        lead: str = "",
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        self._tokenizer, self._stop, self._shown = tokenizer, stop, shown or {}
         self._window = self._context(prompt)  # tokens since the one before the last that was read
         self._num_read = len(self._window)  # how many of the window are in the text already
         self._lead = lead  # until it is known whether the answer begins with it
@@ -33,6 +41,8 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that is certain after one more token. Sets `is_stopped` once a stop text is complete."""
+        if token_id in self._shown:
+            return self._release(self._rest() + self._shown[token_id])
         if self._tokenizer.is_special(token_id):
             return ""
         self._window.append(token_id)
@@ -49,14 +59,18 @@ class TextStream:
 
     def flush(self) -> str:
         """The text that was held back, at the end of the answer."""
-        before = self._tokenizer.decode(self._window[: self._num_read])
-        rest = self._tokenizer.decode(self._window)[len(before) :]
-        self._num_read = len(self._window)
-        text = self._release(rest)
+        text = self._release(self._rest())
         if self.is_stopped:
             return text
         text, self._held = text + self._held, ""
         return text
+
+    def _rest(self) -> str:
+        """The text of the tokens that are not read yet, whole characters or not."""
+        before = self._tokenizer.decode(self._window[: self._num_read])
+        rest = self._tokenizer.decode(self._window)[len(before) :]
+        self._num_read = len(self._window)
+        return rest
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
         """The last tokens of a prompt that have a text, without a character that the prompt ends within."""

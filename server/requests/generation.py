@@ -15,6 +15,7 @@ from server.metrics import Metrics
 from server.requests.answer import Chunk, GenerationJob, GenerationState, ReadPrompt
 from server.requests.detokenizer import TextStream
 from server.requests.tokenizer import Tokenizer
+from server.requests.tools.parser import AnswerParser
 from server.uploads.revalidation import Revalidation
 
 GRACE_S = 5.0  # the engine ends what is late; this process does if the engine is stuck
@@ -72,9 +73,16 @@ class ChoiceRunner:
         except Exception as error:  # noqa: BLE001 - whatever it is, `run_choices` raises it to its caller
             queue.put_nowait(error)
 
+    def _text(self, job: GenerationJob, prompt: ReadPrompt) -> TextStream:
+        """The text of an answer to a prompt; special tokens that mark parts of answers are shown by name."""
+        marks = () if job.answer_format is None else job.answer_format.marks
+        shown = {token_id: mark for mark in marks if (token_id := self._tokenizer.special_id(mark)) is not None}
+        return TextStream(self._tokenizer, job.stop, prompt.token_ids, job.lead, shown)
+
     async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
         prompt = ReadPrompt(job.prompts[index // job.n])
-        text, is_told = TextStream(self._tokenizer, job.stop, prompt.token_ids, job.lead), not job.tells_prompts
+        text, is_told = self._text(job, prompt), not job.tells_prompts
+        parser = None if job.answer_format is None else AnswerParser(job.answer_format)
         label, last = self._metrics.label(job.resolved.tenant, job.resolved.label), 0.0
         async with aclosing(self._client.generate(job.submit(index))) as outputs:
             async for output in outputs:
@@ -87,6 +95,8 @@ class ChoiceRunner:
                 last = now if output.token_ids else last
                 prompt.scores += output.scores
                 chunk = _chunk(index, output, text)
+                if parser is not None:
+                    _parse(chunk, parser)
                 if not is_told and (output.token_ids or output.finish_reason is not None):
                     chunk.prompt, is_told = prompt, True
                 progress.count(index // job.n, output, chunk)
@@ -94,6 +104,15 @@ class ChoiceRunner:
                 queue.put_nowait(chunk)
                 if chunk.finish_reason is not None:
                     return  # closing the outputs aborts a sequence that a stop text ended
+
+
+def _parse(chunk: Chunk, parser: AnswerParser) -> None:
+    """Cut a chunk's text into parts. An answer with calls that ends by itself has them for its reason."""
+    chunk.parts = parser.push(chunk.text)
+    if chunk.finish_reason is not None and not parser.has_ended:
+        chunk.parts += parser.finish()
+    if parser.has_ended or (chunk.finish_reason == "stop" and parser.num_calls):
+        chunk.finish_reason = "tool_calls"
 
 
 def _chunk(index: int, output: Output, text: TextStream) -> Chunk:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import msgspec
 from jinja2 import TemplateError
 
-from adapters_store.base.turns import ControlTextError
+from adapters_store.base.turns import ControlTextError, ToolsRefusedError
 from adapters_store.form import lead_before
-from adapters_store.format.manifest import Turn
+from adapters_store.format.manifest import ToolFormatName
+from adapters_store.tools.formats import FORMATS, ToolFormat, format_in, reasoning_in, to_json
+from adapters_store.tools.turns import AnyTurn, Tools, ToolTurn
 from server.core import FormSpec, Sampling
 from server.engine.client import EngineClient, require_ready
 from server.engine.grammar import grammar_of, of_task
@@ -21,18 +23,28 @@ from server.requests.answer import GenerationJob
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
+from server.requests.tools.grammar import parts_form
+from server.requests.tools.parser import AnswerFormat
 from server.tenant_work import TenantWork
 
 MAX_ANSWER_BYTES = 256 * 2**20  # of JSON, which is held until it is sent
 TOKEN_BYTES, LOGPROB_BYTES = 16, 128  # of a token's text and id, and of a token with its log-probability
+NUM_OPENING = 16  # tokens at a prompt's end that may open the reasoning
 THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
 
 
 class JobPreparer:
     """Makes jobs out of specs, by the base's tokenizer and the engine's limits."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, tenant_work: TenantWork) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        tenant_work: TenantWork,
+        tool_format: ToolFormatName | None = None,
+    ) -> None:
         self._client, self._tokenizer, self._tenant_work = client, tokenizer, tenant_work
+        self._tool_format = tool_format  # of the base, if its template does not show it
 
     async def prepare(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> GenerationJob:
         """The job that a spec asks for. Raises `ServerError` for one that can never run here, before it queues."""
@@ -51,39 +63,57 @@ class JobPreparer:
         check_length(require_ready(self._client), resolved, prompts, max_tokens, field)
         check_answer_size(spec, prompts, max_tokens)
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
-        grammar, lead = await self._form(spec, resolved)
+        parts = self._answer_format(spec, resolved, prompts[0]) if spec.is_parsed else None
+        grammar, lead = await self._form(spec, resolved, parts)
         tells_prompts = spec.echo or spec.prompt_logprobs is not None
         return GenerationJob(
             resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits, lead=lead,
-            tells_prompts=tells_prompts, scored_from=scored_from, form=grammar,
+            tells_prompts=tells_prompts, scored_from=scored_from, form=grammar, answer_format=parts,
         )  # fmt: skip
 
-    async def _form(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> tuple[str | None, str]:
+    async def _form(
+        self, spec: GenerationSpec, resolved: ResolvedAdapters, parts: AnswerFormat | None
+    ) -> tuple[str | None, str]:
         """The grammar of the answers, if they have a form, and the text that is taken off the beginning of each one.
 
         Raises `BadRequestError` if this base serves no forms, or the form can end no answer.
         """
         lead = "" if spec.turns is None else self._tokenizer.turns.lead(resolved.prompt_format)
         form = form_of(spec, resolved)
-        if form is None:
+        if form is None and not spec.has_held_calls:
             return None, lead
+        self._check_form(spec, "tools" if form is None else form.field)
+        if form is not None and spec.must_call is None:
+            lead = lead_before(form.kind, form.value, "" if spec.echo else lead or resolved.lead)
+        if parts is not None:
+            return await self._tenant_work.run(self._grammar_of_parts, spec, form, parts, lead), lead
+        return None if form is None else await self._tenant_work.run(grammar_of, form, lead), lead
+
+    def _grammar_of_parts(self, spec: GenerationSpec, form: FormSpec | None, parts: AnswerFormat, lead: str) -> str:
+        """The grammar of an answer whose content has a form, or whose calls are held to their schemas."""
+        if form is not None:
+            grammar_of(form)  # by itself, so that what is wrong with it is said of its own field
+        if spec.must_call:
+            parts = replace(parts, functions={spec.must_call: parts.functions[spec.must_call]})
+        return grammar_of(parts_form(parts, form, spec.must_call is not None, self._tokenizer.special_id, lead))
+
+    def _check_form(self, spec: GenerationSpec, field: str) -> None:
+        """Refuse a form that this base cannot be held to, or that can end no answer."""
         if not require_ready(self._client).has_forms:
-            raise BadRequestError("this base's tokenizer serves no forms: ask for free text", form.field)
+            raise BadRequestError("this base's tokenizer serves no forms: ask for free text", field)
         if spec.sampling.ignore_eos:
             raise BadRequestError(
                 "an answer in a form ends where the form does: leave ignore_eos out, or ask for free text by "
                 'response_format {"type": "text"}',
                 "ignore_eos",
             )
-        lead = lead_before(form.kind, form.value, "" if spec.echo else lead or resolved.lead)
-        return await self._tenant_work.run(grammar_of, form, lead), lead
 
     async def encode(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
         """Token ids of each of a spec's prompts. Raises `ServerError` for what has none, or can never fit."""
         if spec.token_ids is not None:
             return spec.token_ids
         if spec.turns is not None:
-            return [await self._encode_chat(spec.turns, resolved, spec.prompt_field)]
+            return [await self._encode_chat(spec.turns, spec.tools, resolved, spec.prompt_field)]
         for text in spec.texts or []:
             self._check_bytes(text, spec.prompt_field)
         with control_text_is_400(spec.prompt_field):
@@ -148,16 +178,48 @@ class JobPreparer:
 
         return await self._tenant_work.run(encode) if sum(map(len, texts)) > THREAD_CHARS else encode()
 
-    async def _encode_chat(self, turns: list[Turn], resolved: ResolvedAdapters, param: str) -> list[int]:
+    def _written_format(self, resolved: ResolvedAdapters) -> ToolFormat | None:
+        """The format that tools are written in, if it is not the base's template that writes them."""
+        if (found := resolved.tool_format) is not None:
+            return found
+        is_templated = resolved.prompt_format is None and self._tokenizer.turns.takes_tools
+        return None if is_templated or self._tool_format is None else FORMATS[self._tool_format]
+
+    def _answer_format(
+        self, spec: GenerationSpec, resolved: ResolvedAdapters, prompt: list[int]
+    ) -> AnswerFormat | None:
+        """The parts that answers have: calls if there are tools, and reasoning if adapter or base marks it."""
+        encoder = self._tokenizer.turns
+        reasoning = resolved.reasoning or (None if resolved.prompt_format else reasoning_in(encoder.template))
+        if not spec.tools:
+            form = None
+        else:
+            form = resolved.tool_format or FORMATS[self._tool_format or format_in(encoder.template)]
+        if form is None and reasoning is None:
+            return None
+        before = self._tokenizer.decode(prompt[-NUM_OPENING:], skip_special=False)
+        is_reasoning = reasoning is not None and before.rstrip().endswith(reasoning[0])
+        functions = {tool["name"]: tool["parameters"] for tool in spec.tools}
+        return AnswerFormat(form, functions, reasoning, is_reasoning, spec.is_parallel)
+
+    async def _encode_chat(
+        self, turns: Sequence[AnyTurn], tools: Tools, resolved: ResolvedAdapters, param: str
+    ) -> list[int]:
         """Tokens of chat turns, in the adapter's format, or else by the base's template."""
         if resolved.prompt_format is None and not self._tokenizer.has_chat_template:
             raise BadRequestError("this base has no chat template: send a prompt", param)
         encoder = self._tokenizer.turns
         try:
-            rendered = await self._tenant_work.run(encoder.render, turns, resolved.prompt_format)
+            self._check_bytes(to_json(tools), "tools")
+            needs_tools = bool(tools) or any(ToolTurn(*turn).needs_tools for turn in turns)
+            tool_format = self._written_format(resolved) if needs_tools else None
+            rendered = await self._tenant_work.run(encoder.render, turns, resolved.prompt_format, tools, tool_format)
             self._check_bytes("".join(rendered.pieces), param)
             with control_text_is_400(param):
                 return await self._tenant_work.run(encoder.encode, rendered)
+        except ToolsRefusedError as error:
+            hint = "serve it with --tool-format, or leave tools and their calls out"
+            raise BadRequestError(f"{error}: {hint}", "tools" if tools else param) from None
         except TemplateError as error:  # many templates refuse turns that do not alternate, or a system turn
             raise BadRequestError(f"the base's chat template refuses these messages: {error}", param) from None
 

@@ -10,6 +10,7 @@ import msgspec
 from adapters_store.format.manifest import GenerationDefaults, PromptFormat, TaskForm
 from adapters_store.methods import is_kv
 from adapters_store.registry.registry import Version
+from adapters_store.tools.formats import ToolFormat, format_of
 from server.errors import InvalidFieldError, NotFoundError, absent_is_404
 from server.requests.spec import GenerationSpec
 from server.requests.usage import UsageKey
@@ -42,6 +43,23 @@ class ResolvedAdapters:
                 "these adapters were trained with different prompt formats: send a prompt", "messages"
             )
         return formats[0] if formats else None
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """The format of tools that the adapters' manifests name, if any. Raises `InvalidFieldError` as above."""
+        named = {version.tools for version in self.versions}
+        if len(named) > 1:
+            raise InvalidFieldError(
+                "these adapters were trained with different formats of tools: send them apart", "tools"
+            )
+        tools = next(iter(named), None)
+        return None if tools is None else format_of(tools)
+
+    @property
+    def reasoning(self) -> tuple[str, str] | None:
+        """The texts around reasoning of these adapters, if a manifest names them."""
+        found = next((version.reasoning for version in self.versions if version.reasoning is not None), None)
+        return None if found is None else (found.before.strip(), found.after.strip())
 
     @property
     def ends(self) -> tuple[int, ...]:

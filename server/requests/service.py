@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from adapters_store.format.manifest import ToolFormatName
 from server.engine.client import EngineClient
 from server.errors import VersionGoneError
 from server.metrics import Metrics
@@ -42,10 +43,12 @@ class GenerationService:
         recent: Recent,
         retention: ArtifactRetention,
         revalidation: Revalidation,
+        tool_format: ToolFormatName | None = None,
     ) -> None:
         self._stores, self._usage = stores, usage
         self._rate_limiter, self._retention = rate_limiter, retention
-        self.resolver, self._preparer = AdapterResolver(stores), JobPreparer(client, tokenizer, tenant_work)
+        self.resolver = AdapterResolver(stores)
+        self._preparer = JobPreparer(client, tokenizer, tenant_work, tool_format)
         self._accounting = Accounting(metrics, recent)
         self._runner = ChoiceRunner(client, tokenizer, metrics, revalidation)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adapters_store.format.manifest import Turn
 from adapters_store.registry.tenants import TenantLimits
+from adapters_store.tools.turns import AnyTurn, Tools
 from server.core import AskedForm, Sampling
 
 
@@ -21,7 +22,10 @@ class GenerationSpec:
     `has_logprobs`. `named` are the fields that the request named: of the others, the adapters' own defaults count. With
     `echo` or `prompt_logprobs` (alternatives a token) the answers tell their prompts. `continuations` of one prompt are
     scored, each behind it as in one text. With `has_special` texts are encoded with the tokenizer's own special tokens
-    around them. `form` None is that of the adapters, if they carry one.
+    around them. `form` None is that of the adapters, if they carry one. `tools` are functions that an answer to `turns`
+    may call, one alone unless `is_parallel`, and must call if `must_call` is a name, or empty for any of them. If
+    `is_strict` calls fit the functions' schemas, as they do if there must be one. Answers are cut into content,
+    reasoning and calls if `is_parsed`.
     """
 
     tenant: str
@@ -33,7 +37,12 @@ class GenerationSpec:
     adapters: list[tuple[str, float]] | None = None
     user: str | None = None
     texts: list[str] | None = None
-    turns: list[Turn] | None = None
+    turns: Sequence[AnyTurn] | None = None
+    tools: Tools = ()
+    must_call: str | None = None
+    is_strict: bool = False
+    is_parallel: bool = True
+    is_parsed: bool = False
     token_ids: list[list[int]] | None = None
     prompt_field: str = "prompt"
     n: int = 1
@@ -47,3 +56,8 @@ class GenerationSpec:
     prompt_logprobs: int | None = None
     continuations: list[str | list[int]] | None = None
     form: AskedForm | None = None
+
+    @property
+    def has_held_calls(self) -> bool:
+        """Whether a grammar holds the calls of the answers to the functions' schemas."""
+        return bool(self.tools) and (self.must_call is not None or self.is_strict)

@@ -171,6 +171,8 @@ def _facts(artifact: Artifact, patch: Patch) -> Facts:
         ends=_ends(artifact),
         generation=artifact.manifest.generation if artifact.manifest else None,
         form=artifact.manifest.form if artifact.manifest else None,
+        tools=artifact.manifest.tools if artifact.manifest else None,
+        reasoning=artifact.manifest.reasoning if artifact.manifest else None,
     )
 
 

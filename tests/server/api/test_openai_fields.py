@@ -24,11 +24,12 @@ from openai.types.responses import (
 from openai.types.responses import response_create_params as responses
 
 from server.api import openai_fields
-from server.api.openai import ChatMessage, ChatRequest, CompletionRequest, StreamOptions, TextPart
+from server.api.openai import ChatRequest, CompletionRequest, StreamOptions
 from server.api.openai_fields import Tolerant
 from server.api.responses import InputMessage, InputText, ResponsesRequest, TextConfig
 from server.api.structured_outputs import StructuredOutputs
 from server.api.text_generation import TextGenerationParameters
+from server.api.tool_fields import ChatMessage, TextPart
 from tests.readme import fields_table
 from tests.server.world import Site, error_of, serve_site
 

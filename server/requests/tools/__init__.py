@@ -1,0 +1,1 @@
+"""Calls of tools in answers: read from the text as it comes, in the format that the base or the adapter writes."""

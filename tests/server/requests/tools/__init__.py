@@ -1,0 +1,1 @@
+"""Tests of the room that reads calls of tools from answers."""
