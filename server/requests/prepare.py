@@ -91,10 +91,14 @@ class JobPreparer:
 
     def _grammar_of_parts(self, spec: GenerationSpec, form: FormSpec | None, parts: AnswerFormat, lead: str) -> str:
         """The grammar of an answer whose content has a form, or whose calls are held to their schemas."""
-        if form is not None:
-            grammar_of(form)  # by itself, so that what is wrong with it is said of its own field
         if spec.must_call:
             parts = replace(parts, functions={spec.must_call: parts.functions[spec.must_call]})
+        # Each by itself first, so that what is wrong with it is said of its own field.
+        for number, tool in enumerate(spec.tools):
+            if tool["name"] in parts.functions:
+                grammar_of(FormSpec("json_schema", tool["parameters"], f"tools.{number}.function.parameters"))
+        if form is not None:
+            grammar_of(form)
         return grammar_of(parts_form(parts, form, spec.must_call is not None, self._tokenizer.special_id, lead))
 
     def _check_form(self, spec: GenerationSpec, field: str) -> None:

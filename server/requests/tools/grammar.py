@@ -19,11 +19,13 @@ from server.requests.tools.parser import AnswerFormat
 from server.requests.tools.readers import kinds_of, openings
 
 MAX_CALLS = 16  # of an answer that must call
-UNHELD = ("pattern", "format", "minLength", "maxLength", "anyOf", "oneOf", "allOf", "$ref")  # of text that is no JSON
+UNHELD = ("pattern", "format", "minLength", "maxLength", "oneOf", "allOf", "$ref")  # of text that is no JSON
 PARAMETER = re.compile(r"[^\s=,<>()\[\]{}\"']+")
 WORDS = {"boolean": ("True", "False"), "null": ("None",)}  # of Python, by the types that they are of
 UNMARKED = r"/\s*(([^\s{\[<]|<[^|])(?s:.*))?/"  # text that no bare call begins
-SHARED = ("#/$defs/", "#/definitions/")
+MAX_REFERENCES = 16  # from one to the next
+DEFINITIONS = ("$defs", "definitions")
+SHARED = tuple(f"#/{word}/" for word in DEFINITIONS)
 CLOSED: Mapping[str, Any] = {"additionalProperties": False}
 VALUE = r"/(?s:.*)<\/parameter>/"
 
@@ -136,14 +138,24 @@ class _Grammar:
     def _parameters(self, rule: str, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         """The parameters of a call in the syntax `xml`, in the order of the schema."""
         for number, (key, part, is_required) in enumerate(_properties(name, schema)):
-            kinds = kinds_of(part)
-            value = self._raw(f"{rule}v{number}", name, key, part) if not kinds or "string" in kinds else None
-            written = value or f"{json_value(part)} {_literal(chr(10) + '</parameter>')}"
-            one = f"{_literal(f'<parameter={key}>{chr(10)}')} {written} {_literal(chr(10))}"
+            value = self._value(f"{rule}v{number}", name, key, part)
+            one = f"{_literal(f'<parameter={key}>{chr(10)}')} {value} {_literal(chr(10))}"
             yield one if is_required else f"({one})?"
 
+    def _value(self, rule: str, name: str, key: str, schema: Mapping[str, Any]) -> str:
+        """A value in the syntax `xml`, with the mark behind it: text as it is if it may be text, else JSON."""
+        schema = _resolved(schema)
+        if options := schema.get("anyOf"):
+            shared = {word: schema[word] for word in DEFINITIONS if word in schema}
+            values = [self._value(f"{rule}o{at}", name, key, {**one, **shared}) for at, one in enumerate(options)]
+            return f"({' | '.join(values)})"
+        kinds = kinds_of(schema)
+        if not kinds or "string" in kinds:
+            return self._raw(rule, name, key, schema)
+        return f"{json_value(schema)} {_literal(chr(10) + '</parameter>')}"
+
     def _raw(self, rule: str, name: str, key: str, schema: Mapping[str, Any]) -> str:
-        """A value that is text as it is, with the mark behind it."""
+        """Text as it is, with the mark behind it."""
         if held := next((word for word in UNHELD if word in schema), None):
             raise UnsupportedSchemaError(
                 f"the function {name} has the keyword {held} for {key}, which is plain text in this base's format of "
@@ -214,6 +226,17 @@ def _moved(schema: Any, place: str) -> Any:
     return moved
 
 
+def _resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema with the definition that it refers to in the place of the reference, if it is one of its own."""
+    for _ in range(MAX_REFERENCES):
+        found = next((word for word in SHARED if str(schema.get("$ref")).startswith(word)), None)
+        target = schema[found[2:-1]].get(schema["$ref"].removeprefix(found)) if found else None
+        if not isinstance(target, Mapping):
+            break
+        schema = {**target, **{word: value for word, value in schema.items() if word != "$ref"}}
+    return schema
+
+
 def _refers_elsewhere(schema: Any) -> bool:
     """Whether a schema refers to more than the definitions that every argument has with it."""
     if isinstance(schema, list):
@@ -227,7 +250,7 @@ def _refers_elsewhere(schema: Any) -> bool:
 
 def _properties(name: str, schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """Yield the arguments of a function: name, schema, and whether it is required. Raises `UnsupportedSchemaError`."""
-    shared = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
+    shared = {word: schema[word] for word in DEFINITIONS if word in schema}
     properties, required = schema.get("properties", {}), schema.get("required", [])
     for key in dict.fromkeys([*properties, *required]):
         part = properties.get(key, False)

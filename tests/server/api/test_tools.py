@@ -285,7 +285,7 @@ async def test_reasoning_before_a_form(client: AsyncOpenAI, server: Site) -> Non
                 ],
                 "tool_choice": "required",
             },
-            "tools",
+            "tools.0.function.parameters#/properties/a/if",
         ),
         ({"messages": [{"role": "tool", "content": "y"}]}, "messages.0"),
         ({"messages": [{"role": "user"}]}, "messages.0"),

@@ -131,6 +131,23 @@ def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.is_special(EOS) and not tokenizer.is_special(97)
 
 
+@settings(max_examples=100, deadline=None)
+@given(tokens=TOKENS)
+def test_special_tokens_that_are_shown(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    """A special token that is to be shown has its name at its place, between the texts around it; others have none."""
+    stream = TextStream(tokenizer, [], shown={EOS: "<call>"})
+    found = "".join([*map(stream.push, tokens), stream.flush()])
+    parts = bytes(0 if token == EOS else token for token in tokens if token != PAD).split(b"\0")
+    if 0 not in tokens:
+        assert found == "<call>".join(tokenizer.decode([*part]) for part in parts)
+
+
+def test_a_stop_text_in_a_shown_token(tokenizer: Tokenizer) -> None:
+    """A stop text may lie across a shown token, and ends the answer before it."""
+    stream = TextStream(tokenizer, ["a<c"], shown={EOS: "<call>"})
+    assert [stream.push(98), stream.push(97), stream.push(EOS)] == ["b", "", ""] and stream.is_stopped
+
+
 @pytest.mark.parametrize("token", [EOS, 97, 0x80])
 def test_a_long_answer_costs_no_more_a_token(tokenizer: Tokenizer, token: int) -> None:
     """The window that is decoded for each token stays short, for any tokens."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llguidance import LLTokenizer
 
 from adapters_store.form import compile_grammar
-from adapters_store.tools.formats import ToolCall
+from adapters_store.format.manifest import ToolTexts
+from adapters_store.tools.formats import ToolCall, ToolFormat
 from server.core import FormSpec
 from server.engine.grammar import grammar_of
 from server.errors import UnsupportedSchemaError
@@ -141,6 +145,91 @@ def test_the_lead_stands_before_all() -> None:
             assert matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
+around = st.text(st.sampled_from("CALL[]{}<>|/\\\"'\n ()é🎩%$:;"), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(begin=around, end=around, must_call=st.booleans())
+def test_any_texts_of_a_manifest(begin: str, end: str, must_call: bool) -> None:
+    """Whatever texts an artifact has around its calls, calls as it writes them fit, and are read."""
+    form = ToolFormat("json", ToolTexts(call_begin=begin, call_end=end))
+    written = form.write_calls(WANTED[:1])
+    answer_format = AnswerFormat(form, FUNCTIONS)
+    assert fits(answer_format, written, must_call)
+    assert parsed(answer_format, [*written])[2] == [(WANTED[0].name, WANTED[0].arguments)]
+    for text in ("Hello!", "a {1} (2) [3]"):
+        assert fits(answer_format, text, must_call=False) or form.texts.call_begin.strip() in text
+
+
+def test_references_of_a_schema() -> None:
+    """A schema that refers to itself means itself in a call; where an argument stands alone it cannot be held."""
+    tree = {
+        "type": "object",
+        "properties": {"n": COUNT, "next": {"$ref": "#"}, "unit": {"$ref": "#/$defs/unit"}},
+        "additionalProperties": False,
+        "$defs": {"unit": UNIT},
+    }
+    for name, form in ALL.items():
+        answer_format = AnswerFormat(form, {"f": tree})
+        if form.syntax in ("xml", "pythonic"):
+            with pytest.raises(UnsupportedSchemaError, match="refers to others"):
+                parts_form(answer_format, None, True, lambda _text: None)
+            answer_format = AnswerFormat(form, {"f": {**tree, "properties": {"unit": tree["properties"]["unit"]}}})
+            good, bad = {"unit": "<b>"}, {"unit": "kelvin"}
+        else:
+            good, bad = {"n": 1, "next": {"n": 2, "unit": "<b>"}}, {"n": 1, "next": {"name": "f"}}
+        assert fits(answer_format, form.write_calls([ToolCall("f", good)])), name
+        assert not fits(answer_format, form.write_calls([ToolCall("f", bad)])), name
+
+
+OPTIONAL: dict[str, Any] = {  # as Pydantic writes what may be null, and an enumeration
+    "type": "object",
+    "properties": {
+        "a": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+        "b": {"anyOf": [{"$ref": "#/$defs/unit"}, COUNT]},
+    },
+    "$defs": {"unit": {"$ref": "#/$defs/other"}, "other": UNIT},
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_arguments_as_pydantic_writes_them(name: str) -> None:
+    """Arguments that may be null, and enumerations by reference, are held to in every format."""
+    answer_format = AnswerFormat(ALL[name], {"f": OPTIONAL})
+    for good in ({"a": "text"}, {"a": None}, {"b": "<b>"}, {"b": 7}, {"a": "x", "b": 7}, {}):
+        written = ALL[name].write_calls([ToolCall("f", good)])
+        assert fits(answer_format, written), good
+        assert parsed(answer_format, [written])[2] == [("f", good)]
+    for bad in ({"b": "kelvin"}, {"b": 700}):
+        assert not fits(answer_format, ALL[name].write_calls([ToolCall("f", bad)])), bad
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["string", "a", "#/$defs/a", "#", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "anyOf", "enum", "const", "$ref", "properties", "required", "items", "$defs", "a", "oneOf"]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from([*ALL]), properties=st.dictionaries(st.sampled_from("ab"), JUNK), definitions=JUNK)
+def test_what_is_no_schema(name: str, properties: dict[str, Any], definitions: Any) -> None:
+    """Whatever stands for a schema is refused in a sentence, or served."""
+    schema = {"type": "object", "properties": properties, "$defs": definitions}
+    with contextlib.suppress(UnsupportedSchemaError):
+        grammar_of(FormSpec("json_schema", schema, "tools"))  # as the door does before
+        grammar_of(parts_form(AnswerFormat(ALL[name], {"f": schema}), None, True, lambda _text: None))
+
+
 def test_special_tokens() -> None:
     """A mark that is a special token of the base is that token in the grammar."""
     answer_format = asked("mistral_v11")
@@ -149,7 +238,7 @@ def test_special_tokens() -> None:
     assert grammar_of(form)
 
 
-@pytest.mark.parametrize("held", ["pattern", "anyOf"])
+@pytest.mark.parametrize("held", ["pattern", "oneOf"])
 def test_text_that_cannot_be_held(held: str) -> None:
     """A keyword over text that the format writes as it is, is refused by name, and so is a name it cannot write."""
     schema = {"type": "object", "properties": {"a": {"type": "string", held: []}}}
