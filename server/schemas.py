@@ -10,12 +10,11 @@ from pydantic_core import CoreSchema
 
 from adapters_store.base.spec import ItemBytes
 from adapters_store.registry.registry import Version
-from server.core import AskedForm, FormSpec, FreeForm, Sampling
-from server.errors import BadRequestError, InvalidFieldError
+from server.core import FormSpec, FreeForm, Sampling
+from server.errors import BadRequestError
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 BASE = "base"
-PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 MAX_PROMPTS = 64
 MAX_CONTINUATIONS = 256
 MAX_SCORED_TOP = 20  # alternatives of a prompt's token
@@ -49,7 +48,8 @@ def _fail_fast(schema: Any) -> None:
             _fail_fast(part)
 
 
-def _has(name: str) -> dict[str, Any]:
+def has_field(name: str) -> dict[str, Any]:
+    """The schema of a body that has a field, which is not null."""
     return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
 
 
@@ -69,13 +69,6 @@ class Strict(BaseModel):
     def unknown(cls, field: str) -> str:
         """Refuse a field that the model does not have, in a sentence."""
         return f"unknown field {field}"
-
-
-class Message(Strict):
-    """A chat turn: who speaks, and the text."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 class WeightedTask(Strict):
@@ -176,7 +169,7 @@ class NamedSchema(Strict):
 class SchemaFormat(Strict):
     """JSON that fits a schema: in OpenAI's form, or the schema itself beside the type."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [_has("json_schema"), _has("schema")]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": [has_field("json_schema"), has_field("schema")]})
     type: Literal["json_schema"]
     json_schema: NamedSchema | None = None
     plain: JsonSchema | None = Field(None, alias="schema")
@@ -232,56 +225,10 @@ ResponseFormat = Annotated[
 ]
 
 
-class GenerateRequest(AdapterFields, SamplingFields):
-    """The body of POST /generate."""
-
-    model_config = ConfigDict(json_schema_extra={"oneOf": [_has(name) for name in PROMPT_FIELDS]})
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] | None = None
-    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    max_tokens: int = Field(128, ge=0)
-    n: int = Field(1, ge=1, le=8)
-    stop: Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
-    logprobs: int | None = Field(None, ge=0, le=5)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED_TOP)
-    stream: bool = False
-    response_format: ResponseFormat | None = None
-
-    def form(self) -> AskedForm | None:
-        """The form that the request names, for which null is free text; None if it names none."""
-        if self.response_format is None:
-            return FreeForm() if "response_format" in self.model_fields_set else None
-        return self.response_format.form("response_format")
-
-    @property
-    def prompt_field(self) -> str:
-        """The name of the field that has the prompt."""
-        return self._prompt_fields()[0]
-
-    def _prompt_fields(self) -> list[str]:
-        return [name for name in PROMPT_FIELDS if getattr(self, name) is not None]
-
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        given = self._prompt_fields()
-        if len(given) != 1:
-            said = " and ".join(given) if given else "none of them"
-            raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_answer(self) -> Self:
-        if not self.max_tokens and self.prompt_logprobs is None:
-            raise InvalidFieldError(
-                "max_tokens: 0 answers nothing without prompt_logprobs: ask for 1 or more", "max_tokens"
-            )
-        return self
-
-
 class ScoreRequest(AdapterFields):
     """The body of POST /score."""
 
-    model_config = ConfigDict(json_schema_extra={"oneOf": [_has("prompt"), _has("prompt_token_ids")]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": [has_field("prompt"), has_field("prompt_token_ids")]})
     prompt: str | None = None
     prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     continuations: Annotated[list[Continuation], Field(min_length=1, max_length=MAX_CONTINUATIONS)]

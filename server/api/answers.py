@@ -11,6 +11,7 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # of `typing` is not enough for Pydantic before Python 3.12
 
 FinishReason = Literal["stop", "length"]
+CallFinishReason = Literal["stop", "length", "tool_calls"]
 Scope = Literal["generate", "deploy", "admin"]
 
 
@@ -142,14 +143,31 @@ class TimingAnswer(TypedDict):
     total_ms: float
 
 
+class CalledFunctionAnswer(TypedDict):
+    """A function that is called, and its arguments as the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(TypedDict):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
 class ChoiceAnswer(TypedDict):
-    """A whole answer to one prompt."""
+    """A whole answer to one prompt; with tools, what it says and calls apart."""
 
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: CallFinishReason
     logprobs: NotRequired[list[ChosenTokenAnswer]]
     prompt_logprobs: NotRequired[list[ChosenTokenAnswer | None]]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallAnswer]]
 
 
 class _GenerateHead(TypedDict):
@@ -173,9 +191,11 @@ class GenerateEvent(_GenerateHead):
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason | None
+    finish_reason: CallFinishReason | None
     logprobs: NotRequired[list[ChosenTokenAnswer]]
     prompt_logprobs: NotRequired[list[ChosenTokenAnswer | None]]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallAnswer]]
     usage: NotRequired[UsageAnswer]
     timing: NotRequired[TimingAnswer]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Request
+from pydantic import ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from server.api import text_generation
@@ -26,19 +27,87 @@ from server.api.document import (
 from server.api.respond import AnswerForm, respond
 from server.api.text_generation import TextGenerationRequest
 from server.api.text_generation_answers import TextGenerationAnswer, TextGenerationError, TextGenerationEvent
-from server.core import Logprobs
+from server.api.tool_fields import Message, ToolFields, call_of, turns_of
+from server.core import AskedForm, FreeForm, Logprobs
+from server.errors import BadRequestError, InvalidFieldError
 from server.requests.answer import Chunk, Generation
 from server.requests.auth import GENERATE, Caller
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
-from server.schemas import GenerateRequest, openapi_body
+from server.requests.tools.parser import CallPart, Part, said_in
+from server.schemas import (
+    MAX_PROMPTS,
+    MAX_SCORED_TOP,
+    MAX_TURNS,
+    AdapterFields,
+    ResponseFormat,
+    SamplingFields,
+    Stop,
+    TokenIds,
+    has_field,
+    openapi_body,
+)
+
+PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids")
 
 router = APIRouter(
     tags=["Generate"],
     dependencies=counted_callers(GENERATE),
     responses=errors(*EVERYWHERE, *COUNTED, *GENERATES, 422, also=TextGenerationError),
 )
+
+
+class GenerateRequest(ToolFields, AdapterFields, SamplingFields):
+    """The body of POST /generate."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [has_field(name) for name in PROMPT_FIELDS]})
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)] | None = None
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    max_tokens: int = Field(128, ge=0)
+    n: int = Field(1, ge=1, le=8)
+    stop: Annotated[list[Stop], Field(max_length=4)] = Field(default_factory=list)
+    logprobs: int | None = Field(None, ge=0, le=5)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED_TOP)
+    stream: bool = False
+    response_format: ResponseFormat | None = None
+
+    def form(self) -> AskedForm | None:
+        """The form that the request names, for which null is free text; None if it names none."""
+        if self.response_format is None:
+            return FreeForm() if "response_format" in self.model_fields_set else None
+        return self.response_format.form("response_format")
+
+    @property
+    def prompt_field(self) -> str:
+        """The name of the field that has the prompt."""
+        return self._prompt_fields()[0]
+
+    def _prompt_fields(self) -> list[str]:
+        return [name for name in PROMPT_FIELDS if getattr(self, name) is not None]
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        given = self._prompt_fields()
+        if len(given) != 1:
+            said = " and ".join(given) if given else "none of them"
+            raise BadRequestError(f"give exactly one of prompt, messages, prompt_token_ids: this has {said}", "prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_in_a_chat(self) -> Self:
+        if self.tools and self.messages is None:
+            raise InvalidFieldError("tools stand in a chat: send messages instead of a prompt", "tools")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> Self:
+        if not self.max_tokens and self.prompt_logprobs is None:
+            raise InvalidFieldError(
+                "max_tokens: 0 answers nothing without prompt_logprobs: ask for 1 or more", "max_tokens"
+            )
+        return self
 
 
 @router.post(
@@ -68,7 +137,9 @@ def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> Generatio
         limits=caller.limits,
         **asked.resolvable(task),
         texts=[asked.prompt] if isinstance(asked.prompt, str) else asked.prompt,
-        turns=None if asked.messages is None else [(message.role, message.content) for message in asked.messages],
+        turns=None if asked.messages is None else turns_of(asked.messages),
+        **asked.called(),
+        is_parsed=bool(asked.tools),
         token_ids=None if asked.prompt_token_ids is None else [asked.prompt_token_ids],
         prompt_field=asked.prompt_field,
         sampling=asked.sampling(),
@@ -109,7 +180,7 @@ class GenerateForm(AnswerForm):
                 if waiting := held.pop(chunk.index, None):
                     waiting.extend(chunk)
                     chunk = waiting
-                if not chunk.text and chunk.finish_reason is None:
+                if not (chunk.text if chunk.parts is None else chunk.parts) and chunk.finish_reason is None:
                     held[chunk.index] = chunk
                     continue
                 event = head | {"index": chunk.index} | self._choice(chunk)
@@ -133,11 +204,8 @@ class GenerateForm(AnswerForm):
         return head | ({"adapters": adapters} if len(adapters) > 1 else {})
 
     def _choice(self, chunk: Chunk) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "text": chunk.text,
-            "token_ids": chunk.token_ids,
-            "finish_reason": chunk.finish_reason,
-        }
+        choice: dict[str, Any] = {"text": chunk.text} if chunk.parts is None else _parts(chunk.parts)
+        choice |= {"token_ids": chunk.token_ids, "finish_reason": chunk.finish_reason}
         if self.has_logprobs:
             pairs = zip(chunk.token_ids, chunk.logprobs, strict=True)
             choice["logprobs"] = [self._logprobs(token_id, logprobs) for token_id, logprobs in pairs]
@@ -152,6 +220,17 @@ class GenerateForm(AnswerForm):
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         names = {"token": self.tokenizer.token_text(token_id), "token_id": token_id}
         return {**names, "logprob": logprob, "bytes": list(self.tokenizer.token_bytes(token_id))}
+
+
+def _parts(parts: list[Part]) -> dict[str, Any]:
+    """Give the text, the reasoning and the calls of an answer as fields."""
+    calls = [call_of(part) for part in parts if isinstance(part, CallPart)]
+    reasoning = said_in(parts, "reasoning")
+    return {
+        "text": said_in(parts, "content"),
+        **({"reasoning_content": reasoning} if reasoning else {}),
+        **({"tool_calls": calls} if calls else {}),
+    }
 
 
 def _tail(generation: Generation) -> dict[str, Any]:

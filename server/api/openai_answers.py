@@ -6,9 +6,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict  # of `typing` is not enough for Pydantic before Python 3.12
 
-from server.api.answers import FinishReason
-
-ChatFinishReason = Literal["stop", "length", "tool_calls"]
+from server.api.answers import CallFinishReason, FinishReason, ToolCallAnswer
 
 
 class ModelAnswer(TypedDict):
@@ -121,21 +119,6 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
-class CalledFunctionAnswer(TypedDict):
-    """A function that is called, and its arguments as the text of a JSON object."""
-
-    name: str
-    arguments: str
-
-
-class ToolCallAnswer(TypedDict):
-    """A call of a tool."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunctionAnswer
-
-
 class CalledFunctionDelta(TypedDict):
     """The next piece of a call: its name, and then its arguments."""
 
@@ -176,7 +159,7 @@ class ChatChoice(TypedDict):
 
     index: int
     message: AssistantMessage
-    finish_reason: ChatFinishReason
+    finish_reason: CallFinishReason
     logprobs: ChatLogprobs | None
 
 
@@ -185,7 +168,7 @@ class ChatDelta(TypedDict):
 
     index: int
     delta: AssistantDelta
-    finish_reason: ChatFinishReason | None
+    finish_reason: CallFinishReason | None
     logprobs: ChatLogprobs | None
 
 

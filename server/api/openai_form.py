@@ -9,10 +9,11 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from server.api.respond import AnswerForm
+from server.api.tool_fields import call_of
 from server.core import Logprobs
 from server.requests.answer import Chunk, Generation, GenerationState, ReadPrompt
 from server.requests.tokenizer import Tokenizer
-from server.requests.tools.parser import AnswerText, CallPart, Part
+from server.requests.tools.parser import AnswerText, CallPart, Part, said_in
 
 FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a message, by the kind of a part
 
@@ -180,11 +181,10 @@ class ChatForm(OpenAIForm):
     def choice(self, chunk: Chunk) -> dict[str, Any]:
         """The assistant's message, whole: without content if it has none but calls."""
         parts = self._parts(chunk)
-        said = {kind: "".join(part.text for part in parts if part[0] == kind) for kind in FIELDS}
-        calls = [_call(part) for part in parts if isinstance(part, CallPart)]
-        content = said["content"] or (None if calls else "")
+        calls = [call_of(part) for part in parts if isinstance(part, CallPart)]
+        content, reasoning = said_in(parts, "content") or (None if calls else ""), said_in(parts, "reasoning")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        message |= {"reasoning_content": said["reasoning"]} if said["reasoning"] else {}
+        message |= {"reasoning_content": reasoning} if reasoning else {}
         message |= {"tool_calls": calls} if calls else {}
         return {"index": chunk.index, "message": message, **self._rest(chunk)}
 
@@ -226,15 +226,11 @@ def token_entries(tokenizer: Tokenizer, chunk: Chunk) -> list[dict[str, Any]]:
     ]
 
 
-def _call(part: CallPart) -> dict[str, Any]:
-    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
-
-
 def _deltas(part: Part) -> list[dict[str, Any]]:
     """The pieces of a part as a stream has them: a call's name first, and then its arguments."""
     if isinstance(part, AnswerText):
         return [{FIELDS[part.kind]: part.text}]
-    begin = {"index": part.number, **_call(part._replace(arguments=""))}
+    begin = {"index": part.number, **call_of(part._replace(arguments=""))}
     return [
         {"tool_calls": [begin]},
         {"tool_calls": [{"index": part.number, "function": {"arguments": part.arguments}}]},

@@ -13,6 +13,8 @@ from adapters_store.tools.turns import TOOL, AnyTurn, ToolTurn
 from server.api import openai_fields
 from server.api.openai_fields import Tolerant
 from server.errors import BadRequestError, InvalidFieldError
+from server.requests.tools.parser import CallPart
+from server.schemas import Strict
 
 MAX_TOOLS = 128
 MAX_CALLS = 128  # of a turn
@@ -81,7 +83,7 @@ class MessageCall(Tolerant):
     function: CalledFunction
 
 
-class ToolFields(Tolerant):
+class ToolFields(Strict):
     """The tools of a request, and whether the answer is to call them."""
 
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
@@ -127,26 +129,34 @@ class TextPart(Tolerant):
     text: str
 
 
-class ChatMessage(Tolerant):
+class TurnFields(Strict):
+    """The fields of a turn; its subclasses say who may speak, and how the text is given."""
+
+    role: str
+    content: Any = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[MessageCall], Field(max_length=MAX_CALLS)] = Field(default_factory=list)
+    tool_call_id: CallId | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return str(self.content or "")
+
+
+class Message(TurnFields):
+    """A chat turn: who speaks, and the text; an assistant's may have calls, whose results are turns of the tool."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+
+
+class ChatMessage(Tolerant, TurnFields):
     """A chat turn, its content whole or in parts; a turn of ours may come back as it was sent."""
 
     neutral = openai_fields.MESSAGE
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[list[MessageCall], Field(max_length=MAX_CALLS)] = Field(default_factory=list)
-    tool_call_id: CallId | None = None
-
-    @model_validator(mode="after")
-    def _fields_of_its_role(self) -> Self:
-        for field, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", TOOL)):
-            if getattr(self, field) and self.role != role:
-                raise ValueError(f"{field} belongs to a turn of the role {role}, not {self.role}")
-        if self.role == TOOL and self.tool_call_id is None:
-            raise ValueError("a turn of the role tool needs the tool_call_id of the call that it answers")
-        if self.content is None and not self.tool_calls:
-            raise ValueError("a turn needs content, but for an assistant's that has tool_calls")
-        return self
 
     @property
     def text(self) -> str:
@@ -155,10 +165,11 @@ class ChatMessage(Tolerant):
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def turns_of(messages: Sequence[ChatMessage]) -> list[AnyTurn]:
-    """The turns that messages make. Raises `BadRequestError` for calls that cannot be, naming the field."""
+def turns_of(messages: Sequence[TurnFields]) -> list[AnyTurn]:
+    """The turns that messages make. Raises `BadRequestError` for what cannot be in one, naming the field."""
     names, turns = dict[str, str](), list[AnyTurn]()
     for number, message in enumerate(messages):
+        _check_fields(message, f"messages.{number}")
         calls = tuple(
             _call(call, f"messages.{number}.tool_calls.{index}") for index, call in enumerate(message.tool_calls)
         )
@@ -172,6 +183,25 @@ def turns_of(messages: Sequence[ChatMessage]) -> list[AnyTurn]:
             ToolTurn(role, message.text, calls, call_id, names.get(call_id, ""), message.reasoning_content or "")
         )
     return turns
+
+
+def call_of(part: CallPart) -> dict[str, Any]:
+    """A call of an answer in OpenAI's shape."""
+    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
+
+
+def _check_fields(message: TurnFields, place: str) -> None:
+    """Refuse fields that a turn of another role has, and a turn without those that it needs."""
+    for field, role in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", TOOL)):
+        if getattr(message, field) and message.role != role:
+            reason = f"belongs to a turn of the role {role}, not {message.role}"
+            raise InvalidFieldError(f"{place}.{field} {reason}", f"{place}.{field}")
+    if message.role == TOOL and message.tool_call_id is None:
+        reason = "is missing: a turn of the role tool has that of the call that it answers"
+        raise InvalidFieldError(f"{place}.tool_call_id {reason}", f"{place}.tool_call_id")
+    if message.content is None and not message.tool_calls:
+        reason = "is missing: only an assistant's turn that has tool_calls needs none"
+        raise InvalidFieldError(f"{place}.content {reason}", f"{place}.content")
 
 
 def _call(call: MessageCall, field: str) -> ToolCall:

@@ -59,6 +59,7 @@ def test_every_setting_is_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "body_timeout_s": ("0.5", 0.5),
         "keep_alive_s": ("9", 9),
         "prompt_control_tokens": ("false", False),
+        "tool_format": ("hermes", "hermes"),
         "keep_audit_days": ("9", 9),
         "allowed_origins": ("https://a.example", "https://a.example"),
         "allow_load_from": ("/models,s3://bucket/a", "/models,s3://bucket/a"),

@@ -41,6 +41,11 @@ class CallPart(NamedTuple):
 Part = AnswerText | CallPart
 
 
+def said_in(parts: Sequence[Part], kind: Literal["content", "reasoning"]) -> str:
+    """Join the text of one kind in parts of an answer."""
+    return "".join(part.text for part in parts if isinstance(part, AnswerText) and part.kind == kind)
+
+
 @dataclass(frozen=True)
 class AnswerFormat:
     """The parts that an answer may have: calls of `functions` in a format, and reasoning between two texts.

@@ -26,8 +26,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SAID = CONTENT.map("".join)
-FORMS = {
-    **FORMATS,
+FORMS: dict[str, ToolFormat] = {
+    **{str(name): form for name, form in FORMATS.items()},
     "texts": ToolFormat("json", ToolTexts("Tools <|im_", CALL, "</tool_call>", "<|", "|>")),
 }
 Conversation = tuple[list[ToolTurn], list[dict[str, Any]]]

@@ -329,24 +329,6 @@ async def test_an_image_is_refused(server: Site) -> None:
     assert (error_of(answer)["param"] or "").startswith("messages.0.content.1")
 
 
-async def test_a_tool_turn_is_named(server: Site) -> None:
-    """A turn of a role that is not served is refused by its role, whatever else it has."""
-    turn = {"role": "tool", "tool_call_id": "x", "content": "4"}
-    answer = await server.post("/v1/chat/completions", {"model": "base", "messages": [*TURNS, turn]})
-    assert (answer.status_code, error_of(answer)["param"]) == (400, "messages.1.role")
-    assert "'assistant'" in error_of(answer)["message"]
-
-
-@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": "I look."}])
-async def test_calls_of_tools_are_named(server: Site, content: dict[str, Any]) -> None:
-    """A turn that calls a tool is refused by the calls, also if it has no content, which is how OpenAI writes it."""
-    calls = [{"id": "x", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
-    turns = [*TURNS, {"role": "assistant", "tool_calls": calls, **content}]
-    answer = await server.post("/v1/chat/completions", {"model": "base", "messages": turns})
-    place = f"messages.{len(TURNS)}.tool_calls"
-    assert (answer.status_code, error_of(answer)["param"]) == (400, place) and place in error_of(answer)["message"]
-
-
 @pytest.mark.parametrize(("route", "needed"), [("completions", "prompt"), ("chat/completions", "messages")])
 async def test_a_misspelt_field_is_named(server: Site, route: str, needed: str) -> None:
     """A field under a name that is none is refused by that name, not by the one that is missing for it."""

@@ -37,6 +37,7 @@ SCHEMA: dict[str, Any] = {
 }
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+USED: dict[str, Any] = {"id": "x", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 THOUGHT = "<think>\nhm\n</think>\n\n"
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ '<tool>' + tool | tojson + '\n' }}{% endfor %}{% for message in messages %}"
@@ -287,9 +288,12 @@ async def test_reasoning_before_a_form(client: AsyncOpenAI, server: Site) -> Non
             },
             "tools.0.function.parameters#/properties/a/if",
         ),
-        ({"messages": [{"role": "tool", "content": "y"}]}, "messages.0"),
-        ({"messages": [{"role": "user"}]}, "messages.0"),
-        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]}, "messages.0"),
+        ({"messages": [{"role": "tool", "content": "y"}]}, "messages.0.tool_call_id"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.content"),
+        ({"messages": [*ASKED, {"role": "user", "content": "x", "tool_calls": [USED]}]}, "messages.1.tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, "messages.0.reasoning_content"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]}, "messages.0.tool_call_id"),
         (
             {
                 "messages": [
@@ -354,3 +358,37 @@ async def test_tokens_of_a_prompt_with_tools(server: Site) -> None:
     counted = (await server.post("/tokenize", body)).json()["tokens"]
     await server.post("/v1/chat/completions", body)
     assert counted == server.engine.submitted[-1].prompt
+
+
+async def test_generate_with_tools(server: Site) -> None:
+    """POST /generate takes tools in a chat, and tells reasoning, text and calls apart, whole and streamed."""
+    says(server, f"{THOUGHT}I look.\n{CALL}\n{NOW}")
+    body: dict[str, Any] = {"messages": ASKED, "tools": [WEATHER, CLOCK], "max_tokens": 500}
+    (choice,) = (await server.post("/generate?task=base", body)).json()["choices"]
+    said = (choice["text"], choice["reasoning_content"], choice["finish_reason"])
+    assert said == ("I look.", "hm", "tool_calls") and len(choice["token_ids"]) > 100
+    functions = [call["function"] for call in choice["tool_calls"]]
+    assert functions == [
+        {"name": "get_weather", "arguments": '{"city": "Oslo"}'},
+        {"name": "now", "arguments": "{}"},
+    ]
+    events = await server.events(**body)
+    assert "".join(event["text"] for event in events) == "I look."
+    assert "".join(event.get("reasoning_content", "") for event in events) == "hm"
+    assert [call["function"] for event in events for call in event.get("tool_calls", [])] == functions
+    assert [token for event in events for token in event["token_ids"]] == choice["token_ids"]
+    result = {"role": "tool", "tool_call_id": choice["tool_calls"][0]["id"], "content": "rain"}
+    turn = {"role": "assistant", "content": choice["text"], "tool_calls": choice["tool_calls"]}
+    says(server, "Rain.")
+    answer = await server.post("/generate?task=base", body | {"messages": [*ASKED, turn, result]})
+    assert answer.json()["choices"][0]["text"] == "Rain."
+    assert prompt_of(server).endswith("<tool>rain\n<assistant>")
+
+
+async def test_generate_shows_all_without_tools(server: Site) -> None:
+    """Without tools the text of POST /generate is all that was generated."""
+    says(server, f"{THOUGHT}{CALL}")
+    (choice,) = (await server.post("/generate?task=base", {"messages": ASKED})).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (f"{THOUGHT}{CALL}", "stop")
+    refused = await server.post("/generate?task=base", {"prompt": "Oslo?", "tools": [CLOCK]})
+    assert (refused.status_code, error_of(refused)["param"]) == (422, "tools")

@@ -163,12 +163,14 @@ def test_any_texts_of_a_manifest(begin: str, end: str, must_call: bool) -> None:
 
 def test_references_of_a_schema() -> None:
     """A schema that refers to itself means itself in a call; where an argument stands alone it cannot be held."""
-    tree = {
+    tree: dict[str, Any] = {
         "type": "object",
         "properties": {"n": COUNT, "next": {"$ref": "#"}, "unit": {"$ref": "#/$defs/unit"}},
         "additionalProperties": False,
         "$defs": {"unit": UNIT},
     }
+    good: dict[str, Any]
+    bad: dict[str, Any]
     for name, form in ALL.items():
         answer_format = AnswerFormat(form, {"f": tree})
         if form.syntax in ("xml", "pythonic"):
