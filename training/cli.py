@@ -42,6 +42,9 @@ def train(
     form: Annotated[
         str, Option(help="labels, or a file with a JSON schema: the form of every answer, which the artifact carries")
     ] = "",
+    tool_format: Annotated[
+        str, Option(help="format of calls of tools, or a file with its texts, if the base's chat template has none")
+    ] = "",
     max_length: Annotated[int, Option(help="most tokens of a row")] = 1024,
     precision: Annotated[str, Option(help="auto, fp32 or bf16: of the training's arithmetic")] = "auto",
     save_dtype: Annotated[str, Option(help="fp32, fp16 or bf16: of the stored weights")] = "fp32",

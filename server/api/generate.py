@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field, model_validator
 from starlette.responses import Response
 
+from adapters_store.tools.parser import CallPart, Part, said_in
 from server.api import text_generation
 from server.api.answers import GenerateAnswer, GenerateEvent
 from server.api.body import read_object
@@ -35,7 +36,6 @@ from server.requests.auth import GENERATE, Caller
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
-from server.requests.tools.parser import CallPart, Part, said_in
 from server.schemas import (
     MAX_PROMPTS,
     MAX_SCORED_TOP,

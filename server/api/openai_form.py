@@ -8,12 +8,12 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
+from adapters_store.tools.parser import AnswerText, CallPart, Part, said_in
 from server.api.respond import AnswerForm
 from server.api.tool_fields import call_of
 from server.core import Logprobs
 from server.requests.answer import Chunk, Generation, GenerationState, ReadPrompt
 from server.requests.tokenizer import Tokenizer
-from server.requests.tools.parser import AnswerText, CallPart, Part, said_in
 
 FIELDS = {"content": "content", "reasoning": "reasoning_content"}  # of a message, by the kind of a part
 

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from adapters_store.format.strict_json import StrictJSONError, loads
 from adapters_store.tools.formats import ToolCall
+from adapters_store.tools.parser import CallPart
 from adapters_store.tools.turns import TOOL, AnyTurn, ToolTurn
 from server.api import openai_fields
 from server.api.openai_fields import Tolerant
 from server.errors import BadRequestError, InvalidFieldError
-from server.requests.tools.parser import CallPart
 from server.schemas import Strict
 
 MAX_TOOLS = 128

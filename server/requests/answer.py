@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from adapters_store.registry.tenants import TenantLimits
+from adapters_store.tools.parser import AnswerFormat, Part
 from server.core import AdapterRef, Logprobs, Sampling, Timing
 from server.engine.messages import Output, Submit
 from server.requests.resolve import ResolvedAdapters
-from server.requests.tools.parser import AnswerFormat, Part
 
 SEED_STEP = 0x9E3779B97F4A7C15  # between the seeds of a request's choices
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from adapters_store.tools.parser import AnswerParser
 from server.core import EngineFailure
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.messages import Output
@@ -15,7 +16,6 @@ from server.metrics import Metrics
 from server.requests.answer import Chunk, GenerationJob, GenerationState, ReadPrompt
 from server.requests.detokenizer import TextStream
 from server.requests.tokenizer import Tokenizer
-from server.requests.tools.parser import AnswerParser
 from server.uploads.revalidation import Revalidation
 
 GRACE_S = 5.0  # the engine ends what is late; this process does if the engine is stuck

@@ -13,6 +13,7 @@ from adapters_store.base.turns import ControlTextError, ToolsRefusedError
 from adapters_store.form import lead_before
 from adapters_store.format.manifest import ToolFormatName
 from adapters_store.tools.formats import FORMATS, ToolFormat, format_in, reasoning_in, to_json
+from adapters_store.tools.parser import AnswerFormat
 from adapters_store.tools.turns import AnyTurn, Tools, ToolTurn
 from server.core import FormSpec, Sampling
 from server.engine.client import EngineClient, require_ready
@@ -20,11 +21,10 @@ from server.engine.grammar import grammar_of, of_task
 from server.engine.messages import Ready
 from server.errors import BadRequestError, ContextLengthError, InvalidFieldError
 from server.requests.answer import GenerationJob
+from server.requests.call_grammar import parts_form
 from server.requests.resolve import ResolvedAdapters
 from server.requests.spec import GenerationSpec
 from server.requests.tokenizer import Tokenizer
-from server.requests.tools.grammar import parts_form
-from server.requests.tools.parser import AnswerFormat
 from server.tenant_work import TenantWork
 
 MAX_ANSWER_BYTES = 256 * 2**20  # of JSON, which is held until it is sent

@@ -46,6 +46,7 @@ RUN = {
     "completion_column": "str = completion",
     "template": "str = ",
     "form": "str = ",
+    "tool_format": "str = ",
     "max_length": "int = 1024",
     "precision": "str = auto",
     "save_dtype": "str = fp32",
@@ -85,7 +86,7 @@ def test_every_flag_is_there_as_before() -> None:
     """Names, types and defaults of all 59 flags are those of the table, and each has a help text."""
     parameters = inspect.signature(cli.train).parameters
     assert {name: described(parameter) for name, parameter in parameters.items()} == WANTED
-    assert len(WANTED) == 59 and all(help_of(parameter).help for parameter in parameters.values())
+    assert len(WANTED) == 60 and all(help_of(parameter).help for parameter in parameters.values())
 
 
 def test_help_shows_every_flag() -> None:

@@ -4,7 +4,7 @@ Forms of a row (https://huggingface.co/docs/trl/dataset_formats):
 
 * `prompt` and `completion` as texts (or the columns that the user names), put through the template;
 * `prompt` and `completion` as lists of turns, or `messages`: the last turn, the assistant's, is the completion and
-  the base's chat template renders the turns before it.
+  the base's chat template renders the turns before it. Such rows may have `tools`, and call them (see `chat`).
 
 Prompt and completion are tokenised apart and joined, because that is what serving does: the prompt's tokens are
 given and the completion's are generated after them. The completion ends with the tokenizer's EOS. The name of a control
@@ -13,16 +13,18 @@ token in a row is text, as in a turn that is served; in a template it is the tok
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapters_store.base.turns import ASSISTANT, ControlTextError, TurnEncoder
-from adapters_store.format.manifest import PromptFormat, Turn
+from adapters_store.base.turns import ASSISTANT, ControlTextError, Rendered, TurnEncoder
+from adapters_store.format.manifest import PromptFormat, ToolFormatName, ToolTexts
+from adapters_store.tools.formats import to_json
+from adapters_store.tools.turns import AnyTurn
 from training.base import Base
+from training.data.chat import Chat, check_text, read_chat, render_chat, tool_format_named
 from training.data.files import digest_of, read_rows
 from training.data.template import Template
 from training.errors import DataError
@@ -44,13 +46,21 @@ class Example:
     """A row of a data set; `line` is the line of `file` that the row begins at.
 
     `turns` are what the completion answers, written in `prompt_format`, or if that is None by the base's chat template.
+    `chat` has all of a row with tools or reasoning, of which the completion is the content alone.
     """
 
-    turns: tuple[Turn, ...]
+    turns: tuple[AnyTurn, ...]
     completion: str
     file: Path
     line: int
     prompt_format: PromptFormat | None = None
+    chat: Chat | None = None
+
+    @property
+    def learned(self) -> str:
+        """Return what the row teaches, as one text."""
+        calls = [] if self.chat is None else self.chat.answer.calls
+        return self.completion + (to_json([call[:2] for call in calls]) if calls else "")
 
     @property
     def where(self) -> str:
@@ -93,6 +103,11 @@ class TrainingData:
     train_rows: list[TokenizedRow]
     held_rows: list[TokenizedRow]
 
+    @property
+    def has_tools(self) -> bool:
+        """Whether a row to train on has tools."""
+        return any(example.chat is not None and example.chat.tools for example in self.train.examples)
+
 
 class RowOptions(Protocol):
     """The options of a job that say where its rows are, and how they become tokens; `max_length` is in tokens."""
@@ -105,6 +120,8 @@ class RowOptions(Protocol):
     def columns(self) -> Columns: ...
     @property
     def template(self) -> Template: ...
+    @property
+    def tool_format(self) -> str: ...
     @property
     def max_length(self) -> int: ...
 
@@ -120,8 +137,8 @@ def read_training_data(options: RowOptions, base: Base, seed: int) -> TrainingDa
         train, held = hold_out(train, seed)
     else:
         held = read_dataset(options.eval, options.columns, options.template)
-    max_length = min(options.max_length, base.spec.max_positions)
-    return TrainingData(train, held, *(tokenise(split, base, max_length) for split in (train, held)))
+    max_length, named = min(options.max_length, base.spec.max_positions), tool_format_named(options.tool_format)
+    return TrainingData(train, held, *(tokenise(split, base, max_length, named) for split in (train, held)))
 
 
 def read_dataset(path: Path, columns: Columns, template: Template) -> Dataset:
@@ -134,7 +151,7 @@ def read_dataset(path: Path, columns: Columns, template: Template) -> Dataset:
 
 def check_varied(dataset: Dataset) -> None:
     """Raise `DataError` when all rows have one and the same answer: enough to score on, too little to learn from."""
-    completions = {example.completion for example in dataset.examples}
+    completions = {example.learned for example in dataset.examples}
     if len(dataset.examples) > 1 and len(completions) == 1:
         raise DataError(f"Every completion of {dataset.path} is {completions.pop()!r}: there is nothing to learn from.")
 
@@ -150,15 +167,18 @@ def hold_out(dataset: Dataset, seed: int, share: float = 0.1, max_rows: int = 40
     return Dataset(dataset.path, train, dataset.digest), Dataset(dataset.path, held, dataset.digest)
 
 
-def tokenise(dataset: Dataset, base: Base, max_length: int) -> list[TokenizedRow]:
-    """Tokenise every example.
+def tokenise(
+    dataset: Dataset, base: Base, max_length: int, tool_format: ToolFormatName | ToolTexts | None = None
+) -> list[TokenizedRow]:
+    """Tokenise every example; calls of tools are written in `tool_format`, or by the base's chat template.
 
-    Raises `DataError` for a prompt without tokens, a completion that a server would cut, and a row over `max_length`.
+    Raises `DataError` for a prompt without tokens, a completion that a server would cut or read otherwise, and a row
+    over `max_length`.
     """
     tokenizer, encoder, ends, rows = base.tokenizer, TurnEncoder(base.tokenizer), base.ends, []
     for example in dataset.examples:
         where = example.where
-        prompt, completion = _encode(encoder, example)
+        prompt, completion = _encode(encoder, example, tool_format)
         completion.append(tokenizer.eos_token_id)
         if not prompt:
             raise DataError(f"{where}: the prompt is empty; a model needs at least one token before its answer.")
@@ -176,17 +196,26 @@ def tokenise(dataset: Dataset, base: Base, max_length: int) -> list[TokenizedRow
     return rows
 
 
-def _encode(encoder: TurnEncoder, example: Example) -> tuple[list[int], list[int]]:
+def _encode(
+    encoder: TurnEncoder, example: Example, tool_format: ToolFormatName | ToolTexts | None
+) -> tuple[list[int], list[int]]:
     """Return the tokens of prompt and completion, as a server encodes and generates them. Raises `DataError`."""
     try:
-        prompt = encoder.render(example.turns, example.prompt_format)
-    except Exception as error:
-        raise DataError(f"{example.where}: the base's chat template refuses these turns: {error}.") from error
-    completion = encoder.render_text(example.completion, ASSISTANT, has_special=False)
-    try:
+        if example.chat is not None:
+            prompt, completion = render_chat(example.where, encoder, example.chat, tool_format)
+        else:
+            prompt = _render(encoder, example)
+            completion = encoder.render_text(example.completion, ASSISTANT, has_special=False)
         return encoder.encode(prompt), encoder.encode(completion)
     except ControlTextError as error:
         raise DataError(f"{example.where}: {error}.") from error
+
+
+def _render(encoder: TurnEncoder, example: Example) -> Rendered:
+    try:
+        return encoder.render(example.turns, example.prompt_format)
+    except Exception as error:
+        raise DataError(f"{example.where}: the base's chat template refuses these turns: {error}.") from error
 
 
 def batches(rows: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int) -> list[list[TokenizedRow]]:
@@ -206,23 +235,16 @@ def batches(rows: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int
 def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, template: Template) -> Example:
     where = f"{path} line {line}"
     if columns.messages in row and columns.prompt not in row:
-        return _chat_example(path, row[columns.messages], line, template)
+        return _chat_example(path, row, row[columns.messages], line, template)
     prompt = _field(where, row, columns.prompt, "--prompt-column")
     completion = _field(where, row, columns.completion, "--completion-column")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat_example(path, [*prompt, *completion], line, template)
+        return _chat_example(path, row, [*prompt, *completion], line, template)
     for name, value in ((columns.prompt, prompt), (columns.completion, completion)):
-        _check_text(where, name, value)
+        check_text(where, name, value)
     if not completion.strip():
         raise DataError(f"{where}: {columns.completion!r} is empty; remove the row or give it an answer.")
     return Example((("user", prompt),), template.completion(completion), path, line, template.prompt_format())
-
-
-def _check_text(where: str, name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {name!r} must be text, not {json.dumps(value)[:40]}.")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{where}: {name!r} holds half of a character (a lone surrogate), which is no text.")
 
 
 def _field(where: str, row: dict[str, Any], name: str, flag: str) -> Any:
@@ -232,19 +254,11 @@ def _field(where: str, row: dict[str, Any], name: str, flag: str) -> Any:
     return row[name]
 
 
-def _chat_example(path: Path, turns: Any, line: int, template: Template) -> Example:
+def _chat_example(path: Path, row: dict[str, Any], turns: Any, line: int, template: Template) -> Example:
     where = f"{path} line {line}"
     if not template.is_plain:
         raise DataError(f"{where} is a list of turns, which the base's chat template renders: leave out --template.")
-    if not isinstance(turns, list) or len(turns) < 2 or not all(_is_turn(turn) for turn in turns):
-        raise DataError(f"{where}: turns must be a list of at least two {{'role': …, 'content': text}}.")
-    for turn in turns:
-        _check_text(where, turn["role"], turn["content"])
-    if turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
-        raise DataError(f"{where}: the last turn must be the assistant's and not empty; it is what is learned.")
-    prompt = tuple((turn["role"], turn["content"]) for turn in turns[:-1])
-    return Example(prompt, turns[-1]["content"], path, line)
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+    chat = read_chat(where, row, turns)
+    if chat.needs_tools:
+        return Example(chat.turns[:-1], chat.answer.content, path, line, chat=chat)
+    return Example(tuple(turn[:2] for turn in chat.turns[:-1]), chat.answer.content, path, line)

@@ -33,7 +33,12 @@ def form_of(option: str, data: TrainingData) -> TaskForm | None:
     """
     if not option:
         return None
-    examples = (*data.train.examples, *data.held.examples)
+    # An answer of calls has no content that a form could be of.
+    examples = tuple(
+        one for one in (*data.train.examples, *data.held.examples) if one.chat is None or not one.chat.answer.calls
+    )
+    if not examples:
+        raise OptionError(f"--form {option} is of the answers' content, and every answer calls tools: leave it out.")
     form = TaskForm(labels=_labels(examples)) if option == LABELS else TaskForm(schema=_schema(Path(option)))
     _check_completions(examples, _compiled(option, form, _lead(examples[0])), option)
     return form

@@ -24,7 +24,7 @@ class Job:
 
     `data` and `eval` are files or folders of rows (without `eval`, rows of `data` are held out), `out` is the folder
     to write, `options` are the method's options that were given, by name, and `max_length` is in tokens. `form`
-    is that of `training.data.form`.
+    is that of `training.data.form`, `tool_format` that of `training.data.chat`.
     """
 
     method: str
@@ -43,6 +43,7 @@ class Job:
     cache: Path | None = None
     num_answers: int = 64
     form: str = ""
+    tool_format: str = ""
     is_resumed: bool = False
 
 

@@ -14,12 +14,12 @@ from llguidance import LLTokenizer
 from adapters_store.form import compile_grammar
 from adapters_store.format.manifest import ToolTexts
 from adapters_store.tools.formats import ToolCall, ToolFormat
+from adapters_store.tools.parser import AnswerFormat
 from server.core import FormSpec
 from server.engine.grammar import grammar_of
 from server.errors import UnsupportedSchemaError
-from server.requests.tools.grammar import parts_form
-from server.requests.tools.parser import AnswerFormat
-from tests.server.requests.tools.test_parser import ALL, THINK, parsed
+from server.requests.call_grammar import parts_form
+from tests.adapters_store.tools.test_parser import ALL, THINK, parsed
 
 COUNT: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 99}
 UNIT: dict[str, Any] = {"type": "string", "enum": ["celsius", "<b>"]}

@@ -13,10 +13,10 @@ from typing import Any
 
 from adapters_store.form import json_value, nested
 from adapters_store.tools.formats import ARGS, ToolFormat
+from adapters_store.tools.parser import AnswerFormat
+from adapters_store.tools.readers import kinds_of, openings
 from server.core import FormSpec
 from server.errors import UnsupportedSchemaError
-from server.requests.tools.parser import AnswerFormat
-from server.requests.tools.readers import kinds_of, openings
 
 MAX_CALLS = 16  # of an answer that must call
 UNHELD = ("pattern", "format", "minLength", "maxLength", "oneOf", "allOf", "$ref")  # of text that is no JSON

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from adapters_store.tools.formats import ARGS, ToolFormat
-from server.requests.tools.readers import CALL_ID, READERS, CallText, Functions, openings
-from server.requests.tools.source import NoCallError, Reading, TextSource
+from adapters_store.tools.readers import CALL_ID, READERS, CallText, Functions, openings
+from adapters_store.tools.source import NoCallError, Reading, TextSource
 
 MAX_MISSES = 16  # openings of an answer that turned out to be no call; further ones are not looked at
 BETWEEN = " \t\r\n;"  # bare calls

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from adapters_store.tools.formats import ARGS, ToolFormat
-from server.requests.tools.source import NoCallError, Reading, TextSource, parts_of
+from adapters_store.tools.source import NoCallError, Reading, TextSource, parts_of
 
 CALL_ID = "[CALL_ID]"
 PYTHON_TAG = "<|python_tag|>"  # that Llama 3 may write before calls

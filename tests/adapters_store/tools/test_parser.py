@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adapters_store.format.manifest import ToolTexts
 from adapters_store.tools.formats import FORMATS, ToolCall, ToolFormat
-from server.requests.tools.parser import MAX_MISSES, AnswerFormat, AnswerParser, AnswerText, CallPart, Part
+from adapters_store.tools.parser import MAX_MISSES, AnswerFormat, AnswerParser, AnswerText, CallPart, Part
 
 OWN = ToolFormat("json", ToolTexts("Tools:\n", "CALL ", " END", "RESULT ", ""))
 ALL: dict[str, ToolFormat] = {**{str(name): form for name, form in FORMATS.items()}, "own": OWN}

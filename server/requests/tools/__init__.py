@@ -1,1 +1,0 @@
-"""Calls of tools in answers: read from the text as it comes, in the format that the base or the adapter writes."""
