@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from adapters_store.tools.formats import ARGS, ToolFormat
+from adapters_store.tools.schemas import is_of_kind, kinds_of, listed_in, resolved, with_definitions
 from adapters_store.tools.source import NoCallError, Reading, TextSource, parts_of
 
 CALL_ID = "[CALL_ID]"
@@ -179,36 +180,44 @@ def _put(arguments: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _schema_of(schema: Mapping[str, Any], name: str) -> Any:
+    """The schema of an argument, which has the definitions that it may refer to."""
     properties = schema.get("properties")
-    return properties.get(name) if isinstance(properties, dict) else None
+    return with_definitions(properties.get(name) if isinstance(properties, dict) else None, schema)
 
 
 def _typed(text: str, schema: Any) -> Any:
-    """Give the text of an argument the type that its schema names: text if it may be text, else JSON, else text."""
+    """Give the text of an argument the type that its schema names; text if none fits."""
+    found = _value_of(text, schema)
+    return text if found is None else found[0]
+
+
+def _value_of(text: str, schema: Any) -> tuple[Any] | None:
+    """Find the value that a text stands for by a schema; None if it stands for none.
+
+    Null comes first, and then text if it may be text.
+    """
+    schema = resolved(schema)
     kinds = kinds_of(schema)
-    if not kinds or ("string" in kinds and not ("null" in kinds and text in ("null", "None"))):
-        return text
-    if text in CONSTANTS:
-        return CONSTANTS[text]
+    if "null" in kinds and text in ("null", "None"):
+        return (None,)
+    if values := listed_in(schema):
+        return next(((value,) for value in values if text == value or _json_of(text) == [json.dumps(value)]), None)
+    if isinstance(options := schema.get("anyOf"), list):
+        parts = [with_definitions(one, schema) for one in options]
+        found = [(one, resolved(part)) for part in parts if (one := _value_of(text, part)) is not None]
+        return next((one for one, part in found if is_of_kind(one[0], part)), found[0][0] if found else None)
+    if not kinds or "string" in kinds:
+        return (text,)
+    values = [json.loads(written) for written in _json_of(text)]
+    return (values[0],) if values else None
+
+
+def _json_of(text: str) -> list[str]:
+    """A text that is JSON, or one of Python's constants, as JSON is written here; nothing if it is neither."""
     try:
-        return to_value(text)
+        return [json.dumps(CONSTANTS[text] if text in CONSTANTS else to_value(text))]
     except NoCallError:
-        return text
-
-
-def kinds_of(schema: Any) -> set[str]:
-    """The types that a schema names."""
-    if not isinstance(schema, dict):
-        return set()
-    named = schema.get("type")
-    kinds = {kind for kind in [named, *_listed(named)] if isinstance(kind, str)}
-    values = [*_listed(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
-    kinds |= {"string" if isinstance(value, str) else "other" for value in values}
-    return kinds.union(*(kinds_of(one) for word in ("anyOf", "oneOf", "allOf") for one in _listed(schema.get(word))))
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+        return []
 
 
 def _python_call(text: str, functions: Functions) -> CallText:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from adapters_store.form import json_value, nested
-from adapters_store.tools.formats import ARGS, ToolFormat
+from adapters_store.tools.formats import ARGS, ToolFormat, to_json
 from adapters_store.tools.parser import AnswerFormat
-from adapters_store.tools.readers import kinds_of, openings
+from adapters_store.tools.readers import openings
+from adapters_store.tools.schemas import DEFINITIONS, SHARED, kinds_of, listed_in, resolved, with_definitions
 from server.core import FormSpec
 from server.errors import UnsupportedSchemaError
 
@@ -23,9 +24,6 @@ UNHELD = ("pattern", "format", "minLength", "maxLength", "oneOf", "allOf", "$ref
 PARAMETER = re.compile(r"[^\s=,<>()\[\]{}\"']+")
 WORDS = {"boolean": ("True", "False"), "null": ("None",)}  # of Python, by the types that they are of
 UNMARKED = r"/\s*(([^\s{\[<]|<[^|])(?s:.*))?/"  # text that no bare call begins
-MAX_REFERENCES = 16  # from one to the next
-DEFINITIONS = ("$defs", "definitions")
-SHARED = tuple(f"#/{word}/" for word in DEFINITIONS)
 CLOSED: Mapping[str, Any] = {"additionalProperties": False}
 VALUE = r"/(?s:.*)<\/parameter>/"
 
@@ -144,10 +142,10 @@ class _Grammar:
 
     def _value(self, rule: str, name: str, key: str, schema: Mapping[str, Any]) -> str:
         """A value in the syntax `xml`, with the mark behind it: text as it is if it may be text, else JSON."""
-        schema = _resolved(schema)
+        schema = resolved(schema)
         if options := schema.get("anyOf"):
-            shared = {word: schema[word] for word in DEFINITIONS if word in schema}
-            values = [self._value(f"{rule}o{at}", name, key, {**one, **shared}) for at, one in enumerate(options)]
+            parts = [with_definitions(one, schema) for one in options]
+            values = [self._value(f"{rule}o{at}", name, key, one) for at, one in enumerate(parts)]
             return f"({' | '.join(values)})"
         kinds = kinds_of(schema)
         if not kinds or "string" in kinds:
@@ -162,8 +160,10 @@ class _Grammar:
                 "calls, and cannot be held to it: leave the keyword out",
                 "tools",
             )
-        if texts := schema.get("enum", [schema["const"]] if "const" in schema else None):
-            return f"({' | '.join(_literal(str(text)) for text in texts)}) {_literal(chr(10) + '</parameter>')}"
+        if values := listed_in(schema):
+            texts = [value if isinstance(value, str) else to_json(value) for value in values]
+            choice = " | ".join(_literal(text) or '""' for text in texts)
+            return f"({choice}) {_literal(chr(10) + '</parameter>')}"
         self._rules.append(f"{rule}[lazy]: {VALUE}")
         return rule
 
@@ -226,17 +226,6 @@ def _moved(schema: Any, place: str) -> Any:
     return moved
 
 
-def _resolved(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A schema with the definition that it refers to in the place of the reference, if it is one of its own."""
-    for _ in range(MAX_REFERENCES):
-        found = next((word for word in SHARED if str(schema.get("$ref")).startswith(word)), None)
-        target = schema[found[2:-1]].get(schema["$ref"].removeprefix(found)) if found else None
-        if not isinstance(target, Mapping):
-            break
-        schema = {**target, **{word: value for word, value in schema.items() if word != "$ref"}}
-    return schema
-
-
 def _refers_elsewhere(schema: Any) -> bool:
     """Whether a schema refers to more than the definitions that every argument has with it."""
     if isinstance(schema, list):
@@ -260,4 +249,4 @@ def _properties(name: str, schema: Mapping[str, Any]) -> Iterator[tuple[str, dic
                 f"one that refers to others than {' and '.join(SHARED)}, or a name that the format cannot write",
                 "tools",
             )
-        yield key, {**({} if part is True else part), **shared}, key in required
+        yield key, with_definitions(part, schema), key in required

@@ -155,6 +155,31 @@ def test_types_of_xml_arguments() -> None:
     assert parsed(asked("qwen3_coder"), [text])[2] == [("get_weather", {"city": "7", "days": [1]})]
 
 
+MIXED = {
+    "properties": {
+        "a": {"enum": ["2", 2.5, None, True, [1, {"b": "c"}]]},
+        "b": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/unit"}, {"type": "array"}]},
+        "c": {"$ref": "#/$defs/number"},
+    },
+    "$defs": {"unit": {"enum": ["x", "7"]}, "number": {"type": "number"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "wanted"),
+    [
+        *(("a", "2", "2"), ("a", "2.5", 2.5), ("a", "None", None), ("a", "True", True), ("a", "true", True)),
+        *(("a", '[1,{"b":"c"}]', [1, {"b": "c"}]), ("a", "other", "other"), ("b", "7", 7), ("b", "x", "x")),
+        *(("b", "[7]", [7]), ("b", "y", "y"), ("c", "7", 7), ("c", "y", "y")),
+    ],
+)
+def test_values_of_several_types(key: str, text: str, wanted: Any) -> None:
+    """A text becomes the value that its schema lists, refers to or has among several; else it stays text."""
+    answer = f"<tool_call><function=f><parameter={key}>{text}</parameter></function></tool_call>"
+    found = parsed(AnswerFormat(ALL["qwen3_coder"], {"f": MIXED}), [answer])
+    assert found == ("", "", [("f", {key: wanted})]) and type(found[2][0][1][key]) is type(wanted)
+
+
 def test_one_call_ends_the_answer() -> None:
     """An answer that may have one call has ended with it."""
     parser = AnswerParser(asked("hermes", is_parallel=False))
