@@ -12,35 +12,12 @@ import pytest
 
 from server.core import FormSpec, Sampling
 from server.engine.grammar import grammar_of
+from tests.kit.schemas import schema_of
 from tests.kit.tiny import EOS
 from tests.laws.world import Asked, World
 
 NUM_SCHEMAS = 36
 WORN: list[tuple[tuple[str, float], ...]] = [(), (("a0", 1.0),), (("a3", 1.0), ("a5", 0.5))]
-
-
-def schema_of(random_: random.Random, depth: int = 0) -> dict[str, Any]:
-    """A schema of any kind whose values are short, so that answers end."""
-    kinds = ["integer", "enum", "string", "boolean", "const"] + (["object", "array", "anyOf"] if depth < 2 else [])
-    match random_.choice(kinds if depth else kinds[-3:]):
-        case "integer":
-            return {"type": "integer", "minimum": random_.randrange(-20, 0), "maximum": random_.randrange(1, 500)}
-        case "enum":
-            return {"enum": random_.sample(["a", "bc", 'd"e', "é", None, 7, True, 2.5], 3)}
-        case "string":
-            return {"type": "string", "minLength": random_.randrange(3), "maxLength": random_.randrange(3, 6)}
-        case "boolean":
-            return {"type": ["boolean", "null"]}
-        case "const":
-            return {"const": random_.choice([1, "x", [1, {"a": None}]])}
-        case "array":
-            return {"type": "array", "items": schema_of(random_, depth + 1), "minItems": 1, "maxItems": 3}
-        case "anyOf":
-            return {"anyOf": [schema_of(random_, depth + 1), schema_of(random_, depth + 1)]}
-    names = random_.sample(["name", "n", "a b", "ü"], random_.randrange(1, 4))
-    properties = {name: schema_of(random_, depth + 1) for name in names}
-    required = names[: random_.randrange(len(names) + 1)]
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
 def sampling_of(random_: random.Random) -> Sampling:
