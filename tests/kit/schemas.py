@@ -1,9 +1,12 @@
-"""JSON schemas drawn by chance, of the keywords that forms are made of, whose values are short, so that answers end."""
+"""Schemas and other forms: drawn by chance, with short values so that answers end, and the worst that there are."""
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
+
+from server.engine.grammar import MAX_CHOICES, MAX_PROPERTIES
 
 LEAVES = ("integer", "number", "enum", "string", "pattern", "format", "boolean", "const")
 NODES = ("object", "map", "array", "tuple", "anyOf")
@@ -56,3 +59,24 @@ def object_of(chance: random.Random, depth: int = 0, part: dict[str, Any] | None
     properties = {name: part or schema_of(chance, depth + 1) for name in names}
     required = names[: chance.randrange(len(names) + 1)]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+HOSTILE: list[tuple[Any, Any]] = [  # kind and value of the worst forms within the bounds
+    ("regex", "(a{1,100}){1,100}"),
+    ("regex", "(a{1000}){1000}"),
+    ("regex", "a{100000}{100000}"),
+    ("json_schema", {"minItems": 1000, "items": {"const": "x" * 1000}, "type": "array"}),
+    ("regex", "(.*a.{30}){1,3}"),
+    ("regex", "(a|b|ab)*c" * 200),
+    ("choice", [f"{n * 2654435761 % 2**32:x}" for n in range(MAX_CHOICES)]),
+    ("json_schema", {"properties": {f"p{n}": {} for n in range(MAX_PROPERTIES)}}),
+    ("json_schema", {"enum": [f"{n:020}" for n in range(2500)]}),
+    ("json_schema", {"pattern": "^(a|b)*a(a|b){20}$"}),
+    (
+        "json_schema",
+        {"$ref": "#/$defs/0", "$defs": {str(n): {"items": {"$ref": f"#/$defs/{(n + 1) % 200}"}} for n in range(200)}},
+    ),
+    ("json_schema", json.loads('{"items":' * 25 + "{}" + "}" * 25)),
+    ("grammar", "start: a0\n" + "".join(f"a{n}: a{n + 1} a{n + 1}\n" for n in range(40)) + 'a40: "x"'),
+    ("grammar", 'start: s\ns: s s | "a" |'),
+]

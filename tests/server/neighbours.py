@@ -1,7 +1,9 @@
-"""CPU seconds a token of well-behaved streams alone and beside bad company: `python -m tests.server.neighbours --help`.
+"""What well-behaved streams cost alone and beside bad company: `python -m tests.server.neighbours --help`.
 
-The company is a greedy client, each kind in turn over every route, and requests that the engine or the API refuses or
-fails, so many a second. The figure that counts is the ratio of front and engine together; at most 1.3.
+The company is a greedy client, each kind in turn over every route; requests that the engine or the API refuses or
+fails; and answers in forms, hostile ones and different schemas, so many a second. The figures that count are ratios:
+CPU seconds a token, of front and engine together, at most 1.3; and beside forms the gap between two tokens (p95), at
+most 1.2.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Coroutine
@@ -24,11 +27,12 @@ from adapters_store.base.resolve import resolve_base
 from tests.kit.adapters import make_lora, zip_folder
 from tests.kit.greedy_client import GREED, Target, be_greedy
 from tests.kit.load import Asked, load, solo
+from tests.kit.schemas import HOSTILE, schema_of
 from tests.kit.server import Server, serve
 from tests.kit.tiny import make_tiny_base
 
 NUM_NEIGHBOURS = 8
-BORDER = 1.3
+BORDER, GAP_BORDER = 1.3, 1.2
 POISONED: tuple[dict[str, Any], ...] = (  # each is legal until it is computed, or too much to be
     {"prompt": "x", "max_tokens": 8, "temperature": 1e-3, "logit_bias": {"65": 100}, "presence_penalty": 2},
     {"prompt": "x", "max_tokens": 8, "temperature": 100, "repetition_penalty": 0.01, "frequency_penalty": -2},
@@ -42,10 +46,11 @@ POISONED: tuple[dict[str, Any], ...] = (  # each is legal until it is computed, 
 
 @dataclass
 class Cost:
-    """CPU seconds of the server's processes while its neighbours got so many tokens."""
+    """CPU seconds of the server's processes while its neighbours got so many tokens, and the gap between two (p95)."""
 
     seconds: float
     num_tokens: int
+    gap: float
 
     @property
     def each(self) -> float:
@@ -79,7 +84,7 @@ async def cost_beside(server: Server, seconds: float, company: Coroutine[Any, An
                 beside.cancel()
                 await asyncio.gather(beside, return_exceptions=True)
     assert not report.mismatches and set(report.statuses) == {200}, (report.statuses, report.mismatches[:1])
-    return Cost(used, 64 * report.num_right)
+    return Cost(used, 64 * report.num_right, report.percentile(report.gaps, 0.95))
 
 
 async def poison(server: Server, rate: float) -> None:
@@ -94,6 +99,18 @@ async def poison(server: Server, rate: float) -> None:
 async def _ask(http: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> None:
     with contextlib.suppress(httpx2.TransportError):
         await http.post(path, content=json.dumps(body))
+
+
+async def forms(server: Server, rate: float) -> None:
+    """Ask for answers in forms, hostile ones and schemas that were never asked for in turn, so many times a second."""
+    chance, hostile = random.Random(0), itertools.cycle(HOSTILE)
+    async with httpx2.AsyncClient(base_url=server.url, timeout=60) as http, asyncio.TaskGroup() as group:
+        for number in itertools.count():
+            kind, value = next(hostile) if number % 2 else ("json_schema", schema_of(chance))
+            key = {"json_schema": "schema", "choice": "choices"}.get(kind, kind)
+            body = {"prompt": f"x{number}", "max_tokens": 32, "response_format": {"type": kind, key: value}}
+            group.create_task(_ask(http, f"/generate?task={('base', 'hat')[number % 4 // 2]}", body))
+            await asyncio.sleep(1 / rate)
 
 
 async def greed(server: Server, rate: float) -> None:
@@ -128,16 +145,19 @@ async def main() -> int:
         with serve(base, scratch / "data", kv_cache_bytes=2**28, num_threads=1) as server:
             server.upload("hat", hat)
             await cost_beside(server, min(5, given.seconds), None)  # warm
-            ratios = []
-            for name, company in {"poison": poison, "greed": greed}.items():
+            ratios, gaps = [], []
+            for name, company in {"poison": poison, "greed": greed, "forms": forms}.items():
                 alone = await cost_beside(server, given.seconds, None)
                 beside = await cost_beside(server, given.seconds, company(server, given.rate))
-                ratios.append(beside.each / alone.each)
+                if company is not forms:  # which ask for tokens of their own
+                    ratios.append(beside.each / alone.each)
+                gaps.append(beside.gap / alone.gap)
                 told = (
-                    f"{1e3 * alone.each:.3f} ms a token alone, {1e3 * beside.each:.3f} beside: {ratios[-1]:.2f} times"
+                    f"{1e3 * alone.each:.3f} ms of CPU a token alone, {1e3 * beside.each:.3f} beside, "
+                    f"{beside.each / alone.each:.2f} times; gap {gaps[-1]:.2f} times"
                 )
                 print(f"{name}: {told}", flush=True)
-    return int(max(ratios) > BORDER)
+    return int(max(ratios) > BORDER or gaps[-1] > GAP_BORDER)
 
 
 if __name__ == "__main__":

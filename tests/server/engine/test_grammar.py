@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from typing import Any
 
@@ -13,6 +12,7 @@ from adapters_store.form import MAX_FORM_BYTES
 from server.core import FormSpec
 from server.engine.grammar import MAX_CHOICES, MAX_PROPERTIES, grammar_of
 from server.errors import UnsupportedSchemaError
+from tests.kit.schemas import HOSTILE
 
 SERVED: list[tuple[Any, Any]] = [
     ("json_schema", {"type": "object"}),
@@ -67,27 +67,6 @@ def test_what_is_refused_names_the_keyword(kind: Any, value: Any, pointer: str, 
         grammar_of(FormSpec(kind, value, "f"))
     assert refused.value.param == f"f{pointer}" and why in str(refused.value)
     assert (refused.value.status, refused.value.code) == (400, "unsupported_schema") and len(str(refused.value)) < 600
-
-
-HOSTILE: list[tuple[Any, Any]] = [
-    ("regex", "(a{1,100}){1,100}"),
-    ("regex", "(a{1000}){1000}"),
-    ("regex", "a{100000}{100000}"),
-    ("json_schema", {"minItems": 1000, "items": {"const": "x" * 1000}, "type": "array"}),
-    ("regex", "(.*a.{30}){1,3}"),
-    ("regex", "(a|b|ab)*c" * 200),
-    ("choice", [f"{n * 2654435761 % 2**32:x}" for n in range(MAX_CHOICES)]),
-    ("json_schema", {"properties": {f"p{n}": {} for n in range(MAX_PROPERTIES)}}),
-    ("json_schema", {"enum": [f"{n:020}" for n in range(2500)]}),
-    ("json_schema", {"pattern": "^(a|b)*a(a|b){20}$"}),
-    (
-        "json_schema",
-        {"$ref": "#/$defs/0", "$defs": {str(n): {"items": {"$ref": f"#/$defs/{(n + 1) % 200}"}} for n in range(200)}},
-    ),
-    ("json_schema", json.loads('{"items":' * 25 + "{}" + "}" * 25)),
-    ("grammar", "start: a0\n" + "".join(f"a{n}: a{n + 1} a{n + 1}\n" for n in range(40)) + 'a40: "x"'),
-    ("grammar", 'start: s\ns: s s | "a" |'),
-]
 
 
 @pytest.mark.parametrize(("kind", "value"), HOSTILE, ids=lambda value: str(value)[:40])
