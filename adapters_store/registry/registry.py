@@ -27,6 +27,7 @@ from sqlalchemy import (
     insert,
     select,
     true,
+    tuple_,
     update,
 )
 
@@ -54,8 +55,9 @@ from adapters_store.registry.records import Facts, Task, Usage, Version, usage_o
 from adapters_store.registry.routes import FULL_ROUTE, Route, current_route, roll_back, route_of, set_route
 from adapters_store.registry.tenants import check_quota
 
-__all__ = ["Facts", "Registry", "Task", "Usage", "Version"]
+__all__ = ["Facts", "Registry", "Task", "Usage", "UsageKey", "Version"]
 MAX_NUMBER = 2**63  # the end of SQL's integers
+UsageKey = tuple[str, str, int]  # tenant, task, version (0: the base)
 
 
 class Registry:
@@ -291,12 +293,13 @@ class Registry:
                         insert(usage).values(tenant=tenant, task=task, version=version, **more, last=now)
                     )
 
-    def usage(self, tenant: str, tasks: Collection[str] | None = None) -> list[Usage]:
-        """Return a tenant's usage, by task and version: of all tasks, or of those that are named."""
+    def usage(self, tenant: str, of: Collection[tuple[str, int]] | None = None) -> list[Usage]:
+        """Return a tenant's usage by task and version: all of it, or that of the (task, version) that are named."""
         query = select(usage).where(usage.c.tenant == tenant).order_by(usage.c.task, usage.c.version)
+        if of is not None:
+            query = query.where(tuple_(usage.c.task, usage.c.version).in_(of))
         with self._read() as connection:
-            rows = connection.execute(query if tasks is None else query.where(usage.c.task.in_(tasks))).all()
-        return [usage_of(row) for row in rows]
+            return [usage_of(row) for row in connection.execute(query)]
 
     def forget_usage(self, before: float) -> int:
         """Delete the usage of what is gone, if it was last used before a Unix time; returns how many rows.
@@ -313,12 +316,18 @@ class Registry:
         with self._write() as connection:
             return connection.execute(delete(usage).where(usage.c.last < before, ~is_there)).rowcount
 
-    def usages(self, tenant: str | None = None) -> dict[str, list[Usage]]:
-        """Return the usage by tenant, deleted ones included, or of the named tenant only."""
-        query = select(usage).order_by(usage.c.tenant, usage.c.task, usage.c.version)
+    def usages(
+        self, tenant: str | None = None, after: UsageKey | None = None, max_rows: int | None = None
+    ) -> list[tuple[str, Usage]]:
+        """Return usage with its tenant, in order of their keys: of all tenants, deleted ones too, or of one."""
+        key = (usage.c.tenant, usage.c.task, usage.c.version)
+        query = select(usage).order_by(*key).limit(max_rows)
+        if tenant is not None:
+            query = query.where(usage.c.tenant == tenant)
+        if after is not None:
+            query = query.where(tuple_(*key) > after)
         with self._read() as connection:
-            rows = connection.execute(query if tenant is None else query.where(usage.c.tenant == tenant)).all()
-        return {name: [usage_of(row) for row in group] for name, group in groupby(rows, lambda row: row.tenant)}
+            return [(row.tenant, usage_of(row)) for row in connection.execute(query)]
 
     def _task_id(self, connection: Connection, tenant: str, task: str) -> int:
         query = select(tasks.c.id).where(tasks.c.tenant == tenant, tasks.c.name == task, _HAS_VERSION)

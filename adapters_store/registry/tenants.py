@@ -116,10 +116,11 @@ class Tenants:
         with self._read() as connection:
             return self._tenant(connection, self._find(connection, name))
 
-    def all(self) -> list[Tenant]:
-        """Return every tenant that is not deleted, by name."""
+    def all(self, after: str | None = None, max_tenants: int | None = None) -> list[Tenant]:
+        """Return the tenants that are not deleted, by name: all, or so many behind a name."""
+        query = select(tenants).where(tenants.c.deleted.is_(None)).order_by(tenants.c.name).limit(max_tenants)
         with self._read() as connection:
-            rows = connection.execute(select(tenants).where(tenants.c.deleted.is_(None)).order_by(tenants.c.name)).all()
+            rows = connection.execute(query if after is None else query.where(tenants.c.name > after)).all()
             return [self._tenant(connection, row) for row in rows]
 
     def delete(self, name: str) -> list[str]:

@@ -340,9 +340,10 @@ class TenantAnswer(TypedDict):
 
 
 class TenantsAnswer(TypedDict):
-    """The tenants that the key may see."""
+    """A page of the tenants that the key may see; `next` is the `after` of the next one."""
 
     tenants: list[TenantAnswer]
+    next: str | None
 
 
 class KeyAnswer(TypedDict):
@@ -376,9 +377,10 @@ class UsageRow(UseAnswer):
 
 
 class UsagesAnswer(TypedDict):
-    """Use by tenant, task and version."""
+    """A page of use by tenant, task and version; `next` is the `after` of the next one."""
 
     usage: list[UsageRow]
+    next: str | None
 
 
 class ChangeAnswer(TypedDict):

@@ -173,8 +173,9 @@ class Look:
 
 async def _look(state: ServerState, tenant: str, tasks: list[Task]) -> Look:
     """Look at what a page of tasks shows, and at the base."""
-    names, shown = [BASE, *(task.name for task in tasks)], [version for task in tasks for version in task.versions]
-    used = await look_up(state, state.stores.registry.usage, tenant, names)
+    shown = [version for task in tasks for version in task.versions]
+    keys = [(BASE, 0), *((version.task, version.number) for version in shown)]
+    used = await look_up(state, state.stores.registry.usage, tenant, keys)
     where = await _residency(state)
     quarantined = {v.digest: "quarantined" for v in shown if state.revalidation.is_quarantined(v.digest)}
     return Look(

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters_store.errors import NameTakenError
 from adapters_store.registry import DEFAULT_TENANT
+from adapters_store.registry.registry import UsageKey
 from adapters_store.registry.tenants import Key, Tenant, TenantLimits
 from server.api.answers import ChangesAnswer, KeysAnswer, NewKeyAnswer, TenantAnswer, TenantsAnswer, UsagesAnswer
 from server.api.body import read_json
@@ -36,9 +37,11 @@ router = APIRouter(
     responses=errors(*COUNTED, 422),
 )
 OPERATOR = [Depends(only_operator)]
-MAX_PAGE = 1000
+DEFAULT_PAGE, MAX_PAGE = 100, 1000
 
 TenantQuery = Annotated[str | None, Query(pattern=NAME_PATTERN)]
+PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE)]
+AfterUsage = Annotated[str | None, Query(pattern=r"^[a-z0-9_-]{1,63}/[a-z0-9_-]{1,63}/[0-9]{1,9}$")]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Rate = Annotated[int, Field(ge=1, le=2**53)]
 
@@ -92,14 +95,18 @@ async def add_tenant(request: Request) -> Response:
 
 
 @router.get("/tenants", responses=says(TenantsAnswer))
-async def list_tenants(request: Request) -> Response:
-    """List all tenants, with their limits and what they hold; to a tenant's key its own alone."""
+async def list_tenants(request: Request, limit: PageSize = DEFAULT_PAGE, after: TenantQuery = None) -> Response:
+    """List a page of tenants by name, with their limits and what they hold; to a tenant's key its own alone.
+
+    `next` is what to give as `after` for the next page, null at the end.
+    """
     state, caller = state_of(request), caller_of(request)
     if caller.is_operator:
-        found = await look_up(state, state.stores.tenants.all)
+        found = await look_up(state, state.stores.tenants.all, after, limit + 1)
     else:
         found = [await look_up(state, state.stores.tenants.get, caller.tenant, param="tenant")]
-    return JSONResponse({"tenants": [_tenant(tenant) for tenant in found]})
+    page = found[:limit]
+    return JSONResponse({"tenants": list(map(_tenant, page)), "next": page[-1].name if len(found) > limit else None})
 
 
 @router.delete("/tenants/{tenant}", status_code=204, dependencies=OPERATOR, responses=GONE | errors(409))
@@ -174,14 +181,20 @@ async def revoke_key(request: Request, tenant: str, key_id: str) -> Response:
 
 
 @router.get("/usage", responses=says(UsagesAnswer))
-async def usage(request: Request, tenant: TenantQuery = None) -> Response:
-    """Show usage by tenant, task and version (0: the base); to a tenant's key its own."""
+async def usage(
+    request: Request, tenant: TenantQuery = None, limit: PageSize = MAX_PAGE, after: AfterUsage = None
+) -> Response:
+    """Show a page of usage by tenant, task and version (0: the base); to a tenant's key its own.
+
+    `next` is what to give as `after` for the next page, null at the end.
+    """
     state = state_of(request)
     chosen = _chosen(request, tenant)
     await state.usage.wait_until_durable(state.stores)
-    found = await look_up(state, state.stores.registry.usages, chosen)
-    rows = [{"tenant": name} | msgspec.to_builtins(one) for name, many in found.items() for one in many]
-    return JSONResponse({"usage": rows})
+    found = await look_up(state, state.stores.registry.usages, chosen, _usage_key(after), limit + 1)
+    rows = [{"tenant": name} | msgspec.to_builtins(one) for name, one in found[:limit]]
+    last = "{tenant}/{task}/{version}".format(**rows[-1]) if len(found) > limit else None
+    return JSONResponse({"usage": rows, "next": last})
 
 
 @router.get("/audit", responses=says(ChangesAnswer))
@@ -189,13 +202,20 @@ async def audit(
     request: Request,
     tenant: TenantQuery = None,
     before: Annotated[int | None, Query(ge=1, lt=2**31)] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+    limit: PageSize = DEFAULT_PAGE,
 ) -> Response:
     """List changes, the newest first: who, what, when, in which request; `before` is a `number`, for the next page."""
     state = state_of(request)
     chosen = _chosen(request, tenant)
     found = await look_up(state, state.stores.tenants.changes, chosen, before, limit)
     return JSONResponse({"changes": [msgspec.to_builtins(entry) for entry in found]})
+
+
+def _usage_key(after: str | None) -> UsageKey | None:
+    if after is None:
+        return None
+    tenant, task, version = after.split("/")
+    return tenant, task, int(version)
 
 
 async def _changed(state: ServerState, call: Any, tenant: str, *arguments: object) -> Any:

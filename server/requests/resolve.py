@@ -9,11 +9,10 @@ import msgspec
 
 from adapters_store.format.manifest import GenerationDefaults, PromptFormat, TaskForm
 from adapters_store.methods import is_kv
-from adapters_store.registry.registry import Version
+from adapters_store.registry.registry import UsageKey, Version
 from adapters_store.tools.formats import ToolFormat, format_of
 from server.errors import InvalidFieldError, NotFoundError, absent_is_404
 from server.requests.spec import GenerationSpec
-from server.requests.usage import UsageKey
 from server.schemas import BASE, MIN_TEMPERATURE
 from server.stores import Stores
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from adapters_store.registry.registry import Registry
+from adapters_store.registry.registry import Registry, UsageKey
 from server.logs import cause_of
 from server.metrics import Metrics
 from server.stores import Stores
@@ -21,7 +21,6 @@ EVERY_S = 1.0  # what running answers have used by then is written
 PATIENCE_S = 2.0  # an answer does not wait longer for its usage to be written
 MAX_RETRY_S = 60.0  # after a failure; it doubles from `EVERY_S` on
 
-UsageKey = tuple[str, str, int]  # tenant, task, version (0: the base)
 Counts = tuple[int, int, int]  # requests, prompt tokens, completion tokens
 
 

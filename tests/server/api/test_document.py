@@ -70,6 +70,29 @@ def test_every_answer_has_a_schema(verb: str, path: str, operation: dict[str, An
     assert path.startswith(OPENAI_PATHS) == ("422" not in answers), "OpenAI's routes have 400 for it"
 
 
+def test_every_list_comes_by_pages() -> None:
+    """A route whose answer has a list takes a `limit` that has a maximum: no list costs what all that is kept would."""
+    whole = {"/tenants/{tenant}/keys"}  # a tenant has at most 1,000
+    for verb, path, operation in operations():
+        schemas = [
+            content["schema"]
+            for status, answer in operation["responses"].items()
+            if verb == "get" and status == "200"
+            for content in answer.get("content", {}).values()
+        ]
+        if any(has_list(schema) for schema in schemas) and path not in whole:
+            limits = [one["schema"] for one in operation.get("parameters", []) if one["name"] == "limit"]
+            assert limits and limits[0]["maximum"] <= 1000, path
+
+
+def has_list(schema: dict[str, Any]) -> bool:
+    """Whether an answer of a schema has a list as a part of its own."""
+    if "$ref" in schema:
+        return has_list(document()["components"]["schemas"][schema["$ref"].rpartition("/")[2]])
+    parts = schema.get("properties", {}).values()
+    return any(map(has_list, schema.get("anyOf", []))) or any(part.get("type") == "array" for part in parts)
+
+
 async def test_keys_are_described_if_they_are_asked_for(shared: Site, tiny_base: Path, tmp_path: Path) -> None:
     """A server that asks for keys says so of every route but the open ones; one that asks for none says none."""
     async with open_site(tiny_base, tmp_path / "data", admin_key="k" * 16) as locked:

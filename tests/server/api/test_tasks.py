@@ -15,8 +15,10 @@ import pytest
 from sqlalchemy import event
 
 from adapters_store.format.folder import CONFIG, FILES, WEIGHTS
+from adapters_store.registry.registry import Usage
 from adapters_store.registry.tenants import TenantLimits
 from server.api import tasks
+from server.api.tasks import MAX_BRIEF
 from server.requests.version_stats import RequestOutcome, summary
 from tests.adapters_store.registry.test_registry import add
 from tests.server.world import Site, error_of, serve_site, until
@@ -49,6 +51,26 @@ async def test_what_a_task_is(site: Site, zips: list[bytes]) -> None:
     assert tasks[1] == task
     assert (tasks[2]["route"], tasks[2]["versions"][0]["residency"]) == ({"versions": {}, "sticky": None}, "disk")
     assert (await site.http.get("/tasks/base")).json() == tasks[0]
+
+
+async def test_a_page_reads_what_it_shows(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many versions were used, the usage that is read for tasks is that of the versions shown, and the base."""
+    registry, num_read = site.state.stores.registry, list[int]()
+    for number in range(MAX_BRIEF + 5):
+        add(registry, f"{number:064}", "a")
+    registry.add_usages({("default", "a", 1 + number): (1, 2, 3) for number in range(MAX_BRIEF + 5)})
+    usage = registry.usage
+
+    def counted(*args: Any) -> list[Usage]:
+        found = usage(*args)
+        num_read.append(len(found))
+        return found
+
+    monkeypatch.setattr(registry, "usage", counted)
+    for path in ("/tasks", "/tasks/a?limit=3", "/tasks/base"):
+        answer = (await site.http.get(path)).json()
+        shown = [version for task in answer.get("tasks", [answer]) for version in task["versions"]]
+        assert num_read.pop() == sum(version["use"]["requests"] for version in shown) == len(shown), path
 
 
 async def test_a_task_that_routes_nowhere(site: Site, zips: list[bytes]) -> None:

@@ -422,6 +422,32 @@ async def test_usage(city: City, zips: list[bytes]) -> None:
     assert (await city.admin("GET", "/usage", tenant="a")).json()["usage"] == mine
 
 
+async def test_pages(city: City) -> None:
+    """Pages of usage and of tenants, one behind another, have everything once; a page's cost is that of its rows."""
+    for name in ("b", "a"):
+        await city.tenant(name)
+    places = [(tenant, task, number) for tenant in ("a", "b", "gone") for task in ("x", "y") for number in (1, 2, 10)]
+    registry = city.site.state.stores.registry
+    registry.add_usages(dict.fromkeys(places, (1, 2, 3)))
+    for path, key, whole in (
+        ("/usage", "usage", len(places)),
+        ("/tenants", "tenants", 3),
+        ("/usage?tenant=a", "usage", 6),
+    ):
+        everything = (await city.admin("GET", path)).json()
+        assert len(everything[key]) == whole and everything["next"] is None
+        found, start = list[Any](), f"{path}{'&' if '?' in path else '?'}limit=2"
+        page = (await city.admin("GET", start)).json()
+        while page["next"] is not None:
+            assert len(page[key]) == 2
+            found += page[key]
+            page = (await city.admin("GET", f"{start}&after={page['next']}")).json()
+        found += page[key]
+        assert found == everything[key]
+    for after in ("a", "a/x", "a/x/one", "a/x/1/2", "A/x/1", ""):
+        assert (await city.admin("GET", f"/usage?after={after}")).status_code == 422
+
+
 async def test_what_still_runs_is_counted_as_it_comes(city: City) -> None:
     """A long answer is counted once a second while it runs, not only when it has ended."""
     city.site.engine.delay_s = 0.02
