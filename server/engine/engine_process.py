@@ -14,7 +14,7 @@ import msgspec
 from server.engine import frames
 from server.engine.client import EngineStartError
 from server.engine.messages import Beat, EngineConfig, FromEngine, StepDone, ToEngine
-from server.engine.nursery import PID, Child, cpu_seconds
+from server.engine.nursery import PID, Child, IdleTime, cpu_seconds
 from server.settings import engine_environment
 
 TICK_S = 0.25  # between two looks at an engine's silence
@@ -68,27 +68,40 @@ class EngineParent:
             await asyncio.get_running_loop().sock_sendall(ours, frames.encode(config))
         return cls(process, ours)
 
-    async def spawn(self) -> EngineProcess:
-        """Start an engine, which waits for the base to be loaded. Raises `EngineStartError` and `OSError`."""
+    async def spawn(self, patience: Patience) -> EngineProcess:
+        """Start an engine; the first waits for the base to be loaded. Raises `EngineStartError` and `OSError`."""
         self.num_engines += 1
         ours, theirs = socket.socketpair()
         try:
             with theirs, contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 socket.send_fds(self._control, [b"\0"], [theirs.fileno()])
-            child = Child(await self._pid(), ours)
+            child = Child(await self._pid(patience), ours)
             return EngineProcess(child, *await asyncio.open_unix_connection(sock=ours), child.pid == self._process.pid)
         except BaseException:
             ours.close()
             raise
 
-    async def _pid(self) -> int:
-        reply = b""
-        with contextlib.suppress(ConnectionResetError):  # it ended with our message unread
-            reply = await asyncio.get_running_loop().sock_recv(self._control, PID.size)
+    async def _pid(self, patience: Patience) -> int:
+        """Wait for the number of the engine. The process is killed if it hangs, as it may not while it loads."""
+        answer, idle = asyncio.create_task(self._reply()), IdleTime(self._process.pid)
+        try:
+            while not (await asyncio.wait({answer}, timeout=TICK_S))[0]:
+                if idle.after(TICK_S) >= patience.silence and self.num_engines > 1:
+                    self._process.kill()
+                    message = f"the process that holds the base did nothing for {patience.silence:g} s, and was ended"
+                    raise EngineStartError(message)
+            reply = await answer
+        finally:
+            answer.cancel()
         if len(reply) < PID.size:
             code = await self._process.wait()
             raise EngineStartError(f"the engine process ended with code {code} before it was ready; see its log")
         return int(PID.unpack(reply)[0])
+
+    async def _reply(self) -> bytes:
+        with contextlib.suppress(ConnectionResetError):  # it ended with our message unread
+            return await asyncio.get_running_loop().sock_recv(self._control, PID.size)
+        return b""
 
     async def end(self, within_s: float) -> None:
         """Tell the process to end, and kill it after a while, or at once if it is still loading."""

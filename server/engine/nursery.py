@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 STANDARD = 2  # descriptors up to this are the standard streams
 PID = struct.Struct("<q")
 END_WITHIN_S = 5.0  # from SIGKILL
+FORK_TICK_S, FORK_IDLE_S = 0.5, 4.0  # of a process that is asked to fork, and neither does nor waits for a core
 CAN_FORK = hasattr(os, "fork") and hasattr(os, "pidfd_open")
 
 
@@ -52,6 +53,7 @@ class Nursery:
 
     def __init__(self, pid: int, connection: socket.socket) -> None:
         self.pid, self._socket, self._lock = pid, connection, threading.Lock()
+        set_tick(connection, FORK_TICK_S)
 
     @classmethod
     def fork(cls, run: Callable[[socket.socket], None]) -> Nursery | None:
@@ -67,18 +69,30 @@ class Nursery:
         return cls(pid, ours)
 
     def spawn(self) -> Child:
-        """Start a child; callable from any thread. Raises `OSError` if the nursery or the child has ended."""
+        """Start a child; callable from any thread. Raises `OSError` if the nursery hangs, or it or the child ended."""
         ours, theirs = socket.socketpair()
         try:
             with theirs, self._lock:
                 socket.send_fds(self._socket, [b"\0"], [theirs.fileno()])
-                reply = self._socket.recv(PID.size, socket.MSG_WAITALL)
+                reply = self._reply()
             if len(reply) < PID.size:
                 raise ConnectionResetError("the process that forks has ended")
             return Child(PID.unpack(reply)[0], ours)
         except OSError:
             ours.close()
             raise
+
+    def _reply(self) -> bytes:
+        """Wait for the child's number. A process that hangs is ended, and `TimeoutError` raised."""
+        idle = IdleTime(self.pid)
+        while True:
+            try:
+                return self._socket.recv(PID.size, socket.MSG_WAITALL)
+            except BlockingIOError:  # nothing came within a tick
+                if idle.after(FORK_TICK_S) >= FORK_IDLE_S:
+                    os.kill(self.pid, signal.SIGKILL)
+                    self.close()
+                    raise TimeoutError(f"the process that forks did nothing for {FORK_IDLE_S:g} s") from None
 
     def close(self) -> None:
         """Make the process end, and wait until it has."""
@@ -150,6 +164,40 @@ def keep_only(descriptor: int) -> None:
         if inherited > STANDARD and inherited != descriptor:
             with contextlib.suppress(OSError):  # the listing's own
                 os.close(inherited)
+
+
+class IdleTime:
+    """Tells a process that hangs from one that is slow: it neither has a core nor waits for one."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._busy_s, self._seconds = pid, busy_seconds(pid), 0.0
+
+    def after(self, seconds: float) -> float:
+        """Return for how long the process has been idle by now, so many seconds after the last call."""
+        before, self._busy_s = self._busy_s, busy_seconds(self._pid)
+        self._seconds = 0.0 if self._busy_s > before else self._seconds + seconds
+        return self._seconds
+
+
+def set_tick(connection: socket.socket, seconds: float) -> None:
+    """Make a read raise `BlockingIOError` once nothing comes for so long: the kernel's limit, not Python's.
+
+    So one call waits for all that is read, without waking at every part.
+    """
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
+
+def busy_seconds(pid: int) -> float:
+    """Sum the seconds that the threads of a process had a core or waited for one, if the system tells the latter."""
+    times = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
+    if not times:
+        return cpu_seconds(pid)
+    total = 0
+    for path in times:
+        with contextlib.suppress(OSError):  # a thread that has ended
+            total += sum(map(int, path.read_text().split()[:2]))
+    return 1e-9 * total
 
 
 def cpu_seconds(pid: int) -> float:

@@ -283,7 +283,7 @@ class ProcessEngineClient:
             is_first = self._parent.num_engines == 0
             limit = self._patience.loading if is_first else self._patience.forking
             async with _limited(limit):
-                engine = await self._parent.spawn()
+                engine = await self._parent.spawn(self._patience)
                 ready = await _first_message(engine)
         except BaseException as error:
             self.last_error = str(error)

@@ -9,12 +9,10 @@ another one takes its place; only if none can be started does the thread load by
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import socket
 import struct
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import msgspec
@@ -27,7 +25,7 @@ from server.engine import frames
 from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_reason
 from server.engine.adapters.loader_threads import give_way
-from server.engine.nursery import Child, Nursery, cpu_seconds
+from server.engine.nursery import Child, Nursery, busy_seconds, set_tick
 from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch
 
@@ -64,9 +62,7 @@ class LoaderProcess:
 
     def __init__(self, child: Child, setup: LoaderSetup) -> None:
         self._child, self._socket = child, child.socket
-        # A limit of the kernel's, not Python's: one call waits for all of a buffer.
-        wait = struct.pack("ll", int(TICK_S), int(TICK_S % 1 * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
+        set_tick(self._socket, TICK_S)
         self._socket.sendall(frames.encode(setup))
 
     def begin(self, request: bytes) -> None:
@@ -113,7 +109,7 @@ class _Patience:
 
     def tick(self) -> None:
         """Look at the process again. Raises `TimeoutError` if it counts as one that hangs."""
-        before, self._seconds = self._seconds, _busy_seconds(self._pid)
+        before, self._seconds = self._seconds, busy_seconds(self._pid)
         self._silent_s += TICK_S
         is_idle = before is not None and self._seconds <= before + IDLE_SHARE * TICK_S
         self._idle_s = self._idle_s + TICK_S if is_idle else 0.0
@@ -121,18 +117,6 @@ class _Patience:
             raise TimeoutError(f"it did nothing for {IDLE_S:g} s")
         if self._silent_s >= SILENT_S:
             raise TimeoutError(f"it took over {SILENT_S:g} s")
-
-
-def _busy_seconds(pid: int) -> float:
-    """Sum the seconds that the threads of a process had a core or waited for one, if the system tells the latter."""
-    times = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
-    if not times:
-        return cpu_seconds(pid)
-    total = 0
-    for path in times:
-        with contextlib.suppress(OSError):  # a thread that has ended
-            total += sum(map(int, path.read_text().split()[:2]))
-    return 1e-9 * total
 
 
 class LoaderPool:

@@ -97,6 +97,29 @@ def test_an_engine_outlives_the_process_that_loaded_the_base() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("also_engine", [False, True])
+def test_a_process_with_the_base_that_hangs_is_replaced(also_engine: bool) -> None:
+    """If the process that holds the base is stopped, the next engine comes from a new one, long before a fork's limit.
+
+    A request that ran meanwhile goes on, whether the engine died or was stopped too.
+    """
+
+    async def main() -> None:
+        async with engine("slow", patience=replace_patience(silence=2.0)) as client:
+            asked = request("r", max_tokens=40)
+            running = asyncio.create_task(answer(client, asked))
+            await until(lambda: client.stats.num_running == 1)
+            assert client.pid is not None
+            parent = parent_of(client)
+            os.kill(parent, signal.SIGSTOP)
+            os.kill(client.pid, signal.SIGSTOP if also_engine else signal.SIGKILL)
+            assert tokens(await running) == alone(asked)
+            assert parent_of(client) != parent and not psutil.pid_exists(parent)
+        assert not engines()
+
+    run(main)
+
+
 def test_on_a_gpu_the_process_becomes_the_engine() -> None:
     """Memory of a GPU is shared by no fork: there the engine is the process that loaded, and each one loads."""
 

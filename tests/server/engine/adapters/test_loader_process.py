@@ -22,12 +22,13 @@ import torch
 
 from adapters_store.format.folder import read_folder
 from adapters_store.storage.directory import Blobs
+from server.engine import nursery as nursery_room
 from server.engine.adapters import loader_process
 from server.engine.adapters.artifact_loader import ArtifactLoader, LoaderSetup
 from server.engine.adapters.failures import LoadError, failure_message
 from server.engine.adapters.loader_process import HEAD, LoaderPool, LoaderProcess, LoadReply, run_loader
 from server.engine.adapters.loader_threads import NICENESS
-from server.engine.nursery import Nursery
+from server.engine.nursery import Nursery, busy_seconds
 from server.model.load import load_base
 from server.model.precision import StorageDtypes
 from server.model.slots.layout import PackedPatch
@@ -176,7 +177,7 @@ def test_a_load_that_takes_its_process_along_fails_alone(
 def test_a_load_that_computes_or_waits_for_a_core_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load is idle only while it neither uses nor lacks a core; one that computes has the time of any load."""
     seconds = iter([0.0, 1.0, 2.0, 2.0, 3.0, *[4.0] * 40])
-    monkeypatch.setattr(loader_process, "_busy_seconds", lambda _pid: next(seconds))
+    monkeypatch.setattr(loader_process, "busy_seconds", lambda _pid: next(seconds))
     patience = loader_process._Patience(1)
     assert next(seconds) == 0.0, "a load that is not late is not looked at"
     seconds = chain([0.0], seconds)
@@ -185,7 +186,7 @@ def test_a_load_that_computes_or_waits_for_a_core_does_not_hang(monkeypatch: pyt
     with pytest.raises(TimeoutError, match="did nothing for 30 s"):
         patience.tick()
     busy = iter(range(1000))
-    monkeypatch.setattr(loader_process, "_busy_seconds", lambda _pid: float(next(busy)))
+    monkeypatch.setattr(loader_process, "busy_seconds", lambda _pid: float(next(busy)))
     patience = loader_process._Patience(1)
     for _ in range(299):
         patience.tick()
@@ -195,8 +196,8 @@ def test_a_load_that_computes_or_waits_for_a_core_does_not_hang(monkeypatch: pyt
 
 def test_a_process_that_computes_is_seen() -> None:
     """The time that a process has or lacks a core is read from the system."""
-    before = loader_process._busy_seconds(os.getpid())
-    while loader_process._busy_seconds(os.getpid()) == before:
+    before = busy_seconds(os.getpid())
+    while busy_seconds(os.getpid()) == before:
         sum(range(1000))
 
 
@@ -250,6 +251,23 @@ def test_without_its_nursery_the_thread_loads(processes: LoaderPool, job: Loader
         assert_same(threads.submit(processes.load, lora, None).result(), wanted)
         assert threads.submit(own_priority).result() == max(before, NICENESS)
     assert own_priority() == before
+
+
+def test_a_nursery_that_hangs_is_ended(
+    processes: LoaderPool, job: LoaderSetup, lora: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the process that forks is stopped, the thread that needs a loader from it loads by itself, and goes on to."""
+    monkeypatch.setattr(nursery_room, "FORK_IDLE_S", 0.5)
+    wanted, nursery = ArtifactLoader(job).load(lora, None), processes._nursery
+    assert nursery is not None
+    before = children(nursery)
+    for child in before:
+        child.kill()
+    psutil.wait_procs(before, 10)
+    os.kill(nursery.pid, signal.SIGSTOP)
+    for _ in range(2):
+        assert_same(processes.load(lora, None), wanted)
+    assert not psutil.pid_exists(nursery.pid)
 
 
 def test_without_a_fork_the_thread_loads(job: LoaderSetup, blobs: Blobs, biased_base: Path, tmp_path: Path) -> None:
