@@ -52,7 +52,11 @@ DISK_FAULTS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
     sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_CANTOPEN: errno.EIO,
+    sqlite3.SQLITE_CORRUPT: errno.EIO,
+    sqlite3.SQLITE_NOTADB: errno.EIO,
 }
+NO_FILES = (":memory:", "file:")  # what an SQLite URL may have instead of a path
 IS_NAMED = "manyhats_is_named"  # set on a connection that has written
 
 metadata = MetaData()
@@ -159,12 +163,14 @@ audit = Table(
 
 
 def sqlite_file(url: str) -> Path | None:
-    """Return the file of an SQLite URL; None for any other URL."""
+    """Return the file of an SQLite URL, whatever links lead to it; None for any other URL."""
     try:
         parsed = make_url(url)
     except ArgumentError:
         return None
-    return Path(parsed.database) if parsed.get_backend_name() == SQLITE and parsed.database else None
+    if parsed.get_backend_name() != SQLITE or not parsed.database or parsed.database.startswith(NO_FILES):
+        return None
+    return Path(parsed.database).resolve()
 
 
 def connect(url: str) -> Engine:
@@ -178,9 +184,9 @@ def connect(url: str) -> Engine:
             raise StoreError(f"the registry is kept in SQLite or PostgreSQL, not in {parsed.get_backend_name()}")
         if parsed.drivername == POSTGRESQL:
             parsed = parsed.set(drivername="postgresql+psycopg")
-        if not parsed.database:
-            raise ArgumentError
         is_postgresql = parsed.get_backend_name() == POSTGRESQL
+        if not parsed.database or (not is_postgresql and parsed.database.startswith(NO_FILES)):
+            raise ArgumentError
         if is_postgresql:
             from adapters_store.registry import postgresql  # it needs the driver, which is an extra
         waiting = {} if is_postgresql else {"timeout": LOCKED_WITHIN_S}
@@ -220,7 +226,7 @@ def transaction(engine: Engine, is_write: bool) -> Iterator[Connection]:
         fault = DISK_FAULTS.get(code)
         if fault is None:
             raise
-        raise OSError(fault, os.strerror(fault)) from error
+        raise OSError(fault, f"{os.strerror(fault)}: {error.orig}", engine.url.database) from error
 
 
 def hold(engine: Engine) -> Connection | None:

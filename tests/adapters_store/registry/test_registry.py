@@ -287,7 +287,7 @@ def test_a_registry_must_be_opened(url: str) -> None:
 def test_a_file_that_is_no_database_is_not_overwritten(tmp_path: Path, url: str) -> None:
     """A file in the registry's place that is no database is left unchanged."""
     (tmp_path / "registry.db").write_bytes(b"precious" * 1000)
-    with pytest.raises(Exception, match="not a database"):
+    with pytest.raises(OSError, match="not a database"):
         Registry(url).open()
     assert (tmp_path / "registry.db").read_bytes() == b"precious" * 1000
 

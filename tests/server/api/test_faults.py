@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event
 
+from adapters_store.errors import StoreError
 from adapters_store.registry import database
 from server.logs import OncePerMinute
 from tests.server.api.test_hang import ADMIN, NEEDS_NO_REGISTRY, READY, ask_all, city
@@ -81,6 +82,23 @@ async def test_a_full_disk_writes_few_lines(
         assert not any(record.exc_info for record in faults)
 
 
+async def test_a_damaged_registry_is_the_disks_error(
+    anyio_backend: str, tiny_base: Path, tmp_path: Path, zips: list[bytes]
+) -> None:
+    """Whatever of its file SQLite cannot read, no route answers 500, the sentence says why, and so does `ready`."""
+    async with city(tiny_base, tmp_path, zips) as site:
+        registry, file = site.state.stores.registry, tmp_path / "registry.db"
+        registry.engine.dispose()
+        pages = file.read_bytes()
+        file.write_bytes(pages[:4096] + bytes(range(1, 251)) * 200)
+        answers = await ask_all(site, zips)
+        failed = {route for route, answer in answers.items() if answer.status_code == 507}
+        assert len(failed) > 15 and not any(answer.status_code == 500 for answer in answers.values())
+        assert all("malformed" in error_of(answers[route])["message"] for route in failed)
+        with pytest.raises(OSError, match="malformed"):
+            registry.check()
+
+
 def test_a_line_says_how_many_were_left_out(caplog: pytest.LogCaptureFixture) -> None:
     """A minute after the first line the next one passes, with the number of those that did not; others pass always."""
     clock = Clock()
@@ -97,12 +115,24 @@ def test_a_line_says_how_many_were_left_out(caplog: pytest.LogCaptureFixture) ->
     assert [record.message for record in caplog.records].count("none") == 125
 
 
-async def test_one_server_a_file(anyio_backend: str, tiny_base: Path, tmp_path: Path) -> None:
-    """A second server on the same SQLite file is refused, though its data folder is another one."""
-    registry = f"sqlite:///{tmp_path / 'registry.db'}"
+@pytest.mark.parametrize("link", [False, True])
+async def test_one_server_a_file(anyio_backend: str, tiny_base: Path, tmp_path: Path, link: bool) -> None:
+    """A second server on the same SQLite file is refused, though its data folder is another one, and so by a link."""
+    registry = other = f"sqlite:///{tmp_path / 'registry.db'}"
+    if link:
+        (tmp_path / "link.db").symlink_to("registry.db")
+        other = f"sqlite:///{tmp_path / 'link.db'}"
     async with open_site(tiny_base, tmp_path / "one", registry=registry):
         with pytest.raises(BlockingIOError, match=r"another server uses the registry .*registry\.db"):
-            async with open_site(tiny_base, tmp_path / "two", registry=registry):
+            async with open_site(tiny_base, tmp_path / "two", registry=other):
                 pass
-    async with open_site(tiny_base, tmp_path / "two", registry=registry):
+    async with open_site(tiny_base, tmp_path / "two", registry=other):
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:registry.db?uri=true"])
+async def test_a_registry_is_in_a_file(anyio_backend: str, tiny_base: Path, tmp_path: Path, url: str) -> None:
+    """A registry that ends with the process, or whose file no lock finds, is refused by a sentence."""
+    with pytest.raises(StoreError, match="sqlite:///FILE"):
+        async with open_site(tiny_base, tmp_path, registry=url):
+            pass
