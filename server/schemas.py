@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
@@ -67,8 +68,9 @@ class Strict(BaseModel):
 
     @classmethod
     def unknown(cls, field: str) -> str:
-        """Refuse a field that the model does not have, in a sentence."""
-        return f"unknown field {field}"
+        """Refuse a field that the model does not have, in a sentence; say which one it may have been meant for."""
+        near = get_close_matches(field, cls.model_fields, 1)
+        return f"unknown field {field}" + (f": did you mean {near[0]}?" if near else "")
 
 
 class WeightedTask(Strict):

@@ -21,6 +21,8 @@ def loads(data: bytes | str) -> Any:
     """Parse UTF-8 JSON. Raises `StrictJSONError`."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
+        if text.startswith("\ufeff"):
+            raise StrictJSONError("it begins with a byte order mark: send UTF-8 without one")
         thing = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
         )

@@ -33,11 +33,8 @@ async def body_parts(request: Request, max_bytes: int, timeout_s: float) -> Asyn
     crawls, or is no gzip. One whose declared length is over the cap is refused before it comes. `timeout_s` bounds the
     time between parts.
     """
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", "gzip", "x-gzip"):
-        raise UnsupportedTypeError(
-            f"the body's encoding {encoding[:40]} is not taken: send it as it is, or as gzip", "Content-Encoding"
-        )
+    _coding(request, "Transfer-Encoding", "chunked")
+    encoding = _coding(request, "Content-Encoding", "identity", "gzip", "x-gzip")
     parts = _parts(request, max_bytes, timeout_s)
     if encoding == "identity":
         async for part in parts:
@@ -52,6 +49,16 @@ async def body_parts(request: Request, max_bytes: int, timeout_s: float) -> Asyn
             yield unpacked
     if not unpacking.eof:
         raise BadRequestError("the body is not whole: its gzip ends too early", "Content-Encoding")
+
+
+def _coding(request: Request, header: str, *taken: str) -> str:
+    """The body's coding by a header, else the first that is taken. Raises `UnsupportedTypeError` for any other."""
+    coding = ", ".join(filter(None, request.headers.getlist(header))).strip().lower() or taken[0]
+    if coding not in taken:
+        raise UnsupportedTypeError(
+            f"the body's encoding {coding[:40]} is not taken: send it as it is, or as gzip by Content-Encoding", header
+        )
+    return coding
 
 
 def _unpacked(unpacking: Any, packed: bytes) -> Iterator[bytes]:
@@ -129,6 +136,8 @@ class BodyObject:
 
 def parse(body: bytes) -> dict[str, Any]:
     """The object that a body is. Raises `BadRequestError` if it is no JSON object."""
+    if not body:
+        raise BadRequestError("there is no body: send a JSON object")
     try:
         data = loads(body)
     except StrictJSONError as error:

@@ -152,11 +152,13 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     path = request.url.path[:200]
     if status == 405:
-        response = await _server_error(request, MethodNotAllowedError(f"{request.method[:20]} is not for {path}"))
-        response.headers["Allow"] = ", ".join(_verbs(request))
+        verbs = ", ".join(_verbs(request))
+        message = f"{request.method[:20]} is not for {path}, which takes {verbs}: /docs shows every route"
+        response = await _server_error(request, MethodNotAllowedError(message))
+        response.headers["Allow"] = verbs
         return response
     if status == 404:
-        return await _server_error(request, NotFoundError(f"there is nothing at {path}"))
+        return await _server_error(request, NotFoundError(f"there is nothing at {path}: /docs shows every route"))
     return await _server_error(request, BadRequestError(str(error)))
 
 

@@ -18,6 +18,9 @@ from server.engine.messages import Output, Submit
 MAX_RESUMES = 3  # of a request
 MAX_BLAMED = 2  # engines that a request may kill
 RESTARTING = EngineFailure("engine_restarting", "the engine died while it ran this request; send it again in a moment")
+STOPPED = EngineFailure(
+    "engine_restarting", "the server stopped before this answer was whole; send the request again in a moment"
+)
 HARMFUL = EngineFailure(
     "request_harmful", "two engines died of this request, so it is not tried again; the server's log says how they died"
 )

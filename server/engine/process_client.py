@@ -21,7 +21,7 @@ import msgspec
 from server.core import EngineFailure
 from server.engine.client import EngineStartError, EngineUnavailable
 from server.engine.engine_process import EngineParent, EngineProcess, Patience
-from server.engine.in_flight import RESTARTING, InFlight, Request
+from server.engine.in_flight import STOPPED, InFlight, Request
 from server.engine.messages import (
     Abort,
     AskResidency,
@@ -144,7 +144,7 @@ class ProcessEngineClient:
         sequence_id, loop = request.submit.sequence_id, asyncio.get_running_loop()
         try:
             async with asyncio.timeout_at(loop.time() + request.submit.deadline - time.monotonic()):
-                while (failure := RESTARTING if self._is_closed else request.refusal()) is None:
+                while (failure := STOPPED if self._is_closed else request.refusal()) is None:
                     async with self.in_flight.trial:
                         if (output := await self._try_alone(request)) is not None:
                             return output

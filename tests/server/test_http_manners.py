@@ -119,6 +119,38 @@ async def test_a_packed_body(site: Site, zips: list[bytes], size: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("codings", "param"),
+    [
+        ([("Content-Encoding", "gzip"), ("Content-Encoding", "gzip")], "Content-Encoding"),
+        ([("Content-Encoding", "identity, gzip")], "Content-Encoding"),
+        ([("Transfer-Encoding", "gzip, chunked")], "Transfer-Encoding"),
+    ],
+)
+async def test_several_encodings(site: Site, codings: list[tuple[str, str]], param: str) -> None:
+    """A body that is encoded more than once, or on its way, is 415 that names the header, and is not read as JSON."""
+    answer = await site.http.post("/generate?task=base", content=gzip.compress(b"{}"), headers=codings)
+    assert (answer.status_code, error_of(answer)["param"]) == (415, param)
+
+
+async def test_refusals_say_what_to_do(site: Site) -> None:
+    """What a newcomer gets wrong is answered with what is right: a verb, a path, an empty body, a field's name."""
+    for verb, path, body, says in (
+        ("GET", "/generate?task=base", "", "takes POST"),
+        ("GET", "/", "", "/docs"),
+        ("GET", "/nowhere", "", "/docs"),
+        ("POST", "/generate?task=base", "", "send a JSON object"),
+        ("POST", "/v1/completions", '{"model": "base", "prompt": "x", "max_token": 1}', "did you mean max_tokens?"),
+        ("POST", "/generate?task=base", '{"promt": "x"}', "did you mean prompt?"),
+        ("POST", "/generate?task=base", '{"prompt": "x", "zzzzzz": 1}', "unknown field zzzzzz"),
+    ):
+        message = error_of(await site.http.request(verb, path, content=body))["message"]
+        assert says in message, (verb, path, message)
+    assert (
+        await site.http.post("/generate?task=base", content=b"{}", headers={"Content-Encoding": ""})
+    ).status_code == 400
+
+
+@pytest.mark.parametrize(
     ("encoding", "body", "status"),
     [
         ("br", BODY, 415),

@@ -19,7 +19,7 @@ UNSOUND = {
     "NUL": (rb'["a\u0000b"]', "NUL"),
     "half a surrogate pair": (rb'["\ud83c"]', "surrogate"),
     "half a pair in a key": (rb'{"\udfa9": 1}', "surrogate"),
-    "byte order mark": (b"\xef\xbb\xbf{}", "BOM"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "byte order mark"),
     "not UTF-8": (b'["\xff"]', "not UTF-8"),
     "one thing after another": (b"{} {}", "Extra data"),
     "nothing": (b"", "Expecting value"),

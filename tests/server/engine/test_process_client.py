@@ -475,6 +475,7 @@ def test_close_leaves_nothing() -> None:
             pid = client.pid
         outputs = await task
         assert outputs[-1].failure and outputs[-1].failure.code == "engine_restarting"
+        assert "the server stopped" in outputs[-1].failure.message
         assert pid is not None and not psutil.pid_exists(pid)
         await until(lambda: psutil.Process().num_fds() == num_files)
         with pytest.raises(EngineUnavailable, match="closed"):
