@@ -289,9 +289,8 @@ class Registry:
                 more = dict(zip(("requests", "prompt_tokens", "completion_tokens"), numbers, strict=True))
                 grown, now = {name: usage.c[name] + count for name, count in more.items()}, time.time()
                 if not connection.execute(update(usage).where(key).values(**grown, last=now)).rowcount:
-                    connection.execute(
-                        insert(usage).values(tenant=tenant, task=task, version=version, **more, last=now)
-                    )
+                    row = {"tenant": tenant, "task": task, "version": version, **more, "last": now}
+                    connection.execute(insert(usage).values(row))
 
     def usage(self, tenant: str, of: Collection[tuple[str, int]] | None = None) -> list[Usage]:
         """Return a tenant's usage by task and version: all of it, or that of the (task, version) that are named."""
@@ -309,10 +308,8 @@ class Registry:
         is_its_task = (tasks.c.tenant == usage.c.tenant) & (tasks.c.name == usage.c.task)
         is_its_version = (versions.c.task_id == tasks.c.id) & (versions.c.number == usage.c.version)
         has_version = select(versions.c.id).where(is_its_task, is_its_version).exists()
-        has_tenant = (
-            select(tenants.c.name).where(tenants.c.name == usage.c.tenant, tenants.c.deleted.is_(None)).exists()
-        )
-        is_there = has_version | ((usage.c.version == 0) & has_tenant)
+        its_tenant = select(tenants.c.name).where(tenants.c.name == usage.c.tenant, tenants.c.deleted.is_(None))
+        is_there = has_version | ((usage.c.version == 0) & its_tenant.exists())
         with self._write() as connection:
             return connection.execute(delete(usage).where(usage.c.last < before, ~is_there)).rowcount
 
@@ -322,10 +319,8 @@ class Registry:
         """Return usage with its tenant, in order of their keys: of all tenants, deleted ones too, or of one."""
         key = (usage.c.tenant, usage.c.task, usage.c.version)
         query = select(usage).order_by(*key).limit(max_rows)
-        if tenant is not None:
-            query = query.where(usage.c.tenant == tenant)
-        if after is not None:
-            query = query.where(tuple_(*key) > after)
+        query = query if tenant is None else query.where(usage.c.tenant == tenant)
+        query = query if after is None else query.where(tuple_(*key) > after)
         with self._read() as connection:
             return [(row.tenant, usage_of(row)) for row in connection.execute(query)]
 

@@ -12,7 +12,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
-from server.api import answers, openai_answers, responses_answers, text_generation_answers, vllm_answers
+from server.api import (
+    answers,
+    openai_answers,
+    responses_answers,
+    tenant_answers,
+    text_generation_answers,
+    vllm_answers,
+)
 from server.api.answers import ErrorAnswer
 
 Responses = dict[int | str, dict[str, Any]]
@@ -49,7 +56,7 @@ IDENTIFIED = (401, 403, 404, 507)
 COUNTED = (*IDENTIFIED, 429)
 HAS_BODY = (400, 413, 415)
 GENERATES = (*HAS_BODY, 504)
-ANSWERS = (answers, openai_answers, responses_answers, vllm_answers, text_generation_answers)
+ANSWERS = (answers, tenant_answers, openai_answers, responses_answers, vllm_answers, text_generation_answers)
 VALIDATION_ERROR = "#/components/schemas/HTTPValidationError"  # FastAPI's own, which no route answers
 DESCRIPTION = """Every error has the form of `ErrorAnswer`, or of `TextGenerationError` where clients of LoRAX and TGI
 ask, and every answer the header X-Request-Id: the request's own if it sent one. HEAD is taken where GET is. A stream is

@@ -14,7 +14,6 @@ from adapters_store.errors import NameTakenError
 from adapters_store.registry import DEFAULT_TENANT
 from adapters_store.registry.registry import UsageKey
 from adapters_store.registry.tenants import Key, Tenant, TenantLimits
-from server.api.answers import ChangesAnswer, KeysAnswer, NewKeyAnswer, TenantAnswer, TenantsAnswer, UsagesAnswer
 from server.api.body import read_json
 from server.api.deps import (
     admit_unless_operator,
@@ -26,6 +25,7 @@ from server.api.deps import (
     state_of,
 )
 from server.api.document import COUNTED, GONE, HAS_BODY, errors, says
+from server.api.tenant_answers import ChangesAnswer, KeysAnswer, NewKeyAnswer, TenantAnswer, TenantsAnswer, UsagesAnswer
 from server.errors import ConflictError, ForbiddenError, NotFoundError
 from server.requests.auth import ADMIN
 from server.schemas import NAME_PATTERN, Strict, openapi_body

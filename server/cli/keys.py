@@ -11,7 +11,7 @@ from rich.table import Table
 
 from adapters_store.escapes import printable
 from adapters_store.registry import DEFAULT_TENANT, SCOPES
-from server.api.answers import KeysAnswer, NewKeyAnswer
+from server.api.tenant_answers import KeysAnswer, NewKeyAnswer
 from server.cli.errors import say, sentences
 from server.cli.http_client import KEY_VARIABLE, URL, Json, Server, Url, show_json
 from server.cli.tasks import add_row

@@ -193,7 +193,7 @@ async def serve_real(base: Path, data: Path, **settings: Any) -> AsyncIterator[S
         yield site
 
 
-async def until(what: Any, seconds: float = 5.0) -> None:
+async def until(what: Any, seconds: float = 30.0) -> None:
     """Wait until `what()` is true."""
     async with asyncio.timeout(seconds):
         while not what():

@@ -16,7 +16,7 @@ DEEP = "[" * 70 + "]" * 70
 
 # (body as JSON text, status, param, words of the message)
 NOT_JSON = [
-    ("", "sound JSON"),
+    ("", "there is no body"),
     ("{", "sound JSON"),
     ('{"prompt": "a"} x', "sound JSON"),
     ("[]", "not a JSON object"),

@@ -581,10 +581,8 @@ async def test_without_an_admin_key_there_is_one_tenant(site: Site) -> None:
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({"Host": "evil.example"}, 403),
-        ({"Host": "evil.example:8000"}, 403),
-        ({"Host": "127.0.0.1.evil.example"}, 403),
-        ({"Host": "[::1"}, 403),
+        *(({"Host": host}, 403) for host in ("evil.example", "evil.example:8000")),
+        *(({"Host": host}, 403) for host in ("127.0.0.1.evil.example", "[::1")),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000"}, 200),
