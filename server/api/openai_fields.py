@@ -135,7 +135,6 @@ RESPONSES: Fields = {
     "image": (),
     "max_tool_calls": (),
     "moderation": (),
-    "parallel_tool_calls": (bool,),
     "previous_response_id": (),
     "prompt": (),
     "prompt_cache_key": (str,),
@@ -146,16 +145,36 @@ RESPONSES: Fields = {
     "service_tier": _OPENAI["service_tier"],
     "store": (False,),
     "stream_options": ({}, {"include_obfuscation": False}),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "truncation": ("disabled",),
 }
 INPUT_MESSAGE: Fields = {"id": (str,), "phase": (str,), "status": (str,)}  # of an answer that comes back
+INPUT_CALL: Fields = {
+    "async": (False,),
+    "caller": ({"type": "direct"},),
+    "id": (str,),
+    "namespace": (),
+    "status": (str,),
+}
+INPUT_RESULT: Fields = {
+    "caller": ({"type": "direct"},),
+    "id": (str,),
+    "name": (str,),  # that of the call counts
+    "namespace": (),
+    "status": (str,),
+}
+INPUT_REASONING: Fields = {"encrypted_content": ("",), "id": (str,), "status": (str,)}
+FUNCTION_TOOL: Fields = {
+    "allowed_callers": (["direct"],),
+    "async": (False,),
+    "defer_loading": (False,),
+    "output_schema": (),
+}
 INPUT_TEXT: Fields = {"annotations": ([],), "logprobs": (list,), "prompt_cache_breakpoint": ()}
 TEXT_CONFIG: Fields = {"verbosity": ("medium",)}
 _ALL = (
     CHAT, COMPLETION, MESSAGE, TEXT_PART, STREAM_OPTIONS, STRUCTURED_OUTPUTS, LOAD, UNLOAD,
-    TEXT_GENERATION, RESPONSES, INPUT_MESSAGE, INPUT_TEXT, TEXT_CONFIG,
+    TEXT_GENERATION, RESPONSES, INPUT_MESSAGE, INPUT_CALL, INPUT_RESULT, INPUT_REASONING, FUNCTION_TOOL, INPUT_TEXT,
+    TEXT_CONFIG,
 )  # fmt: skip
 
 

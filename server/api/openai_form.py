@@ -201,15 +201,19 @@ class ChatForm(OpenAIForm):
             yield {"index": chunk.index, "delta": {**role, **delta}, **rest}
 
     def _parts(self, chunk: Chunk) -> list[Part]:
-        """The parts of a chunk; a chunk that is not cut into parts is content."""
-        if chunk.parts is None:
-            return [AnswerText("content", chunk.text)] if chunk.text else []
-        return [part for part in chunk.parts if self._has_reasoning or part[0] != "reasoning"]
+        return [part for part in parts_of(chunk) if self._has_reasoning or part[0] != "reasoning"]
 
     def _rest(self, chunk: Chunk) -> dict[str, Any]:
         entries = token_entries(self._tokenizer, chunk) if self._has_logprobs else None
         logprobs = None if entries is None else {"content": entries, "refusal": None}
         return {"finish_reason": chunk.finish_reason, "logprobs": logprobs}
+
+
+def parts_of(chunk: Chunk) -> list[Part]:
+    """The parts of a chunk; a chunk that is not cut into parts is content."""
+    if chunk.parts is None:
+        return [AnswerText("content", chunk.text)] if chunk.text else []
+    return chunk.parts
 
 
 def token_entries(tokenizer: Tokenizer, chunk: Chunk) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
-from adapters_store.format.manifest import Turn
+from adapters_store.tools.turns import SYSTEM, USER, ToolTurn
 from server.api import openai_fields
 from server.api.body import read_json
 from server.api.deps import caller_of, counted_callers, state_of
@@ -19,6 +19,7 @@ from server.api.openai_fields import Tolerant
 from server.api.respond import respond
 from server.api.responses_answers import EVENTS, ResponseAnswer
 from server.api.responses_form import ResponsesForm
+from server.api.responses_input import FunctionToolFields, InputItem, turns_of_items
 from server.api.structured_outputs import TextFormat
 from server.core import AskedForm
 from server.errors import InvalidFieldError
@@ -36,29 +37,6 @@ router = APIRouter(
 )
 
 
-class InputText(Tolerant):
-    """A part of an item's content: what a user says, or an answer that comes back as it was sent."""
-
-    neutral = openai_fields.INPUT_TEXT
-    type: Literal["input_text", "output_text"]
-    text: str
-
-
-class InputMessage(Tolerant):
-    """A turn of the input, its content whole or in parts; a message of ours may come back as it was sent."""
-
-    neutral = openai_fields.INPUT_MESSAGE
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputText], Field(min_length=1)]
-
-    def turn(self) -> Turn:
-        """The turn as a role that templates know, and one text."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return "system" if self.role == "developer" else self.role, text
-
-
 class TextConfig(Tolerant):
     """The way in which the text is written."""
 
@@ -70,11 +48,11 @@ class TextConfig(Tolerant):
         return self.format.form("text.format") if "format" in self.model_fields_set else None
 
 
-class ResponsesRequest(ModelFields):
+class ResponsesRequest(FunctionToolFields, ModelFields):
     """The body of POST /v1/responses."""
 
     neutral = openai_fields.RESPONSES
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_TURNS)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_TURNS)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
@@ -93,15 +71,16 @@ class ResponsesRequest(ModelFields):
         """Whether the answer tells log-probabilities."""
         return LOGPROBS in self.include
 
-    def turns(self) -> list[Turn]:
+    def turns(self) -> list[ToolTurn]:
         """The turns of a chat: the instructions are the system's, and a text alone is the user's."""
-        items = [("user", self.input)] if isinstance(self.input, str) else [item.turn() for item in self.input]
-        return items if self.instructions is None else [("system", self.instructions), *items]
+        turns = [ToolTurn(USER, self.input)] if isinstance(self.input, str) else turns_of_items(self.input)
+        return turns if self.instructions is None else [ToolTurn(SYSTEM, self.instructions), *turns]
 
     def echoed(self) -> dict[str, Any]:
         """The fields that the response tells again."""
         names = ("model", "instructions", "max_output_tokens", "metadata", "top_logprobs", "user")
         told = {name: getattr(self, name) for name in names}
+        told |= self.echoed_tools()
         return told | {"text": {"format": self.text.format.model_dump(by_alias=True, exclude_unset=True)}}
 
 
@@ -117,6 +96,8 @@ async def responses(request: Request) -> Response:
     spec = replace(
         spec_of(caller_of(request), asked),
         turns=asked.turns(),
+        **asked.called(),
+        is_parsed=True,
         prompt_field="input",
         max_tokens=asked.max_output_tokens,
         has_logprobs=asked.has_logprobs,

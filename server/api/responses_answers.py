@@ -21,13 +21,61 @@ class OutputTextAnswer(TypedDict):
 
 
 class OutputMessageAnswer(TypedDict):
-    """The message that answers the input."""
+    """A text that answers the input."""
 
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
     status: Literal["in_progress", "completed", "incomplete"]
     content: list[OutputTextAnswer]
+
+
+class ReasoningTextAnswer(TypedDict):
+    """The text of the reasoning."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItemAnswer(TypedDict):
+    """The reasoning that the answer begins with; it is not summed up."""
+
+    id: str
+    type: Literal["reasoning"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    summary: list[str]
+    content: list[ReasoningTextAnswer]
+
+
+class FunctionCallAnswer(TypedDict):
+    """A call of a function; `arguments` is the text of a JSON object, empty while it is in progress."""
+
+    id: str
+    type: Literal["function_call"]
+    status: Literal["in_progress", "completed"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+OutputItemAnswer = ReasoningItemAnswer | OutputMessageAnswer | FunctionCallAnswer
+
+
+class FunctionToolAnswer(TypedDict):
+    """A function that could be called, as it was asked for."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
+class NamedFunctionAnswer(TypedDict):
+    """The function that had to be called."""
+
+    type: Literal["function"]
+    name: str
 
 
 class InputTokens(CachedTokens):
@@ -37,7 +85,7 @@ class InputTokens(CachedTokens):
 
 
 class OutputTokens(TypedDict):
-    """Tokens of the output; none is reasoning."""
+    """Tokens of the output; those of reasoning are not counted apart."""
 
     reasoning_tokens: Literal[0]
 
@@ -100,14 +148,14 @@ class ResponseAnswer(TypedDict):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessageAnswer]
+    output: list[OutputItemAnswer]
     parallel_tool_calls: bool
     previous_response_id: None
     store: Literal[False]
     temperature: float
     text: TextConfigAnswer
-    tool_choice: Literal["auto"]
-    tools: list[str]
+    tool_choice: Literal["none", "auto", "required"] | NamedFunctionAnswer
+    tools: list[FunctionToolAnswer]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"]
@@ -133,24 +181,27 @@ class ResponseEvent(_Event):
 
 
 class OutputItemEvent(_Event):
-    """The message, before its text and after it."""
+    """An item, when it begins and once it is whole."""
 
     type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
-    item: OutputMessageAnswer
+    item: OutputItemAnswer
 
 
-class _TextEvent(_Event):
+class _ItemEvent(_Event):
     item_id: str
     output_index: int
+
+
+class _TextEvent(_ItemEvent):
     content_index: int
 
 
 class ContentPartEvent(_TextEvent):
-    """The message's only part, empty and whole."""
+    """The only part of a message or of reasoning, empty and whole."""
 
     type: Literal["response.content_part.added", "response.content_part.done"]
-    part: OutputTextAnswer
+    part: OutputTextAnswer | ReasoningTextAnswer
 
 
 class TextDeltaEvent(_TextEvent):
@@ -169,4 +220,42 @@ class TextDoneEvent(_TextEvent):
     logprobs: list[ChosenChatToken]
 
 
-EVENTS = (ResponseEvent, OutputItemEvent, ContentPartEvent, TextDeltaEvent, TextDoneEvent)
+class ReasoningDeltaEvent(_TextEvent):
+    """The next piece of the reasoning."""
+
+    type: Literal["response.reasoning_text.delta"]
+    delta: str
+
+
+class ReasoningDoneEvent(_TextEvent):
+    """The reasoning, once it is whole."""
+
+    type: Literal["response.reasoning_text.done"]
+    text: str
+
+
+class ArgumentsDeltaEvent(_ItemEvent):
+    """The arguments of a call."""
+
+    type: Literal["response.function_call_arguments.delta"]
+    delta: str
+
+
+class ArgumentsDoneEvent(_ItemEvent):
+    """The arguments of a call, once they are whole."""
+
+    type: Literal["response.function_call_arguments.done"]
+    arguments: str
+
+
+EVENTS = (
+    ResponseEvent,
+    OutputItemEvent,
+    ContentPartEvent,
+    TextDeltaEvent,
+    TextDoneEvent,
+    ReasoningDeltaEvent,
+    ReasoningDoneEvent,
+    ArgumentsDeltaEvent,
+    ArgumentsDoneEvent,
+)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -83,42 +83,69 @@ class MessageCall(Tolerant):
     function: CalledFunction
 
 
-class ToolFields(Strict):
-    """The tools of a request, and whether the answer is to call them."""
+ToolChoice = Literal["none", "auto", "required"]
 
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+
+class FunctionFields(Strict):
+    """The functions of a request, and whether the answer is to call them; its subclasses say how a body has them."""
+
+    parameters_field: ClassVar[str]  # of a tool, for errors
     parallel_tool_calls: bool = True
+
+    def functions(self) -> Sequence[FunctionDefinition]:
+        """The functions that may be called, in order."""
+        raise NotImplementedError
+
+    def choice(self) -> ToolChoice | CalledName:
+        """Whether there must be a call, and of which function."""
+        raise NotImplementedError
 
     @model_validator(mode="after")
     def _different_names(self) -> Self:
-        names = [tool.function.name for tool in self.tools]
+        names = [function.name for function in self.functions()]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise InvalidFieldError(f"tools: two functions are named {twice}: a call could mean either", "tools")
         return self
 
     @model_validator(mode="after")
-    def _chosen_tool_is_there(self) -> Self:
-        if self.tool_choice in ("none", "auto"):
+    def _chosen_function_is_there(self) -> Self:
+        choice = self.choice()
+        if choice in ("none", "auto"):
             return self
-        if not self.tools:
+        if not self.functions():
             raise InvalidFieldError("tool_choice: there are no tools to call: send some in tools", "tool_choice")
-        if isinstance(self.tool_choice, NamedTool):
-            named = self.tool_choice.function.name
-            if named not in [tool.function.name for tool in self.tools]:
-                raise InvalidFieldError(f"tool_choice names the function {named}, which tools lack", "tool_choice")
+        if isinstance(choice, CalledName) and choice.name not in [function.name for function in self.functions()]:
+            raise InvalidFieldError(f"tool_choice names the function {choice.name}, which tools lack", "tool_choice")
         return self
 
     def called(self) -> dict[str, Any]:
-        """The tools as fields of a spec; none if the answer may not call any."""
-        functions = [] if self.tool_choice == "none" else [tool.function for tool in self.tools]
-        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else ""
+        """The functions as fields of a spec; none if the answer may not call any."""
+        choice = self.choice()
+        functions = [] if choice == "none" else self.functions()
+        named = choice.name if isinstance(choice, CalledName) else ""
         return {
             "tools": [function.tool() for function in functions],
-            "must_call": None if self.tool_choice in ("none", "auto") else named,
+            "parameters_field": self.parameters_field,
+            "must_call": None if choice in ("none", "auto") else named,
             "is_strict": any(function.strict for function in functions),
             "is_parallel": self.parallel_tool_calls,
         }
+
+
+class ToolFields(FunctionFields):
+    """The tools of a request in a chat's shape, and whether the answer is to call them."""
+
+    parameters_field = "function.parameters"
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] = Field(default_factory=list)
+    tool_choice: ToolChoice | NamedTool = "auto"
+
+    def functions(self) -> Sequence[FunctionDefinition]:
+        """The functions of the tools."""
+        return [tool.function for tool in self.tools]
+
+    def choice(self) -> ToolChoice | CalledName:
+        """The choice, or the function that it names."""
+        return self.tool_choice.function if isinstance(self.tool_choice, NamedTool) else self.tool_choice
 
 
 class TextPart(Tolerant):
@@ -171,18 +198,33 @@ def turns_of(messages: Sequence[TurnFields]) -> list[AnyTurn]:
     for number, message in enumerate(messages):
         _check_fields(message, f"messages.{number}")
         calls = tuple(
-            _call(call, f"messages.{number}.tool_calls.{index}") for index, call in enumerate(message.tool_calls)
+            read_call(call.function, call.id, f"messages.{number}.tool_calls.{index}.function")
+            for index, call in enumerate(message.tool_calls)
         )
         names |= {call.id: call.name for call in calls}
         call_id = message.tool_call_id or ""
-        if message.role == TOOL and call_id not in names:
-            field = f"messages.{number}.tool_call_id"
-            raise BadRequestError(f"{field} is of no call in an assistant's turn before it", field)
+        name = called_name(names, call_id, f"messages.{number}.tool_call_id") if message.role == TOOL else ""
         role = "system" if message.role == "developer" else message.role
-        turns.append(
-            ToolTurn(role, message.text, calls, call_id, names.get(call_id, ""), message.reasoning_content or "")
-        )
+        turns.append(ToolTurn(role, message.text, calls, call_id, name, message.reasoning_content or ""))
     return turns
+
+
+def read_call(function: CalledFunction, call_id: str, field: str) -> ToolCall:
+    """The call that a request has in a field. Raises `BadRequestError` for arguments that are no JSON object."""
+    try:
+        arguments = loads(function.arguments or "{}")
+    except StrictJSONError as error:
+        raise BadRequestError(f"{field}.arguments is not JSON: {error}", f"{field}.arguments") from None
+    if not isinstance(arguments, dict):
+        raise BadRequestError(f"{field}.arguments must be a JSON object", f"{field}.arguments")
+    return ToolCall(function.name, arguments, call_id)
+
+
+def called_name(names: Mapping[str, str], call_id: str, field: str) -> str:
+    """The function that was called, by the call's id in a field. Raises `BadRequestError` if there is none."""
+    if call_id not in names:
+        raise BadRequestError(f"{field} is of no call in an assistant's turn before it", field)
+    return names[call_id]
 
 
 def call_of(part: CallPart) -> dict[str, Any]:
@@ -202,15 +244,3 @@ def _check_fields(message: TurnFields, place: str) -> None:
     if message.content is None and not message.tool_calls:
         reason = "is missing: only an assistant's turn that has tool_calls needs none"
         raise InvalidFieldError(f"{place}.content {reason}", f"{place}.content")
-
-
-def _call(call: MessageCall, field: str) -> ToolCall:
-    try:
-        arguments = loads(call.function.arguments or "{}")
-    except StrictJSONError as error:
-        raise BadRequestError(
-            f"{field}.function.arguments is not JSON: {error}", f"{field}.function.arguments"
-        ) from None
-    if not isinstance(arguments, dict):
-        raise BadRequestError(f"{field}.function.arguments must be a JSON object", f"{field}.function.arguments")
-    return ToolCall(call.function.name, arguments, call.id)

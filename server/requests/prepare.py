@@ -96,7 +96,7 @@ class JobPreparer:
         # Each by itself first, so that what is wrong with it is said of its own field.
         for number, tool in enumerate(spec.tools):
             if tool["name"] in parts.functions:
-                grammar_of(FormSpec("json_schema", tool["parameters"], f"tools.{number}.function.parameters"))
+                grammar_of(FormSpec("json_schema", tool["parameters"], f"tools.{number}.{spec.parameters_field}"))
         if form is not None:
             grammar_of(form)
         return grammar_of(parts_form(parts, form, spec.must_call is not None, self._tokenizer.special_id, lead))

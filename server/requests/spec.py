@@ -23,7 +23,8 @@ class GenerationSpec:
     `echo` or `prompt_logprobs` (alternatives a token) the answers tell their prompts. `continuations` of one prompt are
     scored, each behind it as in one text. With `has_special` texts are encoded with the tokenizer's own special tokens
     around them. `form` None is that of the adapters, if they carry one. `tools` are functions that an answer to `turns`
-    may call, one alone unless `is_parallel`, and must call if `must_call` is a name, or empty for any of them. If
+    may call, one alone unless `is_parallel`, and must call if `must_call` is a name, or empty for any of them;
+    `parameters_field` is the place of a schema in a tool of the request's body, for errors. If
     `is_strict` calls fit the functions' schemas, as they do if there must be one. Answers are cut into content,
     reasoning and calls if `is_parsed`.
     """
@@ -39,6 +40,7 @@ class GenerationSpec:
     texts: list[str] | None = None
     turns: Sequence[AnyTurn] | None = None
     tools: Tools = ()
+    parameters_field: str = "function.parameters"
     must_call: str | None = None
     is_strict: bool = False
     is_parallel: bool = True

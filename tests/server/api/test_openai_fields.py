@@ -16,17 +16,29 @@ from openai.types.chat import chat_completion_stream_options_param as options
 from openai.types.chat import completion_create_params as chat
 from openai.types.responses import (
     EasyInputMessageParam,
+    FunctionToolParam,
+    ResponseFunctionToolCallParam,
     ResponseInputTextParam,
     ResponseOutputMessageParam,
     ResponseOutputTextParam,
+    ResponseReasoningItemParam,
     ResponseTextConfigParam,
 )
 from openai.types.responses import response_create_params as responses
+from openai.types.responses import response_input_item_param as items
 
 from server.api import openai_fields
 from server.api.openai import ChatRequest, CompletionRequest, StreamOptions
 from server.api.openai_fields import Tolerant
-from server.api.responses import InputMessage, InputText, ResponsesRequest, TextConfig
+from server.api.responses import ResponsesRequest, TextConfig
+from server.api.responses_input import (
+    FunctionCallItem,
+    FunctionCallOutput,
+    FunctionTool,
+    InputMessage,
+    InputText,
+    ReasoningItem,
+)
 from server.api.structured_outputs import StructuredOutputs
 from server.api.text_generation import TextGenerationParameters
 from server.api.tool_fields import ChatMessage, TextPart
@@ -100,6 +112,8 @@ TURN: dict[str, Any] = {"role": "assistant", "content": "hi"}
 ASKED: dict[str, Any] = {"model": "base", "seed": 1, "max_tokens": 2}
 CHAT: dict[str, Any] = {**ASKED, "messages": [TURN]}
 RESPONSE: dict[str, Any] = {"model": "base", "seed": 1, "max_output_tokens": 2, "input": "a"}
+CALL: dict[str, Any] = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+RESULT: dict[str, Any] = {"type": "function_call_output", "call_id": "c", "output": "x"}
 COMPLETIONS_PATH, CHAT_PATH, RESPONSES_PATH = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 BODIES: dict[type[Tolerant], tuple[str, Any]] = {  # where a model stands in a request
     CompletionRequest: (COMPLETIONS_PATH, lambda fields: {**ASKED, "prompt": "a", **fields}),
@@ -115,6 +129,13 @@ BODIES: dict[type[Tolerant], tuple[str, Any]] = {  # where a model stands in a r
     InputText: (
         RESPONSES_PATH,
         lambda fields: RESPONSE | {"input": [{**TURN, "content": [{"type": "output_text", "text": "hi", **fields}]}]},
+    ),
+    FunctionCallItem: (RESPONSES_PATH, lambda fields: RESPONSE | {"input": [CALL | fields]}),
+    FunctionCallOutput: (RESPONSES_PATH, lambda fields: RESPONSE | {"input": [CALL, RESULT | fields]}),
+    ReasoningItem: (RESPONSES_PATH, lambda fields: RESPONSE | {"input": [{"type": "reasoning", **fields}]}),
+    FunctionTool: (
+        RESPONSES_PATH,
+        lambda fields: RESPONSE | {"tools": [{"type": "function", "name": "f", **fields}]},
     ),
     TextConfig: (RESPONSES_PATH, lambda fields: RESPONSE | {"text": fields}),
     TextGenerationParameters: ("/generate", lambda fields: {"inputs": "a", "parameters": {"seed": 1} | fields}),
@@ -136,6 +157,10 @@ DOCUMENTED: dict[type[Tolerant], set[str]] = {
     ResponsesRequest: names(*get_args(responses.ResponseCreateParams)),
     InputMessage: names(EasyInputMessageParam, ResponseOutputMessageParam),
     InputText: names(ResponseInputTextParam, ResponseOutputTextParam),
+    FunctionCallItem: names(ResponseFunctionToolCallParam),
+    FunctionCallOutput: names(items.FunctionCallOutput),
+    ReasoningItem: names(ResponseReasoningItemParam),
+    FunctionTool: names(FunctionToolParam),
     TextConfig: names(ResponseTextConfigParam),
     TextGenerationParameters: names(TextGenerationInputGenerateParameters) | LORAX,
 }
@@ -144,8 +169,8 @@ UNSERVED = [(model, name) for model in DOCUMENTED for name in sorted(model.neutr
 
 @pytest.fixture(scope="module")
 async def server(anyio_backend: str, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
-    """A server on loopback."""
-    async with serve_site(tiny_base, tmp_path_factory.mktemp("fields")) as site:
+    """A server on loopback, which writes tools in a format."""
+    async with serve_site(tiny_base, tmp_path_factory.mktemp("fields"), tool_format="hermes") as site:
         yield site
 
 
