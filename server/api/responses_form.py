@@ -9,7 +9,7 @@ from typing import Any
 
 from server.api.openai_form import parts_of, token_entries
 from server.api.respond import AnswerForm
-from server.api.responses_output import Item, OutputItems
+from server.api.responses_output import Item, ItemStatus, OutputItems
 from server.api.sse import Event, data_line
 from server.errors import ServerError
 from server.requests.answer import Generation
@@ -73,8 +73,9 @@ class ResponsesForm(AnswerForm):
 
     def _ending(self, generation: Generation, is_cut: bool) -> Iterator[Event]:
         """End the last item, and the response: it is complete, or cut at its most tokens."""
-        status, usage = "incomplete" if is_cut else "completed", generation.progress.usage()
-        yield from self._output.end("incomplete" if is_cut else "completed")
+        status: ItemStatus = "incomplete" if is_cut else "completed"
+        yield from self._output.end(status)
+        usage = generation.progress.usage()
         response = self._response(
             status,
             self._output.items,

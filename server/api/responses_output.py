@@ -73,12 +73,13 @@ class OutputItems:
             yield from self._close("completed")
             yield from self._begin(kind)
         logprobs, self._logprobs = self._logprobs, []
-        scores: dict[str, Any] = {"logprobs": logprobs} if kind.has_logprobs else {}
         text = self.items[-1]["content"][0]
         text["text"] += piece.text
+        scores: dict[str, Any] = {}
         if kind.has_logprobs:
+            scores = {"logprobs": logprobs}
             text["logprobs"] += logprobs
-        if piece.text or scores.get("logprobs"):
+        if piece.text or logprobs:
             yield self._of_text(f"{text['type']}.delta", delta=piece.text, **scores)
 
     def _begin(self, kind: TextKind) -> Iterator[Event]:
@@ -105,8 +106,8 @@ class OutputItems:
         item = {"id": self._new_id("fc"), "type": "function_call", "call_id": call.id, "name": call.name}
         self.items.append({**item, "arguments": call.arguments, "status": "completed"})
         yield self._of_item("added", {**item, "arguments": "", "status": "in_progress"})
-        for name, field in (("delta", "delta"), ("done", "arguments")):
-            yield self._placed(f"function_call_arguments.{name}", **{field: call.arguments})
+        yield self._placed("function_call_arguments.delta", delta=call.arguments)
+        yield self._placed("function_call_arguments.done", arguments=call.arguments)
         yield self._of_item("done", self.items[-1])
 
     def _new_id(self, prefix: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from openai import AsyncOpenAI
 
 from tests.kit.adapters import make_lora, zip_folder
 from tests.server.world import Site, open_site, serve_site
@@ -55,4 +56,11 @@ async def shared(
     async with open_site(tiny_base, tmp_path_factory.mktemp("shared")) as made:
         for task, body in zip(("one", "two"), zips, strict=False):
             assert (await made.upload(task, body)).status_code == 201
+        yield made
+
+
+@pytest.fixture
+async def client(server: Site) -> AsyncIterator[AsyncOpenAI]:
+    """OpenAI's own client, over the shared server."""
+    async with AsyncOpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0) as made:
         yield made

@@ -30,13 +30,6 @@ async def server(
         yield site
 
 
-@pytest.fixture
-async def client(server: Site) -> AsyncIterator[AsyncOpenAI]:
-    """The official client, over the shared server."""
-    async with AsyncOpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 async def digests(server: Site, task: str) -> dict[int, str]:
     """The digest of each version of a task."""
     return {one["version"]: one["digest"] for one in (await server.http.get(f"/tasks/{task}")).json()["versions"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -27,13 +26,6 @@ EVENTS = [
     "response.output_item.done",
     "response.completed",
 ]
-
-
-@pytest.fixture
-async def client(server: Site) -> AsyncIterator[AsyncOpenAI]:
-    """The official client, over the shared server."""
-    async with AsyncOpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 async def streamed(client: AsyncOpenAI, **fields: Any) -> list[Any]:

@@ -59,13 +59,6 @@ async def server(anyio_backend: str, tiny_base: Path, tmp_path_factory: pytest.T
         yield site
 
 
-@pytest.fixture
-async def client(server: Site) -> AsyncIterator[AsyncOpenAI]:
-    """The official client, over the shared server."""
-    async with AsyncOpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def asked(**fields: Any) -> dict[str, Any]:
     return {"model": "base", "input": "Oslo?", "tools": [WEATHER, CLOCK], **fields}
 

@@ -77,13 +77,6 @@ async def plain(
         yield site
 
 
-@pytest.fixture
-async def client(server: Site) -> AsyncIterator[AsyncOpenAI]:
-    """The official client, over the shared server."""
-    async with AsyncOpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def says(site: Site, text: str) -> None:
     """Let the engine answer with a text."""
 
