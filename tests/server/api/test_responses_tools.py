@@ -299,7 +299,7 @@ async def test_a_failure(client: AsyncOpenAI, server: Site, monkeypatch: pytest.
 
 async def test_logprobs(client: AsyncOpenAI, server: Site) -> None:
     """The log-probabilities of a text are those of its own tokens, and of what was dropped before it; none is of a
-    call's."""
+    call's. The token that ends an answer counts with its text."""
     says(server, f"I look.\n{CALL}\nSo.")
     fields: dict[str, Any] = {"include": ["message.output_text.logprobs"], "temperature": 0}
     answer = await ask(client, **fields)
@@ -309,6 +309,10 @@ async def test_logprobs(client: AsyncOpenAI, server: Site) -> None:
         assert told[0] == "I look." and told[1].strip("\n").startswith("So.") and CALL not in told[1]
     pieces = [one.token for event in events if event.type.endswith("output_text.delta") for one in event.logprobs]
     assert pieces == [one.token for part in texts_of(answer) for one in part.logprobs or []]
+    says(server, "Rain.")
+    for plain in (await ask(client, **fields), (await streamed(client, **asked(**fields)))[-1].response):
+        (part,) = texts_of(plain)
+        assert plain.usage is not None and len(part.logprobs or []) == plain.usage.output_tokens == len("Rain.") + 1
 
 
 @pytest.mark.parametrize(
