@@ -13,7 +13,7 @@ from server.core import EngineFailure, Row, Runner, Sampled, Timing
 from server.engine.adapters.load_queue import P, Spawner
 from server.engine.adapters.manager import AdapterManager, Budgets, SlotStore
 from server.engine.blocks import BlockPool
-from server.engine.forms import FormCompiler
+from server.engine.forms import MAX_FAST_FORWARD, FormCompiler
 from server.engine.messages import EngineConfig, Output, Stats, StepDone, Submit
 from server.engine.scheduler import Scheduler, StepLimits, StepPlan
 from server.engine.sequence import Sequence
@@ -324,19 +324,40 @@ class Engine(Generic[P]):
         output.cached_tokens, output.virtual_tokens = sequence.num_cached_prompt, sequence.num_virtual
         sequence.note_scored(len(sampled.scores))
         if sampled.token >= 0:
-            sequence.tokens.append(sampled.token)
-            output.token_ids = [sampled.token]
             output.logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
-            output.finish_reason = self._finish_reason(sequence, sampled.token)
-            if sequence.form is not None and output.finish_reason is None:
-                sequence.form.take(output.token_ids)
+            self._take(sequence, sampled.token, output)
+            self._fast_forward(sequence, output)
         elif is_read:
             output.finish_reason = "length"
-        if is_read or (output.token_ids and sequence.num_output == 1):
+        if is_read or (output.token_ids and sequence.num_output == len(output.token_ids)):
             output.timing = self._timing(sequence, now)
         self._outputs.append(output)
         if output.finish_reason is not None:
             self._finish(sequence)
+
+    def _take(self, sequence: Sequence, token: int, output: Output) -> None:
+        """Append a token to an answer and its output."""
+        sequence.tokens.append(token)
+        output.token_ids.append(token)
+        output.finish_reason = self._finish_reason(sequence, token)
+        if sequence.form is not None and output.finish_reason is None:
+            sequence.form.take([token])
+
+    def _fast_forward(self, sequence: Sequence, output: Output) -> None:
+        """Append the tokens that must follow by the form: no step is needed to sample them.
+
+        The next step computes them as it does a prompt's. Log-probabilities need a step each.
+        """
+        sequence.num_fast_forward, sampling = 0, sequence.sampling
+        if sequence.form is None or sampling.logprobs is not None or sampling.forced:
+            return
+        while output.finish_reason is None and sequence.num_fast_forward < MAX_FAST_FORWARD:
+            token = sequence.form.only_token()
+            if token is None:
+                return
+            self._take(sequence, token, output)
+            sequence.num_fast_forward += 1
+            self._stats.fast_forward_tokens_total += 1
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
         if sequence.sampling.is_end(token, self._eos):

@@ -19,6 +19,7 @@ from server.engine.adapters.load_queue import Spawner
 
 T = TypeVar("T")
 MAX_KEPT = 64  # compiled forms that are kept for the next sequence that has the same
+MAX_FAST_FORWARD = 8  # tokens that follow a sampled one at once because the form allows no others
 
 
 class FormMatcher:
@@ -26,14 +27,29 @@ class FormMatcher:
 
     def __init__(self, matcher: LLMatcher, ends: Iterable[int]) -> None:
         self._matcher, self._ends = matcher, tuple(ends)
+        self._mask: bytes | None = None  # of this place, once it is worked out
 
     def take(self, tokens: list[int]) -> None:
         """Go on over tokens of the answer, none of which ends it. Raises `FormError` if they do not fit."""
+        self._mask = None
         if not self._matcher.consume_tokens(tokens):
             raise FormError(self._error("the answer does not fit its form"))
 
     def mask(self) -> bytes:
         """Say which tokens may follow, a bit each from the lowest up. Raises `FormError` if none may."""
+        if self._mask is None:
+            self._mask = self._next_mask()
+        return self._mask
+
+    def only_token(self) -> int | None:
+        """Return the token that must follow; None if several may, or if none may, for which `mask` raises."""
+        try:
+            bits = int.from_bytes(self.mask(), "little")
+        except FormError:
+            return None
+        return bits.bit_length() - 1 if bits.bit_count() == 1 else None
+
+    def _next_mask(self) -> bytes:
         mask = bytearray(self._matcher.compute_bitmask())
         if self._matcher.is_error():
             raise FormError(self._error("the form is too complex at this place of the answer"))

@@ -128,6 +128,7 @@ class Stats(msgspec.Struct):
     load_failures_total: int = 0
     evictions_total: int = 0
     preemptions_total: int = 0
+    fast_forward_tokens_total: int = 0  # of answers whose forms allowed no others: taken without a step each
     cache_hit_tokens_total: int = 0
     cache_query_tokens_total: int = 0
     deaths_total: int = 0  # engines that died or were ended since the API process started; counted by it, as the next

@@ -1,10 +1,10 @@
 """The scheduler: choose which sequences compute how many tokens in the next step.
 
 Continuous batching without phases: every running sequence has one remainder, the tokens that have no KV yet. A step
-takes first the running sequences with a remainder of 1, so that decoding never starves, then chunks of the longer
-remainders, and admits waiting sequences while tokens, rows and blocks last. When blocks run out, a running sequence is
-preempted: it goes back to the front of its namespace's queue and is recomputed later (the blocks that it published may
-still be found).
+takes first the running sequences that decode, whose remainder is the token sampled last and those that had to follow it
+by the answer's form, so that decoding never starves, then chunks of the longer remainders, and admits waiting sequences
+while tokens, rows and blocks last. When blocks run out, a running sequence is preempted: it goes back to the front of
+its namespace's queue and is recomputed later (the blocks that it published may still be found).
 
 Namespaces (tenants) are served fairly, as `server.engine.fairness` counts: prompts continue and are admitted from the
 namespace that was served least, in order of arrival inside it. No namespace is held back while no other has work. While
@@ -76,8 +76,8 @@ class StepLimits:
     def max_tokens(self, num_decodes: int, num_present: int, num_urgent: int) -> int:
         """Return the token budget of a step.
 
-        `num_decodes` sequences decode, `num_present` namespaces are present, and the urgent prompt has `num_urgent`
-        tokens to compute (0: none is urgent).
+        Sequences that decode have `num_decodes` tokens, `num_present` namespaces are present, and the urgent prompt has
+        `num_urgent` tokens to compute (0: none is urgent).
         """
         if num_present < 2:
             return self.max_batch_tokens
@@ -195,7 +195,7 @@ class Scheduler:
         The caller must compute the plan's rows and advance their sequences before it plans again.
         """
         num_preempted = self._preempt_for_fairness(adapters, now)
-        num_decodes = sum(sequence.remainder == 1 for sequence in self.running)
+        num_decodes = sum(sequence.remainder for sequence in self.running if sequence.is_decode)
         num_present, num_urgent = self.fairness.num_present(now), self._num_urgent(adapters, now)
         plan = StepPlan(self.limits.max_tokens(num_decodes, num_present, num_urgent), num_preempted=num_preempted)
         self._plan_decodes(plan)
@@ -228,7 +228,7 @@ class Scheduler:
         if least is None or not self.fairness.is_below_share(least, self.running):
             return 0
         begun = next(
-            (sequence for sequence in self.running if sequence.namespace == least and sequence.remainder > 1), None
+            (sequence for sequence in self.running if sequence.namespace == least and not sequence.is_decode), None
         )
         if begun is not None:
             return begun.remainder
@@ -246,10 +246,12 @@ class Scheduler:
         )
 
     def _plan_decodes(self, plan: StepPlan) -> None:
+        """Take the sequences that decode, so that the step has a token at least for each."""
         order = self.fairness.least_holding_first(self.running)
-        for sequence in tuple(order):
-            if sequence.state is State.RUNNING and sequence.remainder == 1 and self._grow(plan, sequence, order):
-                self._take(plan, sequence)
+        decodes = [sequence for sequence in order if sequence.is_decode]
+        for num_left, sequence in zip(reversed(range(len(decodes))), decodes, strict=True):
+            if sequence.state is State.RUNNING and self._grow(plan, sequence, order):
+                self._take(plan, sequence, num_left)
 
     def _grow(self, plan: StepPlan, sequence: Sequence, order: list[Sequence]) -> bool:
         """Make room for one more position, preempting if need be; False if the sequence itself was preempted.
@@ -356,9 +358,9 @@ class Scheduler:
         if is_bypassed and self._bypassed is None:
             self._bypassed = sequence
 
-    def _take(self, plan: StepPlan, sequence: Sequence) -> None:
-        """Put as much of a remainder into the step as fits, and charge its namespace for tokens not charged before."""
-        num_tokens = min(sequence.remainder, self._room(plan, sequence))
+    def _take(self, plan: StepPlan, sequence: Sequence, num_kept: int = 0) -> None:
+        """Put what fits of a remainder beside `num_kept` other tokens into the step, and charge what is uncharged."""
+        num_tokens = min(sequence.remainder, self._room(plan, sequence) - num_kept)
         if num_tokens <= 0:
             return
         plan.rows.append((sequence, num_tokens))
@@ -394,5 +396,5 @@ class Scheduler:
     def _is_backlogged(self, namespace: str) -> bool:
         """Whether a namespace waits for rows or for its prompts, not only for the next tokens of running sequences."""
         return namespace in self._queues or any(
-            sequence.remainder > 1 for sequence in self.running if sequence.namespace == namespace
+            not sequence.is_decode for sequence in self.running if sequence.namespace == namespace
         )

@@ -49,6 +49,7 @@ class Sequence:
     num_cached: int = 0  # of `num_prompt`, found in the prefix cache when it was first admitted
     num_charged: int = 0  # tokens that its namespace was charged for
     num_scored: int = 0  # of the prompt's tokens
+    num_fast_forward: int = 0  # of the last tokens: its form allowed no others, so no step sampled them
     first_admitted: float | None = None
     skipped_since: float | None = None  # since then it waits for an adapter
     skipped_at: int | None = None  # how many sequences with adapters had been admitted when it first lacked only slots
@@ -110,6 +111,11 @@ class Sequence:
     def remainder(self) -> int:
         """The number of tokens without KV; at least 1 until the sequence is finished."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether nothing is left to compute but the token that was sampled last, and those that had to follow it."""
+        return self.remainder <= 1 + self.num_fast_forward
 
     @property
     def is_form_due(self) -> bool:

@@ -69,6 +69,24 @@ def test_every_finished_answer_fits(world: World, asked: list[tuple[dict[str, An
     assert [world.solo(one) for one in free] == answers[-4:]
 
 
+def test_what_must_follow_is_the_same(
+    world: World, asked: list[tuple[dict[str, Any], Asked]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers in which forced tokens are taken without a step each are those in which every token has one.
+
+    The model computes the same whether a prompt's chunk has such tokens or each has a step: what is drawn after them,
+    and its log-probability, are the same bits.
+    """
+    some = [one for _, one in asked[:12]]
+    with world.engine(max_running=12, max_batch_tokens=64) as engine:
+        fast = world.answer(engine, some)
+        num_fast = engine.stats().fast_forward_tokens_total
+    monkeypatch.setattr("server.engine.engine.MAX_FAST_FORWARD", 0)
+    with world.engine(max_running=12, max_batch_tokens=64) as engine:
+        assert fast == world.answer(engine, some)
+        assert num_fast > 0.2 * sum(map(len, fast)) and not engine.stats().fast_forward_tokens_total
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "pattern"),
     [

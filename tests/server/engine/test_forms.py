@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import pytest
 from llguidance import LLTokenizer
 
 from server.core import FormSpec
@@ -11,7 +13,7 @@ from server.engine.forms import FormCompiler
 from server.engine.grammar import grammar_of
 from server.engine.sequence import Sequence
 from tests.server.engine.spawners import LateSpawner
-from tests.server.engine.world import World, prompt_of
+from tests.server.engine.world import EOS, World, prompt_of
 
 END = 261  # the end token of the tokenizer of single bytes
 SCHEMA = {
@@ -22,11 +24,11 @@ SCHEMA = {
 CLOSED = grammar_of(FormSpec("json_schema", {**SCHEMA, "additionalProperties": False}, "f"))
 
 
-def make_world(num_blocks: int = 64) -> tuple[World, LateSpawner]:
+def make_world(num_blocks: int = 64, **limits: Any) -> tuple[World, LateSpawner]:
     """A world whose forms are compiled when the test says so."""
     compiler = LateSpawner()
     forms: FormCompiler[Sequence] = FormCompiler(LLTokenizer("byte"), compiler, lambda: None)
-    return World(forms=forms, vocab_size=262, num_blocks=num_blocks), compiler
+    return World(forms=forms, vocab_size=262, num_blocks=num_blocks, **limits), compiler
 
 
 def finish(world: World, compiler: LateSpawner) -> None:
@@ -37,12 +39,11 @@ def finish(world: World, compiler: LateSpawner) -> None:
         world.step()
 
 
-def ask(world: World, seed: int, answered: list[int] | None = None, form: str = CLOSED) -> str:
+def ask(world: World, seed: int, answered: list[int] | None = None, form: str = CLOSED, **fields: Any) -> str:
     """Submit a request in a form that ends at the tokenizer's own end token."""
     prompt = prompt_of(random.Random(seed), 6, 256)
-    return world.submit(
-        prompt, 0, temperature=1.0, seed=seed, max_tokens=80, stop_token_ids=(END,), form=form, answered=answered
-    )
+    asked: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 80, "stop_token_ids": (END,)} | fields
+    return world.submit(prompt, 0, form=form, answered=answered, **asked)
 
 
 def test_a_form_that_is_compiled_holds_nobody_up() -> None:
@@ -104,3 +105,79 @@ def test_an_engine_without_forms_refuses_them() -> None:
     name = world.submit([9], form=CLOSED)
     world.run()
     assert world.answers[name].failure is not None
+
+
+FAST_FORWARD = "server.engine.engine.MAX_FAST_FORWARD"
+
+
+def run_all(num_blocks: int, **limits: Any) -> tuple[list[Any], World]:
+    """The answers to requests of every kind, with what each output says but when."""
+    world, compiler = make_world(num_blocks, **limits)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0},
+        {"stop_token_ids": (ord("b"), END)},  # within what has to follow
+        {"stop_token_ids": (END, 260)},  # any of two may end it
+        {"logprobs": 2},
+        {"prompt_logprobs": 1},
+        *({"max_tokens": number} for number in range(1, 8)),
+    ]
+    names = [ask(world, seed, namespace="st"[seed % 2], **kind) for seed, kind in enumerate(kinds * 2)]
+    names.append(world.submit([9, 9], 0, max_tokens=40))
+    finish(world, compiler)
+    world.engine.assert_consistent()
+    answers = [world.answers[name] for name in names]
+    told = [
+        (one.tokens, one.finish_reason, one.scores, [each for output in one.outputs for each in output.logprobs])
+        for one in answers
+    ]
+    assert all(sum(output.timing is not None for output in one.outputs) == 1 for one in answers)
+    return told, world
+
+
+@pytest.mark.parametrize(("num_blocks", "max_batch_tokens"), [(256, 8), (24, 64)])
+def test_what_must_follow_needs_no_step(
+    num_blocks: int, max_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that a form forces are the answer's, its logprobs' and its end's as if each were sampled in a step."""
+    told, fast = run_all(num_blocks, max_batch_tokens=max_batch_tokens)
+    monkeypatch.setattr(FAST_FORWARD, 0)
+    slowly_told, slow = run_all(num_blocks, max_batch_tokens=max_batch_tokens)
+    assert told == slowly_told
+    assert (fast.engine.stats().preemptions_total > 0) == (num_blocks == 24)
+    assert fast.engine.stats().fast_forward_tokens_total > 120 and not slow.engine.stats().fast_forward_tokens_total
+
+
+def test_what_must_follow_comes_with_what_was_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are those of tokens that may differ; an answer without choice has an output every so many tokens."""
+    world, compiler = make_world()
+    form = grammar_of(FormSpec("choice", ["no choice at all"], "f"))
+    name = ask(world, 1, form=form, stop_token_ids=())
+    finish(world, compiler)
+    outputs = [output.token_ids for output in world.answers[name].outputs]
+    assert outputs[:2] == [[*b"no choice"], [*b" at all"]] and outputs[2:] in ([EOS], [[END]])  # it may be either
+    assert len(world.runner.batches) == 3
+    monkeypatch.setattr(FAST_FORWARD, 0)
+    world, compiler = make_world()
+    name = ask(world, 1, form=form, stop_token_ids=())
+    finish(world, compiler)
+    assert len(world.runner.batches) == 17
+
+
+def test_a_step_has_a_token_for_each_that_decodes() -> None:
+    """What has to follow in some answers takes none of a step's tokens that another answer needs."""
+    world, compiler = make_world(max_batch_tokens=8, max_running=8)
+    form = grammar_of(FormSpec("regex", "([ab]cdefghij)+", "f"))
+    names = [ask(world, seed, form=form, max_tokens=40) for seed in range(7)]
+    free = world.submit([9, 9], 0, max_tokens=30)
+    compiler.run_all()
+    world.spawner.run_all()
+    while not all(world.answers[name].tokens for name in (*names, free)):
+        compiler.run_all()
+        world.spawner.run_all()
+        world.step()
+    while not world.answers[free].is_over:
+        num_tokens = len(world.answers[free].tokens)
+        world.step()
+        assert len(world.answers[free].tokens) == num_tokens + 1
+    finish(world, compiler)
