@@ -157,16 +157,20 @@ class ToolCallAnswer(TypedDict):
     function: CalledFunctionAnswer
 
 
-class ChoiceAnswer(TypedDict):
-    """A whole answer to one prompt; with tools, what it says and calls apart."""
-
+class _Choice(TypedDict):
     text: str
     token_ids: list[int]
-    finish_reason: CallFinishReason
     logprobs: NotRequired[list[ChosenTokenAnswer]]
     prompt_logprobs: NotRequired[list[ChosenTokenAnswer | None]]
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallAnswer]]
+    label_probs: NotRequired[dict[str, float]]
+
+
+class ChoiceAnswer(_Choice):
+    """A whole answer to one prompt; with tools, what it says and calls apart."""
+
+    finish_reason: CallFinishReason
 
 
 class _GenerateHead(TypedDict):
@@ -184,17 +188,11 @@ class GenerateAnswer(_GenerateHead):
     timing: TimingAnswer
 
 
-class GenerateEvent(_GenerateHead):
+class GenerateEvent(_GenerateHead, _Choice):
     """The next piece of the answer `index`; the very last has `usage` and `timing`."""
 
     index: int
-    text: str
-    token_ids: list[int]
     finish_reason: CallFinishReason | None
-    logprobs: NotRequired[list[ChosenTokenAnswer]]
-    prompt_logprobs: NotRequired[list[ChosenTokenAnswer | None]]
-    reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[ToolCallAnswer]]
     usage: NotRequired[UsageAnswer]
     timing: NotRequired[TimingAnswer]
 

@@ -72,6 +72,7 @@ class GenerateRequest(ToolFields, AdapterFields, SamplingFields):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_SCORED_TOP)
     stream: bool = False
     response_format: ResponseFormat | None = None
+    label_probs: bool = False
 
     def form(self) -> AskedForm | None:
         """The form that the request names, for which null is free text; None if it names none."""
@@ -103,9 +104,9 @@ class GenerateRequest(ToolFields, AdapterFields, SamplingFields):
 
     @model_validator(mode="after")
     def _something_to_answer(self) -> Self:
-        if not self.max_tokens and self.prompt_logprobs is None:
+        if not self.max_tokens and self.prompt_logprobs is None and not self.label_probs:
             raise InvalidFieldError(
-                "max_tokens: 0 answers nothing without prompt_logprobs: ask for 1 or more", "max_tokens"
+                "max_tokens: 0 answers nothing without prompt_logprobs or label_probs: ask for 1 or more", "max_tokens"
             )
         return self
 
@@ -151,6 +152,7 @@ def _spec(caller: Caller, task: str | None, asked: GenerateRequest) -> Generatio
         top_logprobs=asked.logprobs,
         prompt_logprobs=asked.prompt_logprobs,
         form=asked.form(),
+        label_probs=asked.label_probs,
     )
 
 
@@ -212,6 +214,8 @@ class GenerateForm(AnswerForm):
         if chunk.prompt is not None:
             pairs = zip(chunk.prompt.token_ids[1:], chunk.prompt.scores, strict=True)
             choice["prompt_logprobs"] = [None, *(self._logprobs(token_id, logprobs) for token_id, logprobs in pairs)]
+        if chunk.label_probs is not None:
+            choice["label_probs"] = chunk.label_probs
         return choice
 
     def _logprobs(self, token_id: int, logprobs: Logprobs) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class GenerationJob:
 
     With `tells_prompts` the first chunk of a choice has its prompt. `scored_from` has the first token that is scored
     of prompts that begin alike: the first of these is computed before the others, which find its beginning computed.
+    `labels` are texts whose probabilities behind each prompt are told, with their tokens.
     """
 
     resolved: ResolvedAdapters
@@ -41,11 +42,22 @@ class GenerationJob:
     scored_from: list[int] | None = None
     form: str | None = None  # the grammar that each answer must fit
     answer_format: AnswerFormat | None = None  # the parts to cut answers into
+    labels: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompts, and of the labels behind each."""
+        return sum(map(len, self.prompts)) + len(self.prompts) * sum(map(len, self.labels.values()))
 
     @property
     def max_total_tokens(self) -> int:
         """Tokens of the prompts, and the most that the answers can have."""
-        return sum(map(len, self.prompts)) + self.num_choices * self.sampling.max_tokens
+        return self.num_prompt_tokens + self.num_choices * self.sampling.max_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the engine: one a choice, and one a prompt and label."""
+        return self.num_choices + len(self.prompts) * len(self.labels)
 
     @property
     def num_choices(self) -> int:
@@ -56,17 +68,26 @@ class GenerationJob:
         """The sequence of the choice `index`. Choices of a prompt differ in their seed alone."""
         seed, prompt = (self.sampling.seed + SEED_STEP * index) % 2**63, index // self.n
         scored_from = 1 if self.scored_from is None else self.scored_from[prompt]
+        sampling = msgspec.structs.replace(self.sampling, seed=seed, scored_from=scored_from)
+        return self._submit(self.prompts[prompt], sampling, self.form)
+
+    def submit_label(self, prompt: list[int], label: str) -> Submit:
+        """The sequence that scores a label behind a prompt."""
+        sampling = Sampling(max_tokens=0, prompt_logprobs=0, scored_from=len(prompt))
+        return self._submit([*prompt, *self.labels[label]], sampling, None)
+
+    def _submit(self, prompt: list[int], sampling: Sampling, form: str | None) -> Submit:
         return Submit(
             sequence_id=uuid.uuid4().hex,
             namespace=self.resolved.tenant,
-            prompt=self.prompts[prompt],
-            sampling=msgspec.structs.replace(self.sampling, seed=seed, scored_from=scored_from),
+            prompt=prompt,
+            sampling=sampling,
             deadline=self.arrived + self.timeout_s,
             arrived=self.arrived,
             adapters=tuple(AdapterRef(one.digest, weight, one.num_virtual) for one, weight in self.resolved.adapters),
             share=self.limits.share,
             max_running=self.limits.max_running,
-            form=self.form,
+            form=form,
         )
 
 
@@ -82,7 +103,8 @@ class ReadPrompt:
 class Chunk:
     """New tokens and text of one choice; `finish_reason` marks its last chunk, and the first may tell the prompt.
 
-    `is_stopped` says of the last chunk that a stop text ended the choice, and no token.
+    The last has the probability of each label, if they were asked for, and `is_stopped` says of it that a stop text
+    ended the choice, and no token.
     """
 
     index: int
@@ -93,6 +115,7 @@ class Chunk:
     prompt: ReadPrompt | None = None
     is_stopped: bool = False
     parts: list[Part] | None = None  # content, reasoning and calls of an answer that is cut into them
+    label_probs: dict[str, float] | None = None
 
     @classmethod
     def empty(cls, index: int) -> Chunk:
@@ -105,7 +128,7 @@ class Chunk:
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         self.finish_reason, self.is_stopped = chunk.finish_reason, chunk.is_stopped
-        self.prompt = self.prompt or chunk.prompt
+        self.prompt, self.label_probs = self.prompt or chunk.prompt, chunk.label_probs
         if chunk.parts is not None:
             self.parts = [*(self.parts or []), *chunk.parts]
 

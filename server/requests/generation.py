@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 from adapters_store.tools.parser import AnswerParser
 from server.core import EngineFailure
 from server.engine.client import EngineClient, EngineUnavailable
-from server.engine.messages import Output
+from server.engine.messages import Output, Submit
 from server.errors import EngineFailedError, UnavailableError
 from server.metrics import Metrics
 from server.requests.answer import Chunk, GenerationJob, GenerationState, ReadPrompt
@@ -38,17 +40,21 @@ class ChoiceRunner:
         choices = [
             asyncio.create_task(self._feed(job, progress, index, queue, is_begun)) for index in range(job.num_choices)
         ]
+        scored = dict[int, asyncio.Task[dict[str, float]]]()  # the labels of a prompt
         try:
             while progress.ended < len(choices):
                 item = await queue.get()
                 if isinstance(item, Exception):
                     raise item
+                prompt = item.index // job.n
+                if job.labels and prompt not in scored:  # it is computed now, and labels begin from it
+                    scored[prompt] = asyncio.create_task(self._label_probs(job, progress, prompt))
+                if job.labels and item.finish_reason is not None:
+                    item.label_probs = await scored[prompt]
                 progress.ended += item.finish_reason is not None
                 yield item
         finally:
-            for choice in choices:
-                choice.cancel()
-            await asyncio.gather(*choices, return_exceptions=True)
+            await _cancel([*choices, *scored.values()])
 
     async def _feed(
         self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue, is_begun: asyncio.Event
@@ -58,18 +64,13 @@ class ChoiceRunner:
         Prompts that begin alike wait until the first is computed: `is_begun` tells it.
         """
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
+            async with self._bounded(job):
                 for digest in job.resolved.digests:
                     await self._revalidation.ensure_validated(digest)
                 if job.scored_from is not None and index > 0:
                     await is_begun.wait()
                 await self._run_choice(job, progress, index, queue)
                 is_begun.set()
-        except TimeoutError:
-            failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
-            queue.put_nowait(EngineFailedError(failure))
-        except EngineUnavailable as error:
-            queue.put_nowait(UnavailableError(str(error), retry_after=self._client.retry_after_s))
         except Exception as error:  # noqa: BLE001 - whatever it is, `run_choices` raises it to its caller
             queue.put_nowait(error)
 
@@ -78,6 +79,45 @@ class ChoiceRunner:
         marks = () if job.answer_format is None else job.answer_format.marks
         shown = {token_id: mark for mark in marks if (token_id := self._tokenizer.special_id(mark)) is not None}
         return TextStream(self._tokenizer, job.stop, prompt.token_ids, job.lead, shown)
+
+    @asynccontextmanager
+    async def _bounded(self, job: GenerationJob) -> AsyncIterator[None]:
+        """Run the block no longer than the job may take. Raises `ServerError` for that, or for no engine."""
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.timeout_s + GRACE_S):
+                yield
+        except TimeoutError:
+            failure = EngineFailure("deadline_exceeded", f"no answer within {job.timeout_s:g} s")
+            raise EngineFailedError(failure) from None
+        except EngineUnavailable as error:
+            raise UnavailableError(str(error), retry_after=self._client.retry_after_s) from None
+
+    async def _label_probs(self, job: GenerationJob, progress: GenerationState, prompt: int) -> dict[str, float]:
+        """The probability of each label behind a prompt: that of its tokens, as a share of all labels'."""
+        token_ids = job.prompts[prompt]
+        scores = [
+            asyncio.create_task(self._score(job.submit_label(token_ids, label), progress)) for label in job.labels
+        ]
+        try:
+            async with self._bounded(job):
+                logprobs = await asyncio.gather(*scores)
+        finally:
+            await _cancel(scores)
+        weights = [math.exp(logprob - max(logprobs)) for logprob in logprobs]
+        return {label: weight / sum(weights) for label, weight in zip(job.labels, weights, strict=True)}
+
+    async def _score(self, submit: Submit, progress: GenerationState) -> float:
+        """The log-probability of the tokens that a sequence scores."""
+        logprob = 0.0
+        async with aclosing(self._client.generate(submit)) as outputs:
+            async for output in outputs:
+                if output.failure is not None:
+                    raise EngineFailedError(output.failure, self._client.retry_after_s)
+                progress.num_begun += output.timing is not None
+                logprob += sum(score.chosen for score in output.scores)
+                if output.finish_reason is not None:
+                    break
+        return logprob
 
     async def _run_choice(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
         prompt = ReadPrompt(job.prompts[index // job.n])
@@ -113,6 +153,12 @@ def _parse(chunk: Chunk, parser: AnswerParser) -> None:
         chunk.parts += parser.finish()
     if parser.has_ended or (chunk.finish_reason == "stop" and parser.num_calls):
         chunk.finish_reason = "tool_calls"
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _chunk(index: int, output: Output, text: TextStream) -> Chunk:

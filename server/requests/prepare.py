@@ -30,6 +30,7 @@ from server.tenant_work import TenantWork
 MAX_ANSWER_BYTES = 256 * 2**20  # of JSON, which is held until it is sent
 TOKEN_BYTES, LOGPROB_BYTES = 16, 128  # of a token's text and id, and of a token with its log-probability
 NUM_OPENING = 16  # tokens at a prompt's end that may open the reasoning
+MAX_SCORED_LABELS = 256  # of a request, behind all of its prompts
 THREAD_CHARS = 4000  # longer texts are tokenised off the event loop
 
 
@@ -65,10 +66,12 @@ class JobPreparer:
         sampling = complete_sampling(require_ready(self._client), spec, max_tokens, self._ends(spec, resolved))
         parts = self._answer_format(spec, resolved, prompts[0]) if spec.is_parsed else None
         grammar, lead = await self._form(spec, resolved, parts)
+        labels = self._labels(spec, resolved, prompts, lead) if spec.label_probs else {}
         tells_prompts = spec.echo or spec.prompt_logprobs is not None
         return GenerationJob(
             resolved, prompts, sampling, spec.n, spec.stop, spec.timeout_s, limits=spec.limits, lead=lead,
             tells_prompts=tells_prompts, scored_from=scored_from, form=grammar, answer_format=parts,
+            labels=labels,
         )  # fmt: skip
 
     async def _form(
@@ -111,6 +114,38 @@ class JobPreparer:
                 'response_format {"type": "text"}',
                 "ignore_eos",
             )
+
+    def _labels(
+        self, spec: GenerationSpec, resolved: ResolvedAdapters, prompts: list[list[int]], lead: str
+    ) -> dict[str, list[int]]:
+        """The labels of the answers' form, each with its tokens behind a prompt.
+
+        Raises `ServerError` if the form has no labels, or they are too many or too long.
+        """
+        form = form_of(spec, resolved)
+        if form is None or form.kind != "choice" or spec.must_call is not None:
+            raise BadRequestError(
+                'label_probs are of a form of labels: send response_format {"type": "choice", "choices": [...]}, or '
+                "ask a task whose form has labels",
+                "label_probs",
+            )
+        with control_text_is_400("label_probs"):
+            labels = {label: self._tokenizer.encode_behind(lead + label) for label in form.value}
+        num_scored, max_queued = len(prompts) * len(labels), spec.limits.max_queued
+        if max_queued is None:
+            max_scored = MAX_SCORED_LABELS
+        else:  # beside the choices
+            max_scored = min(MAX_SCORED_LABELS, max(0, max_queued - len(prompts) * spec.n))
+        if num_scored > max_scored:
+            raise BadRequestError(
+                f"label_probs of {len(labels)} labels behind {len(prompts)} prompts are {num_scored} scores, and a "
+                f"request may have {max_scored}",
+                "label_probs",
+            )
+        longest = max(labels.values(), key=len)
+        wholes = [[*prompt, *longest] for prompt in prompts]
+        check_length(require_ready(self._client), resolved, wholes, 0, "label_probs")
+        return labels
 
     async def encode(self, spec: GenerationSpec, resolved: ResolvedAdapters) -> list[list[int]]:
         """Token ids of each of a spec's prompts. Raises `ServerError` for what has none, or can never fit."""
@@ -230,7 +265,8 @@ class JobPreparer:
 
 def form_of(spec: GenerationSpec, resolved: ResolvedAdapters) -> FormSpec | None:
     """The form of a request's answers, if they have one: its own, or its adapters' unless it asks for free text."""
-    if spec.form is None and resolved.form is not None and spec.max_tokens != 0 and spec.continuations is None:
+    is_answered = spec.continuations is None and (spec.max_tokens != 0 or spec.label_probs)
+    if spec.form is None and resolved.form is not None and is_answered:
         return of_task(resolved.form)
     return spec.form if isinstance(spec.form, FormSpec) else None
 

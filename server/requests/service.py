@@ -76,7 +76,7 @@ class GenerationService:
         while True:
             generation.resolved = await self.resolver.resolve(spec)
             generation.job = job = await self._preparer.prepare(spec, generation.resolved)
-            generation.progress = progress = GenerationState(sum(map(len, job.prompts)))
+            generation.progress = progress = GenerationState(job.num_prompt_tokens)
             try:
                 async with aclosing(self._answers(job, progress)) as chunks:
                     async for chunk in chunks:
@@ -94,7 +94,7 @@ class GenerationService:
                 self._usage.running(UsageMeter(resolved.usage_keys, progress.used)),
                 self._accounting.accounted(job, progress),
                 self._rate_limiter.generating(
-                    resolved.tenant, job.limits, job.num_choices, job.max_total_tokens, progress
+                    resolved.tenant, job.limits, job.num_sequences, job.max_total_tokens, progress
                 ),
             ):
                 async with aclosing(self._runner.run_choices(job, progress)) as chunks:

@@ -22,11 +22,11 @@ class GenerationSpec:
     `has_logprobs`. `named` are the fields that the request named: of the others, the adapters' own defaults count. With
     `echo` or `prompt_logprobs` (alternatives a token) the answers tell their prompts. `continuations` of one prompt are
     scored, each behind it as in one text. With `has_special` texts are encoded with the tokenizer's own special tokens
-    around them. `form` None is that of the adapters, if they carry one. `tools` are functions that an answer to `turns`
-    may call, one alone unless `is_parallel`, and must call if `must_call` is a name, or empty for any of them;
-    `parameters_field` is the place of a schema in a tool of the request's body, for errors. If
-    `is_strict` calls fit the functions' schemas, as they do if there must be one. Answers are cut into content,
-    reasoning and calls if `is_parsed`.
+    around them. `form` None is that of the adapters, if they carry one; with `label_probs` it lists labels, and answers
+    tell how probable each is. `tools` are functions that an answer to `turns` may call, one alone unless `is_parallel`,
+    and must call if `must_call` is a name, or empty for any of them; `parameters_field` is the place of a schema in a
+    tool of the request's body, for errors. If `is_strict` calls fit the functions' schemas, as they do if there must be
+    one. Answers are cut into content, reasoning and calls if `is_parsed`.
     """
 
     tenant: str
@@ -58,6 +58,7 @@ class GenerationSpec:
     prompt_logprobs: int | None = None
     continuations: list[str | list[int]] | None = None
     form: AskedForm | None = None
+    label_probs: bool = False
 
     @property
     def has_held_calls(self) -> bool:

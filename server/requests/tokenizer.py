@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from adapters_store.base.turns import TurnEncoder
+from adapters_store.base.turns import Rendered, TurnEncoder
 from server.requests.text_bound import characters_of_bytes, text_bound
 from server.requests.without_torch import import_transformers
 
@@ -59,6 +59,10 @@ class Tokenizer:
         encoded = self._tokenizer(text, add_special_tokens=has_special, verbose=False)  # or it logs that one is long
         ids: list[int] = encoded["input_ids"]
         return ids
+
+    def encode_behind(self, text: str) -> list[int]:
+        """Tokens of a text that goes on behind another one. Raises `ControlTextError`."""
+        return self.turns.encode(Rendered(("", text), has_special=False))
 
     def token_name(self, token_id: int) -> str:
         """The tokenizer's own name of a token, as its vocabulary has it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -184,6 +185,31 @@ async def test_continuations_are_scored_behind_their_prompt(served: Served, name
     body = {"prompt_token_ids": SCORED, "continuations": [greedy, [*greedy[:2], (greedy[2] + 1) % 200]]}
     found = (await site.post(f"/score?task={name}", body)).json()
     assert [one["is_greedy"] for one in found["scores"]] == [True, False]
+
+
+LABELS = ["hat", "ha", "brim"]
+
+
+async def test_labels_are_as_probable_as_the_formulas_say(served: Served) -> None:
+    """Among all others a label's probability is that of its tokens behind the prompt, as a share of all labels'."""
+    site, names = served.site, ["base", *NAMES]
+    form = {"type": "choice", "choices": LABELS}
+    body = {"prompt_token_ids": SCORED, "response_format": form, "label_probs": True, "max_tokens": 4}
+    together = list[dict[str, Any]]()
+    for some in (names[at : at + 9] for at in range(0, len(names), 9)):  # each has a sequence a label
+        together += await asyncio.gather(*(site.ask(name, **body) for name in some))
+    for name, answer in zip(names, together, strict=True):
+        adapters, logprobs = [] if name == "base" else [(served.patch(name), 1.0)], []
+        for label in LABELS:
+            tokens = site.state.tokenizer.encode(label)
+            wanted = reference.logits(served.stock, adapters, [*SCORED, *tokens]).log_softmax(-1)
+            logprobs.append(wanted[range(len(SCORED) - 1, len(SCORED) - 1 + len(tokens)), tokens].sum())
+        probs = torch.stack(logprobs).softmax(-1).tolist()
+        found = answer["choices"][0]["label_probs"]
+        assert found == pytest.approx(dict(zip(LABELS, probs, strict=True)), rel=1e-3), name
+        assert answer["choices"][0]["text"] in LABELS
+        assert sum(found.values()) == pytest.approx(1.0)
+    assert (await site.ask("lora", **body))["choices"] == together[names.index("lora")]["choices"]
 
 
 MIXTURES: list[list[tuple[str, float]]] = [

@@ -219,3 +219,19 @@ async def test_every_dialect_has_the_adapters_form(
         answer = await site.post(path, fields)
         assert answer.status_code == 200, answer.text
         assert (site.engine.submitted[-1].form is not None) == has_form
+
+
+async def test_labels_of_a_form_are_told_behind_the_lead(
+    site: Site, tiny_base: Path, loras: list[Path], tmp_path: Path
+) -> None:
+    """`label_probs` are of the task's own labels, which stand behind its lead; a request's free text has none."""
+    form = {"labels": ["yes", "no"]}
+    await upload(site, tiny_base, loras[0], tmp_path / "of", "mine", prompt_format=FORMAT, form=form)
+    for content, prompt in (({"messages": TURNS}, b"Q: x\nA:"), ({"prompt": "x"}, b"x")):
+        body: dict[str, Any] = {**content, "label_probs": True, "max_tokens": 0}
+        answer = await site.ask("mine", **body)
+        assert answer["choices"][0]["label_probs"].keys() == {"yes", "no"}
+        told = [bytes(submit.prompt) for submit in site.engine.submitted[-2:]]
+        assert told == [prompt + b" \nyes", prompt + b" \nno"]
+        for free in FREE:
+            assert (await site.post("/generate?task=mine", body | free)).status_code == 400

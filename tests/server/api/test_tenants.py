@@ -377,6 +377,9 @@ async def test_the_queue_of_a_tenant(city: City) -> None:
     assert (answer.status_code, error_of(answer)["param"]) == (429, "max_queued")
     assert int(answer.headers["retry-after"]) >= 1
     assert (await city.generate(key, n=3)).status_code == 400
+    choice = {"type": "choice", "choices": ["a", "b"]}
+    answer = await city.generate(key, response_format=choice, label_probs=True)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, "label_probs")
     await until(lambda: rate_limiter._usage_of("a").num_queued == 0)
     city.site.engine.delay_s = 0.0
     assert (await city.generate(key)).status_code == 200
