@@ -8,6 +8,7 @@ import pytest
 
 from server.core import EngineFailure, FormSpec
 from server.engine.grammar import grammar_of
+from server.engine.messages import Output, Submit
 from tests.server.world import Site, error_of
 
 pytestmark = pytest.mark.anyio
@@ -143,3 +144,34 @@ async def test_a_form_that_fails_in_the_engine_is_400(shared: Site) -> None:
             assert (answer.status_code, error_of(answer)["code"]) == (400, "unsupported_schema")
     finally:
         shared.engine.failure = None
+
+
+async def test_several_tokens_of_one_step(shared: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that a form forced, which come together, are told as if each came alone: its end, stop texts and usage."""
+    bodies: list[dict[str, Any]] = [
+        {},
+        {"stop": ["de"]},
+        {"stop": ["xe", "h"]},
+        {"stop_token_ids": [101]},
+        {"max_tokens": 3},
+        {"n": 2},
+    ]
+    outputs = shared.engine._outputs
+
+    async def told() -> list[Any]:
+        answers = [await shared.ask(prompt="abcdefgh", **body) for body in bodies]
+        events = [await shared.events(prompt="abcdefgh", **body) for body in bodies]
+        texts = ["".join(event["text"] for event in one if event["index"] == 0) for one in events]
+        ids = [[token for event in one for token in event["token_ids"] if event["index"] == 0] for one in events]
+        assert texts == [answer["choices"][0]["text"] for answer in answers]
+        return [[(answer["choices"], answer["usage"]) for answer in answers], ids]
+
+    def together(submit: Submit) -> list[Output]:
+        single = outputs(submit)
+        single[0].token_ids = [token for output in single for token in output.token_ids]
+        single[0].finish_reason = single[-1].finish_reason
+        return single[:1]
+
+    one_by_one = await told()
+    monkeypatch.setattr(shared.engine, "_outputs", together)
+    assert await told() == one_by_one
