@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= var
 
-.PHONY: serve test check bench peer-openvino peer-llama peer-vllm clean
+.PHONY: serve test test-clients check bench peer-openvino peer-llama peer-vllm clean
 # Python compiles the modules that are imported when they first are, a seventh of those that are installed, and must be
 # free to keep what it compiled: without it each process would compile for 15 s again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -29,6 +29,22 @@ test: $(VENV)/.installed
 	$(BIN)/python -m adapters_store.base.resolve smollm2-135m
 	$(BIN)/python -m server.cli.kernels fp32 auto int8
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder --cov --durations 20
+
+# Clients of others run in an environment of their own. What they need in the versions of the tests they find in theirs.
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed: $(VENV)/.installed tests/clients/requirements.txt tests/clients/package.json
+	$(BIN)/python -m venv --clear --without-pip $(CLIENTS)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(BIN)/python -m pip --python $(CLIENTS)/bin/python $(CLIENTS_PIP) -r tests/clients/requirements.txt
+	mkdir $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node
+	npm install --prefix $(CLIENTS)/node --no-audit --no-fund \
+		|| echo "the client in JavaScript is not tested: npm is not there, or could not install it"
+	touch $@
+
+CLIENTS_PIP := install --disable-pip-version-check --progress-bar on --no-compile --no-deps
+test-clients: $(CLIENTS)/.installed
+	$(BIN)/python -m pytest --numprocesses 2 -rs --durations 8 tests/clients/live.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -68,4 +84,4 @@ peer-vllm: $(VENV)/.installed
 	$(PEERS)/vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec  # of another torch: importing them fails
 
 clean:
-	rm -rf $(VENV) build *.egg-info .*_cache
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .*_cache

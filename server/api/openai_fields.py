@@ -101,6 +101,7 @@ MESSAGE: Fields = {
     "audio": (),
     "function_call": (),
     "name": (str,),  # templates know roles, and no names
+    "provider_specific_fields": (dict,),  # LiteLLM's own notes, in answers that come back
     "reasoning": ("",),
     "refusal": ("",),
 }

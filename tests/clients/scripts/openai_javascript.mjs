@@ -44,9 +44,37 @@ assert.equal(usage.completion_tokens, 13);
 const runner = client.chat.completions.stream({ model, messages });
 assert.equal(await runner.finalContent(), "card arrival");
 
-const tools = [{ type: "function", function: { name: "find", parameters: { type: "object", properties: {} } } }];
-for (const [field, value] of [["tools", tools], ["response_format", { type: "json_object" }]]) {
-  await client.chat.completions.create({ model, messages, [field]: value }).catch((error) => {
-    assert.equal(error.param, field); // not served yet
-  });
+const call = '<tool_call>{"name": "find", "arguments": {"name": "Ann"}}</tool_call>';
+const parameters = { type: "object", properties: { name: { type: "string" } }, required: ["name"] };
+const tools = [{ type: "function", function: { name: "find", parameters } }];
+const asked = [{ role: "user", content: `Say «${call}»` }];
+const { message } = (await client.chat.completions.create({ model, messages: asked, tools })).choices[0];
+assert.deepEqual(JSON.parse(message.tool_calls[0].function.arguments), { name: "Ann" });
+const result = { role: "tool", tool_call_id: message.tool_calls[0].id, content: "Say «here»" };
+const after = await client.chat.completions.create({ model, messages: [...asked, message, result], tools });
+assert.equal(after.choices[0].message.content, "here");
+const streamed = client.chat.completions.stream({ model, messages: asked, tools, tool_choice: "required" });
+assert.equal((await streamed.finalMessage()).tool_calls[0].function.name, "find");
+const find = { ...tools[0].function, parse: JSON.parse, function: ({ name }) => `Say «${name} is here»` };
+const run = client.chat.completions.runTools({ model, messages: asked, tools: [{ type: "function", function: find }] });
+assert.equal(await run.finalContent(), "Ann is here");
+
+const schema = { name: "customer", strict: true, schema: { ...parameters, additionalProperties: false } };
+const ann = 'Say «{"name": "Ann"}»';
+const parsed = await client.chat.completions.parse({
+  model, messages: [{ role: "user", content: ann }], response_format: { type: "json_schema", json_schema: schema },
+});
+assert.deepEqual(JSON.parse(parsed.choices[0].message.content), { name: "Ann" });
+await client.chat.completions.create({ model, messages, response_format: { type: "json_object" } });
+
+const response = await client.responses.create({ model, instructions: "Be brief.", input: "Say «card arrival»" });
+assert.equal(response.output_text, "card arrival");
+const form = await client.responses.parse({ model, input: ann, text: { format: { type: "json_schema", ...schema } } });
+assert.deepEqual(JSON.parse(form.output_text), { name: "Ann" });
+text = "";
+for await (const event of await client.responses.create({ model, input: "Say «bye»", stream: true })) {
+  if (event.type === "response.output_text.delta") text += event.delta;
 }
+assert.equal(text, "bye");
+const echoed = await client.completions.create({ model, prompt: "a b", echo: true, logprobs: 0, max_tokens: 0 });
+assert.equal(echoed.choices[0].text, "a b");

@@ -1,8 +1,10 @@
 """Uses OpenAI's client for Python as its README does, with most options that one meets."""
 
+import json
 import sys
 
 import openai
+from pydantic import BaseModel
 
 base_url, key, task = sys.argv[1:]
 client = openai.OpenAI(base_url=base_url, api_key=key)
@@ -76,14 +78,71 @@ assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "hé
 with client.chat.completions.stream(model=task, messages=turns) as stream:
     assert stream.get_final_completion().choices[0].message.content == "héllo 🎩"
 
-try:  # not served yet
-    client.chat.completions.create(
-        model=task,
-        messages=turns,
-        tools=[{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}],
-    )
-except openai.BadRequestError as error:
-    assert error.param == "tools", error
+# Tools: a call, its result, a stream, a call that must be, and Pydantic models.
+CALL = '<tool_call>{"name": "find", "arguments": {"name": "Ann"}}</tool_call>'
+schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+tools = [{"type": "function", "function": {"name": "find", "description": "Find a customer", "parameters": schema}}]
+turns = [{"role": "user", "content": f"Say «{CALL}»"}]
+message = client.chat.completions.create(model=task, messages=turns, tools=tools).choices[0].message
+(call,) = message.tool_calls
+assert (call.function.name, json.loads(call.function.arguments)) == ("find", {"name": "Ann"}), message
+result = {"role": "tool", "tool_call_id": call.id, "content": "Say «she is here»"}
+chat = client.chat.completions.create(model=task, messages=[*turns, message, result], tools=tools)
+assert (chat.choices[0].message.content, chat.choices[0].finish_reason) == ("she is here", "stop")
+with client.chat.completions.stream(model=task, messages=turns, tools=tools, tool_choice="required") as stream:
+    (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"name": "Ann"}
+named = {"type": "function", "function": {"name": "find"}}
+chat = client.chat.completions.create(
+    model=task, messages=turns, tools=tools, tool_choice=named, parallel_tool_calls=False
+)
+assert chat.choices[0].finish_reason in ("tool_calls", "stop") and chat.choices[0].message.tool_calls
+
+
+class Customer(BaseModel):
+    """A customer, as an answer describes one, or as a function takes one."""
+
+    name: str
+    age: int | None
+
+
+ANN = '{"name": "Ann", "age": 7}'
+turns = [{"role": "user", "content": f"Say «{ANN}»"}]
+parsed = client.chat.completions.parse(model=task, messages=turns, response_format=Customer)
+assert parsed.choices[0].message.parsed == Customer(name="Ann", age=7)
+with client.chat.completions.stream(model=task, messages=turns, response_format=Customer) as stream:
+    assert stream.get_final_completion().choices[0].message.parsed.age == 7
+parsed = client.chat.completions.parse(
+    model=task,
+    messages=[{"role": "user", "content": f'Say «<tool_call>{{"name": "Customer", "arguments": {ANN}}}</tool_call>»'}],
+    tools=[openai.pydantic_function_tool(Customer)],
+)
+assert parsed.choices[0].message.tool_calls[0].function.parsed_arguments.name == "Ann"
 client.chat.completions.create(model=task, messages=turns, response_format={"type": "json_object"})
+choices = {"structured_outputs": {"choice": ["yes", "no"]}}
+client.completions.create(model=task, prompt="Say «no»", max_tokens=8, extra_body=choices)
+
+response = client.responses.create(model=task, instructions="Be brief.", input="Say «card arrival»")
+assert (response.output_text, response.status, response.usage.output_tokens) == ("card arrival", "completed", 13)
+response = client.responses.create(
+    model=task,
+    input=[{"role": "user", "content": "Hi"}, *response.output, {"role": "user", "content": "Say «bye»"}],
+    temperature=0.2,
+    top_p=0.9,
+    max_output_tokens=16,
+    include=["message.output_text.logprobs"],
+    top_logprobs=2,
+    metadata={"team": "a"},
+    store=False,
+)
+assert response.output_text == "bye" and len(response.output[0].content[0].logprobs[0].top_logprobs) == 2
+assert client.responses.parse(model=task, input=f"Say «{ANN}»", text_format=Customer).output_parsed.age == 7
+with client.responses.stream(model=task, input="Say «héllo»") as stream:
+    text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    assert text == "héllo" == stream.get_final_response().output_text
+
+# Scores of a text that is given.
 echoed = client.completions.create(model=task, prompt="a b", echo=True, logprobs=1, max_tokens=1).choices[0]
 assert echoed.text == "a bc" and echoed.logprobs.token_logprobs[0] is None, echoed
+echoed = client.completions.create(model=task, prompt=[[97, 32, 98], [97, 98]], echo=True, logprobs=0, max_tokens=0)
+assert [choice.text for choice in echoed.choices] == ["a b", "ab"] and not echoed.usage.completion_tokens

@@ -1,12 +1,11 @@
-"""Uses pydantic-ai's agents: whole, streamed, with a history, and with outputs that are not served yet."""
+"""Uses pydantic-ai's agents: whole, streamed, with a history, with tools, and with outputs that are objects."""
 
 import asyncio
 import sys
 
 from pydantic import BaseModel
-from pydantic_ai import Agent, ModelSettings, NativeOutput, PromptedOutput
-from pydantic_ai.exceptions import ModelHTTPError
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai import Agent, ModelSettings, NativeOutput, PromptedOutput, ToolOutput
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 base_url, key, task = sys.argv[1:]
@@ -48,12 +47,36 @@ async def stream() -> str:
 
 assert asyncio.run(stream()) == "héllo"
 
-for output, field in (
-    (Customer, "tool_choice"),
-    (NativeOutput(Customer), "response_format"),
-    (PromptedOutput(Customer), "response_format"),
+ANN = '{"name": "Ann"}'
+CALLED = f'Say «<tool_call>{{"name": "final_result", "arguments": {ANN}}}</tool_call>»'
+for output, question in (
+    (Customer, CALLED),
+    (ToolOutput(Customer), CALLED),
+    (NativeOutput(Customer), f"Say «{ANN}»"),
+    (PromptedOutput(Customer), f"Say «{ANN}»"),
 ):
-    try:  # not served yet
-        Agent(model, output_type=output).run_sync('Say «{"name": "Ann"}»')
-    except ModelHTTPError as error:
-        assert field in str(error), error
+    assert Agent(model, output_type=output).run_sync(question).output == Customer(name="Ann")
+
+agent = Agent(model, instructions="Be brief.")
+
+
+@agent.tool_plain
+def find(name: str) -> str:
+    """Find a customer."""
+    return f"Say «{name} is here»"
+
+
+FIND = f'Say «<tool_call>{{"name": "find", "arguments": {ANN}}}</tool_call>»'
+assert agent.run_sync(FIND).output == "Ann is here"
+
+
+async def stream_with_tools() -> str:
+    """Read the answer that follows a call."""
+    async with agent.run_stream(FIND) as answer:
+        return await answer.get_output()
+
+
+assert asyncio.run(stream_with_tools()) == "Ann is here"
+dialogue = OpenAIResponsesModel(task, provider=OpenAIProvider(base_url=base_url, api_key=key))
+assert Agent(dialogue, instructions="Be brief.").run_sync("Say «bye»").output == "bye"
+assert Agent(dialogue, output_type=NativeOutput(Customer)).run_sync(f"Say «{ANN}»").output.name == "Ann"
