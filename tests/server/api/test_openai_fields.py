@@ -150,7 +150,9 @@ def names(*kinds: Any) -> set[str]:
 DOCUMENTED: dict[type[Tolerant], set[str]] = {
     CompletionRequest: names(*get_args(legacy.CompletionCreateParams)) | VLLM_COMPLETION.keys(),
     ChatRequest: names(*get_args(chat.CompletionCreateParams)) | VLLM_CHAT.keys(),
-    ChatMessage: names(*get_args(turns.ChatCompletionMessageParam)) | {"annotations", "reasoning", "reasoning_content"},
+    ChatMessage: names(*get_args(turns.ChatCompletionMessageParam))
+    | {"annotations", "reasoning", "reasoning_content"}
+    | {"provider_specific_fields"},  # of LiteLLM
     TextPart: names(parts.ChatCompletionContentPartTextParam),
     StreamOptions: names(options.ChatCompletionStreamOptionsParam) | {"continuous_usage_stats"},
     StructuredOutputs: {"json_", "regex", "choice", "grammar", "json_object", *openai_fields.STRUCTURED_OUTPUTS},
