@@ -96,38 +96,50 @@ class TextSource:
         first = yield from self.peek()
         if not first or first not in opening:
             raise NoCallError
-        begin, place, depth, quote = self.at, self.at, 0, ""
+        begin, place, nesting = self.at, self.at, Nesting(quotes)
         while True:
-            found = (INSIDE[quote] if quote else OUTSIDE).search(self.text, place)
+            found = nesting.next_mark(self.text, place)
             if found is None:
                 place = max(place, len(self.text) - self.text.endswith("\\"))
                 if not (yield from self.more()):
                     raise NoCallError
                 continue
-            mark, place = found[0], found.end()
-            if quote:
-                quote = "" if mark == quote else quote
-            elif mark in "\"'":
-                quote = mark if mark in quotes else ""
-            elif mark != ",":
-                depth += 1 if mark in OPEN else -1
-            if not depth:
+            place = found.end()
+            nesting.pass_over(found[0])
+            if not nesting.depth:
                 self.at = place
                 return self.text[begin:place]
 
 
+class Nesting:
+    """The brackets and the quote that are open at a place of a text; brackets in quotes are text."""
+
+    def __init__(self, quotes: str) -> None:
+        self._quotes, self._quote, self.depth = quotes, "", 0
+
+    def next_mark(self, text: str, place: int) -> re.Match[str] | None:
+        """Find the next bracket, quote or comma that counts."""
+        return (INSIDE[self._quote] if self._quote else OUTSIDE).search(text, place)
+
+    def pass_over(self, mark: str) -> bool:
+        """Take note of a mark; tell whether it is a comma outside of brackets and quotes."""
+        if self._quote:
+            self._quote = "" if mark == self._quote else self._quote
+        elif mark in "\"'":
+            self._quote = mark if mark in self._quotes else ""
+        elif mark != ",":
+            self.depth += 1 if mark in OPEN else -1
+        else:
+            return not self.depth
+        return False
+
+
 def parts_of(text: str, quotes: str) -> Iterator[str]:
     """Cut a text at the commas outside of brackets and quotes; one at the end, as Python allows it, cuts nothing."""
-    begin, place, depth, quote = 0, 0, 0, ""
-    while (found := (INSIDE[quote] if quote else OUTSIDE).search(text, place)) is not None:
-        mark, place = found[0], found.end()
-        if quote:
-            quote = "" if mark == quote else quote
-        elif mark in "\"'":
-            quote = mark if mark in quotes else ""
-        elif mark != ",":
-            depth += 1 if mark in OPEN else -1
-        elif not depth:
+    begin, place, nesting = 0, 0, Nesting(quotes)
+    while (found := nesting.next_mark(text, place)) is not None:
+        place = found.end()
+        if nesting.pass_over(found[0]):
             yield text[begin : place - 1]
             begin = place
     if text[begin:].strip():
