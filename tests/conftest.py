@@ -29,8 +29,12 @@ UNTRACED = (
     "tests/benchmarks/",
     "tests/house/",
     "tests/docs/",
+    "tests/clients/",
+    "tests/kit/",
     "tests/server/api/test_schemathesis.py",
     "tests/server/api/test_churn.py",
+    "tests/server/api/test_openai_fields.py",
+    "tests/server/test_typed.py",
 )
 
 
