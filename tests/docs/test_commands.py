@@ -123,7 +123,7 @@ def check_make(words: list[str]) -> None:
     """Assert that each target exists, and that it needs nothing which was set up by hand."""
     for target in words:
         if "=" not in target and target != "clean":
-            assert re.search(rf"^{target}: \$\(VENV\)/\.[\w-]+", MAKEFILE, re.MULTILINE), f"there is no `make {target}`"
+            assert re.search(rf"^{target}: \$\(\w+\)/\.[\w-]+", MAKEFILE, re.MULTILINE), f"there is no `make {target}`"
 
 
 def check_python(words: list[str]) -> None:
