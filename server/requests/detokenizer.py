@@ -42,7 +42,10 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """The text that is certain after one more token. Sets `is_stopped` once a stop text is complete."""
         if token_id in self._shown:
-            return self._release(self._rest() + self._shown[token_id])
+            text = self._rest() + self._shown[token_id]
+            self._window = self._context(self._window)  # what comes goes on with no character before the token
+            self._num_read = len(self._window)
+            return self._release(text)
         if self._tokenizer.is_special(token_id):
             return ""
         self._window.append(token_id)

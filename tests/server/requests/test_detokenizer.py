@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -133,6 +133,7 @@ def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(tokens=TOKENS)
+@example(tokens=[0xF0, EOS, 0x80])
 def test_special_tokens_that_are_shown(tokenizer: Tokenizer, tokens: list[int]) -> None:
     """A special token that is to be shown has its name at its place, between the texts around it; others have none."""
     stream = TextStream(tokenizer, [], shown={EOS: "<call>"})
