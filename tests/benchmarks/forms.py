@@ -61,7 +61,8 @@ async def timed(num: int, ask: Callable[[int], Awaitable[int]]) -> tuple[int, fl
     async def client() -> None:
         nonlocal total
         for number in numbers:
-            total += await ask(number)
+            count = await ask(number)  # others count meanwhile
+            total += count
 
     await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
     return total, time.monotonic() - began
