@@ -38,7 +38,7 @@ $(CLIENTS)/.installed: $(VENV)/.installed tests/clients/requirements.txt tests/c
 		> "$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
 	$(BIN)/python -m pip --python $(CLIENTS)/bin/python $(CLIENTS_PIP) -r tests/clients/requirements.txt
 	mkdir $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node
-	npm install --prefix $(CLIENTS)/node --no-audit --no-fund \
+	npm install --prefix $(CLIENTS)/node --no-audit --no-fund --fetch-retries 1 --fetch-timeout 20000 \
 		|| echo "the client in JavaScript is not tested: npm is not there, or could not install it"
 	touch $@
 
