@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 
 from adapters_store.tools.formats import ARGS, ToolFormat
 from adapters_store.tools.readers import CALL_ID, READERS, CallText, Functions, openings
-from adapters_store.tools.source import NoCallError, Reading, TextSource
+from adapters_store.tools.source import NoCallError, Reading, TextSource, overlap
+from adapters_store.tools.turns import Tools
 
 MAX_MISSES = 16  # openings of an answer that turned out to be no call; further ones are not looked at
 BETWEEN = " \t\r\n;"  # bare calls
@@ -58,6 +59,19 @@ class AnswerFormat:
     reasoning: tuple[str, str] | None = None
     is_reasoning: bool = False
     is_parallel: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        form: ToolFormat | None,
+        tools: Tools,
+        reasoning: tuple[str, str] | None,
+        prompt: str,
+        is_parallel: bool = True,
+    ) -> AnswerFormat:
+        """The parts of an answer to the text of a prompt, which may open the reasoning at its end."""
+        is_reasoning = reasoning is not None and prompt.rstrip().endswith(reasoning[0])
+        return cls(form, {tool["name"]: tool["parameters"] for tool in tools}, reasoning, is_reasoning, is_parallel)
 
     @property
     def marks(self) -> frozenset[str]:
@@ -155,7 +169,7 @@ class AnswerParser:
         source = self._source
         while True:
             found = [at for mark in marks if (at := source.text.find(mark, source.at + skipped)) >= 0]
-            end = min(found, default=len(source.text) - max((_overlap(source.text, mark) for mark in marks), default=0))
+            end = min(found, default=len(source.text) - max((overlap(source.text, mark) for mark in marks), default=0))
             end = max(end, min(source.at + skipped, len(source.text)))
             self._put(kind, source.text[source.at : end])
             skipped = max(0, skipped - end + source.at)
@@ -188,8 +202,3 @@ def call_id(form: ToolFormat) -> str:
     if form.has_short_ids:
         return "".join(secrets.choice(SHORT_ID) for _ in range(9))
     return f"call_{uuid.uuid4().hex[:24]}"
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `mark`."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

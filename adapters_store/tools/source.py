@@ -144,3 +144,8 @@ def parts_of(text: str, quotes: str) -> Iterator[str]:
             begin = place
     if text[begin:].strip():
         yield text[begin:]
+
+
+def overlap(text: str, mark: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `mark`, and not all of it."""
+    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

@@ -12,6 +12,7 @@ from adapters_store.tools.formats import ToolCall, ToolFormat
 Put = Callable[[str, str], str]  # (who wrote it, text) -> the text to write
 Tools = Sequence[Mapping[str, Any]]  # functions: name, description, parameters as a JSON schema
 TOOL, USER, SYSTEM = "tool", "user", "system"
+NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}}  # of a function that names none
 WORDS = re.compile(  # of the form of a function, which templates look for
     "additionalProperties|array|boolean|default|description|enum|function|integer|items|name|null|number|object"
     "|parameters|properties|required|strict|string|title|type"

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from adapters_store.format.strict_json import StrictJSONError, loads
 from adapters_store.tools.formats import ToolCall
 from adapters_store.tools.parser import CallPart
-from adapters_store.tools.turns import TOOL, AnyTurn, ToolTurn
+from adapters_store.tools.turns import NO_ARGUMENTS, TOOL, AnyTurn, ToolTurn
 from server.api import openai_fields
 from server.api.openai_fields import Tolerant
 from server.errors import BadRequestError, InvalidFieldError
@@ -45,7 +45,7 @@ class FunctionDefinition(Tolerant):
     def tool(self) -> dict[str, Any]:
         """The function as the model reads it; without parameters it takes none."""
         described = {} if self.description is None else {"description": self.description}
-        return {"name": self.name, **described, "parameters": self.parameters or {"type": "object", "properties": {}}}
+        return {"name": self.name, **described, "parameters": self.parameters or NO_ARGUMENTS}
 
 
 class Tool(Tolerant):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from adapters_store.tools.source import overlap
 from server.requests.tokenizer import REPLACEMENT, Tokenizer
 
 MAX_CHARACTER_BYTES = 4
@@ -99,11 +100,6 @@ class TextStream:
         if ends:
             self.is_stopped, self._held = True, ""
             return text[: min(ends)[0]]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -237,9 +237,7 @@ class JobPreparer:
         if form is None and reasoning is None:
             return None
         before = self._tokenizer.decode(prompt[-NUM_OPENING:], skip_special=False)
-        is_reasoning = reasoning is not None and before.rstrip().endswith(reasoning[0])
-        functions = {tool["name"]: tool["parameters"] for tool in spec.tools}
-        return AnswerFormat(form, functions, reasoning, is_reasoning, spec.is_parallel)
+        return AnswerFormat.of(form, spec.tools, reasoning, before, spec.is_parallel)
 
     async def _encode_chat(
         self, turns: Sequence[AnyTurn], tools: Tools, resolved: ResolvedAdapters, param: str

@@ -19,11 +19,10 @@ from adapters_store.format.manifest import ToolFormatName, ToolTexts
 from adapters_store.format.strict_json import StrictJSONError, loads
 from adapters_store.tools.formats import FORMATS, ToolCall, ToolFormat, format_in, format_of, reasoning_in
 from adapters_store.tools.parser import AnswerFormat, AnswerParser, CallPart, said_in
-from adapters_store.tools.turns import TOOL, Tools, ToolTurn
+from adapters_store.tools.turns import NO_ARGUMENTS, TOOL, Tools, ToolTurn
 from training.errors import DataError, OptionError
 
 TOOLS = "tools"  # the column
-NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True)
@@ -95,16 +94,8 @@ def render_chat(
 
 def _check_read_back(where: str, chat: Chat, prompt: str, written: str, template: str, form: ToolFormat | None) -> None:
     """Refuse an answer that a server would tell its users otherwise than the row has it."""
-    reasoning = reasoning_in(template)
-    opening = None if reasoning is None else reasoning[0]
-    parser = AnswerParser(
-        AnswerFormat(
-            form or FORMATS[format_in(template)],
-            {tool["name"]: tool["parameters"] for tool in chat.tools},
-            reasoning,
-            opening is not None and prompt.rstrip().endswith(opening),
-        )
-    )
+    written_in = form or FORMATS[format_in(template)]
+    parser = AnswerParser(AnswerFormat.of(written_in, chat.tools, reasoning_in(template), prompt))
     parts = [*parser.push(written), *parser.finish()]
     calls = [(part.name, json.loads(part.arguments)) for part in parts if isinstance(part, CallPart)]
     answer = chat.answer

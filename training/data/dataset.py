@@ -96,12 +96,16 @@ class TokenizedRow:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The rows to train on and those to score on (`held`), as examples and as token ids."""
+    """The rows to train on and those to score on (`held`), as examples and as token ids.
+
+    `tool_format` is the one in which calls of tools are written, None if the base's chat template writes them.
+    """
 
     train: Dataset
     held: Dataset
     train_rows: list[TokenizedRow]
     held_rows: list[TokenizedRow]
+    tool_format: ToolFormatName | ToolTexts | None = None
 
     @property
     def has_tools(self) -> bool:
@@ -131,14 +135,16 @@ def read_training_data(options: RowOptions, base: Base, seed: int) -> TrainingDa
 
     `seed` chooses the rows that are held out. Raises `DataError`.
     """
+    named = tool_format_named(options.tool_format)
     train = read_dataset(options.data, options.columns, options.template)
     check_varied(train)
     if options.eval is None:
         train, held = hold_out(train, seed)
     else:
         held = read_dataset(options.eval, options.columns, options.template)
-    max_length, named = min(options.max_length, base.spec.max_positions), tool_format_named(options.tool_format)
-    return TrainingData(train, held, *(tokenise(split, base, max_length, named) for split in (train, held)))
+    max_length = min(options.max_length, base.spec.max_positions)
+    train_rows, held_rows = (tokenise(split, base, max_length, named) for split in (train, held))
+    return TrainingData(train, held, train_rows, held_rows, named)
 
 
 def read_dataset(path: Path, columns: Columns, template: Template) -> Dataset:

@@ -11,7 +11,6 @@ from adapters_store.format.folder import FORMAT_VERSION, Artifact, write_folder
 from adapters_store.format.manifest import GenerationDefaults, Manifest, TaskForm
 from adapters_store.methods import method_of
 from training.base import Base
-from training.data.chat import tool_format_named
 from training.data.dataset import TrainingData
 from training.evaluation.parity import parity
 from training.methods import METHODS
@@ -44,7 +43,7 @@ def write_artifact(
         prompt_format=None if data.train.is_chat else job.template.prompt_format(),
         generation=GenerationDefaults(temperature=0.0),  # as it was scored
         form=form,
-        tools=tool_format_named(job.tool_format) if data.has_tools else None,
+        tools=data.tool_format if data.has_tools else None,
         ends=[base.tokenizer.eos_token_id],
         rotary=base.rotary,
         parity=parity(adapter.model, data.held_rows, data.train_rows, base.ends),

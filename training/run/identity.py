@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
+import msgspec
+
 from training.base import Base
 from training.data.dataset import TrainingData
 from training.options import MethodOptions, flag
@@ -22,7 +24,7 @@ def run_identity(job: Job, options: MethodOptions, base: Base, data: TrainingDat
         "the base's rotary factors": base.rotary,
         "--data": data.train.digest,
         "--eval": data.held.digest,
-        "--tool-format": job.tool_format,
+        "--tool-format": msgspec.to_builtins(data.tool_format),
         "--template": dataclasses.asdict(job.template),
         "the number of rows and tokens": [len(data.train_rows), sum(len(row.ids) for row in data.train_rows)],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from tests.server.api.test_tools import CALL, CLOCK, TEMPLATE, WEATHER, says, wi
 from tests.server.world import Site, ready_of, serve_site
 from training.base import Base, load_base
 from training.data.chat import read_chat, tool_format_named
-from training.data.dataset import Columns, TokenizedRow, read_dataset, tokenise
+from training.data.dataset import Columns, TokenizedRow, read_dataset, read_training_data, tokenise
 from training.data.template import Template
 from training.errors import DataError, OptionError
 
@@ -165,6 +166,18 @@ def test_a_run_with_tools(base: Path, tmp_path: Path, command: Callable[..., Any
     (tmp_path / "texts.json").write_text('{"call_begn": "x"}')
     with pytest.raises(OptionError, match="call_begn"):
         tool_format_named(str(tmp_path / "texts.json"))
+
+
+def test_the_format_is_read_once(loaded: Base, tmp_path: Path) -> None:
+    """A file of texts may go once the rows are read: the artifact that is written after the run still names them."""
+    rows, texts = tmp_path / "rows.jsonl", tmp_path / "texts.json"
+    rows.write_text(json.dumps(ROWS["a call"]) + "\n")
+    texts.write_text(json.dumps(FORMS["texts"]))
+    common = {"columns": Columns(), "template": Template(), "max_length": 1000}
+    options = SimpleNamespace(data=rows, eval=rows, tool_format=str(texts), **common)
+    found = read_training_data(options, loaded, 0)
+    texts.unlink()
+    assert found.has_tools and msgspec.to_builtins(found.tool_format) == FORMS["texts"]
 
 
 def test_a_template_without_tools(tiny_base: Path, tmp_path: Path) -> None:
