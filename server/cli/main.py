@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,8 @@ class Commands(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self._entries = {entry.name: entry for entry in entry_points(group="manyhats.commands")}
+        entries = metadata.distribution("manyhats").entry_points  # reading those of all packages takes 85 ms
+        self._entries = {entry.name: entry for entry in entries.select(group="manyhats.commands")}
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - as Typer calls it
         """List the names of all subcommands."""
