@@ -1,14 +1,14 @@
 """The pool of KV cache blocks: which sequence holds which, and whose contents can be reused (prefix cache).
 
-A full block whose KV is computed is published under its key: sha256 over the parent block's key, the namespace and its
+A block whose KV is computed is published under its key: sha256 over the parent block's key, the namespace and its
 tokens; the first parent is the root key over the adapters. So no block is ever shared across adapters, weights or
-tenants. A block that no sequence holds keeps its contents until it is needed: the least recently used is given out
-first.
+tenants. A full block is shared itself. Each beginning of a block is published under a key of its own: a sequence that
+goes on otherwise after it copies the block and continues in the copy. A block that no sequence holds keeps its contents
+until it is needed: the least recently used is given out first.
 
-The virtual positions of adapters' prefixes begin a sequence like tokens do, with two differences. They belong to the
-adapters and to no tenant, so their keys have no namespace: their KV is computed once. And if they end inside a block,
-that block is published under a key of its own, over its virtual positions alone: a sequence that finds it copies it and
-continues in the copy. Blocks of prefixes are given out after all others.
+The virtual positions of adapters' prefixes begin a sequence like tokens do, with one difference: they belong to the
+adapters and to no tenant, so their keys have no namespace and their KV is computed once. Blocks of prefixes are given
+out after all others.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import hashlib
 import struct
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 BlockKey = bytes
+MIN_COMING = 8  # positions that are worth a step's wait: fewer are computed in a step's time
 
 
 class InvariantError(RuntimeError):
@@ -46,16 +47,20 @@ def block_key(parent: BlockKey, salt: bytes, tokens: Sequence[int]) -> BlockKey:
 
     A block without a salt has virtual tokens alone, which are negative; so the fields cannot be mistaken.
     """
-    return hashlib.sha256(parent + salt + array("q", tokens).tobytes()).digest()
+    return _hashed(parent, salt, tokens).digest()
+
+
+def _hashed(parent: BlockKey, salt: bytes, tokens: Sequence[int]) -> hashlib._Hash:
+    return hashlib.sha256(parent + salt + array("q", tokens).tobytes())
 
 
 @dataclass
 class BlockTable:
     """The blocks of a sequence in order of position; `keys` are those of its first full and published blocks.
 
-    The first `num_virtual` positions are virtual; `is_tail_published` tells if the block they end in was published.
-    `copy` is (source, target) if the sequence's next step must begin with the copy of a block. `max_cached` positions
-    at most may come from the cache, the virtual ones among them: what follows is computed for its logits.
+    The first `num_virtual` positions are virtual, the first `num_published` can be found by others. `copy` is (source,
+    target) if the sequence's next step must begin with the copy of a block. `max_cached` positions at most may come
+    from the cache, the virtual ones among them: what follows is computed for its logits.
     """
 
     root: BlockKey
@@ -64,20 +69,37 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     keys: list[BlockKey] = field(default_factory=list)
     copy: tuple[int, int] | None = None
-    is_tail_published: bool = False
+    num_published: int = 0
     max_cached: int | None = None
 
     def key_after(self, parent: BlockKey, tokens: Sequence[int], start: int, end: int) -> BlockKey:
-        """The key of the block that holds positions [start, end), after a parent's key."""
-        return block_key(parent, b"" if end <= self.num_virtual else self.salt, tokens[start:end])
+        """The key of a block whose first positions are [start, end), after a parent's key."""
+        return block_key(parent, self._salt_of(end), tokens[start:end])
+
+    def keys_after(self, parent: BlockKey, tokens: Sequence[int], start: int, ends: range) -> Iterator[BlockKey]:
+        """The same keys for consecutive ends, each hashed on from the one before."""
+        hashed = hashlib.sha256()
+        for end in ends:
+            if end in (ends.start, self.num_virtual + 1):
+                hashed = _hashed(parent, self._salt_of(end), tokens[start:end])
+            else:
+                hashed.update(struct.pack("=q", tokens[end - 1]))
+            yield hashed.digest()
+
+    def _salt_of(self, end: int) -> bytes:
+        return b"" if end <= self.num_virtual else self.salt
 
 
 @dataclass(frozen=True)
 class CachedBlocks:
-    """The computed blocks that a sequence begins with: (key, block) of full ones, and the block its prefix ends in."""
+    """The computed blocks that a sequence begins with: (key, block) of full ones, and a `tail` that begins as it does.
+
+    `num_positions` are computed, the shared ones of the tail among them.
+    """
 
     full: list[tuple[BlockKey, int]]
-    tail: int | None = None
+    tail: int | None
+    num_positions: int
 
 
 class BlockPool:
@@ -114,18 +136,34 @@ class BlockPool:
         """
         full: list[tuple[BlockKey, int]] = []
         parent, size, virtual = table.root, self.block_size, table.num_virtual
-        max_cached = len(tokens) - 1 if table.max_cached is None else table.max_cached
-        for end in range(size, 1 + (max_cached if self.is_cached else virtual), size):
+        limit = self._max_cached(table, tokens) if self.is_cached else virtual
+        for end in range(size, 1 + limit, size):
             key = table.key_after(parent, tokens, end - size, end)
             block = self._block_of.get(key)
             if block is None:
                 break
             full.append((key, block))
             parent = key
-        start = len(full) * size
-        if start < virtual < start + size:
-            return CachedBlocks(full, self._block_of.get(table.key_after(parent, tokens, start, virtual)))
-        return CachedBlocks(full)
+        start = num_positions = len(full) * size
+        tail = None
+        ends = range(max(start + 1, virtual), 1 + min(start + size - 1, limit))
+        for end, key in zip(ends, table.keys_after(parent, tokens, start, ends), strict=True):
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            tail, num_positions = block, end
+        return CachedBlocks(full, tail, num_positions)
+
+    def is_coming(self, table: BlockTable, tokens: Sequence[int], other: BlockTable, others: Sequence[int]) -> bool:
+        """Whether another table, whose tokens are being computed, will soon have more of what `tokens` begins with.
+
+        That is the adapters' prefix, or `MIN_COMING` positions at least that both begin with.
+        """
+        if table.root != other.root or other.num_published < table.num_virtual:
+            return table.root == other.root
+        end = other.num_published + MIN_COMING
+        is_shared = self.is_cached and table.salt == other.salt and end <= self._max_cached(table, tokens)
+        return is_shared and tokens[:end] == others[:end]
 
     def allocate(self, table: BlockTable, tokens: Sequence[int], num_spare: int = 0) -> int | None:
         """Give an empty table blocks for all `tokens`; returns how many of these are already computed.
@@ -143,17 +181,23 @@ class BlockPool:
         tail, at = cached.tail, len(table.blocks)
         if tail is None or (not self._refs[tail] and num_new == self.num_free):  # the last free block: computed anew
             self.extend(table, len(tokens))
-            return at * self.block_size
-        self._hold(tail)  # it must not be given out before it is copied
-        self.extend(table, len(tokens))
-        self._release(tail)
-        table.copy = (tail, table.blocks[at])
-        return table.num_virtual
+            table.num_published = at * self.block_size
+        else:
+            self._hold(tail)  # it must not be given out before it is copied
+            self.extend(table, len(tokens))
+            self._release(tail)
+            table.copy = (tail, table.blocks[at])
+            table.num_published = cached.num_positions
+        return table.num_published
 
     def has_room(self, table: BlockTable, tokens: Sequence[int], num_spare: int) -> bool:
         """Whether `allocate` would give an empty table blocks and leave `num_spare` free."""
         cached = self.lookup(table, tokens)
         return self._num_left(cached, self.num_needed(table, len(tokens)) - len(cached.full)) >= num_spare
+
+    @staticmethod
+    def _max_cached(table: BlockTable, tokens: Sequence[int]) -> int:
+        return len(tokens) - 1 if table.max_cached is None else table.max_cached
 
     def _num_left(self, cached: CachedBlocks, num_new: int) -> int:
         return self.num_free - sum(not self._refs[block] for _, block in cached.full) - num_new
@@ -171,24 +215,19 @@ class BlockPool:
         return True
 
     def publish(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> None:
-        """Publish a table's full blocks among its first `num_computed` positions, and the block its prefix ends in."""
+        """Publish a table's first `num_computed` positions: each but those inside a prefix, where blocks are whole."""
         size, virtual = self.block_size, table.num_virtual
-        for index in range(len(table.keys), (num_computed if self.is_cached else min(virtual, num_computed)) // size):
+        limit = num_computed if self.is_cached else min(virtual, num_computed)
+        while table.num_published < limit:
+            index = table.num_published // size
+            start, stop = index * size, min(limit, (index + 1) * size)
+            ends = range(max(table.num_published + 1, min(virtual, stop)), stop + 1)
             parent = table.keys[-1] if table.keys else table.root
-            if index == virtual // size:
-                self._publish_tail(table, tokens, parent)
-            key = table.key_after(parent, tokens, index * size, (index + 1) * size)
-            table.keys.append(key)
-            self._publish_block(key, table.blocks[index], is_prefix=(index + 1) * size <= virtual)
-        if virtual <= num_computed and len(table.keys) == virtual // size:
-            self._publish_tail(table, tokens, table.keys[-1] if table.keys else table.root)
-
-    def _publish_tail(self, table: BlockTable, tokens: Sequence[int], parent: BlockKey) -> None:
-        start = table.num_virtual // self.block_size * self.block_size
-        if start < table.num_virtual and not table.is_tail_published:
-            table.is_tail_published = True
-            key = table.key_after(parent, tokens, start, table.num_virtual)
-            self._publish_block(key, table.blocks[start // self.block_size], is_prefix=True)
+            for end, key in zip(ends, table.keys_after(parent, tokens, start, ends), strict=True):
+                self._publish_block(key, table.blocks[index], is_prefix=end <= virtual)
+                if end == start + size:
+                    table.keys.append(key)
+            table.num_published = stop
 
     def _publish_block(self, key: BlockKey, block: int, is_prefix: bool) -> None:
         if key not in self._block_of:  # else another sequence published the same first
@@ -203,7 +242,7 @@ class BlockPool:
             self._release(block)
         table.blocks.clear()
         table.keys.clear()
-        table.copy, table.is_tail_published = None, False
+        table.copy, table.num_published = None, 0
 
     def _release(self, block: int) -> None:
         self._refs[block] -= 1

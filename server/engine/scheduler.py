@@ -12,10 +12,10 @@ several are present, a step takes few tokens of prompts, so that none waits long
 the namespace that was served least and is below its share, which is taken whole. If the first waiting sequence belongs
 to a namespace below its share and finds no row or blocks, sequences of namespaces above theirs are preempted.
 
-A sequence whose adapters are not in slots, or whose form is not compiled, is skipped, never waited for. One that is
-skipped for its adapters cannot starve: once `max_bypass` others with adapters were admitted while it lacked nothing but
-room in the slots, no other sequence with adapters is admitted before it. Running sequences end, so slots lose their
-pins, and its adapters are copied first.
+A sequence whose adapters are not in slots, whose form is not compiled, or whose beginning a running one is computing,
+is skipped, never waited for. One that is skipped for its adapters cannot starve: once `max_bypass` others with adapters
+were admitted while it lacked nothing but room in the slots, no other sequence with adapters is admitted before it.
+Running sequences end, so slots lose their pins, and its adapters are copied first.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class Scheduler:
         )
         if first is None or self._cannot_fit(first):
             return 0
-        return first.remainder - self.pool.block_size * len(self.pool.lookup(first.table, first.tokens).full)
+        return first.remainder - self.pool.lookup(first.table, first.tokens).num_positions
 
     def _cannot_fit(self, sequence: Sequence) -> bool:
         num_running = len(self.running)
@@ -326,7 +326,7 @@ class Scheduler:
             has_row
             and not sequence.is_form_due
             and self._has_its_adapters(sequence, adapters, now)
-            and not self._is_prefix_coming(sequence)
+            and not self._is_beginning_coming(sequence)
         )
 
     def _has_its_adapters(self, sequence: Sequence, adapters: Adapters, now: float) -> bool:
@@ -340,12 +340,10 @@ class Scheduler:
             sequence.skipped_since = None
         return self._bypassed is None or self._bypassed is sequence
 
-    def _is_prefix_coming(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is computing the same adapters' prefix, which can then be shared."""
-        root, num_virtual = sequence.table.root, sequence.num_virtual
-        return num_virtual > 0 and any(
-            other.num_computed < num_virtual and other.table.root == root for other in self.running
-        )
+    def _is_beginning_coming(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing what this one begins with, which can then be shared."""
+        table, tokens, is_coming = sequence.table, sequence.tokens, self.pool.is_coming
+        return any(is_coming(table, tokens, other.table, other.tokens) for other in self.running if not other.is_decode)
 
     def _skip(self, sequence: Sequence, adapters: Adapters, now: float) -> None:
         if sequence.skipped_since is None:

@@ -36,10 +36,7 @@ class ChoiceRunner:
     async def run_choices(self, job: GenerationJob, progress: GenerationState) -> AsyncGenerator[Chunk]:
         """Chunks of all choices as they come, counted in `progress`. An error of one choice, or closing, ends all."""
         queue: Queue = asyncio.Queue()
-        is_begun = asyncio.Event()
-        choices = [
-            asyncio.create_task(self._feed(job, progress, index, queue, is_begun)) for index in range(job.num_choices)
-        ]
+        choices = [asyncio.create_task(self._feed(job, progress, index, queue)) for index in range(job.num_choices)]
         scored = dict[int, asyncio.Task[dict[str, float]]]()  # the labels of a prompt
         try:
             while progress.ended < len(choices):
@@ -56,21 +53,13 @@ class ChoiceRunner:
         finally:
             await _cancel([*choices, *scored.values()])
 
-    async def _feed(
-        self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue, is_begun: asyncio.Event
-    ) -> None:
-        """Put the chunks of one choice into the queue, or the error that ended it.
-
-        Prompts that begin alike wait until the first is computed: `is_begun` tells it.
-        """
+    async def _feed(self, job: GenerationJob, progress: GenerationState, index: int, queue: Queue) -> None:
+        """Put the chunks of one choice into the queue, or the error that ended it."""
         try:
             async with self._bounded(job):
                 for digest in job.resolved.digests:
                     await self._revalidation.ensure_validated(digest)
-                if job.scored_from is not None and index > 0:
-                    await is_begun.wait()
                 await self._run_choice(job, progress, index, queue)
-                is_begun.set()
         except Exception as error:  # noqa: BLE001 - whatever it is, `run_choices` raises it to its caller
             queue.put_nowait(error)
 

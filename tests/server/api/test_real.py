@@ -129,22 +129,23 @@ async def test_several_hats(real: Site, loras: list[Path]) -> None:
 
 
 async def test_beginnings_that_were_asked_before_are_told(real: Site) -> None:
-    """A plain prompt, chat turns, token ids and OpenAI's completions, of the base and of a task, find whole blocks of
-    what was asked before of the same adapter; `usage` and the metrics say how many of their tokens that were."""
-    blocks = BLOCK_SIZE * 2
+    """A plain prompt, chat turns, token ids and OpenAI's completions, of the base and of a task, find what was asked
+    before of the same adapter but for their last token; `usage` and the metrics say how many tokens that were."""
     before, counted = await counters(real), 0
     for task in ("base", "t0"):
-        text = "".join(f"{number} and so on, " for number in range(20))[: blocks + 5]
+        text = "".join(f"{number} and so on, " for number in range(20))[: 2 * BLOCK_SIZE + 5]
         asked: list[dict[str, Any]] = [{"prompt": text}, {"messages": [{"role": "user", "content": text}]}]
         asked.append({"prompt_token_ids": [*text.encode()][::-1]})
         for body in asked:
-            found = [(await real.ask(task, max_tokens=1, **body))["usage"]["cached_tokens"] for _ in range(2)]
-            assert found == [0, blocks], (task, body)
+            first, second = [(await real.ask(task, max_tokens=1, **body))["usage"] for _ in range(2)]
+            assert first["cached_tokens"] < 5, (task, body)  # a first letter or so may be alike
+            assert second["cached_tokens"] == second["prompt_tokens"] - 1, (task, body)
+            counted += first["cached_tokens"] + second["cached_tokens"]
         answer = await real.post("/v1/completions", {"model": task, "prompt": text, "max_tokens": 1})
-        assert answer.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": blocks}
-        several = await real.ask(task, prompt=[text, text[::-1], text[:blocks]], max_tokens=1)
-        assert several["usage"]["cached_tokens"] == blocks + blocks + blocks - BLOCK_SIZE  # the last token is computed
-        counted += 4 * blocks + 3 * blocks - BLOCK_SIZE
+        assert answer.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": len(text) - 1}
+        several = await real.ask(task, prompt=[text, text[::-1], text[:BLOCK_SIZE]], max_tokens=1)
+        assert several["usage"]["cached_tokens"] == 2 * (len(text) - 1) + BLOCK_SIZE - 1
+        counted += 3 * (len(text) - 1) + BLOCK_SIZE - 1
     grown = {name: value - before[name] for name, value in (await counters(real)).items()}
     assert grown["manyhats_cached_prompt_tokens_total"] == counted
     await until(lambda: real.state.client.stats.cache_hit_tokens_total >= counted)

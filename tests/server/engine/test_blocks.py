@@ -20,17 +20,41 @@ def test_full_computed_blocks_are_shared() -> None:
     """A second sequence with the same beginning holds the very blocks of the first, as far as these are full."""
     pool = BlockPool(16, 4)
     first, second = computed(pool), BlockTable(ROOT)
-    assert pool.allocate(second, [*TOKENS[:10], 1, 2, 3]) == 8
+    assert pool.allocate(second, [*TOKENS[:8], 1, 2, 3]) == 8 and second.copy is None
     assert second.blocks[:2] == first.blocks[:2]
     assert not set(second.blocks[2:]) & set(first.blocks)
     pool.assert_consistent([first, second])
 
 
+@pytest.mark.parametrize("num_alike", range(1, 17))
+def test_what_begins_alike_is_computed_once(num_alike: int) -> None:
+    """A sequence that goes on otherwise inside a block begins with a copy of that block, in a block of its own."""
+    pool = BlockPool(16, 4)
+    first, second = computed(pool), BlockTable(ROOT)
+    assert pool.allocate(second, [*TOKENS[:num_alike], 1, 2, 3]) == num_alike
+    num_full = num_alike // 4
+    assert second.copy == (None if num_alike % 4 == 0 else (first.blocks[num_full], second.blocks[num_full]))
+    assert not set(second.blocks[num_full:]) & set(first.blocks)
+    pool.publish(second, [*TOKENS[:num_alike], 1, 2, 3], num_alike + 3)
+    third = BlockTable(ROOT)
+    assert pool.allocate(third, [*TOKENS[:num_alike], 1, 2, 4]) == num_alike + 2  # what followed the copy is known too
+    pool.assert_consistent([first, second, third])
+
+
+def test_nothing_begins_alike_before_it_is_computed() -> None:
+    """The beginning of a block can be found as far as it was computed when the sequence was last published."""
+    pool, table = BlockPool(16, 4), BlockTable(ROOT)
+    pool.allocate(table, TOKENS)
+    for num_computed in (0, 1, 3, 6):
+        pool.publish(table, TOKENS, num_computed)
+        assert pool.lookup(BlockTable(ROOT), TOKENS).num_positions == num_computed
+
+
 def test_last_token_is_always_computed() -> None:
     """The cache gives at most n - 1 of n tokens, so that the last one has logits."""
-    pool = BlockPool(16, 4)
+    pool = BlockPool(32, 4)
     computed(pool)
-    assert pool.allocate(BlockTable(ROOT), TOKENS[:16]) == 12
+    assert pool.allocate(BlockTable(ROOT), TOKENS[:16]) == 15
     assert pool.allocate(BlockTable(ROOT), TOKENS[:17]) == 16
 
 
@@ -91,7 +115,7 @@ def test_prefix_is_shared_by_all_tenants_and_their_texts_by_none() -> None:
     assert second.blocks[0] == first.blocks[0] and not set(second.blocks[1:]) & set(first.blocks)
     assert second.copy == (first.blocks[1], second.blocks[1])
     third = table_of("t", [("p", 1.0)], 6)
-    assert pool.allocate(third, PREFIXED) == 20 and third.copy is None
+    assert pool.allocate(third, PREFIXED) == 22 and third.copy == (first.blocks[5], third.blocks[5])
     pool.assert_consistent([first, second, third])
 
 
@@ -217,7 +241,7 @@ def test_same_contents_computed_twice_are_known_once() -> None:
     for table in tables:
         pool.publish(table, TOKENS, 17)
         pool.assert_consistent(tables)
-    assert pool.num_cached == 4
+    assert pool.num_cached == 5
     for table in tables:
         pool.free(table)
     pool.assert_consistent([])
@@ -233,11 +257,55 @@ def test_books_are_checked() -> None:
         pool.assert_consistent([table, BlockTable(ROOT, blocks=[0])])
 
 
+def is_coming(*, namespace: str = "t", tokens: list[int] = TOKENS, is_cached: bool = True, virtual: int = 0) -> bool:
+    """Whether a sequence would wait for one of the namespace "t", of whose tokens four are computed."""
+    pool = BlockPool(32, 4, is_cached)
+    begun = [*range(-1, -1 - virtual, -1), *TOKENS]
+    table = table_of("t", [("a", 1.0)], virtual)
+    pool.allocate(table, begun)
+    pool.publish(table, begun, 4)
+    return pool.is_coming(table_of(namespace, [("a", 1.0)], virtual), [*begun[:virtual], *tokens], table, begun)
+
+
+def test_what_is_coming_is_waited_for() -> None:
+    """A sequence waits for what it will find: the rest of a prefix, or enough that it shares and need not compute."""
+    assert is_coming() and is_coming(tokens=[*TOKENS[:12], 1]) and is_coming(namespace="u", virtual=6)
+    assert not is_coming(tokens=[*TOKENS[:11], 1, 2]), "it shares too little more"
+    assert not is_coming(tokens=TOKENS[:12]), "it must compute its last token"
+    assert not is_coming(namespace="u")
+    assert not is_coming(is_cached=False) and is_coming(is_cached=False, virtual=6)
+    assert not is_coming(namespace="u", virtual=4), "the prefix is there"
+
+
+class Memory:
+    """What each position of each block holds: the adapters, namespace and tokens up to it that it was computed of."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.held: list[list[object]] = [[None] * 4 for _ in range(num_blocks)]
+
+    def compute(self, table: BlockTable, tokens: list[int], start: int, end: int) -> None:
+        """Write the positions [start, end) of a sequence."""
+        for at in range(start, end):
+            self.held[table.blocks[at // 4]][at % 4] = self._rightful(table, tokens, at)
+
+    def assert_right(self, table: BlockTable, tokens: list[int], num_cached: int) -> None:
+        """The first positions of a sequence hold what would be computed for them."""
+        for at in range(num_cached):
+            assert self.held[table.blocks[at // 4]][at % 4] == self._rightful(table, tokens, at)
+
+    @staticmethod
+    def _rightful(table: BlockTable, tokens: list[int], at: int) -> object:
+        return table.root, table.salt if at >= table.num_virtual else b"", tuple(tokens[: at + 1])
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_books_agree_whatever_happens(seed: int) -> None:
-    """Over random allocations, extensions, publications and frees the books agree, and everything comes back."""
+    """Over random allocations, extensions, publications and frees the books agree, and everything comes back.
+
+    What a sequence begins with is what would be computed for it.
+    """
     draw = random.Random(seed)
-    pool = BlockPool(24, 4, is_cached=seed % 5 > 0)
+    pool, memory = BlockPool(24, 4, is_cached=seed % 5 > 0), Memory(24)
     held: list[tuple[BlockTable, list[int]]] = []
     for _ in range(300):
         action = draw.randrange(4)
@@ -245,15 +313,22 @@ def test_books_agree_whatever_happens(seed: int) -> None:
             num_virtual = draw.choice([0, 3, 4, 9])
             table = table_of(draw.choice(["t", "u"]), [("a", 1.0 + num_virtual)], num_virtual)
             tokens = [-1 - at for at in range(num_virtual)] + [draw.randrange(2) for _ in range(draw.randrange(1, 20))]
-            if pool.allocate(table, tokens, draw.randrange(3)) is not None:
+            num_cached = pool.allocate(table, tokens, draw.randrange(3))
+            if num_cached is not None:
                 held.append((table, tokens))
+                if table.copy is not None:
+                    source, target = table.copy
+                    memory.held[target] = [*memory.held[source]]
+                memory.assert_right(table, tokens, num_cached)
         elif action == 1:
             table, tokens = draw.choice(held)
             if pool.extend(table, len(tokens) + 1):
                 tokens.append(draw.randrange(2))
         elif action == 2:
             table, tokens = draw.choice(held)
-            pool.publish(table, tokens, draw.randrange(len(tokens) + 1))
+            num_computed = draw.randrange(table.num_published, len(tokens) + 1)
+            memory.compute(table, tokens, table.num_published, num_computed)
+            pool.publish(table, tokens, num_computed)
         else:
             table, _ = held.pop(draw.randrange(len(held)))
             pool.free(table)

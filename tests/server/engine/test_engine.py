@@ -200,15 +200,37 @@ def test_timing_is_on_the_first_output() -> None:
 
 
 def test_cached_tokens_are_told() -> None:
-    """A prompt that was asked before comes from the cache but for its last block, and hit rates are counted."""
+    """A prompt that was asked before comes from the cache but for its last token, and hit rates are counted."""
     world = World(block_size=4)
     prompt = prompt_of(random.Random(0), 14)
-    for cached in (0, 12):
+    for cached in (0, 13):
         name = world.submit(prompt, max_tokens=3, ignore_eos=True)
         world.run()
         assert {output.cached_tokens for output in world.answers[name].outputs} == {cached}
     stats = world.engine.stats()
-    assert (stats.cache_hit_tokens_total, stats.cache_query_tokens_total) == (12, 28)
+    assert (stats.cache_hit_tokens_total, stats.cache_query_tokens_total) == (13, 28)
+
+
+@pytest.mark.parametrize("others", ["alike", "another tenant", "no cache"])
+def test_what_several_begin_with_is_computed_once(others: str) -> None:
+    """Sequences of a tenant that come at once and begin alike wait for the first to compute that; others do not."""
+    world = World(block_size=4, max_batch_tokens=1024, is_prefix_cached=others != "no cache")
+    draw = random.Random(0)
+    beginning = prompt_of(draw, 22)
+    names = [
+        world.submit(
+            [*beginning, *prompt_of(draw, 5)],
+            max_tokens=2,
+            ignore_eos=True,
+            namespace="b" if others == "another tenant" and number else "a",
+        )
+        for number in range(3)
+    ]
+    world.run()
+    first, second, third = (world.answers[name].outputs[0].cached_tokens for name in names)
+    assert first == 0 and (second >= 22) == (others == "alike") and (third >= 22) == (others != "no cache")
+    assert all(world.is_right(name) for name in names)
+    world.assert_at_rest()
 
 
 def test_logprobs_are_handed_on() -> None:
@@ -223,7 +245,7 @@ def test_what_must_be_scored_is_computed_though_it_is_cached() -> None:
     """The cache gives a prompt's beginning up to its first scored token; what follows is computed, and scored."""
     world = World(block_size=4)
     prompt = prompt_of(random.Random(0), 30)
-    for scored_from, cached in ((1, 0), (1, 0), (9, 8), (20, 16), (30, 28), (99, 28)):
+    for scored_from, cached in ((1, 0), (1, 0), (9, 8), (20, 19), (30, 29), (99, 29)):
         name = world.submit(prompt, max_tokens=0, prompt_logprobs=2, scored_from=scored_from)
         world.run()
         assert world.is_right(name) and len(world.answers[name].scores) == max(0, 30 - scored_from)
