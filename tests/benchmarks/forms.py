@@ -1,18 +1,21 @@
 """How fast answers in forms come beside free ones, and texts are scored: `python -m tests.benchmarks.forms --help`.
 
-16 clients ask the real base over eight LoRA adapters. Rounds of free answers and of answers in a schema take turns; the
-figure is the ratio of their tokens a second. `few` is a schema most of whose tokens have no choice.
+16 clients ask the real base over eight LoRA adapters. Rounds of answers in a schema and of free answers of the same
+lengths take turns; the figure is the ratio of their tokens a second. `few` is a schema most of whose tokens have no
+choice. No prompt is asked twice, so that none is found in the prefix cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,6 @@ def _text(length: int) -> dict[str, Any]:
 
 
 SCHEMAS = {
-    "free": None,
     "schema": _object(
         {
             "name": _text(40),
@@ -54,6 +56,9 @@ SCHEMAS = {
 }
 
 
+customers = itertools.count()  # each asks once
+
+
 async def timed(num: int, ask: Callable[[int], Awaitable[int]]) -> tuple[int, float]:
     """Ask for the requests 0 ..; return what their answers counted, and the seconds."""
     numbers, total, began = iter(range(num)), 0, time.monotonic()
@@ -68,35 +73,56 @@ async def timed(num: int, ask: Callable[[int], Awaitable[int]]) -> tuple[int, fl
     return total, time.monotonic() - began
 
 
-async def tokens_per_second(http: httpx2.AsyncClient, kind: str, num: int) -> float:
-    """Measure answers of a kind, free or in a schema."""
-    schema = SCHEMAS[kind]
-    form = {"ignore_eos": True} if schema is None else {"response_format": {"type": "json_schema", "schema": schema}}
-    times = list[float]()
+class Round:
+    """Requests that clients ask for: in a schema, or free and as long as other answers were."""
 
-    async def ask(number: int) -> int:
-        sampling = {"max_tokens": MAX_TOKENS, "seed": number, "temperature": 0.8}
-        body = {"prompt": PROMPT.format(number=number), **sampling, **form}
+    def __init__(self, kind: str, num: int, lengths: dict[int, int] | None = None) -> None:
+        self.kind, self.num, self.asked_lengths = kind, num, lengths
+        self.lengths: dict[int, int] = {}
+        self.times: list[float] = []
+
+    async def tokens_per_second(self, http: httpx2.AsyncClient) -> float:
+        """Measure it."""
+        num_tokens, seconds = await timed(self.num, partial(self._ask, http))
+        late = statistics.quantiles(self.times, n=20)[-1]
+        print(f"{self.kind}: {num_tokens / seconds:.1f} tokens/s, first token {late:.0f} ms (p95)", flush=True)
+        return num_tokens / seconds
+
+    async def _ask(self, http: httpx2.AsyncClient, number: int) -> int:
+        if self.asked_lengths is None:
+            form = {"type": "json_schema", "schema": SCHEMAS[self.kind]}
+            own = {"response_format": form, "max_tokens": MAX_TOKENS}
+        else:
+            own = {"ignore_eos": True, "max_tokens": self.asked_lengths[number]}
+        body = {"prompt": PROMPT.format(number=next(customers)), "seed": number, "temperature": 0.8, **own}
         answer = (await http.post(f"/generate?task=t{number % NUM_ADAPTERS}", json=body)).raise_for_status().json()
-        times.append(answer["timing"]["ttft_ms"])
-        return int(answer["usage"]["completion_tokens"])
+        self.times.append(answer["timing"]["ttft_ms"])
+        self.lengths[number] = int(answer["usage"]["completion_tokens"])
+        return self.lengths[number]
 
-    num_tokens, seconds = await timed(num, ask)
-    late = statistics.quantiles(times, n=20)[-1]
-    print(f"{kind}: {num_tokens / seconds:.1f} tokens/s, first token {late:.0f} ms (p95)", flush=True)
-    return num_tokens / seconds
+
+async def ratio(http: httpx2.AsyncClient, kind: str, num: int) -> float:
+    """Measure the speed of answers in a schema over that of free ones."""
+    formed = Round(kind, num)
+    speed = await formed.tokens_per_second(http)
+    return speed / await Round("free", num, formed.lengths).tokens_per_second(http)
 
 
 async def scores_per_minute(http: httpx2.AsyncClient, num: int) -> float:
     """Measure short continuations of prompts, eight of each."""
 
     async def ask(number: int) -> int:
-        body = {"prompt": PROMPT.format(number=number), "continuations": [f" {label}" for label in LABELS]}
+        body = {"prompt": PROMPT.format(number=next(customers)), "continuations": [f" {label}" for label in LABELS]}
         (await http.post(f"/score?task=t{number % NUM_ADAPTERS}", json=body)).raise_for_status()
         return len(LABELS)
 
     num_scores, seconds = await timed(num, ask)
     return 60 * num_scores / seconds
+
+
+def shown(figures: list[float]) -> str:
+    """All rounds in a line."""
+    return ", ".join(f"{figure:.3g}" for figure in figures)
 
 
 async def main() -> int:
@@ -114,16 +140,16 @@ async def main() -> int:
                 server.upload(f"t{seed}", zip_folder(make_lora(scratch / str(seed), base, seed, r=8)))
             async with httpx2.AsyncClient(base_url=server.url, timeout=600) as http:
                 for kind in SCHEMAS:
-                    await tokens_per_second(http, kind, NUM_CLIENTS)  # warm
+                    await ratio(http, kind, NUM_CLIENTS)  # warm
                 ratios: dict[str, list[float]] = {kind: [] for kind in SCHEMAS}
+                scored = []
                 for _ in range(given.rounds):
-                    speeds = {kind: await tokens_per_second(http, kind, given.requests) for kind in SCHEMAS}
-                    for kind, speed in speeds.items():
-                        ratios[kind].append(speed / speeds["free"])
-                scored = await scores_per_minute(http, given.requests)
+                    for kind, found in ratios.items():
+                        found.append(await ratio(http, kind, given.requests))
+                    scored.append(await scores_per_minute(http, given.requests))
     for kind, found in ratios.items():
-        print(f"{kind}: {statistics.median(found):.2f} times the speed of free answers")
-    print(f"scores: {scored:.0f} continuations a minute")
+        print(f"{kind}: {statistics.median(found):.2f} times the speed of free answers ({shown(found)})")
+    print(f"scores: {statistics.median(scored):.0f} continuations a minute ({shown(scored)})")
     return 0
 
 
