@@ -76,5 +76,16 @@ for await (const event of await client.responses.create({ model, input: "Say «b
   if (event.type === "response.output_text.delta") text += event.delta;
 }
 assert.equal(text, "bye");
+const flat = [{ type: "function", ...tools[0].function, strict: false }];
+const called = await client.responses.create({ model, input: asked, tools: flat });
+assert.deepEqual(JSON.parse(called.output[0].arguments), { name: "Ann" });
+const output = { type: "function_call_output", call_id: called.output[0].call_id, output: "Say «here»" };
+const told = await client.responses.create({ model, input: [...asked, ...called.output, output], tools: flat });
+assert.equal(told.output_text, "here");
+text = "";
+for await (const event of client.responses.stream({ model, input: asked, tools: flat, tool_choice: "required" })) {
+  if (event.type === "response.function_call_arguments.delta") text += event.delta;
+}
+assert.deepEqual(JSON.parse(text), { name: "Ann" });
 const echoed = await client.completions.create({ model, prompt: "a b", echo: true, logprobs: 0, max_tokens: 0 });
 assert.equal(echoed.choices[0].text, "a b");

@@ -141,6 +141,26 @@ with client.responses.stream(model=task, input="Say «héllo»") as stream:
     text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
     assert text == "héllo" == stream.get_final_response().output_text
 
+# Tools over responses: a call, its result, a stream of one that must be, and a Pydantic model.
+flat = [{"type": "function", **tools[0]["function"]}]
+asked = [{"role": "user", "content": f"Say «{CALL}»"}]
+response = client.responses.create(model=task, input=asked, tools=flat)
+(call,) = response.output
+assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "find", {"name": "Ann"}), response
+result = {"type": "function_call_output", "call_id": call.call_id, "output": "Say «she is here»"}
+response = client.responses.create(model=task, input=[*asked, *response.output, result], tools=flat)
+assert (response.output_text, response.status) == ("she is here", "completed")
+with client.responses.stream(model=task, input=asked, tools=flat, tool_choice="required") as stream:
+    text = "".join(event.delta for event in stream if event.type == "response.function_call_arguments.delta")
+    assert json.loads(text) == {"name": "Ann"} == json.loads(stream.get_final_response().output[0].arguments)
+response = client.responses.parse(
+    model=task,
+    input=f'Say «<tool_call>{{"name": "Customer", "arguments": {ANN}}}</tool_call>»',
+    tools=[openai.pydantic_function_tool(Customer)],
+    tool_choice={"type": "function", "name": "Customer"},
+)
+assert response.output[0].parsed_arguments.name == "Ann"
+
 # Scores of a text that is given.
 echoed = client.completions.create(model=task, prompt="a b", echo=True, logprobs=1, max_tokens=1).choices[0]
 assert echoed.text == "a bc" and echoed.logprobs.token_logprobs[0] is None, echoed
