@@ -10,15 +10,17 @@ DATA ?= var
 # free to keep what it compiled: without it each process would compile for 15 s again.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --disable-pip-version-check --progress-bar on --no-compile
-$(VENV)/.serving: pyproject.toml
+define install
 	@$(PYTHON) -c 'import sys; sys.exit("manyhats needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(BIN)/python -m pip --version 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python $(INSTALL) -e .
-	touch $@
+	$(BIN)/python $(INSTALL) -e '.$(1)'
+	touch $(VENV)/.serving $@
+endef
+$(VENV)/.serving: pyproject.toml
+	$(call install)
 
-$(VENV)/.installed: $(VENV)/.serving
-	$(BIN)/python $(INSTALL) -e '.[dev]'
-	touch $@
+$(VENV)/.installed: pyproject.toml
+	$(call install,[dev])
 
 serve: $(VENV)/.serving
 	$(BIN)/manyhats serve --base smollm2-135m --data $(DATA) --import adapters_store/examples

@@ -17,7 +17,7 @@ from tests.kit.tiny import make_tiny_base
 DRIFT = "{} is not what the golden answers were made with; run `python -m tests.golden.make_golden`"
 
 
-SHORT = 16  # tokens of an answer that is not compared as a whole
+SHORT = 12  # tokens of an answer that is not compared as a whole
 
 
 def check(golden: Golden, base: Path, scratch: Path, whole_every: int = 1, **limits: Any) -> None:
@@ -64,11 +64,11 @@ def test_families(model_type: str, tmp_path: Path) -> None:
 def test_families_on_the_real_base(real_base: Path, tmp_path: Path) -> None:
     """The same with SmolLM2."""
     golden = read(cases.HERE / "golden_families.json")["smollm2-135m"]
-    check(golden, real_base, tmp_path, slot_bytes=2 * 2**30, host_bytes=2 * 2**30)
+    check(golden, real_base, tmp_path, whole_every=2, slot_bytes=2 * 2**30, host_bytes=2 * 2**30)
 
 
 @pytest.mark.real_base
 @pytest.mark.timeout(1800)
 def test_real(real_base: Path, tmp_path: Path) -> None:
     """SmolLM2 with 12 LoRA of all ranks, placements and scalings and with none answers as Hugging Face and PEFT do."""
-    check(read(cases.HERE / "golden_real.json")["smollm2-135m"], real_base, tmp_path, whole_every=3)
+    check(read(cases.HERE / "golden_real.json")["smollm2-135m"], real_base, tmp_path, whole_every=5)
