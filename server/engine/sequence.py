@@ -49,6 +49,7 @@ class Sequence:
     num_cached: int = 0  # of `num_prompt`, found in the prefix cache when it was first admitted
     num_charged: int = 0  # tokens that its namespace was charged for
     num_scored: int = 0  # of the prompt's tokens
+    num_spared: int = 0  # the last token of a text that is only scored: nothing is predicted by it
     num_fast_forward: int = 0  # of the last tokens: its form allowed no others, so no step sampled them
     first_admitted: float | None = None
     skipped_since: float | None = None  # since then it waits for an adapter
@@ -77,6 +78,7 @@ class Sequence:
             grammar=submit.form if submit.sampling.max_tokens else None,
         )
         sequence.note_scored(0)
+        sequence.num_spared = int(not submit.sampling.max_tokens and sequence.scoring_at < sequence.scoring_end)
         return sequence
 
     def note_scored(self, num_tokens: int) -> None:
@@ -109,8 +111,8 @@ class Sequence:
 
     @property
     def remainder(self) -> int:
-        """The number of tokens without KV; at least 1 until the sequence is finished."""
-        return len(self.tokens) - self.num_computed
+        """The number of tokens that need KV and have none; at least 1 until the sequence is finished."""
+        return len(self.tokens) - self.num_spared - self.num_computed
 
     @property
     def is_decode(self) -> bool:

@@ -254,6 +254,19 @@ def test_what_must_be_scored_is_computed_though_it_is_cached() -> None:
     world.assert_at_rest()
 
 
+def test_what_predicts_nothing_is_not_computed() -> None:
+    """The last token of a text that is only scored predicts nothing, and is not computed."""
+    world = World(block_size=4)
+    prompt = prompt_of(random.Random(0), 12)
+    for scored_from, num_computed in ((1, 11), (9, 3), (11, 1)):
+        before = world.engine.stats().tokens_total
+        name = world.submit(prompt, max_tokens=0, prompt_logprobs=0, scored_from=scored_from)
+        world.run()
+        assert world.is_right(name) and len(world.answers[name].scores) == 12 - scored_from
+        assert world.engine.stats().tokens_total - before == num_computed
+    world.assert_at_rest()
+
+
 def test_a_step_scores_a_bounded_number_of_tokens() -> None:
     """Rows that score share a step's bound on logits; those that only decode get a token in each step all the same."""
     world = World(max_batch_tokens=400, num_blocks=400, max_running=8)
