@@ -1,8 +1,8 @@
 """How fast answers in forms come beside free ones, and texts are scored: `python -m tests.benchmarks.forms --help`.
 
 16 clients ask the real base over eight LoRA adapters. Rounds of answers in a schema and of free answers of the same
-lengths take turns; the figure is the ratio of their tokens a second. `few` is a schema most of whose tokens have no
-choice. No prompt is asked twice, so that none is found in the prefix cache.
+lengths take turns; the figure is the ratio of their tokens a second. `half` is a form every second token of which has
+no choice. No prompt is asked twice, so that none is found in the prefix cache.
 """
 
 from __future__ import annotations
@@ -38,21 +38,19 @@ def _text(length: int) -> dict[str, Any]:
     return {"type": "string", "maxLength": length}
 
 
-SCHEMAS = {
-    "schema": _object(
-        {
-            "name": _text(40),
-            "notes": {"type": "array", "items": _text(30), "minItems": 3, "maxItems": 6},
-            "city": _text(40),
-            "reason": _text(120),
-        }
-    ),
-    "few": _object(
-        {
-            name: {"enum": ["yes", "no"]}
-            for name in ("the_customer_is_satisfied", "the_parcel_has_arrived", "a_refund_was_requested", "is_polite")
-        }
-    ),
+FORMS: dict[str, dict[str, Any]] = {
+    "schema": {
+        "type": "json_schema",
+        "schema": _object(
+            {
+                "name": _text(40),
+                "notes": {"type": "array", "items": _text(30), "minItems": 3, "maxItems": 6},
+                "city": _text(40),
+                "reason": _text(120),
+            }
+        ),
+    },
+    "half": {"type": "regex", "regex": "([0-9]7){32}"},  # a digit is a token
 }
 
 
@@ -90,8 +88,7 @@ class Round:
 
     async def _ask(self, http: httpx2.AsyncClient, number: int) -> int:
         if self.asked_lengths is None:
-            form = {"type": "json_schema", "schema": SCHEMAS[self.kind]}
-            own = {"response_format": form, "max_tokens": MAX_TOKENS}
+            own = {"response_format": FORMS[self.kind], "max_tokens": MAX_TOKENS}
         else:
             own = {"ignore_eos": True, "max_tokens": self.asked_lengths[number]}
         body = {"prompt": PROMPT.format(number=next(customers)), "seed": number, "temperature": 0.8, **own}
@@ -106,6 +103,19 @@ async def ratio(http: httpx2.AsyncClient, kind: str, num: int) -> float:
     formed = Round(kind, num)
     speed = await formed.tokens_per_second(http)
     return speed / await Round("free", num, formed.lengths).tokens_per_second(http)
+
+
+async def first_token_ms(http: httpx2.AsyncClient, num: int) -> dict[str, float]:
+    """Measure the wait for the first token (p95) of one client alone, by turns in a schema of its own and free."""
+    times: dict[str, list[float]] = {"own schema": [], "free": []}
+    for number in range(num):
+        schema = _object({f"field_{number}": _text(40), "reason": _text(120)})
+        forms: tuple[dict[str, Any], ...] = ({"response_format": {"type": "json_schema", "schema": schema}}, {})
+        for found, form in zip(times.values(), forms, strict=True):
+            body = {"prompt": PROMPT.format(number=next(customers)), "max_tokens": 2, **form}
+            answer = (await http.post(f"/generate?task=t{number % NUM_ADAPTERS}", json=body)).raise_for_status().json()
+            found.append(answer["timing"]["ttft_ms"])
+    return {kind: statistics.quantiles(found, n=20)[-1] for kind, found in times.items()}
 
 
 async def scores_per_minute(http: httpx2.AsyncClient, num: int) -> float:
@@ -139,14 +149,16 @@ async def main() -> int:
             for seed in range(NUM_ADAPTERS):
                 server.upload(f"t{seed}", zip_folder(make_lora(scratch / str(seed), base, seed, r=8)))
             async with httpx2.AsyncClient(base_url=server.url, timeout=600) as http:
-                for kind in SCHEMAS:
+                for kind in FORMS:
                     await ratio(http, kind, NUM_CLIENTS)  # warm
-                ratios: dict[str, list[float]] = {kind: [] for kind in SCHEMAS}
+                ratios: dict[str, list[float]] = {kind: [] for kind in FORMS}
                 scored = []
                 for _ in range(given.rounds):
                     for kind, found in ratios.items():
                         found.append(await ratio(http, kind, given.requests))
                     scored.append(await scores_per_minute(http, given.requests))
+                waits = await first_token_ms(http, given.requests)
+    print("first token (p95) of one client:", ", ".join(f"{kind} {wait:.1f} ms" for kind, wait in waits.items()))
     for kind, found in ratios.items():
         print(f"{kind}: {statistics.median(found):.2f} times the speed of free answers ({shown(found)})")
     print(f"scores: {statistics.median(scored):.0f} continuations a minute ({shown(scored)})")
