@@ -112,5 +112,19 @@ class OtherNames(TyperCommand):
                 text = f"[bold red]manyhats {self.name}:[/] {escape(hint)}."
                 Console(stderr=True).print(text, highlight=False, soft_wrap=True)
                 raise typer.Exit(1)
+        if not ctx.resilient_parsing:
+            self._check_once(ctx, args)
         rest: list[str] = super().parse_args(ctx, args)
         return rest
+
+    def _check_once(self, ctx: Any, args: list[str]) -> None:
+        """Exit with 1 at an option that is given twice, of which the first would be dropped."""
+        _, _, given = self.make_parser(ctx).parse_args(args=[*args])
+        if twice := [
+            one for one in given if given.count(one) > 1 and not one.multiple and one.param_type_name == "option"
+        ]:
+            text = f"{twice[0].opts[0]} is given twice, and takes one value: which one counts?"
+            Console(stderr=True).print(
+                f"[bold red]manyhats {self.name}:[/] {escape(text)}", highlight=False, soft_wrap=True
+            )
+            raise typer.Exit(1)

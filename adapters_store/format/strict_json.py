@@ -24,7 +24,7 @@ def loads(data: bytes | str) -> Any:
         if text.startswith("\ufeff"):
             raise StrictJSONError("it begins with a byte order mark: send UTF-8 without one")
         thing = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+            text, object_pairs_hook=unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
         )
     except RecursionError:
         raise StrictJSONError(f"it is nested deeper than {MAX_DEPTH}") from None
@@ -38,7 +38,8 @@ def loads(data: bytes | str) -> Any:
     return thing
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs, for `json.loads`. Raises `StrictJSONError` if a key appears twice."""
     thing: dict[str, Any] = {}
     for key, value in pairs:
         if key in thing:

@@ -37,9 +37,14 @@ RECIPES = {
 
 def run(command: Any, *words: str) -> Any:
     """Run a command as `manyhats` makes it."""
+    return CliRunner().invoke(app_of(command), list(words))
+
+
+def app_of(command: Any) -> typer.Typer:
+    """The app of a command, as `manyhats` makes it."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command("train", **command.options)(command)
-    return CliRunner().invoke(app, list(words))
+    return app
 
 
 def test_the_table_is_sound() -> None:
@@ -87,3 +92,30 @@ def test_a_file_of_jobs_says_it_too(tmp_path: Path, key: str, says: str) -> None
     file.write_text(f"jobs:\n  - {{data: a.jsonl, out: b, {key}: 1}}\n")
     with pytest.raises(OptionError, match=says):
         read_jobs(file, cli.train, without=("jobs",), needed=())
+
+
+@pytest.mark.parametrize("command", [cli.train, compare])
+def test_no_option_is_given_twice(command: Any, tmp_path: Path) -> None:
+    """Of two values of one option none is dropped: every option with a value is refused where it stands twice."""
+    parameters: list[Any] = typer.main.get_command(app_of(command)).params
+    names = [one.opts[0] for one in parameters if not one.is_flag and not one.multiple and one.opts[0][:2] == "--"]
+    assert len(names) > 20
+    for name in names:
+        result = run(command, name, "1", f"{name}=1")
+        assert result.exit_code == 1 and f"{name} is given twice" in result.output, name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("jobs: [{data: a.csv, out: b, lr: 1, lr: 2}]", "the key 'lr' appears twice"),
+        ("jobs: [{data: a.csv, out: b, batch-size: 1, batch_size: 2}]", "'batch-size' and 'batch_size'"),
+        ("jobs: [{data: a.csv, out: b}]\njobs: []", "the key 'jobs' appears twice"),
+    ],
+)
+def test_no_key_of_a_file_of_jobs_stands_twice(text: str, said: str, tmp_path: Path) -> None:
+    """Nor is one of two values of a key in a file of jobs."""
+    (tmp_path / "jobs.yaml").write_text(text)
+    with pytest.raises(OptionError) as error:
+        read_jobs(tmp_path / "jobs.yaml", cli.train, without=("jobs",), needed=("data", "out"))
+    assert said in str(error.value)

@@ -23,6 +23,9 @@ from adapters_store.tools.turns import NO_ARGUMENTS, TOOL, Tools, ToolTurn
 from training.errors import DataError, OptionError
 
 TOOLS = "tools"  # the column
+WEIGHT = "weight"  # of a turn, as OpenAI's fine-tuning has it: 0 is not learned, 1 is
+READ = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", WEIGHT)  # of a turn
+OLD = {"functions": TOOLS, "function_call": "tool_calls"}  # names of OpenAI's that were followed by others
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def read_chat(where: str, row: Mapping[str, Any], messages: Any) -> Chat:
     answer = turns[-1]
     if answer.role != ASSISTANT or not (answer.content.strip() or answer.calls):
         raise DataError(f"{where}: the last turn must be the assistant's and not empty; it is what is learned.")
+    _check_weights(where, messages)
+    check_read(where, {name: row[name] for name in OLD if name in row})
     chat = Chat(tuple(turns), _tools(where, row.get(TOOLS)))
     known = {tool["name"] for tool in chat.tools}
     if unknown := next((call.name for call in answer.calls if call.name not in known), None):
@@ -116,6 +121,7 @@ def _turn(where: str, message: Any, names: Mapping[str, str]) -> ToolTurn:
     """Read a turn; `names` are those of the functions that were called before, by the id of the call."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(f"{where} must be {{'role': …, 'content': text}}.")
+    check_read(where, {name: value for name, value in message.items() if name not in READ})
     role, calls = message["role"], message.get("tool_calls") or []
     content: Any = message.get("content") if message.get("content") is not None or not calls else ""
     reasoning = message.get("reasoning_content") or ""
@@ -129,6 +135,30 @@ def _turn(where: str, message: Any, names: Mapping[str, str]) -> ToolTurn:
     call_id = str(message.get("tool_call_id") or "")
     name = str(message.get("name") or names.get(call_id, "")) if role == TOOL else ""
     return ToolTurn(role, content, tuple(_call(where, call) for call in calls), call_id, name, reasoning)
+
+
+def check_read(where: str, unread: Mapping[str, Any]) -> None:
+    """Raise `DataError` if one of the fields that nothing here reads asks for something."""
+    if name := next((name for name, value in unread.items() if value not in (None, "", [], {})), None):
+        known = f"write {OLD[name]!r}" if name in OLD else f"take it out (a turn has {', '.join(READ)})"
+        raise DataError(f"{where}: {name!r} is not understood: {known}.")
+
+
+def _check_weights(where: str, messages: list[dict[str, Any]]) -> None:
+    """Refuse turns whose weights ask for other turns to be learned than the last."""
+    for number, message in enumerate(messages, start=1):
+        turn, weight, is_last = f"{where}, turn {number}", message.get(WEIGHT), number == len(messages)
+        if weight is None:
+            continue
+        if message["role"] != ASSISTANT or isinstance(weight, bool) or weight not in (0, 1):
+            raise DataError(f"{turn}: {WEIGHT!r} must be 0 or 1, of a turn of the role {ASSISTANT!r}.")
+        if is_last and not weight:
+            raise DataError(f"{turn} has the {WEIGHT} 0, and is the one that is learned: remove the row, or cut it.")
+        if weight and not is_last:
+            raise DataError(
+                f"{turn} has the {WEIGHT} 1, and only the last turn is learned: give it 0, or write a row that ends "
+                "with it."
+            )
 
 
 def _call(where: str, call: Any) -> ToolCall:

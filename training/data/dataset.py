@@ -14,8 +14,8 @@ token in a row is text, as in a turn that is served; in a template it is the tok
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from adapters_store.format.manifest import PromptFormat, ToolFormatName, ToolTex
 from adapters_store.tools.formats import to_json
 from adapters_store.tools.turns import AnyTurn
 from training.base import Base
-from training.data.chat import Chat, check_text, read_chat, render_chat, tool_format_named
+from training.data.chat import TOOLS, Chat, check_text, read_chat, render_chat, tool_format_named
 from training.data.files import digest_of, read_rows
 from training.data.template import Template
 from training.errors import DataError
@@ -39,6 +39,12 @@ class Columns:
     prompt: str = "prompt"
     completion: str = "completion"
     messages: str = "messages"
+
+    def read_of(self, row: Mapping[str, Any]) -> set[str]:
+        """Return the columns of a row that are read."""
+        if self.messages in row and self.prompt not in row:
+            return {self.messages, TOOLS}
+        return {self.prompt, self.completion} | ({TOOLS} if isinstance(row.get(self.prompt), list) else set())
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of a file or folder, and the sha256 of its bytes; `is_chat` if a chat template renders them."""
+    """The examples of a file or folder, and the sha256 of its bytes; `is_chat` if a chat template renders them.
+
+    `unread` are columns that nothing reads.
+    """
 
     path: Path
     examples: tuple[Example, ...]
     digest: str
+    unread: tuple[str, ...] = ()
 
     @property
     def is_chat(self) -> bool:
@@ -106,6 +116,11 @@ class TrainingData:
     train_rows: list[TokenizedRow]
     held_rows: list[TokenizedRow]
     tool_format: ToolFormatName | ToolTexts | None = None
+
+    @property
+    def unread(self) -> str:
+        """Say which columns of the rows to train on nothing reads; empty if there are none."""
+        return f"{self.train.path}: not read: {', '.join(self.train.unread)}" if self.train.unread else ""
 
     @property
     def has_tools(self) -> bool:
@@ -149,10 +164,13 @@ def read_training_data(options: RowOptions, base: Base, seed: int) -> TrainingDa
 
 def read_dataset(path: Path, columns: Columns, template: Template) -> Dataset:
     """Read a file or folder whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
-    examples = tuple(_example(file, line, row, columns, template) for file, line, row in read_rows(path))
+    examples, unread = list[Example](), dict[str, None]()
+    for file, line, row in read_rows(path):
+        examples.append(_example(file, line, row, columns, template))
+        unread |= dict.fromkeys(row.keys() - columns.read_of(row))
     if not examples:
         raise DataError(f"{path} has no rows.")
-    return Dataset(path, examples, digest_of(path))
+    return Dataset(path, tuple(examples), digest_of(path), tuple(sorted(unread)))
 
 
 def check_varied(dataset: Dataset) -> None:
@@ -170,7 +188,7 @@ def hold_out(dataset: Dataset, seed: int, share: float = 0.1, max_rows: int = 40
     order = random.Random(seed).sample(range(len(dataset.examples)), len(dataset.examples))  # noqa: S311 - not a secret
     parts = (sorted(order[num_held:]), sorted(order[:num_held]))
     train, held = (tuple(dataset.examples[i] for i in part) for part in parts)
-    return Dataset(dataset.path, train, dataset.digest), Dataset(dataset.path, held, dataset.digest)
+    return replace(dataset, examples=train), replace(dataset, examples=held)
 
 
 def tokenise(
@@ -246,6 +264,7 @@ def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, templ
     completion = _field(where, row, columns.completion, "--completion-column")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat_example(path, row, [*prompt, *completion], line, template)
+    template.check_filled(row)
     for name, value in ((columns.prompt, prompt), (columns.completion, completion)):
         check_text(where, name, value)
     if not completion.strip():

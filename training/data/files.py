@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from adapters_store.format.strict_json import unique
 from training.errors import DataError
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
@@ -98,7 +99,7 @@ def _jsonl_rows(path: Path) -> Numbered:
         if not content.strip():
             continue
         try:
-            row = json.loads(content)
+            row = json.loads(content, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:  # a ValueError, too, for a number of too many digits
             raise DataError(f"{path} line {line} is not JSON: {error}. Each line must be one JSON object.") from error
         if not isinstance(row, dict):

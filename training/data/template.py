@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adapters_store.format.manifest import Around, PromptFormat
@@ -24,6 +25,15 @@ class Template:
     @property
     def is_plain(self) -> bool:
         return self == Template()
+
+    def check_filled(self, columns: Iterable[str]) -> None:
+        """Raise `OptionError` if a column is named in braces: only prompt and completion are filled in."""
+        around = self.before + self.after + self.lead
+        if name := next((name for name in columns if f"{{{name}}}" in around), None):
+            raise OptionError(
+                f"--template has {{{name}}}, a column that it does not fill in: it fills in {_PROMPT} and "
+                f"{_COMPLETION}, which --prompt-column and --completion-column name."
+            )
 
     def completion(self, text: str) -> str:
         return self.lead + text

@@ -23,6 +23,17 @@ from training.other_names import FIXED, FLAGS
 TOP = ("defaults", "jobs")
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key that stands twice in a mapping, of which YAML's takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a mapping. Raises `yaml.YAMLError`."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_jobs(
     path: Path, command: Callable[..., None], without: tuple[str, ...], needed: tuple[str, ...]
 ) -> list[dict[str, Any]]:
@@ -41,7 +52,7 @@ def read_jobs(
 
 def _parts(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), UniqueKeys)  # noqa: S506 - a safe loader
     except OSError as error:
         raise OptionError(f"--jobs {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -58,7 +69,10 @@ def _by_parameter(where: str, job: Any) -> dict[str, Any]:
     """Return a job by parameters' names: `batch-size` becomes `batch_size`."""
     if not isinstance(job, dict) or not all(isinstance(key, str) for key in job):
         raise OptionError(f"{where} must be keys with values, like `data: rows.jsonl`, not {str(job)[:40]!r}.")
-    return {key.replace("-", "_"): value for key, value in job.items()}
+    named = {key.replace("-", "_"): value for key, value in job.items()}
+    if twice := [key for key in job if key.replace("-", "_") != key and key.replace("-", "_") in job]:
+        raise OptionError(f"{where} has {twice[0]!r} and {twice[0].replace('-', '_')!r}, which are one: which counts?")
+    return named
 
 
 def _keys(command: Callable[..., None], without: tuple[str, ...]) -> type[BaseModel]:

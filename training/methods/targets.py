@@ -37,8 +37,18 @@ def names(text: str) -> list[str]:
 
 
 def linear_names(text: str, base: Base) -> list[str]:
-    """Return the last words of linears' names; `all-linear` is written out, as PEFT takes no layers beside it."""
+    """Return the last words of linears' names; `all-linear` is written out, as PEFT takes no layers beside it.
+
+    Raises `OptionError` for a name that is no module's.
+    """
     if names(text) != [ALL_LINEAR]:
+        modules = [f".{module}" for module, _ in base.model.named_modules()]
+        for name in names(text):
+            if not any(module.endswith(f".{name}") for module in modules):
+                linears = ", ".join(linear_names(ALL_LINEAR, base))
+                raise OptionError(
+                    f"--target-modules names {name!r}, which no module of {base.name} is: it has {linears}."
+                )
         return names(text)
     return sorted({site.rpartition(".")[2] for site in base.spec.linears if site != base.spec.head})
 

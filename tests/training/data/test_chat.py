@@ -221,3 +221,43 @@ def test_rows_that_cannot_be_learned(loaded: Base, tmp_path: Path, change: dict[
     with pytest.raises(DataError, match=said) as raised:
         tokenised(loaded, tmp_path / "rows.jsonl", row)
     assert "rows.jsonl line 1" in str(raised.value)
+
+
+TURNS = [ASKED, ANSWER, ASKED, ANSWER]
+
+
+def at(number: int, **fields: Any) -> dict[str, Any]:
+    """A row of four turns, one of which has more fields."""
+    return {"messages": [turn | fields if index == number else turn for index, turn in enumerate(TURNS)]}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (at(3, weight=0), "turn 4 has the weight 0, and is the one that is learned"),
+        (at(1, weight=1), "turn 2 has the weight 1, and only the last turn is learned"),
+        (at(1, weight=0.5), "turn 2: 'weight' must be 0 or 1"),
+        (at(1, weight=True), "turn 2: 'weight' must be 0 or 1"),
+        (at(0, weight=0), "of a turn of the role 'assistant'"),
+        (at(3, train=False), "turn 4: 'train' is not understood: take it out"),
+        (at(3, function_call=GET), "turn 4: 'function_call' is not understood: write 'tool_calls'"),
+        (at(0, images=["a.png"]), "turn 1: 'images' is not understood"),
+        (at(3) | {"functions": [CLOCK["function"]]}, "line 1: 'functions' is not understood: write 'tools'"),
+    ],
+)
+def test_what_a_turn_asks_for_is_done_or_refused(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    """A field that nothing reads is refused with its line, turn and name, unless it asks for nothing."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError) as error:
+        read_dataset(tmp_path / "rows.jsonl", Columns(), Template())
+    assert said in str(error.value) and "line 1" in str(error.value)
+
+
+def test_what_asks_for_nothing_is_taken(tmp_path: Path) -> None:
+    """Weights that say what is done anyway, and empty fields, as the SDKs write them, change nothing."""
+    row = at(3, weight=1, refusal=None, audio=None, annotations=[])
+    row["messages"][1] = row["messages"][1] | {"weight": 0}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"functions": None}))
+    assert read_dataset(tmp_path / "rows.jsonl", Columns(), Template()).examples[0].turns == (
+        ("user", "Oslo?"), ("assistant", "It rains."), ("user", "Oslo?"),
+    )  # fmt: skip

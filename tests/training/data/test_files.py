@@ -138,3 +138,23 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="Cannot read"):
         rows_of(tmp_path)
+
+
+def test_columns_that_nothing_reads_are_told(tiny_base: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    """A run names the columns that it does not read; one that a template means to fill in is refused."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": who, "completion": f"hi {who}", "input": "x"}) + "\n" for who in "ab")
+    )
+    words = ["--base", tiny_base, "--data", file, "--eval", file, "--out", tmp_path / "out", "--steps", 1]
+    result = command(*words, "--template", "{prompt} {input}:")
+    assert result.exit_code == 1 and "--template has {input}, a column" in " ".join(result.output.split())
+    result = command(*words)
+    assert result.exit_code == 0 and "rows.jsonl: not read: input" in " ".join(result.output.split()), result.output
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """Of two values of one key none is dropped."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "prompt": "c"}')
+    with pytest.raises(DataError, match="line 1 is not JSON: the key 'prompt' appears twice"):
+        rows_of(tmp_path / "rows.jsonl")

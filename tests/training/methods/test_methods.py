@@ -147,6 +147,13 @@ def test_peft_opens_what_was_written(
         assert found[tokens].tolist() == pytest.approx([logit for _, logit in case.top], abs=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if "target_modules" in METHODS[name].options.names()])
+def test_a_module_that_is_none_is_named(name: str, base: Base) -> None:
+    """Every method that takes names of modules refuses one that no module of the base has, beside others that are."""
+    with pytest.raises(OptionError, match="--target-modules names 'q_prj'"):
+        adapter_of(name, base, target_modules="q_proj,q_prj")
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"r": 0}, "--r must be"),
     ("lora", {"layers": "7"}, "--layers '7'"),
@@ -160,7 +167,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("cartridge", {"num_virtual_tokens": 2, "num_frozen_tokens": 2}, "--num-frozen-tokens must"),
     ("p_tuning", {"encoder_reparameterization_type": "GRU"}, "--encoder-reparameterization-type must"),
     ("multitask_prompt_tuning", {"num_ranks": 0}, "--num-ranks must"),
-    ("ia3", {"target_modules": "nothing"}, "names no linear"),
+    ("ia3", {"target_modules": "nothing"}, "names 'nothing'"),
     ("ia3", {"target_modules": "k_proj", "feedforward_modules": "down_proj"}, "--feedforward-modules names"),
     ("selective", {"parameters": "nothing"}, "--parameters names 'nothing'"),
     ("selective", {"parameters": "model.norm", "layers": "0"}, "leaves nothing to train"),
