@@ -50,6 +50,8 @@ class Here:
         if ASKS_A_SERVER.match(line) and "--url" not in line:
             line += f" --url {self.url}"
         if re.match(rf"{BIN}manyhats (train|compare) ", line):
+            for name in re.findall("--[a-z-]+", self.flags):  # an option is given once
+                line = re.sub(rf" {name} \S+", "", line)
             line += f" {self.flags}"
         return line.replace(URL, self.url).replace(BIN, f"{MANYHATS.parent}/")
 
