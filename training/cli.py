@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from adapters_store.escapes import json_line, printable
-from training.errors import OptionError, PushError, TrainingError, sentence
+from training.errors import OptionError, PushError, TrainingError, sentence, stop
 from training.flags import add_flags, flags_of, flags_of_methods
 from training.options import flag, option_classes
 from training.other_names import OtherNames
@@ -216,10 +215,3 @@ def job_of(given: dict[str, Any]) -> Any:
             "is_resumed": given["resume"],
         }
     )
-
-
-def stop(console: Console, reason: str, command: str = "train") -> typer.Exit:
-    """Print why a command ends; return the exit to raise."""
-    shown = escape(printable(reason, kept="\n"))
-    console.print(f"[bold red]manyhats {command}:[/] {shown}", highlight=False, soft_wrap=True)
-    return typer.Exit(1)

@@ -12,6 +12,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from adapters_store.escapes import printable
+
 
 class TrainingError(Exception):
     """A failure, as a sentence that names the offending thing and says what to do next."""
@@ -42,3 +48,10 @@ def sentence(error: TrainingError | OSError, out: Path) -> str:
     if isinstance(error, OSError):
         return f"{out} cannot be written: {error.strerror or error}"
     return str(error)
+
+
+def stop(console: Console, reason: str, command: str = "train") -> typer.Exit:
+    """Print why a command ends; return the exit to raise."""
+    shown = escape(printable(reason, kept="\n"))
+    console.print(f"[bold red]manyhats {command}:[/] {shown}", highlight=False, soft_wrap=True)
+    return typer.Exit(1)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
 from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperCommand
 
+from training.errors import stop
 from training.options import flag
 
 FLAGS = {  # what is typed -> the option that means it
@@ -109,9 +108,7 @@ class OtherNames(TyperCommand):
         for word in [] if ctx.resilient_parsing else args:  # a shell that completes asks, too
             typed = word.partition("=")[0]
             if typed.startswith("--") and (hint := hint_for(typed[2:], own)):
-                text = f"[bold red]manyhats {self.name}:[/] {escape(hint)}."
-                Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-                raise typer.Exit(1)
+                raise stop(Console(stderr=True), f"{hint}.", str(self.name))
         if not ctx.resilient_parsing:
             self._check_once(ctx, args)
         rest: list[str] = super().parse_args(ctx, args)
@@ -120,11 +117,7 @@ class OtherNames(TyperCommand):
     def _check_once(self, ctx: Any, args: list[str]) -> None:
         """Exit with 1 at an option that is given twice, of which the first would be dropped."""
         _, _, given = self.make_parser(ctx).parse_args(args=[*args])
-        if twice := [
-            one for one in given if given.count(one) > 1 and not one.multiple and one.param_type_name == "option"
-        ]:
-            text = f"{twice[0].opts[0]} is given twice, and takes one value: which one counts?"
-            Console(stderr=True).print(
-                f"[bold red]manyhats {self.name}:[/] {escape(text)}", highlight=False, soft_wrap=True
-            )
-            raise typer.Exit(1)
+        options = [one for one in given if one.param_type_name == "option" and not one.multiple]
+        if twice := next((one for one in options if options.count(one) > 1), None):
+            reason = f"{twice.opts[0]} is given twice, and takes one value: which one counts?"
+            raise stop(Console(stderr=True), reason, str(self.name))

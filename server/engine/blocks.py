@@ -154,16 +154,20 @@ class BlockPool:
             tail, num_positions = block, end
         return CachedBlocks(full, tail, num_positions)
 
-    def is_coming(self, table: BlockTable, tokens: Sequence[int], other: BlockTable, others: Sequence[int]) -> bool:
+    def is_coming(
+        self, table: BlockTable, tokens: Sequence[int], other: BlockTable, other_tokens: Sequence[int]
+    ) -> bool:
         """Whether another table, whose tokens are being computed, will soon have more of what `tokens` begins with.
 
         That is the adapters' prefix, or `MIN_COMING` positions at least that both begin with.
         """
-        if table.root != other.root or other.num_published < table.num_virtual:
-            return table.root == other.root
+        if table.root != other.root:
+            return False
+        if other.num_published < table.num_virtual:
+            return True
         end = other.num_published + MIN_COMING
         is_shared = self.is_cached and table.salt == other.salt and end <= self._max_cached(table, tokens)
-        return is_shared and tokens[:end] == others[:end]
+        return is_shared and tokens[:end] == other_tokens[:end]
 
     def allocate(self, table: BlockTable, tokens: Sequence[int], num_spare: int = 0) -> int | None:
         """Give an empty table blocks for all `tokens`; returns how many of these are already computed.

@@ -71,6 +71,12 @@ async def timed(num: int, ask: Callable[[int], Awaitable[int]]) -> tuple[int, fl
     return total, time.monotonic() - began
 
 
+async def generate(http: httpx2.AsyncClient, number: int, fields: dict[str, Any]) -> Any:
+    """Ask one of the adapters for an answer to a prompt of its own."""
+    body = {"prompt": PROMPT.format(number=next(customers)), **fields}
+    return (await http.post(f"/generate?task=t{number % NUM_ADAPTERS}", json=body)).raise_for_status().json()
+
+
 class Round:
     """Requests that clients ask for: in a schema, or free and as long as other answers were."""
 
@@ -91,8 +97,7 @@ class Round:
             own = {"response_format": FORMS[self.kind], "max_tokens": MAX_TOKENS}
         else:
             own = {"ignore_eos": True, "max_tokens": self.asked_lengths[number]}
-        body = {"prompt": PROMPT.format(number=next(customers)), "seed": number, "temperature": 0.8, **own}
-        answer = (await http.post(f"/generate?task=t{number % NUM_ADAPTERS}", json=body)).raise_for_status().json()
+        answer = await generate(http, number, {"seed": number, "temperature": 0.8, **own})
         self.times.append(answer["timing"]["ttft_ms"])
         self.lengths[number] = int(answer["usage"]["completion_tokens"])
         return self.lengths[number]
@@ -112,8 +117,7 @@ async def first_token_ms(http: httpx2.AsyncClient, num: int) -> dict[str, float]
         schema = _object({f"field_{number}": _text(40), "reason": _text(120)})
         forms: tuple[dict[str, Any], ...] = ({"response_format": {"type": "json_schema", "schema": schema}}, {})
         for found, form in zip(times.values(), forms, strict=True):
-            body = {"prompt": PROMPT.format(number=next(customers)), "max_tokens": 2, **form}
-            answer = (await http.post(f"/generate?task=t{number % NUM_ADAPTERS}", json=body)).raise_for_status().json()
+            answer = await generate(http, number, {"max_tokens": 2, **form})
             found.append(answer["timing"]["ttft_ms"])
     return {kind: statistics.quantiles(found, n=20)[-1] for kind, found in times.items()}
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from training import cli
-from training.errors import OptionError, TrainingError, sentence
+from training.errors import OptionError, TrainingError, sentence, stop
 from training.flags import add_flags, parameters_of
 from training.options import flag
 from training.other_names import OtherNames
@@ -55,7 +55,7 @@ def compare(out: OutOption, methods: MethodsOption = METHODS, **given: Any) -> N
     try:
         _compare(methods, out, given, console)
     except (TrainingError, OSError) as error:
-        raise cli.stop(console, sentence(error, out), "compare") from error
+        raise stop(console, sentence(error, out), "compare") from error
 
 
 def _compare(methods: str, out: Path, given: dict[str, Any], console: Console) -> None:

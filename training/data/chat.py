@@ -58,7 +58,7 @@ def read_chat(where: str, row: Mapping[str, Any], messages: Any) -> Chat:
     if answer.role != ASSISTANT or not (answer.content.strip() or answer.calls):
         raise DataError(f"{where}: the last turn must be the assistant's and not empty; it is what is learned.")
     _check_weights(where, messages)
-    check_read(where, {name: row[name] for name in OLD if name in row})
+    _refuse_unread(where, {name: row[name] for name in OLD if name in row})
     chat = Chat(tuple(turns), _tools(where, row.get(TOOLS)))
     known = {tool["name"] for tool in chat.tools}
     if unknown := next((call.name for call in answer.calls if call.name not in known), None):
@@ -121,7 +121,7 @@ def _turn(where: str, message: Any, names: Mapping[str, str]) -> ToolTurn:
     """Read a turn; `names` are those of the functions that were called before, by the id of the call."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise DataError(f"{where} must be {{'role': …, 'content': text}}.")
-    check_read(where, {name: value for name, value in message.items() if name not in READ})
+    _refuse_unread(where, {name: value for name, value in message.items() if name not in READ})
     role, calls = message["role"], message.get("tool_calls") or []
     content: Any = message.get("content") if message.get("content") is not None or not calls else ""
     reasoning = message.get("reasoning_content") or ""
@@ -137,7 +137,7 @@ def _turn(where: str, message: Any, names: Mapping[str, str]) -> ToolTurn:
     return ToolTurn(role, content, tuple(_call(where, call) for call in calls), call_id, name, reasoning)
 
 
-def check_read(where: str, unread: Mapping[str, Any]) -> None:
+def _refuse_unread(where: str, unread: Mapping[str, Any]) -> None:
     """Raise `DataError` if one of the fields that nothing here reads asks for something."""
     if name := next((name for name, value in unread.items() if value not in (None, "", [], {})), None):
         known = f"write {OLD[name]!r}" if name in OLD else f"take it out (a turn has {', '.join(READ)})"

@@ -40,9 +40,13 @@ class Columns:
     completion: str = "completion"
     messages: str = "messages"
 
-    def read_of(self, row: Mapping[str, Any]) -> set[str]:
-        """Return the columns of a row that are read."""
-        if self.messages in row and self.prompt not in row:
+    def has_messages(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is read by its messages; else it is by prompt and completion."""
+        return self.messages in row and self.prompt not in row
+
+    def names_read(self, row: Mapping[str, Any]) -> set[str]:
+        """Return the names of the columns of a row that are read."""
+        if self.has_messages(row):
             return {self.messages, TOOLS}
         return {self.prompt, self.completion} | ({TOOLS} if isinstance(row.get(self.prompt), list) else set())
 
@@ -118,8 +122,8 @@ class TrainingData:
     tool_format: ToolFormatName | ToolTexts | None = None
 
     @property
-    def unread(self) -> str:
-        """Say which columns of the rows to train on nothing reads; empty if there are none."""
+    def unread_note(self) -> str:
+        """Name the columns of the rows to train on that nothing reads, in a line; empty if there are none."""
         return f"{self.train.path}: not read: {', '.join(self.train.unread)}" if self.train.unread else ""
 
     @property
@@ -164,10 +168,10 @@ def read_training_data(options: RowOptions, base: Base, seed: int) -> TrainingDa
 
 def read_dataset(path: Path, columns: Columns, template: Template) -> Dataset:
     """Read a file or folder whole. Raises `DataError`, naming the line, at the first row that cannot be used."""
-    examples, unread = list[Example](), dict[str, None]()
+    examples, unread = list[Example](), set[str]()
     for file, line, row in read_rows(path):
         examples.append(_example(file, line, row, columns, template))
-        unread |= dict.fromkeys(row.keys() - columns.read_of(row))
+        unread |= row.keys() - columns.names_read(row)
     if not examples:
         raise DataError(f"{path} has no rows.")
     return Dataset(path, tuple(examples), digest_of(path), tuple(sorted(unread)))
@@ -258,7 +262,7 @@ def batches(rows: Sequence[TokenizedRow], batch_size: int, seed: int, epoch: int
 
 def _example(path: Path, line: int, row: dict[str, Any], columns: Columns, template: Template) -> Example:
     where = f"{path} line {line}"
-    if columns.messages in row and columns.prompt not in row:
+    if columns.has_messages(row):
         return _chat_example(path, row, row[columns.messages], line, template)
     prompt = _field(where, row, columns.prompt, "--prompt-column")
     completion = _field(where, row, columns.completion, "--completion-column")

@@ -69,10 +69,10 @@ def _by_parameter(where: str, job: Any) -> dict[str, Any]:
     """Return a job by parameters' names: `batch-size` becomes `batch_size`."""
     if not isinstance(job, dict) or not all(isinstance(key, str) for key in job):
         raise OptionError(f"{where} must be keys with values, like `data: rows.jsonl`, not {str(job)[:40]!r}.")
-    named = {key.replace("-", "_"): value for key, value in job.items()}
-    if twice := [key for key in job if key.replace("-", "_") != key and key.replace("-", "_") in job]:
-        raise OptionError(f"{where} has {twice[0]!r} and {twice[0].replace('-', '_')!r}, which are one: which counts?")
-    return named
+    for key in job:
+        if (name := key.replace("-", "_")) != key and name in job:
+            raise OptionError(f"{where} has {key!r} and {name!r}, which are one: which counts?")
+    return {key.replace("-", "_"): value for key, value in job.items()}
 
 
 def _keys(command: Callable[..., None], without: tuple[str, ...]) -> type[BaseModel]:

@@ -139,8 +139,8 @@ class _Batch:
         """Read a job's rows, score the base, and attach the method to a twin of it. Raises `TrainingError`."""
         job, base, processes, display = named.job, twin(self._base), self._processes, self._display
         data = read_training_data(job, base, job.plan.seed)
-        if data.unread:
-            display.say(data.unread)
+        if data.unread_note:
+            display.say(data.unread_note)
         form = form_of(job.form, data)
         identity = run_identity(job, options, base, data)
         checkpoint = Checkpoint(job.out, identity)

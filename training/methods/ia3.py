@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from training.base import Base
 from training.data.dataset import TokenizedRow
 from training.errors import OptionError
-from training.methods.targets import linear_sites, names
+from training.methods.targets import ends_with, linear_sites, names
 from training.methods.trainable import PeftAdapter, attach_peft
 from training.options import IA3Options
 
@@ -34,7 +34,7 @@ def ia3(options: IA3Options, base: Base, _rows: Sequence[TokenizedRow]) -> PeftA
 
 def _present(wanted: Sequence[str], base: Base) -> str:
     """Join those of the names that linears of the base have. Raises `OptionError` if there is none."""
-    present = [name for name in wanted if any(f".{site}".endswith(f".{name}") for site in base.spec.linears)]
+    present = [name for name in wanted if any(ends_with(site, name) for site in base.spec.linears)]
     if not present:
         raise OptionError("This base has none of the linears that (IA)3 scales by default: name --target-modules.")
     return ",".join(names(",".join(present)))

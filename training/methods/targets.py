@@ -41,16 +41,22 @@ def linear_names(text: str, base: Base) -> list[str]:
 
     Raises `OptionError` for a name that is no module's.
     """
-    if names(text) != [ALL_LINEAR]:
-        modules = [f".{module}" for module, _ in base.model.named_modules()]
-        for name in names(text):
-            if not any(module.endswith(f".{name}") for module in modules):
-                linears = ", ".join(linear_names(ALL_LINEAR, base))
-                raise OptionError(
-                    f"--target-modules names {name!r}, which no module of {base.name} is: it has {linears}."
-                )
-        return names(text)
-    return sorted({site.rpartition(".")[2] for site in base.spec.linears if site != base.spec.head})
+    wanted, linears = (
+        names(text),
+        sorted({site.rpartition(".")[2] for site in base.spec.linears if site != base.spec.head}),
+    )
+    if wanted == [ALL_LINEAR]:
+        return linears
+    modules = [module for module, _ in base.model.named_modules()]
+    if unknown := next((name for name in wanted if not any(ends_with(module, name) for module in modules)), None):
+        has = ", ".join(linears)
+        raise OptionError(f"--target-modules names {unknown!r}, which no module of {base.name} is: it has {has}.")
+    return wanted
+
+
+def ends_with(module: str, name: str) -> bool:
+    """Whether a module's whole name ends with these words, as PEFT matches `target_modules`."""
+    return f".{module}".endswith(f".{name}")
 
 
 def where(target_modules: str, layers: str, base: Base) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def sites_in(layers: str, sites: list[str], base: Base) -> list[str]:
 def linear_sites(target_modules: str, layers: str, base: Base) -> list[str]:
     """Return whole names of linears, for PEFT's configs without layers. Raises `OptionError` if there is none."""
     wanted = linear_names(target_modules, base)
-    sites = [site for site in base.spec.linears if any(f".{site}".endswith(f".{name}") for name in wanted)]
+    sites = [site for site in base.spec.linears if any(ends_with(site, name) for name in wanted)]
     chosen = sites_in(layers, sites, base)
     if not chosen:
         raise OptionError(f"--target-modules {target_modules!r} with --layers {layers!r} names no linear of the base.")

@@ -50,8 +50,8 @@ def run_job(job: Job, display: ProgressDisplay, processes: Processes, before: Sc
     # Load and read.
     base = load_base(job.base, processes.device(job.device), job.cache, display.say, [job.max_length])
     data = read_training_data(job, base, job.plan.seed)
-    if data.unread:
-        display.say(data.unread)
+    if data.unread_note:
+        display.say(data.unread_note)
     form = form_of(job.form, data)
     identity = run_identity(job, options, base, data)
     checkpoint = Checkpoint(job.out, identity)
